@@ -1,0 +1,119 @@
+"""What a data set is: labels, class names, picture sizes, a fingerprint, and the pixels or where they lie.
+
+    open_dataset("digits")              scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels
+    open_dataset("digits:100")          the same, with only 100 training pictures
+    open_dataset("cifar100:DIR")        DIR holds cifar-100-python.tar.gz or the folder it unpacks to
+    open_dataset("path/to/DIR")         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP)
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fastofa.errors import BadInput
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split. Samples are in one order everywhere: class, then name; a sample id is a position in it."""
+
+    spec: str
+    split: str
+    classes: tuple[str, ...]
+    names: list[str]
+    """Of each sample: the path below the split's folder, or the name inside the archive."""
+    labels: np.ndarray
+    """int64 [N]."""
+    sizes: np.ndarray
+    """int64 [N, 2]: height and width of the picture in pixels, EXIF orientation applied."""
+    fingerprint: str
+    """sha256 over names, byte sizes and labels."""
+    pixels: np.ndarray | None = None
+    """uint8 [N, H, W, 3] when the whole data set is one array; else None and the pictures are files."""
+    root: Path | None = None
+    """Folder that `names` are relative to."""
+    index: Path | None = None
+    """File that keeps sizes and the list of unreadable files."""
+    skipped: tuple[str, ...] = ()
+    """Files that were left out as unreadable, each with the reason."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, sample_id: int) -> Path:
+        """Where the picture lies, for data sets made of files."""
+        assert self.root is not None
+        return self.root / self.names[sample_id]
+
+
+def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) -> Dataset:
+    """Open one split of a data set.
+
+    Args:
+        spec: see the top of this file.
+        split: "train" or "val".
+        skip_corrupt: decode every file once, list the unreadable ones and leave them out (folders only).
+
+    Raises:
+        BadInput: unknown data set, missing folder, no or unreadable pictures.
+    """
+    if split not in ("train", "val"):
+        raise BadInput(f"unknown split {split!r}: expected train or val")
+    name, _, rest = spec.partition(":")
+    if name == "digits":
+        return _digits(spec, split, rest)
+    if name == "cifar100" and rest:
+        from fastofa.cifar import open_cifar100
+
+        return open_cifar100(spec, split, Path(rest))
+    if Path(spec).is_dir():
+        from fastofa.image_folder import open_image_folder
+
+        return open_image_folder(spec, split, skip_corrupt)
+    raise BadInput(
+        f"unknown data set {spec!r}: expected digits, digits:N, cifar100:DIR, or an existing folder with train/ and val/"
+    )
+
+
+def from_array(
+    spec: str, split: str, classes: tuple[str, ...], names: list[str], labels: np.ndarray, pixels: np.ndarray
+) -> Dataset:
+    """A data set held as one array, brought into the one order (class, then name)."""
+    order = sorted(range(len(names)), key=lambda i: (labels[i], names[i]))
+    names = [names[i] for i in order]
+    labels = np.asarray(labels, dtype=np.int64)[order]
+    pixels = np.ascontiguousarray(pixels[order])
+    sizes = np.tile(np.array(pixels.shape[1:3], dtype=np.int64), (len(names), 1))
+    fingerprint = fingerprint_of(names, np.full(len(names), pixels[0].nbytes), labels)
+    return Dataset(spec, split, classes, names, labels, sizes, fingerprint, pixels)
+
+
+def fingerprint_of(names: list[str], byte_sizes: np.ndarray, labels: np.ndarray) -> str:
+    """sha256 over names, byte sizes and labels, in sample order."""
+    digest = hashlib.sha256("\n".join(names).encode())
+    digest.update(np.asarray(byte_sizes, dtype="<i8").tobytes())
+    digest.update(np.asarray(labels, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _digits(spec: str, split: str, count: str) -> Dataset:
+    """Every third picture is validation (599), the others are training (1,198), or the first N/10 of each class."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    is_val = np.arange(len(digits.target)) % 3 == 0
+    keep = np.flatnonzero(is_val if split == "val" else ~is_val)
+    if count and split == "train":
+        smallest = np.bincount(digits.target[keep]).min()
+        if not count.isdigit() or int(count) % 10 or not 10 <= int(count) <= 10 * smallest:
+            raise BadInput(f"digits:N: expected N a multiple of 10 from 10 to {10 * smallest}, got {count!r}")
+        keep = np.concatenate([keep[digits.target[keep] == c][: int(count) // 10] for c in range(10)])
+    grey = np.rint(digits.images[keep] * (255 / 16)).astype(np.uint8)
+    pixels = np.repeat(grey[..., None], 3, axis=3)
+    names = [f"{i:04d}" for i in keep]
+    return from_array(spec, split, tuple("0123456789"), names, digits.target[keep], pixels)

@@ -1,0 +1,98 @@
+"""Files that appear whole or not at all, and safetensors with one JSON header."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastofa.errors import BadInput
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` beside `path`, flush it to the disk, then rename: readers see the old file or the new one.
+
+    The temporary name is fixed, so what a killed process left is overwritten by the next one.
+
+    Raises:
+        BadInput: the disk is full or the folder cannot be written; the temporary file is gone.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(
+            f"could not write {path} ({len(data) / 1e6:.1f} MB): {error.strerror}; free space or choose another place, "
+            "nothing half-written was left"
+        ) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises BadInput if the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise BadInput(f"could not read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not valid JSON ({error}); it was edited or damaged, make it again") from None
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """A safetensors file with `info` and a checksum of everything in its header; equal contents give equal bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One metadata key: safetensors writes several in an order that changes from process to process.
+    header = {"fastofa": json.dumps({"sha256": _checksum(tensors, info), "info": info}, sort_keys=True)}
+    write_atomic(path, safetensors.torch.save(tensors, header))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the info of a file made by `save_tensors`, verified against its checksum.
+
+    Raises:
+        BadInput: missing, truncated, edited, or not a safetensors file (a pickle, say: pickles are never loaded).
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["fastofa"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist") from None
+    except OSError as error:
+        raise BadInput(f"could not read {path}: {error.strerror or error}") from None
+    except KeyError:
+        raise BadInput(f"{path} is a safetensors file, but not one that fastofa wrote") from None
+    except (safetensors.SafetensorError, ValueError):
+        kind = "a pickle" if is_pickle(path) else "truncated or damaged"
+        raise BadInput(f"{path}: expected a safetensors file, got one that is {kind}; make it again") from None
+    if _checksum(tensors, header["info"]) != header["sha256"]:
+        raise BadInput(f"{path}: its checksum does not match, it was edited or damaged; delete it and make it again")
+    return tensors, header["info"]
+
+
+def is_pickle(path: Path) -> bool:
+    """Does the file start like torch.save's zip or like a bare pickle?"""
+    with open(path, "rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def _checksum(tensors: dict[str, Tensor], info: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,41 @@
+"""One picture at a time on the CPU: read a file, crop and resize it."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import to_dtype
+
+from fastofa.errors import BadInput
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def read_image(path: Path) -> Tensor:
+    """uint8 [3, H, W]: grey, palette, RGBA, CMYK and 16-bit pictures become RGB, EXIF orientation is applied.
+
+    Raises:
+        BadInput: naming the file that is missing, truncated, animated or no picture.
+    """
+    try:
+        image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise BadInput(
+            f"unreadable image {path} ({reason}); mend or remove it, or run `fastofa precompute` with --skip-corrupt, "
+            "which lists such files and leaves them out"
+        ) from None
+    if image.ndim != 3:
+        raise BadInput(f"unreadable image {path} (animated, {len(image)} frames); keep one frame or use --skip-corrupt")
+    return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
+
+
+def crop_resize_one(image: Tensor, box: list[int], flip: bool, size: int) -> Tensor:
+    """uint8 [3, H, W] -> [3, S, S] through torch's own antialiased uint8 kernel, the fastest on a CPU."""
+    top, left, height, width = box
+    crop = image[None, :, top : top + height, left : left + width]
+    if height != size or width != size:
+        crop = F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True)
+    return crop[0].flip(-1) if flip else crop[0]

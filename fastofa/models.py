@@ -1,0 +1,163 @@
+"""timm models by name: creation, input size, normalisation, weights from a file."""
+
+import difflib
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from fastofa.errors import BadInput
+from fastofa.files import is_pickle, read_json
+
+# The paper's two small Swin students, which timm has no name for: (timm's name, arguments).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin_nano_patch4_window7_224": (
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 64, "depths": (2, 2, 2, 2), "num_heads": (2, 4, 8, 16)},
+    ),
+    "swin_pico_patch4_window7_224": (
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 48, "depths": (2, 2, 2, 2), "num_heads": (2, 4, 8, 16)},
+    ),
+}
+
+
+def resolve(name: str, image_size: int | None = None, drop_path: float = 0.0) -> tuple[str, dict[str, Any]]:
+    """timm's own name and the arguments that build the model.
+
+    Raises:
+        BadInput: timm has no such model; the nearest names are given.
+    """
+    name, arguments = VARIANTS.get(name, (name, {}))
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*timm.list_models(), *VARIANTS], n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise BadInput(f"unknown model {name!r}: expected a timm model, see timm.list_models(){hint}")
+    arguments = dict(arguments)
+    config = get_pretrained_cfg(name)
+    if image_size is not None and config is not None and config.fixed_input_size:
+        arguments["img_size"] = image_size
+    if drop_path:
+        arguments["drop_path_rate"] = drop_path
+    return name, arguments
+
+
+def create_model(
+    name: str, num_classes: int, image_size: int | None = None, drop_path: float = 0.0, pretrained: bool = False
+) -> nn.Module:
+    """A timm model; models with a fixed input size are built for `image_size`.
+
+    Raises:
+        BadInput: unknown model or tag, a size the model cannot be built for, weights that cannot be fetched.
+    """
+    timm_name, arguments = resolve(name, image_size, drop_path)
+    try:
+        return timm.create_model(timm_name, num_classes=num_classes, pretrained=pretrained, **arguments)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        size = f" at {image_size} px" if image_size is not None else ""
+        raise BadInput(f"could not build {name}{size}: {first_line(error)}") from None
+    except Exception as error:  # the hub's and the network's many kinds
+        if not pretrained:
+            raise
+        raise BadInput(
+            f"could not fetch the weights of {name} ({first_line(error)}); give a local file with --teacher-checkpoint"
+        ) from None
+
+
+def input_size(model: nn.Module) -> int:
+    """Side of the pictures the model is made for, in pixels."""
+    return int(model.pretrained_cfg["input_size"][-1])
+
+
+def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The model's own (mean, std) for pixels scaled to 0..1."""
+    return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a .safetensors file, or a .pth through torch's weights-only reader, into the model; every key must match.
+
+    Raises:
+        BadInput: missing, unreadable, a pickle with code in it, or keys or shapes that do not fit the model.
+    """
+    weights = _read_weights(path)
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    reshaped = [k for k in sorted(own.keys() & weights.keys()) if own[k].shape != weights[k].shape]
+    if missing or unexpected:
+        raise BadInput(f"{path}: does not fit the model, missing {_some(missing)}, unexpected {_some(unexpected)}")
+    if reshaped:
+        key = reshaped[0]
+        raise BadInput(
+            f"{path}: does not fit the model, expected {key} {tuple(own[key].shape)}, got {tuple(weights[key].shape)} "
+            f"({len(reshaped)} such); is it of this architecture and number of classes?"
+        )
+    model.load_state_dict(weights)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise BadInput(f"{path}: expected a file with weights, found none")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            kind = "a pickle" if is_pickle(path) else f"damaged ({first_line(error)})"
+            raise BadInput(f"{path}: expected safetensors, got a file that is {kind}; nothing was loaded") from None
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"{path}: torch's weights-only reader refused it ({first_line(error)}); save a plain state_dict or safetensors"
+        ) from None
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+            break
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise BadInput(f"{path}: expected a state_dict of tensors, got {type(weights).__name__}")
+    return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over every tensor of the state_dict, whatever file it came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def open_model_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A model from a folder with config.json and model.safetensors, as `fastofa export` and timm write them.
+
+    Raises:
+        BadInput: the folder lacks one of them or they do not fit each other.
+    """
+    config = read_json(folder / "config.json")
+    try:
+        name, num_classes = config["architecture"], int(config["num_classes"])
+        arguments, pretrained_cfg = config.get("model_args") or {}, config["pretrained_cfg"]
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{folder / 'config.json'}: expected timm's model configuration, it lacks {error}") from None
+    resolve(name)
+    model = timm.create_model(
+        name, num_classes=num_classes, **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    )
+    load_weights(model, folder / "model.safetensors")
+    model.pretrained_cfg = {**model.pretrained_cfg, **pretrained_cfg}
+    return model, config
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def _some(keys: list[str]) -> str:
+    return "none" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

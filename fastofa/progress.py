@@ -1,0 +1,57 @@
+"""What a person sees while he waits: one bar with images a second and the time left, and one-line notices."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+console = Console(stderr=True)
+T = TypeVar("T")
+
+
+class ImagesPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} img/s", style="cyan")
+
+
+def progress_bar() -> Progress:
+    """A bar counted in images; tasks may set the field `note` (loss and the like)."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        ImagesPerSecond(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=10,
+    )
+
+
+def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
+    """Yield the items, one image each, with a bar that goes away at the end."""
+    with progress_bar() as bar:
+        task = bar.add_task(title, total=total, note="")
+        for item in items:
+            yield item
+            bar.advance(task)
+        bar.remove_task(task)
+
+
+def notice(text: str) -> None:
+    """One line on standard error."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,179 @@
+"""A timm model, its four stages, and an exit at each: images -> logits of all heads.
+
+Shapes: B batch, S image side, C classes, H heads (the exits in stage order, then the model's own head).
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastofa.errors import BadInput
+from fastofa.exits import ConvExit, TokenExit
+from fastofa.models import create_model, input_size, normalization
+
+REDUCTIONS = {4: 1, 8: 2, 16: 3, 32: 4}  # a stage's features are this much smaller than the picture
+ALL_STAGES = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a stage of the backbone ends."""
+
+    number: int
+    index: int
+    """Position among the backbone's intermediate features; -1: its final feature map."""
+    channels: int
+    grid: tuple[int, int]
+    """Height and width of its features."""
+
+
+class Student(nn.Module):
+    """Any timm model with OFA's exits: `student(images) -> logits [H, B, C]`, the last head the model's own.
+
+    Args:
+        model_name: a timm name, or swin_nano_patch4_window7_224 / swin_pico_patch4_window7_224.
+        num_classes: C.
+        image_size: S; None: the model's own.
+        teacher_dim: width of the teacher's last features; a CNN's exits are as wide as the wider of both.
+        stages: which stages get an exit, 1 to 4; () for a model without exits.
+        drop_path: stochastic depth of the backbone.
+        mean, std: normalisation of the pixels; None: the model's own.
+
+    Images are uint8 [B, 3, S, S] (normalised here) or floating and already normalised.
+
+    Raises:
+        BadInput: unknown model, or a stage that the model does not have, naming those it has.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        image_size: int | None = None,
+        teacher_dim: int = 0,
+        stages: tuple[int, ...] = ALL_STAGES,
+        drop_path: float = 0.0,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = create_model(model_name, num_classes, image_size, drop_path)
+        self.image_size = image_size or input_size(self.backbone)
+        own_mean, own_std = normalization(self.backbone)
+        self.register_buffer("mean", torch.tensor(mean or own_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1), persistent=False)
+        self.stages: list[Stage] = []
+        self.exits = nn.ModuleList()
+        if stages:
+            self._add_exits(model_name, num_classes, teacher_dim, stages)
+
+    def _add_exits(self, model_name: str, num_classes: int, teacher_dim: int, stages: tuple[int, ...]) -> None:
+        self.is_token_model, self.output_format, found = probe_stages(self.backbone, self.image_size)
+        lacking = [s for s in stages if s not in found]
+        if lacking:
+            names = ", ".join(map(str, found)) or "none"
+            remedy = f"use those it has with stages {' '.join(map(str, found))}" if found else "choose another student"
+            raise BadInput(
+                f"student {model_name}: expected stages {' '.join(map(str, stages))}, it has {names} (a stage's features "
+                f"are 4, 8, 16 or 32 times smaller than the picture); {remedy}"
+            )
+        self.stages = [found[s] for s in sorted(stages)]
+        self.indices = [stage.index for stage in self.stages if stage.index >= 0]
+        width = self.backbone.num_features
+        for stage in self.stages:
+            if self.is_token_model:
+                class_token = getattr(self.backbone, "cls_token", None) is not None and self.output_format == "NLC"
+                exit_ = TokenExit(stage.number, stage.grid, stage.channels, width, num_classes, class_token)
+            else:
+                exit_ = ConvExit(stage.number, stage.channels, max(width, teacher_dim), num_classes)
+            self.exits.append(exit_)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 pixels -> normalised fp32; floating images pass as they are."""
+        return (images.float() / 255 - self.mean) / self.std if images.dtype == torch.uint8 else images
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = self.normalize(images)
+        if not self.stages:
+            return self.backbone(images)[None]
+        final, features = run_stages(self.backbone, images, self.indices, self.output_format)
+        by_index = dict(zip(self.indices, features, strict=True))
+        logits = [
+            exit_(*_as_exit_input(by_index.get(stage.index, final), self.is_token_model))
+            for stage, exit_ in zip(self.stages, self.exits, strict=True)
+        ]
+        return torch.stack([*logits, self.backbone.forward_head(final)])
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm exempts from weight decay besides biases and norms (position embeddings, tokens)."""
+        own = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else set()
+        return {f"backbone.{name}" for name in own}
+
+
+Feature = Tensor | tuple[Tensor, Tensor]
+
+
+def run_stages(
+    backbone: nn.Module, images: Tensor, indices: list[int] | None, output_format: str
+) -> tuple[Tensor, list[Feature]]:
+    """The backbone's final features and those of the stages: [B, C, H, W], or tokens [B, L, C] with their prefix."""
+    arguments = {"return_prefix_tokens": True} if output_format == "NLC" and has_prefix(backbone) else {}
+    return backbone.forward_intermediates(images, indices=indices, output_fmt=output_format, **arguments)
+
+
+def has_prefix(backbone: nn.Module) -> bool:
+    return "return_prefix_tokens" in inspect.signature(backbone.forward_intermediates).parameters
+
+
+def _as_exit_input(feature: Feature, is_token_model: bool) -> tuple[Tensor, ...]:
+    if isinstance(feature, tuple):
+        return feature
+    return (feature.flatten(2).transpose(1, 2),) if is_token_model and feature.ndim == 4 else (feature,)
+
+
+@torch.no_grad()
+def probe_stages(backbone: nn.Module, image_size: int) -> tuple[bool, str, dict[int, Stage]]:
+    """Is it a token model, which format its features come in, and its stages by number.
+
+    Hierarchical models: the last features that are 4, 8, 16 and 32 times smaller than the picture. Isotropic models of
+    depth d: blocks 1, 3, d - 3, d - 1 (evenly spread below depth 7). This is the published choice for every model the
+    paper used; a CNN whose final convolution widens stage 4 (MobileNetV2: 320 -> 1280) ends its stage there.
+    """
+    training = backbone.training
+    backbone.eval()
+    images = torch.zeros(1, 3, image_size, image_size)
+    final, features = backbone.forward_intermediates(images)
+    last = final[-1] if isinstance(final, list | tuple) else final
+    is_token_model = last.ndim == 3 or getattr(backbone, "output_fmt", None) == "NHWC"
+    output_format = "NCHW"
+    if is_token_model:
+        try:
+            run_stages(backbone, images, None, "NLC")
+            output_format = "NLC"
+        except AssertionError:
+            pass  # timm's way to say that the model offers maps only
+    backbone.train(training)
+
+    info = backbone.feature_info
+    reductions = [entry["reduction"] for entry in (info if isinstance(info, list) else info.info)]
+    found: dict[int, Stage] = {}
+    for number, index in _stage_indices(reductions).items():
+        _, channels, height, width = features[index].shape
+        if number == 4 and not is_token_model and last.shape[1] != channels:
+            index, (_, channels, height, width) = -1, last.shape
+        found[number] = Stage(number, index, channels, (height, width))
+    return is_token_model, output_format, found
+
+
+def _stage_indices(reductions: list[int]) -> dict[int, int]:
+    """Stage number -> position among the features."""
+    depth = len(reductions)
+    if len(set(reductions)) == 1 and depth >= 4:
+        ends = [1, 3, depth - 3, depth - 1] if depth >= 7 else [-(-depth * k // 4) - 1 for k in ALL_STAGES]
+        return dict(zip(ALL_STAGES, ends, strict=True))
+    return {REDUCTIONS[r]: i for i, r in enumerate(reductions) if r in REDUCTIONS}

@@ -1,0 +1,69 @@
+"""Pipelines: (data set, view table, order) -> batches of pixels. Deterministic machines; all randomness is in the table.
+
+    pipeline = open_pipeline("auto", dataset, image_size=224, batch_size=256)
+    for batch in pipeline.epoch(views, order, start=0):
+        batch.images, batch.labels, batch.sample_ids
+"""
+
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fastofa.errors import BadInput
+from fastofa.pipelines.batch import Batch
+from fastofa.views import Views
+
+PIPELINES = {
+    "resident": "fastofa.pipelines.resident",
+    "torchvision": "fastofa.pipelines.torchvision_loader",
+}
+
+
+class Pipeline(Protocol):
+    """What every pipeline offers."""
+
+    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
+        """Batches of `order` (sample ids) from position `start` on; the last one may be smaller."""
+        ...
+
+
+def open_pipeline(
+    name: str,
+    dataset: Any,
+    image_size: int,
+    batch_size: int,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Pipeline:
+    """A pipeline by name.
+
+    Args:
+        name: "resident" (the data set in device memory), "torchvision" (worker processes), or "auto": resident when
+            the data set is an array, torchvision when it is files.
+        dataset: a `fastofa.dataset.Dataset`.
+        image_size, batch_size: of the batches it makes, in pixels and samples.
+        device: where the batches end up.
+        workers: decoding processes of the torchvision pipeline (0: in this process).
+        normalize: (mean, std) for floating images (bf16, on a CPU fp32); None: uint8 images.
+
+    Raises:
+        BadInput: an unknown name, or a data set that the pipeline cannot serve.
+    """
+    if name == "auto":
+        name = "torchvision" if dataset.pixels is None else "resident"
+    if name not in PIPELINES:
+        raise BadInput(f"unknown pipeline {name!r}: expected auto or one of {', '.join(PIPELINES)}")
+    if image_size < 1 or batch_size < 1 or workers < 0:
+        raise BadInput(
+            f"expected image size and batch size of at least 1 and workers of at least 0, got {image_size}, "
+            f"{batch_size} and {workers}"
+        )
+    module = import_module(PIPELINES[name])
+    return module.Pipeline(dataset, image_size, batch_size, torch.device(device), workers, normalize)
+
+
+__all__ = ["PIPELINES", "Batch", "Pipeline", "open_pipeline"]

@@ -1,0 +1,81 @@
+"""The portable pipeline: worker processes decode whole batches with torchvision.io and crop from the view table."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from fastofa.errors import BadInput
+from fastofa.images import crop_resize_one, read_image
+from fastofa.pipelines.batch import Batch, normalized
+from fastofa.views import Views, batches
+
+
+class _Batches(TorchDataset):
+    """Item b is batch b, decoded. An unreadable picture comes back as its message: exceptions cross processes badly."""
+
+    def __init__(self, dataset: Any, views: Views, rows: list[np.ndarray], image_size: int) -> None:
+        self.dataset, self.views, self.rows, self.image_size = dataset, views, rows, image_size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        rows = self.rows[index]
+        size = self.image_size
+        images = torch.empty(len(rows), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        for out, row, box in zip(images, rows, self._boxes(rows), strict=True):
+            if self.dataset.pixels is None:
+                try:
+                    image = read_image(self.dataset.path(row))
+                except BadInput as error:
+                    return str(error)
+            else:
+                image = torch.from_numpy(self.dataset.pixels[row]).permute(2, 0, 1)
+            if list(image.shape[1:]) != self.dataset.sizes[row].tolist():
+                height, width = self.dataset.sizes[row]
+                return (
+                    f"image {self.dataset.names[row]} is {image.shape[1]} x {image.shape[2]} pixels, expected {height} "
+                    f"x {width} as in the index; delete {self.dataset.index} to read the folder anew"
+                )
+            out.copy_(crop_resize_one(image, box.tolist(), bool(self.views.flip[row]), size))
+        return images
+
+    def _boxes(self, rows: np.ndarray) -> np.ndarray:
+        return Views(self.views.crop[rows], self.views.flip[rows]).boxes(self.dataset.sizes[rows])
+
+
+class Pipeline:
+    """See `fastofa.pipelines.open_pipeline`."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+        workers: int,
+        normalize: tuple[Sequence[float], Sequence[float]] | None,
+    ) -> None:
+        self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
+        self.device, self.workers, self.normalize = device, workers, normalize
+        self.labels = torch.from_numpy(dataset.labels).to(device)
+
+    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
+        rows = list(batches(views, order, start, self.batch_size))
+        loader = DataLoader(
+            _Batches(self.dataset, views, rows, self.image_size),
+            batch_size=None,
+            num_workers=min(self.workers, len(rows)),
+            pin_memory=self.device.type == "cuda",
+        )
+        for ids, images in zip(rows, loader, strict=True):
+            if isinstance(images, str):
+                raise BadInput(images)
+            sample_ids = torch.from_numpy(ids).to(self.device, non_blocking=True)
+            images = images.to(self.device, non_blocking=True)
+            yield Batch(normalized(images, self.normalize), self.labels[sample_ids], sample_ids)

@@ -1,0 +1,49 @@
+"""Packaging. `kernels/` and `pipelines/` stand at the top level and are installed as fastofa.kernels and fastofa.pipelines.
+
+A distribution called `kernels` exists, so the bare names must not be installed. The two symlinks inside fastofa/ make an
+editable install, type checkers and go-to-definition see the same layout as the wheel.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "fastofa" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="fastofa",
+    version=version,
+    description="OFA-KD at full speed: distil a strong small vision model from any teacher through cached teacher logits",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["fastofa", "fastofa.kernels", "fastofa.pipelines"],
+    package_dir={"fastofa": "fastofa", "fastofa.kernels": "kernels", "fastofa.pipelines": "pipelines"},
+    package_data={"fastofa": ["py.typed"]},
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "timm>=1.0.20",
+        "triton; platform_system == 'Linux'",
+        "numpy",
+        "pillow",
+        "safetensors",
+        "scikit-learn",
+        "tyro",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+    ],
+    extras_require={
+        "ffcv": ["ffcv"],
+        "dali": ["nvidia-dali-cuda120"],
+        "dali-cuda13": ["nvidia-dali-cuda130"],
+        # NVIDIA's apex is not on PyPI (the `apex` there is something else): see `fastofa doctor`.
+        "test": ["pytest", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["fastofa = fastofa.cli:main"]},
+)
