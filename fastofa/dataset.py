@@ -1,9 +1,9 @@
 """What a data set is: labels, class names, picture sizes, a fingerprint, and the pixels or where they lie.
 
-    open_dataset("digits")              scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels
-    open_dataset("digits:100")          the same, with only 100 training pictures
-    open_dataset("cifar100:DIR")        DIR holds cifar-100-python.tar.gz or the folder it unpacks to
-    open_dataset("path/to/DIR")         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP)
+open_dataset("digits")              scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels
+open_dataset("digits:100")          the same, with only 100 training pictures
+open_dataset("cifar100:DIR")        DIR holds cifar-100-python.tar.gz or the folder it unpacks to
+open_dataset("path/to/DIR")         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP)
 """
 
 import hashlib

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +99,27 @@ def _checksum(tensors: dict[str, Tensor], info: dict[str, Any]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name only when it is whole.
+
+    Raises:
+        BadInput: `path` exists already, or the disk is full; nothing is left behind.
+    """
+    if path.exists():
+        raise BadInput(f"{path}: exists already; choose another place or remove it")
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(f"could not write {path}: {error}; free space or choose another place") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

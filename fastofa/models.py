@@ -49,33 +49,49 @@ def resolve(name: str, image_size: int | None = None, drop_path: float = 0.0) ->
 
 
 def create_model(
-    name: str, num_classes: int, image_size: int | None = None, drop_path: float = 0.0, pretrained: bool = False
-) -> nn.Module:
+    name: str,
+    num_classes: int | None,
+    image_size: int | None = None,
+    drop_path: float = 0.0,
+    init: str | None = None,
+) -> Any:
     """A timm model; models with a fixed input size are built for `image_size`.
 
+    Args:
+        name: see `resolve`.
+        num_classes: of the classifier; None: the published model's.
+        image_size: side of the input in pixels; None: the model's own.
+        drop_path: stochastic depth.
+        init: None for random weights, "pretrained" for timm's published ones, or a .safetensors or .pth file. A
+            classifier of another size starts at random.
+
     Raises:
-        BadInput: unknown model or tag, a size the model cannot be built for, weights that cannot be fetched.
+        BadInput: unknown model or tag, a size the model cannot be built for, weights that cannot be had or do not fit.
     """
     timm_name, arguments = resolve(name, image_size, drop_path)
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    if init not in (None, "pretrained"):
+        arguments["pretrained_cfg_overlay"] = {"state_dict": _read_weights(Path(init))}
     try:
-        return timm.create_model(timm_name, num_classes=num_classes, pretrained=pretrained, **arguments)
+        return timm.create_model(timm_name, pretrained=init is not None, **arguments)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         size = f" at {image_size} px" if image_size is not None else ""
         raise BadInput(f"could not build {name}{size}: {first_line(error)}") from None
     except Exception as error:  # the hub's and the network's many kinds
-        if not pretrained:
+        if init is None:
             raise
         raise BadInput(
-            f"could not fetch the weights of {name} ({first_line(error)}); give a local file with --teacher-checkpoint"
+            f"could not get the weights of {name} ({first_line(error)}); without a network, give a local file"
         ) from None
 
 
-def input_size(model: nn.Module) -> int:
+def input_size(model: Any) -> int:
     """Side of the pictures the model is made for, in pixels."""
     return int(model.pretrained_cfg["input_size"][-1])
 
 
-def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The model's own (mean, std) for pixels scaled to 0..1."""
     return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
 
@@ -134,7 +150,7 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def open_model_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def open_model_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
     """A model from a folder with config.json and model.safetensors, as `fastofa export` and timm write them.
 
     Raises:
@@ -142,17 +158,20 @@ def open_model_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     config = read_json(folder / "config.json")
     try:
-        name, num_classes = config["architecture"], int(config["num_classes"])
-        arguments, pretrained_cfg = config.get("model_args") or {}, config["pretrained_cfg"]
+        name, arguments, pretrained_cfg = config["architecture"], load_arguments(config), config["pretrained_cfg"]
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'config.json'}: expected timm's model configuration, it lacks {error}") from None
     resolve(name)
-    model = timm.create_model(
-        name, num_classes=num_classes, **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    )
+    model = timm.create_model(name, **arguments)
     load_weights(model, folder / "model.safetensors")
     model.pretrained_cfg = {**model.pretrained_cfg, **pretrained_cfg}
     return model, config
+
+
+def load_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What timm.create_model needs besides the name to rebuild the model of a config.json."""
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in (config.get("model_args") or {}).items()}
+    return {**given, "num_classes": config["num_classes"]}
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """What a person sees while he waits: one bar with images a second and the time left, and one-line notices."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -42,13 +42,19 @@ def progress_bar() -> Progress:
     )
 
 
-def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
-    """Yield the items, one image each, with a bar that goes away at the end."""
+def track(items: Iterable[T], total: int, title: str, images: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
+    """Yield the items with a bar counted in images (one an item unless told) that goes away at the end.
+
+    Without a title there is no bar: something else shows the progress.
+    """
+    if not title:
+        yield from items
+        return
     with progress_bar() as bar:
         task = bar.add_task(title, total=total, note="")
         for item in items:
             yield item
-            bar.advance(task)
+            bar.advance(task, images(item))
         bar.remove_task(task)
 
 

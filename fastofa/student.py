@@ -40,6 +40,7 @@ class Student(nn.Module):
         stages: which stages get an exit, 1 to 4; () for a model without exits.
         drop_path: stochastic depth of the backbone.
         mean, std: normalisation of the pixels; None: the model's own.
+        init: where the backbone's weights start: None for random, "pretrained" for timm's, or a file.
 
     Images are uint8 [B, 3, S, S] (normalised here) or floating and already normalised.
 
@@ -60,9 +61,10 @@ class Student(nn.Module):
         drop_path: float = 0.0,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        init: str | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = create_model(model_name, num_classes, image_size, drop_path)
+        self.backbone = create_model(model_name, num_classes, image_size, drop_path, init)
         self.image_size = image_size or input_size(self.backbone)
         own_mean, own_std = normalization(self.backbone)
         self.register_buffer("mean", torch.tensor(mean or own_mean).view(1, 3, 1, 1), persistent=False)

@@ -73,7 +73,7 @@ def draw_views(policy: ViewPolicy, sizes: np.ndarray, seed: int, view: int) -> V
         sizes: int [N, 2], height and width of each picture in pixels.
         seed, view: choose the table; each (seed, view) has its own random stream.
     """
-    sizes = np.asarray(sizes)
+    sizes = np.asarray(sizes, dtype=np.int64)
     rng = np.random.Generator(np.random.Philox(key=[seed, view]))
     boxes = np.empty((len(sizes), 4), dtype=np.int64)
     flip = np.empty(len(sizes), dtype=bool)

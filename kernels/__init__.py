@@ -1,6 +1,6 @@
 """The hot mathematics of fastofa, usable without the rest of it: depends on torch (and Triton) only.
 
-    from fastofa.kernels import crop_resize, ofa_loss
+from fastofa.kernels import crop_resize, ofa_loss
 """
 
 from fastofa.kernels.crop_resize import crop_resize

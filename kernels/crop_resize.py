@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastofa.kernels import reference
 
+DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+
 
 def crop_resize(
     images: Tensor,
@@ -51,6 +53,8 @@ def crop_resize(
         raise ValueError(f"flip: expected bool [{batch}], got {flip.dtype} {tuple(flip.shape)}")
     if size < 1:
         raise ValueError(f"size: expected at least 1 pixel, got {size}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
     if (mean is None) != (std is None) or (mean is not None and not dtype.is_floating_point):
         raise ValueError(f"mean and std: expected both, with a floating dtype, got {mean}, {std}, {dtype}")
     if impl not in (None, "torch"):

@@ -48,7 +48,7 @@ def ofa_loss(
         values = [float(eps)] * heads if isinstance(eps, int | float) else [float(e) for e in eps]
         if not all(e > 0 for e in values):
             raise ValueError(f"eps: expected numbers > 0, got {values}")
-        eps = torch.tensor(values, device=logits.device)
+        eps = torch.tensor(values, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
     if eps.shape not in ((), (heads,)):
         raise ValueError(f"eps: expected one number or {heads} (one per head), got shape {tuple(eps.shape)}")
     return reference.ofa_loss(logits, labels, classes, log_probs, eps.expand(heads), temperature, variant)

@@ -103,7 +103,7 @@ def resize_weights(start: Tensor, length: Tensor, source: int, size: int) -> Ten
     pixel = torch.arange(source, device=start.device, dtype=start.dtype)[None, None, :] + 0.5
     first, last = start[:, None, None], (start + length)[:, None, None]
     weights = (1 - ((pixel - first - (out + 0.5) * scale) / support).abs()).clamp(min=0)
-    weights = weights * ((pixel > first) & (pixel < last))
+    weights = weights * ((pixel + 0.5 > first) & (pixel - 0.5 < last))  # the pixels that the box touches
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
@@ -122,12 +122,12 @@ def crop_resize(
     rows = resize_weights(top, box_height, height, size)
     columns = resize_weights(left, box_width, width, size)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    out = torch.bmm(rows, images.to(torch.float32).view(batch, height, width * 3))
-    out = torch.matmul(columns[:, None], out.view(batch, size, width, 3))  # [B, S, S, 3]
+    out = torch.bmm(rows, images.to(torch.float32).reshape(batch, height, width * 3))
+    out = torch.einsum("bxw,bywc->byxc", columns, out.view(batch, size, width, 3))  # [B, S, S, 3]
     if dtype == torch.uint8:
         out = out.round().clamp(0, 255)
     else:
         out = out / 255
         if mean is not None and std is not None:
             out = (out - out.new_tensor(mean)) / out.new_tensor(std)
-    return out.to(dtype).permute(0, 3, 1, 2)
+    return out.to(dtype).contiguous().permute(0, 3, 1, 2)

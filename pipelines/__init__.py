@@ -1,8 +1,8 @@
 """Pipelines: (data set, view table, order) -> batches of pixels. Deterministic machines; all randomness is in the table.
 
-    pipeline = open_pipeline("auto", dataset, image_size=224, batch_size=256)
-    for batch in pipeline.epoch(views, order, start=0):
-        batch.images, batch.labels, batch.sample_ids
+pipeline = open_pipeline("auto", dataset, image_size=224, batch_size=256)
+for batch in pipeline.epoch(views, order, start=0):
+    batch.images, batch.labels, batch.sample_ids
 """
 
 from collections.abc import Iterator, Sequence

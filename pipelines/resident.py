@@ -45,9 +45,9 @@ class Pipeline:
         for rows in batches(views, order, start, self.batch_size):
             ids = torch.from_numpy(rows).to(self.device, non_blocking=True)
             if self.device.type == "cpu":
-                images = torch.empty(
-                    len(rows), 3, self.image_size, self.image_size, dtype=torch.uint8
-                ).contiguous(memory_format=torch.channels_last)
+                images = torch.empty(len(rows), 3, self.image_size, self.image_size, dtype=torch.uint8).contiguous(
+                    memory_format=torch.channels_last
+                )
                 for out, row in zip(images, rows, strict=True):
                     image = self.pixels[row].permute(2, 0, 1)
                     out.copy_(crop_resize_one(image, boxes[row].tolist(), bool(views.flip[row]), self.image_size))

@@ -1,5 +1,6 @@
 """The portable pipeline: worker processes decode whole batches with torchvision.io and crop from the view table."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,6 +50,11 @@ class _Batches(TorchDataset):
         return Views(self.views.crop[rows], self.views.flip[rows]).boxes(self.dataset.sizes[rows])
 
 
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the main process alone answers it and ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Pipeline:
     """See `fastofa.pipelines.open_pipeline`."""
 
@@ -71,6 +77,7 @@ class Pipeline:
             _Batches(self.dataset, views, rows, self.image_size),
             batch_size=None,
             num_workers=min(self.workers, len(rows)),
+            worker_init_fn=_ignore_interrupts,
             pin_memory=self.device.type == "cuda",
         )
         for ids, images in zip(rows, loader, strict=True):

@@ -1,0 +1,57 @@
+"""Look at a teacher cache, or check it.
+
+fastofa cache info cache
+fastofa cache verify cache
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastofa.teacher_cache import TeacherCache
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """info: what the cache was made from. verify: read every file and compare its checksum."""
+
+    action: tyro.conf.Positional[Literal["info", "verify"]]
+    """What to do."""
+    cache: tyro.conf.Positional[Path]
+    """Folder that `fastofa precompute` wrote."""
+
+
+def info(cache: TeacherCache) -> dict[str, str]:
+    """What a person asks of a cache."""
+    header, policy = cache.header, cache.policy
+    size = sum(file.stat().st_size for file in cache.path.iterdir())
+    teachers = (
+        f"{t['name']} at {t['image_size']} px, {t['precision']}, weights {t['sha256'][:12]}" for t in header["teachers"]
+    )
+    return {
+        "teacher": "; ".join(teachers),
+        "data": f"{header['dataset']['spec']}, {cache.num_samples:,} images, {cache.num_classes} classes",
+        "answers": f"top {cache.topk} of {cache.num_classes}",
+        "views": f"{cache.views}, seed {header['seed']}",
+        "crops": f"area {policy.scale[0]:g} to {policy.scale[1]:g}, ratio {policy.ratio[0]:.3g} to {policy.ratio[1]:.3g}",
+        "flip": f"{policy.flip:g}",
+        "size": f"{size / 1e6:,.1f} MB",
+        "made with": ", ".join(f"{name} {version}" for name, version in header["versions"].items()),
+    }
+
+
+def main(argv: list[str]) -> None:
+    config = tyro.cli(CacheConfig, args=argv, prog="fastofa cache")
+    cache = TeacherCache.open(config.cache)
+    if config.action == "verify":
+        cache.verify()
+        print(f"{config.cache}: {cache.views} views and the validation answers are as they were written")
+        return
+    table = Table(show_header=False, title=str(config.cache), title_justify="left")
+    for name, value in info(cache).items():
+        table.add_row(name, value)
+    Console().print(table)

@@ -1,0 +1,112 @@
+"""A checkpoint is one safetensors file: student with exits, optimiser, EMA, random state and position. No pickle.
+
+Tensor names: student.NAME, ema.NAME, optimizer.PARAMETER.KEY, random.DEVICE.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastofa.errors import BadInput
+from fastofa.files import load_tensors, save_tensors
+
+FILE = "checkpoint.safetensors"
+
+
+def save_checkpoint(
+    path: Path,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: nn.Module | None,
+    position: dict[str, Any],
+) -> None:
+    """Write everything that the next step depends on, atomically. `position` is JSON."""
+    tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
+    if ema is not None:
+        tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
+    scalars: dict[str, Any] = {}
+    for key, value in _optimizer_state(student, optimizer):
+        if isinstance(value, Tensor):
+            tensors[f"optimizer.{key}"] = value
+        else:
+            scalars[key] = value
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    save_tensors(path, tensors, {"position": position, "optimizer": scalars})
+
+
+def load_checkpoint(
+    path: Path, student: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
+) -> dict[str, Any]:
+    """Bring all of them back to where they were saved; returns the position.
+
+    Raises:
+        BadInput: damaged file, or keys or shapes that do not fit; nothing was changed then.
+    """
+    tensors, info = load_tensors(path)
+    parts = {"student.": student.state_dict(), "ema.": {} if ema is None else ema.state_dict()}
+    for prefix, own in parts.items():
+        _check_keys(path, prefix, own, tensors)
+    student.load_state_dict(_under("student.", tensors))
+    if ema is not None:
+        ema.load_state_dict(_under("ema.", tensors))
+    _restore_optimizer(student, optimizer, {**_under("optimizer.", tensors), **info["optimizer"]})
+    torch.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available() and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    return info["position"]
+
+
+def load_student(path: Path, student: nn.Module) -> dict[str, Any]:
+    """Only the weights to evaluate or export: the moving average where there is one. Returns the position."""
+    tensors, info = load_tensors(path)
+    prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "student."
+    _check_keys(path, prefix, student.state_dict(), tensors)
+    student.load_state_dict(_under(prefix, tensors))
+    return info["position"]
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _check_keys(path: Path, prefix: str, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    found = _under(prefix, tensors)
+    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    reshaped = [k for k in sorted(own.keys() & found.keys()) if own[k].shape != found[k].shape]
+    if missing or unexpected or reshaped:
+        raise BadInput(
+            f"{path}: does not fit this run's {prefix.rstrip('.')}: missing {_some(missing)}; unexpected "
+            f"{_some(unexpected)}; of another shape {_some(reshaped)}; was config.json edited?"
+        )
+
+
+def _some(keys: list[str]) -> str:
+    return "none" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Any]]:
+    """(name, tensor or number) of all that the optimiser keeps between steps; learning rates follow from the step."""
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            yield f"{names[parameter]}.{key}", value
+    for i, group in enumerate(optimizer.param_groups):
+        if "step" in group:  # timm's LAMB counts in the group
+            yield f"group{i}.step", group["step"]
+
+
+def _restore_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    parameters = dict(student.named_parameters())
+    optimizer.state.clear()
+    for key, value in state.items():
+        name, _, item = key.rpartition(".")
+        if name in parameters:
+            place = parameters[name].device if isinstance(value, Tensor) and value.ndim else None
+            optimizer.state[parameters[name]][item] = value.to(place) if place else value
+        else:
+            optimizer.param_groups[int(name.removeprefix("group"))][item] = value

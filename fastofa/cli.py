@@ -1,0 +1,45 @@
+"""The command line: `fastofa COMMAND ...`. Each command is a module with `main(argv)`, imported only when asked for."""
+
+import sys
+from importlib import import_module
+
+from fastofa import __version__
+from fastofa.errors import BadInput
+from fastofa.interrupt import Stopped
+
+COMMANDS = {
+    "demo": "distil a small student on handwritten digits, from nothing, in three minutes",
+    "precompute": "ask a teacher about every view of every image, and keep its answers",
+    "train": "distil a student from a teacher cache",
+    "evaluate": "top-1, top-5 and agreement with the teacher of a run",
+    "export": "write a run's student as a model that plain timm loads",
+    "cache": "info on a teacher cache, or verify its checksums",
+    "doctor": "what acceleration is present here, and what the missing parts need",
+}
+USAGE = "usage: fastofa COMMAND [--help]\n\n" + "\n".join(f"  {name:12}{what}" for name, what in COMMANDS.items())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exit codes: 0, 2 after bad input (one line on standard error), 128 + signal after a saved interruption."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        print(f"fastofa {__version__}")
+        return
+    if argv[0] not in COMMANDS:
+        sys.exit(_say(f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}", 2))
+    try:
+        import_module(f"fastofa.{argv[0]}").main(argv[1:])
+    except BadInput as error:
+        sys.exit(_say(str(error), 2))
+    except Stopped as stop:
+        sys.exit(_say(str(stop), 128 + stop.signum))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted before there was anything to save", 130))
+
+
+def _say(message: str, code: int) -> int:
+    print(f"fastofa: {'error: ' if code == 2 else ''}{message}", file=sys.stderr)
+    return code

@@ -1,0 +1,199 @@
+"""Everything that decides a training run, in one frozen value. Recipes fill it, flags change it, the run keeps it."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastofa.errors import BadInput
+from fastofa.views import ViewPolicy
+
+Method = Literal["ofa", "kd", "scratch"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Distil a student from a teacher cache."""
+
+    data: str
+    """Data set: digits, digits:N, cifar100:DIR, or a folder with train/ and val/."""
+    student: str
+    """A timm model (or swin_nano_patch4_window7_224, swin_pico_patch4_window7_224)."""
+    out: Path
+    """Folder of the run: config.json, metrics.jsonl, checkpoint.safetensors, curves.png, TensorBoard events."""
+    cache: Path | None = None
+    """Teacher cache made by `fastofa precompute`; only --method scratch can do without."""
+    resume: bool = False
+    """Go on from the run's checkpoint; from the beginning where there is none yet."""
+    recipe: str = "digits"
+    """Where the defaults below come from: digits, imagenet_cnn, imagenet_vit_mlp, imagenet_stronger, cifar_cnn,
+    cifar_vit_mlp."""
+
+    method: Method = "ofa"
+    """ofa: every stage's exit and the final logits learn from the teacher; kd: the final logits only; scratch: labels
+    only."""
+    stages: tuple[int, ...] = (1, 2, 3, 4)
+    """Stages of the student that get an exit (ofa)."""
+    eps: tuple[float, ...] = (1.0,)
+    """Target enhancement: one value, or one per exit and one for the final logits. Above 1 boosts the target class
+    (published: 1.5 for DeiT-T -> ResNet-18 on ImageNet, 1.0 on CIFAR)."""
+    temperature: float = 1.0
+    """Divides the student's and the teacher's logits."""
+    variant: Literal["official", "paper"] = "official"
+    """Form of the OFA loss: the published code's or the paper's text."""
+    gt_weight: float = 1.0
+    """Weight of the loss against the labels."""
+    kd_weight: float = 1.0
+    """Weight of the final logits' loss against the teacher."""
+    ofa_weight: float = 1.0
+    """Weight of the exits' losses (the authors' own CIFAR runs used 0.1)."""
+    gt_loss: Literal["ce", "bce"] = "ce"
+    """Loss against the labels: cross-entropy, or binary cross-entropy of each class."""
+    smoothing: float = 0.0
+    """Label smoothing."""
+
+    epochs: int = 100
+    """Passes over the training set; epoch e replays view e modulo the cache's views."""
+    batch_size: int = 512
+    """Images a step. The learning rate belongs to it: change both together."""
+    image_size: int | None = None
+    """Side of the student's input in pixels; by default the model's own."""
+    eval_crop: float = 0.875
+    """Side of the central square that is evaluated, as a share of the picture's shorter side."""
+    seed: int = 0
+    """Of the initial weights, the order of samples, and the views where there is no cache."""
+    init: str | None = None
+    """Where the student's weights start: nothing for random, "pretrained" for timm's published ones, or a file."""
+    drop_path: float = 0.0
+    """Stochastic depth of the student."""
+    mean: tuple[float, float, float] | None = None
+    """Normalisation of the pixels; by default the student's own."""
+    std: tuple[float, float, float] | None = None
+    """Normalisation of the pixels; by default the student's own."""
+    scale: tuple[float, float] | None = None
+    """Share of the picture's area that a crop takes, from and to. By default the cache's; another value is refused."""
+    ratio: tuple[float, float] | None = None
+    """Width over height of a crop, from and to. By default the cache's; another value is refused."""
+    flip: float | None = None
+    """Probability of mirroring. By default the cache's; another value is refused."""
+
+    optimizer: Literal["sgd", "adamw", "lamb"] = "sgd"
+    """timm's; biases, norms and position embeddings are exempt from weight decay."""
+    lr: float = 0.1
+    """Learning rate after warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """How the learning rate falls."""
+    decay_epochs: float = 30
+    """step: epochs between two decays."""
+    decay_rate: float = 0.1
+    """step: factor of each decay."""
+    warmup_epochs: float = 0
+    """Epochs in which the learning rate rises linearly."""
+    warmup_lr: float = 1e-6
+    """Learning rate at the first step of the warm-up."""
+    clip: float | None = None
+    """Largest gradient norm."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, which is then what is evaluated and exported."""
+
+    device: str = "auto"
+    """auto, cuda, cuda:1, cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the student's arithmetic; the loss is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of student and loss. auto: on with a GPU, off on a CPU."""
+    pipeline: str = "auto"
+    """resident, torchvision, or auto: resident for array data sets, torchvision for folders."""
+    workers: int | None = None
+    """Decoding processes of the torchvision pipeline; by default one per core, at most 16."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int = 1
+    """Epochs between two evaluations; the last epoch always has one."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; there is one at the end and at an interruption, too."""
+
+    def __post_init__(self) -> None:
+        def need(fits: bool, name: str, expected: str) -> None:
+            if not fits:
+                raise BadInput(f"{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
+
+        for name in ("epochs", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("gt_weight", "kd_weight", "ofa_weight", "lr", "min_lr", "weight_decay", "warmup_epochs"):
+            need(getattr(self, name) >= 0, name, "a number of at least 0")
+        for name in ("smoothing", "drop_path"):
+            need(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1")
+        need(self.temperature > 0, "temperature", "a number above 0")
+        need(self.decay_epochs > 0, "decay_epochs", "a number above 0")
+        need(0 < self.eval_crop <= 1, "eval_crop", "a number above 0 and at most 1")
+        need(self.clip is None or self.clip > 0, "clip", "a number above 0")
+        need(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1")
+        need(self.image_size is None or self.image_size >= 1, "image_size", "at least 1 pixel")
+        need(self.seed >= 0, "seed", "at least 0")
+        need(
+            set(self.stages) <= {1, 2, 3, 4} and len(set(self.stages)) == len(self.stages), "stages", "some of 1 2 3 4"
+        )
+        need(self.method != "ofa" or len(self.stages) > 0, "stages", "at least one stage (or --method kd)")
+        heads = len(self.exits) + 1
+        need(len(self.eps) in (1, heads) and all(e > 0 for e in self.eps), "eps", f"1 or {heads} numbers above 0")
+        need((self.mean is None) == (self.std is None), "mean", "both --mean and --std or neither")
+        self.policy(ViewPolicy())
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The stages that get an exit: none unless the method uses them."""
+        return tuple(sorted(self.stages)) if self.method == "ofa" else ()
+
+    def policy(self, default: ViewPolicy) -> ViewPolicy:
+        """The view policy asked for, `default` where nothing was."""
+        return changed_policy(default, self.scale, self.ratio, self.flip)
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Raises BadInput if the file was written by another version or edited."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != fields:
+            odd = sorted(set(values) ^ fields)
+            raise BadInput(
+                f"config.json: expected the fields of this version of fastofa, these differ: {', '.join(odd)}"
+            )
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        cache = values["cache"]
+        return cls(**{**values, "out": Path(values["out"]), "cache": None if cache is None else Path(cache)})
+
+    def differences(self, other: "TrainConfig") -> list[str]:
+        """What would make a resumed run another run, one `name: mine, other's` each."""
+        free = {
+            "out",
+            "resume",
+            "device",
+            "compile",
+            "pipeline",
+            "workers",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "data",
+        }
+        mine, theirs = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
+        return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if k not in free and mine[k] != theirs[k]]
+
+
+def changed_policy(
+    policy: ViewPolicy,
+    scale: tuple[float, float] | None,
+    ratio: tuple[float, float] | None,
+    flip: float | None,
+) -> ViewPolicy:
+    """`policy` with what was given in place of its own. Raises BadInput for impossible values."""
+    given = {"scale": scale, "ratio": ratio, "flip": flip}
+    return dataclasses.replace(policy, **{name: value for name, value in given.items() if value is not None})

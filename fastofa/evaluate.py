@@ -1,0 +1,105 @@
+"""How good is a run's student?
+
+fastofa evaluate run --data photos
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastofa.dataset import open_dataset
+from fastofa.device import choose_bf16, choose_device, choose_workers
+from fastofa.errors import BadInput
+from fastofa.files import write_json
+from fastofa.metrics import accuracy, predict
+from fastofa.pipelines import open_pipeline
+from fastofa.progress import notice
+from fastofa.run import Run, open_run
+from fastofa.teacher_cache import Targets, TeacherCache, agreement
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Top-1, top-5 and agreement with the teacher, also written to RUN/evaluation.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder that `fastofa train` wrote."""
+    data: str
+    """Data set whose validation split is used."""
+    batch_size: int = 256
+    """Images at once."""
+    device: str = "auto"
+    """auto, cuda, cuda:1, cpu."""
+    pipeline: str = "auto"
+    """resident, torchvision, or auto."""
+    workers: int | None = None
+    """Decoding processes of the torchvision pipeline; by default one per core, at most 16."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    images: int
+    top1: float
+    top5: float
+    teacher_top1: float | None
+    """None where there is no teacher cache of these images."""
+    agreement: float | None
+    """Share of images where student and teacher have the same best class."""
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Raises BadInput: no run, no checkpoint, a data set with other classes."""
+    run = open_run(config.run)
+    dataset = open_dataset(config.data, "val")
+    if dataset.classes != run.classes:
+        raise BadInput(
+            f"data {config.data}: expected the {len(run.classes)} classes that {config.run} was trained on "
+            f"({', '.join(run.classes[:3])}, ...), got {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)"
+        )
+    device = choose_device(config.device)
+    student = run.trained_student().to(device)
+    pipeline = open_pipeline(
+        config.pipeline, dataset, student.image_size, config.batch_size, device, choose_workers(config.workers)
+    )
+    bf16 = choose_bf16(run.config.precision, device)
+    best = predict(student, pipeline, dataset, run.config.eval_crop, bf16, "evaluate")
+    top1, top5 = accuracy(best, dataset.labels)
+    teacher = _teacher_answers(run, dataset.fingerprint)
+    found = Evaluation(
+        images=len(dataset),
+        top1=top1,
+        top5=top5,
+        teacher_top1=None if teacher is None else agreement(dataset.labels, teacher),
+        agreement=None if teacher is None else agreement(best[:, 0], teacher),
+    )
+    write_json(config.run / "evaluation.json", {"data": config.data, **dataclasses.asdict(found)})
+    return found
+
+
+def _teacher_answers(run: Run, fingerprint: str) -> Targets | None:
+    """The teacher's answers on these very images, if the run's cache is still there."""
+    if run.config.cache is None:
+        return None
+    try:
+        cache = TeacherCache.open(run.config.cache)
+        if cache.header["dataset"]["val"] == fingerprint:
+            return cache.val_targets()
+        notice(f"no agreement with the teacher: {cache.path} holds answers for other validation images")
+    except BadInput as error:
+        notice(f"no agreement with the teacher: {error}")
+    return None
+
+
+def main(argv: list[str]) -> None:
+    config = tyro.cli(EvaluateConfig, args=argv, prog="fastofa evaluate")
+    found = evaluate(config)
+    table = Table(title=f"{config.run} on {found.images:,} images of {config.data}", title_justify="left")
+    for name in ("top-1", "top-5", "teacher's top-1", "agreement"):
+        table.add_column(name, justify="right")
+    values = (found.top1, found.top5, found.teacher_top1, found.agreement)
+    table.add_row(*("-" if value is None else f"{value:.2%}" for value in values))
+    Console().print(table)

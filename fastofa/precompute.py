@@ -1,0 +1,259 @@
+"""Ask the teacher once about every view of every picture, and keep its answers.
+
+    fastofa precompute --data photos --teacher convnext_tiny.in12k_ft_in1k --views 300 --topk 16 --out cache
+
+The same command goes on where it stopped. A larger --views adds views to a finished cache.
+"""
+
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.progress import Progress, TaskID
+from torch import Tensor
+
+from fastofa.config import changed_policy
+from fastofa.dataset import Dataset, open_dataset
+from fastofa.device import choose_bf16, choose_device, choose_workers
+from fastofa.errors import BadInput
+from fastofa.interrupt import Interrupt, Stopped
+from fastofa.pipelines import Pipeline, open_pipeline
+from fastofa.progress import notice, progress_bar
+from fastofa.recipes import default_policy
+from fastofa.teacher import Teacher, open_teacher
+from fastofa.teacher_cache import (
+    HEADER,
+    PARTIAL,
+    VAL,
+    Targets,
+    TeacherCache,
+    answers,
+    identity,
+    policy_to_json,
+    read_header,
+    read_table,
+    view_file,
+    write_header,
+    write_table,
+)
+from fastofa.views import ViewPolicy, Views, center_views, draw_views
+
+SAVE_EVERY_S = 300  # seconds between two saves of an unfinished view
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """Write a teacher cache: V views of the training set, each with the teacher's top-K answer for every picture."""
+
+    data: str
+    """Data set: digits, digits:N, cifar100:DIR, or a folder with train/ and val/."""
+    teacher: str
+    """A timm model with its tag (convnext_tiny.in12k_ft_in1k), or a folder that `fastofa export` wrote."""
+    out: Path
+    """Folder of the cache."""
+    views: int
+    """Views of the training set. Training replays view (epoch modulo views): one per epoch is best, fewer are smaller."""
+    topk: int
+    """Classes kept of each answer, at 4 bytes a class. The mass they leave is spread over the other classes."""
+    teacher_checkpoint: Path | None = None
+    """The teacher's weights from a .safetensors or .pth file instead of timm's. A config.json beside it, if of the same
+    architecture, gives normalisation and input size."""
+    image_size: int | None = None
+    """Side of the teacher's input in pixels; by default its own."""
+    mean: tuple[float, float, float] | None = None
+    """Normalisation of the teacher's pixels; by default its own."""
+    std: tuple[float, float, float] | None = None
+    """Normalisation of the teacher's pixels; by default its own."""
+    scale: tuple[float, float] | None = None
+    """Share of the picture's area that a crop takes, from and to. By default 0.08 1 (digits: 0.6 1)."""
+    ratio: tuple[float, float] | None = None
+    """Width over height of a crop, from and to. By default 3/4 to 4/3."""
+    flip: float | None = None
+    """Probability of mirroring. By default 0.5 (digits: 0)."""
+    seed: int = 0
+    """Of the views."""
+    skip_corrupt: bool = False
+    """Decode every file first, list the unreadable ones and leave them out for good."""
+    batch_size: int = 256
+    """Pictures the teacher sees at once."""
+    device: str = "auto"
+    """auto, cuda, cuda:1, cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the teacher's arithmetic; log-softmax is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    pipeline: str = "auto"
+    """resident, torchvision, or auto: resident for array data sets, torchvision for folders."""
+    workers: int | None = None
+    """Decoding processes of the torchvision pipeline; by default one per core, at most 16."""
+
+    def __post_init__(self) -> None:
+        for name in ("views", "topk", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise BadInput(f"{name.replace('_', '-')}: expected at least 1, got {value}")
+        if self.seed < 0:
+            raise BadInput(f"seed: expected at least 0, got {self.seed}")
+        if (self.mean is None) != (self.std is None):
+            raise BadInput("expected both --mean and --std or neither")
+
+
+def precompute(config: PrecomputeConfig) -> TeacherCache:
+    """Write or go on with the cache.
+
+    Raises:
+        BadInput: see the fields of the configuration; a cache with other arguments in the same place.
+        Stopped: by Ctrl-C or SIGTERM, after saving.
+    """
+    train = open_dataset(config.data, "train", config.skip_corrupt)
+    val = open_dataset(config.data, "val", config.skip_corrupt)
+    if config.topk > len(train.classes):
+        raise BadInput(f"topk: expected at most the {len(train.classes)} classes of {config.data}, got {config.topk}")
+    policy = changed_policy(default_policy(config.data), config.scale, config.ratio, config.flip)
+    device = choose_device(config.device)
+    bf16 = choose_bf16(config.precision, device)
+    teacher = open_teacher(
+        config.teacher,
+        len(train.classes),
+        config.teacher_checkpoint,
+        config.image_size,
+        config.mean,
+        config.std,
+        device,
+        bf16,
+    )
+    header: dict[str, Any] = {
+        "dataset": {"spec": config.data, "train": train.fingerprint, "val": val.fingerprint},
+        "num_samples": len(train),
+        "num_val_samples": len(val),
+        "num_classes": len(train.classes),
+        "topk": config.topk,
+        "policy": policy_to_json(policy),
+        "seed": config.seed,
+        "views": config.views,
+        "teachers": [teacher.describe()],
+        "pipeline": config.pipeline,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
+    }
+    header = _begin(config.out, header)
+    with Interrupt() as interrupt:
+        job = _Job(config.out, header, teacher, config, interrupt)
+        job.write_val(val)
+        job.write_views(train, policy)
+    return TeacherCache.open(config.out)
+
+
+def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Write the header, or find the same one there; returns the one that holds."""
+    if not (out / HEADER).exists():
+        if out.exists() and any(not f.name.startswith(".") for f in out.iterdir()):
+            raise BadInput(f"{out}: expected an empty or new folder or a cache, it holds other files")
+        write_header(out, header)
+        return header
+    found = read_header(out)
+    mine, theirs = identity(header), identity(found)
+    different = [
+        f"{key} ({_short(theirs[key])} there, {_short(mine[key])} here)" for key in mine if mine[key] != theirs[key]
+    ]
+    if different:
+        raise BadInput(
+            f"{out}: holds a cache made otherwise, it differs in {'; '.join(different)}; choose another --out"
+        )
+    if header["views"] > found["views"]:
+        found = {**found, "views": header["views"]}
+        write_header(out, {k: v for k, v in found.items() if k != "schema"})
+    return found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+@dataclass(frozen=True)
+class _Job:
+    out: Path
+    header: dict[str, Any]
+    teacher: Teacher
+    config: PrecomputeConfig
+    interrupt: Interrupt
+
+    def write_val(self, dataset: Dataset) -> None:
+        """The teacher's answers for the validation pictures, which also say how good it is."""
+        if (self.out / VAL).exists():
+            return
+        views = center_views(dataset.sizes, self.teacher.crop)
+        with progress_bar() as bar:
+            found = self._ask(
+                self._open(dataset), views, VAL, bar, bar.add_task("validation", total=len(dataset), note="")
+            )
+        self._commit(VAL, found._asdict(), VAL)
+        correct = found.classes[:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
+        notice(f"teacher {self.teacher.name}: {correct.float().mean():.2%} top-1 on {len(dataset)} validation images")
+
+    def write_views(self, dataset: Dataset, policy: ViewPolicy) -> None:
+        total = self.header["views"]
+        todo = [view for view in range(total) if not (self.out / view_file(view)).exists()]
+        if not todo:
+            return
+        pipeline = self._open(dataset)
+        with progress_bar() as bar:
+            done = (total - len(todo)) * len(dataset)
+            task = bar.add_task("precompute", total=total * len(dataset), completed=done, note="")
+            for view in todo:
+                bar.update(task, note=f"view {view + 1} of {total}")
+                views = draw_views(policy, dataset.sizes, self.config.seed, view)
+                found = self._ask(pipeline, views, view, bar, task)
+                table = {"crop": torch.from_numpy(views.crop), "flip": torch.from_numpy(views.flip), **found._asdict()}
+                self._commit(view_file(view), table, view)
+
+    def _open(self, dataset: Dataset) -> Pipeline:
+        c, t = self.config, self.teacher
+        return open_pipeline(c.pipeline, dataset, t.image_size, c.batch_size, t.device, choose_workers(c.workers))
+
+    def _ask(self, pipeline: Pipeline, views: Views, table: int | str, bar: Progress, task: TaskID) -> Targets:
+        """The teacher's answers for every row of a table, in sample order."""
+        parts = self._read_partial(table)
+        done = sum(len(part.classes) for part in parts)
+        bar.advance(task, done)
+        saved_at = time.monotonic()
+        for batch in pipeline.epoch(views, np.arange(len(views)), start=done):
+            parts.append(answers(self.teacher.log_probs(batch.images), self.header["topk"]))
+            bar.advance(task, len(batch.labels))
+            if self.interrupt.signum is not None or time.monotonic() - saved_at > SAVE_EVERY_S:
+                write_table(self.out / PARTIAL, _joined(parts)._asdict(), self.header, f"first rows of {table}")
+                saved_at = time.monotonic()
+            if self.interrupt.signum is not None:
+                raise Stopped(f"saved in {self.out}; run the same command again to go on", self.interrupt.signum)
+        return _joined(parts)
+
+    def _read_partial(self, table: int | str) -> list[Targets]:
+        """What an interrupted run had of this table."""
+        if not (self.out / PARTIAL).exists():
+            return []
+        try:
+            tensors = read_table(self.out / PARTIAL, self.header, f"first rows of {table}")
+        except BadInput:
+            return []  # of another table: its view was finished after all
+        return [Targets(tensors["classes"], tensors["log_probs"])]
+
+    def _commit(self, file: str, tensors: dict[str, Tensor], table: int | str) -> None:
+        write_table(self.out / file, tensors, self.header, table)
+        (self.out / PARTIAL).unlink(missing_ok=True)
+
+
+def _joined(parts: list[Targets]) -> Targets:
+    return Targets(torch.cat([p.classes for p in parts]), torch.cat([p.log_probs for p in parts]))
+
+
+def main(argv: list[str]) -> None:
+    config = tyro.cli(PrecomputeConfig, args=argv, prog="fastofa precompute")
+    cache = precompute(config)
+    size = sum(file.stat().st_size for file in cache.path.iterdir())
+    print(
+        f"{cache.path}: {cache.views} views of {cache.num_samples:,} images, top {cache.topk} of {cache.num_classes} "
+        f"classes, {size / 1e6:,.1f} MB"
+    )

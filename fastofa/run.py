@@ -1,0 +1,59 @@
+"""A run's folder: config.json says what the run is, so that it can be resumed, evaluated and exported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastofa import __version__
+from fastofa.checkpoint import FILE, load_student
+from fastofa.config import TrainConfig
+from fastofa.errors import BadInput
+from fastofa.files import read_json, write_json
+from fastofa.student import Student
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+    config: TrainConfig
+    classes: tuple[str, ...]
+    teacher_dim: int
+    """Width of the teacher's last features, which a CNN's exits take over; 0 without a teacher."""
+
+    def build_student(self, init: str | None = None) -> Student:
+        """The student as the configuration says, weights not loaded. Raises BadInput for what cannot be built."""
+        c = self.config
+        return Student(
+            c.student, len(self.classes), c.image_size, self.teacher_dim, c.exits, c.drop_path, c.mean, c.std, init
+        )
+
+    def trained_student(self) -> Student:
+        """The student with the checkpoint's weights (the moving average where there is one), in eval mode."""
+        if not (self.path / FILE).exists():
+            raise BadInput(f"{self.path}: no checkpoint yet; run `fastofa train` with --resume until it saves one")
+        student = self.build_student()
+        load_student(self.path / FILE, student)
+        return student.eval()
+
+    def save(self) -> None:
+        write_json(
+            self.path / CONFIG,
+            {
+                "fastofa": __version__,
+                "config": self.config.to_json(),
+                "classes": list(self.classes),
+                "teacher_dim": self.teacher_dim,
+            },
+        )
+
+
+def open_run(path: Path) -> Run:
+    """Raises BadInput if the folder holds no run or its config.json was edited."""
+    if not (path / CONFIG).is_file():
+        raise BadInput(f"{path}: expected a run made by `fastofa train`, found no {CONFIG}")
+    values = read_json(path / CONFIG)
+    try:
+        return Run(path, TrainConfig.from_json(values["config"]), tuple(values["classes"]), values["teacher_dim"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None

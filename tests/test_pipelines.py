@@ -1,0 +1,279 @@
+"""The replay contract: the pixels of (view, sample) do not depend on workers, batch size, order or where one starts."""
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tv
+from PIL import Image
+from torch import Tensor
+
+from fastofa.dataset import Dataset, from_array, open_dataset
+from fastofa.errors import BadInput
+from fastofa.kernels import crop_resize
+from fastofa.pipelines import Batch, open_pipeline
+from fastofa.views import ViewPolicy, Views, center_views, draw_views, epoch_order
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module")
+def mixed(photos: Path) -> Dataset:
+    """24 JPEGs of many sizes."""
+    return open_dataset(str(photos))
+
+
+@pytest.fixture(scope="module")
+def uniform(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same photographs as 24 JPEGs of 90 x 80 pixels."""
+    root = tmp_path_factory.mktemp("uniform")
+    for path in sorted(photos.glob("train/*/*.jpg")):
+        (root / "train" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.open(path).crop((0, 0, 80, 90)).save(root / path.relative_to(photos), quality=92)
+    return open_dataset(str(root))
+
+
+def draw(dataset: Dataset, view: int = 0) -> Views:
+    return draw_views(ViewPolicy(), dataset.sizes, seed=1, view=view)
+
+
+def by_sample(batches: list[Batch]) -> dict[int, Tensor]:
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    return dict(zip(ids.tolist(), torch.cat([batch.images for batch in batches]), strict=True))
+
+
+def run(
+    name: str, dataset: Dataset, views: Views, size=32, batch_size=7, order=None, start=0, **options
+) -> list[Batch]:
+    order = np.arange(len(dataset)) if order is None else order
+    return list(open_pipeline(name, dataset, size, batch_size, **options).epoch(views, order, start))
+
+
+def by_hand(dataset: Dataset, views: Views, size: int) -> Tensor:
+    """Pillow and torchvision's transforms, one sample after the other."""
+    images = []
+    for i, (box, flip) in enumerate(zip(views.boxes(dataset.sizes).tolist(), views.flip, strict=True)):
+        if dataset.pixels is None:
+            image = tv.pil_to_tensor(Image.open(dataset.path(i)).convert("RGB"))
+        else:
+            image = torch.from_numpy(dataset.pixels[i]).permute(2, 0, 1)
+        image = tv.resized_crop(image, *box, [size, size], antialias=True)
+        images.append(tv.horizontal_flip(image) if flip else image)
+    return torch.stack(images)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Mean over the pixels, of the worst picture, in levels of 255."""
+    return (a.float() - b.float()).abs().mean(dim=(1, 2, 3)).max().item()
+
+
+def images_of(batches: list[Batch]) -> Tensor:
+    return torch.cat([batch.images for batch in batches])
+
+
+def same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
+    return all(torch.equal(image, a[i]) for i, image in b.items())
+
+
+# --- Replay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_torchvision_pixels_depend_on_view_and_sample_only(mixed, workers, batch_size):
+    """Bit for bit: sequential in this process against shuffled in workers, and from the middle of the epoch."""
+    views = draw(mixed)
+    truth = by_sample(run("torchvision", mixed, views, batch_size=5))
+    order = epoch_order(len(mixed), seed=9, epoch=2)
+    options = {"workers": workers, "batch_size": batch_size, "order": order}
+    whole = by_sample(run("torchvision", mixed, views, **options))
+    assert list(whole) == order.tolist()
+    assert same(truth, whole)
+    later = by_sample(run("torchvision", mixed, views, start=11, **options))
+    assert list(later) == order[11:].tolist()
+    assert same(truth, later)
+    assert not same(truth, by_sample(run("torchvision", mixed, draw(mixed, view=1))))
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+@pytest.mark.parametrize("source", ["digits", "uniform"])
+def test_resident_pixels_depend_on_view_and_sample_only(request, source, batch_size):
+    dataset = request.getfixturevalue(source)
+    views = draw(dataset)
+    truth = by_sample(run("resident", dataset, views, batch_size=5))
+    order = epoch_order(len(dataset), seed=9, epoch=2)
+    whole = by_sample(run("resident", dataset, views, batch_size=batch_size, order=order))
+    assert list(whole) == order.tolist()
+    assert same(truth, whole)
+    later = by_sample(run("resident", dataset, views, batch_size=batch_size, order=order, start=11))
+    assert list(later) == order[11:].tolist()
+    assert same(truth, later)
+    assert not same(truth, by_sample(run("resident", dataset, draw(dataset, view=1))))
+
+
+def test_a_table_covers_the_same_region_at_another_image_size():
+    """On a picture of its own coordinates each output pixel reads the place in the box that it stands for."""
+    rows, columns = np.meshgrid(np.arange(120) * 2, np.arange(200), indexing="ij")
+    pixels = np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8)[None].repeat(12, axis=0)
+    names = [f"{i:02d}" for i in range(12)]
+    dataset = from_array("ramp", "train", ("ramp",), names, np.zeros(12, dtype=np.int64), pixels)
+    views = draw(dataset)
+    assert 0 < views.flip.sum() < 12
+    fraction = views.crop / 65535 * [120, 200, 120, 200]
+    for size in (8, 20, 64):
+        images = images_of(run("torchvision", dataset, views, size)).float()
+        place = (np.arange(size) + 0.5) / size
+        for image, (top, left, height, width), flip in zip(images, fraction, views.flip, strict=True):
+            middle = slice(size // 8, size - size // 8)  # filters are cut at the box's edges
+            down = 2 * (top + place * height - 0.5)
+            across = (left + (place[::-1] if flip else place) * width) - 0.5
+            assert np.abs(image[0].mean(1).numpy() - down)[middle].max() < 1.5
+            assert np.abs(image[1].mean(0).numpy() - across)[middle].max() < 1.0
+
+
+# --- Pixels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [(s, n) for s in ("digits", "uniform") for n in ("torchvision", "resident")] + [("mixed", "torchvision")],
+)
+def test_equals_a_plain_torchvision_loop(request, source, name):
+    """Per sample: open, resized_crop(antialias=True), horizontal_flip; digits to 1 of 255 at every pixel."""
+    dataset = request.getfixturevalue(source)
+    views = draw(dataset)
+    for size in (8, 45):
+        got, expected = images_of(run(name, dataset, views, size)), by_hand(dataset, views, size)
+        assert got.dtype == torch.uint8
+        if source == "digits":
+            assert (got.int() - expected.int()).abs().max() <= 1
+        assert difference(got, expected) <= 1
+
+
+@pytest.mark.parametrize("source", ["digits", "uniform"])
+def test_resident_and_the_gpus_kernel_agree_with_torchvision(request, source):
+    """To a mean of 1/255: the resident pipeline, and `crop_resize`, which it uses on a GPU, on the same pixels."""
+    dataset = request.getfixturevalue(source)
+    views = draw(dataset)
+    center = center_views(dataset.sizes)
+    pixels = dataset.pixels
+    if pixels is None:
+        pixels = np.stack([np.asarray(Image.open(dataset.path(i))) for i in range(len(dataset))])
+    for table in (views, center):
+        expected = images_of(run("torchvision", dataset, table))
+        assert difference(images_of(run("resident", dataset, table)), expected) <= 1
+        boxes, flip = torch.from_numpy(table.boxes(dataset.sizes)), torch.from_numpy(table.flip)
+        assert difference(crop_resize(torch.from_numpy(pixels), boxes, flip, 32), expected) <= 1
+
+
+@pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("resident", 0)])
+def test_batches_are_laid_out_as_promised(digits, name, workers):
+    """Channels-last, labels and ids of the samples asked for, a smaller last batch; normalised as torchvision does."""
+    views, order = draw(digits), epoch_order(len(digits), 0, 0)
+    batches = run(name, digits, views, 16, batch_size=24, order=order, workers=workers)
+    assert [len(batch.images) for batch in batches] == [24, 24, 24, 24, 4]
+    for batch in batches:
+        assert batch.images.shape[1:] == (3, 16, 16)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+        assert torch.equal(batch.labels, torch.from_numpy(digits.labels)[batch.sample_ids])
+    assert torch.cat([batch.sample_ids for batch in batches]).tolist() == order.tolist()
+
+    plain = images_of(batches)
+    options = {"order": order, "workers": workers, "normalize": (MEAN, STD)}
+    normal = run(name, digits, views, 16, batch_size=24, **options)
+    assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in normal)
+    expected = tv.normalize(tv.to_dtype(plain, torch.float32, scale=True), MEAN, STD)
+    torch.testing.assert_close(images_of(normal), expected, rtol=0, atol=1e-5)
+
+
+def test_an_epoch_may_be_empty_or_repeat_samples(digits):
+    views = draw(digits)
+    for name in ("torchvision", "resident"):
+        assert run(name, digits, views, order=np.arange(10), start=10, workers=2) == []
+        twice = run(name, digits, views, order=np.array([3, 3, 5]))[0].images
+        assert torch.equal(twice[0], twice[1])
+        with pytest.raises(ValueError, match=r"order: expected sample ids 0..99, got 0..100"):
+            run(name, digits, views, order=np.arange(101))
+
+
+# --- What is refused, and interruptions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-900]), "unreadable image .*{name}"),
+        (lambda path: path.write_text("not a picture"), "unreadable image .*{name}"),
+        (lambda path: path.unlink(), "unreadable image .*{name}"),
+        (lambda path: Image.open(path).crop((0, 0, 50, 40)).save(path), "image .*{name} is 40 x 50 pixels, expected"),
+    ],
+)
+def test_a_file_that_went_bad_is_named(
+    photos: Path, tmp_path: Path, workers: int, damage: Callable[[Path], object], message: str
+):
+    """Truncated, no picture, gone, or another size than indexed: BadInput with its name, also from a worker."""
+    shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
+    dataset = open_dataset(str(tmp_path / "data"))
+    damage(dataset.path(17))
+    pipeline = open_pipeline("torchvision", dataset, 32, batch_size=6, workers=workers)
+    epoch = pipeline.epoch(draw(dataset), np.arange(len(dataset)))
+    assert [len(next(epoch).images), len(next(epoch).images)] == [6, 6]  # samples 0..11 are whole
+    with pytest.raises(BadInput, match=message.format(name=dataset.names[17])) as error:
+        next(epoch)
+    assert "\n" not in str(error.value)  # no worker's traceback
+
+
+def test_workers_leave_interrupts_to_the_main_process(mixed):
+    """Ctrl-C reaches all processes of a terminal; a worker that dies of it would hide the main process's own ending."""
+    order = np.arange(len(mixed))
+    before = set(multiprocessing.active_children())
+    epoch = open_pipeline("torchvision", mixed, 32, batch_size=2, workers=2).epoch(draw(mixed), order)
+    batches = [next(epoch), next(epoch)]  # one of each worker
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    batches += list(epoch)
+    assert list(by_sample(batches)) == order.tolist()
+
+
+def test_auto_takes_what_fits_the_data(digits, mixed):
+    """An array is resident; a folder of files of many sizes, which resident refuses, goes through torchvision."""
+    for dataset, name in ((digits, "resident"), (mixed, "torchvision")):
+        assert type(open_pipeline("auto", dataset, 32, 8)) is type(open_pipeline(name, dataset, 32, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"name": "resident"},
+            "pipeline resident: expected pictures of one size, got heights .*--pipeline torchvision",
+        ),
+        ({"name": "pillow"}, "unknown pipeline 'pillow': expected auto or one of .*resident.*torchvision"),
+        ({"image_size": 0}, "at least 1 .*got 0, 8 and 0"),
+        ({"batch_size": 0}, "at least 1 .*got 32, 0 and 0"),
+        ({"workers": -1}, "at least 0, got 32, 8 and -1"),
+    ],
+)
+def test_refuses_what_it_cannot_serve(mixed, change, message):
+    options = {"name": "torchvision", "dataset": mixed, "image_size": 32, "batch_size": 8, "workers": 0}
+    with pytest.raises(BadInput, match=message):
+        open_pipeline(**{**options, **change})
+
+
+def test_one_picture_of_another_size_is_enough_to_refuse(uniform):
+    sizes = uniform.sizes.copy()
+    sizes[5, 1] += 1
+    with pytest.raises(BadInput, match=r"heights 90\.\.90 and widths 80\.\.81"):
+        open_pipeline("resident", dataclasses.replace(uniform, sizes=sizes), 32, 8)
