@@ -1,7 +1,7 @@
-"""Packaging. `kernels/` and `pipelines/` stand at the top level and are installed as fastofa.kernels and fastofa.pipelines.
+"""Packaging: `kernels/` and `pipelines/` at the top level are installed as fastofa.kernels and fastofa.pipelines.
 
-A distribution called `kernels` exists, so the bare names must not be installed. The two symlinks inside fastofa/ make an
-editable install, type checkers and go-to-definition see the same layout as the wheel.
+A distribution called `kernels` exists, so the bare names must not be installed. The two symlinks inside fastofa/ let an
+editable install, type checkers and go-to-definition see the wheel's layout.
 """
 
 import re
@@ -10,12 +10,13 @@ from pathlib import Path
 from setuptools import setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+)"', (here / "fastofa" / "__init__.py").read_text()).group(1)
+source = (here / "fastofa" / "__init__.py").read_text()
+version = re.findall(r'__version__ = "(.+)"', source)[0]
 
 setup(
     name="fastofa",
     version=version,
-    description="OFA-KD at full speed: distil a strong small vision model from any teacher through cached teacher logits",
+    description="OFA-KD at full speed: a strong small vision model from any teacher, through cached teacher logits",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
@@ -37,9 +38,9 @@ def info(cache: TeacherCache) -> dict[str, str]:
         "data": f"{header['dataset']['spec']}, {cache.num_samples:,} images, {cache.num_classes} classes",
         "answers": f"top {cache.topk} of {cache.num_classes}",
         "views": f"{cache.views}, seed {header['seed']}",
-        "crops": f"area {policy.scale[0]:g} to {policy.scale[1]:g}, ratio {policy.ratio[0]:.3g} to {policy.ratio[1]:.3g}",
+        "crops": "area {:g} to {:g}, ratio {:.3g} to {:.3g}".format(*policy.scale, *policy.ratio),
         "flip": f"{policy.flip:g}",
-        "size": f"{size / 1e6:,.1f} MB",
+        "size": filesize.decimal(size),
         "made with": ", ".join(f"{name} {version}" for name, version in header["versions"].items()),
     }
 

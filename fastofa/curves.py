@@ -11,17 +11,12 @@ LABELS = {"loss": "sum", "gt": "labels", "kd": "teacher, final logits", "ofa": "
 
 
 def draw_curves(run: Path) -> None:
-    """RUN/curves.png from RUN/metrics.jsonl: the loss and its parts, and the accuracy."""
-    rows = read_metrics(run)
-    steps = [row for row in rows if row["kind"] == "step"]
-    epochs = [row for row in rows if row["kind"] == "epoch" and "top1" in row]
-    if steps or epochs:
-        write_atomic(run / "curves.png", _picture(run.name, steps, epochs))
-
-
-def _picture(title: str, steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> bytes:
+    """RUN/curves.png from RUN/metrics.jsonl: the loss and its parts, and the accuracy. Needs a logged row."""
     from matplotlib.figure import Figure  # no pyplot: it needs no display and keeps no state
 
+    steps, epochs = _rows(run)
+    if not steps and not epochs:
+        return
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, label in LABELS.items():
@@ -30,24 +25,44 @@ def _picture(title: str, steps: list[dict[str, Any]], epochs: list[dict[str, Any
     left.set(title="training loss", xlabel="step", ylabel="loss", yscale="log")
     if steps:
         left.legend(frameon=False)
-    right.plot([row["epoch"] for row in epochs], [100 * row["top1"] for row in epochs], marker=_marker(epochs))
-    right.set(title="validation accuracy", xlabel="epoch", ylabel="top-1 (%)")
+    _plot_accuracy(right, epochs)
+    figure.suptitle(run.name)
+    _write(figure, run / "curves.png")
+
+
+def draw_comparison(runs: dict[str, Path], path: Path) -> None:
+    """Validation accuracy of several runs in one picture; keys are what the legend says."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, run in runs.items():
+        _plot_accuracy(axes, _rows(run)[1], label)
+    axes.legend(frameon=False, loc="lower right")
+    _write(figure, path)
+
+
+def _rows(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rows = read_metrics(run)
+    return [r for r in rows if r["kind"] == "step"], [r for r in rows if r["kind"] == "epoch" and "top1" in r]
+
+
+def _plot_accuracy(axes: Any, epochs: list[dict[str, Any]], label: str | None = None) -> None:
+    x, y = [row["epoch"] + 1 for row in epochs], [100 * row["top1"] for row in epochs]
+    axes.plot(x, y, marker=_marker(epochs), label=label)
+    axes.set(title="validation accuracy", xlabel="epoch", ylabel="top-1 (%)")
     if epochs:
-        last = epochs[-1]
-        right.annotate(
-            f"{100 * last['top1']:.2f}",
-            (last["epoch"], 100 * last["top1"]),
-            (-4, -14),
-            textcoords="offset points",
-            ha="right",
-        )
-    for axes in (left, right):
+        axes.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (-2, 5), textcoords="offset points", ha="right")
+    axes.margins(y=0.1)
+
+
+def _write(figure: Any, path: Path) -> None:
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    write_atomic(path, buffer.getvalue())
 
 
 def _marker(rows: list[dict[str, Any]]) -> str:

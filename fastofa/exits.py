@@ -4,6 +4,7 @@ Shapes: B batch, C channels of a stage, D channels of an exit's last layer, L to
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from timm.models.vision_transformer import Block
@@ -38,7 +39,7 @@ class ConvExit(nn.Module):
             self.blocks: nn.Module = nn.Conv2d(channels, dim, 1)
         else:
             widths = [channels * 2**i for i in range(4 - stage)] + [dim]
-            self.blocks = nn.Sequential(*(SepConv(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+            self.blocks = nn.Sequential(*(SepConv(a, b) for a, b in pairwise(widths)))
         self.head = nn.Linear(dim, num_classes)
         self.apply(init_exit)
 

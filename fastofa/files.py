@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise BadInput(
             f"could not write {path} ({len(data) / 1e6:.1f} MB): {error.strerror}; free space or choose another place, "
             "nothing half-written was left"
@@ -72,19 +73,20 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["fastofa"])
+            info, expected = header["info"], header["sha256"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
     except OSError as error:
         raise BadInput(f"could not read {path}: {error.strerror or error}") from None
-    except KeyError:
+    except (KeyError, TypeError):
         raise BadInput(f"{path} is a safetensors file, but not one that fastofa wrote") from None
     except (safetensors.SafetensorError, ValueError):
         kind = "a pickle" if is_pickle(path) else "truncated or damaged"
         raise BadInput(f"{path}: expected a safetensors file, got one that is {kind}; make it again") from None
-    if _checksum(tensors, header["info"]) != header["sha256"]:
+    if _checksum(tensors, info) != expected:
         raise BadInput(f"{path}: its checksum does not match, it was edited or damaged; delete it and make it again")
-    return tensors, header["info"]
+    return tensors, info
 
 
 def is_pickle(path: Path) -> bool:
@@ -116,6 +118,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
+            file.chmod(0o644)
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         os.replace(temporary, path)

@@ -20,7 +20,7 @@ from fastofa.files import load_tensors, save_tensors
 from fastofa.images import SUFFIXES, read_image
 from fastofa.progress import notice, track
 
-ORIENTATION = 0x0112  # EXIF tag; 5..8 turn the picture by a quarter
+ORIENTATION = 0x0112  # EXIF tag; 1 to 4 leave the sides as they are, 5 to 8 turn the picture by a quarter
 NAMED = 5  # how many unreadable files an error names
 
 
@@ -49,7 +49,9 @@ def open_image_folder(spec: str, split: str, skip_corrupt: bool = False) -> Data
             if not isinstance(found, str):
                 sizes[i] = found
         skipped = skipped | bad
-        index = _write_index(index, names, byte_sizes, sizes, skipped, checked or skip_corrupt)
+        index = _write_index(
+            _index_path(Path(spec), split, to_write=True), names, byte_sizes, sizes, skipped, checked or skip_corrupt
+        )
 
     if skipped:
         notice(f"{root}: left out {len(skipped)} unreadable images: {', '.join(list(skipped)[:NAMED])}")
@@ -89,7 +91,10 @@ def _list_files(top: Path, root: Path) -> tuple[tuple[str, ...], list[str], np.n
                 if entry.is_dir():
                     folders.append(Path(entry.path))
                 elif entry.name.lower().endswith(SUFFIXES):
-                    found.append((Path(entry.path).relative_to(root).as_posix(), entry.stat().st_size))
+                    size = entry.stat().st_size if entry.is_file() else 0  # a link that leads nowhere
+                    found.append((Path(entry.path).relative_to(root).as_posix(), size))
+        if name in classes and not found:
+            raise BadInput(f"{root / name}: expected images ({', '.join(SUFFIXES)}), found none; add some or remove it")
         for file, size in sorted(found):
             names.append(file)
             labels.append(label)
@@ -104,14 +109,17 @@ def _class_names(root: Path) -> list[str]:
 
 
 def _header_size(path: Path) -> tuple[int, int] | str:
-    """(height, width) from the header, as `read_image` would turn the picture, or why it cannot be read."""
+    """(height, width) of what `read_image` gives, or why it cannot be read; from the header where that settles it.
+
+    Pillow and torchvision find the orientation in different places (XMP, a second picture in the file), so whatever
+    may be turned by a quarter, and whatever Pillow cannot open, is decoded.
+    """
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            turned = image.format in ("JPEG", "PNG") and image.getexif().get(ORIENTATION, 1) >= 5
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        return _reason(path, error)
-    return (width, height) if turned else (height, width)
+            (width, height), orientation = image.size, image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow raises many kinds for damaged files
+        return _checked_size(path)
+    return (height, width) if orientation in (1, 2, 3, 4) else _checked_size(path)
 
 
 def _checked_size(path: Path) -> tuple[int, int] | str:
@@ -119,15 +127,10 @@ def _checked_size(path: Path) -> tuple[int, int] | str:
     try:
         _, height, width = read_image(path).shape
     except BadInput as error:
-        return _reason(path, error)
+        if path.exists() and path.stat().st_size == 0:
+            return "empty file"
+        return str(error).replace(str(path), "file").partition("(")[2].partition(")")[0]
     return height, width
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if path.stat().st_size == 0:
-        return "empty file"
-    text = str(error).replace(str(path), "file")
-    return text.partition("(")[2].partition(")")[0] if isinstance(error, BadInput) else text
 
 
 def _in_parallel(
@@ -137,15 +140,14 @@ def _in_parallel(
         return list(track(pool.map(check, paths, chunksize=16), len(paths), title))
 
 
-def _index_path(top: Path, split: str) -> Path:
+def _index_path(top: Path, split: str, to_write: bool = False) -> Path:
     beside = top / ".fastofa" / f"{split}.safetensors"
-    return beside if beside.exists() or os.access(top, os.W_OK) else _cache_path(top, split)
-
-
-def _cache_path(top: Path, split: str) -> Path:
+    if os.access(beside.parent if beside.parent.is_dir() else top, os.W_OK):
+        return beside
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(str(top.resolve()).encode()).hexdigest()[:16]
-    return home / "fastofa" / key / f"{split}.safetensors"
+    cached = home / "fastofa" / key / f"{split}.safetensors"
+    return cached if to_write or cached.exists() or not beside.exists() else beside
 
 
 def _read_index(path: Path, names: list[str], byte_sizes: np.ndarray) -> tuple[np.ndarray, dict[str, str], bool]:

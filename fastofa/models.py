@@ -1,8 +1,9 @@
 """timm models by name: creation, input size, normalisation, weights from a file."""
 
+import argparse
 import difflib
 import hashlib
-import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def resolve(name: str, image_size: int | None = None, drop_path: float = 0.0) ->
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise BadInput(f"unknown model {name!r}: expected a timm model, see timm.list_models(){hint}")
     arguments = dict(arguments)
-    config = get_pretrained_cfg(name)
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise BadInput(f"unknown model {name!r}: {first_line(error)}; see timm.list_pretrained()") from None
     if image_size is not None and config is not None and config.fixed_input_size:
         arguments["img_size"] = image_size
     if drop_path:
@@ -127,16 +131,19 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             kind = "a pickle" if is_pickle(path) else f"damaged ({first_line(error)})"
             raise BadInput(f"{path}: expected safetensors, got a file that is {kind}; nothing was loaded") from None
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their command line
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {wanted[1]}, which is no tensor" if wanted else "it is damaged or no checkpoint of torch"
         raise BadInput(
-            f"{path}: torch's weights-only reader refused it ({first_line(error)}); save a plain state_dict or safetensors"
+            f"{path}: torch's weights-only reader refused it, {reason}; save a plain state_dict or safetensors"
         ) from None
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
             break
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(weights[k], Tensor) for k in weights):
         raise BadInput(f"{path}: expected a state_dict of tensors, got {type(weights).__name__}")
     return {key.removeprefix("module."): value for key, value in weights.items()}
 
@@ -162,7 +169,10 @@ def open_model_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'config.json'}: expected timm's model configuration, it lacks {error}") from None
     resolve(name)
-    model = timm.create_model(name, **arguments)
+    try:
+        model = timm.create_model(name, **arguments)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder / 'config.json'}: could not build {name} of it, {first_line(error)}") from None
     load_weights(model, folder / "model.safetensors")
     model.pretrained_cfg = {**model.pretrained_cfg, **pretrained_cfg}
     return model, config

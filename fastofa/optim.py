@@ -1,4 +1,4 @@
-"""The optimiser (timm's factory, with its weight-decay exemptions) and the learning rate as a pure function of the step."""
+"""The optimiser (timm's factory and weight-decay exemptions), and the learning rate as a pure function of the step."""
 
 import math
 

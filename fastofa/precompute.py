@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
+from rich import filesize
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class PrecomputeConfig:
     out: Path
     """Folder of the cache."""
     views: int
-    """Views of the training set. Training replays view (epoch modulo views): one per epoch is best, fewer are smaller."""
+    """Views of the training set. An epoch replays view (epoch modulo views): one for each is best, fewer are small."""
     topk: int
     """Classes kept of each answer, at 4 bytes a class. The mass they leave is spread over the other classes."""
     teacher_checkpoint: Path | None = None
@@ -255,5 +256,5 @@ def main(argv: list[str]) -> None:
     size = sum(file.stat().st_size for file in cache.path.iterdir())
     print(
         f"{cache.path}: {cache.views} views of {cache.num_samples:,} images, top {cache.topk} of {cache.num_classes} "
-        f"classes, {size / 1e6:,.1f} MB"
+        f"classes, {filesize.decimal(size)}"
     )

@@ -6,14 +6,14 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
+    TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 console = Console(stderr=True)
@@ -21,6 +21,9 @@ T = TypeVar("T")
 
 
 class ImagesPerSecond(ProgressColumn):
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True)
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.0f} img/s", style="cyan")
@@ -30,13 +33,12 @@ def progress_bar() -> Progress:
     """A bar counted in images; tasks may set the field `note` (loss and the like)."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=12),
+        TaskProgressColumn(),
         ImagesPerSecond(),
         TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         TextColumn("left"),
-        TimeRemainingColumn(),
         console=console,
         speed_estimate_period=10,
     )

@@ -2,8 +2,8 @@
 
     recipes.imagenet_cnn(data="/data/imagenet", cache=Path("cache"), student="resnet18", out=Path("run"))
 
-Batch sizes are those of the published 8 GPUs together. The views carry crop and flip; what else the publication augments
-with is listed in NOT_REPLAYED and said at the start of a run.
+Batch sizes are those of the published 8 GPUs together. Views hold crop and flip; what else was published is
+listed in NOT_REPLAYED and said at the start of a run.
 """
 
 from collections.abc import Callable

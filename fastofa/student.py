@@ -5,13 +5,14 @@ Shapes: B batch, S image side, C classes, H heads (the exits in stage order, the
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastofa.errors import BadInput
 from fastofa.exits import ConvExit, TokenExit
-from fastofa.models import create_model, input_size, normalization
+from fastofa.models import create_model, first_line, input_size, normalization
 
 REDUCTIONS = {4: 1, 8: 2, 16: 3, 32: 4}  # a stage's features are this much smaller than the picture
 ALL_STAGES = (1, 2, 3, 4)
@@ -128,8 +129,10 @@ def run_stages(
     return backbone.forward_intermediates(images, indices=indices, output_fmt=output_format, **arguments)
 
 
-def has_prefix(backbone: nn.Module) -> bool:
-    return "return_prefix_tokens" in inspect.signature(backbone.forward_intermediates).parameters
+def has_prefix(backbone: Any) -> bool:
+    """Can its class and register tokens be had apart from the others?"""
+    offers = "return_prefix_tokens" in inspect.signature(backbone.forward_intermediates).parameters
+    return offers and backbone.num_prefix_tokens > 0
 
 
 def _as_exit_input(feature: Feature, is_token_model: bool) -> tuple[Tensor, ...]:
@@ -149,14 +152,21 @@ def probe_stages(backbone: nn.Module, image_size: int) -> tuple[bool, str, dict[
     training = backbone.training
     backbone.eval()
     images = torch.zeros(1, 3, image_size, image_size)
-    final, features = backbone.forward_intermediates(images)
+    try:
+        final, features = backbone.forward_intermediates(images)
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        raise BadInput(
+            f"the student cannot take pictures of {image_size} px ({first_line(error)}); try its own size"
+        ) from None
     last = final[-1] if isinstance(final, list | tuple) else final
     is_token_model = last.ndim == 3 or getattr(backbone, "output_fmt", None) == "NHWC"
     output_format = "NCHW"
     if is_token_model:
         try:
-            run_stages(backbone, images, None, "NLC")
-            output_format = "NLC"
+            tokens = run_stages(backbone, images, None, "NLC")[1][-1]
+            count = (tokens[0] if isinstance(tokens, tuple) else tokens).shape[1]
+            if count == features[-1][0, 0].numel():  # MViT leaves its class token among them: take its maps
+                output_format = "NLC"
         except AssertionError:
             pass  # timm's way to say that the model offers maps only
     backbone.train(training)

@@ -3,7 +3,7 @@
     fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_cnn --out run
     fastofa train ... --resume          the same command goes on after an interruption, mid-epoch, to the same weights
 
-A step: pixels from the pipeline, the teacher's answers from a table on the device, one forward of student and exits, the
+A step: pixels from the pipeline, the teacher's answers from a table on the device, a forward of student and exits, the
 loss, backward, update. Nothing in it waits for the device; figures are fetched every `log_every` steps.
 """
 
@@ -186,8 +186,8 @@ class _Job:
         self.seconds += time.monotonic() - self.began
         if not all(map(math.isfinite, sums)):
             raise BadInput(
-                f"the loss is no longer finite between steps {step - self.summed} and {step}; lower --lr or set --clip, "
-                f"then go on from the last checkpoint in {self.run.path} or anew"
+                f"the loss is no longer finite between steps {step - self.summed} and {step}; lower --lr or set "
+                f"--clip, then go on from the last checkpoint in {self.run.path} or anew"
             )
         if log:
             self._log_step(epoch, [value / self.summed for value in sums])
@@ -216,6 +216,7 @@ class _Job:
             student = self.student if self.ema is None else self.ema.module
             best = predict(student, self.val_pipeline, self.val_set, c.eval_crop, self.bf16)
             values["top1"], values["top5"] = accuracy(best, self.val_set.labels)
+            self.bar.update(self.task, note=f"epoch {epoch + 1}/{c.epochs} top-1 {values['top1']:.2%}")
         self.log.add("epoch", self.step, values)
 
     def _speed(self) -> float:

@@ -1,4 +1,4 @@
-"""Crop, antialiased resize, flip and normalise, as a public function: checks its arguments, then runs an implementation.
+"""Crop, antialiased resize, flip and normalise: checks the arguments, then runs an implementation.
 
 Shapes: N images in the source, B crops, S side of the output.
 """
@@ -26,7 +26,7 @@ def crop_resize(
 ) -> Tensor:
     """Crops of a batch (or of a resident data set, by sample id), resized to S x S by antialiased bilinear filtering.
 
-    Equals torchvision's `resized_crop(antialias=True)` and `horizontal_flip` up to the rounding of its 8-bit arithmetic.
+    Equals torchvision's `resized_crop(antialias=True)` and `horizontal_flip` up to their 8-bit rounding.
 
     Args:
         images: uint8 [N, H, W, 3].

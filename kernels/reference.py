@@ -18,10 +18,7 @@ def teacher_probs(log_probs: Tensor, num_classes: int, temperature: float) -> tu
     """Probabilities at temperature T of the K stored classes [B, K], and of each single other class [B]."""
     probs = log_probs.exp()
     others = num_classes - log_probs.shape[1]
-    if others == 0:
-        rest = torch.zeros_like(probs[:, 0])
-    else:
-        rest = (1 - probs.sum(dim=1)).clamp(min=0) / others
+    rest = (1 - probs.sum(dim=1)).clamp(min=0) / others if others else torch.zeros_like(probs[:, 0])
     if temperature != 1:
         probs, rest = (log_probs / temperature).exp(), rest ** (1 / temperature)
         total = probs.sum(dim=1) + others * rest

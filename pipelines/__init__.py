@@ -1,4 +1,4 @@
-"""Pipelines: (data set, view table, order) -> batches of pixels. Deterministic machines; all randomness is in the table.
+"""Pipelines: (data set, view table, order) -> batches of pixels. Deterministic: all randomness is in the table.
 
 pipeline = open_pipeline("auto", dataset, image_size=224, batch_size=256)
 for batch in pipeline.epoch(views, order, start=0):

@@ -50,9 +50,10 @@ class _Batches(TorchDataset):
         return Views(self.views.crop[rows], self.views.flip[rows]).boxes(self.dataset.sizes[rows])
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the main process alone answers it and ends the workers."""
+def _ignore_signals(_worker: int) -> None:
+    """Ctrl-C, or a cluster's SIGTERM, reaches every process; the main process alone answers it and ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Pipeline:
@@ -77,7 +78,8 @@ class Pipeline:
             _Batches(self.dataset, views, rows, self.image_size),
             batch_size=None,
             num_workers=min(self.workers, len(rows)),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # or it would draw a number from the global one, which belongs to the student
             pin_memory=self.device.type == "cuda",
         )
         for ids, images in zip(rows, loader, strict=True):

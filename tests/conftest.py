@@ -26,7 +26,7 @@ def digits() -> Dataset:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of JPEGs of several sizes: two classes, 12 training and 6 validation pictures each, cut from photographs."""
+    """JPEGs of several sizes, cut from two photographs: two classes, 12 training and 6 validation pictures each."""
     from sklearn.datasets import load_sample_images
 
     root = tmp_path_factory.mktemp("photos")
