@@ -91,7 +91,7 @@ def _some(keys: list[str]) -> str:
 
 def _optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Any]]:
     """(name, tensor or number) of all that the optimiser keeps between steps; learning rates follow from the step."""
-    names = {parameter: name for name, parameter in student.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             yield f"{names[parameter]}.{key}", value

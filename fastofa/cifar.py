@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,11 @@ def _load(folder: Path, member: str) -> dict[str, Any]:
         elif (folder / member).exists():
             data = (folder / member).read_bytes()
         else:
-            with tarfile.open(folder / ARCHIVE) as archive:
+            with tarfile.open(folder / ARCHIVE, "r:gz") as archive:
                 file = archive.extractfile(f"{FOLDER}/{member}")
                 assert file is not None
                 data = file.read()
-    except (OSError, KeyError, AssertionError, tarfile.TarError, EOFError) as error:
+    except (OSError, KeyError, AssertionError, tarfile.TarError, EOFError, zlib.error) as error:
         raise BadInput(
             f"cifar100:{folder}: expected {ARCHIVE} or the folder {FOLDER} it unpacks to, with {member}; got {error}"
         ) from None

@@ -195,5 +195,8 @@ def changed_policy(
     flip: float | None,
 ) -> ViewPolicy:
     """`policy` with what was given in place of its own. Raises BadInput for impossible values."""
-    given = {"scale": scale, "ratio": ratio, "flip": flip}
-    return dataclasses.replace(policy, **{name: value for name, value in given.items() if value is not None})
+    return ViewPolicy(
+        scale=policy.scale if scale is None else scale,
+        ratio=policy.ratio if ratio is None else ratio,
+        flip=policy.flip if flip is None else flip,
+    )

@@ -108,10 +108,11 @@ def _digits(spec: str, split: str, count: str) -> Dataset:
     digits = load_digits()
     is_val = np.arange(len(digits.target)) % 3 == 0
     keep = np.flatnonzero(is_val if split == "val" else ~is_val)
-    if count and split == "train":
-        smallest = np.bincount(digits.target[keep]).min()
-        if not count.isdigit() or int(count) % 10 or not 10 <= int(count) <= 10 * smallest:
+    if count:
+        smallest = np.bincount(digits.target[~is_val]).min()
+        if not count.isdecimal() or int(count) % 10 or not 10 <= int(count) <= 10 * smallest:
             raise BadInput(f"digits:N: expected N a multiple of 10 from 10 to {10 * smallest}, got {count!r}")
+    if count and split == "train":
         keep = np.concatenate([keep[digits.target[keep] == c][: int(count) // 10] for c in range(10)])
     grey = np.rint(digits.images[keep] * (255 / 16)).astype(np.uint8)
     pixels = np.repeat(grey[..., None], 3, axis=3)

@@ -10,7 +10,9 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 import tyro
@@ -93,12 +95,12 @@ def demo(out: Path) -> dict[str, Result]:
 @torch.inference_mode()
 def _top1_in_plain_timm(folder: Path) -> float:
     """timm's own loading, and the normalisation that the exported config.json names."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     dataset = open_dataset(ALL_LABELS, "val")
     config = model.pretrained_cfg
     normalize = (config["mean"], config["std"])
     pipeline = open_pipeline("resident", dataset, config["input_size"][-1], len(dataset), normalize=normalize)
-    batch = next(iter(pipeline.epoch(center_views(dataset.sizes, config["crop_pct"]), range(len(dataset)))))
+    batch = next(iter(pipeline.epoch(center_views(dataset.sizes, config["crop_pct"]), np.arange(len(dataset)))))
     return accuracy(model(batch.images).topk(5).indices.numpy(), dataset.labels)[0]
 
 

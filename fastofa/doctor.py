@@ -26,7 +26,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """List what makes fastofa faster, whether it works here, and how to get what is missing. Nothing here is required."""
+    """List what makes fastofa faster, whether it works here, and how to get what is missing. All is optional."""
 
 
 def examine() -> list[Finding]:
@@ -64,9 +64,7 @@ def _triton() -> Finding:
     except ImportError as error:
         return Finding("Triton", False, f"pip install triton ({error})")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return Finding(
-            "Triton", True, f"{triton.__version__}, interpreted (TRITON_INTERPRET=1): for tests, not for speed"
-        )
+        return Finding("Triton", True, f"{triton.__version__}, interpreted (TRITON_INTERPRET=1), which is slow")
     if not torch.cuda.is_available():
         return Finding("Triton", False, f"{triton.__version__} is installed, it needs a GPU to run on")
     return Finding("Triton", True, triton.__version__)

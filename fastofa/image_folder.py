@@ -101,6 +101,11 @@ def _list_files(top: Path, root: Path) -> tuple[tuple[str, ...], list[str], np.n
             byte_sizes.append(size)
     if not names:
         raise BadInput(f"{root}: expected a folder per class with images ({', '.join(SUFFIXES)}), found no image")
+    try:
+        "\n".join(names).encode()
+    except UnicodeEncodeError as error:
+        name = names[error.object[: error.start].count("\n")]
+        raise BadInput(f"{root}: expected names in UTF-8, got {name!r}; rename it") from None
     return tuple(train), names, np.array(labels, dtype=np.int64), np.array(byte_sizes, dtype=np.int64)
 
 

@@ -170,7 +170,7 @@ def open_model_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
         raise BadInput(f"{folder / 'config.json'}: expected timm's model configuration, it lacks {error}") from None
     resolve(name)
     try:
-        model = timm.create_model(name, **arguments)
+        model: Any = timm.create_model(name, **arguments)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise BadInput(f"{folder / 'config.json'}: could not build {name} of it, {first_line(error)}") from None
     load_weights(model, folder / "model.safetensors")

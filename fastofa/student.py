@@ -82,8 +82,8 @@ class Student(nn.Module):
             names = ", ".join(map(str, found)) or "none"
             remedy = f"use those it has with stages {' '.join(map(str, found))}" if found else "choose another student"
             raise BadInput(
-                f"student {model_name}: expected stages {' '.join(map(str, stages))}, it has {names} (a stage's features "
-                f"are 4, 8, 16 or 32 times smaller than the picture); {remedy}"
+                f"student {model_name}: expected stages {' '.join(map(str, stages))}, it has {names} (a stage's "
+                f"features are 4, 8, 16 or 32 times smaller than the picture); {remedy}"
             )
         self.stages = [found[s] for s in sorted(stages)]
         self.indices = [stage.index for stage in self.stages if stage.index >= 0]
@@ -91,7 +91,7 @@ class Student(nn.Module):
         for stage in self.stages:
             if self.is_token_model:
                 class_token = getattr(self.backbone, "cls_token", None) is not None and self.output_format == "NLC"
-                exit_ = TokenExit(stage.number, stage.grid, stage.channels, width, num_classes, class_token)
+                exit_: nn.Module = TokenExit(stage.number, stage.grid, stage.channels, width, num_classes, class_token)
             else:
                 exit_ = ConvExit(stage.number, stage.channels, max(width, teacher_dim), num_classes)
             self.exits.append(exit_)
@@ -122,7 +122,7 @@ Feature = Tensor | tuple[Tensor, Tensor]
 
 
 def run_stages(
-    backbone: nn.Module, images: Tensor, indices: list[int] | None, output_format: str
+    backbone: Any, images: Tensor, indices: list[int] | None, output_format: str
 ) -> tuple[Tensor, list[Feature]]:
     """The backbone's final features and those of the stages: [B, C, H, W], or tokens [B, L, C] with their prefix."""
     arguments = {"return_prefix_tokens": True} if output_format == "NLC" and has_prefix(backbone) else {}
@@ -142,7 +142,7 @@ def _as_exit_input(feature: Feature, is_token_model: bool) -> tuple[Tensor, ...]
 
 
 @torch.no_grad()
-def probe_stages(backbone: nn.Module, image_size: int) -> tuple[bool, str, dict[int, Stage]]:
+def probe_stages(backbone: Any, image_size: int) -> tuple[bool, str, dict[int, Stage]]:
     """Is it a token model, which format its features come in, and its stages by number.
 
     Hierarchical models: the last features that are 4, 8, 16 and 32 times smaller than the picture. Isotropic models of

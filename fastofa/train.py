@@ -105,7 +105,8 @@ class _Job:
         self.device = choose_device(c.device)
         self.bf16 = choose_bf16(c.precision, self.device)
         torch.manual_seed(c.seed)
-        self.student = run.build_student(c.init).to(self.device, memory_format=torch.channels_last)
+        student = run.build_student(c.init)
+        self.student = student.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = create_optimizer(self.student, c)
         self.ema = None if c.ema is None else ModelEmaV3(self.student, decay=c.ema)
         self.objective = Objective(c, self.device)

@@ -1,0 +1,44 @@
+# make demo     distil a small student on handwritten digits (about two minutes on two CPU cores)
+# make test     lint, types, every test
+# make unit     the quick tests only
+# make install  .venv with everything the others need; they call it themselves
+
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread a process: two tests at a time share the cores, and OpenMP threads that wait for each other are slow.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+.PHONY: help install demo test unit lint format clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+install: .venv/installed
+
+.venv/installed: setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastofa needs Python >= 3.10 with venv (Debian: apt-get install python3-venv), or: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+demo: install
+	$(BIN)/fastofa demo
+
+test: lint
+	$(PYTEST)
+
+unit: install
+	$(PYTEST) -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo build dist *.egg-info
