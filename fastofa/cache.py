@@ -6,7 +6,7 @@ fastofa cache verify cache
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich import filesize
@@ -22,7 +22,7 @@ class CacheConfig:
 
     action: tyro.conf.Positional[Literal["info", "verify"]]
     """What to do."""
-    cache: tyro.conf.Positional[Path]
+    cache: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CACHE")]]
     """Folder that `fastofa precompute` wrote."""
 
 
@@ -46,7 +46,7 @@ def info(cache: TeacherCache) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    config = tyro.cli(CacheConfig, args=argv, prog="fastofa cache")
+    config = tyro.cli(CacheConfig, args=argv, description=__doc__, prog="fastofa cache")
     cache = TeacherCache.open(config.cache)
     if config.action == "verify":
         cache.verify()

@@ -22,13 +22,13 @@ class TrainConfig:
     """A timm model (or swin_nano_patch4_window7_224, swin_pico_patch4_window7_224)."""
     out: Path
     """Folder of the run: config.json, metrics.jsonl, checkpoint.safetensors, curves.png, TensorBoard events."""
+    recipe: str
+    """Where the defaults below come from (those shown are of digits): digits, imagenet_cnn, imagenet_vit_mlp,
+    imagenet_stronger, cifar_cnn, cifar_vit_mlp."""
     cache: Path | None = None
     """Teacher cache made by `fastofa precompute`; only --method scratch can do without."""
     resume: bool = False
     """Go on from the run's checkpoint; from the beginning where there is none yet."""
-    recipe: str = "digits"
-    """Where the defaults below come from: digits, imagenet_cnn, imagenet_vit_mlp, imagenet_stronger, cifar_cnn,
-    cifar_vit_mlp."""
 
     method: Method = "ofa"
     """ofa: every stage's exit and the final logits learn from the teacher; kd: the final logits only; scratch: labels

@@ -22,10 +22,14 @@ def draw_curves(run: Path) -> None:
     for name, label in LABELS.items():
         if any(row[name] for row in steps):
             left.plot([row["step"] for row in steps], [row[name] for row in steps], label=label, marker=_marker(steps))
-    left.set(title="training loss", xlabel="step", ylabel="loss", yscale="log")
+    left.set(title="training loss", xlabel="step", ylabel="loss", ylim=(0, None))
     if steps:
         left.legend(frameon=False)
     _plot_accuracy(right, epochs)
+    if epochs:
+        last = epochs[-1]
+        place = (last["epoch"] + 1, 100 * last["top1"])
+        right.annotate(f"{place[1]:.2f}", place, (-2, 5), textcoords="offset points", ha="right")
     figure.suptitle(run.name)
     _write(figure, run / "curves.png")
 
@@ -37,7 +41,8 @@ def draw_comparison(runs: dict[str, Path], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, run in runs.items():
-        _plot_accuracy(axes, _rows(run)[1], label)
+        epochs = _rows(run)[1]
+        _plot_accuracy(axes, epochs, f"{label}: {100 * epochs[-1]['top1']:.2f}%")
     axes.legend(frameon=False, loc="lower right")
     _write(figure, path)
 
@@ -51,8 +56,6 @@ def _plot_accuracy(axes: Any, epochs: list[dict[str, Any]], label: str | None = 
     x, y = [row["epoch"] + 1 for row in epochs], [100 * row["top1"] for row in epochs]
     axes.plot(x, y, marker=_marker(epochs), label=label)
     axes.set(title="validation accuracy", xlabel="epoch", ylabel="top-1 (%)")
-    if epochs:
-        axes.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (-2, 5), textcoords="offset points", ha="right")
     axes.margins(y=0.1)
 
 

@@ -37,9 +37,9 @@ TEACHER, STUDENT = "pvt_v2_b0", "test_resnet"
 ALL_LABELS, FEW_LABELS = "digits", "digits:100"
 VIEWS, TOPK = 30, 5
 METHODS: dict[Method, str] = {
-    "scratch": "nothing else",
-    "kd": "KD (final logits)",
-    "ofa": "OFA (four exits too)",
+    "scratch": "labels only",
+    "kd": "labels + KD (final logits)",
+    "ofa": "labels + OFA (four exits too)",
 }
 MARKER = "demo.json"
 
@@ -75,7 +75,7 @@ def demo(out: Path) -> dict[str, Result]:
     precompute_s = time.monotonic() - began
 
     for method, what in METHODS.items():
-        notice(f"3/4 a small CNN ({STUDENT}) learns from 100 labelled images: {what}")
+        notice(f"3/4 a small CNN ({STUDENT}) learns from 100 images: {what}")
         config = recipes.digits(data=FEW_LABELS, cache=cache.path, student=STUDENT, method=method, out=out / method)
         results[method] = train(config)
     draw_comparison({what: out / method for method, what in METHODS.items()}, out / "curves.png")
@@ -105,7 +105,7 @@ def _top1_in_plain_timm(folder: Path) -> float:
 
 
 def _print(results: dict[str, Result], answers_per_second: float, precompute_s: float) -> None:
-    table = Table(title="599 validation digits", title_justify="left")
+    table = Table(title="599 validation digits; the students train on 100 images", title_justify="left")
     for name in ("model", "learns from"):
         table.add_column(name)
     for name in ("top-1", "images/s", "seconds"):
@@ -115,12 +115,12 @@ def _print(results: dict[str, Result], answers_per_second: float, precompute_s: 
         speed = f"{result.images_per_second:,.0f}"
         table.add_row(model, what, f"{result.top1:.2%}", speed, f"{result.seconds:.1f}")
 
-    row(f"teacher {TEACHER}", "1,198 labels", results["teacher"])
+    row(f"teacher {TEACHER}", "1,198 labelled images", results["teacher"])
     table.add_row("its cache", f"{VIEWS} views, top {TOPK}", "", f"{answers_per_second:,.0f}", f"{precompute_s:.1f}")
     for method, what in METHODS.items():
-        row(f"student {STUDENT}", f"100 labels, {what}", results[method])
+        row(f"student {STUDENT}", what, results[method])
     Console().print(table)
 
 
 def main(argv: list[str]) -> None:
-    demo(tyro.cli(DemoConfig, args=argv, prog="fastofa demo").out)
+    demo(tyro.cli(DemoConfig, args=argv, description=__doc__, prog="fastofa demo").out)

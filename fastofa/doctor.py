@@ -127,7 +127,7 @@ def _version(distribution: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    tyro.cli(DoctorConfig, args=argv, prog="fastofa doctor")
+    tyro.cli(DoctorConfig, args=argv, description=__doc__, prog="fastofa doctor")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)

@@ -6,6 +6,7 @@ fastofa evaluate run --data photos
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -26,7 +27,7 @@ from fastofa.teacher_cache import Targets, TeacherCache, agreement
 class EvaluateConfig:
     """Top-1, top-5 and agreement with the teacher, also written to RUN/evaluation.json."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Folder that `fastofa train` wrote."""
     data: str
     """Data set whose validation split is used."""
@@ -95,7 +96,7 @@ def _teacher_answers(run: Run, fingerprint: str) -> Targets | None:
 
 
 def main(argv: list[str]) -> None:
-    config = tyro.cli(EvaluateConfig, args=argv, prog="fastofa evaluate")
+    config = tyro.cli(EvaluateConfig, args=argv, description=__doc__, prog="fastofa evaluate")
     found = evaluate(config)
     table = Table(title=f"{config.run} on {found.images:,} images of {config.data}", title_justify="left")
     for name in ("top-1", "top-5", "teacher's top-1", "agreement"):

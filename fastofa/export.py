@@ -7,6 +7,7 @@ python -c 'import timm; model = timm.create_model("local-dir:student", pretraine
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import timm
 import torch
@@ -24,9 +25,9 @@ from fastofa.student import Student
 class ExportConfig:
     """OUT/model.safetensors and OUT/config.json, for timm.create_model and for `fastofa precompute --teacher OUT`."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Folder that `fastofa train` wrote."""
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """New folder for the model."""
 
 
@@ -70,5 +71,5 @@ def _compare(student: Student, model: torch.nn.Module) -> None:
 
 
 def main(argv: list[str]) -> None:
-    config = tyro.cli(ExportConfig, args=argv, prog="fastofa export")
+    config = tyro.cli(ExportConfig, args=argv, description=__doc__, prog="fastofa export")
     print(f"{config.out}: load it with\n{export(config)}")

@@ -37,8 +37,9 @@ def resolve(name: str, image_size: int | None = None, drop_path: float = 0.0) ->
     """
     name, arguments = VARIANTS.get(name, (name, {}))
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*timm.list_models(), *VARIANTS], n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
+        known = [*VARIANTS, *timm.list_models()]
+        near = [n for n in known if name and n.startswith(name)] or difflib.get_close_matches(name, known)
+        hint = f"; near it: {', '.join(near[:3])}" if near else ""
         raise BadInput(f"unknown model {name!r}: expected a timm model, see timm.list_models(){hint}")
     arguments = dict(arguments)
     try:
@@ -76,18 +77,37 @@ def create_model(
     if num_classes is not None:
         arguments["num_classes"] = num_classes
     if init not in (None, "pretrained"):
-        arguments["pretrained_cfg_overlay"] = {"state_dict": _read_weights(Path(init))}
+        arguments["pretrained_cfg_overlay"] = _from_file(timm_name, num_classes, Path(init))
     try:
-        return timm.create_model(timm_name, pretrained=init is not None, **arguments)
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        model: Any = timm.create_model(timm_name, pretrained=init is not None, **arguments)
+        model.pretrained_cfg.pop("state_dict", None)
+        return model
+    except (RuntimeError, AssertionError, TypeError, ValueError, KeyError) as error:
         size = f" at {image_size} px" if image_size is not None else ""
-        raise BadInput(f"could not build {name}{size}: {first_line(error)}") from None
+        start = f" from {init}" if init is not None else ""
+        raise BadInput(f"could not build {name}{size}{start}: {' '.join(str(error).split())[:300]}") from None
     except Exception as error:  # the hub's and the network's many kinds
         if init is None:
             raise
         raise BadInput(
             f"could not get the weights of {name} ({first_line(error)}); without a network, give a local file"
         ) from None
+
+
+def _from_file(timm_name: str, num_classes: int | None, path: Path) -> dict[str, Any]:
+    """What makes timm load the file, every key of it: a classifier of another size is exchanged for a random one."""
+    weights = _read_weights(path)
+    config = get_pretrained_cfg(timm_name)
+    names = (config and config.classifier) or ()
+    for name in (names,) if isinstance(names, str) else names:
+        if f"{name}.weight" in weights:
+            weight = weights[f"{name}.weight"]
+            num_classes = num_classes or len(weight)
+            if len(weight) != num_classes:
+                weights[f"{name}.weight"] = nn.init.trunc_normal_(torch.empty(num_classes, *weight.shape[1:]), std=0.02)
+                if f"{name}.bias" in weights:
+                    weights[f"{name}.bias"] = torch.zeros(num_classes)
+    return {"state_dict": weights, **({"num_classes": num_classes} if num_classes else {})}
 
 
 def input_size(model: Any) -> int:
@@ -165,7 +185,7 @@ def open_model_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
     """
     config = read_json(folder / "config.json")
     try:
-        name, arguments, pretrained_cfg = config["architecture"], load_arguments(config), config["pretrained_cfg"]
+        name, arguments, pretrained_cfg = config["architecture"], load_arguments(config), {**config["pretrained_cfg"]}
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'config.json'}: expected timm's model configuration, it lacks {error}") from None
     resolve(name)

@@ -251,7 +251,7 @@ def _joined(parts: list[Targets]) -> Targets:
 
 
 def main(argv: list[str]) -> None:
-    config = tyro.cli(PrecomputeConfig, args=argv, prog="fastofa precompute")
+    config = tyro.cli(PrecomputeConfig, args=argv, description=__doc__, prog="fastofa precompute")
     cache = precompute(config)
     size = sum(file.stat().st_size for file in cache.path.iterdir())
     print(

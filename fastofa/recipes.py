@@ -29,6 +29,7 @@ def digits(**given: Any) -> TrainConfig:
         "warmup_epochs": 5,
         "clip": 5.0,
         "eval_every": 10,
+        "log_every": 10,
     }
     return TrainConfig(**{"recipe": "digits", **values, **given})
 
@@ -146,7 +147,8 @@ NOT_REPLAYED = {
 def recipe(name: str) -> Callable[..., TrainConfig]:
     """Raises BadInput for an unknown name."""
     if name not in RECIPES:
-        raise BadInput(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}")
+        found = f"got {name!r}" if name else "got none"
+        raise BadInput(f"recipe: expected --recipe with one of {', '.join(RECIPES)}, {found}")
     return RECIPES[name]
 
 

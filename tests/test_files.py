@@ -64,7 +64,7 @@ def one_line(error: pytest.ExceptionInfo[BadInput], path: Path) -> str:
 
 @contextmanager
 def disk_of(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes, as on a disk that fills up; Python ignores the signal that comes with it."""
+    """No file may grow beyond `size` bytes, as on a disk that fills up; Python ignores the signal."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

@@ -1,0 +1,33 @@
+"""A folder of JPEGs to try things on: scikit-learn's digits, enlarged, a folder per class.
+
+python -m bench.digits_folder photos
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.io import write_jpeg
+
+from fastofa.dataset import open_dataset
+
+SIDE = 64  # pixels
+QUALITY = 95
+
+
+def write_folder(out: Path) -> None:
+    """OUT/train/CLASS/NAME.jpg and OUT/val/CLASS/NAME.jpg: 1,198 and 599 pictures."""
+    for split in ("train", "val"):
+        dataset = open_dataset("digits", split)
+        assert dataset.pixels is not None
+        pixels = torch.from_numpy(dataset.pixels).permute(0, 3, 1, 2)
+        pictures = F.interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+        for name, label, picture in zip(dataset.names, dataset.labels, pictures, strict=True):
+            folder = out / split / dataset.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            write_jpeg(picture, str(folder / f"{name}.jpg"), quality=QUALITY)
+
+
+if __name__ == "__main__":
+    write_folder(Path(sys.argv[1]))

@@ -1,0 +1,472 @@
+"""timm models by name and weights from files: what fits is loaded whole, what does not is refused in one line."""
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import save_for_hf
+from timm.utils import CheckpointSaver
+from torch import Tensor, nn
+
+from fastofa.errors import BadInput
+from fastofa.models import (
+    create_model,
+    input_size,
+    load_weights,
+    normalization,
+    open_model_folder,
+    resolve,
+    weights_sha256,
+)
+
+NAME, CLASSES = "test_resnet", 10  # timm's own small models, made for tests
+
+
+@pytest.fixture(scope="module")
+def source() -> Any:
+    """The model whose weights the tests save; its batch norms have seen pictures."""
+    torch.manual_seed(1)
+    model = create_model(NAME, CLASSES)
+    model(torch.randn(4, 3, 32, 32))
+    return model.eval()
+
+
+def other() -> Any:
+    """The same architecture with other weights."""
+    return create_model(NAME, CLASSES)
+
+
+def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    with pytest.raises(BadInput) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# --- Names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("resnet-18", "resnet18"),
+        ("swin_nano", "swin_nano_patch4_window7_224"),
+        ("swin_pico_patch4_window7_256", "swin_pico_patch4_window7_224"),
+        ("deit_tiny", "deit_tiny_patch16_224"),
+    ],
+)
+def test_unknown_model_has_suggestions(name: str, near: str) -> None:
+    text = refusal(create_model, name, CLASSES)
+    assert repr(name) in text
+    assert near in text.partition("near it")[2]
+
+
+@pytest.mark.parametrize("name", ["", "../../etc/passwd", "hf-hub:timm/resnet18", "local-dir:x", "timm/resnet18", "§"])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    """Nor does a name reach out to the network or the disk."""
+    assert "unknown model" in refusal(create_model, name, CLASSES)
+
+
+def test_names_with_tags() -> None:
+    """A tag picks among the published weights; without them it changes nothing but the configuration."""
+    model = create_model("resnet18.a1_in1k", CLASSES)
+    assert model.num_classes == CLASSES
+    assert model.pretrained_cfg["tag"] == "a1_in1k"
+    assert "no_such_tag" in refusal(create_model, "resnet18.no_such_tag", CLASSES)
+    assert "no_such_tag" in refusal(resolve, "resnet18.no_such_tag")
+
+
+@pytest.mark.parametrize(("name", "count"), [("swin_nano", 9_599_940), ("swin_pico", 5_506_996)])
+def test_the_papers_small_swins(name: str, count: int) -> None:
+    """9.60M and 5.51M parameters at a thousand classes, as published."""
+    model = create_model(f"{name}_patch4_window7_224", 1000)
+    assert parameter_count(model) == count
+    assert input_size(model) == 224
+    assert [len(layer.blocks) for layer in model.layers] == [2, 2, 2, 2]
+    assert [layer.blocks[0].attn.num_heads for layer in model.layers] == [2, 4, 8, 16]
+
+
+def test_variants_are_not_changed_by_use() -> None:
+    """The arguments that one model was built with do not stick to the next."""
+    name = "swin_pico_patch4_window7_224"
+    before = resolve(name)
+    create_model(name, 3, image_size=64, drop_path=0.1)
+    assert resolve(name) == before
+    assert resolve("resnet18") == ("resnet18", {})
+
+
+def test_image_size_reaches_models_that_need_it() -> None:
+    """Models of a fixed size are built for it; convolutions take any."""
+    assert create_model("test_vit", CLASSES, image_size=48).patch_embed.img_size == (48, 48)
+    assert create_model("test_vit", CLASSES).patch_embed.img_size == (160, 160)
+    assert "img_size" not in resolve("resnet18", image_size=48)[1]
+
+
+def test_sizes_and_options_that_do_not_fit() -> None:
+    assert "at 0 px" in refusal(create_model, "test_vit", CLASSES, image_size=0)
+    assert "drop_path_rate" in refusal(create_model, "vgg11", CLASSES, drop_path=0.1)
+
+
+def test_drop_path_is_passed_on() -> None:
+    rates = [
+        m.drop_prob for m in create_model("test_vit", 3, drop_path=0.3).modules() if type(m).__name__ == "DropPath"
+    ]
+    assert max(rates) == pytest.approx(0.3)
+
+
+def test_number_of_classes_is_the_models_own_unless_told() -> None:
+    assert create_model(NAME, None).num_classes == 1000
+    assert create_model(NAME, 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_input_size_and_normalization() -> None:
+    half = (0.5, 0.5, 0.5)
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = {
+        "resnet18": (224, imagenet),
+        "mixer_b16_224": (224, (half, half)),
+        "mobilenetv1_100": (224, (half, half)),
+        "swin_nano_patch4_window7_224": (224, imagenet),
+        "maxvit_pico_rw_256": (256, (half, half)),
+    }
+    for name, (size, own) in expected.items():
+        with torch.device("meta"):
+            model = create_model(name, 3)
+        assert input_size(model) == size
+        assert normalization(model) == own
+
+
+# --- Weights from a file ----------------------------------------------------------------------------------------------
+
+
+def save_safetensors(model: nn.Module, folder: Path) -> Path:
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def save_state_dict(model: nn.Module, folder: Path) -> Path:
+    torch.save(model.state_dict(), folder / "model.pth")
+    return folder / "model.pth"
+
+
+def save_old_format(model: nn.Module, folder: Path) -> Path:
+    torch.save(model.state_dict(), folder / "model.pth", _use_new_zipfile_serialization=False)
+    return folder / "model.pth"
+
+
+def save_nested(model: nn.Module, folder: Path) -> Path:
+    torch.save({"model": model.state_dict(), "epoch": 3}, folder / "model.pt")
+    return folder / "model.pt"
+
+
+def save_from_parallel(model: nn.Module, folder: Path) -> Path:
+    """Of DataParallel and DistributedDataParallel."""
+    torch.save({"state_dict": nn.DataParallel(model).state_dict()}, folder / "model.pth")
+    return folder / "model.pth"
+
+
+def save_by_timm(model: nn.Module, folder: Path) -> Path:
+    """What timm's train.py writes: optimiser, epoch and its command line beside the weights."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    arguments = argparse.Namespace(model=NAME, lr=0.1, mean=[0.5], output=None)
+    saver = CheckpointSaver(model, optimizer, args=arguments, checkpoint_dir=str(folder))
+    saver.save_checkpoint(0, metric=1.0)
+    return folder / "last.pth.tar"
+
+
+def save_average(model: nn.Module, folder: Path) -> Path:
+    """Where a checkpoint holds an average of the weights too, that is the one meant."""
+    zeros = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+    torch.save({"state_dict": zeros, "state_dict_ema": model.state_dict()}, folder / "model.pth")
+    return folder / "model.pth"
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_safetensors,
+        save_state_dict,
+        save_old_format,
+        save_nested,
+        save_from_parallel,
+        save_by_timm,
+        save_average,
+    ],
+)
+def test_weights_come_back(source: Any, tmp_path: Path, save: Callable[[nn.Module, Path], Path]) -> None:
+    """Every tensor, batch statistics included, whatever the file looks like; and so does their checksum."""
+    path, model = save(source, tmp_path), other()
+    assert not equal(model, source)
+    assert weights_sha256(model) != weights_sha256(source)
+    load_weights(model, path)
+    assert equal(model, source)
+    assert weights_sha256(model) == weights_sha256(source)
+
+
+def without(weights: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {key: value for key, value in weights.items() if key not in names}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_missing_unexpected_and_reshaped_keys(source: Any, tmp_path: Path, suffix: str) -> None:
+    """Named, and the model stays as it was."""
+    path, model = tmp_path / f"model.{suffix}", other()
+    before, whole = weights_sha256(model), source.state_dict()
+
+    def refused(weights: dict[str, Tensor]) -> str:
+        (safetensors.torch.save_file if suffix == "safetensors" else torch.save)(weights, path)
+        text = refusal(load_weights, model, path)
+        assert text.startswith(str(path))
+        assert weights_sha256(model) == before
+        return text
+
+    assert "missing fc.bias, unexpected none" in refused(without(whole, "fc.bias"))
+    assert "missing none, unexpected exits.0.head.bias" in refused({**whole, "exits.0.head.bias": torch.zeros(1)})
+    assert "missing fc.bias, fc.weight, unexpected none" in refused(without(whole, "fc.bias", "fc.weight"))
+    assert "more" in refused({})
+    text = refused({**whole, "fc.weight": torch.zeros(7, 96), "fc.bias": torch.zeros(7)})
+    assert "expected fc.bias (10,), got (7,)" in text
+    assert "2 such" in text
+
+
+class Witness:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch '{self.path}'",)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.pth.tar", "model.bin", "model", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["torch", "torch_old", "pickle"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_with_code_is_refused_and_not_run(source: Any, tmp_path: Path, name: str, kind: str) -> None:
+    path, witness = tmp_path / name, tmp_path / "ran"
+    weights = {"state_dict": source.state_dict(), "extra": Witness(witness)}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(weights))
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=kind == "torch")
+    text = refusal(load_weights, other(), path)
+    assert str(path) in text
+    assert "a pickle" in text or "weights-only" in text
+    assert not witness.exists()
+
+
+def test_what_a_checkpoint_asks_for_is_named(source: Any, tmp_path: Path) -> None:
+    """A whole model instead of its weights, the usual mistake."""
+    torch.save(source, tmp_path / "model.pth")
+    text = refusal(load_weights, other(), tmp_path / "model.pth")
+    assert "timm.models.resnet.ResNet" in text
+    assert "state_dict" in text
+
+
+def test_safetensors_under_another_name_and_the_reverse(source: Any, tmp_path: Path) -> None:
+    """The suffix says how a file is read; a pickle named .safetensors is never opened as one."""
+    shutil.copy(save_state_dict(source, tmp_path), tmp_path / "pickle.safetensors")
+    assert "a pickle" in refusal(load_weights, other(), tmp_path / "pickle.safetensors")
+    shutil.copy(save_safetensors(source, tmp_path), tmp_path / "model.pt")
+    assert "safetensors" in refusal(load_weights, other(), tmp_path / "model.pt")
+
+
+def test_damaged_and_missing_weights(source: Any, tmp_path: Path) -> None:
+    """Cut off anywhere, empty, text, nonsense, a folder, nothing."""
+    for save in (save_safetensors, save_state_dict, save_old_format):
+        path = save(source, tmp_path)
+        whole = path.read_bytes()
+        cuts = [whole[: int(len(whole) * part)] for part in (0.001, 0.3, 0.9, 0.999)]
+        for content in (
+            *cuts,
+            b"",
+            b"P",
+            b"text\n" * 9,
+            bytes(100),
+            b"\x80\x02",
+            b"\x80\x02}q\x00K\x01N",
+            b"PK\x03\x04",
+        ):
+            path.write_bytes(content)
+            assert str(path) in refusal(load_weights, other(), path)
+    for path in (tmp_path, tmp_path / "none.pth", tmp_path / "none.safetensors"):
+        assert str(path) in refusal(load_weights, other(), path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_pickle_never_shows_a_traceback(source: Any, tmp_path: Path) -> None:
+    """Bytes of the pickle inside a checkpoint changed at random: whatever torch then raises becomes BadInput."""
+    path = tmp_path / "model.pth"
+    torch.save({"fc.bias": source.state_dict()["fc.bias"]}, path)
+    whole = path.read_bytes()
+    start, end = whole.index(b"\x80\x02"), whole.index(b"fc.bias") + 150
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        position, change = (int(torch.randint(*r, (), generator=generator)) for r in ((start, end), (1, 256)))
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ change]) + whole[position + 1 :])
+        refusal(load_weights, source, path)  # for want of the other keys, if nothing else
+
+
+@pytest.mark.parametrize("value", [[1, 2], 3, "text", {"epoch": 3}, {0: 1}, {"state_dict": [1]}])
+def test_what_is_no_state_dict(tmp_path: Path, value: Any) -> None:
+    torch.save(value, tmp_path / "model.pth")
+    assert "state_dict" in refusal(load_weights, other(), tmp_path / "model.pth")
+
+
+def test_keys_that_are_no_names(tmp_path: Path) -> None:
+    torch.save({0: torch.zeros(1)}, tmp_path / "model.pth")
+    refusal(load_weights, other(), tmp_path / "model.pth")
+
+
+# --- Where a new model's weights start --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [save_safetensors, save_by_timm])
+def test_init_from_a_file(source: Any, tmp_path: Path, save: Callable[[nn.Module, Path], Path]) -> None:
+    """All of it, the classifier too, although timm's own weights have a thousand classes."""
+    model = create_model(NAME, CLASSES, init=str(save(source, tmp_path)))
+    assert equal(model, source)
+    assert "state_dict" not in model.pretrained_cfg
+
+
+def test_init_with_other_classes_keeps_all_but_the_classifier(source: Any, tmp_path: Path) -> None:
+    path = str(save_safetensors(source, tmp_path))
+    model = create_model(NAME, 7, init=path)
+    ours, theirs = model.state_dict(), source.state_dict()
+    assert ours["fc.weight"].shape == (7, 96)
+    assert 0.01 < ours["fc.weight"].std() < 0.03
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if not key.startswith("fc."))
+    assert equal(create_model(NAME, None, init=path), source)
+
+
+def test_init_at_another_size_resizes_the_position_embedding(tmp_path: Path) -> None:
+    """As timm does it for its own weights."""
+    small, large = create_model("test_vit", 5, image_size=48), create_model("test_vit", 5, image_size=96)
+    model = create_model("test_vit", 5, image_size=96, init=str(save_safetensors(small, tmp_path)))
+    assert model.pos_embed.shape == large.pos_embed.shape != small.pos_embed.shape
+    assert torch.equal(model.head.weight, small.head.weight)
+    assert torch.equal(model.blocks[3].mlp.fc1.weight, small.blocks[3].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 7, None])
+def test_init_from_a_file_of_another_model_is_refused(source: Any, tmp_path: Path, classes: int | None) -> None:
+    """Never a model that is random in silence."""
+    path = str(save_safetensors(source, tmp_path))
+    assert path in refusal(create_model, "test_efficientnet", classes, init=path)
+    safetensors.torch.save_file(without(source.state_dict(), "bn1.weight"), path)
+    assert "bn1.weight" in refusal(create_model, NAME, classes, init=path)
+
+
+def test_init_from_a_file_that_is_not_there() -> None:
+    assert "none.pth" in refusal(create_model, NAME, CLASSES, init="none.pth")
+
+
+def test_published_weights_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    text = refusal(create_model, NAME, None, init="pretrained")
+    assert NAME in text
+    assert "local file" in text
+
+
+# --- A folder with a model --------------------------------------------------------------------------------------------
+
+
+def test_folder_as_timm_writes_it(source: Any, tmp_path: Path) -> None:
+    """Same weights, same logits; label names and the rest of the configuration come along."""
+    save_for_hf(source, str(tmp_path), model_config={"label_names": list("abcdefghij")}, safe_serialization="both")
+    model, config = open_model_folder(tmp_path)
+    assert equal(model, source)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), source(images))
+    assert config["label_names"] == list("abcdefghij")
+    assert (input_size(model), normalization(model)) == (input_size(source), normalization(source))
+
+
+def test_folder_with_another_normalisation_and_size(source: Any, tmp_path: Path) -> None:
+    own = {"input_size": (3, 96, 96), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    save_for_hf(source, str(tmp_path), safe_serialization=True, data_config=own)
+    model, _ = open_model_folder(tmp_path)
+    assert input_size(model) == 96
+    assert normalization(model) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize("name", ["swin_nano_patch4_window7_224", "test_vit"])
+def test_folder_of_a_model_built_with_arguments(tmp_path: Path, name: str) -> None:
+    """The paper's variant and the size that it was built for survive."""
+    source = create_model(name, 3, image_size=64).eval()
+    save_for_hf(source, str(tmp_path), safe_serialization=True)
+    model, _ = open_model_folder(tmp_path)
+    assert equal(model, source)
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model.eval()(images), source(images))
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config.update(changes)
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+
+    return change
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (write("config.json", b"{"), "not valid JSON"),
+        (write("config.json", b"[1]"), "config.json"),
+        (write("config.json", b"{}"), "architecture"),
+        (write("model.safetensors", b"text"), "model.safetensors"),
+        (write("model.safetensors", pickle.dumps({"x": 1})), "a pickle"),
+        (edit(architecture="absent"), "architecture"),
+        (edit(architecture="no_such_model"), "no_such_model"),
+        (edit(architecture="test_vit"), "does not fit"),
+        (edit(num_classes="absent"), "num_classes"),
+        (edit(num_classes=7), "fc.bias (7,), got (10,)"),
+        (edit(num_classes="many"), "config.json"),
+        (edit(pretrained_cfg="absent"), "pretrained_cfg"),
+        (edit(pretrained_cfg=None), "config.json"),
+        (edit(model_args={"no_such_argument": 1}), "no_such_argument"),
+    ],
+)
+def test_folder_that_does_not_fit(source: Any, tmp_path: Path, change: Callable[[Path], None], expected: str) -> None:
+    save_for_hf(source, str(tmp_path), safe_serialization=True)
+    change(tmp_path)
+    assert expected in refusal(open_model_folder, tmp_path)
+
+
+def test_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert "config.json" in refusal(open_model_folder, tmp_path / "none")
+
+
+def test_models_are_timms(source: Any) -> None:
+    """Nothing is wrapped: what is created is what timm creates."""
+    assert type(source) is type(timm.create_model(NAME, num_classes=CLASSES))
+    assert parameter_count(source) == parameter_count(timm.create_model(NAME, num_classes=CLASSES))

@@ -1,0 +1,160 @@
+"""The learning rate against timm's schedulers, and what the optimisers are and which parameters they decay."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from fastofa.config import TrainConfig
+from fastofa.optim import create_optimizer, learning_rate, set_learning_rate
+from fastofa.recipes import RECIPES
+from fastofa.student import Student
+
+
+def config(**given) -> TrainConfig:
+    return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), **given})
+
+
+def timm_rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
+    """What timm's scheduler, updated after every step as its train script does, sets for each step of the run."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=c.lr)
+    names = ("min_lr", "warmup_epochs", "warmup_lr", "decay_epochs", "decay_rate")
+    scheduler, _ = create_scheduler_v2(
+        optimizer, c.schedule, num_epochs=c.epochs, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+        **{name: getattr(c, name) for name in names},
+    )  # fmt: skip
+    rates = []
+    for step in range(c.epochs * steps_per_epoch):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step_update(step + 1)
+    return rates
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_step_of_a_recipe_has_timms_rate(name):
+    c = RECIPES[name](data="digits", student="test_resnet", out=Path("run"))
+    got = [learning_rate(c, step, 7) for step in range(c.epochs * 7)]
+    assert got == pytest.approx(timm_rates(c, 7), rel=1e-9, abs=1e-15)
+    assert got[0] == pytest.approx(c.warmup_lr if c.warmup_epochs else c.lr)
+    assert max(got) <= c.lr
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    schedule=st.sampled_from(["cosine", "step"]),
+    epochs=st.integers(1, 30),
+    steps_per_epoch=st.integers(1, 12),
+    lr=st.floats(1e-6, 10),
+    min_lr=st.floats(0, 1e-2),
+    warmup_epochs=st.integers(0, 35) | st.floats(0, 5),
+    warmup_lr=st.floats(0, 1),
+    decay_epochs=st.integers(1, 40) | st.sampled_from([0.5, 2.4]),
+    decay_rate=st.floats(0.01, 1),
+)
+def test_every_step_has_timms_rate(steps_per_epoch, **values):
+    """Any schedule: a warm-up longer than the run, from above the rate, of part of an epoch; decays between epochs."""
+    c = config(**values)
+    got = [learning_rate(c, step, steps_per_epoch) for step in range(c.epochs * steps_per_epoch)]
+    assert got == pytest.approx(timm_rates(c, steps_per_epoch), rel=1e-9, abs=1e-15)
+
+
+def test_after_the_last_step_the_rate_is_the_least():
+    c = config(epochs=3, lr=0.1, min_lr=0.01)
+    assert [learning_rate(c, step, 5) for step in (15, 16, 100)] == pytest.approx([0.01] * 3)
+
+
+# --- Optimisers -------------------------------------------------------------------------------------------------------
+
+
+def decays(student: nn.Module, c: TrainConfig) -> dict[str, float]:
+    """Weight decay of every parameter by name; fails unless each is in exactly one group."""
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    found = [(names[p], g["weight_decay"]) for g in create_optimizer(student, c).param_groups for p in g["params"]]
+    assert sorted(name for name, _ in found) == sorted(names.values())
+    return dict(found)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "exempt"),
+    [
+        ("deit_tiny_patch16_224", 32, {"backbone.cls_token", "backbone.pos_embed"}),
+        ("swin_pico_patch4_window7_224", 32, "relative_position_bias_table"),
+        ("test_resnet", 32, set()),
+    ],
+)
+def test_biases_norms_and_embeddings_are_not_decayed(model, size, exempt):
+    """Everything with one dimension, biases and the named embeddings: 0; all other parameters, exits' too: as asked."""
+    student = Student(model, 10, size)
+    got = decays(student, config(weight_decay=0.07))
+    for name, parameter in student.named_parameters():
+        named = name in exempt if isinstance(exempt, set) else name.endswith(exempt)
+        assert got[name] == (0 if parameter.ndim <= 1 or name.endswith(".bias") or named else 0.07), name
+    norms = {
+        f"{name}.{part}"
+        for name, module in student.named_modules()
+        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d)
+        for part, _ in module.named_parameters(recurse=False)
+    }
+    assert norms
+    assert {got[name] for name in norms} == {0}
+    decayed = {name.partition(".")[0] for name, value in got.items() if value}
+    assert decayed == {"backbone", "exits"}
+    if isinstance(exempt, set):
+        assert exempt <= got.keys()
+    else:
+        assert any(name.endswith(exempt) for name in got)
+
+
+def test_no_weight_decay_at_all():
+    assert set(decays(Student("test_resnet", 10, 32), config(weight_decay=0)).values()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("sgd", "SGD", {"momentum": 0.9, "nesterov": True}),
+        ("adamw", "AdamW", {"betas": (0.9, 0.999)}),
+        ("lamb", "Lamb", {}),
+    ],
+)
+def test_the_optimisers_are_what_they_are_called(name, kind, expected):
+    """Kind and settings of every group; and one step changes every parameter that has a gradient."""
+    student = Student("test_resnet", 10, 32)
+    optimizer = create_optimizer(student, config(optimizer=name, lr=0.3, weight_decay=0.02))
+    assert type(optimizer).__name__ == kind
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0.3
+        assert {key: group[key] for key in expected} == expected
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    student(torch.randn(4, 3, 32, 32)).pow(2).sum().backward()
+    optimizer.step()
+    still = [n for n, p in student.named_parameters() if p.grad.abs().max() > 0 and torch.equal(p, before[n])]
+    assert not still
+
+
+def test_sgd_steps_as_nesterov_momentum_does():
+    """Two steps against the update rule, decay included, in float64."""
+    layer = nn.Linear(3, 2, bias=False).double()
+    w = layer.weight.detach().clone()
+    optimizer = create_optimizer(layer, config(optimizer="sgd", lr=0.1, weight_decay=0.01))
+    momentum = torch.zeros_like(w)
+    for _ in range(2):
+        gradient = torch.randn(2, 3, dtype=torch.float64)
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        gradient = gradient + 0.01 * w
+        momentum = 0.9 * momentum + gradient
+        w = w - 0.1 * (gradient + 0.9 * momentum)
+    torch.testing.assert_close(layer.weight.detach(), w, rtol=1e-12, atol=0)
+
+
+def test_set_learning_rate_keeps_the_groups_own_scale():
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [a], "lr_scale": 0.25}, {"params": [b]}], lr=1.0)
+    for lr in (0.8, 0.4):
+        set_learning_rate(optimizer, lr)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr / 4, lr])
