@@ -1,7 +1,9 @@
 """Look at a teacher cache, or check it.
 
-fastofa cache info cache
-fastofa cache verify cache
+    fastofa cache info cache
+    fastofa cache verify cache
+
+info: what it was made from. verify: read every file and compare its checksum.
 """
 
 from dataclasses import dataclass

@@ -51,10 +51,12 @@ def load_checkpoint(
     parts = {"student.": student.state_dict(), "ema.": {} if ema is None else ema.state_dict()}
     for prefix, own in parts.items():
         _check_keys(path, prefix, own, tensors)
+    state = {**_under("optimizer.", tensors), **info["optimizer"]}
+    _check_optimizer(path, student, optimizer, state)
     student.load_state_dict(_under("student.", tensors))
     if ema is not None:
         ema.load_state_dict(_under("ema.", tensors))
-    _restore_optimizer(student, optimizer, {**_under("optimizer.", tensors), **info["optimizer"]})
+    _restore_optimizer(student, optimizer, state)
     torch.set_rng_state(tensors["random.cpu"])
     if torch.cuda.is_available() and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -100,13 +102,30 @@ def _optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> It
             yield f"group{i}.step", group["step"]
 
 
+def _check_optimizer(path: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    own = {name: tuple(parameter.shape) for name, parameter in student.named_parameters()}
+    own |= {f"group{i}": () for i in range(len(optimizer.param_groups))}
+    odd = []
+    for key, value in state.items():
+        shape = own.get(key.rpartition(".")[0])
+        if shape is None or tuple(torch.as_tensor(value).shape) not in (shape, ()):
+            odd.append(key)
+    if odd:
+        raise BadInput(f"{path}: does not fit this run's optimizer: {_some(sorted(odd))}; was config.json edited?")
+
+
 def _restore_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     parameters = dict(student.named_parameters())
     optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group.pop("step", None)
     for key, value in state.items():
         name, _, item = key.rpartition(".")
-        if name in parameters:
-            place = parameters[name].device if isinstance(value, Tensor) and value.ndim else None
-            optimizer.state[parameters[name]][item] = value.to(place) if place else value
-        else:
+        if name not in parameters:
             optimizer.param_groups[int(name.removeprefix("group"))][item] = value
+        elif isinstance(value, Tensor) and value.ndim:
+            # As the optimiser makes it: in the parameter's memory format, on which the last bit of a norm depends.
+            place = torch.empty_like(parameters[name], dtype=value.dtype, requires_grad=False)
+            optimizer.state[parameters[name]][item] = place.copy_(value)
+        else:
+            optimizer.state[parameters[name]][item] = value

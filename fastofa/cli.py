@@ -1,5 +1,6 @@
 """The command line: `fastofa COMMAND ...`. Each command is a module with `main(argv)`, imported only when asked for."""
 
+import os
 import sys
 from importlib import import_module
 
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_say(str(error), 2))
     except Stopped as stop:
         sys.exit(_say(str(stop), 128 + stop.signum))
+    except BrokenPipeError:  # `fastofa ... | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(_say("interrupted before there was anything to save", 130))
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastofa.errors import BadInput
 from fastofa.views import ViewPolicy
@@ -123,14 +123,18 @@ class TrainConfig:
             if not fits:
                 raise BadInput(f"{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
 
+        for name, hint in get_type_hints(TrainConfig).items():
+            if get_origin(hint) is Literal:
+                need(getattr(self, name) in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
         for name in ("epochs", "batch_size", "log_every", "eval_every", "checkpoint_every"):
             need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("gt_weight", "kd_weight", "ofa_weight", "lr", "min_lr", "weight_decay", "warmup_epochs"):
+        rates, weights = ("lr", "min_lr", "warmup_lr"), ("gt_weight", "kd_weight", "ofa_weight")
+        for name in (*rates, *weights, "weight_decay", "warmup_epochs"):
             need(getattr(self, name) >= 0, name, "a number of at least 0")
         for name in ("smoothing", "drop_path"):
             need(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1")
-        need(self.temperature > 0, "temperature", "a number above 0")
-        need(self.decay_epochs > 0, "decay_epochs", "a number above 0")
+        for name in ("temperature", "decay_epochs", "decay_rate"):
+            need(getattr(self, name) > 0, name, "a number above 0")
         need(0 < self.eval_crop <= 1, "eval_crop", "a number above 0 and at most 1")
         need(self.clip is None or self.clip > 0, "clip", "a number above 0")
         need(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1")
@@ -143,6 +147,7 @@ class TrainConfig:
         heads = len(self.exits) + 1
         need(len(self.eps) in (1, heads) and all(e > 0 for e in self.eps), "eps", f"1 or {heads} numbers above 0")
         need((self.mean is None) == (self.std is None), "mean", "both --mean and --std or neither")
+        need(self.std is None or all(value > 0 for value in self.std), "std", "three numbers above 0")
         self.policy(ViewPolicy())
 
     @property

@@ -1,6 +1,8 @@
 """What acceleration is present on this machine, and what each missing part would need.
 
-fastofa doctor
+    fastofa doctor
+
+All of it is optional: everything runs on a CPU with what `pip install` brings.
 """
 
 import os

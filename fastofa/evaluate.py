@@ -1,6 +1,8 @@
 """How good is a run's student?
 
-fastofa evaluate run --data photos
+    fastofa evaluate run --data photos
+
+Prints top-1, top-5 and agreement with the teacher, and writes them to RUN/evaluation.json.
 """
 
 import dataclasses

@@ -1,7 +1,9 @@
-"""Write a run's student, without its exits, as a model that plain timm loads.
+"""Write a run's student as a model that plain timm loads.
 
-fastofa export run student
-python -c 'import timm; model = timm.create_model("local-dir:student", pretrained=True)'
+    fastofa export run student
+    python -c 'import timm; model = timm.create_model("local-dir:student", pretrained=True)'
+
+The exits are left out. What was written is loaded back with timm and its logits are compared with the run's.
 """
 
 import json

@@ -29,6 +29,12 @@ class ImagesPerSecond(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} img/s", style="cyan")
 
 
+class TimeLeft(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        time = super().render(task)
+        return Text(f"in {time}" if task.finished else f"{time} left", style=time.style)
+
+
 def progress_bar() -> Progress:
     """A bar counted in images; tasks may set the field `note` (loss and the like)."""
     return Progress(
@@ -37,8 +43,7 @@ def progress_bar() -> Progress:
         TaskProgressColumn(),
         ImagesPerSecond(),
         TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
-        TextColumn("left"),
+        TimeLeft(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         console=console,
         speed_estimate_period=10,
     )
