@@ -105,7 +105,8 @@ class _Job:
         self.device = choose_device(c.device)
         self.bf16 = choose_bf16(c.precision, self.device)
         torch.manual_seed(c.seed)
-        student = run.build_student(c.init)
+        resumed = c.resume and (run.path / checkpoint.FILE).exists()
+        student = run.build_student(None if resumed else c.init)
         self.student = student.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = create_optimizer(self.student, c)
         self.ema = None if c.ema is None else ModelEmaV3(self.student, decay=c.ema)
@@ -154,10 +155,10 @@ class _Job:
 
     def _epoch(self, epoch: int, position: int) -> None:
         c = self.config
+        self.began = time.monotonic()
         views = self._load_view(epoch)
         order = epoch_order(len(self.train_set), c.seed, epoch)[: self.steps_per_epoch * c.batch_size]
         self.student.train()
-        self.began = time.monotonic()
         for batch in self.train_pipeline.epoch(views, order, start=position * c.batch_size):
             set_learning_rate(self.optimizer, learning_rate(c, self.step, self.steps_per_epoch))
             targets = None if self.targets is None else self.targets.lookup(batch.sample_ids)
