@@ -92,7 +92,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def is_pickle(path: Path) -> bool:
     """Does the file start like torch.save's zip or like a bare pickle?"""
     with open(path, "rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        start = file.read(9)
+    is_safetensors = start[4:] == b"\0\0\0\0{"  # its length may begin like a pickle
+    return not is_safetensors and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def _checksum(tensors: dict[str, Tensor], info: dict[str, Any]) -> str:

@@ -139,11 +139,17 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         "pipeline": config.pipeline,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
     }
+    train_pipeline, val_pipeline = (
+        open_pipeline(config.pipeline, d, teacher.image_size, config.batch_size, device, choose_workers(config.workers))
+        for d in (train, val)
+    )
     header = _begin(config.out, header)
     with Interrupt() as interrupt:
         job = _Job(config.out, header, teacher, config, interrupt)
-        job.write_val(val)
-        job.write_views(train, policy)
+        job.write_val(val, val_pipeline)
+        job.write_views(train, train_pipeline, policy)
+    for left in config.out.glob(f"*{PARTIAL}*"):  # by a process that was killed
+        left.unlink()
     return TeacherCache.open(config.out)
 
 
@@ -182,25 +188,22 @@ class _Job:
     config: PrecomputeConfig
     interrupt: Interrupt
 
-    def write_val(self, dataset: Dataset) -> None:
+    def write_val(self, dataset: Dataset, pipeline: Pipeline) -> None:
         """The teacher's answers for the validation pictures, which also say how good it is."""
         if (self.out / VAL).exists():
             return
         views = center_views(dataset.sizes, self.teacher.crop)
         with progress_bar() as bar:
-            found = self._ask(
-                self._open(dataset), views, VAL, bar, bar.add_task("validation", total=len(dataset), note="")
-            )
+            found = self._ask(pipeline, views, VAL, bar, bar.add_task("validation", total=len(dataset), note=""))
         self._commit(VAL, found._asdict(), VAL)
         correct = found.classes[:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
         notice(f"teacher {self.teacher.name}: {correct.float().mean():.2%} top-1 on {len(dataset)} validation images")
 
-    def write_views(self, dataset: Dataset, policy: ViewPolicy) -> None:
+    def write_views(self, dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy) -> None:
         total = self.header["views"]
         todo = [view for view in range(total) if not (self.out / view_file(view)).exists()]
         if not todo:
             return
-        pipeline = self._open(dataset)
         with progress_bar() as bar:
             done = (total - len(todo)) * len(dataset)
             task = bar.add_task("precompute", total=total * len(dataset), completed=done, note="")
@@ -210,10 +213,6 @@ class _Job:
                 found = self._ask(pipeline, views, view, bar, task)
                 table = {"crop": torch.from_numpy(views.crop), "flip": torch.from_numpy(views.flip), **found._asdict()}
                 self._commit(view_file(view), table, view)
-
-    def _open(self, dataset: Dataset) -> Pipeline:
-        c, t = self.config, self.teacher
-        return open_pipeline(c.pipeline, dataset, t.image_size, c.batch_size, t.device, choose_workers(c.workers))
 
     def _ask(self, pipeline: Pipeline, views: Views, table: int | str, bar: Progress, task: TaskID) -> Targets:
         """The teacher's answers for every row of a table, in sample order."""

@@ -86,7 +86,7 @@ class Student(nn.Module):
                 f"features are 4, 8, 16 or 32 times smaller than the picture); {remedy}"
             )
         self.stages = [found[s] for s in sorted(stages)]
-        self.indices = [stage.index for stage in self.stages if stage.index >= 0]
+        self.indices = [stage.index for stage in self.stages if stage.index >= 0] or [0]  # timm wants one at least
         width = self.backbone.num_features
         for stage in self.stages:
             if self.is_token_model:

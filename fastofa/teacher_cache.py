@@ -163,7 +163,26 @@ def read_header(path: Path) -> dict[str, Any]:
     required = {"dataset", "num_samples", "num_classes", "topk", "policy", "seed", "teachers", "views"}
     if missing := sorted(required - header.keys()):
         raise BadInput(f"{path / HEADER}: expected the fields {', '.join(missing)}, it was edited; precompute anew")
+    if not _fits(header):
+        raise BadInput(f"{path / HEADER}: expected what `fastofa precompute` writes, it was edited; precompute anew")
     return header
+
+
+def _fits(header: dict[str, Any]) -> bool:
+    """Does every field hold a value of its kind?"""
+    numbers = ("num_samples", "num_val_samples", "num_classes", "topk", "views")
+    teacher = {"name": str, "sha256": str, "image_size": int, "precision": str, "num_features": int}
+    try:
+        policy_from_json(header["policy"])
+        return (
+            all(type(header[name]) is int and header[name] >= 1 for name in numbers)
+            and all(isinstance(header["dataset"][name], str) for name in ("spec", "train", "val"))
+            and len(header["teachers"]) > 0
+            and all(isinstance(t[name], kind) for t in header["teachers"] for name, kind in teacher.items())
+            and isinstance(header["versions"], dict)
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def write_header(path: Path, header: dict[str, Any]) -> None:

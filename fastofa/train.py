@@ -266,7 +266,7 @@ def main(argv: list[str]) -> None:
 def parse_config(argv: list[str]) -> TrainConfig:
     """The recipe named in the arguments, changed by the other arguments. Raises BadInput without a known recipe."""
     name = "digits" if {"-h", "--help"} & set(argv) else ""
-    for argument, value in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, value in zip(argv, [*argv, ""][1:], strict=True):
         if argument == "--recipe" or argument.startswith("--recipe="):
             name = argument.partition("=")[2] or value
     defaults = recipe(name)(data=tyro.MISSING, student=tyro.MISSING, out=tyro.MISSING)

@@ -16,7 +16,7 @@ from fastofa.student import Student
 
 
 def config(**given) -> TrainConfig:
-    return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), **given})
+    return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **given})
 
 
 def timm_rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:

@@ -1,0 +1,318 @@
+"""A checkpoint brings back all that the next step depends on, or says why it does not fit and changes nothing."""
+
+import copy
+import json
+import pickletools
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from fastofa.checkpoint import FILE, load_checkpoint, load_student, save_checkpoint
+from fastofa.config import TrainConfig
+from fastofa.errors import BadInput
+from fastofa.files import load_tensors, save_tensors
+from fastofa.optim import create_optimizer
+
+OPTIMIZERS = ["sgd", "adamw", "lamb"]
+SIDE = 16
+
+
+class Cnn(nn.Sequential):
+    """Convolution (channels-last, as a student's), batch norm, dropout and a linear layer."""
+
+    def __init__(self, classes: int = 4, width: int = 6) -> None:
+        super().__init__(
+            nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.Dropout(0.3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(2 * width, classes),
+        )
+
+
+class Training:
+    """A model with all that a run keeps of it, made from a seed."""
+
+    def __init__(self, optimizer: str, ema: bool = True, seed: int = 0, model: nn.Module | None = None) -> None:
+        torch.manual_seed(seed)
+        self.model = (Cnn() if model is None else model).to(memory_format=torch.channels_last)
+        config = TrainConfig(
+            data="digits",
+            student="tiny",
+            out=Path("run"),
+            recipe="digits",
+            optimizer=optimizer,
+            lr=0.02,
+            weight_decay=0.1,
+        )
+        self.optimizer = create_optimizer(self.model, config)
+        self.ema = ModelEmaV3(self.model, decay=0.9) if ema else None
+
+    @property
+    def ema_module(self) -> nn.Module | None:
+        return None if self.ema is None else self.ema.module
+
+    def steps(self, first: int, count: int) -> None:
+        """Batches are a function of the step; dropout is not."""
+        self.model.train()
+        for step in range(first, first + count):
+            generator = torch.Generator().manual_seed(step)
+            images = torch.randn(8, 3, SIDE, SIDE, generator=generator).contiguous(memory_format=torch.channels_last)
+            F.cross_entropy(self.model(images), torch.randint(0, 4, (8,), generator=generator)).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.ema is not None:
+                self.ema.update(self.model, step + 1)
+
+    def save(self, path: Path, **position) -> None:
+        save_checkpoint(path, self.model, self.optimizer, self.ema_module, position)
+
+    def load(self, path: Path) -> dict:
+        return load_checkpoint(path, self.model, self.optimizer, self.ema_module)
+
+    def everything(self) -> dict[str, Tensor]:
+        """Weights, average, optimiser state and random state, under one name each."""
+        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.ema is not None:
+            found |= {f"ema.{name}": value for name, value in self.ema.module.state_dict().items()}
+        state = self.optimizer.state_dict()
+        for number, values in state["state"].items():
+            found |= {f"state.{number}.{key}": torch.as_tensor(value) for key, value in values.items()}
+        for number, group in enumerate(state["param_groups"]):
+            if "step" in group:
+                found[f"group.{number}.step"] = torch.as_tensor(group["step"])
+        found["random"] = torch.get_rng_state()
+        return {name: value.clone() for name, value in found.items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Bit for bit, and of the same kind."""
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
+
+
+# --- Round trip -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_everything_comes_back_bit_for_bit(tmp_path, optimizer, ema):
+    """Into a model of another seed, with a random state and a number of steps of its own."""
+    before = Training(optimizer, ema)
+    before.steps(0, 3)
+    before.save(tmp_path / FILE, step=3, sums=[0.1, 2.0], summed=2)
+    saved = before.everything()
+    assert any(name.startswith("state.") for name in saved)
+
+    after = Training(optimizer, ema, seed=1)
+    after.steps(7, 1)
+    torch.manual_seed(99)
+    assert after.load(tmp_path / FILE) == {"step": 3, "sums": [0.1, 2.0], "summed": 2}
+    assert_same(after.everything(), saved)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_going_on_after_loading_equals_never_having_stopped(tmp_path, optimizer):
+    """Ten more steps with dropout: weights, average, optimiser and random state are the same to the last bit."""
+    straight = Training(optimizer)
+    straight.steps(0, 3)
+    straight.save(tmp_path / FILE, step=3)
+    straight.steps(3, 10)
+    expected = straight.everything()
+
+    resumed = Training(optimizer, seed=1)
+    resumed.load(tmp_path / FILE)
+    resumed.steps(3, 10)
+    assert_same(resumed.everything(), expected)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_checkpoint_before_the_first_step(tmp_path, optimizer):
+    """The optimiser keeps nothing yet, and what another one kept is forgotten."""
+    Training(optimizer).save(tmp_path / FILE, step=0)
+    straight = Training(optimizer)
+    straight.steps(0, 2)
+    expected = straight.everything()
+    resumed = Training(optimizer, seed=1)
+    resumed.steps(5, 2)
+    resumed.load(tmp_path / FILE)
+    resumed.steps(0, 2)
+    assert_same(resumed.everything(), expected)
+
+
+def test_a_timm_model_with_stochastic_depth_goes_on_the_same(tmp_path):
+    def build(seed: int) -> Training:
+        torch.manual_seed(seed)
+        return Training("adamw", model=timm.create_model("test_convnext", num_classes=4, drop_path_rate=0.3))
+
+    straight = build(0)
+    size = SIDE * 2
+
+    def steps(training: Training, count: int) -> None:
+        training.model.train()
+        for step in range(count):
+            images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(step))
+            training.model(images).pow(2).mean().backward()
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+
+    steps(straight, 1)
+    straight.save(tmp_path / FILE)
+    steps(straight, 2)
+    expected = straight.everything()
+    resumed = build(1)
+    resumed.load(tmp_path / FILE)
+    steps(resumed, 2)
+    assert_same(resumed.everything(), expected)
+
+
+# --- What does not fit ------------------------------------------------------------------------------------------------
+
+
+def refused(path: Path, training: Training, message: str) -> None:
+    """BadInput with this message, and nothing is changed by it."""
+    before = training.everything()
+    with pytest.raises(BadInput, match=message):
+        training.load(path)
+    assert_same(training.everything(), before)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    training = Training("adamw")
+    training.steps(0, 2)
+    training.save(tmp_path / FILE, step=2)
+    return tmp_path / FILE
+
+
+@pytest.fixture
+def other() -> Training:
+    training = Training("adamw", seed=1)
+    training.steps(5, 1)
+    return training
+
+
+@pytest.mark.parametrize("part", ["student", "ema"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"does not fit this run's {}: missing 7.bias; unexpected none; of another shape none"),
+        ("unexpected", r"does not fit this run's {}: missing none; unexpected 8.weight; of another shape none"),
+        ("reshaped", r"does not fit this run's {}: missing none; unexpected none; of another shape 7.bias"),
+    ],
+)
+def test_keys_that_do_not_fit_are_named_and_nothing_is_changed(saved, other, part, change, message):
+    """Also where it is only the moving average, which is looked at last."""
+    tensors, info = load_tensors(saved)
+    if change == "missing":
+        del tensors[f"{part}.7.bias"]
+    elif change == "unexpected":
+        tensors[f"{part}.8.weight"] = torch.zeros(2)
+    else:
+        tensors[f"{part}.7.bias"] = torch.zeros(5)
+    save_tensors(saved, tensors, info)
+    refused(saved, other, message.format(part))
+
+
+def test_a_model_of_another_size_names_a_few_keys_and_counts_the_rest(saved):
+    refused(
+        saved, Training("adamw", model=Cnn(width=8)), r"of another shape 0.weight, 1.bias, 1.running_mean and 5 more"
+    )
+
+
+def test_with_and_without_a_moving_average_do_not_mix(saved, tmp_path):
+    refused(saved, Training("adamw", ema=False), "does not fit this run's ema: missing none; unexpected 0.weight")
+    Training("adamw", ema=False).save(tmp_path / "plain.safetensors")
+    refused(tmp_path / "plain.safetensors", Training("adamw"), "does not fit this run's ema: missing 0.weight")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("7.bias.exp_avg", torch.zeros(5)), ("8.bias.exp_avg", torch.zeros(4)), ("group9.step", torch.tensor(3.0))],
+)
+def test_optimiser_state_that_does_not_fit_is_named_and_nothing_is_changed(saved, other, key, value):
+    """Of another shape than its parameter, of no parameter, of no group."""
+    tensors, info = load_tensors(saved)
+    tensors[f"optimizer.{key}"] = value
+    save_tensors(saved, tensors, info)
+    refused(saved, other, f"does not fit this run's optimizer: {key};")
+
+
+@pytest.mark.parametrize("load", ["everything", "student only"])
+def test_damaged_files_and_pickles_are_refused(saved, other, load):
+    """Truncated, with one bit flipped, empty, missing, or a pickle in place of it (which is not loaded)."""
+    data = saved.read_bytes()
+    flipped = bytearray(data)
+    flipped[-5] ^= 1
+    before = other.everything()
+
+    def attempt(message: str) -> None:
+        with pytest.raises(BadInput, match=message):
+            other.load(saved) if load == "everything" else load_student(saved, other.model)
+
+    for content, message in (
+        (data[: len(data) // 2], "truncated or damaged"),
+        (b"", "truncated or damaged"),
+        (bytes(flipped), "checksum does not match"),
+        (safetensors.torch.save({"a": torch.zeros(1)}), "not one that fastofa wrote"),
+    ):
+        saved.write_bytes(content)
+        attempt(message)
+    torch.save({"student": other.model.state_dict()}, saved)
+    attempt("expected a safetensors file, got one that is a pickle")
+    saved.unlink()
+    attempt("does not exist")
+    assert_same(other.everything(), before)
+
+
+# --- The file ---------------------------------------------------------------------------------------------------------
+
+
+def test_load_student_takes_the_moving_average_where_there_is_one(tmp_path):
+    for ema in (True, False):
+        training = Training("sgd", ema)
+        training.steps(0, 3)
+        training.save(tmp_path / FILE, step=3)
+        expected = (training.ema.module if ema else training.model).state_dict()
+        student = Cnn()
+        assert load_student(tmp_path / FILE, student) == {"step": 3}
+        assert_same(student.state_dict(), expected)
+        assert torch.equal(student[0].weight, training.model[0].weight) is not ema
+
+
+def test_load_student_names_what_does_not_fit(saved):
+    student = Cnn(classes=5)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(BadInput, match=r"does not fit this run's ema: .*of another shape 7.bias, 7.weight"):
+        load_student(saved, student)
+    assert_same(student.state_dict(), before)
+
+
+def test_the_file_is_safetensors_and_nothing_else(saved):
+    """A JSON header that accounts for every byte after it, one metadata key, no pickle; equal states, equal bytes."""
+    data = saved.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    assert list(header.pop("__metadata__")) == ["fastofa"]
+    spans = sorted(entry["data_offsets"] for entry in header.values())
+    assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
+    assert 8 + length + spans[-1][1] == len(data)
+    assert {name.partition(".")[0] for name in header} == {"student", "ema", "optimizer", "random"}
+    with pytest.raises(ValueError):
+        list(pickletools.genops(data))
+
+    training = Training("adamw")
+    training.steps(0, 2)
+    training.save(saved, step=2)
+    assert saved.read_bytes() == data
+    assert [file.name for file in saved.parent.iterdir()] == [FILE]

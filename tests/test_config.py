@@ -1,0 +1,302 @@
+"""Wrong values are refused, the configuration survives its JSON, and recipes hold the published values."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastofa import recipes
+from fastofa.config import TrainConfig
+from fastofa.errors import BadInput
+from fastofa.recipes import NOT_REPLAYED, RECIPES, default_policy, recipe
+from fastofa.train import parse_config
+from fastofa.views import ViewPolicy
+
+NAN = math.nan
+NEEDED: dict[str, Any] = {"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits"}
+
+
+def config(**given) -> TrainConfig:
+    return TrainConfig(**{**NEEDED, **given})
+
+
+# --- Validation -------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    *[(name, value, "expected at least 1") for name in ("epochs", "batch_size", "eval_every") for value in (0, -3)],
+    *[(name, 0, "expected at least 1") for name in ("log_every", "checkpoint_every")],
+    *[
+        (name, value, "expected a number of at least 0")
+        for value in (-0.1, NAN)
+        for name in (
+            "gt_weight", "kd_weight", "ofa_weight", "lr", "min_lr", "warmup_lr", "weight_decay", "warmup_epochs",
+        )
+    ],
+    *[(n, v, "expected a number from 0 to below 1") for n in ("smoothing", "drop_path") for v in (-0.1, 1.0, NAN)],
+    *[(n, v, "expected a number above 0") for n in ("temperature", "decay_epochs", "decay_rate") for v in (0, -1, NAN)],
+    *[("eval_crop", value, "expected a number above 0 and at most 1") for value in (0, 1.1, NAN)],
+    *[("clip", value, "expected a number above 0") for value in (0, -1.0, NAN)],
+    *[("ema", value, "expected a number between 0 and 1") for value in (0.0, 1.0, NAN)],
+    ("image_size", 0, "expected at least 1 pixel"),
+    ("seed", -1, "expected at least 0"),
+    *[("stages", value, "expected some of 1 2 3 4") for value in ((0,), (1, 5), (2, 2))],
+    ("stages", (), r"expected at least one stage \(or --method kd\)"),
+    *[("eps", value, "expected 1 or 5 numbers above 0") for value in ((), (1.0, 1.0), (0.0,), (NAN,), (1.0,) * 6)],
+    ("method", "OFA", "expected one of ofa, kd, scratch"),
+    ("variant", "mine", "expected one of official, paper"),
+    ("gt_loss", "CE", "expected one of ce, bce"),
+    ("optimizer", "adam", "expected one of sgd, adamw, lamb"),
+    ("schedule", "linear", "expected one of cosine, step"),
+    ("precision", "fp16", "expected one of auto, bf16, fp32"),
+    ("compile", "yes", "expected one of auto, on, off"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG)
+def test_a_wrong_value_is_refused_with_the_flags_name(name, value, message):
+    with pytest.raises(BadInput, match=f"^{name.replace('_', '-')}: {message}.*, got ") as error:
+        config(**{name: value})
+    assert str(value) in str(error.value)
+
+
+def test_every_number_and_choice_is_checked():
+    """No numeric or closed field of the configuration is left out of the list above (or of the tests below)."""
+    numeric = {
+        f.name for f in dataclasses.fields(TrainConfig) if any(t in str(f.type) for t in ("int", "float", "Lit"))
+    }
+    elsewhere = {"scale", "ratio", "flip", "mean", "std", "workers"}  # workers: open_pipeline refuses them
+    assert {name for name, *_ in WRONG} | elsewhere == numeric | {"method"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mean": (0.5, 0.5, 0.5)}, "mean: expected both --mean and --std or neither"),
+        ({"std": (0.5, 0.5, 0.5)}, "mean: expected both --mean and --std or neither"),
+        ({"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}, "std: expected three numbers above 0"),
+        ({"scale": (0.0, 1.0)}, "view policy: expected scale with 0 < from <= to <= 1, got 0.0 1.0"),
+        ({"scale": (0.5, 1.5)}, "view policy: expected scale"),
+        ({"ratio": (2.0, 1.0)}, "view policy: expected ratio with 0 < from <= to, got 2.0 1.0"),
+        ({"flip": 1.5}, "view policy: expected flip between 0 and 1, got 1.5"),
+        ({"method": "kd", "eps": (1.0, 1.2)}, "eps: expected 1 or 1 numbers above 0"),
+        ({"stages": (1, 4), "eps": (1.0, 1.2)}, "eps: expected 1 or 3 numbers above 0"),
+    ],
+)
+def test_values_that_do_not_fit_each_other_are_refused(values, message):
+    with pytest.raises(BadInput, match=message):
+        config(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"stages": (), "method": "kd"},
+        {"stages": (4, 1), "eps": (1.0, 1.2, 1.4)},
+        {"lr": 0.0, "weight_decay": 0, "gt_weight": 0, "warmup_epochs": 0.5},
+        {"smoothing": 0.0, "drop_path": 0.99, "eval_crop": 1.0, "ema": 0.5, "clip": 0.1},
+        {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "flip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)},
+        {"epochs": 1, "batch_size": 1, "image_size": 1, "seed": 0, "decay_rate": 1.0, "workers": 0},
+    ],
+)
+def test_values_at_the_edge_are_taken(values):
+    c = config(**values)
+    assert {name: getattr(c, name) for name in values} == values
+
+
+def test_only_ofa_has_exits_and_they_are_in_stage_order():
+    assert config(stages=(4, 2)).exits == (2, 4)
+    assert config(method="kd").exits == config(method="scratch").exits == ()
+
+
+def test_the_view_policy_is_the_default_with_what_was_asked():
+    default = ViewPolicy(scale=(0.3, 0.9), ratio=(1.0, 2.0), flip=0.1)
+    assert config().policy(default) == default
+    assert config(flip=0.0).policy(default) == dataclasses.replace(default, flip=0.0)
+    assert config(scale=(0.2, 0.5), ratio=(1, 1)).policy(default) == ViewPolicy((0.2, 0.5), (1, 1), 0.1)
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "cache": st.none() | st.just(Path("a/cache")),
+            "out": st.just(Path("/an/absolute/path")),
+            "resume": st.booleans(),
+            "method": st.sampled_from(["ofa", "kd", "scratch"]),
+            "eps": st.tuples(st.floats(0.1, 3)),
+            "lr": st.floats(0, 10),
+            "mean": st.none(),
+            "scale": st.none() | st.just((0.25, 0.75)),
+            "ema": st.none() | st.just(0.9998),
+            "image_size": st.none() | st.integers(1, 1000),
+            "stages": st.just((1, 3)),
+        },
+    )
+)
+def test_json_round_trip(values):
+    """Through text and back: an equal value, with its types."""
+    c = config(**values)
+    again = TrainConfig.from_json(json.loads(json.dumps(c.to_json())))
+    assert again == c
+    assert repr(again) == repr(c)
+    assert c.differences(again) == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_json_round_trip_of_recipes(name):
+    c = RECIPES[name](data="d", student="s", out=Path("o"), cache=Path("c"))
+    assert TrainConfig.from_json(json.loads(json.dumps(c.to_json()))) == c
+
+
+def test_json_of_another_version_or_edited_is_refused():
+    values = config().to_json()
+    with pytest.raises(BadInput, match=r"config.json: .* these differ: epochs$"):
+        TrainConfig.from_json({k: v for k, v in values.items() if k != "epochs"})
+    with pytest.raises(BadInput, match=r"config.json: .* these differ: momentum$"):
+        TrainConfig.from_json({**values, "momentum": 0.9})
+    with pytest.raises(BadInput, match="lr: expected a number of at least 0, got -1"):
+        TrainConfig.from_json({**values, "lr": -1})
+
+
+def test_differences_are_what_makes_it_another_run():
+    """What only says where and how fast it runs is free; everything else is named with both values."""
+    mine = config()
+    free = {
+        "out": Path("elsewhere"), "resume": True, "device": "cuda", "compile": "on", "pipeline": "torchvision",
+        "workers": 3, "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "data": "moved",
+    }  # fmt: skip
+    assert mine.differences(dataclasses.replace(mine, **free)) == []
+    changed: dict[str, Any] = {
+        "student": "test_vit", "recipe": "cifar_cnn", "cache": Path("c"), "method": "kd", "stages": (1, 2),
+        "eps": (1.5,), "temperature": 2.0, "variant": "paper", "gt_weight": 0.5, "kd_weight": 0.5, "ofa_weight": 0.5, "gt_loss": "bce",
+        "smoothing": 0.2, "epochs": 7, "batch_size": 8, "image_size": 64, "eval_crop": 0.5, "seed": 5, "init": "file",
+        "drop_path": 0.2, "scale": (0.5, 1.0), "ratio": (1.0, 1.0), "flip": 0.3, "optimizer": "lamb", "lr": 0.7,
+        "min_lr": 0.01, "weight_decay": 0.3, "schedule": "step", "decay_epochs": 9, "decay_rate": 0.5,
+        "warmup_epochs": 2, "warmup_lr": 0.01, "clip": 1.0, "ema": 0.9, "precision": "bf16",
+    }  # fmt: skip
+    assert set(changed) | set(free) | {"mean", "std"} == {field.name for field in dataclasses.fields(TrainConfig)}
+    for name, value in changed.items():
+        (said,) = mine.differences(dataclasses.replace(mine, **{name: value}))
+        assert said.startswith(f"{name}: ")
+    both = mine.differences(dataclasses.replace(mine, mean=(0.5,) * 3, std=(0.5,) * 3))
+    assert [text.partition(":")[0] for text in both] == ["mean", "std"]
+    assert config(lr=0.1).differences(config(lr=0.2)) == ["lr: 0.1 here, 0.2 there"]
+    assert config(eps=(1.0,)).differences(config(eps=(1.5,))) == ["eps: [1.0] here, [1.5] there"]
+
+
+# --- Recipes ----------------------------------------------------------------------------------------------------------
+
+# As published, batch sizes of 8 GPUs together: epochs, batch, optimiser, lr, least lr, weight decay, schedule, warm-up
+# epochs, label smoothing, clip, EMA, label loss, drop-path, evaluation crop. Then what views do not hold.
+PUBLISHED = {
+    "imagenet_cnn": (100, 8 * 64, "sgd", 0.1, 1e-6, 1e-4, "step", 3, 0.1, None, None, "ce", 0, 0.875),
+    "imagenet_vit_mlp": (300, 8 * 128, "adamw", 5e-4, 1e-6, 0.05, "cosine", 20, 0.1, 5, 0.99996, "ce", 0, 0.875),
+    "imagenet_stronger": (300, 8 * 256, "lamb", 5e-3, 1e-6, 0.02, "cosine", 5, 0, None, 0.9998, "bce", 0.05, 0.95),
+    "cifar_cnn": (300, 8 * 128, "sgd", 0.05, 1e-3, 2e-3, "cosine", 3, 0.1, None, None, "ce", 0, 1.0),
+    "cifar_vit_mlp": (300, 8 * 128, "adamw", 5e-4, 1e-5, 0.05, "cosine", 20, 0.1, 5, None, "ce", 0, 1.0),
+}
+COLUMNS = (
+    "epochs", "batch_size", "optimizer", "lr", "min_lr", "weight_decay", "schedule", "warmup_epochs", "smoothing",
+    "clip", "ema", "gt_loss", "drop_path", "eval_crop",
+)  # fmt: skip
+
+
+def test_the_recipes_are_these():
+    assert set(RECIPES) == {"digits", *PUBLISHED}
+    assert all(RECIPES[name] is getattr(recipes, name) for name in RECIPES)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_has_the_published_values(name):
+    c = recipe(name)(data="d", student="s", out=Path("o"))
+    assert tuple(getattr(c, column) for column in COLUMNS) == PUBLISHED[name]
+    assert c.recipe == name
+    assert (c.method, c.stages, c.eps, c.temperature, c.variant) == ("ofa", (1, 2, 3, 4), (1.0,), 1.0, "official")
+    assert (c.gt_weight, c.kd_weight, c.ofa_weight) == (1, 1, 1)
+    if name == "imagenet_cnn":
+        assert (c.decay_epochs, c.decay_rate) == (30, 0.1)
+    if name.endswith("vit_mlp"):
+        assert c.warmup_lr == 5e-7
+    cifar = name.startswith("cifar")
+    assert c.image_size == (224 if cifar else None)
+    assert c.mean == ((0.5071, 0.4865, 0.4409) if cifar else None)
+    assert c.std == ((0.2673, 0.2564, 0.2762) if cifar else None)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_given_overrides_the_recipe(name):
+    c = recipe(name)(data="d", student="s", out=Path("o"), lr=0.123, epochs=3)
+    assert (c.lr, c.epochs, c.data, c.recipe) == (0.123, 3, "d", name)
+    assert c.differences(recipe(name)(data="d", student="s", out=Path("o"))) == [
+        f"epochs: 3 here, {recipe(name)(data='d', student='s', out=Path('o')).epochs} there",
+        f"lr: 0.123 here, {recipe(name)(data='d', student='s', out=Path('o')).lr} there",
+    ]
+
+
+def test_what_the_views_lack_of_the_published_augmentation_is_named():
+    """Crop and flip are replayed; everything else in the published table is said to be missing."""
+    vit_mlp = {"jitter 0.4", "rand-m9-mstd0.5-inc1", "mixup 0.8", "cutmix 1", "erasing 0.25"}
+    expected = {
+        "imagenet_vit_mlp": vit_mlp,
+        "cifar_vit_mlp": vit_mlp,
+        "imagenet_stronger": {"rand-m7-mstd0.5", "mixup 0.1", "cutmix 1", "repeated augmentation 3"},
+    }
+    assert NOT_REPLAYED.keys() == expected.keys()
+    for name, parts in expected.items():
+        assert [part for part in parts if part not in NOT_REPLAYED[name]] == []
+
+
+def test_unknown_recipe():
+    for name, found in (("imagenet", "got 'imagenet'"), ("", "got none")):
+        with pytest.raises(BadInput, match=rf"recipe: expected --recipe with one of {', '.join(RECIPES)}, {found}"):
+            recipe(name)
+
+
+def test_default_policy_is_the_published_one_and_does_not_mirror_digits():
+    for data in ("photos", "cifar100:/data", "/data/imagenet", "my-digits"):
+        assert default_policy(data) == ViewPolicy(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
+    for data in ("digits", "digits:100"):
+        assert default_policy(data) == ViewPolicy(scale=(0.6, 1.0), ratio=(3 / 4, 4 / 3), flip=0.0)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+ARGUMENTS = ["--data", "photos", "--student", "resnet18", "--out", "run"]
+
+
+@pytest.mark.parametrize("form", [["--recipe", "imagenet_cnn"], ["--recipe=imagenet_cnn"]])
+@pytest.mark.parametrize("first", [True, False])
+def test_flags_change_the_recipe(form, first):
+    """Whichever way and wherever the recipe is named; `--flag-with-dashes` and several values included."""
+    flags = [*ARGUMENTS, "--lr", "0.3", "--batch-size", "64", "--cache", "c", "--eps", "1.5", "--stages", "1", "4"]
+    c = parse_config([*form, *flags] if first else [*flags, *form])
+    given = {"lr": 0.3, "batch_size": 64, "cache": Path("c"), "eps": (1.5,), "stages": (1, 4)}
+    assert c == recipes.imagenet_cnn(data="photos", student="resnet18", out=Path("run"), **given)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_without_other_flags_it_is_the_recipe(name):
+    expected = recipe(name)(data="photos", student="resnet18", out=Path("run"))
+    assert parse_config([*ARGUMENTS, "--recipe", name]) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "imagenet"], "got 'imagenet'"),
+        (["--recipe=imagenet"], "got 'imagenet'"),
+        (["--recipe"], "got none"),
+        ([], "got none"),
+    ],
+)
+def test_without_a_known_recipe_it_is_bad_input(arguments, message):
+    with pytest.raises(BadInput, match=message):
+        parse_config([*ARGUMENTS, *arguments])

@@ -1,0 +1,326 @@
+"""kill -9 at any moment loses nothing but time: the same command goes on to the same bytes.
+
+Real processes are killed: at random moments, and at every step of every file operation.
+"""
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.layers import DropPath
+from timm.models import save_for_hf
+
+import fastofa.precompute
+from fastofa import checkpoint, recipes
+from fastofa.config import TrainConfig
+from fastofa.dataset import open_dataset
+from fastofa.files import load_tensors
+from fastofa.metrics import FILE as METRICS
+from fastofa.metrics import read_metrics
+from fastofa.precompute import PrecomputeConfig, precompute
+from fastofa.run import open_run
+from fastofa.teacher_cache import HEADER, PARTIAL, VAL
+from fastofa.train import train
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+FAR = 10**9
+# A forked server that has everything imported makes a new process a matter of milliseconds.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["fastofa.train", "fastofa.precompute", "torch.utils.tensorboard", "matplotlib.figure", "sklearn.datasets", "pytest"]
+)
+
+
+class Job:
+    """A call of `train` or `precompute` in a process of its own; what it prints goes to a file."""
+
+    def __init__(self, command: Callable[[Any], Any], config: Any, die_at: int = FAR) -> None:
+        self.log = config.out.with_name(f"{config.out.name}.log")
+        ready, theirs = CONTEXT.Pipe(duplex=False)
+        self.process: BaseProcess = CONTEXT.Process(target=_work, args=(command, config, self.log, theirs, die_at))
+        self.process.start()
+        theirs.close()
+        ready.recv()
+        self.began = time.monotonic()
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Exit code (minus the signal that ended it), or None if it still runs after so many seconds."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def finish(self) -> float:
+        """Wait for its end, which must be a good one; returns the seconds it took."""
+        code = self.wait()
+        assert code == 0, f"exit code {code}: {self.log.read_text()}"
+        return time.monotonic() - self.began
+
+    def kill(self) -> bool:
+        """False if it had ended before."""
+        self.process.kill()
+        code = self.wait()
+        assert code in (0, -signal.SIGKILL), f"exit code {code}: {self.log.read_text()}"
+        return code != 0
+
+
+def _work(command: Callable[[Any], Any], config: Any, log: Path, ready: Connection, die_at: int) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    fastofa.precompute.SAVE_EVERY_S = 0  # an unfinished view is saved at every batch
+    _die_at(die_at)
+    ready.send(None)
+    command(config)
+
+
+def _die_at(moment: int) -> None:
+    """Kill this process at a moment counted over all file operations: half-written, before and after each of them."""
+    count = itertools.count(1)
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def here(file: int | None = None) -> None:
+        if next(count) == moment:
+            if file is not None:
+                os.ftruncate(file, os.fstat(file).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            here()
+            result = operation(*args, **options)
+            here()
+            return result
+
+        return wrapped
+
+    def half_written(file: int) -> None:
+        here(file)
+        fsync(file)
+
+    os.fsync, os.replace, Path.unlink = half_written, around(replace), around(unlink)  # type: ignore[assignment]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained teacher of ten classes whose answers are far from uniform, in timm's format."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    model = timm.create_model("test_efficientnet", num_classes=10)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    save_for_hf(model, str(folder), safe_serialization=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digits as PNG files: 60 for training, 20 for validation, six and two of each class."""
+    root = tmp_path_factory.mktemp("data") / "digits"
+    digits = open_dataset("digits:100")
+    for label in range(10):
+        for i, row in enumerate(np.flatnonzero(digits.labels == label)[:8]):
+            file = root / ("train" if i < 6 else "val") / f"class{label}" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(digits.pixels[row]).save(file)
+    return str(root)
+
+
+def precompute_config(data: str, teacher: str, out: Path, **options: Any) -> PrecomputeConfig:
+    values = {"views": 4, "topk": 3, "image_size": 32, "batch_size": 12, "pipeline": "resident", **options}
+    return PrecomputeConfig(data, teacher, out, **values)
+
+
+def train_config(data: str, cache: Path, out: Path, **options: Any) -> TrainConfig:
+    """Everything that has a state: exits, AdamW, moving average, stochastic depth; sums of the log over checkpoints."""
+    values = {
+        "epochs": 2, "batch_size": 10, "image_size": 32, "ema": 0.9, "clip": 1.0, "drop_path": 0.3, "log_every": 2,
+        "checkpoint_every": 3, "eval_every": 1, "warmup_epochs": 1, "pipeline": "resident", "resume": True, **options,
+    }  # fmt: skip
+    return recipes.digits(data=data, student="test_resnet", cache=cache, out=out, **values)
+
+
+def undisturbed(command: Callable[[Any], Any], config: Any) -> tuple[Path, float]:
+    """Its folder, and the seconds it took."""
+    return config.out, Job(command, config).finish()
+
+
+def same_cache(a: Path, b: Path) -> None:
+    """The same files, byte for byte, and no others."""
+    assert sorted(f.name for f in a.iterdir()) == sorted(f.name for f in b.iterdir())
+    for file in a.iterdir():
+        assert file.read_bytes() == (b / file.name).read_bytes(), file
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Weights of student and moving average, optimiser, random state, position and log."""
+    (tensors, info), (others, other_info) = (load_tensors(run / checkpoint.FILE) for run in (a, b))
+    assert {name.partition(".")[0] for name in tensors} == {"student", "ema", "optimizer", "random"}
+    assert tensors.keys() == others.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+    assert info == other_info
+    assert log_of(a) == log_of(b)
+    assert [file.name for file in a.iterdir() if file.name.startswith(".")] == []
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """Every logged figure but the speed."""
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(run)]
+
+
+def killed_at_random(
+    command: Callable[[Any], Any], config: Any, seconds: float, kills: int, seed: int
+) -> Iterator[tuple[bool, Path]]:
+    """Start, kill, start again...: (is it finished?, its folder) after every kill and every end.
+
+    A job that was finished is begun anew in another folder, until there were enough kills.
+    """
+    rng = random.Random(seed)
+    killed = 0
+    for attempt in range(kills):
+        out = config.out.with_name(f"{config.out.name}-{attempt}")
+        finished = False
+        while not finished:
+            job = Job(command, dataclasses.replace(config, out=out))
+            job.wait(rng.uniform(0, seconds) if killed < kills else None)
+            finished = not job.kill()
+            killed += not finished
+            yield finished, out
+        if killed >= kills:
+            return
+    raise AssertionError(f"only {killed} kills hit a living process")
+
+
+def test_precompute_goes_on_to_the_same_bytes_after_kills_at_random(folder, teacher, tmp_path):
+    config = precompute_config(folder, teacher, tmp_path / "cache")
+    reference, seconds = undisturbed(precompute, config)
+    found = []
+    for finished, out in killed_at_random(precompute, config, seconds, KILLS, seed=1):
+        if finished:
+            same_cache(out, reference)
+        else:
+            found.append(frozenset(file.name for file in out.glob("*")) if out.exists() else frozenset())
+    working = [names for names in found if HEADER in names]
+    inside = [names for names in working if PARTIAL in names]
+    print(f"{len(found)} kills: {len(working)} at work, {len(inside)} inside a view, {len(set(found))} states found")
+    assert len(found) >= KILLS
+    assert len(working) >= KILLS // 3
+    assert len(inside) >= KILLS // 5
+    assert len(set(found)) >= 4
+
+
+def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher, tmp_path):
+    cache, _ = undisturbed(precompute, precompute_config(folder, teacher, tmp_path / "cache"))
+    config = train_config(folder, cache, tmp_path / "run")
+    reference, seconds = undisturbed(train, config)
+    assert any(isinstance(m, DropPath) for m in open_run(reference).build_student().modules())  # random numbers matter
+    found = []
+    for finished, out in killed_at_random(train, config, seconds, KILLS, seed=2):
+        if finished:
+            same_run(out, reference)
+        else:
+            saved = load_tensors(out / checkpoint.FILE)[1] if (out / checkpoint.FILE).exists() else None
+            step = 0 if saved is None else saved["position"]["step"]
+            found.append((step, len(read_metrics(out))))
+    at_work = [state for state in found if state[1]]
+    resumable = [state for state in found if state[0]]
+    print(f"{len(found)} kills: {len(at_work)} with steps logged, {len(resumable)} with a checkpoint, {set(found)}")
+    assert len(found) >= KILLS
+    assert len(at_work) >= KILLS // 3
+    assert len(resumable) >= KILLS // 5
+    assert len(set(found)) >= 4
+
+
+def test_precompute_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):
+    config = precompute_config(folder, teacher, tmp_path / "cache", views=2, batch_size=20)
+    reference, _ = undisturbed(precompute, config)
+    moments = 0
+    for moment, out in killed_at_file_operations(precompute, config):
+        Job(precompute, dataclasses.replace(config, out=out)).finish()
+        same_cache(out, reference)
+        moments = moment
+    print(f"killed at {moments} moments")
+    assert moments >= 30  # header, validation, two views of three batches
+
+
+def test_train_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):
+    """And with a line of the log cut off, as a kill in the middle of writing it leaves it."""
+    cache, _ = undisturbed(precompute, precompute_config(folder, teacher, tmp_path / "cache"))
+    config = train_config(folder, cache, tmp_path / "run", epochs=1, batch_size=15, checkpoint_every=2)
+    reference, _ = undisturbed(train, config)
+    moments = 0
+    for moment, out in killed_at_file_operations(train, config):
+        if moment % 2 and (out / METRICS).exists():
+            with open(out / METRICS, "a") as log:
+                log.write('{"kind": "step", "step": 4, "ep')
+        Job(train, dataclasses.replace(config, out=out)).finish()
+        same_run(out, reference)
+        moments = moment
+    print(f"killed at {moments} moments")
+    assert moments >= 15  # configuration, log, two checkpoints, curves
+
+
+def killed_at_file_operations(command: Callable[[Any], Any], config: Any) -> Iterator[tuple[int, Path]]:
+    """(n, folder) of a job that was killed at its n-th moment, for every n that it has."""
+    for moment in itertools.count(1):
+        out = config.out.with_name(f"{config.out.name}-{moment}")
+        job = Job(command, dataclasses.replace(config, out=out), die_at=moment)
+        if job.wait() == 0:
+            return
+        assert job.process.exitcode == -signal.SIGKILL, job.log.read_text()
+        yield moment, out
+
+
+def test_train_with_decoding_processes_survives_kills(folder, teacher, tmp_path):
+    """The order of samples and the student's random numbers are the same whoever decodes; orphans end by themselves."""
+    cache, _ = undisturbed(precompute, precompute_config(folder, teacher, tmp_path / "cache"))
+    reference, _ = undisturbed(train, train_config(folder, cache, tmp_path / "reference"))
+    config = train_config(folder, cache, tmp_path / "run", pipeline="torchvision", workers=2)
+    orphans: set[int] = set()
+    rng = random.Random(3)
+    for step in (1, 4, 7, 10):
+        job = Job(train, config)
+        wait_until(lambda step=step: any(row["step"] >= step for row in read_metrics(config.out)), job)
+        job.wait(rng.uniform(0, 0.1))
+        children = children_of(job.process.pid)
+        assert job.kill(), "it ended too soon"
+        orphans |= children
+    Job(train, config).finish()
+    same_run(config.out, reference)
+    print(f"{len(orphans)} decoding processes lost their parent")
+    assert orphans
+    wait_until(lambda: not any(map(alive, orphans)))
+
+
+def wait_until(reached: Callable[[], bool], job: Job | None = None, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, "waited in vain"
+        assert job is None or job.process.exitcode is None, job.log.read_text()
+        time.sleep(0.01)
+
+
+def children_of(pid: int | None) -> set[int]:
+    return {int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

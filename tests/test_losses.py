@@ -1,0 +1,159 @@
+"""The training objective against mission's formula, written again here in dense float64."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastofa.config import TrainConfig
+from fastofa.losses import PARTS, Objective
+from fastofa.teacher_cache import Targets, answers
+
+B, C, K = 6, 9, 4
+
+
+def config(**given) -> TrainConfig:
+    return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **given})
+
+
+def case(heads: int, seed: int = 0) -> tuple[Tensor, Tensor, Targets]:
+    """Logits of every head, labels, and the answers as a cache gives them, the label in and out of the K."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(heads, B, C, generator=generator)
+    labels = torch.randint(0, C, (B,), generator=generator)
+    targets = answers(torch.log_softmax(2 * torch.randn(B, C, generator=generator), dim=-1), K)
+    return logits, labels, Targets(targets.classes.to(torch.int32), targets.log_probs)
+
+
+def truth(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | None) -> Tensor:
+    """loss = gt_weight CE(final, label) + kd_weight L(final; eps[-1]) + ofa_weight sum_k L(exit_k; eps[k])."""
+    z, m = logits.double(), F.one_hot(labels, C).double()
+    soft = (1 - c.smoothing) * m + c.smoothing / C
+    if c.gt_loss == "ce":
+        gt = -(soft * z[-1].log_softmax(-1)).sum(-1).mean()
+    else:
+        gt = -(soft * z[-1].sigmoid().log() + (1 - soft) * (-z[-1]).sigmoid().log()).mean()
+    if targets is None:
+        return torch.stack([c.gt_weight * gt, gt, 0 * gt, 0 * gt])
+
+    known = targets.log_probs.double().exp()
+    p = ((1 - known.sum(1)).clamp(min=0) / (C - K))[:, None].repeat(1, C)
+    p = p.scatter(1, targets.classes.long(), known) ** (1 / c.temperature)
+    p = p / p.sum(1, keepdim=True)
+    eps = c.eps * len(z) if len(c.eps) == 1 else c.eps
+    heads = []
+    for head, power in zip(z, eps, strict=True):
+        w = (p + m) ** power - m if c.variant == "official" else torch.where(m > 0, (1 + p) ** power, p)
+        heads.append(-(w * (head / c.temperature).log_softmax(-1)).sum(-1).mean())
+    kd, ofa = heads[-1], sum(heads[:-1], torch.zeros(()).double())
+    return torch.stack([c.gt_weight * gt + c.kd_weight * kd + c.ofa_weight * ofa, gt, kd, ofa])
+
+
+def check(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | None) -> None:
+    """All four parts, and the gradient of the sum, as in float64."""
+    logits, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = Objective(c, torch.device("cpu"))(logits, labels, targets)
+    expected = truth(c, exact, labels, targets)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-6)
+    got[0].backward()
+    expected[0].backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-4, atol=2e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_equals_the_formula(data):
+    """Any method, stages, eps (one, or one per head), weights, label loss, smoothing, temperature and variant."""
+    method = data.draw(st.sampled_from(["ofa", "kd", "scratch"]))
+    stages = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, unique=True)))
+    heads = len(stages) + 1 if method == "ofa" else 1
+    power = st.floats(0.5, 2.5)
+    number = {name: data.draw(st.floats(0, 3)) for name in ("gt_weight", "kd_weight", "ofa_weight")}
+    c = config(
+        method=method,
+        stages=stages,
+        eps=tuple(data.draw(st.lists(power, min_size=1, max_size=1) | st.lists(power, min_size=heads, max_size=heads))),
+        temperature=data.draw(st.floats(0.5, 4)),
+        variant=data.draw(st.sampled_from(["official", "paper"])),
+        gt_loss=data.draw(st.sampled_from(["ce", "bce"])),
+        smoothing=data.draw(st.sampled_from([0.0, 0.1, 0.5])),
+        **number,
+    )
+    logits, labels, targets = case(heads, data.draw(st.integers(0, 10**6)))
+    check(c, logits, labels, None if method == "scratch" else targets)
+
+
+def test_each_head_has_its_own_eps():
+    """The order of eps is that of the heads: exits from stage 1 up, then the final logits."""
+    logits, labels, targets = case(5)
+    logits = logits[:1].repeat(5, 1, 1)
+    eps = (0.7, 1.0, 1.3, 1.6, 2.0)
+    alone = [Objective(config(method="kd", eps=(e,)), torch.device("cpu"))(logits[:1], labels, targets)[2] for e in eps]
+    parts = Objective(config(eps=eps), torch.device("cpu"))(logits, labels, targets)
+    assert len({round(x.item(), 4) for x in alone}) == 5
+    torch.testing.assert_close(parts[2], alone[-1])
+    torch.testing.assert_close(parts[3], torch.stack(alone[:-1]).sum())
+
+
+def test_the_parts_are_unweighted_and_the_loss_is_their_weighted_sum():
+    logits, labels, targets = case(5)
+    c = config(gt_weight=0.5, kd_weight=2.0, ofa_weight=0.1, smoothing=0.1)
+    parts = dict(zip(PARTS, Objective(c, torch.device("cpu"))(logits, labels, targets), strict=True))
+    plain = dict(
+        zip(PARTS, Objective(config(smoothing=0.1), torch.device("cpu"))(logits, labels, targets), strict=True)
+    )
+    assert [parts[name] for name in ("gt", "kd", "ofa")] == [plain[name] for name in ("gt", "kd", "ofa")]
+    torch.testing.assert_close(parts["loss"], 0.5 * parts["gt"] + 2 * parts["kd"] + 0.1 * parts["ofa"])
+    torch.testing.assert_close(plain["loss"], plain["gt"] + plain["kd"] + plain["ofa"])
+    assert min(plain.values()) > 0
+
+
+def test_kd_with_eps_1_is_hard_and_soft_label_cross_entropy():
+    """With all classes kept nothing is spread, and PyTorch's own two cross-entropies are the whole loss."""
+    logits, labels, _ = case(1)
+    log_probs = torch.log_softmax(torch.randn(B, C), dim=-1)
+    targets = Targets(torch.arange(C).repeat(B, 1), log_probs)
+    parts = Objective(config(method="kd"), torch.device("cpu"))(logits, labels, targets)
+    hard, soft = F.cross_entropy(logits[0], labels), F.cross_entropy(logits[0], log_probs.exp())
+    torch.testing.assert_close(parts, torch.stack([hard + soft, hard, soft, torch.zeros(())]))
+
+
+def test_scratch_learns_from_labels_only():
+    logits, labels, _ = case(1)
+    hard = F.cross_entropy(logits[0], labels)
+    parts = Objective(config(method="scratch", kd_weight=3, ofa_weight=3), torch.device("cpu"))(logits, labels, None)
+    assert parts.tolist() == [hard.item(), hard.item(), 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "learns"),
+    [
+        ({}, [True] * 5),
+        ({"ofa_weight": 0}, [False, False, False, False, True]),
+        ({"gt_weight": 0, "kd_weight": 0}, [True, True, True, True, False]),
+        ({"gt_weight": 0}, [True] * 5),
+        ({"kd_weight": 0}, [True] * 5),
+        ({"gt_weight": 0, "kd_weight": 0, "ofa_weight": 0}, [False] * 5),
+    ],
+)
+def test_a_head_learns_only_where_its_weight_says_so(weights, learns):
+    """Labels and kd reach the last head alone, ofa the exits alone; teacher and labels have no gradient."""
+    logits, labels, targets = case(5)
+    logits.requires_grad_()
+    Objective(config(**weights), torch.device("cpu"))(logits, labels, targets)[0].backward()
+    assert [bool(g.abs().max() > 0) for g in logits.grad] == learns
+
+
+@pytest.mark.parametrize("gt_loss", ["ce", "bce"])
+def test_bf16_logits_lose_nothing_but_their_own_rounding(gt_loss):
+    """The student may compute in bf16, the loss does not: the same numbers in fp32 give the same parts."""
+    logits, labels, targets = case(5)
+    logits = logits.bfloat16()
+    check(config(gt_loss=gt_loss, eps=(1.4,)), logits.float(), labels, targets)
+    objective = Objective(config(gt_loss=gt_loss, eps=(1.4,)), torch.device("cpu"))
+    torch.testing.assert_close(objective(logits, labels, targets), objective(logits.float(), labels, targets))

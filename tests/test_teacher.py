@@ -1,0 +1,316 @@
+"""The teacher answers as plain timm does, with its own normalisation and size, from every form of weights."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import timm.models._hub
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import normalize
+
+from fastofa.checkpoint import FILE, save_checkpoint
+from fastofa.config import TrainConfig
+from fastofa.errors import BadInput
+from fastofa.export import ExportConfig, export
+from fastofa.run import Run
+from fastofa.teacher import Teacher, open_teacher
+
+NAME, CLASSES, SIZE = "test_efficientnet", 7, 40
+MEAN, STD = (0.1, 0.4, 0.7), (0.15, 0.25, 0.35)  # nobody else's
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Random weights large enough that every pixel counts in the answer."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return lively(timm.create_model(NAME, num_classes=CLASSES))
+
+
+@pytest.fixture(scope="module")
+def folder(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As timm's save_for_hf writes it, with the normalisation and the size above."""
+    path = tmp_path_factory.mktemp("teacher")
+    data_config = {"input_size": (3, SIZE, SIZE), "mean": MEAN, "std": STD, "crop_pct": 0.9}
+    save_for_hf(model, str(path), safe_serialization=True, data_config=data_config)
+    return path
+
+
+def pictures(size: int) -> Tensor:
+    return torch.randint(0, 256, (5, 3, size, size), dtype=torch.uint8)
+
+
+def by_hand(model: nn.Module, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Plain timm and torchvision, in inference mode."""
+    with torch.inference_mode():
+        return torch.log_softmax(model(normalize(images / 255, list(mean), list(std))), dim=-1)
+
+
+def assert_answers(teacher: Teacher, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """log_probs at the teacher's size equal plain timm's, are normalised, and need this very normalisation."""
+    images = pictures(teacher.image_size)
+    got, expected = teacher.log_probs(images), by_hand(model, images, mean, std)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.exp().sum(1), torch.ones(len(images)))
+    assert (got - by_hand(model, images, (0.5,) * 3, (1.0,) * 3)).abs().max() > 0.01
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_timm_answers_as_timm_does(folder, model):
+    """Own normalisation and size from its config.json; in eval mode, whatever the model was saved in."""
+    teacher = open_teacher(str(folder), CLASSES)
+    assert (teacher.name, teacher.image_size, teacher.crop, teacher.bf16) == (NAME, SIZE, 0.9, False)
+    assert_answers(teacher, model, MEAN, STD)
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert_answers(teacher, plain, plain.pretrained_cfg["mean"], plain.pretrained_cfg["std"])
+    assert not teacher.model.training
+
+
+def test_a_transformer_of_fixed_size_is_built_for_the_size_it_was_saved_with(tmp_path):
+    """Its position embeddings fit no other; the model's own 224 px are not used."""
+    vit = lively(timm.create_model("deit_tiny_patch16_224", num_classes=CLASSES, img_size=48, depth=2))
+    save_for_hf(vit, str(tmp_path), safe_serialization=True, data_config={"input_size": (3, 48, 48), "mean": MEAN})
+    teacher = open_teacher(str(tmp_path), CLASSES)
+    assert teacher.image_size == 48
+    assert_answers(teacher, vit, MEAN, vit.pretrained_cfg["std"])
+    with pytest.raises(BadInput, match=r"does not run at 64 px .*give another --image-size"):
+        open_teacher(str(tmp_path), CLASSES, image_size=64)
+
+
+def test_an_exported_run_is_a_teacher(tmp_path):
+    """What `fastofa export` writes of a run with its own size, crop and normalisation."""
+    config = TrainConfig(
+        data="d",
+        student="test_vit",
+        out=tmp_path / "run",
+        recipe="digits",
+        image_size=32,
+        eval_crop=0.8,
+        mean=MEAN,
+        std=STD,
+    )
+    run = Run(config.out, config, tuple("abcdefg"), teacher_dim=0)
+    student = run.build_student()
+    lively(student)
+    run.save()
+    save_checkpoint(config.out / FILE, student, torch.optim.SGD(student.parameters(), lr=0.1), None, {"step": 0})
+    export(ExportConfig(config.out, tmp_path / "out"))
+    teacher = open_teacher(str(tmp_path / "out"), CLASSES)
+    assert (teacher.image_size, teacher.crop) == (32, 0.8)
+    assert_answers(teacher, student.backbone, MEAN, STD)
+
+
+def test_overrides(folder, model):
+    """Size, mean and std given by hand go before the teacher's own; the description says what was used."""
+    mean, std = (0.2, 0.2, 0.2), (0.5, 0.4, 0.3)
+    teacher = open_teacher(str(folder), CLASSES, image_size=56, mean=mean, std=std)
+    assert_answers(teacher, model, mean, std)
+    described = teacher.describe()
+    assert {k: described[k] for k in ("image_size", "mean", "std")} == {
+        "image_size": 56,
+        "mean": list(mean),
+        "std": list(std),
+    }
+
+
+def test_bf16_answers_are_fp32_and_near(folder):
+    exact, rough = open_teacher(str(folder), CLASSES), open_teacher(str(folder), CLASSES, bf16=True)
+    images = pictures(SIZE)
+    a, b = exact.log_probs(images), rough.log_probs(images)
+    assert b.dtype == torch.float32
+    assert 0 < (a - b).abs().max() < 0.3
+    torch.testing.assert_close(b.exp().sum(1), torch.ones(5))  # the softmax is not in bf16
+    assert (exact.describe()["precision"], rough.describe()["precision"]) == ("fp32", "bf16")
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def write(form: str, model: nn.Module, path: Path) -> Path:
+    """One of the forms in which weights come."""
+    weights = model.state_dict()
+    if form == "safetensors":
+        save_file(weights, path / "model.safetensors")
+        return path / "model.safetensors"
+    contents = {
+        "plain": weights,
+        "timm's trainer": {"state_dict": weights, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+        "timm's trainer with EMA": {
+            "state_dict": {k: torch.zeros_like(v) for k, v in weights.items()},
+            "state_dict_ema": weights,
+        },
+        "DeiT": {"model": weights, "epoch": 3},
+        "DataParallel": {f"module.{name}": value for name, value in weights.items()},
+    }
+    torch.save(contents[form], path / "model.pth")
+    return path / "model.pth"
+
+
+FORMS = ["safetensors", "plain", "timm's trainer", "timm's trainer with EMA", "DeiT", "DataParallel"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoint_in_any_form(form, tmp_path, model):
+    """The same weights, so the same answers and the same sha256; normalisation and crop are timm's for the model."""
+    teacher = open_teacher(NAME, CLASSES, write(form, model, tmp_path), image_size=SIZE)
+    own = model.pretrained_cfg
+    assert_answers(teacher, model, own["mean"], own["std"])
+    assert teacher.crop == own["crop_pct"]
+    assert teacher.describe()["sha256"] == sha256_of(model, tmp_path)
+
+
+def sha256_of(model: nn.Module, folder: Path) -> str:
+    save_for_hf(model, str(folder / "reference"), safe_serialization=True)
+    return open_teacher(str(folder / "reference"), CLASSES, image_size=SIZE).describe()["sha256"]
+
+
+def test_sha256_is_of_the_weights(folder, model, tmp_path):
+    """One number changed in one weight, or in one buffer, and it is another; the description is JSON."""
+    described = open_teacher(str(folder), CLASSES).describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described["sha256"] == sha256_of(model, tmp_path)
+    assert described["num_features"] == model.num_features
+    for name in ("classifier.bias", "bn1.running_mean"):
+        changed = timm.create_model(NAME, num_classes=CLASSES)
+        changed.load_state_dict(model.state_dict())
+        changed.state_dict()[name][0] += 1e-3
+        assert sha256_of(changed, tmp_path / name) != described["sha256"]
+
+
+def test_config_json_beside_a_checkpoint_counts_if_it_is_of_the_same_architecture(folder, model, tmp_path):
+    """Of another one, or no model's at all: the model's own normalisation and size."""
+    weights = Path(shutil.copy(folder / "model.safetensors", tmp_path))
+    own = model.pretrained_cfg
+
+    def settings() -> tuple:
+        teacher = open_teacher(NAME, CLASSES, weights)
+        return teacher.image_size, teacher.mean, teacher.std, teacher.crop
+
+    timms = (own["input_size"][-1], tuple(own["mean"]), tuple(own["std"]), own["crop_pct"])
+    assert settings() == timms
+    config = json.loads((folder / "config.json").read_text())
+    for content, expected in (
+        (config, (SIZE, MEAN, STD, 0.9)),
+        ({**config, "architecture": "test_resnet"}, timms),
+        ({"lr": 0.1}, timms),
+        ([1, 2], timms),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert settings() == expected
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_teacher(NAME, CLASSES, weights, image_size=56).image_size == 56
+
+
+def test_a_fixed_size_checkpoint_is_built_for_the_size_in_its_config_json(tmp_path):
+    vit = lively(timm.create_model("deit_tiny_patch16_224", num_classes=CLASSES, img_size=48))
+    save_for_hf(vit, str(tmp_path), safe_serialization=True, data_config={"input_size": (3, 48, 48)})
+    teacher = open_teacher("deit_tiny_patch16_224.fb_in1k", CLASSES, tmp_path / "model.safetensors")
+    assert teacher.image_size == 48
+    assert_answers(teacher, vit, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+
+
+# --- What does not fit ------------------------------------------------------------------------------------------------
+
+
+def test_another_number_of_classes_is_refused(folder):
+    with pytest.raises(
+        BadInput, match=rf"teacher {NAME}: expected 10 classes as in the data set, it has {CLASSES}; .*--method scratch"
+    ):
+        open_teacher(str(folder), 10)
+    with pytest.raises(BadInput, match=r"model.safetensors: does not fit the model, expected .* \(10"):
+        open_teacher(NAME, 10, folder / "model.safetensors")
+
+
+def test_weights_of_another_architecture_are_refused(folder):
+    with pytest.raises(BadInput, match=r"model.safetensors: does not fit the model, missing .*unexpected .* more"):
+        open_teacher("test_resnet", CLASSES, folder / "model.safetensors")
+
+
+def test_a_missing_or_damaged_file_is_refused(folder, tmp_path):
+    with pytest.raises(BadInput, match=r"none.pth: expected a file with weights, found none"):
+        open_teacher(NAME, CLASSES, tmp_path / "none.pth")
+    for name, message in (
+        ("a.safetensors", "expected safetensors, got a file that is damaged"),
+        ("a.pth", "it is damaged"),
+    ):
+        (tmp_path / name).write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+        with pytest.raises(BadInput, match=message):
+            open_teacher(NAME, CLASSES, tmp_path / name)
+
+
+class Exploit:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    torch.save({"state_dict": Exploit(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(BadInput, match=r"weights-only reader refused it, it asks for .*save a plain state_dict"):
+        open_teacher(NAME, CLASSES, tmp_path / "evil.pth")
+    (tmp_path / "evil.pth").rename(tmp_path / "evil.safetensors")
+    with pytest.raises(BadInput, match="expected safetensors, got a file that is a pickle"):
+        open_teacher(NAME, CLASSES, tmp_path / "evil.safetensors")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_is_no_model_is_refused(folder, tmp_path):
+    with pytest.raises(BadInput, match=r"could not read .*config.json"):
+        open_teacher(str(tmp_path), CLASSES)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"config.json: expected timm's model configuration, it lacks 'architecture'"):
+        open_teacher(str(tmp_path), CLASSES)
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.raises(BadInput, match=r"model.safetensors: expected a file with weights, found none"):
+        open_teacher(str(tmp_path), CLASSES)
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), LocalEntryNotFoundError("cannot reach the Hub")])
+def test_timms_weights_without_a_network_are_refused(monkeypatch, error):
+    """The hub is asked once or twice, and its complaint becomes one line that says what to give instead."""
+    asked = []
+
+    def no_network(*_, **__):
+        asked.append(1)
+        raise error
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", no_network)
+    with pytest.raises(
+        BadInput, match=rf"could not get the weights of test_resnet.r160_in1k \({error}\); .*a local file"
+    ):
+        open_teacher("test_resnet.r160_in1k", 1000)
+    assert 1 <= len(asked) <= 2
+
+
+def test_nothing_is_fetched_for_local_weights(monkeypatch, folder, tmp_path, model):
+    def no_network(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", no_network)
+    open_teacher(str(folder), CLASSES)
+    open_teacher(f"{NAME}.r160_in1k", CLASSES, write("plain", model, tmp_path))
+
+
+def test_unknown_teachers_are_refused():
+    with pytest.raises(BadInput, match=r"unknown model 'test_resnetx': .*near it: test_resnet"):
+        open_teacher("test_resnetx", CLASSES)
+    with pytest.raises(BadInput, match=r"unknown model 'test_resnet.no_such_tag'"):
+        open_teacher("test_resnet.no_such_tag", CLASSES)

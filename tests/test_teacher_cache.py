@@ -1,0 +1,463 @@
+"""The teacher's table: what is stored is what the teacher says of each view, and nothing else is taken for it."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision.transforms.v2.functional as tv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from fastofa.cache import info
+from fastofa.dataset import Dataset, open_dataset
+from fastofa.errors import BadInput
+from fastofa.files import load_tensors, save_tensors
+from fastofa.precompute import PrecomputeConfig, precompute
+from fastofa.recipes import default_policy
+from fastofa.teacher import open_teacher
+from fastofa.teacher_cache import (
+    HEADER,
+    VAL,
+    DeviceTargets,
+    Targets,
+    TeacherCache,
+    agreement,
+    answers,
+    view_file,
+)
+from fastofa.views import ViewPolicy, Views, center_views, draw_views
+
+CPU = torch.device("cpu")
+SIZE = 32
+
+
+def make_teacher(folder: Path, classes: int) -> Path:
+    """A small CNN whose random weights are large enough for answers that differ."""
+    torch.manual_seed(1)
+    model = timm.create_model("test_efficientnet", num_classes=classes)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter)
+    save_for_hf(
+        model, str(folder), safe_serialization=True, data_config={"input_size": (3, SIZE, SIZE), "crop_pct": 0.9}
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher_of_2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher2"), 2)
+
+
+@pytest.fixture(scope="module")
+def teacher_of_10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher10"), 10)
+
+
+@pytest.fixture(scope="module")
+def make(photos: Path, teacher_of_2: Path, tmp_path_factory: pytest.TempPathFactory):
+    """make(views=..., ...) -> a cache of the photographs in a new folder."""
+
+    def cache(out: Path | None = None, **given) -> TeacherCache:
+        out = out or tmp_path_factory.mktemp("cache")
+        values = {"data": str(photos), "teacher": str(teacher_of_2), "views": 3, "topk": 2, "workers": 0, **given}
+        return precompute(PrecomputeConfig(out=out, **values))
+
+    return cache
+
+
+@pytest.fixture(scope="module")
+def photo_cache(make) -> TeacherCache:
+    """Three views of 24 photographs, both classes kept. Not to be changed."""
+    return make()
+
+
+@pytest.fixture(scope="module")
+def digit_cache(teacher_of_10: Path, tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    """Two views of 100 digits, 4 of 10 classes kept. Not to be changed."""
+    out = tmp_path_factory.mktemp("digits")
+    return precompute(PrecomputeConfig("digits:100", str(teacher_of_10), out, views=2, topk=4))
+
+
+@pytest.fixture
+def changed(photo_cache: TeacherCache, tmp_path: Path) -> Path:
+    """A copy of the photographs' cache to do harm to."""
+    return Path(shutil.copytree(photo_cache.path, tmp_path / "cache"))
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+def edit_header(path: Path, **values) -> None:
+    header = json.loads((path / HEADER).read_text())
+    (path / HEADER).write_text(json.dumps({**header, **values}))
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 30), st.data())
+def test_answers_are_the_best_classes(B, C, data):
+    """torch.topk's, best first, as uint16 and fp16; the log-probabilities of those very classes."""
+    K = data.draw(st.integers(1, C))
+    log_probs = torch.randn(B, C, generator=torch.Generator().manual_seed(C)).log_softmax(-1)
+    got = answers(log_probs, K)
+    values, classes = log_probs.topk(K)
+    assert (got.classes.dtype, got.log_probs.dtype) == (torch.uint16, torch.float16)
+    assert torch.equal(got.classes.long(), classes)
+    assert torch.equal(got.log_probs, values.half())
+
+
+@pytest.mark.parametrize(("C", "dtype"), [(65_535, torch.uint16), (65_536, torch.uint16), (65_537, torch.int32)])
+def test_class_numbers_are_as_narrow_as_the_data_set_allows(C, dtype):
+    """The last class and those around 2^15 come back from the device as they were."""
+    log_probs = torch.full((3, C), -20.0)
+    best = [[C - 1, 32_768, 0], [32_767, 40_000, C - 2], [65_534, 1, 32_769]]
+    for row, numbers in zip(log_probs, best, strict=True):
+        row[numbers] = torch.tensor([-0.1, -2.0, -3.0])
+    got = answers(log_probs, 3)
+    assert got.classes.dtype == dtype
+    assert got.classes.tolist() == best
+    looked_up = DeviceTargets(*got, CPU).lookup(torch.tensor([2, 0, 1, 2]))
+    assert looked_up.classes.dtype == torch.int32
+    assert looked_up.classes.tolist() == [best[2], best[0], best[1], best[2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32])
+def test_lookup_is_a_gather_of_rows(dtype):
+    """Any order, repeated, none at all; log-probabilities are not touched."""
+    classes = torch.arange(20).view(5, 4).to(dtype)
+    log_probs = torch.randn(5, 4).half()
+    table = DeviceTargets(classes, log_probs, CPU)
+    for ids in ([4, 0, 0, 3], [], [2]):
+        got = table.lookup(torch.tensor(ids, dtype=torch.int64))
+        assert got.classes.tolist() == classes.to(torch.int32)[ids].tolist()
+        assert torch.equal(got.log_probs, log_probs[ids])
+
+
+def test_agreement_is_the_share_of_equal_best_classes():
+    """Also for class numbers above 2^15, and only the first of the K counts."""
+    targets = Targets(torch.tensor([[40_000, 1], [2, 3], [5, 40_000], [7, 8]], dtype=torch.uint16), torch.zeros(4, 2))
+    assert agreement(np.array([40_000, 2, 40_000, 8]), targets) == 0.5
+    assert agreement(np.array([40_000, 2, 5, 7]), targets) == 1.0
+
+
+# --- What is stored ---------------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_these(photo_cache, photos):
+    """Names, header, and shapes and kinds of what is in the tables; nothing temporary is left."""
+    assert sorted(file.name for file in photo_cache.path.iterdir()) == sorted([HEADER, VAL, *map(view_file, range(3))])
+    header = json.loads((photo_cache.path / HEADER).read_text())
+    train, val = open_dataset(str(photos)), open_dataset(str(photos), "val")
+    expected = {
+        "schema": 1, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
+        "dataset": {"spec": str(photos), "train": train.fingerprint, "val": val.fingerprint},
+        "policy": {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5},
+    }  # fmt: skip
+    assert {key: header[key] for key in expected} == expected
+    (teacher,) = header["teachers"]
+    assert (teacher["name"], teacher["image_size"], teacher["precision"]) == ("test_efficientnet", SIZE, "fp32")
+    assert len(teacher["sha256"]) == 64
+    assert set(header["versions"]) == {"torch", "torchvision", "timm"}
+
+    tensors, _ = load_tensors(photo_cache.path / view_file(1))
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    assert kinds == {
+        "crop": (torch.uint16, (24, 4)), "flip": (torch.bool, (24,)),
+        "classes": (torch.uint16, (24, 2)), "log_probs": (torch.float16, (24, 2)),
+    }  # fmt: skip
+    val_tensors, _ = load_tensors(photo_cache.path / VAL)
+    assert {name: tuple(tensor.shape) for name, tensor in val_tensors.items()} == {
+        "classes": (12, 2),
+        "log_probs": (12, 2),
+    }
+
+
+def test_opening_reads_what_was_written(photo_cache, teacher_of_2):
+    cache = TeacherCache.open(photo_cache.path)
+    assert (cache.views, cache.num_samples, cache.num_classes, cache.topk) == (3, 24, 2, 2)
+    assert cache.policy == ViewPolicy()
+    assert cache.teacher_dim == open_teacher(str(teacher_of_2), 2).model.num_features
+    cache.verify()
+    for view in (-1, 3):
+        with pytest.raises(BadInput, match=f"expected a view from 0 to 2, got {view}"):
+            cache.targets(view)
+
+
+def test_what_a_person_asks_of_a_cache(photo_cache):
+    said = info(photo_cache)
+    sha256 = photo_cache.header["teachers"][0]["sha256"]
+    assert said["teacher"] == f"test_efficientnet at 32 px, fp32, weights {sha256[:12]}"
+    assert said["data"].endswith(", 24 images, 2 classes")
+    assert (said["answers"], said["views"], said["flip"]) == ("top 2 of 2", "3, seed 0", "0.5")
+
+
+@pytest.mark.parametrize("kind", ["digits", "photos"])
+def test_the_stored_views_are_the_drawn_ones(kind, digit_cache, photo_cache, photos):
+    """Byte for byte those of (policy, seed, view), different from view to view."""
+    cache, spec = (digit_cache, "digits:100") if kind == "digits" else (photo_cache, str(photos))
+    stored = [cache.targets(view)[0] for view in range(cache.views)]
+    for view, views in enumerate(stored):
+        drawn = draw_views(default_policy(spec), open_dataset(spec).sizes, seed=0, view=view)
+        assert (views.crop.dtype, views.flip.dtype) == (np.uint16, np.bool_)
+        np.testing.assert_array_equal(views.crop, drawn.crop)
+        np.testing.assert_array_equal(views.flip, drawn.flip)
+    assert (stored[0].crop != stored[1].crop).any()
+
+
+def pixels(dataset: Dataset, views: Views) -> Tensor:
+    """uint8 pictures of a view by Pillow and torchvision's transforms, one after the other."""
+    images = []
+    for i, (box, flip) in enumerate(zip(views.boxes(dataset.sizes).tolist(), views.flip, strict=True)):
+        if dataset.pixels is None:
+            image = tv.pil_to_tensor(Image.open(dataset.path(i)))
+        else:
+            image = torch.from_numpy(dataset.pixels[i]).permute(2, 0, 1)
+        image = tv.resized_crop(image, *box, [SIZE, SIZE], antialias=True)
+        images.append(tv.horizontal_flip(image) if flip else image)
+    return torch.stack(images)
+
+
+def assert_same_answers(got: Targets, expected: Tensor) -> None:
+    """Within fp16 of the full log-probabilities `expected` [N, C], and no class that was left out is better."""
+    got_at = expected.gather(1, got.classes.long())
+    torch.testing.assert_close(got.log_probs.float(), got_at, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(got_at, expected.topk(got.classes.shape[1]).values, rtol=2e-3, atol=2e-3)
+    assert (got.classes[:, 0].long() == expected.argmax(1)).float().mean() > 0.9
+
+
+def test_the_answers_are_the_teachers_on_those_pictures(photo_cache, digit_cache, photos, teacher_of_2, teacher_of_10):
+    """Every view of both data sets, made again with Pillow, torchvision's transforms and the teacher alone."""
+    for cache, spec, folder in ((photo_cache, str(photos), teacher_of_2), (digit_cache, "digits:100", teacher_of_10)):
+        dataset, teacher = open_dataset(spec), open_teacher(str(folder), cache.num_classes)
+        tables = []
+        for view in range(cache.views):
+            views, classes, log_probs = cache.targets(view)
+            expected = teacher.log_probs(pixels(dataset, views))
+            assert_same_answers(Targets(classes, log_probs), expected)
+            tables.append(log_probs)
+        assert not torch.equal(tables[0], tables[1])
+
+
+def test_validation_answers_are_of_the_teachers_own_centre_crops(photo_cache, photos, teacher_of_2):
+    """Row by row, and so its accuracy is the share of right best classes."""
+    val, teacher = open_dataset(str(photos), "val"), open_teacher(str(teacher_of_2), 2)
+    expected = teacher.log_probs(pixels(val, center_views(val.sizes, 0.9)))
+    got = photo_cache.val_targets()
+    assert_same_answers(got, expected)
+    by_hand = (expected.argmax(1) == torch.from_numpy(val.labels)).float().mean().item()
+    assert agreement(val.labels, got) == pytest.approx(by_hand, abs=1 / len(val))
+
+
+# --- What a cache is for ----------------------------------------------------------------------------------------------
+
+
+def test_check_takes_its_own_data_and_policy(photo_cache, photos):
+    photo_cache.check(open_dataset(str(photos)), ViewPolicy())
+
+
+def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache, photos, tmp_path):
+    digits = open_dataset("digits:100")
+    with pytest.raises(BadInput, match="expected 10 classes, as digits:100 has, got 2"):
+        photo_cache.check(digits, ViewPolicy())
+    with pytest.raises(
+        BadInput, match=r"made from digits:100 \(100 samples\), .* digits:200 \(200 samples\) as it is now"
+    ):
+        digit_cache.check(open_dataset("digits:200"), digit_cache.policy)
+    with pytest.raises(BadInput, match=r"expected views drawn with .*flip=0.5\), got .*flip=0.0\)"):
+        digit_cache.check(digits, dataclasses.replace(digit_cache.policy, flip=0.5))
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "train" / "china" / "000.jpg").unlink()
+    with pytest.raises(BadInput, match=r"24 samples.*23 samples"):
+        photo_cache.check(open_dataset(str(tmp_path / "photos")), ViewPolicy())
+
+
+@pytest.mark.parametrize("name", [view_file(0), view_file(2), VAL])
+def test_an_unfinished_cache_is_not_opened(changed, name):
+    (changed / name).unlink()
+    with pytest.raises(BadInput, match=rf"expected 3 views, {name} is missing \(1 files in all\); run .* again"):
+        TeacherCache.open(changed)
+
+
+def test_no_cache_and_headers_that_are_none(changed):
+    with pytest.raises(BadInput, match=r"expected a teacher cache made by `fastofa precompute`, found no cache.json"):
+        TeacherCache.open(changed / "nowhere")
+    header = (changed / HEADER).read_text()
+    for text, message in (
+        (header[:50], "is not valid JSON"),
+        ("[]", "expected schema 1, got list"),
+        ("{}", "expected schema 1, got None"),
+        (header.replace('"schema": 1', '"schema": 2'), "expected schema 1, got 2"),
+        (header.replace('"topk"', '"top"'), "expected the fields topk, it was edited"),
+    ):
+        (changed / HEADER).write_text(text)
+        with pytest.raises(BadInput, match=message):
+            TeacherCache.open(changed)
+
+
+def test_a_view_in_the_place_of_another_is_refused(changed):
+    """Each file is sound, but knows which view it is."""
+    shutil.copy(changed / view_file(0), changed / view_file(1))
+    cache = TeacherCache.open(changed)
+    cache.targets(0)
+    with pytest.raises(BadInput, match=f"{view_file(1)}: belongs to another cache or view"):
+        cache.targets(1)
+    with pytest.raises(BadInput, match=f"{view_file(1)}: belongs to another cache or view"):
+        cache.verify()
+
+
+@pytest.mark.parametrize(
+    "given", [{"seed": 1}, {"topk": 1}, {"flip": 0.0}, {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}]
+)
+def test_a_file_of_another_cache_is_refused(changed, make, given):
+    """Same pictures and same shapes (or nearly), but drawn or asked otherwise."""
+    other = make(views=1, **given)
+    for name in (view_file(0), VAL):
+        kept = (changed / name).read_bytes()
+        shutil.copy(other.path / name, changed / name)
+        with pytest.raises(BadInput, match=f"{name}: belongs to another cache or view"):
+            TeacherCache.open(changed).verify()
+        (changed / name).write_bytes(kept)
+    TeacherCache.open(changed).verify()
+
+
+def test_an_edited_header_fits_no_table(changed):
+    """A seed or a teacher that did not make these answers."""
+    edit_header(changed, seed=7)
+    with pytest.raises(BadInput, match=f"{view_file(0)}: belongs to another cache"):
+        TeacherCache.open(changed).verify()
+
+
+@pytest.mark.parametrize("name", [view_file(2), VAL])
+def test_verify_finds_the_damaged_file(changed, name):
+    """One bit of it, or its last bytes gone."""
+    data = (changed / name).read_bytes()
+    for damage in (data[:-1] + bytes([data[-1] ^ 1]), data[:-10]):
+        (changed / name).write_bytes(damage)
+        with pytest.raises(BadInput, match=f"{name}.*(checksum does not match|truncated or damaged)"):
+            TeacherCache.open(changed).verify()
+    (changed / name).write_bytes(data)
+    TeacherCache.open(changed).verify()
+
+
+# --- Making one -------------------------------------------------------------------------------------------------------
+
+
+def test_more_views_keep_the_old_files_and_equal_a_larger_cache(changed, make):
+    """Extended from 3 to 5: old files untouched, all files (the header but for nothing) as if made at once."""
+    before = files(changed)
+    times = {file.name: file.stat().st_mtime_ns for file in changed.iterdir()}
+    extended = make(changed, views=5)
+    assert extended.views == 5
+    after = files(changed)
+    assert {name for name in before if after[name] != before[name]} == {HEADER}
+    assert all((changed / name).stat().st_mtime_ns == times[name] for name in before if name != HEADER)
+    assert after == files(make(views=5).path)
+
+
+def test_fewer_or_as_many_views_leave_everything_as_it_was(changed, make):
+    before = files(changed)
+    for views in (3, 1):
+        assert make(changed, views=views).views == 3
+    assert files(changed) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"seed": 3}, r"seed \(0 there, 3 here\)"),
+        ({"topk": 1}, r"topk \(2 there, 1 here\)"),
+        ({"scale": (0.5, 1.0)}, "policy "),
+        ({"image_size": 48}, "teachers "),
+        ({"data": "digits:100"}, ""),
+    ],
+)
+def test_other_arguments_do_not_go_on_with_a_cache(changed, make, teacher_of_10, given, said):
+    before = files(changed)
+    if "data" in given:
+        given = {**given, "teacher": str(teacher_of_10)}
+    with pytest.raises(BadInput, match=f"holds a cache made otherwise, it differs in .*{said}.*choose another --out"):
+        make(changed, **given)
+    assert files(changed) == before
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+def test_workers_do_not_show_in_the_answers(photo_cache, make):
+    """Every file byte for byte, with two decoding processes instead of none."""
+    assert files(make(workers=2).path) == files(photo_cache.path)
+
+
+def test_the_pipeline_does_not_show_in_the_answers(digit_cache, teacher_of_10, tmp_path):
+    """Resident and torchvision: every table byte for byte; the header says which it was."""
+    config = PrecomputeConfig(
+        "digits:100", str(teacher_of_10), tmp_path, views=1, topk=4, pipeline="torchvision", workers=0
+    )
+    other = precompute(config)
+    for name in (view_file(0), VAL):
+        assert (other.path / name).read_bytes() == (digit_cache.path / name).read_bytes()
+    assert (digit_cache.header["pipeline"], other.header["pipeline"]) == ("auto", "torchvision")
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_the_batch_size_shows_in_the_last_bits_only(photo_cache, make, batch_size):
+    """Same views to the byte, same answers to what fp16 keeps; where a class differs, the two were as good."""
+    other = make(batch_size=batch_size)
+    for view in range(3):
+        (a, classes_a, log_probs_a), (b, classes_b, log_probs_b) = photo_cache.targets(view), other.targets(view)
+        np.testing.assert_array_equal(a.crop, b.crop)
+        np.testing.assert_array_equal(a.flip, b.flip)
+        torch.testing.assert_close(log_probs_a, log_probs_b, rtol=2e-3, atol=2e-3)
+        clear = (log_probs_a[:, 0] - log_probs_a[:, 1]).abs() > 0.01
+        assert clear.any()
+        assert torch.equal(classes_a[clear].long(), classes_b[clear].long())
+
+
+def test_unreadable_pictures_are_left_out_for_good(photos, make, teacher_of_2, tmp_path):
+    """Refused without --skip-corrupt; with it, everything is as in a folder that never had them."""
+    shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".fastofa"))
+    data = tmp_path / "photos"
+    broken = data / "train" / "flower" / "003.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (data / "val" / "china" / "000.jpg").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"unreadable images: .*--skip-corrupt"):
+        make(tmp_path / "cache", data=str(data))
+    assert not (tmp_path / "cache").exists()
+
+    cache = make(tmp_path / "cache", data=str(data), skip_corrupt=True, views=1)
+    assert (cache.num_samples, cache.header["num_val_samples"]) == (23, 11)
+    cache.check(open_dataset(str(data)), ViewPolicy())
+    broken.unlink()
+    (data / "val" / "china" / "000.jpg").unlink()
+    clean = make(tmp_path / "clean", data=str(data), views=1)
+    assert files(clean.path) == files(cache.path)
+
+
+def test_more_classes_than_there_are_cannot_be_kept(make, tmp_path):
+    with pytest.raises(BadInput, match=r"topk: expected at most the 2 classes of .*, got 3"):
+        make(tmp_path / "cache", topk=3)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_with_other_things_is_left_alone(make, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadInput, match="expected an empty or new folder or a cache, it holds other files"):
+        make(tmp_path)
+    assert files(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+def test_a_table_written_again_with_its_own_info_is_taken(changed):
+    """The checks above fail for what they say, not for being touched: the same contents pass."""
+    tensors, said = load_tensors(changed / view_file(1))
+    save_tensors(changed / view_file(1), tensors, said)
+    TeacherCache.open(changed).verify()
