@@ -48,6 +48,8 @@ def load_checkpoint(
         BadInput: damaged file, or keys or shapes that do not fit; nothing was changed then.
     """
     tensors, info = load_tensors(path)
+    if lacking := {"random.cpu", "position", "optimizer"} - tensors.keys() - info.keys():
+        raise BadInput(f"{path}: expected what `fastofa train` saves, it lacks {', '.join(sorted(lacking))}")
     parts = {"student.": student.state_dict(), "ema.": {} if ema is None else ema.state_dict()}
     for prefix, own in parts.items():
         _check_keys(path, prefix, own, tensors)
@@ -110,6 +112,9 @@ def _check_optimizer(path: Path, student: nn.Module, optimizer: torch.optim.Opti
         shape = own.get(key.rpartition(".")[0])
         if shape is None or tuple(torch.as_tensor(value).shape) not in (shape, ()):
             odd.append(key)
+    found = {(name, item) for name, _, item in (key.rpartition(".") for key in state) if not name.startswith("group")}
+    names, items = {name for name, _ in found}, {item for _, item in found}
+    odd += [f"{name}.{item} (missing)" for name in names & own.keys() for item in items if (name, item) not in found]
     if odd:
         raise BadInput(f"{path}: does not fit this run's optimizer: {_some(sorted(odd))}; was config.json edited?")
 

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `fastofa ... | head`: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted before there was anything to save", 130))
+        sys.exit(_say("interrupted; nothing more was saved", 130))
 
 
 def _say(message: str, code: int) -> int:

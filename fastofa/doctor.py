@@ -102,10 +102,9 @@ def _apex() -> Finding:
     remedy = "build it from github.com/NVIDIA/apex with --cpp_ext --cuda_ext; `pip install apex` gets something else"
     if _imports("import amp_C; from apex.optimizers import FusedLAMB"):
         return Finding("NVIDIA apex", True, _version("apex"))
-    if _version("apex"):
-        return Finding(
-            "NVIDIA apex", False, f"the `apex` {_version('apex')} found here is not NVIDIA's or lacks amp_C; {remedy}"
-        )
+    if _version("apex") or _imports("import apex"):
+        found = f"`apex` {_version('apex')}".strip()
+        return Finding("NVIDIA apex", False, f"the {found} found here is not NVIDIA's or lacks amp_C; {remedy}")
     return Finding("NVIDIA apex", False, f"optional, for its FusedLAMB alone: {remedy}")
 
 

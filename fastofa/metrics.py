@@ -1,6 +1,9 @@
 """Accuracy, and the log of a run: metrics.jsonl (one object per logged step and per epoch), TensorBoard, a picture."""
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 
 from fastofa.dataset import Dataset
+from fastofa.errors import BadInput
 from fastofa.files import write_atomic
 from fastofa.pipelines import Pipeline
 from fastofa.progress import track
@@ -59,16 +63,38 @@ class MetricsLog:
 
         kept = [row for row in read_metrics(run) if row["step"] <= step]
         write_atomic(run / FILE, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.file = open(run / FILE, "a")  # noqa: SIM115 (closed by close)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.run, self.hook = run, threading.excepthook
+        threading.excepthook = self._in_thread
+        with _told(run):
+            self.file = open(run / FILE, "a")  # noqa: SIM115 (closed by close)
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One row: {"kind": "step" or "epoch", "step": ..., values}."""
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+        with _told(self.run):
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        """Never fails: every row is written already, or `add` has told why not."""
+        for writer in (self.file, self.board):
+            with suppress(OSError):
+                writer.close()
+        threading.excepthook = self.hook
+
+    def _in_thread(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread; where that fails the next `add` tells it, in one line."""
+        if not issubclass(args.exc_type, OSError):
+            self.hook(args)
+
+
+@contextmanager
+def _told(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(
+            f"could not write to {run}: {error.strerror or error}; free space, then go on with --resume"
+        ) from None

@@ -52,9 +52,9 @@ def progress_bar() -> Progress:
 def track(items: Iterable[T], total: int, title: str, images: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
     """Yield the items with a bar counted in images (one an item unless told) that goes away at the end.
 
-    Without a title there is no bar: something else shows the progress.
+    Without a title there is no bar: something else shows the progress; nor where it could not go away, in a file.
     """
-    if not title:
+    if not (title and console.is_interactive):
         yield from items
         return
     with progress_bar() as bar:

@@ -125,20 +125,25 @@ class TeacherCache:
 
 
 class DeviceTargets:
-    """One view's answers on the device, looked up by sample id: the teacher costs a gather."""
+    """One view's answers on the device, looked up by sample id: the teacher costs a gather.
 
-    def __init__(self, classes: Tensor, log_probs: Tensor, device: torch.device) -> None:
+    With `dense` (K = C) the answers are normalised again, which takes back most of what float16 rounded off.
+    """
+
+    def __init__(self, classes: Tensor, log_probs: Tensor, device: torch.device, dense: bool = False) -> None:
+        self.dense = dense
         self.narrow = classes.dtype == torch.uint16
         # torch can hardly index uint16, so the same bits travel as int16.
         self.classes = (classes.view(torch.int16) if self.narrow else classes).to(device)
         self.log_probs = log_probs.to(device)
 
     def lookup(self, sample_ids: Tensor) -> Targets:
-        """int64 [B] -> classes int32 [B, K] and log_probs float16 [B, K]."""
+        """int64 [B] -> classes int32 [B, K] and log_probs float16 (dense: float32) [B, K]."""
         classes = self.classes[sample_ids]
         if self.narrow:
             classes = classes.to(torch.int32) & 0xFFFF
-        return Targets(classes, self.log_probs[sample_ids])
+        log_probs = self.log_probs[sample_ids]
+        return Targets(classes, log_probs.float().log_softmax(dim=1) if self.dense else log_probs)
 
 
 def answers(log_probs: Tensor, topk: int) -> Targets:

@@ -61,6 +61,7 @@ def train(config: TrainConfig) -> Result:
     run = Run(config.out, config, train_set.classes, 0 if cache is None else cache.teacher_dim)
     _check_place(run)
     job = _Job(run, train_set, val_set, cache)
+    job.load()
     run.save()
     if missing := NOT_REPLAYED.get(config.recipe):
         notice(
@@ -131,12 +132,18 @@ class _Job:
             logits = self.student(images)
         return self.objective(logits, labels, targets)
 
-    def run_epochs(self) -> None:
+    def load(self) -> None:
+        """The checkpoint and the first view: damage is told before anything is written."""
         c = self.config
         if c.resume and (self.run.path / checkpoint.FILE).exists():
             self._restore()
         elif c.resume:
             notice(f"{self.run.path}: no checkpoint yet, starting from the beginning")
+        if self.cache is not None and self.step < c.epochs * self.steps_per_epoch:
+            self._load_view(self.step // self.steps_per_epoch)
+
+    def run_epochs(self) -> None:
+        c = self.config
         first, position = divmod(self.step, self.steps_per_epoch)
         self.log = MetricsLog(self.run.path, self.step)
         with Interrupt() as self.interrupt, progress_bar() as bar:
@@ -245,7 +252,8 @@ class _Job:
         if self.view != epoch % self.cache.views:
             self.view = epoch % self.cache.views
             self.views, classes, log_probs = self.cache.targets(self.view)
-            self.targets = None if c.method == "scratch" else DeviceTargets(classes, log_probs, self.device)
+            dense = self.cache.topk == self.cache.num_classes
+            self.targets = None if c.method == "scratch" else DeviceTargets(classes, log_probs, self.device, dense)
         return self.views
 
     def result(self) -> Result:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,16 @@ def _ignore_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes forked in here inherit the block, so that they ignore both from their first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Pipeline:
     """See `fastofa.pipelines.open_pipeline`."""
 
@@ -82,7 +93,9 @@ class Pipeline:
             generator=torch.Generator(),  # or it would draw a number from the global one, which belongs to the student
             pin_memory=self.device.type == "cuda",
         )
-        for ids, images in zip(rows, loader, strict=True):
+        with _signals_held():
+            decoded = iter(loader)
+        for ids, images in zip(rows, decoded, strict=True):
             if isinstance(images, str):
                 raise BadInput(images)
             sample_ids = torch.from_numpy(ids).to(self.device, non_blocking=True)

@@ -739,6 +739,16 @@ def test_inconsistent_cifar100(tmp_path: Path, change: dict[str, Any]) -> None:
     assert str(tmp_path) in refusal(f"cifar100:{tmp_path}")
 
 
+def test_changed_byte_in_the_cifar100_archive(tmp_path: Path) -> None:
+    """Wherever it is, although most of the archive's bytes are pixels that any value would do for."""
+    pack(write_cifar(tmp_path))
+    archive = tmp_path / "cifar-100-python.tar.gz"
+    whole = archive.read_bytes()
+    for position in np.random.default_rng(0).integers(64, len(whole), 60):
+        archive.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+        assert str(tmp_path) in refusal(f"cifar100:{tmp_path}")
+
+
 def test_cifar10_is_not_cifar100(tmp_path: Path) -> None:
     member = cifar_member("train")
     member["labels"] = member.pop("fine_labels")

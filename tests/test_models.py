@@ -1,6 +1,7 @@
 """timm models by name and weights from files: what fits is loaded whole, what does not is refused in one line."""
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -108,7 +109,7 @@ def test_the_papers_small_swins(name: str, count: int) -> None:
 def test_variants_are_not_changed_by_use() -> None:
     """The arguments that one model was built with do not stick to the next."""
     name = "swin_pico_patch4_window7_224"
-    before = resolve(name)
+    before = copy.deepcopy(resolve(name))
     create_model(name, 3, image_size=64, drop_path=0.1)
     assert resolve(name) == before
     assert resolve("resnet18") == ("resnet18", {})

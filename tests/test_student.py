@@ -2,7 +2,9 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +19,15 @@ from fastofa.exits import ConvExit, PatchMerging, SepConv, TokenExit
 from fastofa.student import Student
 
 CLASSES = 10
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Pictures this small are not worth a second one, and waiting for it is dear on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -154,6 +165,9 @@ def test_token_exit_classifies_the_class_token_or_the_mean() -> None:
     torch.testing.assert_close(by_token(tokens), by_mean(tokens))  # a model that keeps its class token to itself
     assert not torch.allclose(by_token(tokens, prefix), by_token(tokens, prefix.flip(1)))
     assert not torch.allclose(by_token(tokens, prefix), by_token(tokens, prefix[:, :1]))
+    by_token.blocks = by_mean.blocks = nn.Sequential()
+    torch.testing.assert_close(by_token(tokens, prefix), by_token.head(prefix[:, 0]))
+    torch.testing.assert_close(by_mean(tokens), by_mean.head(tokens.mean(dim=1)))
 
 
 @pytest.mark.parametrize(("side", "merges"), [(1, 0), (7, 0), (13, 0), (14, 1), (16, 1), (24, 1), (28, 2), (56, 3)])
@@ -171,6 +185,7 @@ def test_tokens_are_merged_down_to_a_grid_of_about_7(side: int, merges: int) -> 
 # --- How the exits start ----------------------------------------------------------------------------------------------
 
 
+@cache
 def exits_of(kind: type[nn.Module]) -> list[Any]:
     """All layers of a kind in the exits of a CNN, a hierarchical and an isotropic token model."""
     names = ("resnet18", "swin_nano_patch4_window7_224", "deit_tiny_patch16_224")
@@ -420,28 +435,28 @@ def test_names_without_weight_decay_are_those_of_parameters(name: str, expected:
 # --- The sweep: any timm model ----------------------------------------------------------------------------------------
 
 CNNS = """
-    resnet18 resnetv2_18 skresnet18 res2net50_14w_8s legacy_seresnet18 cspdarknet53 dpn48b densenet121 dla46_c
+    resnet18 resnetv2_18 skresnet18 legacy_seresnet18 cspdarknet53 dpn48b densenet121 dla46_c
     mobilenetv1_100 mobilenetv2_050 mobilenetv3_small_050 mobilenetv4_conv_small_035 mobileone_s0 ghostnet_050
     efficientnet_lite0 tf_efficientnetv2_b0 mnasnet_small lcnet_035 rexnet_100 hardcorenas_a repghostnet_050
     regnetx_002 regnety_002 convnext_atto convnextv2_atto inception_next_atto rdnet_tiny repvgg_a0 repvit_m0_9
-    starnet_s050 fasternet_t0 hgnetv2_b0 hrnet_w18_small ese_vovnet19b_slim_dw xception41 selecsls42 test_nfnet
+    starnet_s050 fasternet_t0 hgnetv2_b0 hrnet_w18_small ese_vovnet19b_slim_dw selecsls42 test_nfnet
     inception_v3 ghostnetv2_100 mambaout_femto
 """
 TRANSFORMERS = """
     deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 test_vit3 eva02_tiny_patch14_224 test_vit_relpos
-    flexivit_small convit_tiny tnt_s_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 pvt_v2_b0 twins_pcpvt_small
+    convit_tiny tnt_s_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 pvt_v2_b0
     swin_nano_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_ns_224 twins_svt_small coat_lite_tiny
     coat_tiny hiera_tiny_224 focalnet_tiny_srf davit_tiny gcvit_xxtiny test_maxvit
 """
 MLPS = "mixer_s32_224 resmlp_12_224 gmlp_ti16_224"
 HYBRIDS = """
     mobilevit_xxs mobilevitv2_050 edgenext_xx_small efficientformerv2_s0 efficientformer_l1 test_coatnet
-    tiny_vit_5m_224 fastvit_t8 nextvit_small caformer_s18 convformer_s18 poolformer_s12 efficientvit_b0
+    tiny_vit_5m_224 fastvit_t8 nextvit_small caformer_s18 poolformer_s12 efficientvit_b0
     swiftformer_xs vit_tiny_r_s16_p8_224 botnet26t_256 mobilenetv4_hybrid_medium
 """
 LARGE = """
-    vgg11 tresnet_m convmixer_768_32 swin_tiny_patch4_window7_224 beit_base_patch16_224 mixer_b16_224
-    vitamin_small_224 maxvit_pico_rw_256 coatnet_nano_rw_224 samvit_base_patch16_224 mvitv2_tiny mvitv2_small_cls
+    vgg11 convmixer_768_32 swin_tiny_patch4_window7_224 beit_base_patch16_224 mixer_b16_224
+    vitamin_small_224 maxvit_pico_rw_256 coatnet_nano_rw_224 mvitv2_small_cls
 """
 SWEEP = " ".join([CNNS, TRANSFORMERS, MLPS, HYBRIDS]).split()
 SIZES = {"inception_v3": 96, "ghostnetv2_100": 64, "efficientformerv2_s0": 64, "efficientformer_l1": 224}  # others: 32
@@ -476,6 +491,7 @@ def test_any_timm_model(name: str) -> None:
     logits = model(images)
     assert logits.shape == (5, 4, CLASSES)
     assert logits.isfinite().all()
+    assert (logits.amax(dim=1) > logits.amin(dim=1)).any(dim=1).all()  # every head tells the pictures apart
     found = gradients(model, logits)
     assert all(gradient.isfinite().all() for gradient in found.values() if gradient is not None)
     assert {n for n in dead(found) if n.startswith("exits.")} == set()
@@ -487,5 +503,3 @@ def test_any_timm_model(name: str) -> None:
     with torch.no_grad():
         logits = model(pictures)
         torch.testing.assert_close(logits[-1], model.backbone(model.normalize(pictures)))
-    assert all((a - b).abs().max() > 0 for a, b in pairwise(logits))
-    assert all((head[0] - head[1]).abs().max() > 0 for head in logits)  # no head is deaf to its input

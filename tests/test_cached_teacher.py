@@ -1,0 +1,95 @@
+"""The cache changes nothing: training from it and training with the teacher online on the same views agree."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastofa import recipes
+from fastofa.dataset import open_dataset
+from fastofa.losses import Objective
+from fastofa.pipelines import open_pipeline
+from fastofa.precompute import PrecomputeConfig, precompute
+from fastofa.student import Student
+from fastofa.teacher import open_teacher
+from fastofa.teacher_cache import DeviceTargets, Targets
+from fastofa.train import train
+from fastofa.views import epoch_order
+
+DATA, SIZE, BATCH = "digits:200", 32, 20
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that knows something: a few epochs on all digits."""
+    from fastofa.export import ExportConfig, export
+
+    top = tmp_path_factory.mktemp("teacher")
+    config = recipes.digits(
+        data="digits", student="test_efficientnet", method="scratch", out=top / "run", epochs=4, warmup_epochs=1
+    )
+    assert train(config).top1 > 0.5
+    export(ExportConfig(top / "run", top / "teacher"))
+    return top / "teacher"
+
+
+def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of an epoch's steps: from the cache; online at the same weights; online in a training of its own."""
+    cache = precompute(PrecomputeConfig(DATA, str(teacher_folder), cache_path, views=1, topk=topk))
+    views, classes, log_probs = cache.targets(0)
+    table = DeviceTargets(classes, log_probs, CPU, dense=topk == cache.num_classes)
+    dataset = open_dataset(DATA)
+    teacher = open_teacher(str(teacher_folder), 10)
+    order = epoch_order(len(dataset), seed=0, epoch=0)
+    objective: Any = Objective(recipes.digits(data=DATA, student="test_resnet", out=Path("unused")), CPU)
+
+    def run(train_online: bool) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        student = Student("test_resnet", 10, SIZE, teacher_dim=cache.teacher_dim)
+        optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9)
+        batches = open_pipeline("resident", dataset, SIZE, BATCH).epoch(views, order)
+        pictures = open_pipeline("resident", dataset, teacher.image_size, BATCH).epoch(views, order)
+        found = []
+        for batch, seen in zip(batches, pictures, strict=True):
+            answer = Targets(torch.arange(10).expand(BATCH, -1), teacher.log_probs(seen.images).clone())
+            logits = student(batch.images)
+            both = [objective(logits, batch.labels, t)[0] for t in (table.lookup(batch.sample_ids), answer)]
+            optimizer.zero_grad()
+            both[train_online].backward()
+            optimizer.step()
+            found.append(torch.stack(both).detach())
+        cached, online = torch.stack(found).double().unbind(dim=1)
+        return cached, online
+
+    cached, online = run(train_online=False)
+    return cached, online, run(train_online=True)[1]
+
+
+def compare(teacher_folder: Path, tmp_path: Path, topk: int) -> tuple[float, float]:
+    """Largest relative difference of a step's loss at the same weights, in a training that learns fast; and that of the
+    mean loss of two trainings, slow ones, since a fast one amplifies the last bit of anything."""
+    cached, online, _ = losses(teacher_folder, tmp_path / "cache", topk, lr=0.05)
+    at_same_weights = (cached / online - 1).abs().max().item()
+    cached, _, trained_online = losses(teacher_folder, tmp_path / "cache", topk, lr=1e-4)
+    of_trainings = abs(cached.mean() / trained_online.mean() - 1).item()
+    print(f"K = {topk}: relative difference at the same weights {at_same_weights:.1e}, of trainings {of_trainings:.1e}")
+    return at_same_weights, of_trainings
+
+
+@pytest.mark.slow
+def test_dense_answers_give_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
+    """K = C: float16 storage costs less than 1e-5 of the loss at every step, and of the mean of a whole training."""
+    at_same_weights, of_trainings = compare(teacher_folder, tmp_path, topk=10)
+    assert at_same_weights < 1e-5
+    assert of_trainings < 1e-5
+
+
+@pytest.mark.slow
+def test_top_five_answers_give_nearly_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
+    """K = 5 of 10: the mass of the other five classes is spread evenly, which costs little."""
+    at_same_weights, of_trainings = compare(teacher_folder, tmp_path, topk=5)
+    assert 1e-6 < at_same_weights < 0.01
+    assert of_trainings < 0.01
