@@ -1,6 +1,6 @@
 """The demo, with its machine and versions: what the README's table shows.
 
-    python -m bench.demo            writes bench/results/demo.json and docs/demo-curves.png
+python -m bench.demo            writes bench/results/demo.json and docs/demo-curves.png
 """
 
 import dataclasses

@@ -8,7 +8,6 @@ import itertools
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from fastofa.metrics import FILE as METRICS
 from fastofa.metrics import read_metrics
 from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.run import open_run
-from fastofa.teacher_cache import HEADER, PARTIAL, VAL
+from fastofa.teacher_cache import HEADER, PARTIAL
 from fastofa.train import train
 
 pytestmark = pytest.mark.slow
@@ -44,7 +43,14 @@ FAR = 10**9
 # A forked server that has everything imported makes a new process a matter of milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["fastofa.train", "fastofa.precompute", "torch.utils.tensorboard", "matplotlib.figure", "sklearn.datasets", "pytest"]
+    [
+        "fastofa.train",
+        "fastofa.precompute",
+        "torch.utils.tensorboard",
+        "matplotlib.figure",
+        "sklearn.datasets",
+        "pytest",
+    ]
 )
 
 
@@ -84,6 +90,7 @@ def _work(command: Callable[[Any], Any], config: Any, log: Path, ready: Connecti
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do in a process of its own
     fastofa.precompute.SAVE_EVERY_S = 0  # an unfinished view is saved at every batch
     _die_at(die_at)
     ready.send(None)
@@ -150,7 +157,8 @@ def train_config(data: str, cache: Path, out: Path, **options: Any) -> TrainConf
     """Everything that has a state: exits, AdamW, moving average, stochastic depth; sums of the log over checkpoints."""
     values = {
         "epochs": 2, "batch_size": 10, "image_size": 32, "ema": 0.9, "clip": 1.0, "drop_path": 0.3, "log_every": 2,
-        "checkpoint_every": 3, "eval_every": 1, "warmup_epochs": 1, "pipeline": "resident", "resume": True, **options,
+        "checkpoint_every": 3, "eval_every": 1, "warmup_epochs": 1, "stages": (2, 4), "pipeline": "resident",
+        "resume": True, **options,
     }  # fmt: skip
     return recipes.digits(data=data, student="test_resnet", cache=cache, out=out, **values)
 
@@ -197,7 +205,7 @@ def killed_at_random(
         finished = False
         while not finished:
             job = Job(command, dataclasses.replace(config, out=out))
-            job.wait(rng.uniform(0, seconds) if killed < kills else None)
+            job.wait(rng.uniform(0, 0.6 * seconds) if killed < kills else None)  # it has less to do every time
             finished = not job.kill()
             killed += not finished
             yield finished, out

@@ -1,0 +1,616 @@
+"""Bad input ends a command with exit code 2 and one line that says what was expected, what came and what to do.
+
+No traceback, and nothing half-written: the folders hold afterwards what they held before.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+from fastofa import cli
+from fastofa.checkpoint import FILE as CHECKPOINT
+from fastofa.cli import COMMANDS
+from fastofa.config import TrainConfig
+from fastofa.files import load_tensors, save_tensors
+from fastofa.metrics import read_metrics
+from fastofa.teacher_cache import HEADER, VAL, view_file
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["fastofa.train", "fastofa.precompute", "torch.utils.tensorboard", "matplotlib.figure", "sklearn.datasets"]
+)
+
+PRECOMPUTE = "precompute --data digits:20 --teacher teacher --views 2 --topk 3 --image-size 32"
+TRAIN = (
+    "train --recipe digits --data digits:20 --cache cache --student test_resnet --stages 4 --image-size 32 --epochs 3"
+    " --batch-size 10 --eval-every 3 --checkpoint-every 4 --ema 0.9 --log-every 1"
+)
+PHOTO_TRAIN = (
+    "train --recipe digits --data photos --student test_resnet --stages 4 --image-size 32 --epochs 1 --batch-size 10"
+    " --workers 0 --scale 0.08 1 --flip 0.5"
+)
+PHOTO_PRECOMPUTE = "precompute --data photos --teacher teacher2 --views 1 --topk 2 --image-size 32 --workers 0"
+
+
+def make_teacher(folder: Path, classes: int) -> None:
+    torch.manual_seed(classes)
+    save_for_hf(timm.create_model("test_efficientnet", num_classes=classes), str(folder), safe_serialization=True)
+
+
+def fastofa(argv: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command, run in this process."""
+    out, error = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            cli.main(argv.split())
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), error.getvalue()
+
+
+def succeeds(argv: str) -> str:
+    """Its standard error."""
+    code, _, error = fastofa(argv)
+    assert code == 0, error
+    return error
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file by its name, hidden ones too."""
+    return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else b"" for f in folder.rglob("*")}
+
+
+def refused(argv: str, message: str) -> None:
+    """Exit code 2, one line that contains `message` (as it is, `...` for anything), and nothing was written."""
+    before = contents(Path.cwd())
+    code, out, error = fastofa(argv)
+    assert (code, out) == (2, ""), error
+    assert_one_line(error, message)
+    after = contents(Path.cwd())
+    assert after.keys() == before.keys()
+    assert [name for name in after if after[name] != before[name]] == []
+
+
+def assert_one_line(error: str, message: str) -> None:
+    assert error.startswith("fastofa: error: "), error
+    assert error.count("\n") == 1, error
+    assert error.endswith("\n")
+    assert len(error) < 800, error
+    place = 0
+    for part in message.split("..."):
+        assert part in error[place:], error
+        place = error.index(part, place) + len(part)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    """Teachers of ten and of two classes, caches and runs of digits and photographs. Not to be changed."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_teacher(Path("teacher"), 10)
+        make_teacher(Path("teacher2"), 2)
+        shutil.copytree(photos, "photos", ignore=shutil.ignore_patterns(".fastofa"))
+        for split in ("train", "val"):
+            (folder / "empty" / split / "china").mkdir(parents=True)
+        succeeds(f"{PRECOMPUTE} --out cache")
+        succeeds(f"{PHOTO_PRECOMPUTE} --out photo-cache")
+        succeeds(f"{TRAIN} --out run")
+        (folder / "begun").mkdir()
+        shutil.copy("run/config.json", "begun")
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in that folder; nothing is to be written."""
+    monkeypatch.chdir(made)
+    return made
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a copy of that folder, to do harm to."""
+    folder = Path(shutil.copytree(made, tmp_path / "made"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+REFUSED = {
+    # names
+    "no such command": ("frobnicate", "unknown command 'frobnicate': expected one of demo, precompute, train"),
+    "no such student": (f"{TRAIN} --out new --student resnet1888", "unknown model 'resnet1888'...near it: resnet18"),
+    "no such teacher": (f"{PRECOMPUTE} --out new --teacher convnext_tinny", "unknown model 'convnext_tinny'...near"),
+    "student's tag": (f"{TRAIN} --out new --student test_resnet.best", "unknown model 'test_resnet.best'...tag (best)"),
+    "teacher's tag": (f"{PRECOMPUTE} --out new --teacher test_vit.best", "unknown model 'test_vit.best'...tag (best)"),
+    "train's data": (f"{TRAIN} --out new --data digit", "unknown data set 'digit': expected digits, digits:N"),
+    "precompute's data": (f"{PRECOMPUTE} --out new --data digit", "unknown data set 'digit': expected digits"),
+    "evaluate's data": ("evaluate run --data digit", "unknown data set 'digit': expected digits, digits:N"),
+    "digits by count": (f"{TRAIN} --out new --data digits:15", "expected N a multiple of 10 from 10 to...got '15'"),
+    "recipe": (f"{TRAIN} --out new --recipe imagenet", "recipe...expected...imagenet_cnn...imagenet"),
+    "no recipe": ("train --data digits:20 --student test_resnet --out new", "recipe...expected...digits, imagenet_cnn"),
+    "train's pipeline": (f"{TRAIN} --out new --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or one of res"),
+    "precompute's pipeline": (f"{PRECOMPUTE} --out new --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or"),
+    "evaluate's pipeline": ("evaluate run --data digits --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or"),
+    "train's device": (f"{TRAIN} --out new --device gpu", "device 'gpu': expected auto, cpu, or a GPU of this machine"),
+    "precompute's device": (f"{PRECOMPUTE} --out new --device cuda:99", "device 'cuda:99': expected auto, cpu, or a"),
+    "evaluate's device": ("evaluate run --data digits --device gpu", "device 'gpu': expected auto, cpu, or a GPU"),
+    # pictures
+    "no folders": (f"{PRECOMPUTE} --out new --data teacher", "teacher: expected a folder with train/ and val/"),
+    "no pictures": (f"{PRECOMPUTE} --out new --data empty", "china: expected images (.jpg...found none"),
+    "many sizes": (
+        f"{PHOTO_PRECOMPUTE} --out new --pipeline resident",
+        "pictures of one size...--pipeline torchvision",
+    ),
+    # caches
+    "no cache": (f"{TRAIN} --out new --cache nowhere", "nowhere: expected a teacher cache...no cache.json"),
+    "no cache named": (TRAIN.replace("--cache cache", "--out new"), "method ofa: expected --cache"),
+    "of other data": (
+        f"{TRAIN} --out new --data digits:30",
+        "made from digits:20 (20 samples)...digits:30 (30 samples)",
+    ),
+    "of other classes": (f"{TRAIN} --out new --data photos", "expected 2 classes, as photos has, got 10"),
+    "other crops": (
+        f"{TRAIN} --out new --scale 0.5 1",
+        "expected views drawn with...scale=(0.5, 1.0)...precompute anew",
+    ),
+    "other ratio": (f"{TRAIN} --out new --ratio 1 1", "expected views drawn with...ratio=(1.0, 1.0)...precompute anew"),
+    "other flips": (f"{TRAIN} --out new --flip 0.5", "expected views drawn with...flip=0.5...precompute anew"),
+    "other top-K": (f"{PRECOMPUTE} --out cache --topk 2", "cache made otherwise, it differs in topk (3 there, 2 here)"),
+    "other seed": (f"{PRECOMPUTE} --out cache --seed 1", "cache made otherwise, it differs in seed (0 there, 1 here)"),
+    "other size": (f"{PRECOMPUTE} --out cache --image-size 48", "cache made otherwise, it differs in teachers"),
+    "other digits": (f"{PRECOMPUTE} --out cache --data digits:30", "cache made otherwise, it differs in dataset"),
+    "no place for a cache": (
+        f"{PRECOMPUTE} --out run",
+        "run: expected an empty or new folder or a cache, it holds oth",
+    ),
+    "K above C": (f"{PRECOMPUTE} --out new --topk 11", "topk: expected at most the 10 classes of digits:20, got 11"),
+    "no views": (f"{PRECOMPUTE} --out new --views 0", "views: expected at least 1, got 0"),
+    "info on a run": (
+        "cache info run",
+        "run: expected a teacher cache made by `fastofa precompute`, found no cache.json",
+    ),
+    "verify nothing": ("cache verify nowhere", "nowhere: expected a teacher cache"),
+    # teachers
+    "teacher of two": (f"{PRECOMPUTE} --out new --teacher teacher2", "expected 10 classes...it has 2"),
+    "teacher of ten": (f"{PHOTO_PRECOMPUTE} --out new --teacher teacher", "expected 2 classes...it has 10"),
+    "no teacher in it": (f"{PRECOMPUTE} --out new --teacher photos", "could not read photos/config.json"),
+    "no weights": (f"{PRECOMPUTE} --out new --teacher test_vit --teacher-checkpoint no.pth", "no.pth: expected a file"),
+    "half a normalisation": (f"{PRECOMPUTE} --out new --mean 0.5 0.5 0.5", "expected both --mean and --std or neither"),
+    # students and runs
+    "two stages": (
+        f"{TRAIN} --out new --student levit_128s --image-size 224 --stages 1 2 3 4",
+        "student levit_128s: expected stages 1 2 3 4, it has 3, 4...use those it has with stages 3 4",
+    ),
+    "batch": (f"{TRAIN} --out new --batch-size 21", "batch-size: expected at most the 20 training images...got 21"),
+    "run is there": (
+        f"{TRAIN} --out run",
+        "run: holds a run already; go on with it by --resume or choose another --out",
+    ),
+    "other arguments": (
+        f"{TRAIN} --out run --resume --lr 0.5 --epochs 9",
+        "--resume expects the run's own arguments, these differ: epochs: 9 here, 3 there; lr: 0.5 here, 0.002 there",
+    ),
+    "export over a folder": ("export run teacher", "teacher: exists already; choose another place or remove it"),
+    "export no run": ("export cache new", "cache: expected a run made by `fastofa train`, found no config.json"),
+    "export a model": ("export teacher new", "teacher/config.json: expected what `fastofa train` writes"),
+    "export what is only begun": ("export begun new", "begun: no checkpoint yet; run `fastofa train` with --resume"),
+    "evaluate no run": ("evaluate nowhere --data digits", "nowhere: expected a run made by `fastofa train`, found no"),
+    "evaluate a cache": ("evaluate cache --data digits", "cache: expected a run made by `fastofa train`, found no"),
+    "evaluate what is only begun": ("evaluate begun --data digits", "begun: no checkpoint yet"),
+    "evaluate other classes": ("evaluate run --data photos", "expected the 10 classes that run was trained on...got 2"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line(here, name):
+    refused(*REFUSED[name])
+
+
+# --- The command line itself ------------------------------------------------------------------------------------------
+
+
+def config_class(command: str) -> type:
+    return getattr(import_module(f"fastofa.{command}"), f"{command.capitalize()}Config", None) or TrainConfig
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_flag(command):
+    code, out, error = fastofa(f"{command} --help")
+    assert (code, error) == (0, "")
+    for field in dataclasses.fields(config_class(command)):
+        positional = field.name.upper() in out or "{info,verify}" in out
+        assert f"--{field.name.replace('_', '-')} " in out or positional, field.name
+
+
+def test_help_names_every_command():
+    for argv in ("--help", "-h"):
+        code, out, error = fastofa(argv)
+        assert (code, error) == (0, "")
+        assert all(f"\n  {command} " in out for command in COMMANDS)
+    assert fastofa("")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *COMMANDS.keys() - {"demo", "doctor"},  # the others need arguments
+        *(f"{command} --frobnicate" for command in COMMANDS),
+        f"{TRAIN} --out new --epochs many",
+        f"{TRAIN} --out new --method magic",
+        f"{TRAIN} --out new --lr",
+        f"{TRAIN} --out new --recipe",
+        f"{PRECOMPUTE} --out new --topk 2.5",
+        f"{PRECOMPUTE} --out new --precision fp64",
+        "evaluate run",
+        "export run",
+        "cache mend cache",
+    ],
+)
+def test_arguments_that_cannot_be_read(here, argv):
+    """The parser's own message, several lines, but the same exit code and nothing written."""
+    before = contents(here).keys()
+    code, _, error = fastofa(argv)
+    assert code == 2
+    assert error
+    assert "Traceback" not in error
+    assert contents(here).keys() == before
+
+
+# --- Damaged and edited files -----------------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "truncated or damaged"),
+        (edit, "checksum does not match, it was edited or damaged"),
+        (Path.unlink, "is missing (1 files in all)"),
+    ],
+    ids=["truncated", "edited", "missing"],
+)
+
+
+@DAMAGE
+def test_damaged_cache(copied, damage, message):
+    """Every file of it for `cache verify`; for training the first view. Precompute mends a file that was removed."""
+    for file in (view_file(0), view_file(1), VAL):
+        kept = Path("cache", file).read_bytes()
+        damage(Path("cache", file))
+        refused("cache verify cache", f"{file}...{message}")
+        if file == view_file(0) or damage == Path.unlink:
+            refused(f"{TRAIN} --out new", f"{file}...{message}")
+        Path("cache", file).unlink(missing_ok=True)
+        succeeds(f"{PRECOMPUTE} --out cache")
+        assert Path("cache", file).read_bytes() == kept
+
+
+def test_damage_found_in_the_middle(copied):
+    """The second view is read after the first epoch: the error is the last line, and the run can go on afterwards."""
+    truncate(Path("cache", view_file(1)))
+    code, _, error = fastofa(f"{TRAIN} --out new")
+    *progress, last = error.splitlines()
+    assert code == 2
+    assert_one_line(f"{last}\n", f"{view_file(1)}...truncated or damaged")
+    assert "error" not in " ".join(progress)
+    Path("cache", view_file(1)).unlink()
+    succeeds(f"{PRECOMPUTE} --out cache")
+    succeeds(f"{TRAIN} --out new --resume")
+    same_run(Path("new"), Path("run"))
+
+
+def edits(value: Any) -> Any:
+    """`value` (of JSON) with one thing in it removed, or exchanged for something of another kind."""
+    if isinstance(value, dict):
+        for key in value:
+            yield f"no {key}", {k: v for k, v in value.items() if k != key}
+            for what, edited in edits(value[key]):
+                yield f"{key}: {what}", {**value, key: edited}
+    if isinstance(value, list) and value:
+        for what, edited in edits(value[0]):
+            yield f"[0] {what}", [edited, *value[1:]]
+    for other in (None, "x", -1, 2.5, [], {}):
+        yield repr(other), other
+
+
+@pytest.mark.slow
+def test_edited_header_of_a_cache(copied):
+    """Whatever is done to cache.json, every command gives an answer or one line."""
+    header = json.loads(Path("cache", HEADER).read_text())
+    count = 0
+    for what, edited in edits(header):
+        Path("cache", HEADER).write_text(json.dumps(edited))
+        for argv in (
+            "cache info cache",
+            "cache verify cache",
+            TRAIN.replace("--epochs 3", "--epochs 1") + " --out new",
+        ):
+            code, _, error = fastofa(argv)
+            assert code in (0, 2), (what, argv)
+            if code:
+                assert_one_line(error, "cache")
+                assert not Path("new").exists(), (what, argv)
+            shutil.rmtree("new", ignore_errors=True)
+            count += code == 2
+    assert count > 300
+
+
+@pytest.mark.parametrize(
+    ("edited", "message"),
+    [
+        ({"schema": 2}, "expected schema 1, got 2"),
+        ({"topk": 4}, "view-00000.safetensors: belongs to another cache"),
+        ({"seed": 1}, "view-00000.safetensors: belongs to another cache"),
+        ({"views": 3}, "expected 3 views, view-00002.safetensors is missing"),
+        ({"views": "2"}, "it was edited"),
+        ({"teachers": []}, "it was edited"),
+        ({"policy": {}}, "it was edited"),
+    ],
+)
+def test_edited_field_of_a_cache(copied, edited, message):
+    header = json.loads(Path("cache", HEADER).read_text())
+    Path("cache", HEADER).write_text(json.dumps({**header, **edited}))
+    refused("cache verify cache", message)
+    refused(f"{TRAIN} --out new", message)
+
+
+def test_header_that_is_no_json(copied):
+    Path("cache", HEADER).write_text(Path("cache", HEADER).read_text()[:-30])
+    for argv in ("cache info cache", f"{TRAIN} --out new", f"{PRECOMPUTE} --out cache"):
+        refused(argv, "cache/cache.json is not valid JSON")
+
+
+def test_edited_configuration_of_a_run(copied):
+    """Whatever is done to config.json, a run is evaluated or there is one line."""
+    values = json.loads(Path("run", "config.json").read_text())
+    count = 0
+    for what, edited in edits(values):
+        Path("run", "config.json").write_text(json.dumps(edited))
+        code, _, error = fastofa("evaluate run --data photos")  # other classes: refused at the latest here
+        assert code == 2, what
+        assert_one_line(error, "")
+        count += "config.json" in error
+    assert count > 100
+
+
+READERS = (f"{TRAIN} --out run --resume", "evaluate run --data digits:20", "export run new")
+
+
+@DAMAGE
+def test_damaged_checkpoint(copied, damage, message):
+    damage(Path("run", CHECKPOINT))
+    if damage == Path.unlink:
+        for argv in READERS[1:]:
+            refused(argv, "run: no checkpoint yet; run `fastofa train` with --resume")
+    else:
+        for argv in READERS:
+            refused(argv, f"run/{CHECKPOINT}...{message}")
+
+
+STUDENT, EMA, ADAM = "student.backbone.conv1.weight", "ema.backbone.conv1.weight", "optimizer.exits.0.head.bias.exp_avg"
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "readers"),
+    [
+        ({STUDENT: None}, "does not fit this run's student: missing backbone.conv1.weight", READERS[:1]),
+        ({EMA: None}, "does not fit this run's ema: missing backbone.conv1.weight", READERS),
+        (
+            {"student.more": torch.zeros(2)},
+            "does not fit this run's student: missing none; unexpected more",
+            READERS[:1],
+        ),
+        ({"ema.more": torch.zeros(2)}, "does not fit this run's ema: missing none; unexpected more", READERS),
+        ({STUDENT: torch.zeros(2)}, "student: missing none; unexpected none; of another shape backbone", READERS[:1]),
+        ({ADAM: None}, "does not fit this run's optimizer: exits.0.head.bias.exp_avg (missing)", READERS[:1]),
+        ({ADAM: torch.zeros(3)}, "does not fit this run's optimizer: exits.0.head.bias.exp_avg", READERS[:1]),
+        ({"optimizer.more.exp_avg": torch.zeros(2)}, "does not fit this run's optimizer: more.exp_avg", READERS[:1]),
+        ({"random.cpu": None}, "expected what `fastofa train` saves, it lacks random.cpu", READERS[:1]),
+        ({"position": None}, "expected what `fastofa train` saves, it lacks position", READERS[:1]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_checkpoint_with_other_keys(copied, change, message, readers):
+    """Whole and with a right checksum, but not what this run saves."""
+    tensors, info = load_tensors(Path("run", CHECKPOINT))
+    for name, value in change.items():
+        if value is not None:
+            tensors[name] = value
+        else:
+            del (info if name in info else tensors)[name]
+    save_tensors(Path("run", CHECKPOINT), tensors, info)
+    for argv in readers:
+        refused(argv, f"run/{CHECKPOINT}: ...{message}")
+
+
+# --- Pickles ----------------------------------------------------------------------------------------------------------
+
+
+class Code:
+    """When unpickled, it makes the folder `executed`."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+@pytest.mark.parametrize(
+    ("file", "commands"),
+    [
+        (f"run/{CHECKPOINT}", READERS),
+        (f"cache/{view_file(0)}", ("cache verify cache", f"{TRAIN} --out new")),
+        (f"cache/{VAL}", ("cache verify cache",)),
+        ("teacher/model.safetensors", (f"{PRECOMPUTE} --out new",)),
+    ],
+)
+def test_a_pickle_in_place_of_tensors_is_not_opened(copied, file, commands, how):
+    tensors = {"weight": torch.zeros(2), "code": Code()}
+    if how == "pickle":
+        Path(file).write_bytes(pickle.dumps(tensors))
+    else:
+        torch.save(tensors, file)
+    for argv in commands:
+        refused(argv, f"{file}: expected...safetensors...a pickle")
+    assert not Path("executed").exists()
+    torch.load(file, weights_only=False) if how == "torch.save" else pickle.loads(Path(file).read_bytes())
+    assert Path("executed").exists()  # so it would have shown
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
+def test_weights_with_code_in_them_are_not_executed(copied, suffix):
+    file = f"weights.{suffix}"
+    torch.save({"state_dict": {"head.weight": torch.zeros(2), "code": Code()}}, file)
+    refused(
+        f"{PRECOMPUTE} --out new --teacher test_vit --teacher-checkpoint {file}",
+        f"{file}: torch's weights-only reader refused it...mkdir",
+    )
+    refused(f"{TRAIN} --out new --init {file}", f"{file}: torch's weights-only reader refused it...mkdir")
+    assert not Path("executed").exists()
+
+
+# --- Unreadable pictures ----------------------------------------------------------------------------------------------
+
+
+def test_unreadable_pictures_are_named_and_can_be_left_out(copied):
+    """Text in place of a picture, an empty file, half a picture; then the same with --skip-corrupt, up to a student."""
+    shutil.rmtree("photos/.fastofa")
+    text, empty, half = (Path("photos", "train", name) for name in ("china/001.jpg", "flower/002.jpg", "china/003.jpg"))
+    text.write_text("no picture")
+    empty.write_bytes(b"")
+    refused(f"{PHOTO_PRECOMPUTE} --out new", f"2 unreadable images: ...{text}...{empty} (empty file)...--skip-corrupt")
+    half.write_bytes(half.read_bytes()[:1000])
+    error = succeeds(f"{PHOTO_PRECOMPUTE} --out new --skip-corrupt")
+    assert "photos/train: left out 3 unreadable images: " in error
+    assert all(f"{file.parent.name}/{file.name}" in error for file in (text, empty, half))
+    assert len(load_tensors(Path("new", view_file(0)))[0]["classes"]) == 24 - 3
+    error = succeeds(f"{PHOTO_TRAIN} --cache new --out student")
+    assert "left out 3 unreadable images" in error
+    assert any("top1" in row for row in read_metrics(Path("student")))
+
+
+def test_a_picture_that_is_found_unreadable_in_the_middle(copied):
+    """Its header is whole, so it is found when its turn comes: the last line names it, and nothing half-written."""
+    Path("photos", "train", "flower", "007.jpg").write_bytes(Path("photos/train/flower/007.jpg").read_bytes()[:2000])
+    for argv in (f"{PHOTO_PRECOMPUTE} --out new", f"{PHOTO_PRECOMPUTE} --out new2 --workers 2"):
+        code, _, error = fastofa(argv)
+        assert code == 2
+        assert_one_line(error.splitlines()[-1] + "\n", "unreadable image photos/train/flower/007.jpg...--skip-corrupt")
+        assert "Traceback" not in error
+    for folder in ("new", "new2"):
+        assert sorted(file.name for file in Path(folder).iterdir()) == [HEADER, VAL]
+
+
+# --- A full disk ------------------------------------------------------------------------------------------------------
+
+
+def with_space(argv: str, size: int) -> tuple[int, str]:
+    """Exit code and standard error in a process that cannot write a file larger than `size` bytes."""
+    mine, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_with_space, args=(argv, size, theirs))
+    process.start()
+    theirs.close()
+    code, error = mine.recv()
+    process.join()
+    return code, error
+
+
+def _with_space(argv: str, size: int, answer: Connection) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then such a write fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    code, _, error = fastofa(argv)
+    answer.send((code, error))
+
+
+def full(argv: str, size: int, message: str, out: str) -> None:
+    """The last line says it, and what lies in the folder `out` is whole."""
+    code, error = with_space(argv, size)
+    assert code == 2, error
+    assert "Traceback" not in error
+    *before, last = error.splitlines()
+    assert_one_line(f"{last}\n", message)
+    assert "error" not in " ".join(before)
+    for file in Path(out).rglob("*"):
+        assert not file.name.endswith(".tmp")
+        if file.suffix == ".safetensors":
+            load_tensors(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "file"), [(300, HEADER), (1500, VAL), (12_000, VAL)], ids=["header", "rows of a view", "first table"]
+)
+def test_full_disk_while_precomputing(copied, size, file):
+    full(f"{PRECOMPUTE} --out new", size, f"could not write new/{file}...free space", "new")
+    succeeds(f"{PRECOMPUTE} --out new")
+    assert contents(Path("new")) == contents(Path("cache"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (300, "could not write new/config.json"),
+        (2000, "could not write...new...free space"),  # the log
+        (100_000, "could not write new/checkpoint.safetensors...free space"),
+    ],
+    ids=["configuration", "log", "checkpoint"],
+)
+def test_full_disk_while_training(copied, size, message):
+    """The same command with --resume goes on to the same weights once there is space."""
+    full(f"{TRAIN} --out new", size, message, "new")
+    succeeds(f"{TRAIN} --out new --resume")
+    same_run(Path("new"), Path("run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argv", "size", "file", "out"),
+    [
+        ("export run new", 100, "new", "new"),
+        ("export run new", 100_000, "new", "new"),
+        ("evaluate run --data digits:20", 50, "run/evaluation.json", "run"),
+    ],
+    ids=["export's first file", "export's weights", "evaluation"],
+)
+def test_full_disk_while_exporting_and_evaluating(copied, argv, size, file, out):
+    before = contents(copied)
+    full(argv, size, f"could not write {file}", out)
+    assert contents(copied) == before
+    succeeds(argv)
+
+
+def same_run(a: Path, b: Path) -> None:
+    (tensors, info), (others, other_info) = (load_tensors(run / CHECKPOINT) for run in (a, b))
+    assert tensors.keys() == others.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+    assert info == other_info
+    logs = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(run)] for run in (a, b)]
+    assert logs[0] == logs[1]

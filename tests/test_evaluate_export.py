@@ -1,0 +1,317 @@
+"""What a run is worth, computed again without fastofa; and its student in plain timm."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision.transforms.v2.functional as tv
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+import fastofa.evaluate
+import fastofa.export
+from fastofa import recipes
+from fastofa.checkpoint import FILE, save_checkpoint
+from fastofa.config import TrainConfig
+from fastofa.dataset import Dataset, open_dataset
+from fastofa.errors import BadInput
+from fastofa.evaluate import EvaluateConfig, evaluate
+from fastofa.export import ExportConfig, export
+from fastofa.files import write_json
+from fastofa.precompute import PrecomputeConfig, precompute
+from fastofa.run import Run
+from fastofa.teacher import open_teacher
+from fastofa.teacher_cache import TeacherCache
+
+MEAN, STD = (0.2, 0.4, 0.6), (0.3, 0.25, 0.2)
+DIGITS = tuple("0123456789")
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Random weights large enough for answers that differ from picture to picture."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter)
+    return model
+
+
+def make_run(out: Path, classes: tuple[str, ...] = DIGITS, ema: bool = False, **given: Any) -> Run:
+    """A run's folder as training leaves it, with random weights (and other random weights as their average)."""
+    values = {"data": "digits:100", "student": "test_efficientnet", "mean": MEAN, "std": STD, "eval_crop": 0.8}
+    config: TrainConfig = recipes.digits(**{**values, "out": out, **given})
+    run = Run(out, config, classes, teacher_dim=256)
+    torch.manual_seed(0)
+    student = lively(run.build_student())
+    average = lively(run.build_student()) if ema else None
+    run.save()
+    save_checkpoint(out / FILE, student, torch.optim.SGD(student.parameters(), lr=0.1), average, {"step": 0})
+    return run
+
+
+def pixels(dataset: Dataset, size: int, crop: float) -> Tensor:
+    """The central squares, resized by torchvision's transforms, one after the other."""
+    images = []
+    for i, (height, width) in enumerate(dataset.sizes.tolist()):
+        if dataset.pixels is None:
+            image = tv.pil_to_tensor(Image.open(dataset.path(i)).convert("RGB"))
+        else:
+            image = torch.from_numpy(dataset.pixels[i]).permute(2, 0, 1)
+        side = round(min(height, width) * crop)
+        box = [(height - side) // 2, (width - side) // 2, side, side]
+        images.append(tv.resized_crop(image, *box, [size, size], antialias=True))
+    return torch.stack(images)
+
+
+def plain_student(run: Run, part: str) -> nn.Module:
+    """The run's backbone in plain timm, with the checkpoint's `part` ("student" or "ema")."""
+    c, start = run.config, f"{part}.backbone."
+    tensors = {k.removeprefix(start): v for k, v in load_file(run.path / FILE).items() if k.startswith(start)}
+    model = timm.create_model(c.student, num_classes=len(run.classes))
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+@torch.inference_mode()
+def predict_by_hand(model: nn.Module, images: Tensor) -> np.ndarray:
+    return model(tv.normalize(images / 255, list(MEAN), list(STD))).argsort(dim=1, descending=True).numpy()
+
+
+# --- Evaluate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digit_cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    folder = tmp_path_factory.mktemp("cache")
+    torch.manual_seed(7)
+    model = lively(timm.create_model("test_efficientnet", num_classes=10))
+    save_for_hf(model, str(folder / "teacher"), safe_serialization=True, data_config={"input_size": (3, 32, 32)})
+    return precompute(PrecomputeConfig("digits:100", str(folder / "teacher"), folder / "cache", views=1, topk=3))
+
+
+@pytest.fixture
+def photo_run(photos: Path, tmp_path: Path) -> Run:
+    return make_run(tmp_path / "run", ("china", "flower"), data=str(photos))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_the_figures_are_those_of_a_loop_written_by_hand(digit_cache, tmp_path, ema):
+    """Top-1, top-5, agreement and the teacher's own top-1 over 599 digits; of the moving average where there is one."""
+    run = make_run(tmp_path / "run", ema=ema, cache=digit_cache.path)
+    found = evaluate(EvaluateConfig(run.path, "digits:100"))
+
+    val = open_dataset("digits:100", "val")
+    best = predict_by_hand(plain_student(run, "ema" if ema else "student"), pixels(val, 32, 0.8))
+    teacher = digit_cache.val_targets().classes[:, 0].long().numpy()
+    assert found.images == 599
+    assert found.top1 == pytest.approx((best[:, 0] == val.labels).mean(), abs=1.1 / 599)
+    assert found.top5 == pytest.approx((best[:, :5] == val.labels[:, None]).any(1).mean(), abs=1.1 / 599)
+    assert found.agreement == pytest.approx((best[:, 0] == teacher).mean(), abs=1.1 / 599)
+    assert found.teacher_top1 == pytest.approx((teacher == val.labels).mean())
+    assert len({found.top1, found.top5, found.agreement, found.teacher_top1}) == 4
+    assert json.loads((run.path / "evaluation.json").read_text()) == {"data": "digits:100", **vars(found)}
+
+
+def test_pictures_from_files_in_any_batch_size(photo_run, photos):
+    """JPEGs of many sizes, two classes (so top-5 is certain); no teacher cache, so nothing to agree with."""
+    val = open_dataset(str(photos), "val")
+    best = predict_by_hand(plain_student(photo_run, "student"), pixels(val, 32, 0.8))
+    for batch_size in (5, 256):
+        found = evaluate(EvaluateConfig(photo_run.path, str(photos), batch_size=batch_size, workers=0))
+        assert found.top1 == pytest.approx((best[:, 0] == val.labels).mean(), abs=1.1 / 12)
+        assert (found.images, found.top5, found.agreement, found.teacher_top1) == (12, 1.0, None, None)
+
+
+def test_a_student_agrees_with_itself(photo_run, photos, tmp_path):
+    """Exported, asked as a teacher and evaluated: the same pictures, normalisation and crop all the way."""
+    export(ExportConfig(photo_run.path, tmp_path / "out"))
+    config = PrecomputeConfig(str(photos), str(tmp_path / "out"), tmp_path / "cache", views=1, topk=2, workers=0)
+    cache = precompute(config)
+    assert cache.header["teachers"][0]["crop"] == 0.8
+    found = evaluate(EvaluateConfig(make_run(photo_run.path, photo_run.classes, cache=cache.path).path, str(photos)))
+    assert found.agreement == 1.0
+    assert found.teacher_top1 == found.top1
+
+
+@pytest.mark.parametrize("state", ["gone", "unfinished", "of other pictures"])
+def test_without_the_teachers_answers_for_these_pictures_there_is_no_agreement(
+    digit_cache, photos, tmp_path, capsys, state
+):
+    """A line says why; accuracy is there all the same."""
+    copy = Path(shutil.copytree(digit_cache.path, tmp_path / "cache"))
+    if state == "gone":
+        shutil.rmtree(copy)
+    elif state == "unfinished":
+        (copy / "val.safetensors").unlink()
+    run = make_run(tmp_path / "run", ("china", "flower"), data=str(photos), cache=copy)
+    found = evaluate(EvaluateConfig(run.path, str(photos), workers=0))
+    assert (found.agreement, found.teacher_top1) == (None, None)
+    said = capsys.readouterr().err
+    expected = {
+        "gone": "found no cache.json",
+        "unfinished": "is missing",
+        "of other pictures": "other validation images",
+    }
+    assert f"no agreement with the teacher: {'' if state == 'of other pictures' else copy}" in said
+    assert expected[state] in said
+
+
+def test_evaluate_refuses(photo_run, photos, tmp_path):
+    """No run, no checkpoint yet, data of other classes."""
+    with pytest.raises(BadInput, match=r"expected a run made by `fastofa train`, found no config.json"):
+        evaluate(EvaluateConfig(tmp_path, str(photos)))
+    with pytest.raises(BadInput, match=r"expected the 2 classes that .* was trained on \(china, flower, ...\), got 10"):
+        evaluate(EvaluateConfig(photo_run.path, "digits"))
+    (photo_run.path / FILE).unlink()
+    with pytest.raises(BadInput, match=r"no checkpoint yet; run `fastofa train` with --resume"):
+        evaluate(EvaluateConfig(photo_run.path, str(photos)))
+    assert not (photo_run.path / "evaluation.json").exists()
+
+
+def test_evaluate_refuses_an_edited_run(photo_run, photos):
+    for edit, message in (
+        ({"config": {}}, r"config.json: expected the fields of this version"),
+        ({"classes": None}, r"config.json: expected what `fastofa train` writes, it lacks"),
+    ):
+        kept = json.loads((photo_run.path / "config.json").read_text())
+        write_json(photo_run.path / "config.json", {**kept, **edit})
+        with pytest.raises(BadInput, match=message):
+            evaluate(EvaluateConfig(photo_run.path, str(photos)))
+        write_json(photo_run.path / "config.json", kept)
+
+
+def test_the_evaluate_command_prints_a_table(photo_run, photos, capsys):
+    fastofa.evaluate.main([str(photo_run.path), "--data", str(photos), "--workers", "0"])
+    found = json.loads((photo_run.path / "evaluation.json").read_text())
+    printed = capsys.readouterr().out
+    for text in ("top-1", "top-5", "teacher's", "agreement", f"{found['top1']:.2%}", "100.00%"):
+        assert text in printed
+
+
+# --- Export -----------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "cnn": ({"student": "test_resnet", "image_size": 48}, "test_resnet"),
+    "mobilenet": ({"student": "mobilenetv2_100", "image_size": 64, "drop_path": 0.1}, "mobilenetv2_100"),
+    "vit": ({"student": "deit_tiny_patch16_224", "image_size": 64, "method": "kd"}, "deit_tiny_patch16_224"),
+    "swin": (
+        {"student": "swin_nano_patch4_window7_224", "image_size": 64, "method": "kd"},
+        "swin_tiny_patch4_window7_224",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request, tmp_path_factory) -> tuple[Run, Path, str, str]:
+    """(run, folder, the line that loads it, timm's name) of a CNN with exits and of Transformers at other sizes."""
+    given, name = MODELS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    run = make_run(folder / "run", **given)
+    return run, folder / "out", export(ExportConfig(run.path, folder / "out")), name
+
+
+def test_plain_timm_gives_the_runs_logits(exported):
+    """Both ways of loading, at the run's size, to 1e-5; drop-path and exits play no part."""
+    run, out, line, name = exported
+    student = run.trained_student()
+    size = run.config.image_size
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = student(images)[-1]
+    assert line.startswith(f'timm.create_model("{name}", checkpoint_path=')
+    by_file = eval(line, {"timm": timm})
+    by_folder = timm.create_model(f"local-dir:{out}", pretrained=True)
+    for model in (by_file, by_folder):
+        with torch.inference_mode():
+            got = model.eval()(tv.normalize(images / 255, list(MEAN), list(STD)))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert expected.std() > 0.01
+
+
+def test_the_line_needs_only_name_file_and_classes_for_a_cnn(tmp_path):
+    run = make_run(tmp_path / "run", student="test_resnet")
+    export(ExportConfig(run.path, tmp_path / "out"))
+    weights = tmp_path / "out" / "model.safetensors"
+    model = timm.create_model("test_resnet", checkpoint_path=str(weights), num_classes=10)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(images), run.trained_student()(images)[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_config_json_says_what_the_model_needs(exported):
+    """Architecture and arguments of timm's, size, crop, normalisation, classes in the order of the logits."""
+    run, out, _, name = exported
+    config = json.loads((out / "config.json").read_text())
+    size = run.config.image_size
+    assert (config["architecture"], config["num_classes"]) == (name, 10)
+    assert config["label_names"] == list(DIGITS)
+    cfg = config["pretrained_cfg"]
+    assert (cfg["input_size"], cfg["crop_pct"], cfg["num_classes"]) == ([3, size, size], 0.8, 10)
+    np.testing.assert_allclose(cfg["mean"], MEAN, rtol=1e-6)
+    np.testing.assert_allclose(cfg["std"], STD, rtol=1e-6)
+    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{out}"))
+    assert data["input_size"] == (3, size, size)
+    assert data["crop_pct"] == 0.8
+    np.testing.assert_allclose(data["mean"], MEAN, rtol=1e-6)
+
+
+def test_the_folder_holds_the_backbone_only(exported):
+    run, out, _, _ = exported
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
+    weights, own = load_file(out / "model.safetensors"), run.build_student().backbone.state_dict()
+    assert weights.keys() == own.keys()
+    assert not [file for file in out.parent.iterdir() if file.name.startswith(".")]
+
+
+def test_an_exported_model_is_a_teacher(exported):
+    """At its own size, with its own crop and normalisation: the run's own log-probabilities."""
+    run, out, _, name = exported
+    teacher = open_teacher(str(out), 10)
+    assert (teacher.name, teacher.image_size, teacher.crop) == (name, run.config.image_size, 0.8)
+    images = torch.randint(0, 256, (2, 3, teacher.image_size, teacher.image_size), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = run.trained_student()(images)[-1].log_softmax(-1)
+    torch.testing.assert_close(teacher.log_probs(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_moving_average_is_what_is_exported(tmp_path):
+    run = make_run(tmp_path / "run", ema=True)
+    export(ExportConfig(run.path, tmp_path / "out"))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for part, same in (("ema", True), ("student", False)):
+        expected = plain_student(run, part).state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in expected.items()) is same
+
+
+def test_export_refuses_and_leaves_nothing(photo_run, tmp_path, monkeypatch):
+    """No run, a place that is taken, logits that are not the run's."""
+    with pytest.raises(BadInput, match="expected a run made by `fastofa train`"):
+        export(ExportConfig(tmp_path / "nowhere", tmp_path / "out"))
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(BadInput, match="taken: exists already; choose another place or remove it"):
+        export(ExportConfig(photo_run.path, tmp_path / "taken"))
+    create_model = timm.create_model
+
+    def damaged(*arguments: Any, **given: Any) -> nn.Module:
+        model = create_model(*arguments, **given)
+        if "checkpoint_path" in given:
+            model.get_classifier().bias.data += 1
+        return model
+
+    monkeypatch.setattr(timm, "create_model", damaged)
+    with pytest.raises(BadInput, match="timm's logits differ from the run's by up to 1"):
+        export(ExportConfig(photo_run.path, tmp_path / "out"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "taken"]
+
+
+def test_the_export_command_prints_the_line(photo_run, tmp_path, capsys):
+    fastofa.export.main([str(photo_run.path), str(tmp_path / "out")])
+    first, line = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path / 'out'}: load it with"
+    assert eval(line, {"timm": timm}).num_classes == 2

@@ -1,0 +1,366 @@
+"""Ctrl-C and SIGTERM: the state is saved, the last line says how to go on, and going on leads to the same bytes."""
+
+import dataclasses
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+import fastofa.precompute
+import fastofa.train
+from fastofa import checkpoint, cli, recipes
+from fastofa.files import load_tensors
+from fastofa.interrupt import Interrupt, Stopped
+from fastofa.losses import Objective
+from fastofa.metrics import read_metrics
+from fastofa.precompute import PrecomputeConfig, precompute
+from fastofa.teacher import Teacher
+from fastofa.teacher_cache import PARTIAL, TeacherCache, view_file
+from fastofa.train import train
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "fastofa.train",
+        "fastofa.precompute",
+        "torch.utils.tensorboard",
+        "matplotlib.figure",
+        "sklearn.datasets",
+        "pytest",
+    ]
+)
+SIGNALS = pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+DATA, IMAGES = "digits:100", 100
+
+
+class Command:
+    """`fastofa ...` in a process, and a process group, of its own; its standard error goes to a file."""
+
+    def __init__(self, argv: list[str], error: Path, before: Callable[[Path], None] | None = None) -> None:
+        self.error = error
+        ready, theirs = CONTEXT.Pipe(duplex=False)
+        self.process: BaseProcess = CONTEXT.Process(target=_command, args=(argv, error, theirs, before))
+        self.process.start()
+        theirs.close()
+        ready.recv()
+        assert self.process.pid is not None
+        self.pid: int = self.process.pid
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Exit code (minus the signal that ended it), or None if it still runs after so many seconds."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def children(self) -> set[int]:
+        files = Path(f"/proc/{self.pid}/task").glob("*/children")
+        return {int(child) for file in files for child in file.read_text().split()}
+
+    def last_line(self) -> str:
+        text = self.error.read_text()
+        assert "Traceback" not in text, text
+        return text.splitlines()[-1]
+
+
+def _command(argv: list[str], error: Path, ready: Connection, before: Callable[[Path], None] | None) -> None:
+    os.setsid()
+    for stream, name in ((1, os.devnull), (2, str(error))):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do in a process of its own
+    if before is not None:
+        before(error.with_suffix(".reached"))
+    ready.send(None)
+    cli.main(argv)
+
+
+def until(reached: Callable[[], Any], command: Command | None = None) -> None:
+    end = time.monotonic() + 120
+    while not reached():
+        assert time.monotonic() < end, "waited in vain"
+        assert command is None or command.process.exitcode is None, command.error.read_text()
+        time.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained teacher of ten classes whose answers are far from uniform, in timm's format."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    model = timm.create_model("test_efficientnet", num_classes=10)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    save_for_hf(model, str(folder), safe_serialization=True)
+    return str(folder)
+
+
+def precompute_config(teacher: str, out: Path, **options: Any) -> PrecomputeConfig:
+    values = {"views": 8, "topk": 3, "image_size": 48, "batch_size": 10, "workers": 2, **options}
+    return PrecomputeConfig(DATA, teacher, out, **values)
+
+
+@pytest.fixture(scope="module")
+def cache(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made without a disturbance."""
+    return precompute(precompute_config(teacher, tmp_path_factory.mktemp("cache"))).path
+
+
+def train_config(cache: Path, out: Path, **options: Any) -> Any:
+    """Everything that has a state: exits, AdamW, moving average, stochastic depth; sums of the log over checkpoints."""
+    values = {
+        "epochs": 2, "batch_size": 10, "image_size": 32, "stages": (2, 4), "ema": 0.9, "clip": 1.0, "drop_path": 0.3,
+        "log_every": 2, "checkpoint_every": 7, "workers": 2, **options,
+    }  # fmt: skip
+    return recipes.digits(data=DATA, student="test_resnet", cache=cache, out=out, **values)
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained without a disturbance."""
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    train(train_config(cache, out))
+    return out
+
+
+def argv_of(command: str, config: Any) -> list[str]:
+    """The command line that gives this configuration."""
+    argv = [command]
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            argv += [flag] if value else []
+        elif value is not None:
+            argv += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return argv
+
+
+def same_cache(a: Path, b: Path) -> None:
+    """The same files, byte for byte, and no others; only the header may name another pipeline."""
+    assert sorted(f.name for f in a.iterdir()) == sorted(f.name for f in b.iterdir())
+    for file in a.glob("*.safetensors"):
+        assert file.read_bytes() == (b / file.name).read_bytes(), file
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Weights of student and moving average, optimiser, random state, position and log."""
+    (tensors, info), (others, other_info) = (load_tensors(run / checkpoint.FILE) for run in (a, b))
+    assert tensors.keys() == others.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+    assert info == other_info
+    assert log_of(a) == log_of(b)
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """Every logged figure but the speed."""
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(run)]
+
+
+# --- Signals from outside ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@SIGNALS
+@pytest.mark.parametrize("to", ["process", "group"])
+def test_train_stops_and_goes_on_to_the_same_weights(cache, run, tmp_path, signum, to):
+    """To the process alone, or as a terminal and a cluster do it: to its decoding processes, too."""
+    pipeline = "torchvision" if to == "group" else "resident"
+    config = train_config(cache, tmp_path / "run", pipeline=pipeline)
+    command = Command(argv_of("train", config), tmp_path / "stderr")
+    until(lambda: read_metrics(config.out) and (to == "process" or len(command.children()) == 2), command)
+    children = command.children()
+    os.killpg(command.pid, signum) if to == "group" else os.kill(command.pid, signum)
+    assert command.wait() == 128 + signum, command.error.read_text()
+    place = re.escape(str(config.out))
+    said = re.fullmatch(
+        rf"fastofa: saved step (\d+) of 20 in {place}; run the same command with --resume to go on", command.last_line()
+    )
+    assert said, command.last_line()
+    assert load_tensors(config.out / checkpoint.FILE)[1]["position"]["step"] == int(said[1]) < 20
+    until(lambda: not any(map(alive, children)))
+
+    resumed = Command([*argv_of("train", config), "--resume"], tmp_path / "stderr")
+    assert resumed.wait() == 0, resumed.error.read_text()
+    same_run(config.out, run)
+
+
+@pytest.mark.slow
+@SIGNALS
+@pytest.mark.parametrize("to", ["process", "group"])
+def test_precompute_stops_and_goes_on_to_the_same_bytes(teacher, cache, tmp_path, signum, to):
+    """To the process alone, or to its decoding processes, too. The rows of the view it was at are kept."""
+    pipeline = "torchvision" if to == "group" else "resident"
+    config = precompute_config(teacher, tmp_path / "cache", pipeline=pipeline)
+    command = Command(argv_of("precompute", config), tmp_path / "stderr")
+    first = config.out / view_file(0)
+    until(lambda: first.exists() and (to == "process" or len(command.children()) == 2), command)
+    children = command.children()
+    os.killpg(command.pid, signum) if to == "group" else os.kill(command.pid, signum)
+    assert command.wait() == 128 + signum, command.error.read_text()
+    assert command.last_line() == f"fastofa: saved in {config.out}; run the same command again to go on"
+    assert 0 < len(load_tensors(config.out / PARTIAL)[0]["classes"]) <= IMAGES
+    assert not (config.out / view_file(config.views - 1)).exists()
+    until(lambda: not any(map(alive, children)))
+
+    resumed = Command(argv_of("precompute", config), tmp_path / "stderr")
+    assert resumed.wait() == 0, resumed.error.read_text()
+    same_cache(config.out, cache)
+
+
+def _stuck(reached: Path) -> None:
+    """Evaluation, between two safe points, takes for ever."""
+
+    def predict(*_: Any) -> None:
+        reached.touch()
+        time.sleep(600)
+
+    fastofa.train.predict = predict  # type: ignore[assignment]
+
+
+@pytest.mark.slow
+@SIGNALS
+def test_a_second_signal_ends_it_at_once(cache, run, tmp_path, signum):
+    """The first one waits for a safe point that does not come. What was saved before is whole."""
+    config = train_config(cache, tmp_path / "run", pipeline="resident")
+    command = Command(argv_of("train", config), tmp_path / "stderr", _stuck)
+    until((tmp_path / "stderr.reached").exists, command)
+    os.kill(command.pid, signum)
+    assert command.wait(0.5) is None
+    os.kill(command.pid, signum)
+    code = command.wait(60)
+    if signum == signal.SIGINT:
+        assert code == 130
+        assert command.last_line() == "fastofa: interrupted; nothing more was saved"
+    else:
+        assert code == -signal.SIGTERM
+        assert "Traceback" not in command.error.read_text()
+    assert load_tensors(config.out / checkpoint.FILE)[1]["position"]["step"] == 14
+
+    resumed = Command([*argv_of("train", config), "--resume"], tmp_path / "stderr")
+    assert resumed.wait() == 0, resumed.error.read_text()
+    same_run(config.out, run)
+
+
+def _slow_start(reached: Path) -> None:
+    """The data set takes for ever to open."""
+
+    def open_dataset(*_: Any) -> None:
+        reached.touch()
+        time.sleep(600)
+
+    fastofa.train.open_dataset = open_dataset  # type: ignore[assignment]
+
+
+@pytest.mark.slow
+def test_before_the_work_begins_there_is_nothing_to_save(cache, tmp_path):
+    config = train_config(cache, tmp_path / "run")
+    command = Command(argv_of("train", config), tmp_path / "stderr", _slow_start)
+    until((tmp_path / "stderr.reached").exists, command)
+    os.kill(command.pid, signal.SIGINT)
+    assert command.wait(60) == 130
+    assert command.error.read_text() == "fastofa: interrupted; nothing more was saved\n"
+    assert not config.out.exists()
+
+
+@pytest.mark.slow
+def test_a_whole_process_from_its_start(cache, run, tmp_path):
+    """No forked server: Python, the command line, a signal, and the exit code that a shell sees."""
+    config = train_config(cache, tmp_path / "run", pipeline="resident")
+    fastofa_command = [sys.executable, "-c", "from fastofa.cli import main; main()"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*fastofa_command, *argv_of("train", config)], stderr=subprocess.PIPE, text=True, env=one_thread
+    )
+    until(lambda: read_metrics(config.out) or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1].endswith("run the same command with --resume to go on")
+    resumed = Command([*argv_of("train", config), "--resume"], tmp_path / "stderr")
+    assert resumed.wait() == 0, resumed.error.read_text()
+    same_run(config.out, run)
+
+
+# --- At every safe point ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_train_stopped_at_every_step(cache, run, tmp_path, monkeypatch):
+    """Twenty processes' worth of resuming give the same weights, log and random state as one run."""
+    original = Objective.__call__
+
+    def call(self: Objective, *args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(Objective, "__call__", call)
+    monkeypatch.setattr(fastofa.train, "draw_curves", lambda run: None)  # to be quick
+    config = train_config(cache, tmp_path / "run", pipeline="resident", resume=True)
+    for step in range(1, 20):
+        with pytest.raises(Stopped, match=f"saved step {step} of 20"):
+            train(config)
+    train(config)  # stopped at its last step, it is finished
+    same_run(config.out, run)
+
+
+def test_precompute_stopped_at_every_batch_asks_no_picture_twice(teacher, tmp_path, monkeypatch):
+    """599 validation pictures and 3 views of 100, whole or in parts; a part is gone once its table is written."""
+    original, asked = Teacher.log_probs, []
+
+    def log_probs(self: Teacher, images: torch.Tensor) -> torch.Tensor:
+        asked.append(len(images))
+        if not started.pop(0):
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, images)
+
+    config = precompute_config(teacher, tmp_path / "cache", pipeline="resident", batch_size=50, views=3)
+    monkeypatch.setattr(Teacher, "log_probs", log_probs)
+    stops = 0
+    while True:
+        started = [True] + [False] * 100  # the first call is open_teacher's own trial
+        try:
+            precompute(config)
+            break
+        except Stopped:
+            stops += 1
+            assert (config.out / PARTIAL).exists()
+    assert stops == 12 + 3 * 2
+    TeacherCache.open(config.out).verify()
+    assert asked.count(2) == stops + 1
+    assert sum(asked) - 2 * asked.count(2) == 599 + 3 * IMAGES
+    monkeypatch.setattr(Teacher, "log_probs", original)
+    same_cache(config.out, precompute(dataclasses.replace(config, out=tmp_path / "reference")).path)
+
+
+def test_handlers_are_put_back_and_a_second_signal_finds_the_old_one():
+    """`Interrupt` notes the first signal only."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda signum, _: seen.append(signum))
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        with Interrupt() as interrupt:
+            assert interrupt.signum is None
+            signal.raise_signal(signal.SIGTERM)
+            assert (interrupt.signum, seen) == (signal.SIGTERM, [])
+            signal.raise_signal(signal.SIGTERM)
+            assert seen == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)

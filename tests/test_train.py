@@ -1,0 +1,600 @@
+"""Training does what it says: the published step, on the cache's views, logged, averaged, evaluated and saved."""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision.transforms.v2.functional as tv
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.layers import DropPath
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+import fastofa.train
+from fastofa import recipes
+from fastofa.checkpoint import FILE
+from fastofa.config import TrainConfig
+from fastofa.dataset import open_dataset
+from fastofa.errors import BadInput
+from fastofa.files import load_tensors
+from fastofa.losses import Objective
+from fastofa.metrics import read_metrics
+from fastofa.models import VARIANTS
+from fastofa.optim import create_optimizer, learning_rate
+from fastofa.pipelines import torchvision_loader
+from fastofa.precompute import PrecomputeConfig, precompute
+from fastofa.recipes import default_policy
+from fastofa.run import open_run
+from fastofa.student import Student
+from fastofa.teacher_cache import TeacherCache
+from fastofa.train import Result, train
+from fastofa.views import draw_views, epoch_order
+
+SIZE = 32
+METHODS = ["ofa", "kd", "scratch"]
+
+
+def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCache:
+    """Two views of the data set, answered by a small CNN whose random weights are large enough to have opinions."""
+    torch.manual_seed(1)
+    model = timm.create_model("test_efficientnet", num_classes=classes)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter)
+    data_config = {"input_size": (3, SIZE, SIZE)}
+    save_for_hf(model, str(folder / "teacher"), safe_serialization=True, data_config=data_config)
+    return precompute(PrecomputeConfig(data, str(folder / "teacher"), folder / "cache", 2, workers=0, **given))
+
+
+@pytest.fixture(scope="module")
+def digit_cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    return make_cache("digits:100", 10, tmp_path_factory.mktemp("digits"), topk=4)
+
+
+@pytest.fixture(scope="module")
+def photo_cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    return make_cache(str(photos), 2, tmp_path_factory.mktemp("photos"), topk=2)
+
+
+@pytest.fixture
+def on_photos(photos: Path, photo_cache: TeacherCache, tmp_path: Path, monkeypatch):
+    """on_photos(name, ...) -> configuration of a run on 24 photographs: 3 steps of 8 an epoch, 2 epochs, no picture."""
+    monkeypatch.setattr(fastofa.train, "draw_curves", lambda _: None)  # half of such a run's time
+
+    def config(name: str = "run", **given: Any) -> TrainConfig:
+        values = {
+            "data": str(photos), "cache": photo_cache.path, "student": "test_efficientnet", "out": tmp_path / name,
+            "epochs": 2, "batch_size": 8, "warmup_epochs": 0, "workers": 0, "log_every": 1, "eval_every": 1,
+        }  # fmt: skip
+        return recipes.digits(**{**values, **given})
+
+    return config
+
+
+def rows(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(run) if row["kind"] == kind]
+
+
+def saved(run: Path, part: str) -> dict[str, Tensor]:
+    """Tensors of the checkpoint whose names begin with `part`."""
+    tensors, _ = load_tensors(run / FILE)
+    return {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
+
+
+# --- A whole run ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Finished:
+    config: TrainConfig
+    result: Result
+
+    @property
+    def path(self) -> Path:
+        return self.config.out
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(request, digit_cache, tmp_path_factory) -> Finished:
+    """A short run on digits by each method. Not to be changed."""
+    config = recipes.digits(
+        data="digits:100", student="test_efficientnet", cache=None if request.param == "scratch" else digit_cache.path,
+        method=request.param, out=tmp_path_factory.mktemp(request.param) / "run", epochs=2, eval_every=2, log_every=1,
+        eps=(1.3,), smoothing=0.1, gt_weight=0.5, kd_weight=2.0, ofa_weight=0.1,
+    )  # fmt: skip
+    return Finished(config, train(config))
+
+
+def test_the_runs_folder_holds_these(finished):
+    """Nothing temporary among them; config.json opens as the very configuration, with classes and teacher's width."""
+    names = sorted(file.name for file in finished.path.iterdir())
+    assert names == ["checkpoint.safetensors", "config.json", "curves.png", "metrics.jsonl", "tensorboard"]
+    run = open_run(finished.path)
+    assert run.config == finished.config
+    assert run.classes == tuple("0123456789")
+    assert run.teacher_dim == (0 if finished.config.cache is None else 256)
+    assert json.loads((finished.path / "config.json").read_text()).keys() == {
+        "fastofa",
+        "config",
+        "classes",
+        "teacher_dim",
+    }
+
+
+def test_metrics_have_a_row_for_each_step_and_epoch(finished):
+    """Learning rate of the schedule, parts of the method, the loss their weighted sum, accuracy where it was due."""
+    c = finished.config
+    steps, epochs = rows(c.out, "step"), rows(c.out, "epoch")
+    assert [(row["step"], row["epoch"]) for row in steps] == [(s + 1, s // 2) for s in range(4)]
+    assert [(row["step"], row["epoch"]) for row in epochs] == [(2, 0), (4, 1)]
+    for row in steps:
+        assert row["lr"] == pytest.approx(learning_rate(c, row["step"] - 1, 2))
+        assert (row["gt"] > 0, row["kd"] > 0, row["ofa"] > 0) == (True, c.method != "scratch", c.method == "ofa")
+        assert row["loss"] == pytest.approx(0.5 * row["gt"] + 2 * row["kd"] + 0.1 * row["ofa"], rel=1e-5)
+    assert [("top1" in row, "top5" in row) for row in epochs] == [(False, False), (True, True)]
+    assert 0 <= epochs[1]["top1"] <= epochs[1]["top5"] <= 1
+    assert all(row["images_per_second"] > 0 for row in steps + epochs)
+
+
+def test_the_result_is_the_last_evaluation(finished):
+    last = rows(finished.path, "epoch")[-1]
+    got = finished.result
+    assert (got.top1, got.top5, got.images_per_second) == (last["top1"], last["top5"], last["images_per_second"])
+    assert got.seconds > 0
+
+
+def test_the_curves_are_a_picture(finished):
+    with Image.open(finished.path / "curves.png") as image:
+        image.load()
+        assert (image.format, image.size) == ("PNG", (1200, 480))
+        assert len(image.getcolors(1 << 20)) > 50
+
+
+def test_tensorboard_has_the_same_values(finished):
+    """Every value of metrics.jsonl under kind/name, at its step."""
+    board = EventAccumulator(str(finished.path / "tensorboard"))
+    board.Reload()
+    found = {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
+    expected: dict[str, dict[int, float]] = {}
+    for row in read_metrics(finished.path):
+        for name in row.keys() - {"kind", "step"}:
+            expected.setdefault(f"{row['kind']}/{name}", {})[row["step"]] = row[name]
+    assert found.keys() == expected.keys()
+    for tag, values in expected.items():
+        assert found[tag] == pytest.approx(values, rel=1e-6)
+
+
+def test_resuming_a_finished_run_says_the_same_and_changes_nothing(finished, tmp_path):
+    config = dataclasses.replace(
+        finished.config, out=Path(shutil.copytree(finished.path, tmp_path / "run")), resume=True
+    )
+    again = train(config)
+    assert dataclasses.replace(again, seconds=0) == dataclasses.replace(finished.result, seconds=0)
+    for name in ("metrics.jsonl", FILE):
+        assert (config.out / name).read_bytes() == (finished.path / name).read_bytes()
+
+
+def test_the_checkpoint_has_an_exit_for_each_stage_that_learns(finished):
+    heads = {
+        name.partition(".")[2].split(".")[0] for name in saved(finished.path, "student") if name.startswith("exits")
+    }
+    assert heads == ({"0", "1", "2", "3"} if finished.config.method == "ofa" else set())
+
+
+# --- The step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gradients(monkeypatch) -> list[dict[str, Tensor]]:
+    """Gradients by name, clipped, of every step that a run takes."""
+    found: list[dict[str, Tensor]] = []
+
+    def create(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        optimizer = create_optimizer(model, config)
+        optimizer.register_step_pre_hook(
+            lambda *_: found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        )
+        return optimizer
+
+    monkeypatch.setattr(fastofa.train, "create_optimizer", create)
+    return found
+
+
+def dense_loss(c: TrainConfig, logits: Tensor, labels: Tensor, classes: Tensor, log_probs: Tensor) -> Tensor:
+    """mission's formula with the whole teacher distribution: [loss, gt, kd, ofa]."""
+    C, K = logits.shape[-1], classes.shape[1]
+    known = log_probs.float().exp()
+    p = ((1 - known.sum(1)).clamp(min=0) / (C - K))[:, None].repeat(1, C).scatter(1, classes.long(), known)
+    p = p ** (1 / c.temperature)
+    p = p / p.sum(1, keepdim=True)
+    m = nn.functional.one_hot(labels, C)
+    heads = [
+        -(((p + m) ** eps - m) * (z / c.temperature).log_softmax(-1)).sum(-1).mean()
+        for z, eps in zip(logits, c.eps, strict=True)
+    ]
+    soft = (1 - c.smoothing) * m + c.smoothing / C
+    gt, kd, ofa = -(soft * logits[-1].log_softmax(-1)).sum(-1).mean(), heads[-1], torch.stack(heads[:-1]).sum()
+    return torch.stack([c.gt_weight * gt + c.kd_weight * kd + c.ofa_weight * ofa, gt, kd, ofa])
+
+
+def test_an_ofa_run_equals_a_loop_written_by_hand(digit_cache, gradients, tmp_path):
+    """Pixels by torchvision's transforms, dense float loss, clipping and Nesterov SGD by formula, two views replayed.
+
+    The gradients of the first step, the losses of every step and the weights at the end are the same.
+    """
+    c = recipes.digits(
+        data="digits:100", cache=digit_cache.path, student="test_efficientnet", out=tmp_path / "run", epochs=3, seed=3,
+        batch_size=40, optimizer="sgd", lr=0.05, warmup_epochs=1, weight_decay=0.01, clip=2.0,
+        eps=(0.8, 1.0, 1.2, 1.4, 1.6), temperature=2.0,
+        gt_weight=0.7, kd_weight=1.5, ofa_weight=0.4, smoothing=0.1, mean=(0.3, 0.3, 0.3),
+        std=(0.4, 0.3, 0.2), eval_every=3, log_every=1,
+    )  # fmt: skip
+    train(c)
+
+    dataset = open_dataset("digits:100")
+    torch.manual_seed(3)
+    student = Student(c.student, 10, SIZE, digit_cache.teacher_dim).to(memory_format=torch.channels_last).train()
+    parameters = dict(student.named_parameters())
+    momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    first: dict[str, Tensor] = {}
+    losses = []
+    for step in range(6):
+        epoch, place = divmod(step, 2)
+        ids = epoch_order(100, 3, epoch)[40 * place :][:40]
+        views, classes, log_probs = digit_cache.targets(epoch % 2)
+        boxes = views.boxes(dataset.sizes)
+        images = torch.stack(
+            [
+                tv.resized_crop(
+                    torch.from_numpy(dataset.pixels[i]).permute(2, 0, 1), *boxes[i], [SIZE] * 2, antialias=True
+                )
+                for i in ids
+            ]
+        )
+        logits = student(tv.normalize(images / 255, list(c.mean), list(c.std)))
+        rows_ = torch.from_numpy(ids)
+        labels = torch.from_numpy(dataset.labels)[rows_]
+        parts = dense_loss(c, logits, labels, classes.to(torch.int32)[rows_], log_probs[rows_])
+        losses.append(parts.tolist())
+        found = dict(zip(parameters, torch.autograd.grad(parts[0], list(parameters.values())), strict=True))
+        norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in found.values()))
+        found = {name: g * min(1, 2.0 / norm) for name, g in found.items()}
+        first = first or found
+        lr = 1e-6 + step / 2 * (0.05 - 1e-6) if step < 2 else 0.05 * 0.5 * (1 + math.cos(math.pi * step / 6))
+        with torch.no_grad():
+            for name, p in parameters.items():
+                g = found[name] + (0.01 * p if p.ndim > 1 else 0)
+                momentum[name] = 0.9 * momentum[name] + g
+                p -= lr * (g + 0.9 * momentum[name])
+
+    assert gradients[0].keys() == first.keys()
+    for name, gradient in first.items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-5)
+    logged = [[row[name] for name in ("loss", "gt", "kd", "ofa")] for row in rows(c.out, "step")]
+    np.testing.assert_allclose(logged, losses, rtol=1e-3)
+    for name, value in saved(c.out, "student").items():
+        torch.testing.assert_close(value, student.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_are_clipped_to_their_norm(on_photos, gradients):
+    def norms() -> list[float]:
+        found = [math.sqrt(sum(float(g.double().pow(2).sum()) for g in step.values())) for step in gradients]
+        gradients.clear()
+        return found
+
+    train(on_photos("free", epochs=1, clip=None))
+    free = norms()
+    train(on_photos("clipped", epochs=1, clip=min(free) / 2))
+    assert norms()[0] == pytest.approx(min(free) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
+def test_every_optimizer_trains(on_photos, optimizer):
+    """All weights have moved, and the same run again gives the same checkpoint to the byte."""
+    config = on_photos(optimizer=optimizer, lr=0.01, epochs=1)
+    train(config)
+    torch.manual_seed(0)
+    before = dict(Student("test_efficientnet", 2, SIZE, 256).named_parameters())
+    after = saved(config.out, "student")
+    assert [name for name, value in before.items() if torch.equal(value, after[name])] == []
+    again = on_photos("again", optimizer=optimizer, lr=0.01, epochs=1)
+    train(again)
+    assert (again.out / FILE).read_bytes() == (config.out / FILE).read_bytes()
+
+
+def test_bf16(on_photos, monkeypatch):
+    """Student's logits are bf16 in training and evaluation, the loss fp32, weights fp32; near the fp32 run."""
+    dtypes, call = [], Objective.__call__
+
+    def spy(self: Objective, logits: Tensor, *arguments: Any) -> Tensor:
+        dtypes.append(logits.dtype)
+        return call(self, logits, *arguments)
+
+    monkeypatch.setattr(Objective, "__call__", spy)
+    exact, rough = on_photos("fp32"), on_photos("bf16", precision="bf16")
+    train(exact)
+    assert set(dtypes) == {torch.float32}
+    dtypes.clear()
+    train(rough)
+    assert set(dtypes) == {torch.bfloat16}
+    a, b = (rows(config.out, "step")[0]["loss"] for config in (exact, rough))
+    assert a != b
+    assert a == pytest.approx(b, rel=0.03)
+    assert {value.dtype for value in saved(rough.out, "student").values()} == {torch.float32, torch.int64}
+
+
+def test_a_log_row_is_the_mean_since_the_last(on_photos):
+    """Every step, and every second step, of the same run."""
+    each, second = on_photos("each"), on_photos("second", log_every=2)
+    train(each)
+    train(second)
+    a, b = rows(each.out, "step"), rows(second.out, "step")
+    assert [row["step"] for row in b] == [2, 4, 6]
+    for name in ("loss", "gt", "kd", "ofa"):
+        pairs = [(a[i][name] + a[i + 1][name]) / 2 for i in (0, 2, 4)]
+        assert [row[name] for row in b] == pytest.approx(pairs, rel=1e-6)
+
+
+def test_some_stages_only(on_photos, monkeypatch):
+    """Two exits, in stage order whatever order was given, each with its eps."""
+    shapes, call = [], Objective.__call__
+
+    def spy(self: Objective, logits: Tensor, *arguments: Any) -> Tensor:
+        shapes.append((logits.shape, self.eps.tolist()))
+        return call(self, logits, *arguments)
+
+    monkeypatch.setattr(Objective, "__call__", spy)
+    config = on_photos(stages=(4, 2), eps=(1.1, 1.2, 1.3), epochs=1)
+    train(config)
+    assert {shape for shape, _ in shapes} == {(3, 8, 2)}
+    assert shapes[0][1] == pytest.approx([1.1, 1.2, 1.3])
+    student = open_run(config.out).trained_student()
+    assert [stage.number for stage in student.stages] == [2, 4]
+    assert rows(config.out, "step")[0]["ofa"] > 0
+
+
+def test_drop_path(on_photos):
+    """Stochastic depth reaches the backbone: blocks are dropped in training, and other losses come of it."""
+    plain, dropping = (on_photos(f"{p}", student="test_vit", image_size=SIZE, drop_path=p) for p in (0.0, 0.5))
+    for config in (plain, dropping):
+        train(config)
+    modules = open_run(dropping.out).build_student().backbone.modules()
+    assert max(module.drop_prob for module in modules if isinstance(module, DropPath)) == pytest.approx(0.5)
+    assert rows(plain.out, "step")[0]["gt"] != rows(dropping.out, "step")[0]["gt"]
+
+
+def test_init_is_where_the_weights_start(on_photos, tmp_path):
+    """Without a learning rate they stay: the file's backbone, exits as the seed has them."""
+    weights = Student("test_efficientnet", 2, SIZE).backbone.state_dict()
+    torch.save(weights, tmp_path / "start.pth")
+    config = on_photos(init=str(tmp_path / "start.pth"), lr=0.0, epochs=1, warmup_epochs=0)
+    train(config)
+    after = saved(config.out, "student")
+    kept = {name for name in weights if torch.equal(after[f"backbone.{name}"], weights[name])}
+    assert kept >= {name for name, _ in Student("test_efficientnet", 2, SIZE).backbone.named_parameters()}
+
+
+# --- Views ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crops(monkeypatch) -> list[np.ndarray]:
+    """Crops of the table that each epoch of 24 training pictures was asked for."""
+    found = []
+    epoch = torchvision_loader.Pipeline.epoch
+
+    def spy(self, views, order, start=0) -> Iterator:
+        if len(views) == 24:
+            found.append(views.crop)
+        return epoch(self, views, order, start)
+
+    monkeypatch.setattr(torchvision_loader.Pipeline, "epoch", spy)
+    return found
+
+
+def test_epoch_e_replays_view_e_modulo_the_caches_views(on_photos, photo_cache, crops):
+    config = on_photos(epochs=5, eval_every=2)
+    train(config)
+    assert [row["epoch"] + 1 for row in rows(config.out, "epoch") if "top1" in row] == [2, 4, 5]
+    stored = [photo_cache.targets(view)[0].crop for view in range(2)]
+    assert len(crops) == 5
+    for epoch, crop in enumerate(crops):
+        np.testing.assert_array_equal(crop, stored[epoch % 2])
+
+
+def test_scratch_with_a_cache_replays_it_too(on_photos, photo_cache, crops):
+    """So that it is comparable: same pictures, labels only."""
+    config = on_photos(method="scratch")
+    train(config)
+    for view, crop in enumerate(crops):
+        np.testing.assert_array_equal(crop, photo_cache.targets(view)[0].crop)
+    assert rows(config.out, "step")[0]["kd"] == 0
+
+
+def test_scratch_without_a_cache_draws_a_view_for_each_epoch(on_photos, photos, crops):
+    """Of the run's seed, by the data set's policy changed by what was asked."""
+    train(on_photos(method="scratch", cache=None, epochs=3, eval_every=3, seed=5, scale=(0.5, 1.0)))
+    policy = dataclasses.replace(default_policy(str(photos)), scale=(0.5, 1.0))
+    sizes = open_dataset(str(photos)).sizes
+    assert len(crops) == 3
+    for epoch, crop in enumerate(crops):
+        np.testing.assert_array_equal(crop, draw_views(policy, sizes, 5, epoch).crop)
+
+
+def test_the_seed_decides_weights_and_order(on_photos):
+    first = []
+    for seed in (0, 0, 1):
+        config = on_photos(f"{len(first)}", seed=seed, epochs=1)
+        train(config)
+        first.append([row["loss"] for row in rows(config.out, "step")])
+    assert first[0] == first[1] != first[2]
+
+
+# --- Moving average ---------------------------------------------------------------------------------------------------
+
+
+def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
+    """The weights after each step, averaged from the first on; the average is evaluated, not the student."""
+    after_steps: list[dict[str, Tensor]] = []
+    evaluated: list[dict[str, Tensor]] = []
+
+    def create(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        optimizer = create_optimizer(model, config)
+        optimizer.register_step_post_hook(lambda *_: after_steps.append(copy.deepcopy(model.state_dict())))
+        return optimizer
+
+    def predict(student: nn.Module, *arguments: Any) -> np.ndarray:
+        evaluated.append(copy.deepcopy(student.state_dict()))
+        return original(student, *arguments)
+
+    original = fastofa.train.predict
+    monkeypatch.setattr(fastofa.train, "create_optimizer", create)
+    monkeypatch.setattr(fastofa.train, "predict", predict)
+    config = on_photos(ema=0.7, lr=0.01)
+    train(config)
+
+    ema, student = saved(config.out, "ema"), saved(config.out, "student")
+    for name, value in ema.items():
+        expected = after_steps[0][name].double()
+        for weights in after_steps[1:]:
+            expected = 0.7 * expected + 0.3 * weights[name].double()
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(value, evaluated[-1][name])
+        assert torch.equal(student[name], after_steps[-1][name])
+    assert not torch.equal(ema["backbone.classifier.weight"], student["backbone.classifier.weight"])
+    trained = open_run(config.out).trained_student().state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in ema.items())
+
+
+def test_without_a_moving_average_the_student_itself_is_evaluated(on_photos, monkeypatch):
+    evaluated = []
+    original = fastofa.train.predict
+
+    def predict(student, *arguments):
+        evaluated.append(copy.deepcopy(student.state_dict()))
+        return original(student, *arguments)
+
+    monkeypatch.setattr(fastofa.train, "predict", predict)
+    config = on_photos()
+    train(config)
+    weights = saved(config.out, "student")
+    assert all(torch.equal(evaluated[-1][name], value) for name, value in weights.items())
+    assert saved(config.out, "ema") == {}
+
+
+# --- Compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_step_is_one_graph(on_photos, monkeypatch):
+    """Student, exits and loss trace without a break and only once; the compiled run has the eager run's losses."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    eager, compiled = on_photos("eager"), on_photos("compiled", compile="on")
+    train(eager)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    train(compiled)
+    assert len(graphs) == 1
+    a, b = ([row["loss"] for row in rows(config.out, "step")] for config in (eager, compiled))
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_for_the_cpu(on_photos, monkeypatch):
+    """torch.compile's own backend, half a minute for the smallest Transformer: the first losses are the eager run's."""
+    monkeypatch.setitem(VARIANTS, "tiny_vit", ("test_vit", {"depth": 1, "embed_dim": 32, "num_heads": 1}))
+    given = {"student": "tiny_vit", "method": "kd", "optimizer": "sgd", "lr": 0.01, "epochs": 1}
+    eager, compiled = on_photos("eager", compile="off", **given), on_photos("compiled", compile="on", **given)
+    for config in (eager, compiled):
+        train(config)
+    a, b = ([row["loss"] for row in rows(config.out, "step")] for config in (eager, compiled))
+    assert a[0] == pytest.approx(b[0], rel=1e-5)
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_longer_finite_stops_the_run(on_photos):
+    """The message names the steps; the last checkpoint is from before."""
+    config = on_photos(
+        optimizer="sgd", lr=1e18, clip=None, epochs=4, log_every=2, checkpoint_every=1, student="test_resnet"
+    )
+    with pytest.raises(
+        BadInput, match=r"the loss is no longer finite between steps (\d+) and (\d+); lower --lr"
+    ) as error:
+        train(config)
+    last = rows(config.out, "step")
+    assert all(math.isfinite(row["loss"]) for row in last)
+    assert "in " + str(config.out) in str(error.value)
+    _, info = load_tensors(config.out / FILE)
+    assert all(map(math.isfinite, info["position"]["sums"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cache": None}, "method ofa: expected --cache, made by `fastofa precompute`; or --method scratch"),
+        ({"cache": None, "method": "kd"}, "method kd: expected --cache"),
+        ({"cache": Path("nowhere")}, "nowhere: expected a teacher cache made by `fastofa precompute`"),
+        ({"batch_size": 25}, "batch-size: expected at most the 24 training images of .*, got 25"),
+        ({"flip": 0.0}, r"expected views drawn with .*flip=0.0\), got .*flip=0.5\)"),
+        ({"data": "digits:100"}, "expected 10 classes, as digits:100 has, got 2"),
+        ({"pipeline": "resident"}, "pipeline resident: expected pictures of one size"),
+        ({"student": "test_resnetx"}, "unknown model 'test_resnetx'"),
+        ({"device": "cuda:99"}, "device 'cuda:99': expected auto, cpu, or a GPU of this machine"),
+        ({"init": "nowhere.pth"}, "nowhere.pth: expected a file with weights, found none"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(on_photos, given, message):
+    config = on_photos(**given)
+    with pytest.raises(BadInput, match=message):
+        train(config)
+    assert not config.out.exists()
+
+
+def test_another_run_is_not_overwritten(on_photos):
+    """Without --resume never; with it only by the same run."""
+    config = on_photos(epochs=1)
+    train(config)
+    before = {file.name: file.read_bytes() for file in config.out.iterdir() if file.is_file()}
+    for other, message in (
+        (config, "holds a run already; go on with it by --resume or choose another --out"),
+        (dataclasses.replace(config, resume=True, lr=0.5), "these differ: lr: 0.5 here, 0.002 there"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            train(other)
+    assert before == {file.name: file.read_bytes() for file in config.out.iterdir() if file.is_file()}
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(on_photos, capsys):
+    straight, resumed = on_photos("straight", epochs=1), on_photos("resumed", epochs=1, resume=True)
+    train(straight)
+    capsys.readouterr()
+    train(resumed)
+    assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().err
+    assert (straight.out / FILE).read_bytes() == (resumed.out / FILE).read_bytes()
+
+
+def test_what_a_recipe_lacks_is_said_at_the_start(on_photos, capsys):
+    values = {f.name: getattr(on_photos(), f.name) for f in dataclasses.fields(TrainConfig)}
+    given = {name: values[name] for name in ("data", "cache", "student", "batch_size", "image_size", "workers")}
+    for name, said in (("cifar_vit_mlp", True), ("cifar_cnn", False)):
+        train(recipes.RECIPES[name](**given, out=values["out"].with_name(name), epochs=1, warmup_epochs=0))
+        assert ("leaves out colour jitter 0.4, rand-m9" in capsys.readouterr().err) is said
