@@ -54,6 +54,9 @@ def open_run(path: Path) -> Run:
         raise BadInput(f"{path}: expected a run made by `fastofa train`, found no {CONFIG}")
     values = read_json(path / CONFIG)
     try:
-        return Run(path, TrainConfig.from_json(values["config"]), tuple(values["classes"]), values["teacher_dim"])
-    except (KeyError, TypeError, AttributeError) as error:
+        classes, teacher_dim = values["classes"], values["teacher_dim"]
+        if not (all(isinstance(name, str) for name in classes) and isinstance(teacher_dim, int)):
+            raise TypeError("names of classes or a number as teacher_dim")
+        return Run(path, TrainConfig.from_json(values["config"]), tuple(classes), teacher_dim)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None

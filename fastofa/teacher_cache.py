@@ -186,7 +186,7 @@ def _fits(header: dict[str, Any]) -> bool:
             and all(isinstance(t[name], kind) for t in header["teachers"] for name, kind in teacher.items())
             and isinstance(header["versions"], dict)
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, BadInput):
         return False
 
 
