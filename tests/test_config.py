@@ -176,7 +176,8 @@ def test_differences_are_what_makes_it_another_run():
     assert mine.differences(dataclasses.replace(mine, **free)) == []
     changed: dict[str, Any] = {
         "student": "test_vit", "recipe": "cifar_cnn", "cache": Path("c"), "method": "kd", "stages": (1, 2),
-        "eps": (1.5,), "temperature": 2.0, "variant": "paper", "gt_weight": 0.5, "kd_weight": 0.5, "ofa_weight": 0.5, "gt_loss": "bce",
+        "eps": (1.5,), "temperature": 2.0, "variant": "paper", "gt_weight": 0.5, "kd_weight": 0.5, "ofa_weight": 0.5,
+        "gt_loss": "bce",
         "smoothing": 0.2, "epochs": 7, "batch_size": 8, "image_size": 64, "eval_crop": 0.5, "seed": 5, "init": "file",
         "drop_path": 0.2, "scale": (0.5, 1.0), "ratio": (1.0, 1.0), "flip": 0.3, "optimizer": "lamb", "lr": 0.7,
         "min_lr": 0.01, "weight_decay": 0.3, "schedule": "step", "decay_epochs": 9, "decay_rate": 0.5,
