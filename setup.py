@@ -28,7 +28,7 @@ setup(
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
-        "timm>=1.0.20",
+        "timm>=1.0.31",
         "triton; platform_system == 'Linux'",
         "numpy",
         "pillow",

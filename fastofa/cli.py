@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if argv[0] not in COMMANDS:
         sys.exit(_say(f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}", 2))
+    # Before torch is imported: OpenMP threads that wait by spinning make a busy machine many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import_module(f"fastofa.{argv[0]}").main(argv[1:])
     except BadInput as error:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastofa.dataset import Dataset
 from fastofa.errors import BadInput
@@ -22,9 +21,7 @@ FILE = "metrics.jsonl"
 
 
 @torch.inference_mode()
-def predict(
-    student: nn.Module, pipeline: Pipeline, dataset: Dataset, crop: float, bf16: bool, title: str = ""
-) -> np.ndarray:
+def predict(student: Any, pipeline: Pipeline, dataset: Dataset, crop: float, bf16: bool, title: str = "") -> np.ndarray:
     """The five best classes of the student's last head on the central crops, int64 [N, min(5, C)], best first."""
     training = student.training
     student.eval()
@@ -32,7 +29,7 @@ def predict(
     batches = pipeline.epoch(center_views(dataset.sizes, crop), np.arange(len(dataset)))
     for batch in track(batches, len(dataset), title, lambda batch: len(batch.labels)):
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
-            logits = student(batch.images)[-1]
+            logits = student.classify(batch.images)
         best.append(logits.topk(min(5, len(dataset.classes)), dim=-1).indices)
     student.train(training)
     return torch.cat(best).cpu().numpy()

@@ -20,6 +20,8 @@ class Run:
     classes: tuple[str, ...]
     teacher_dim: int
     """Width of the teacher's last features, which a CNN's exits take over; 0 without a teacher."""
+    fingerprint: str
+    """Of the training set."""
 
     def build_student(self, init: str | None = None) -> Student:
         """The student as the configuration says, weights not loaded. Raises BadInput for what cannot be built."""
@@ -44,6 +46,7 @@ class Run:
                 "config": self.config.to_json(),
                 "classes": list(self.classes),
                 "teacher_dim": self.teacher_dim,
+                "fingerprint": self.fingerprint,
             },
         )
 
@@ -57,6 +60,7 @@ def open_run(path: Path) -> Run:
         classes, teacher_dim = values["classes"], values["teacher_dim"]
         if not (all(isinstance(name, str) for name in classes) and isinstance(teacher_dim, int)):
             raise TypeError("names of classes or a number as teacher_dim")
-        return Run(path, TrainConfig.from_json(values["config"]), tuple(classes), teacher_dim)
+        config = TrainConfig.from_json(values["config"])
+        return Run(path, config, tuple(classes), teacher_dim, values["fingerprint"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None

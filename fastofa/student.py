@@ -112,6 +112,10 @@ class Student(nn.Module):
         ]
         return torch.stack([*logits, self.backbone.forward_head(final)])
 
+    def classify(self, images: Tensor) -> Tensor:
+        """The model's own logits alone, [B, C], without the exits' work."""
+        return self.backbone(self.normalize(images))
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm exempts from weight decay besides biases and norms (position embeddings, tokens)."""
         own = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else set()

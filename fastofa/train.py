@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Result:
     began = time.monotonic()
     train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
     cache = _open_cache(config, train_set)
-    run = Run(config.out, config, train_set.classes, 0 if cache is None else cache.teacher_dim)
+    run = Run(config.out, config, train_set.classes, 0 if cache is None else cache.teacher_dim, train_set.fingerprint)
     _check_place(run)
     job = _Job(run, train_set, val_set, cache)
     job.load()
@@ -93,7 +93,11 @@ def _check_place(run: Run) -> None:
         return
     if not run.config.resume:
         raise BadInput(f"{run.path}: holds a run already; go on with it by --resume or choose another --out")
-    if different := run.config.differences(open_run(run.path).config):
+    found = open_run(run.path)
+    different = run.config.differences(found.config)
+    if run.fingerprint != found.fingerprint:
+        different.append(f"data: {run.config.data} is not the data set of {found.config.data} as it was then")
+    if different:
         raise BadInput(f"{run.path}: --resume expects the run's own arguments, these differ: {'; '.join(different)}")
 
 

@@ -252,7 +252,11 @@ def test_help_names_every_command():
 @pytest.mark.parametrize(
     "argv",
     [
-        *COMMANDS.keys() - {"demo", "doctor"},  # the others need arguments
+        "precompute",
+        "train",
+        "evaluate",
+        "export",
+        "cache",
         *(f"{command} --frobnicate" for command in COMMANDS),
         f"{TRAIN} --out new --epochs many",
         f"{TRAIN} --out new --method magic",

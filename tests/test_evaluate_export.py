@@ -46,7 +46,7 @@ def make_run(out: Path, classes: tuple[str, ...] = DIGITS, ema: bool = False, **
     """A run's folder as training leaves it, with random weights (and other random weights as their average)."""
     values = {"data": "digits:100", "student": "test_efficientnet", "mean": MEAN, "std": STD, "eval_crop": 0.8}
     config: TrainConfig = recipes.digits(**{**values, "out": out, **given})
-    run = Run(out, config, classes, teacher_dim=256)
+    run = Run(out, config, classes, teacher_dim=256, fingerprint="")
     torch.manual_seed(0)
     student = lively(run.build_student())
     average = lively(run.build_student()) if ema else None

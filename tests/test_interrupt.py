@@ -224,6 +224,30 @@ def test_precompute_stops_and_goes_on_to_the_same_bytes(teacher, cache, tmp_path
     same_cache(config.out, cache)
 
 
+def _signals_for_new_workers(reached: Path) -> None:
+    """Each decoding process gets both signals as soon as torch has set its own handlers there."""
+    main, original = os.getpid(), torch.set_num_threads
+
+    def set_num_threads(count: int) -> None:
+        original(count)
+        if os.getpid() != main:
+            reached.touch()
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    torch.set_num_threads = set_num_threads
+
+
+@pytest.mark.slow
+def test_decoding_processes_ignore_signals_from_their_first_moment(cache, run, tmp_path):
+    """One that died of them while it starts would end the training in an error of torch."""
+    config = train_config(cache, tmp_path / "run", pipeline="torchvision")
+    command = Command(argv_of("train", config), tmp_path / "stderr", _signals_for_new_workers)
+    assert command.wait() == 0, command.error.read_text()
+    assert (tmp_path / "stderr.reached").exists()
+    same_run(config.out, run)
+
+
 def _stuck(reached: Path) -> None:
     """Evaluation, between two safe points, takes for ever."""
 

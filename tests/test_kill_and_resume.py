@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,14 +44,7 @@ FAR = 10**9
 # A forked server that has everything imported makes a new process a matter of milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [
-        "fastofa.train",
-        "fastofa.precompute",
-        "torch.utils.tensorboard",
-        "matplotlib.figure",
-        "sklearn.datasets",
-        "pytest",
-    ]
+    ["fastofa.train", "fastofa.precompute", "torch.utils.tensorboard", "matplotlib.figure", "sklearn.datasets"]
 )
 
 
@@ -63,19 +57,27 @@ class Job:
         self.process: BaseProcess = CONTEXT.Process(target=_work, args=(command, config, self.log, theirs, die_at))
         self.process.start()
         theirs.close()
-        ready.recv()
-        self.began = time.monotonic()
+        self.before: float = ready.recv()
 
     def wait(self, seconds: float | None = None) -> int | None:
         """Exit code (minus the signal that ended it), or None if it still runs after so many seconds."""
         self.process.join(seconds)
         return self.process.exitcode
 
+    def work(self, seconds: float) -> float:
+        """Wait until it ends or has computed for so many seconds, which a busy machine does not change."""
+        done = 0.0
+        with suppress(OSError):  # it is gone
+            while self.wait(0.002) is None and done < seconds:
+                fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+                done = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") - self.before
+        return done
+
     def finish(self) -> float:
-        """Wait for its end, which must be a good one; returns the seconds it took."""
-        code = self.wait()
-        assert code == 0, f"exit code {code}: {self.log.read_text()}"
-        return time.monotonic() - self.began
+        """Wait for its end, which must be a good one; returns the seconds it computed."""
+        seconds = self.work(FAR)
+        assert self.wait() == 0, f"exit code {self.process.exitcode}: {self.log.read_text()}"
+        return seconds
 
     def kill(self) -> bool:
         """False if it had ended before."""
@@ -93,7 +95,7 @@ def _work(command: Callable[[Any], Any], config: Any, log: Path, ready: Connecti
     multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do in a process of its own
     fastofa.precompute.SAVE_EVERY_S = 0  # an unfinished view is saved at every batch
     _die_at(die_at)
-    ready.send(None)
+    ready.send(time.process_time())
     command(config)
 
 
@@ -164,7 +166,7 @@ def train_config(data: str, cache: Path, out: Path, **options: Any) -> TrainConf
 
 
 def undisturbed(command: Callable[[Any], Any], config: Any) -> tuple[Path, float]:
-    """Its folder, and the seconds it took."""
+    """Its folder, and the seconds it computed."""
     return config.out, Job(command, config).finish()
 
 
@@ -205,8 +207,12 @@ def killed_at_random(
         finished = False
         while not finished:
             job = Job(command, dataclasses.replace(config, out=out))
-            job.wait(rng.uniform(0, 0.6 * seconds) if killed < kills else None)  # it has less to do every time
-            finished = not job.kill()
+            if killed < kills:
+                job.work(rng.uniform(0, 0.6 * seconds))  # it has less to do every time
+                job.wait(rng.uniform(0, 0.02))
+                finished = not job.kill()
+            else:
+                finished = job.finish() > 0
             killed += not finished
             yield finished, out
         if killed >= kills:

@@ -105,7 +105,7 @@ def test_an_exported_run_is_a_teacher(tmp_path):
         mean=MEAN,
         std=STD,
     )
-    run = Run(config.out, config, tuple("abcdefg"), teacher_dim=0)
+    run = Run(config.out, config, tuple("abcdefg"), teacher_dim=0, fingerprint="")
     student = run.build_student()
     lively(student)
     run.save()

@@ -129,6 +129,7 @@ def test_the_runs_folder_holds_these(finished):
         "config",
         "classes",
         "teacher_dim",
+        "fingerprint",
     }
 
 
@@ -598,3 +599,11 @@ def test_what_a_recipe_lacks_is_said_at_the_start(on_photos, capsys):
     for name, said in (("cifar_vit_mlp", True), ("cifar_cnn", False)):
         train(recipes.RECIPES[name](**given, out=values["out"].with_name(name), epochs=1, warmup_epochs=0))
         assert ("leaves out colour jitter 0.4, rand-m9" in capsys.readouterr().err) is said
+
+
+def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
+    """Without a cache, too, which would say so itself."""
+    given: dict[str, Any] = {"student": "test_resnet", "method": "scratch", "out": tmp_path / "run", "epochs": 1}
+    train(recipes.digits(data="digits:50", **given))
+    with pytest.raises(BadInput, match="data: digits:100 is not the data set of digits:50"):
+        train(recipes.digits(data="digits:100", resume=True, **given))
