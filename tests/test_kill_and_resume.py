@@ -208,7 +208,7 @@ def killed_at_random(
         while not finished:
             job = Job(command, dataclasses.replace(config, out=out))
             if killed < kills:
-                job.work(rng.uniform(0, 0.6 * seconds))  # it has less to do every time
+                job.work(rng.uniform(0, 0.45 * seconds))  # it has less to do every time
                 job.wait(rng.uniform(0, 0.02))
                 finished = not job.kill()
             else:
@@ -235,7 +235,7 @@ def test_precompute_goes_on_to_the_same_bytes_after_kills_at_random(folder, teac
     assert len(found) >= KILLS
     assert len(working) >= KILLS // 3
     assert len(inside) >= KILLS // 5
-    assert len(set(found)) >= 4
+    assert len(set(found)) >= 3
 
 
 def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher, tmp_path):
@@ -257,7 +257,7 @@ def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher
     assert len(found) >= KILLS
     assert len(at_work) >= KILLS // 3
     assert len(resumable) >= KILLS // 5
-    assert len(set(found)) >= 4
+    assert len(set(found)) >= 3
 
 
 def test_precompute_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):
