@@ -9,7 +9,7 @@ from fastofa.errors import BadInput
 from fastofa.interrupt import Stopped
 
 COMMANDS = {
-    "demo": "distil a small student on handwritten digits, from nothing, in three minutes",
+    "demo": "distil a small student on handwritten digits, from nothing, in about two minutes",
     "precompute": "ask a teacher about every view of every image, and keep its answers",
     "train": "distil a student from a teacher cache",
     "evaluate": "top-1, top-5 and agreement with the teacher of a run",

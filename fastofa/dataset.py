@@ -76,7 +76,8 @@ def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) 
 
         return open_image_folder(spec, split, skip_corrupt)
     raise BadInput(
-        f"unknown data set {spec!r}: expected digits, digits:N, cifar100:DIR, or a folder with train/ and val/"
+        f"unknown data set {spec!r}: expected digits, digits:N, cifar100:DIR, or a folder with train/ and val/; "
+        "there is no such folder"
     )
 
 

@@ -54,7 +54,7 @@ class PrecomputeConfig:
     data: str
     """Data set: digits, digits:N, cifar100:DIR, or a folder with train/ and val/."""
     teacher: str
-    """A timm model with its tag (convnext_tiny.in12k_ft_in1k), or a folder that `fastofa export` wrote."""
+    """A timm model with its tag (convnext_tiny.in12k_ft_in1k), or a folder that `fastofa export` or timm wrote."""
     out: Path
     """Folder of the cache."""
     views: int

@@ -79,7 +79,7 @@ def _open_cache(config: TrainConfig, dataset: Dataset) -> TeacherCache | None:
     if config.cache is None:
         if config.method != "scratch":
             raise BadInput(
-                f"method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch"
+                f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch"
             )
         return None
     cache = TeacherCache.open(config.cache)

@@ -76,6 +76,7 @@ class Command:
 
 def _command(argv: list[str], error: Path, ready: Connection, before: Callable[[Path], None] | None) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell inherit "ignore"
     for stream, name in ((1, os.devnull), (2, str(error))):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
     torch.set_num_threads(1)

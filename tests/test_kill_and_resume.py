@@ -39,7 +39,7 @@ from fastofa.train import train
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
+KILLS, IN_A_ROW = 20, 5
 FAR = 10**9
 # A forked server that has everything imported makes a new process a matter of milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -198,22 +198,23 @@ def killed_at_random(
 ) -> Iterator[tuple[bool, Path]]:
     """Start, kill, start again...: (is it finished?, its folder) after every kill and every end.
 
-    A job that was finished is begun anew in another folder, until there were enough kills.
+    A job is killed a few times in a row; one that is finished is begun anew in another folder, until there were enough.
     """
     rng = random.Random(seed)
     killed = 0
     for attempt in range(kills):
         out = config.out.with_name(f"{config.out.name}-{attempt}")
-        finished = False
+        finished, turn = False, 0
         while not finished:
             job = Job(command, dataclasses.replace(config, out=out))
-            if killed < kills:
-                job.work(rng.uniform(0, 0.45 * seconds))  # it has less to do every time
+            if killed < kills and turn < IN_A_ROW:
+                job.work(rng.uniform(0, seconds * (0.5 if turn else 1)))  # it has less to do in later turns
                 job.wait(rng.uniform(0, 0.02))
                 finished = not job.kill()
             else:
-                finished = job.finish() > 0
-            killed += not finished
+                job.finish()
+                finished = True
+            killed, turn = killed + (not finished), turn + 1
             yield finished, out
         if killed >= kills:
             return
@@ -233,8 +234,8 @@ def test_precompute_goes_on_to_the_same_bytes_after_kills_at_random(folder, teac
     inside = [names for names in working if PARTIAL in names]
     print(f"{len(found)} kills: {len(working)} at work, {len(inside)} inside a view, {len(set(found))} states found")
     assert len(found) >= KILLS
-    assert len(working) >= KILLS // 3
-    assert len(inside) >= KILLS // 5
+    assert len(working) >= KILLS // 2
+    assert len(inside) >= KILLS // 10
     assert len(set(found)) >= 3
 
 
@@ -256,12 +257,12 @@ def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher
     print(f"{len(found)} kills: {len(at_work)} with steps logged, {len(resumable)} with a checkpoint, {set(found)}")
     assert len(found) >= KILLS
     assert len(at_work) >= KILLS // 3
-    assert len(resumable) >= KILLS // 5
+    assert len(resumable) >= KILLS // 10
     assert len(set(found)) >= 3
 
 
 def test_precompute_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):
-    config = precompute_config(folder, teacher, tmp_path / "cache", views=2, batch_size=20)
+    config = precompute_config(folder, teacher, tmp_path / "cache", views=2, batch_size=30)
     reference, _ = undisturbed(precompute, config)
     moments = 0
     for moment, out in killed_at_file_operations(precompute, config):
@@ -269,7 +270,7 @@ def test_precompute_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder,
         same_cache(out, reference)
         moments = moment
     print(f"killed at {moments} moments")
-    assert moments >= 30  # header, validation, two views of three batches
+    assert moments >= 25  # header, validation, two views of two batches
 
 
 def test_train_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):
