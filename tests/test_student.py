@@ -475,7 +475,8 @@ def dead(found: dict[str, Tensor | None], tolerance: float = 0.0) -> set[str]:
     return {name for name, top in tops.items() if top <= tolerance * max(tops.values())}
 
 
-@pytest.mark.parametrize("name", [*SWEEP, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE.split())])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SWEEP, *LARGE.split()])
 def test_any_timm_model(name: str) -> None:
     """Heads of the right shape, gradients everywhere that the plain model has them, and the model's own answer last."""
     size = SIZES.get(name, 32)
