@@ -1,6 +1,9 @@
-"""A checkpoint is one safetensors file: student with exits, optimiser, EMA, random state and position. No pickle.
+"""A checkpoint is one safetensors file: student with exits, optimiser, EMA and position. No pickle.
 
-Tensor names: student.NAME, ema.NAME, optimizer.PARAMETER.KEY, random.DEVICE.
+    RUN/checkpoints/step-00001000.safetensors   student.NAME, ema.NAME, optimizer.PARAMETER.KEY; the newest few are kept
+    RUN/checkpoints/best.safetensors            student.NAME: the weights of the best evaluation
+
+Random numbers need no state: every step has its own (see step.py).
 """
 
 from collections.abc import Iterable
@@ -12,18 +15,26 @@ from torch import Tensor, nn
 
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
+from fastofa.progress import notice
 
-FILE = "checkpoint.safetensors"
+FOLDER, BEST = "checkpoints", "best.safetensors"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Those of a run, newest first."""
+    return sorted((run / FOLDER).glob("step-*.safetensors"), reverse=True)
 
 
 def save_checkpoint(
-    path: Path,
+    run: Path,
+    step: int,
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: nn.Module | None,
     position: dict[str, Any],
+    keep: int,
 ) -> None:
-    """Write everything that the next step depends on, atomically. `position` is JSON."""
+    """Write everything that the next step depends on, atomically, and leave the newest `keep`. `position` is JSON."""
     tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
     if ema is not None:
         tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
@@ -33,22 +44,49 @@ def save_checkpoint(
             tensors[f"optimizer.{key}"] = value
         else:
             scalars[key] = value
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    save_tensors(path, tensors, {"position": position, "optimizer": scalars})
+    path = run / FOLDER / f"step-{step:08d}.safetensors"
+    save_tensors(path, tensors, {"step": step, "position": position, "optimizer": scalars})
+    for old in checkpoints(run)[keep:]:
+        old.unlink(missing_ok=True)
 
 
-def load_checkpoint(
-    path: Path, student: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
-) -> dict[str, Any]:
-    """Bring all of them back to where they were saved; returns the position.
+def save_best(run: Path, student: nn.Module, info: dict[str, Any]) -> None:
+    """Keep the weights that were just evaluated as the best ones; `info` is JSON."""
+    save_tensors(run / FOLDER / BEST, {f"student.{name}": value for name, value in student.state_dict().items()}, info)
+
+
+def load_newest(
+    run: Path, student: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
+) -> tuple[int, dict[str, Any]]:
+    """Bring all of them back to the newest checkpoint that is whole; returns its step and position.
+
+    A damaged one is told, and the one before it taken.
 
     Raises:
-        BadInput: damaged file, or keys or shapes that do not fit; nothing was changed then.
+        BadInput: none is whole, or keys or shapes do not fit; nothing was changed then.
     """
-    tensors, info = load_tensors(path)
-    if lacking := {"random.cpu", "position", "optimizer"} - tensors.keys() - info.keys():
+    found = checkpoints(run)
+    for path in found:
+        try:
+            tensors, info = load_tensors(path)
+        except BadInput as error:
+            if path == found[-1]:
+                raise
+            notice(f"{error} Going on from the checkpoint before it.")
+            continue
+        return _restore(path, tensors, info, student, optimizer, ema)
+    raise BadInput(f"{run}: expected a checkpoint, found none")
+
+
+def _restore(
+    path: Path,
+    tensors: dict[str, Tensor],
+    info: dict[str, Any],
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: nn.Module | None,
+) -> tuple[int, dict[str, Any]]:
+    if lacking := {"step", "position", "optimizer"} - info.keys():
         raise BadInput(f"{path}: expected what `fastofa train` saves, it lacks {', '.join(sorted(lacking))}")
     parts = {"student.": student.state_dict(), "ema.": {} if ema is None else ema.state_dict()}
     for prefix, own in parts.items():
@@ -59,19 +97,22 @@ def load_checkpoint(
     if ema is not None:
         ema.load_state_dict(_under("ema.", tensors))
     _restore_optimizer(student, optimizer, state)
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    return info["position"]
+    return info["step"], info["position"]
 
 
-def load_student(path: Path, student: nn.Module) -> dict[str, Any]:
-    """Only the weights to evaluate or export: the moving average where there is one. Returns the position."""
-    tensors, info = load_tensors(path)
+def load_student(run: Path, student: nn.Module, best: bool = False) -> dict[str, Any]:
+    """Only the weights to evaluate or export: the newest (of the moving average, if any) or the best evaluation's.
+
+    Returns what the file says of itself. Raises BadInput: there is none, or it is damaged or does not fit.
+    """
+    found = [run / FOLDER / BEST] if best else checkpoints(run)
+    if not found or not found[0].exists():
+        raise BadInput(f"{run}: no checkpoint yet; run `fastofa train` with --resume until it saves one")
+    tensors, info = load_tensors(found[0])
     prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "student."
-    _check_keys(path, prefix, student.state_dict(), tensors)
+    _check_keys(found[0], prefix, student.state_dict(), tensors)
     student.load_state_dict(_under(prefix, tensors))
-    return info["position"]
+    return info
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

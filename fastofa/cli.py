@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 
 from fastofa import __version__
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, LostContact
 from fastofa.interrupt import Stopped
 
 COMMANDS = {
@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_say(str(error), 2))
     except Stopped as stop:
         sys.exit(_say(str(stop), 128 + stop.signum))
+    except LostContact as error:
+        sys.exit(_say(str(error), 1))
     except BrokenPipeError:  # `fastofa ... | head`: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

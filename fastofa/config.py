@@ -10,6 +10,7 @@ from fastofa.errors import BadInput
 from fastofa.views import ViewPolicy
 
 Method = Literal["ofa", "kd", "scratch"]
+Optimizer = Literal["sgd", "adamw", "lamb", "apex_sgd", "apex_adam", "apex_lamb"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,15 @@ class TrainConfig:
     out: Path
     """Folder of the run: config.json, metrics.jsonl, checkpoint.safetensors, curves.png, TensorBoard events."""
     recipe: str
-    """Where the defaults below come from (those shown are of digits): digits, imagenet_cnn, imagenet_vit_mlp,
-    imagenet_stronger, cifar_cnn, cifar_vit_mlp."""
+    """Where the defaults below come from (those shown are of digits): digits, imagenet_fast, imagenet_cnn,
+    imagenet_vit_mlp, imagenet_stronger, cifar_cnn, cifar_vit_mlp."""
     cache: Path | None = None
     """Teacher cache made by `fastofa precompute`; only --method scratch can do without."""
     resume: bool = False
-    """Go on from the run's checkpoint; from the beginning where there is none yet."""
+    """Go on from the run's newest checkpoint; from the beginning where there is none yet. A process that torchrun
+    restarted does so by itself."""
+    plan: bool = False
+    """Only say what the run would cost (steps timed here, hours, disk); write nothing."""
 
     method: Method = "ofa"
     """ofa: every stage's exit and the final logits learn from the teacher; kd: the final logits only; scratch: labels
@@ -56,11 +60,21 @@ class TrainConfig:
     epochs: int = 100
     """Passes over the training set; epoch e replays view e modulo the cache's views."""
     batch_size: int = 512
-    """Images a step. The learning rate belongs to it: change both together."""
+    """Images a step, over all ranks. The learning rate belongs to it: change both together."""
+    accumulate: int = 1
+    """Parts a rank's share of a step is computed in, one after the other, where memory is short."""
     image_size: int | None = None
     """Side of the student's input in pixels; by default the model's own."""
+    start_size: int | None = None
+    """Side of the pictures in the first epochs, for students that take any; by default --image-size throughout."""
+    growth: tuple[float, float] = (0.7, 0.85)
+    """Shares of the training between which the pictures grow from --start-size to --image-size, by 32 pixels."""
+    eval_size: int | None = None
+    """Side of the pictures that are evaluated; by default --image-size."""
     eval_crop: float = 0.875
     """Side of the central square that is evaluated, as a share of the picture's shorter side."""
+    eval_flip: bool = False
+    """Evaluate the mean of the logits of each picture and of its mirror image."""
     seed: int = 0
     """Of the initial weights, the order of samples, and the views where there is no cache."""
     init: str | None = None
@@ -78,15 +92,16 @@ class TrainConfig:
     flip: float | None = None
     """Probability of mirroring. By default the cache's; another value is refused."""
 
-    optimizer: Literal["sgd", "adamw", "lamb"] = "sgd"
-    """timm's; biases, norms and position embeddings are exempt from weight decay."""
+    optimizer: Optimizer = "sgd"
+    """sgd and adamw are torch's fused ones, lamb is timm's; apex_* are NVIDIA apex's, where it is built (see `fastofa
+    doctor`). Biases, norms and position embeddings are exempt from weight decay."""
     lr: float = 0.1
     """Learning rate after warm-up."""
     min_lr: float = 0.0
     """Learning rate at the end."""
     weight_decay: float = 1e-4
     """Weight decay."""
-    schedule: Literal["cosine", "step"] = "cosine"
+    schedule: Literal["cosine", "step", "linear"] = "cosine"
     """How the learning rate falls."""
     decay_epochs: float = 30
     """step: epochs between two decays."""
@@ -106,7 +121,15 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the student's arithmetic; the loss is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of student and loss. auto: on with a GPU, off on a CPU."""
+    """torch.compile of student, exits and loss as one program. auto: on with a GPU, off on a CPU."""
+    cuda_graphs: bool = False
+    """Replay the compiled program as CUDA graphs: less to launch, which helps small students and small batches."""
+    sync_bn: bool = False
+    """Batch statistics over all ranks' images (GPUs only)."""
+    grad_compression: Literal["none", "bf16"] = "none"
+    """Gradients travel between ranks as they are, or as bf16: half the bytes."""
+    timeout_s: int = 600
+    """Seconds that ranks wait for one another before they give up (and torchrun, if told so, restarts them)."""
     pipeline: str = "auto"
     """resident, torchvision, or auto: resident for array data sets, torchvision for folders."""
     workers: int | None = None
@@ -117,6 +140,10 @@ class TrainConfig:
     """Epochs between two evaluations; the last epoch always has one."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints; there is one at the end and at an interruption, too."""
+    keep: int = 2
+    """Newest checkpoints that are kept, besides the weights of the best evaluation."""
+    wandb: str | None = None
+    """Weights & Biases project that the log is sent to as well (needs `pip install wandb` and its login)."""
 
     def __post_init__(self) -> None:
         def need(fits: bool, name: str, expected: str) -> None:
@@ -126,7 +153,16 @@ class TrainConfig:
         for name, hint in get_type_hints(TrainConfig).items():
             if get_origin(hint) is Literal:
                 need(getattr(self, name) in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
-        for name in ("epochs", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep",
+            "timeout_s",
+        ):
             need(getattr(self, name) >= 1, name, "at least 1")
         rates, weights = ("lr", "min_lr", "warmup_lr"), ("gt_weight", "kd_weight", "ofa_weight")
         for name in (*rates, *weights, "weight_decay", "warmup_epochs"):
@@ -138,7 +174,9 @@ class TrainConfig:
         need(0 < self.eval_crop <= 1, "eval_crop", "a number above 0 and at most 1")
         need(self.clip is None or self.clip > 0, "clip", "a number above 0")
         need(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1")
-        need(self.image_size is None or self.image_size >= 1, "image_size", "at least 1 pixel")
+        for name in ("image_size", "start_size", "eval_size"):
+            need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1 pixel")
+        need(0 <= self.growth[0] <= self.growth[1] <= 1, "growth", "two rising numbers from 0 to 1")
         need(self.seed >= 0, "seed", "at least 0")
         need(
             set(self.stages) <= {1, 2, 3, 4} and len(set(self.stages)) == len(self.stages), "stages", "some of 1 2 3 4"
@@ -180,15 +218,15 @@ class TrainConfig:
         free = {
             "out",
             "resume",
+            "plan",
             "device",
             "compile",
-            "pipeline",
-            "workers",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            "data",
+            "cuda_graphs",
+            "grad_compression",
+            "timeout_s",
+            "accumulate",
         }
+        free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data"}
         mine, theirs = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
         return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if k not in free and mine[k] != theirs[k]]
 

@@ -7,10 +7,20 @@ import torch
 from fastofa.errors import BadInput
 
 
-def choose_device(name: str) -> torch.device:
-    """ "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu". Raises BadInput for one that is not here."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """ "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu". Raises BadInput for one that is not here.
+
+    Of the processes on one host each takes the GPU of its number, unless one is named.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise BadInput(
+                f"expected at most {torch.cuda.device_count()} processes on this host, one for each GPU, this is "
+                f"number {local_rank + 1}; lower --nproc-per-node"
+            )
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -27,6 +37,11 @@ def choose_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def choose_workers(workers: int | None) -> int:
-    """One decoding process per core, at most 16."""
-    return min(len(os.sched_getaffinity(0)), 16) if workers is None else workers
+def choose_compile(compile_: str, device: torch.device) -> bool:
+    """ "auto" is on with a GPU and off on a CPU."""
+    return compile_ == "on" or (compile_ == "auto" and device.type == "cuda")
+
+
+def choose_workers(workers: int | None, processes: int = 1) -> int:
+    """One decoding process per core, at most 16, shared by the training processes of this host."""
+    return max(min(len(os.sched_getaffinity(0)) // processes, 16), 1) if workers is None else workers

@@ -1,4 +1,4 @@
-"""What a user sees when something he gave does not fit."""
+"""What ends a command with one line instead of a traceback."""
 
 
 class BadInput(Exception):
@@ -6,3 +6,7 @@ class BadInput(Exception):
 
     No ValueError, which tyro would catch from a configuration and print in a box.
     """
+
+
+class LostContact(Exception):
+    """Another rank is gone; nothing more can be computed together. Commands print it and exit with code 1."""

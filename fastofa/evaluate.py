@@ -8,7 +8,7 @@ Prints top-1, top-5 and agreement with the teacher, and writes them to RUN/evalu
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -33,6 +33,9 @@ class EvaluateConfig:
     """Folder that `fastofa train` wrote."""
     data: str
     """Data set whose validation split is used."""
+    weights: Literal["last", "best"] = "last"
+    """last: as they are at the end (or where the run is); best: as they were at the run's best evaluation, which
+    flatters if it is the same data again."""
     batch_size: int = 256
     """Images at once."""
     device: str = "auto"
@@ -64,12 +67,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             f"({', '.join(run.classes[:3])}, ...), got {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)"
         )
     device = choose_device(config.device)
-    student = run.trained_student().to(device)
-    pipeline = open_pipeline(
-        config.pipeline, dataset, student.image_size, config.batch_size, device, choose_workers(config.workers)
-    )
+    student = run.trained_student(config.weights == "best").to(device)
+    size = run.config.eval_size or student.image_size
+    pipeline = open_pipeline(config.pipeline, dataset, size, config.batch_size, device, choose_workers(config.workers))
     bf16 = choose_bf16(run.config.precision, device)
-    best = predict(student, pipeline, dataset, run.config.eval_crop, bf16, "evaluate")
+    best = predict(student, pipeline, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
     top1, top5 = accuracy(best, dataset.labels)
     teacher = _teacher_answers(run, dataset.fingerprint)
     found = Evaluation(
@@ -79,7 +81,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         teacher_top1=None if teacher is None else agreement(dataset.labels, teacher),
         agreement=None if teacher is None else agreement(best[:, 0], teacher),
     )
-    write_json(config.run / "evaluation.json", {"data": config.data, **dataclasses.asdict(found)})
+    write_json(
+        config.run / "evaluation.json", {"data": config.data, "weights": config.weights, **dataclasses.asdict(found)}
+    )
     return found
 
 

@@ -9,7 +9,7 @@ The exits are left out. What was written is loaded back with timm and its logits
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import timm
 import torch
@@ -31,6 +31,8 @@ class ExportConfig:
     """Folder that `fastofa train` wrote."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """New folder for the model."""
+    weights: Literal["last", "best"] = "last"
+    """As they are at the end, or as they were at the run's best evaluation."""
 
 
 def export(config: ExportConfig) -> str:
@@ -40,7 +42,7 @@ def export(config: ExportConfig) -> str:
         BadInput: no run, no checkpoint, a folder that exists already, a full disk.
     """
     run = open_run(config.run)
-    student = run.trained_student()
+    student = run.trained_student(config.weights == "best")
     size = student.image_size
     with new_folder(config.out) as folder:
         save_for_hf(
@@ -52,6 +54,7 @@ def export(config: ExportConfig) -> str:
                 "input_size": (3, size, size),
                 "mean": tuple(student.mean.flatten().tolist()),
                 "std": tuple(student.std.flatten().tolist()),
+                "test_input_size": (3, run.config.eval_size or size, run.config.eval_size or size),
                 "crop_pct": run.config.eval_crop,
                 "interpolation": "bilinear",
             },

@@ -1,6 +1,9 @@
 """Accuracy, and the log of a run: metrics.jsonl (one object per logged step and per epoch), TensorBoard, a picture."""
 
+import hashlib
+import importlib
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,28 +14,57 @@ import numpy as np
 import torch
 
 from fastofa.dataset import Dataset
+from fastofa.distributed import World
 from fastofa.errors import BadInput
-from fastofa.files import write_atomic
+from fastofa.files import save_tensors, write_atomic
 from fastofa.pipelines import Pipeline
 from fastofa.progress import track
 from fastofa.views import center_views
 
-FILE = "metrics.jsonl"
+FILE, PREDICTIONS = "metrics.jsonl", "val_predictions.safetensors"
 
 
 @torch.inference_mode()
-def predict(student: Any, pipeline: Pipeline, dataset: Dataset, crop: float, bf16: bool, title: str = "") -> np.ndarray:
-    """The five best classes of the student's last head on the central crops, int64 [N, min(5, C)], best first."""
+def predict(
+    student: Any,
+    pipeline: Pipeline,
+    dataset: Dataset,
+    crop: float,
+    bf16: bool,
+    title: str = "",
+    flip: bool = False,
+    world: World | None = None,
+) -> np.ndarray:
+    """The five best classes of the student's last head on the central crops, int64 [N, min(5, C)], best first.
+
+    Args:
+        crop: side of the central square, as a share of the picture's shorter side.
+        flip: take the mean of the logits of each picture and of its mirror image.
+        world: each rank looks at its share of the pictures; all get the answers of all.
+    """
+    world = world or World()
     training = student.training
     student.eval()
-    best = []
-    batches = pipeline.epoch(center_views(dataset.sizes, crop), np.arange(len(dataset)))
-    for batch in track(batches, len(dataset), title, lambda batch: len(batch.labels)):
+    best = torch.zeros(len(dataset), min(5, len(dataset.classes)), dtype=torch.int64)
+    order = np.arange(len(dataset))[world.rank :: world.size]
+    batches = pipeline.epoch(center_views(dataset.sizes, crop), order)
+    found = []
+    for batch in track(batches, len(order), title, lambda batch: len(batch.labels)):
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
             logits = student.classify(batch.images)
-        best.append(logits.topk(min(5, len(dataset.classes)), dim=-1).indices)
+            if flip:
+                logits = logits + student.classify(batch.images.flip(-1))
+        found.append((batch.sample_ids, logits.topk(best.shape[1], dim=-1).indices))
+    for sample_ids, classes in found:  # only now: the device is waited for once
+        best[sample_ids.cpu()] = classes.cpu()
     student.train(training)
-    return torch.cat(best).cpu().numpy()
+    return world.sum(best).numpy()
+
+
+def save_predictions(run: Path, best: np.ndarray, labels: np.ndarray, info: dict[str, Any]) -> None:
+    """The answers of the last evaluation, as `predict` gives them, beside the right ones."""
+    tensors = {"best": torch.from_numpy(best).to(torch.int32), "labels": torch.from_numpy(labels)}
+    save_tensors(run / PREDICTIONS, tensors, info)
 
 
 def accuracy(best: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -41,24 +73,28 @@ def accuracy(best: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return float(hits[:, 0].mean()), float(hits.any(axis=1).mean())
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last line cut off by a kill is left out."""
+def read_metrics(run: Path, until: float = math.inf) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl up to a step; a last line cut off by a kill is left out."""
     rows = []
     for line in (run / FILE).read_text().splitlines() if (run / FILE).exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
             break
-    return rows
+    return [row for row in rows if row["step"] <= until]
 
 
 class MetricsLog:
-    """Appends to a run's log; opened at a step, it forgets what was logged after it (a killed run's last steps)."""
+    """Appends to a run's log; opened at a step, it forgets what was logged after it (a killed run's last steps).
 
-    def __init__(self, run: Path, step: int) -> None:
+    With `wandb`, the name of a Weights & Biases project, every row goes there, too.
+    """
+
+    def __init__(self, run: Path, step: int, wandb: str | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
-        kept = [row for row in read_metrics(run) if row["step"] <= step]
+        self.wandb = None if wandb is None else _open_wandb(run, wandb)
+        kept = read_metrics(run, step)
         write_atomic(run / FILE, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.run, self.hook = run, threading.excepthook
         threading.excepthook = self._in_thread
@@ -73,18 +109,38 @@ class MetricsLog:
             self.file.flush()
             for name, value in values.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
+        if self.wandb:
+            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         """Never fails: every row is written already, or `add` has told why not."""
         for writer in (self.file, self.board):
             with suppress(OSError):
                 writer.close()
+        if self.wandb:
+            self.wandb.finish()
         threading.excepthook = self.hook
 
     def _in_thread(self, args: threading.ExceptHookArgs) -> None:
         """TensorBoard writes in a thread; where that fails the next `add` tells it, in one line."""
         if not issubclass(args.exc_type, OSError):
             self.hook(args)
+
+
+def _open_wandb(run: Path, project: str) -> Any:
+    """A resumed run goes on in the same page. Raises BadInput without the library or its login."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise BadInput(
+            "wandb: expected Weights & Biases to be installed; pip install wandb, or leave --wandb out"
+        ) from None
+    key = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    try:
+        return wandb.init(project=project, name=run.name, id=key, resume="allow", dir=str(run))
+    except Exception as error:  # its many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"wandb: could not begin ({reason}); `wandb login`, or leave --wandb out") from None
 
 
 @contextmanager

@@ -1,33 +1,48 @@
-"""The optimiser (timm's factory and weight-decay exemptions), and the learning rate as a pure function of the step."""
+"""Optimisers: fused ones where they exist, over parameter groups that exempt biases and norms from weight decay."""
 
-import math
+import importlib
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 from fastofa.config import TrainConfig
+from fastofa.errors import BadInput
+
+APEX = {"apex_sgd": "fusedsgd", "apex_adam": "fusedadamw", "apex_lamb": "fusedlamb"}  # timm's names for them
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9, AdamW or LAMB over the model's parameters.
 
     Biases, norms and what `model.no_weight_decay()` names (position embeddings, class tokens) are not decayed.
+
+    Raises:
+        BadInput: an apex_* optimiser without a GPU or without NVIDIA's apex.
     """
-    return create_optimizer_v2(
-        model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=0.9
-    )
+    name: str = config.optimizer
+    arguments: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.9}
+    if name in APEX:
+        _need_apex(next(model.parameters()).device)
+        name = APEX[name]
+    elif name != "lamb":  # which torch has no fused form of; timm's updates all tensors at once
+        arguments["fused"] = True
+    return create_optimizer_v2(model, opt=name, **arguments)
 
 
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step, as timm's cosine and step schedulers give it when they are updated every step."""
-    warmup = config.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return config.warmup_lr + step * (config.lr - config.warmup_lr) / warmup
-    if config.schedule == "step":
-        return config.lr * config.decay_rate ** (step // (config.decay_epochs * steps_per_epoch))
-    progress = step / (config.epochs * steps_per_epoch)
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(progress, 1)))
+def _need_apex(device: torch.device) -> None:
+    remedy = "use sgd, adamw or lamb, which need nothing, or see `fastofa doctor`"
+    if device.type != "cuda":
+        raise BadInput(f"optimizer apex_*: expected a GPU, the student is on {device}; {remedy}")
+    try:
+        importlib.import_module("amp_C")
+        importlib.import_module("apex.optimizers")
+    except ImportError as error:
+        raise BadInput(
+            f"optimizer apex_*: expected NVIDIA's apex built with --cuda_ext ({error}); the `apex` on PyPI is another "
+            f"package; {remedy}"
+        ) from None
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -35,7 +35,7 @@ class TimeLeft(TimeRemainingColumn):
         return Text(f"in {time}" if task.finished else f"{time} left", style=time.style)
 
 
-def progress_bar() -> Progress:
+def progress_bar(shown: bool = True) -> Progress:
     """A bar counted in images; tasks may set the field `note` (loss and the like)."""
     return Progress(
         TextColumn("{task.description}"),
@@ -46,6 +46,7 @@ def progress_bar() -> Progress:
         TimeLeft(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         console=console,
         speed_estimate_period=10,
+        disable=not shown,
     )
 
 

@@ -126,8 +126,32 @@ def cifar_vit_mlp(**given: Any) -> TrainConfig:
     return TrainConfig(**{"recipe": "cifar_vit_mlp", **values, **given})
 
 
+def imagenet_fast(epochs: int = 16, **given: Any) -> TrainConfig:
+    """A CNN in few epochs (16, 32, 88): pictures that grow, evaluation on larger ones and their mirror images.
+
+    After ffcv-imagenet's ResNet-18 recipe, which reaches 66.9 % in 16 and 72.4 % in 88 epochs from labels alone, and as
+    there with blur pooling: the student `resnetblur18`. `--start-size 128` is faster still.
+    """
+    values: dict[str, Any] = {
+        "batch_size": 1024,
+        "image_size": 192,
+        "start_size": 160,
+        "eval_size": 256,
+        "eval_flip": True,
+        "optimizer": "sgd",
+        "lr": 0.5,
+        "weight_decay": 5e-5,
+        "schedule": "linear",
+        "warmup_epochs": 2,
+        "warmup_lr": 5e-5,
+        "smoothing": 0.1,
+    }
+    return TrainConfig(**{"recipe": "imagenet_fast", "epochs": epochs, **values, **given})
+
+
 RECIPES: dict[str, Callable[..., TrainConfig]] = {
     "digits": digits,
+    "imagenet_fast": imagenet_fast,
     "imagenet_cnn": imagenet_cnn,
     "imagenet_vit_mlp": imagenet_vit_mlp,
     "imagenet_stronger": imagenet_stronger,

@@ -1,16 +1,18 @@
 """A run's folder: config.json says what the run is, so that it can be resumed, evaluated and exported."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from fastofa import __version__
-from fastofa.checkpoint import FILE, load_student
+from fastofa.checkpoint import load_student
 from fastofa.config import TrainConfig
+from fastofa.environment import environment
 from fastofa.errors import BadInput
 from fastofa.files import read_json, write_json
 from fastofa.student import Student
 
-CONFIG = "config.json"
+CONFIG, LAUNCHES = "config.json", "environment.json"
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,10 @@ class Run:
             c.student, len(self.classes), c.image_size, self.teacher_dim, c.exits, c.drop_path, c.mean, c.std, init
         )
 
-    def trained_student(self) -> Student:
-        """The student with the checkpoint's weights (the moving average where there is one), in eval mode."""
-        if not (self.path / FILE).exists():
-            raise BadInput(f"{self.path}: no checkpoint yet; run `fastofa train` with --resume until it saves one")
+    def trained_student(self, best: bool = False) -> Student:
+        """The student in eval mode with the newest weights (the moving average's, if any) or the best ones."""
         student = self.build_student()
-        load_student(self.path / FILE, student)
+        load_student(self.path, student, best)
         return student.eval()
 
     def save(self) -> None:
@@ -64,3 +64,11 @@ def open_run(path: Path) -> Run:
         return Run(path, config, tuple(classes), teacher_dim, values["fingerprint"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None
+
+
+def log_launch(path: Path, step: int, ranks: int) -> None:
+    """environment.json: for each time the run was started or went on, when, where and with what."""
+    launches = read_json(path / LAUNCHES) if (path / LAUNCHES).exists() else []
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    launch = {"date": now, "step": step, "ranks": ranks, "fastofa": __version__, **environment()}
+    write_json(path / LAUNCHES, [*launches, launch])

@@ -4,6 +4,7 @@ Shapes: B batch, S image side, C classes, H heads (the exits in stage order, the
 """
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,32 @@ class Student(nn.Module):
     def classify(self, images: Tensor) -> Tensor:
         """The model's own logits alone, [B, C], without the exits' work."""
         return self.backbone(self.normalize(images))
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Those that no head depends on: layers that some timm models have but do not use."""
+        training = self.training
+        self.eval()
+        images = torch.zeros(1, 3, self.image_size, self.image_size, device=self.mean.device)
+        with torch.enable_grad():
+            found = torch.autograd.grad(self(images).sum(), list(self.parameters()), allow_unused=True)
+        self.train(training)
+        return [p for p, gradient in zip(self.parameters(), found, strict=True) if gradient is None]
+
+    @torch.no_grad()
+    def check_sizes(self, sizes: Iterable[int]) -> None:
+        """Raises BadInput unless the student takes pictures of each of these sides."""
+        for size in sorted(set(sizes) - {self.image_size}):
+            images = torch.zeros(1, 3, size, size, device=self.mean.device)
+            training = self.training
+            try:
+                self.eval()(images)
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise BadInput(
+                    f"the student, made for pictures of {self.image_size} px, cannot take those of {size} px "
+                    f"({first_line(error)}); leave --start-size and --eval-size out or choose a CNN"
+                ) from None
+            finally:
+                self.train(training)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm exempts from weight decay besides biases and norms (position embeddings, tokens)."""

@@ -2,36 +2,39 @@
 
     fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_cnn --out run
     fastofa train ... --resume          the same command goes on after an interruption, mid-epoch, to the same weights
+    fastofa train ... --plan            what it would cost: steps timed here, hours, disk
+    torchrun --no-python --nproc-per-node 8 fastofa train ...            the same job on eight GPUs
 
-A step: pixels from the pipeline, the teacher's answers from a table on the device, a forward of student and exits, the
-loss, backward, update. Nothing in it waits for the device; figures are fetched every `log_every` steps.
+This file is the loop: epochs, views, logging, evaluation, checkpoints. The step itself is step.py.
 """
 
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
-from timm.utils import ModelEmaV3
-from torch import Tensor
 
 from fastofa import checkpoint
 from fastofa.config import TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
+from fastofa.distributed import Vote, World, check_shared, contact, join, was_restarted
 from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
-from fastofa.losses import PARTS, Objective
-from fastofa.metrics import MetricsLog, accuracy, predict, read_metrics
-from fastofa.optim import create_optimizer, learning_rate, set_learning_rate
-from fastofa.pipelines import open_pipeline
+from fastofa.metrics import MetricsLog, accuracy, predict, read_metrics, save_predictions
+from fastofa.pipelines import Batch, open_pipeline
 from fastofa.progress import notice, progress_bar
 from fastofa.recipes import NOT_REPLAYED, default_policy, recipe
-from fastofa.run import CONFIG, Run, open_run
+from fastofa.run import CONFIG, Run, log_launch, open_run
+from fastofa.schedule import image_size, learning_rate
+from fastofa.step import SUMS, Step
 from fastofa.teacher_cache import DeviceTargets, TeacherCache
 from fastofa.views import Views, draw_views, epoch_order
 
@@ -49,32 +52,55 @@ class Result:
 
 
 def train(config: TrainConfig) -> Result:
-    """Train, or with `config.resume` go on.
+    """Train, or with `config.resume` go on; under torchrun as one of several ranks.
 
     Raises:
         BadInput: anything that does not fit, before something is written; a loss that is no longer finite.
-        Stopped: by Ctrl-C or SIGTERM, after saving.
+        Stopped: by Ctrl-C or SIGTERM on any rank, after saving.
+        LostContact: another rank is gone.
     """
     began = time.monotonic()
-    train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
-    cache = _open_cache(config, train_set)
-    run = Run(config.out, config, train_set.classes, 0 if cache is None else cache.teacher_dim, train_set.fingerprint)
-    _check_place(run)
-    job = _Job(run, train_set, val_set, cache)
-    job.load()
-    run.save()
-    if missing := NOT_REPLAYED.get(config.recipe):
-        notice(
-            f"recipe {config.recipe}: views hold crop and flip; of the published augmentation this leaves out {missing}"
-        )
-    job.run_epochs()
+    if was_restarted():
+        config = dataclasses.replace(config, resume=True)
+    world = join(config.timeout_s)
+    with contact(world):
+        job = open_job(config, world)
+        job.load()
+        if world.is_main:
+            job.run.save()
+        world.barrier()
+        check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
+        if world.is_main and (missing := NOT_REPLAYED.get(config.recipe)):
+            notice(
+                f"recipe {config.recipe}: views hold crop and flip; of the published augmentation this leaves out "
+                f"{missing}"
+            )
+        job.run_epochs()
+        world.leave()
     return dataclasses.replace(job.result(), seconds=time.monotonic() - began)
 
 
-def _open_cache(config: TrainConfig, dataset: Dataset) -> TeacherCache | None:
+def open_job(config: TrainConfig, world: World) -> "Job":
+    """Everything that a run needs, built and checked; nothing is written."""
+    with world.main_first():  # it may write an index of the pictures
+        train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
+    cache = _open_cache(config, train_set, world)
+    run = Run(config.out, config, train_set.classes, 0 if cache is None else cache.teacher_dim, train_set.fingerprint)
+    if world.is_main and not config.plan:
+        _check_place(run)
+    world.barrier()
+    return Job(run, train_set, val_set, cache, world)
+
+
+def _open_cache(config: TrainConfig, dataset: Dataset, world: World) -> TeacherCache | None:
     if len(dataset) < config.batch_size:
         raise BadInput(
             f"batch-size: expected at most the {len(dataset)} training images of {config.data}, got {config.batch_size}"
+        )
+    if config.batch_size % (world.size * config.accumulate):
+        raise BadInput(
+            f"batch-size: expected a multiple of {world.size * config.accumulate} ({world.size} ranks x "
+            f"{config.accumulate} parts), got {config.batch_size}"
         )
     if config.cache is None:
         if config.method != "scratch":
@@ -101,164 +127,217 @@ def _check_place(run: Run) -> None:
         raise BadInput(f"{run.path}: --resume expects the run's own arguments, these differ: {'; '.join(different)}")
 
 
-class _Job:
+class Job:
     """The objects of a run, made once, and the loop over them."""
 
-    def __init__(self, run: Run, train_set: Dataset, val_set: Dataset, cache: TeacherCache | None) -> None:
+    def __init__(
+        self, run: Run, train_set: Dataset, val_set: Dataset, cache: TeacherCache | None, world: World
+    ) -> None:
         c = self.config = run.config
-        self.run, self.train_set, self.val_set, self.cache = run, train_set, val_set, cache
-        self.device = choose_device(c.device)
-        self.bf16 = choose_bf16(c.precision, self.device)
+        self.run, self.train_set, self.val_set, self.cache, self.world = run, train_set, val_set, cache, world
+        self.device = choose_device(c.device, world.local_rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
         torch.manual_seed(c.seed)
-        resumed = c.resume and (run.path / checkpoint.FILE).exists()
-        student = run.build_student(None if resumed else c.init)
-        self.student = student.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = create_optimizer(self.student, c)
-        self.ema = None if c.ema is None else ModelEmaV3(self.student, decay=c.ema)
-        self.objective = Objective(c, self.device)
-        compiled = c.compile == "on" or (c.compile == "auto" and self.device.type == "cuda")
-        self.forward = torch.compile(self._forward) if compiled else self._forward
-        self.train_pipeline, self.val_pipeline = (
-            open_pipeline(c.pipeline, d, self.student.image_size, c.batch_size, self.device, choose_workers(c.workers))
-            for d in (train_set, val_set)
-        )
+        student = run.build_student(None if c.resume and checkpoint.checkpoints(run.path) else c.init)
+        self.step = Step(student, c, self.device, world)
+        self.share = c.batch_size // world.size  # images that a rank takes a step
         self.steps_per_epoch = len(train_set) // c.batch_size
-        self.step = 0  # steps taken
-        self.sums = torch.zeros(len(PARTS), device=self.device)  # of the loss parts since the last log
-        self.summed = 0
-        self.targets: DeviceTargets | None = None
-        self.view = -1
-        self.first_image = 0  # where this process began
-        self.images, self.seconds = 0, 0.0  # of its training steps alone
-
-    def _forward(self, images: Tensor, labels: Tensor, targets: Any) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.student(images)
-        return self.objective(logits, labels, targets)
+        self.last_step = c.epochs * self.steps_per_epoch
+        full = student.image_size
+        workers = choose_workers(c.workers, world.local_size)
+        self.train_pipeline, self.val_pipeline = (
+            open_pipeline(c.pipeline, data, size, self.share // c.accumulate, self.device, workers)
+            for data, size in ((train_set, full), (val_set, c.eval_size or full))
+        )
+        student.check_sizes([image_size(c, epoch, full) for epoch in range(c.epochs)] + [c.eval_size or full])
+        self.vote = Vote(world)
+        self.view: int | None = None
+        self.first_step = 0  # where this process began
+        self.seconds, self.waited = 0.0, 0.0  # of its training steps alone; of them, waiting for the pipeline
+        self.logged = (0, 0.0, 0.0)  # step, seconds and waited at the last log
 
     def load(self) -> None:
-        """The checkpoint and the first view: damage is told before anything is written."""
-        c = self.config
-        if c.resume and (self.run.path / checkpoint.FILE).exists():
+        """The newest checkpoint and the first view: damage is told before anything is written."""
+        if self.config.resume and checkpoint.checkpoints(self.run.path):
             self._restore()
-        elif c.resume:
+        elif self.config.resume and self.world.is_main:
             notice(f"{self.run.path}: no checkpoint yet, starting from the beginning")
-        if self.cache is not None and self.step < c.epochs * self.steps_per_epoch:
-            self._load_view(self.step // self.steps_per_epoch)
+        if self.step.steps < self.last_step:
+            self._load_epoch(self.step.steps // self.steps_per_epoch)
 
     def run_epochs(self) -> None:
-        c = self.config
-        first, position = divmod(self.step, self.steps_per_epoch)
-        self.log = MetricsLog(self.run.path, self.step)
-        with Interrupt() as self.interrupt, progress_bar() as bar:
-            images = self.steps_per_epoch * c.batch_size
-            self.task = bar.add_task(
-                f"train {c.student}", total=c.epochs * images, completed=self.step * c.batch_size, note=""
+        c, main = self.config, self.world.is_main
+        first, position = divmod(self.step.steps, self.steps_per_epoch)
+        if main:
+            log_launch(self.run.path, self.step.steps, self.world.size)
+        self.best = max(
+            (row["top1"] for row in read_metrics(self.run.path, self.step.steps) if "top1" in row), default=-1
+        )
+        self.log = MetricsLog(self.run.path, self.step.steps, c.wandb) if main else None
+        with Interrupt() as self.interrupt, progress_bar(shown=main) as self.bar:
+            self.task = self.bar.add_task(
+                f"train {c.student}",
+                total=self.last_step * c.batch_size,
+                completed=self.step.steps * c.batch_size,
+                note="",
             )
-            self.bar = bar
             try:
                 for epoch in range(first, c.epochs):
                     self._epoch(epoch, position)
                     position = 0
+                self.vote.finish()
             finally:
-                self.log.close()
-                draw_curves(self.run.path)
+                if self.log:
+                    self.log.close()
+                    draw_curves(self.run.path)
+        self.world.barrier()
 
     def _epoch(self, epoch: int, position: int) -> None:
         c = self.config
+        views, order = self._load_epoch(epoch)
+        self.step.student.train()
+        self.train_pipeline.image_size = image_size(c, epoch, self.step.student.image_size)
         self.began = time.monotonic()
-        views = self._load_view(epoch)
-        order = epoch_order(len(self.train_set), c.seed, epoch)[: self.steps_per_epoch * c.batch_size]
-        self.student.train()
-        for batch in self.train_pipeline.epoch(views, order, start=position * c.batch_size):
-            set_learning_rate(self.optimizer, learning_rate(c, self.step, self.steps_per_epoch))
-            targets = None if self.targets is None else self.targets.lookup(batch.sample_ids)
-            parts = self.forward(batch.images, batch.labels, targets)
-            parts[0].backward()
-            if c.clip is not None:
-                torch.nn.utils.clip_grad_norm_(self.student.parameters(), c.clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.step += 1
-            if self.ema is not None:
-                self.ema.update(self.student, self.step)
-            self.sums += parts.detach()
-            self.summed += 1
+        batches = self.train_pipeline.epoch(views, order, start=position * self.share)
+        while parts := self._next(batches):
+            self.step(parts, learning_rate(c, self.step.steps, self.steps_per_epoch))
             self.bar.advance(self.task, c.batch_size)
             self._after_step(epoch)
 
+    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
+        began = time.monotonic()
+        parts = list(islice(batches, self.config.accumulate))
+        self.waited += time.monotonic() - began
+        return parts
+
+    def _load_epoch(self, epoch: int) -> tuple[Views, np.ndarray]:
+        """An epoch's table and this rank's samples in their order; the teacher's answers go to the device."""
+        c, world = self.config, self.world
+        order = epoch_order(len(self.train_set), c.seed, epoch, world.rank, world.size)
+        order = order[: self.steps_per_epoch * self.share]
+        if self.cache is None:
+            return draw_views(c.policy(default_policy(c.data)), self.train_set.sizes, c.seed, epoch), order
+        view = epoch % self.cache.views
+        if view != self.view or world.size > 1:
+            self.view = view
+            self.views, classes, log_probs = self.cache.targets(view)
+            if c.method != "scratch":
+                dense = self.cache.topk == self.cache.num_classes
+                rows = None if world.size == 1 else order
+                self.step.targets = DeviceTargets(classes, log_probs, self.device, dense, rows)
+        return self.views, order
+
     def _after_step(self, epoch: int) -> None:
-        """What is due at this step, the training clock stopped: log, evaluate, save, stop."""
-        c, step, last = self.config, self.step, self.config.epochs * self.steps_per_epoch
+        """What is due at this step, the training clock stopped: log, evaluate, save, stop. All ranks decide alike."""
+        c, step = self.config, self.step.steps
         log, end, save = step % c.log_every == 0, step % self.steps_per_epoch == 0, step % c.checkpoint_every == 0
-        stop = self.interrupt.signum
+        stop = self.vote(self.interrupt.signum or 0)
         if not (log or end or save or stop):
             return
-        sums = self.sums.tolist()  # waits for the device
-        self.images = step * c.batch_size - self.first_image
+        sums = (self.world.sum(self.step.sums) / self.world.size).tolist()  # waits for the device
         self.seconds += time.monotonic() - self.began
         if not all(map(math.isfinite, sums)):
-            raise BadInput(
-                f"the loss is no longer finite between steps {step - self.summed} and {step}; lower --lr or set "
-                f"--clip, then go on from the last checkpoint in {self.run.path} or anew"
-            )
+            self._refuse_infinity(sums)
         if log:
-            self._log_step(epoch, [value / self.summed for value in sums])
-            self.sums.zero_()
-            self.summed = 0
+            self._log_step(epoch, [value / self.step.summed for value in sums])
+            self.step.reset_sums()
+            sums = self.step.sums.tolist()
         if end:
             self._log_epoch(epoch)
-        if save or stop or step == last:
-            self._save()
-        if stop and step < last:
+        if save or stop or step == self.last_step:
+            self._save(sums)
+        if stop and step < self.last_step:
+            self.vote.finish()
+            self.world.barrier()  # or the first to go would take the others along
             raise Stopped(
-                f"saved step {step} of {last} in {self.run.path}; run the same command with --resume to go on", stop
+                f"saved step {step} of {self.last_step} in {self.run.path}; run the same command with --resume to go "
+                "on",
+                stop,
             )
         self.began = time.monotonic()
 
-    def _log_step(self, epoch: int, parts: list[float]) -> None:
-        lr = self.optimizer.param_groups[0]["lr"]
-        values = {"epoch": epoch, "lr": lr, "images_per_second": self._speed(), **dict(zip(PARTS, parts, strict=True))}
-        self.log.add("step", self.step, values)
-        self.bar.update(self.task, note=f"epoch {epoch + 1}/{self.config.epochs} loss {parts[0]:.4g} lr {lr:.2g}")
+    def _refuse_infinity(self, sums: list[float]) -> None:
+        step, saved = self.step.steps, checkpoint.checkpoints(self.run.path)
+        what = "loss" if not all(map(math.isfinite, sums[:-1])) else "gradient"
+        good = f"go on from {saved[0]} by --resume" if saved else "start anew (there is no checkpoint yet)"
+        raise BadInput(
+            f"the {what} is no longer finite between steps {step - self.step.summed} and {step}; lower --lr or set "
+            f"--clip, then {good}"
+        )
+
+    def _log_step(self, epoch: int, means: list[float]) -> None:
+        if not self.log:
+            return
+        step, seconds, waited = self.logged
+        self.logged = (self.step.steps, self.seconds, self.waited)
+        elapsed = max(self.seconds - seconds, 1e-9)
+        lr = self.step.optimizer.param_groups[0]["lr"]
+        values = {
+            "epoch": epoch,
+            "lr": lr,
+            "images_per_second": (self.step.steps - max(step, self.first_step)) * self.config.batch_size / elapsed,
+            "loader_share": (self.waited - waited) / elapsed,
+            **dict(zip(SUMS, means, strict=True)),
+        }
+        self.log.add("step", self.step.steps, values)
+        parts = " ".join(f"{name} {values[name]:.3g}" for name in SUMS[1:-1] if values[name])
+        self.bar.update(
+            self.task, note=f"epoch {epoch + 1}/{self.config.epochs} loss {means[0]:.4g} ({parts}) lr {lr:.2g}"
+        )
 
     def _log_epoch(self, epoch: int) -> None:
         c = self.config
-        values = {"epoch": epoch, "images_per_second": self._speed()}
+        values: dict[str, Any] = {"epoch": epoch, "images_per_second": self._speed()}
         if (epoch + 1) % c.eval_every == 0 or epoch + 1 == c.epochs:
-            student = self.student if self.ema is None else self.ema.module
-            best = predict(student, self.val_pipeline, self.val_set, c.eval_crop, self.bf16)
+            self.world.average_statistics(self.step.trained)
+            best = predict(
+                self.step.trained,
+                self.val_pipeline,
+                self.val_set,
+                c.eval_crop,
+                choose_bf16(c.precision, self.device),
+                flip=c.eval_flip,
+                world=self.world,
+            )
             values["top1"], values["top5"] = accuracy(best, self.val_set.labels)
+            if self.log:
+                self._keep(best, values)
             self.bar.update(self.task, note=f"epoch {epoch + 1}/{c.epochs} top-1 {values['top1']:.2%}")
-        self.log.add("epoch", self.step, values)
+        if self.log:
+            self.log.add("epoch", self.step.steps, values)
+
+    def _keep(self, predicted: np.ndarray, values: dict[str, float]) -> None:
+        """The answers of the last evaluation, and the weights of the best one."""
+        info = {"step": self.step.steps, **values}
+        save_predictions(self.run.path, predicted, self.val_set.labels, info)
+        if values["top1"] > self.best:
+            self.best = values["top1"]
+            checkpoint.save_best(self.run.path, self.step.trained, info)
 
     def _speed(self) -> float:
-        return self.images / max(self.seconds, 1e-9)
+        """Images a second since this process began."""
+        return (self.step.steps - self.first_step) * self.config.batch_size / max(self.seconds, 1e-9)
 
-    def _save(self) -> None:
-        position = {"step": self.step, "sums": self.sums.tolist(), "summed": self.summed}
-        ema = None if self.ema is None else self.ema.module
-        checkpoint.save_checkpoint(self.run.path / checkpoint.FILE, self.student, self.optimizer, ema, position)
+    def _save(self, sums: list[float]) -> None:
+        s = self.step
+        self.world.average_statistics(s.student)
+        if self.world.is_main:
+            ema = None if s.ema is None else s.ema.module
+            position = {"sums": sums, "summed": s.summed}
+            checkpoint.save_checkpoint(self.run.path, s.steps, s.student, s.optimizer, ema, position, self.config.keep)
 
     def _restore(self) -> None:
-        ema = None if self.ema is None else self.ema.module
-        position = checkpoint.load_checkpoint(self.run.path / checkpoint.FILE, self.student, self.optimizer, ema)
-        self.step, self.summed = position["step"], position["summed"]
-        self.sums = torch.tensor(position["sums"], device=self.device)
-        self.first_image = self.step * self.config.batch_size
-
-    def _load_view(self, epoch: int) -> Views:
-        """The pixels' table of an epoch; the teacher's goes to the device."""
-        c = self.config
-        if self.cache is None:
-            policy = c.policy(default_policy(c.data))
-            return draw_views(policy, self.train_set.sizes, c.seed, epoch)
-        if self.view != epoch % self.cache.views:
-            self.view = epoch % self.cache.views
-            self.views, classes, log_probs = self.cache.targets(self.view)
-            dense = self.cache.topk == self.cache.num_classes
-            self.targets = None if c.method == "scratch" else DeviceTargets(classes, log_probs, self.device, dense)
-        return self.views
+        s = self.step
+        ema = None if s.ema is None else s.ema.module
+        s.steps, position = checkpoint.load_newest(self.run.path, s.student, s.optimizer, ema)
+        check_shared(
+            self.world, s.steps == self.world.agree_on(s.steps), f"the checkpoint of step {s.steps} to be the newest"
+        )
+        s.sums, s.summed = torch.tensor(position["sums"], device=self.device), position["summed"]
+        self.first_step = s.steps
+        self.logged = (s.steps, 0.0, 0.0)
 
     def result(self) -> Result:
         """From the log, so that a finished run that is resumed says the same again."""

@@ -25,6 +25,9 @@ PIPELINES = {
 class Pipeline(Protocol):
     """What every pipeline offers."""
 
+    image_size: int
+    """Side of the pictures it makes; may be changed between two epochs."""
+
     def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
         """Batches of `order` (sample ids) from position `start` on; the last one may be smaller."""
         ...

@@ -1,0 +1,146 @@
+"""Several processes that train one student: which of them this is, and what they have to agree on.
+
+    torchrun --no-python --nproc-per-node 8 fastofa train ...
+
+torchrun starts a process per GPU, a *rank*, and says in the environment which one it is. Tensors on a GPU travel by
+NCCL, those on the CPU by gloo. With one process nothing here does anything.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastofa.errors import BadInput, LostContact
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together. Made by `join`; World() is one process on its own."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among the processes of this host: which of its GPUs to use."""
+    local_size: int = 1
+    """Processes on this host, which share its cores."""
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes the files and shows the progress."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for the other ranks."""
+        self.agree_on(0)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The body runs on rank 0, then on the others: what it leaves on the disk is there for them."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def agree_on(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.broadcast(tensor, src=0)
+        return int(tensor)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in a new tensor."""
+        tensor = tensor.clone()
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def average_statistics(self, model: torch.nn.Module) -> None:
+        """Running statistics of batch norm become the mean over the ranks, each of which saw its own images."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.size
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def join(timeout_s: int) -> World:
+    """The world that torchrun describes in the environment, connected; World() where there is no torchrun."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return World()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    here = {name: int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    return World(dist.get_rank(), size, here["LOCAL_RANK"], here["LOCAL_WORLD_SIZE"])
+
+
+def was_restarted() -> bool:
+    """Did torchrun start this process in place of one that failed?"""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextmanager
+def contact(world: World) -> Iterator[None]:
+    """Turns the many errors of a broken connection into LostContact."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if world.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+            raise
+        raise LostContact(
+            f"rank {world.rank}: lost the other ranks ({' '.join(text.split())[:120]}); start the same command again "
+            "with --resume, or let torchrun do so by --max-restarts"
+        ) from None
+
+
+class Vote:
+    """The largest number that any rank gave, known to all ranks at the same step, without making them wait.
+
+    What is given at one step is exchanged during the next one, on the CPU; with one rank it holds at once.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.pending: Any = None
+        if world.size > 1:
+            self.group = dist.new_group(backend="gloo")
+
+    def __call__(self, number: int) -> int:
+        if self.world.size == 1:
+            return number
+        agreed = self.finish()
+        self.numbers = torch.tensor(number)
+        self.pending = dist.all_reduce(self.numbers, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return agreed
+
+    def finish(self) -> int:
+        """The last exchange's result; nothing is on its way then."""
+        if self.pending is None:
+            return 0
+        self.pending.wait()
+        self.pending = None
+        return int(self.numbers)
+
+
+def check_shared(world: World, found: bool, place: str) -> None:
+    """Raises BadInput on a rank that does not find what rank 0 wrote."""
+    if not found:
+        raise BadInput(
+            f"rank {world.rank}: expected {place}, which rank 0 just wrote; --out must be on a file system that all "
+            "nodes share"
+        )

@@ -1,0 +1,35 @@
+"""What changes in the course of a training: pure functions of step or epoch, so that a resumed run needs no state."""
+
+import math
+
+from fastofa.config import TrainConfig
+
+SIZE_STEP = 32  # pixels
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step, as timm's schedulers give it when they are updated every step.
+
+    cosine and step count from the first step on; linear falls from the end of the warm-up to min_lr at the end.
+    """
+    warmup, last = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
+    if step < warmup:
+        return config.warmup_lr + step * (config.lr - config.warmup_lr) / warmup
+    if config.schedule == "step":
+        return config.lr * config.decay_rate ** (step // (config.decay_epochs * steps_per_epoch))
+    if config.schedule == "linear":
+        return config.lr + (config.min_lr - config.lr) * min((step - warmup) / max(last - warmup, 1), 1)
+    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(step / last, 1)))
+
+
+def image_size(config: TrainConfig, epoch: int, full: int) -> int:
+    """Side of an epoch's pictures: from start_size to `full` in steps of 32 pixels, linearly over config.growth."""
+    if config.start_size is None:
+        return full
+    first, last = (share * config.epochs for share in config.growth)
+    if epoch >= last:
+        return full
+    if epoch <= first:
+        return config.start_size
+    grown = config.start_size + (full - config.start_size) * (epoch - first) / (last - first)
+    return round(grown / SIZE_STEP) * SIZE_STEP
