@@ -12,15 +12,19 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A module imports from lower layers only, not from its own.
 LAYERS = [
-    {"errors", "exits", "interrupt", "kernels", "progress"},
-    {"device", "files", "images", "views"},
+    {"environment", "errors", "exits", "interrupt", "kernels", "progress"},
+    {"device", "distributed", "files", "images", "views"},
     {"config", "dataset", "models", "pipelines"},
-    {"checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache"},
+    {
+        "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "schedule", "student", "teacher",
+        "teacher_cache",
+    },
     {"curves", "losses", "run"},
+    {"step"},
     {"cache", "doctor", "evaluate", "export", "precompute", "train"},
     {"demo"},
     {"cli"},
-]
+]  # fmt: skip
 COMMANDS = {"demo", "precompute", "train", "evaluate", "export", "cache", "doctor"}
 # Upwards, but only when a function is called: a data set opens the kind that was asked for.
 LAZY = {("dataset", "cifar"), ("dataset", "image_folder")}
