@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 
-from fastofa import checkpoint
+from fastofa import checkpoint, plan
 from fastofa.config import TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
@@ -72,6 +72,8 @@ def train(config: TrainConfig) -> Result:
             job.run.save()
         world.barrier()
         check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
+        if world.is_main:
+            notice(plan.summary(config, len(job.train_set)))
         if world.is_main and (missing := NOT_REPLAYED.get(config.recipe)):
             notice(
                 f"recipe {config.recipe}: views hold crop and flip; of the published augmentation this leaves out "
@@ -82,6 +84,19 @@ def train(config: TrainConfig) -> Result:
         del job
         world.leave()
     return dataclasses.replace(result, seconds=time.monotonic() - began)
+
+
+def plan_run(config: TrainConfig) -> None:
+    """Print what the run would cost; writes nothing. Raises BadInput as `train` does."""
+    world = join(config.timeout_s)
+    with contact(world):
+        job = open_job(config, world)
+        views, order = job.load_epoch(0)
+        estimate = plan.measure(job.step, job.train_pipeline, views, order, len(job.val_set), config.cache)
+        if world.is_main:
+            plan.show(estimate, config)
+        del job
+        world.leave()
 
 
 def open_job(config: TrainConfig, world: World) -> "Job":
@@ -169,7 +184,7 @@ class Job:
         elif self.config.resume and self.world.is_main:
             notice(f"{self.run.path}: no checkpoint yet, starting from the beginning")
         if self.step.steps < self.last_step:
-            self._load_epoch(self.step.steps // self.steps_per_epoch)
+            self.load_epoch(self.step.steps // self.steps_per_epoch)
 
     def run_epochs(self) -> None:
         c, main = self.config, self.world.is_main
@@ -200,7 +215,7 @@ class Job:
 
     def _epoch(self, epoch: int, position: int) -> None:
         c = self.config
-        views, order = self._load_epoch(epoch)
+        views, order = self.load_epoch(epoch)
         self.step.student.train()
         size = self.train_pipeline.image_size = image_size(c, epoch, self.step.student.image_size)
         batches = self.train_pipeline.epoch(views, order, start=position * self.share)
@@ -217,7 +232,7 @@ class Job:
             self.bar.advance(self.task, c.batch_size)
             self._after_step(epoch)
 
-    def _load_epoch(self, epoch: int) -> tuple[Views, np.ndarray]:
+    def load_epoch(self, epoch: int) -> tuple[Views, np.ndarray]:
         """An epoch's table and this rank's samples in their order; the teacher's answers go to the device."""
         c, world = self.config, self.world
         order = epoch_order(len(self.train_set), c.seed, epoch, world.rank, world.size)
@@ -369,6 +384,9 @@ class Clock:
 
 def main(argv: list[str]) -> None:
     config = parse_config(argv)
+    if config.plan:
+        plan_run(config)
+        return
     result = train(config)
     if not is_main_process():
         return
