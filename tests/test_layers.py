@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A module imports from lower layers only, not from its own.
 LAYERS = [
-    {"errors", "exits", "interrupt", "kernels", "progress"},
+    {"confusion", "errors", "exits", "interrupt", "kernels", "progress"},
     {"device", "files", "images", "views"},
     {"config", "dataset", "models", "pipelines"},
     {"checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache"},
