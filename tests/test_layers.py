@@ -17,6 +17,7 @@ LAYERS = [
     {"config", "dataset", "models", "pipelines"},
     {"checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache"},
     {"curves", "losses", "run"},
+    {"report"},
     {"cache", "doctor", "evaluate", "export", "precompute", "train"},
     {"demo"},
     {"cli"},
@@ -34,7 +35,7 @@ FILES = {
 # What setup.py requires, by the names they are imported under.
 INSTALLED = {
     "torch", "torchvision", "timm", "triton", "numpy", "PIL", "safetensors", "sklearn", "tyro", "rich", "matplotlib",
-    "tensorboard",
+    "tensorboard", "jinja2",
 }  # fmt: skip
 
 
