@@ -132,7 +132,7 @@ def _as_many(seconds: float) -> int:
 
 
 def _run_bytes(step: Step) -> int:
-    """Of the checkpoints: weights, their average, and what the optimiser keeps (SGD one tensor each, the others two)."""
+    """Of the checkpoints: weights, their average, and what the optimiser keeps (SGD one tensor each, others two)."""
     weights = sum(t.numel() * t.element_size() for t in step.student.state_dict().values())
     copies = 1 + (1 if "sgd" in step.config.optimizer else 2) + (step.ema is not None)
     return weights * (copies * step.config.keep + 1)

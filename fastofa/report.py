@@ -21,13 +21,11 @@ from fastofa.confusion import ClassResult, Pair, confusion, pairs, worst_classes
 from fastofa.curves import Row, column, draw_svg, group_size, plot_accuracy, plot_loss, plot_steps, split_rows
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, read_json, write_atomic
-from fastofa.metrics import read_metrics
+from fastofa.metrics import PREDICTIONS, read_metrics
 from fastofa.recipes import recipe
-from fastofa.run import Run, open_run
+from fastofa.run import LAUNCHES, Run, open_run
 
 FILE, TEMPLATE = "report.html", "report.html.jinja"
-PREDICTIONS = "val_predictions.safetensors"
-ENVIRONMENT = "environment.json"
 LARGEST_MATRIX = 64
 """Most classes whose confusion is drawn; the tables are there for any number."""
 LONGEST_TABLE = 20
@@ -207,11 +205,11 @@ def _settings(config: TrainConfig) -> list[_Setting]:
 
 def _launches(run: Path) -> list[dict[str, Any]]:
     """One for each time the run was started; none if that was not recorded."""
-    if not (run / ENVIRONMENT).exists():
+    if not (run / LAUNCHES).exists():
         return []
-    launches = read_json(run / ENVIRONMENT)
+    launches = read_json(run / LAUNCHES)
     if not (isinstance(launches, list) and all(isinstance(launch, dict) for launch in launches)):
-        raise BadInput(f"{run / ENVIRONMENT}: expected a list with an object for each launch; delete it")
+        raise BadInput(f"{run / LAUNCHES}: expected a list with an object for each launch; delete it")
     return launches
 
 

@@ -32,6 +32,7 @@ from fastofa.metrics import MetricsLog, accuracy, predict, read_metrics, save_pr
 from fastofa.pipelines import open_pipeline
 from fastofa.progress import notice, progress_bar
 from fastofa.recipes import NOT_REPLAYED, default_policy, recipe
+from fastofa.report import write_report
 from fastofa.run import CONFIG, Run, log_launch, open_run
 from fastofa.schedule import image_size, learning_rate
 from fastofa.step import SUMS, Step
@@ -39,6 +40,7 @@ from fastofa.teacher_cache import DeviceTargets, TeacherCache
 from fastofa.views import Views, draw_views, epoch_order
 
 T = TypeVar("T")
+REPORT_EVERY_S = 60  # seconds, at least, between two drawings of a run that goes on
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class Job:
         student.check_sizes([image_size(c, epoch, full) for epoch in range(c.epochs)] + [c.eval_size or full])
         self.vote = Vote(world)
         self.view: int | None = None
+        self.reported = time.monotonic()
         self.sizes_seen: set[int] = set()
         self.clock = Clock()
         self.logged = Clock()  # as it was at the last log
@@ -210,7 +213,6 @@ class Job:
             finally:
                 if self.log:
                     self.log.close()
-                    draw_curves(self.run.path)
         self.world.barrier()
 
     def _epoch(self, epoch: int, position: int) -> None:
@@ -270,6 +272,8 @@ class Job:
             self._save(sums)
         if stop and step < self.last_step:
             self.vote.finish()
+            if self.log:
+                self._report()
             self.world.barrier()  # or the first to go would take the others along
             raise Stopped(
                 f"saved step {step} of {self.last_step} in {self.run.path}; run the same command with --resume to go "
@@ -319,6 +323,8 @@ class Job:
             self.bar.update(self.task, note=f"epoch {epoch + 1}/{c.epochs} top-1 {values['top1']:.2%}")
         if self.log:
             self.log.add("epoch", self.step.steps, values)
+            if time.monotonic() - self.reported > REPORT_EVERY_S or self.step.steps == self.last_step:
+                self._report()
 
     def _keep(self, predicted: np.ndarray, values: dict[str, float]) -> None:
         """The answers of the last evaluation, and the weights of the best one."""
@@ -335,6 +341,11 @@ class Job:
             return {}
         waited = self.clock.waited - since.waited
         return {"images_per_second": steps * self.config.batch_size / seconds, "loader_share": waited / seconds}
+
+    def _report(self) -> None:
+        draw_curves(self.run.path)
+        write_report(self.run.path)
+        self.reported = time.monotonic()
 
     def _save(self, sums: list[float]) -> None:
         s = self.step
