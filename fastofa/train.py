@@ -66,8 +66,8 @@ def train(config: TrainConfig) -> Result:
     began = time.monotonic()
     if was_restarted():
         config = dataclasses.replace(config, resume=True)
-    world = join(config.timeout_s)
-    with contact(world):
+    with contact():
+        world = join(config.timeout_s)
         job = open_job(config, world)
         job.load()
         if world.is_main:
@@ -90,8 +90,8 @@ def train(config: TrainConfig) -> Result:
 
 def plan_run(config: TrainConfig) -> None:
     """Print what the run would cost; writes nothing. Raises BadInput as `train` does."""
-    world = join(config.timeout_s)
-    with contact(world):
+    with contact():
+        world = join(config.timeout_s)
         job = open_job(config, world)
         views, order = job.load_epoch(0)
         estimate = plan.measure(job.step, job.train_pipeline, views, order, len(job.val_set), config.cache)
