@@ -112,8 +112,8 @@ def contact() -> Iterator[None]:
             raise
         reason = " ".join(text.split())[:120]
         raise LostContact(
-            f"rank {os.environ.get('RANK')}: lost the other ranks ({reason}); start the same command again with --resume, "
-            "or let torchrun do so by --max-restarts"
+            f"rank {os.environ.get('RANK')}: lost the other ranks ({reason}); start the same command again with "
+            "--resume, or let torchrun do so by --max-restarts"
         ) from None
 
 

@@ -20,10 +20,11 @@ import torch
 
 BIN = Path(sys.executable).parent
 ADDRESS = "10.77.0."  # of host 1 and 2
-RUN = """
-    --data digits:100 --student test_vit --recipe digits --pipeline resident --optimizer sgd --lr 0.05 --epochs 40
-    --eval-every 20 --batch-size 20 --log-every 1 --checkpoint-every 5 --timeout-s 5
-""".split()
+RUN = [
+    *("--data", "digits:100", "--student", "test_vit", "--recipe", "digits", "--pipeline", "resident"),
+    *("--optimizer", "sgd", "--lr", "0.05", "--epochs", "40", "--eval-every", "20", "--batch-size", "20"),
+    *("--log-every", "1", "--checkpoint-every", "5", "--timeout-s", "5"),
+]
 STEPS = 40 * 5
 PATIENCE_S = 150
 
