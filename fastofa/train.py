@@ -28,7 +28,7 @@ from fastofa.device import choose_bf16, choose_device, choose_workers
 from fastofa.distributed import Vote, World, check_shared, contact, is_main_process, join, was_restarted
 from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
-from fastofa.metrics import MetricsLog, accuracy, predict, read_metrics, save_predictions
+from fastofa.metrics import MetricsLog, accuracy, import_wandb, predict, read_metrics, save_predictions
 from fastofa.pipelines import open_pipeline
 from fastofa.progress import notice, progress_bar
 from fastofa.recipes import NOT_REPLAYED, default_policy, recipe
@@ -109,6 +109,8 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     run = Run(config.out, config, train_set.classes, 0 if cache is None else cache.teacher_dim, train_set.fingerprint)
     if world.is_main and not config.plan:
         _check_place(run)
+        if config.wandb is not None:
+            import_wandb()
     world.barrier()
     return Job(run, train_set, val_set, cache, world)
 
