@@ -41,7 +41,7 @@ def parse(text: str) -> RandAugment:
     found: dict[str, float] = {}
     first, *sections = text.split("-")
     for section in sections:
-        match = re.fullmatch(r"([a-z]+)(\d+|\d*\.\d+)", section)
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section)
         name, low, high = kinds.get(match[1] if match else "", ("", 0, 0))
         whole = match is not None and (match[1] in ("mstd", "p") or match[2].isdigit())
         if match is None or not whole or name in found or not low <= float(match[2]) <= high:

@@ -328,13 +328,13 @@ def epoch_order(
     if partner is None and repeats == 1:
         return rng.permutation(size)[rank::world_size]
     units = _units(size, partner)
-    whole = units[units[:, -1] >= 0]
-    units_shuffled = whole[rng.permutation(len(whole))]
+    whole, alone = units[units[:, -1] >= 0], units[units[:, -1] < 0]
+    shuffled = whole[rng.permutation(len(whole))]
     if repeats == 1:
-        alone = units[len(whole) :, 0]  # at the end, where it breaks no pair
-        return np.concatenate([units_shuffled[rank::world_size].reshape(-1), alone[rank::world_size]])
+        mine = np.concatenate([shuffled, alone])[rank::world_size].reshape(-1)  # at the end it breaks no pair
+        return mine[mine >= 0]
     part = len(whole) // repeats
-    shown = units_shuffled[epoch % repeats * part :][:part]
+    shown = shuffled[epoch % repeats * part :][:part]
     copies = shown[:, None, :] + size * np.arange(repeats)[None, :, None]
     return copies.reshape(-1, units.shape[1])[rank::world_size].reshape(-1)
 

@@ -7,6 +7,8 @@ images = augment(images, views, rows, 256)    # of the first 256 of them
 Which pictures an operation changes is worked out on the CPU, where the table is, so nothing here waits for a GPU.
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 from fastofa.kernels import augment as kernels
 from fastofa.rand_augment import OPS
 from fastofa.views import Views, pixel_boxes
+
+IN_CACHE = 100_000  # pixels
 
 
 def with_partners(views: Views, rows: np.ndarray) -> np.ndarray:
@@ -26,33 +30,32 @@ def with_partners(views: Views, rows: np.ndarray) -> np.ndarray:
 def augment(images: Tensor, views: Views, rows: np.ndarray, count: int) -> Tensor:
     """uint8 [M, 3, S, S] of the table's `rows` -> [count, 3, S, S]: operations, mixing with the partner, erasing.
 
-    The order is the published code's, whose loader erases on the device after its collate function has mixed.
+    The order is the published code's, whose loader erases on the device after its collate function has mixed. `images`
+    may be written over.
     """
-    table = views.take(rows)
-    if table.ops is not None and table.amounts is not None:
-        fill = tuple(min(255, round(255 * value)) for value in views.mean)
-        for ops, amounts in zip(table.ops.T, table.amounts.T, strict=True):
-            for op in np.unique(ops[ops > 0]):
-                which = np.flatnonzero(ops == op)
-                operation, given = kernels.OPERATIONS[OPS[op]], torch.from_numpy(amounts[which])
-                at = _indices(which, images)
-                images.index_copy_(0, at, operation(images[at], given, fill))  # type: ignore[arg-type]
-    images, table = _mixed(images, table, rows, count), views.take(rows[:count])
-    if table.erase is not None and table.noise is not None:
-        boxes = pixel_boxes(table.erase, images.shape[-1])
-        which = np.flatnonzero(table.erase[:, 2])
-        at, keys = _indices(which, images), torch.from_numpy(table.noise[which])
-        images.index_copy_(
-            0, at, kernels.erase(images[at], torch.from_numpy(boxes[which]), keys, views.mean, views.std)
-        )
+    images = _operated(images, views.take(rows), views.mean)
+    images = _mixed(images, views.take(rows), rows, count)
+    return _erased(images, views.take(rows[:count]))
+
+
+def _operated(images: Tensor, table: Views, mean: Sequence[float]) -> Tensor:
+    if table.ops is None or table.amounts is None:
+        return images
+    red, green, blue = (min(255, round(255 * value)) for value in mean)
+    for ops, amounts in zip(table.ops.T, table.amounts.T, strict=True):
+        for op in np.unique(ops[ops > 0]):
+            operation = kernels.OPERATIONS[OPS[op]]
+            for part in _parts(np.flatnonzero(ops == op), images):
+                at = _indices(part, images)
+                images.index_copy_(0, at, operation(images[at], torch.from_numpy(amounts[part]), (red, green, blue)))
     return images
 
 
 def _mixed(images: Tensor, table: Views, rows: np.ndarray, count: int) -> Tensor:
     if table.partner is None or table.mix is None or table.mix_box is None:
         return images
-    by_id = np.argsort(rows, kind="stable")
-    partner = by_id[np.searchsorted(rows, table.partner[:count], sorter=by_id)]
+    by_row = np.argsort(rows, kind="stable")
+    partner = by_row[np.searchsorted(rows, table.partner[:count], sorter=by_row)]
     is_cut = table.mix_box[:count, 2] > 0
     blended, cut = np.flatnonzero((table.mix[:count] < 1) & ~is_cut), np.flatnonzero(is_cut)
     mixed = images[:count].clone(memory_format=torch.preserve_format)
@@ -60,9 +63,32 @@ def _mixed(images: Tensor, table: Views, rows: np.ndarray, count: int) -> Tensor
         (blended, kernels.mixup, table.mix),
         (cut, kernels.cutmix, pixel_boxes(table.mix_box, images.shape[-1])),
     ):
-        at, other = _indices(which, images), _indices(partner[which], images)
-        mixed.index_copy_(0, at, kernel(images[at], images[other], torch.from_numpy(given[which])))
+        for part in _parts(which, images):
+            at, other = _indices(part, images), _indices(partner[part], images)
+            mixed.index_copy_(0, at, kernel(images[at], images[other], torch.from_numpy(given[part])))
     return mixed
+
+
+def _erased(images: Tensor, table: Views) -> Tensor:
+    if table.erase is None or table.noise is None:
+        return images
+    boxes = pixel_boxes(table.erase, images.shape[-1])
+    for part in _parts(np.flatnonzero(table.erase[:, 2]), images):
+        at = _indices(part, images)
+        box, key = torch.from_numpy(boxes[part]), torch.from_numpy(table.noise[part])
+        images.index_copy_(0, at, kernels.erase(images[at], box, key, table.mean, table.std))
+    return images
+
+
+def _parts(which: np.ndarray, images: Tensor) -> Iterator[np.ndarray]:
+    """On a CPU a few pictures at a time, so that what comes in between stays in the processor's cache."""
+    at_once = max(1, IN_CACHE // images.shape[-1] ** 2) if images.device.type == "cpu" else max(1, len(which))
+    for first in range(0, len(which), at_once):
+        yield which[first : first + at_once]
+
+
+def _indices(which: np.ndarray, images: Tensor) -> Tensor:
+    return torch.from_numpy(which).to(images.device, non_blocking=True)
 
 
 def shares(views: Views, rows: np.ndarray, size: int) -> np.ndarray:
@@ -72,7 +98,3 @@ def shares(views: Views, rows: np.ndarray, size: int) -> np.ndarray:
     top, left, bottom, right = pixel_boxes(views.mix_box[rows], size).T
     counted = 1 - (bottom - top) * (right - left) / (size * size)
     return np.where(views.mix_box[rows, 2] > 0, counted, views.mix[rows]).astype(np.float32)
-
-
-def _indices(which: np.ndarray, images: Tensor) -> Tensor:
-    return torch.from_numpy(which).to(images.device, non_blocking=True)
