@@ -160,7 +160,7 @@ def draw_full(dataset: Dataset, view: int = 0, policy: ViewPolicy = FULL) -> Vie
 
 
 def augmented_by_hand(cropped: Tensor, views: Views) -> Tensor:
-    """Of all samples' crops: timm's operations on Pillow pictures, then mixed in numpy; the erased box is left black."""
+    """Of all samples' crops: timm's operations on Pillow pictures, then mixed in numpy; an erased box is left black."""
     size = cropped.shape[-1]
     pictures = []
     for crop, ops, amounts in zip(cropped, views.ops, views.amounts.tolist(), strict=True):
