@@ -122,9 +122,14 @@ class TeacherCache:
                 f"{what}: made from {self.header['dataset']['spec']} ({self.num_samples} samples), which is not the "
                 f"data set {dataset.spec} ({len(dataset)} samples) as it is now; run `fastofa precompute` on it"
             )
-        if policy != self.policy:
+        mine, theirs = dataclasses.asdict(policy), dataclasses.asdict(self.policy)
+        wanted, found = (
+            ", ".join(f"{name}={values[name]}" for name in mine if mine[name] != theirs[name])
+            for values in (mine, theirs)
+        )
+        if wanted:
             raise BadInput(
-                f"{what}: expected views drawn with {policy}, got {self.policy}; leave the flags out or precompute anew"
+                f"{what}: expected views drawn with ({wanted}), got ({found}); leave the flags out or precompute anew"
             )
 
 
