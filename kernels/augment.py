@@ -229,12 +229,16 @@ def erase(images: Tensor, boxes: Tensor, keys: Tensor, mean: Sequence[float], st
 
     The noise is a pure function of (key, channel, row, column), the same on every device; keys int32 [B] on the CPU.
     """
-    size = images.shape[-1]
-    place = torch.arange(3 * size * size, dtype=torch.int32, device=images.device).view(1, 3, size, size)
-    bits = _scrambled(_scrambled(place) ^ _per_image(keys, images, torch.int32))
+    bits = _scrambled(_places(images.shape[-1], images.device) ^ _per_image(keys, images, torch.int32))
     level = (bits & 0xFFFF) + 65536 * torch.arange(3, dtype=torch.int32, device=images.device).view(3, 1, 1)
     noise = _normal_levels(tuple(mean), tuple(std), images.device).index_select(0, level.flatten()).view(level.shape)
     return _choose(_inside(boxes, images), images, noise)
+
+
+@lru_cache(maxsize=4)
+def _places(size: int, device: torch.device) -> Tensor:
+    """int32 [1, 3, S, S]: a hash of each place."""
+    return _scrambled(torch.arange(3 * size * size, dtype=torch.int32, device=device).view(1, 3, size, size))
 
 
 def _scrambled(values: Tensor) -> Tensor:
