@@ -30,10 +30,10 @@ from fastofa.metrics import MetricsLog, accuracy, predict, read_metrics
 from fastofa.optim import create_optimizer, learning_rate, set_learning_rate
 from fastofa.pipelines import open_pipeline
 from fastofa.progress import notice, progress_bar
-from fastofa.recipes import NOT_REPLAYED, default_policy, recipe
+from fastofa.recipes import default_policy, not_replayed, recipe
 from fastofa.run import CONFIG, Run, open_run
 from fastofa.teacher_cache import DeviceTargets, TeacherCache
-from fastofa.views import Views, draw_views, epoch_order
+from fastofa.views import ViewPolicy, Views, draw_views, epoch_order, epoch_rows, join_views
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ def train(config: TrainConfig) -> Result:
     began = time.monotonic()
     train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
     cache = _open_cache(config, train_set)
+    policy = config.policy(default_policy(config.data, config.recipe) if cache is None else cache.policy)
+    _check_batches(config, policy, len(train_set))
     run = Run(config.out, config, train_set.classes, 0 if cache is None else cache.teacher_dim, train_set.fingerprint)
     _check_place(run)
-    job = _Job(run, train_set, val_set, cache)
+    job = _Job(run, train_set, val_set, cache, policy)
     job.load()
     run.save()
-    if missing := NOT_REPLAYED.get(config.recipe):
-        notice(
-            f"recipe {config.recipe}: views hold crop and flip; of the published augmentation this leaves out {missing}"
-        )
+    if missing := not_replayed(config.recipe, policy):
+        notice(f"recipe {config.recipe}: its published views have {missing}; `fastofa precompute --recipe` draws them")
     job.run_epochs()
     return dataclasses.replace(job.result(), seconds=time.monotonic() - began)
 
@@ -87,6 +87,14 @@ def _open_cache(config: TrainConfig, dataset: Dataset) -> TeacherCache | None:
     return cache
 
 
+def _check_batches(config: TrainConfig, policy: ViewPolicy, size: int) -> None:
+    """Raises BadInput if a batch would tear a pair apart, or an epoch of repeated views is smaller than a batch."""
+    if policy.mixes and config.batch_size % 2:
+        raise BadInput(f"batch-size: expected an even number, since these views mix pairs, got {config.batch_size}")
+    if (rows := epoch_rows(policy, size)) < config.batch_size:
+        raise BadInput(f"batch-size: expected at most the {rows} images of a repeated epoch, got {config.batch_size}")
+
+
 def _check_place(run: Run) -> None:
     """Raises BadInput if another run lies there."""
     if not (run.path / CONFIG).exists():
@@ -104,9 +112,11 @@ def _check_place(run: Run) -> None:
 class _Job:
     """The objects of a run, made once, and the loop over them."""
 
-    def __init__(self, run: Run, train_set: Dataset, val_set: Dataset, cache: TeacherCache | None) -> None:
+    def __init__(
+        self, run: Run, train_set: Dataset, val_set: Dataset, cache: TeacherCache | None, policy: ViewPolicy
+    ) -> None:
         c = self.config = run.config
-        self.run, self.train_set, self.val_set, self.cache = run, train_set, val_set, cache
+        self.run, self.train_set, self.val_set, self.cache, self.policy = run, train_set, val_set, cache, policy
         self.device = choose_device(c.device)
         self.bf16 = choose_bf16(c.precision, self.device)
         torch.manual_seed(c.seed)
@@ -122,19 +132,21 @@ class _Job:
             open_pipeline(c.pipeline, d, self.student.image_size, c.batch_size, self.device, choose_workers(c.workers))
             for d in (train_set, val_set)
         )
-        self.steps_per_epoch = len(train_set) // c.batch_size
+        self.steps_per_epoch = epoch_rows(policy, len(train_set)) // c.batch_size
         self.step = 0  # steps taken
         self.sums = torch.zeros(len(PARTS), device=self.device)  # of the loss parts since the last log
         self.summed = 0
         self.targets: DeviceTargets | None = None
-        self.view = -1
+        self.shown: list[int] = []  # views that are loaded
         self.first_image = 0  # where this process began
         self.images, self.seconds = 0, 0.0  # of its training steps alone
 
-    def _forward(self, images: Tensor, labels: Tensor, targets: Any) -> Tensor:
+    def _forward(
+        self, images: Tensor, labels: Tensor, targets: Any, partner_labels: Tensor | None, mix: Tensor | None
+    ) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.student(images)
-        return self.objective(logits, labels, targets)
+        return self.objective(logits, labels, targets, partner_labels, mix)
 
     def load(self) -> None:
         """The checkpoint and the first view: damage is told before anything is written."""
@@ -168,12 +180,14 @@ class _Job:
         c = self.config
         self.began = time.monotonic()
         views = self._load_view(epoch)
-        order = epoch_order(len(self.train_set), c.seed, epoch)[: self.steps_per_epoch * c.batch_size]
+        order = epoch_order(len(self.train_set), c.seed, epoch, partner=views.partner, repeats=self.policy.repeats)[
+            : self.steps_per_epoch * c.batch_size
+        ]
         self.student.train()
         for batch in self.train_pipeline.epoch(views, order, start=position * c.batch_size):
             set_learning_rate(self.optimizer, learning_rate(c, self.step, self.steps_per_epoch))
             targets = None if self.targets is None else self.targets.lookup(batch.sample_ids)
-            parts = self.forward(batch.images, batch.labels, targets)
+            parts = self.forward(batch.images, batch.labels, targets, batch.partner_labels, batch.mix)
             parts[0].backward()
             if c.clip is not None:
                 torch.nn.utils.clip_grad_norm_(self.student.parameters(), c.clip)
@@ -248,16 +262,22 @@ class _Job:
         self.first_image = self.step * self.config.batch_size
 
     def _load_view(self, epoch: int) -> Views:
-        """The pixels' table of an epoch; the teacher's goes to the device."""
-        c = self.config
+        """The pixels' table of an epoch (of several views, if it repeats); the teacher's goes to the device."""
+        c, repeats = self.config, self.policy.repeats
+        shown = [epoch // repeats * repeats + number for number in range(repeats)]
         if self.cache is None:
-            policy = c.policy(default_policy(c.data))
-            return draw_views(policy, self.train_set.sizes, c.seed, epoch)
-        if self.view != epoch % self.cache.views:
-            self.view = epoch % self.cache.views
-            self.views, classes, log_probs = self.cache.targets(self.view)
+            return join_views([draw_views(self.policy, self.train_set.sizes, c.seed, view) for view in shown])
+        shown = [view % self.cache.views for view in shown]
+        if self.shown != shown:
+            self.shown = shown
+            tables, classes, log_probs = zip(*map(self.cache.targets, shown), strict=True)
+            self.views = join_views(tables)
             dense = self.cache.topk == self.cache.num_classes
-            self.targets = None if c.method == "scratch" else DeviceTargets(classes, log_probs, self.device, dense)
+            self.targets = (
+                None
+                if c.method == "scratch"
+                else DeviceTargets(torch.cat(classes), torch.cat(log_probs), self.device, dense)
+            )
         return self.views
 
     def result(self) -> Result:
