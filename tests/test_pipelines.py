@@ -20,7 +20,7 @@ from fastofa.dataset import Dataset, from_array, open_dataset
 from fastofa.errors import BadInput
 from fastofa.kernels import crop_resize
 from fastofa.pipelines import Batch, open_pipeline
-from fastofa.pipelines.augment import shares
+from fastofa.pipelines.augment import augment, shares
 from fastofa.rand_augment import OPS
 from fastofa.views import (
     ViewPolicy,
@@ -272,6 +272,23 @@ def test_joined_views_are_the_views_one_after_the_other(digits, name):
         assert torch.equal(batch.labels, labels[batch.sample_ids % 100])
         partner = torch.from_numpy(views.partner)[batch.sample_ids].long()
         assert torch.equal(batch.partner_labels, labels[partner % 100])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_augments_to_the_same_bits_and_never_waits(digits):
+    """The operations are put together of single roundings, which no device does otherwise."""
+    views, rows = draw_full(digits), np.arange(100)
+    crops = images_of(run("resident", digits, Views(views.crop, views.flip), 64))
+    expected = augment(crops.clone(memory_format=torch.channels_last), views, rows, 100)
+    for mode in ("default", "error"):  # the first time constants are copied
+        images = crops.cuda().contiguous(memory_format=torch.channels_last)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            got = augment(images, views, rows, 100)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(got.cpu(), expected)
 
 
 def test_colours_are_the_policys(digits):
