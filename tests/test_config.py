@@ -31,7 +31,8 @@ def config(**given) -> TrainConfig:
 
 WRONG = [
     *[(name, value, "expected at least 1") for name in ("epochs", "batch_size", "eval_every") for value in (0, -3)],
-    *[(name, 0, "expected at least 1") for name in ("log_every", "checkpoint_every")],
+    *[(name, 0, "expected at least 1") for name in ("accumulate", "log_every", "checkpoint_every", "keep")],
+    ("timeout_s", 0, "expected at least 1"),
     *[
         (name, value, "expected a number of at least 0")
         for value in (-0.1, NAN)
@@ -44,7 +45,11 @@ WRONG = [
     *[("eval_crop", value, "expected a number above 0 and at most 1") for value in (0, 1.1, NAN)],
     *[("clip", value, "expected a number above 0") for value in (0, -1.0, NAN)],
     *[("ema", value, "expected a number between 0 and 1") for value in (0.0, 1.0, NAN)],
-    ("image_size", 0, "expected at least 1 pixel"),
+    *[(name, 0, "expected at least 1 pixel") for name in ("image_size", "start_size", "eval_size")],
+    *[
+        ("growth", value, "expected two rising numbers from 0 to 1")
+        for value in ((0.5, 0.4), (-0.1, 0.5), (0.5, 1.1), (NAN, 0.5), (0.5, NAN))
+    ],
     ("seed", -1, "expected at least 0"),
     *[("stages", value, "expected some of 1 2 3 4") for value in ((0,), (1, 5), (2, 2))],
     ("stages", (), r"expected at least one stage \(or --method kd\)"),
@@ -52,8 +57,9 @@ WRONG = [
     ("method", "OFA", "expected one of ofa, kd, scratch"),
     ("variant", "mine", "expected one of official, paper"),
     ("gt_loss", "CE", "expected one of ce, bce"),
-    ("optimizer", "adam", "expected one of sgd, adamw, lamb"),
-    ("schedule", "linear", "expected one of cosine, step"),
+    ("optimizer", "adam", "expected one of sgd, adamw, lamb, apex_sgd, apex_adam, apex_lamb"),
+    ("schedule", "poly", "expected one of cosine, step, linear"),
+    ("grad_compression", "fp16", "expected one of none, bf16"),
     ("precision", "fp16", "expected one of auto, bf16, fp32"),
     ("compile", "yes", "expected one of auto, on, off"),
 ]  # fmt: skip
@@ -103,6 +109,8 @@ def test_values_that_do_not_fit_each_other_are_refused(values, message):
         {"smoothing": 0.0, "drop_path": 0.99, "eval_crop": 1.0, "ema": 0.5, "clip": 0.1},
         {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "flip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)},
         {"epochs": 1, "batch_size": 1, "image_size": 1, "seed": 0, "decay_rate": 1.0, "workers": 0},
+        {"accumulate": 1, "keep": 1, "timeout_s": 1, "start_size": 1, "eval_size": 1, "growth": (0.0, 1.0)},
+        {"growth": (0.5, 0.5), "start_size": 160, "image_size": 160},
     ],
 )
 def test_values_at_the_edge_are_taken(values):
@@ -173,7 +181,8 @@ def test_differences_are_what_makes_it_another_run():
     mine = config()
     free = {
         "out": Path("elsewhere"), "resume": True, "device": "cuda", "compile": "on", "pipeline": "torchvision",
-        "workers": 3, "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "data": "moved",
+        "workers": 3, "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "data": "moved", "plan": True,
+        "cuda_graphs": True, "grad_compression": "bf16", "timeout_s": 9, "accumulate": 2, "keep": 1, "wandb": "mine",
     }  # fmt: skip
     assert mine.differences(dataclasses.replace(mine, **free)) == []
     changed: dict[str, Any] = {
@@ -183,7 +192,8 @@ def test_differences_are_what_makes_it_another_run():
         "smoothing": 0.2, "epochs": 7, "batch_size": 8, "image_size": 64, "eval_crop": 0.5, "seed": 5, "init": "file",
         "drop_path": 0.2, "scale": (0.5, 1.0), "ratio": (1.0, 1.0), "flip": 0.3, "optimizer": "lamb", "lr": 0.7,
         "min_lr": 0.01, "weight_decay": 0.3, "schedule": "step", "decay_epochs": 9, "decay_rate": 0.5,
-        "warmup_epochs": 2, "warmup_lr": 0.01, "clip": 1.0, "ema": 0.9, "precision": "bf16",
+        "warmup_epochs": 2, "warmup_lr": 0.01, "clip": 1.0, "ema": 0.9, "precision": "bf16", "start_size": 32,
+        "growth": (0.1, 0.2), "eval_size": 96, "eval_flip": True, "sync_bn": True,
     }  # fmt: skip
     assert set(changed) | set(free) | {"mean", "std"} == {field.name for field in dataclasses.fields(TrainConfig)}
     for name, value in changed.items():
@@ -213,7 +223,7 @@ COLUMNS = (
 
 
 def test_the_recipes_are_these():
-    assert set(RECIPES) == {"digits", *PUBLISHED}
+    assert set(RECIPES) == {"digits", "imagenet_fast", *PUBLISHED}
     assert all(RECIPES[name] is getattr(recipes, name) for name in RECIPES)
 
 
@@ -232,6 +242,18 @@ def test_a_recipe_has_the_published_values(name):
     assert c.image_size == (224 if cifar else None)
     assert c.mean == ((0.5071, 0.4865, 0.4409) if cifar else None)
     assert c.std == ((0.2673, 0.2564, 0.2762) if cifar else None)
+
+
+@pytest.mark.parametrize("epochs", [16, 32, 88])
+def test_imagenet_fast_has_ffcvs_values(epochs):
+    """Those of rn18_configs/rn18_*_epochs.yaml in ffcv-imagenet, whose rate climbs for two epochs and falls to 0."""
+    c = recipes.imagenet_fast(data="d", student="s", out=Path("o"), **({} if epochs == 16 else {"epochs": epochs}))
+    assert (c.epochs, c.batch_size, c.optimizer, c.weight_decay, c.smoothing) == (epochs, 1024, "sgd", 5e-5, 0.1)
+    assert (c.start_size, c.image_size, c.eval_size, c.eval_flip) == (160, 192, 256, True)
+    assert (c.schedule, c.lr, c.min_lr, c.warmup_epochs) == ("linear", 0.5, 0, 2)
+    assert c.warmup_lr == pytest.approx(1e-4 * c.lr)
+    assert c.recipe == "imagenet_fast"
+    assert (c.clip, c.ema, c.gt_loss, c.drop_path) == (None, None, "ce", 0)
 
 
 @pytest.mark.parametrize("name", RECIPES)

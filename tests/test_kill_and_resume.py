@@ -26,7 +26,8 @@ from timm.layers import DropPath
 from timm.models import save_for_hf
 
 import fastofa.precompute
-from fastofa import checkpoint, recipes
+from fastofa import recipes
+from fastofa.checkpoint import checkpoints
 from fastofa.config import TrainConfig
 from fastofa.dataset import open_dataset
 from fastofa.files import load_tensors
@@ -36,6 +37,7 @@ from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.run import open_run
 from fastofa.teacher_cache import HEADER, PARTIAL
 from fastofa.train import train
+from runs import newest, same_run
 
 pytestmark = pytest.mark.slow
 
@@ -177,22 +179,6 @@ def same_cache(a: Path, b: Path) -> None:
         assert file.read_bytes() == (b / file.name).read_bytes(), file
 
 
-def same_run(a: Path, b: Path) -> None:
-    """Weights of student and moving average, optimiser, random state, position and log."""
-    (tensors, info), (others, other_info) = (load_tensors(run / checkpoint.FILE) for run in (a, b))
-    assert {name.partition(".")[0] for name in tensors} == {"student", "ema", "optimizer", "random"}
-    assert tensors.keys() == others.keys()
-    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
-    assert info == other_info
-    assert log_of(a) == log_of(b)
-    assert [file.name for file in a.iterdir() if file.name.startswith(".")] == []
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    """Every logged figure but the speed."""
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(run)]
-
-
 def killed_at_random(
     command: Callable[[Any], Any], config: Any, seconds: float, kills: int, seed: int
 ) -> Iterator[tuple[bool, Path]]:
@@ -251,8 +237,7 @@ def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher
         if finished:
             same_run(out, reference)
         else:
-            saved = load_tensors(out / checkpoint.FILE)[1] if (out / checkpoint.FILE).exists() else None
-            step = 0 if saved is None else saved["position"]["step"]
+            step = load_tensors(newest(out))[1]["step"] if checkpoints(out) else 0
             found.append((step, len(read_metrics(out))))
     at_work = [state for state in found if state[1]]
     resumable = [state for state in found if state[0]]

@@ -23,7 +23,7 @@ LAYERS = [
     {"cache", "doctor", "evaluate", "export", "precompute", "train"},
     {"demo"},
     {"cli"},
-]
+]  # fmt: skip
 COMMANDS = {"demo", "precompute", "train", "evaluate", "export", "cache", "doctor"}
 # Upwards, but only when a function is called: a data set opens the kind that was asked for.
 LAZY = {("dataset", "cifar"), ("dataset", "image_folder")}
