@@ -33,18 +33,29 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_say(f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}", 2))
     # Before torch is imported: OpenMP threads that wait by spinning make a busy machine many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    code = 0
     try:
         import_module(f"fastofa.{argv[0]}").main(argv[1:])
     except BadInput as error:
-        sys.exit(_say(str(error), 2))
+        code = _say(str(error), 2)
     except Stopped as stop:
-        sys.exit(_say(str(stop), 128 + stop.signum))
+        code = 128 + stop.signum
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop together, one says so
+            _say(str(stop), code)
     except LostContact as error:
-        sys.exit(_say(str(error), 1))
+        code = _say(str(error), 1)
     except BrokenPipeError:  # `fastofa ... | head`: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; nothing more was saved", 130))
+        code = _say("interrupted; nothing more was saved", 130)
+    if (
+        int(os.environ.get("WORLD_SIZE", 1)) > 1
+    ):  # a rank leaves at once: torch's connections can hang while Python ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _say(message: str, code: int) -> int:

@@ -22,7 +22,7 @@ class TrainConfig:
     student: str
     """A timm model (or swin_nano_patch4_window7_224, swin_pico_patch4_window7_224)."""
     out: Path
-    """Folder of the run: config.json, metrics.jsonl, checkpoint.safetensors, curves.png, TensorBoard events."""
+    """Folder of the run: config.json, metrics.jsonl, checkpoints, report.html, curves.png, TensorBoard events."""
     recipe: str
     """Where the defaults below come from (those shown are of digits): digits, imagenet_fast, imagenet_cnn,
     imagenet_vit_mlp, imagenet_stronger, cifar_cnn, cifar_vit_mlp."""

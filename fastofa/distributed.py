@@ -6,6 +6,7 @@ torchrun starts a process per GPU, a *rank*, and says in the environment which o
 NCCL, those on the CPU by gloo. With one process nothing here does anything.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,9 @@ class World:
                     buffer /= self.size
 
     def leave(self) -> None:
+        """Close the connections. What holds on to them (DDP does) must be gone: PyTorch can wait for ever otherwise."""
         if self.size > 1:
+            gc.collect()
             dist.destroy_process_group()
 
 
@@ -86,6 +89,11 @@ def join(timeout_s: int) -> World:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     here = {name: int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     return World(dist.get_rank(), size, here["LOCAL_RANK"], here["LOCAL_WORLD_SIZE"])
+
+
+def is_main_process() -> bool:
+    """Is this rank 0, or on its own?"""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def was_restarted() -> bool:

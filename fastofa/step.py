@@ -60,6 +60,7 @@ class Step:
         self.optimizer = create_optimizer(student, config)
         self.ema = None if config.ema is None else ModelEmaV3(student, decay=config.ema)
         program = Program(student, config, device)
+        self.bf16 = program.bf16
         if choose_compile(config.compile, device):
             program.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         self.program: Any = program if self.world.size == 1 else self._distributed(program)

@@ -11,32 +11,36 @@ This file is the loop: epochs, views, logging, evaluation, checkpoints. The step
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import tyro
 
-from fastofa import checkpoint
+from fastofa import checkpoint, plan
 from fastofa.config import TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
-from fastofa.distributed import Vote, World, check_shared, contact, join, was_restarted
+from fastofa.distributed import Vote, World, check_shared, contact, is_main_process, join, was_restarted
 from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.metrics import MetricsLog, accuracy, predict, read_metrics, save_predictions
-from fastofa.pipelines import Batch, open_pipeline
+from fastofa.pipelines import open_pipeline
 from fastofa.progress import notice, progress_bar
 from fastofa.recipes import NOT_REPLAYED, default_policy, recipe
+from fastofa.report import write_report
 from fastofa.run import CONFIG, Run, log_launch, open_run
 from fastofa.schedule import image_size, learning_rate
 from fastofa.step import SUMS, Step
 from fastofa.teacher_cache import DeviceTargets, TeacherCache
 from fastofa.views import Views, draw_views, epoch_order
+
+T = TypeVar("T")
+REPORT_EVERY_S = 60  # seconds, at least, between two drawings of a run that goes on
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,31 @@ def train(config: TrainConfig) -> Result:
             job.run.save()
         world.barrier()
         check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
+        if world.is_main:
+            notice(plan.summary(config, len(job.train_set)))
         if world.is_main and (missing := NOT_REPLAYED.get(config.recipe)):
             notice(
                 f"recipe {config.recipe}: views hold crop and flip; of the published augmentation this leaves out "
                 f"{missing}"
             )
         job.run_epochs()
+        result = job.result()
+        del job
         world.leave()
-    return dataclasses.replace(job.result(), seconds=time.monotonic() - began)
+    return dataclasses.replace(result, seconds=time.monotonic() - began)
+
+
+def plan_run(config: TrainConfig) -> None:
+    """Print what the run would cost; writes nothing. Raises BadInput as `train` does."""
+    world = join(config.timeout_s)
+    with contact(world):
+        job = open_job(config, world)
+        views, order = job.load_epoch(0)
+        estimate = plan.measure(job.step, job.train_pipeline, views, order, len(job.val_set), config.cache)
+        if world.is_main:
+            plan.show(estimate, config)
+        del job
+        world.leave()
 
 
 def open_job(config: TrainConfig, world: World) -> "Job":
@@ -154,9 +175,10 @@ class Job:
         student.check_sizes([image_size(c, epoch, full) for epoch in range(c.epochs)] + [c.eval_size or full])
         self.vote = Vote(world)
         self.view: int | None = None
-        self.first_step = 0  # where this process began
-        self.seconds, self.waited = 0.0, 0.0  # of its training steps alone; of them, waiting for the pipeline
-        self.logged = (0, 0.0, 0.0)  # step, seconds and waited at the last log
+        self.reported = time.monotonic()
+        self.sizes_seen: set[int] = set()
+        self.clock = Clock()
+        self.logged = Clock()  # as it was at the last log
 
     def load(self) -> None:
         """The newest checkpoint and the first view: damage is told before anything is written."""
@@ -165,7 +187,7 @@ class Job:
         elif self.config.resume and self.world.is_main:
             notice(f"{self.run.path}: no checkpoint yet, starting from the beginning")
         if self.step.steps < self.last_step:
-            self._load_epoch(self.step.steps // self.steps_per_epoch)
+            self.load_epoch(self.step.steps // self.steps_per_epoch)
 
     def run_epochs(self) -> None:
         c, main = self.config, self.world.is_main
@@ -191,28 +213,28 @@ class Job:
             finally:
                 if self.log:
                     self.log.close()
-                    draw_curves(self.run.path)
         self.world.barrier()
 
     def _epoch(self, epoch: int, position: int) -> None:
         c = self.config
-        views, order = self._load_epoch(epoch)
+        views, order = self.load_epoch(epoch)
         self.step.student.train()
-        self.train_pipeline.image_size = image_size(c, epoch, self.step.student.image_size)
-        self.began = time.monotonic()
+        size = self.train_pipeline.image_size = image_size(c, epoch, self.step.student.image_size)
         batches = self.train_pipeline.epoch(views, order, start=position * self.share)
-        while parts := self._next(batches):
+        before = dataclasses.replace(self.clock)
+        self.clock.start()
+        while parts := self.clock.waiting_for(lambda: list(islice(batches, c.accumulate))):
             self.step(parts, learning_rate(c, self.step.steps, self.steps_per_epoch))
+            self.clock.steps += 1
+            if size not in self.sizes_seen:  # the first step of a size compiles, or chooses its algorithms: not counted
+                self.sizes_seen.add(size)
+                self.step.sums.tolist()  # waits for the device
+                self.clock = before
+                self.clock.start()
             self.bar.advance(self.task, c.batch_size)
             self._after_step(epoch)
 
-    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
-        began = time.monotonic()
-        parts = list(islice(batches, self.config.accumulate))
-        self.waited += time.monotonic() - began
-        return parts
-
-    def _load_epoch(self, epoch: int) -> tuple[Views, np.ndarray]:
+    def load_epoch(self, epoch: int) -> tuple[Views, np.ndarray]:
         """An epoch's table and this rank's samples in their order; the teacher's answers go to the device."""
         c, world = self.config, self.world
         order = epoch_order(len(self.train_set), c.seed, epoch, world.rank, world.size)
@@ -237,7 +259,7 @@ class Job:
         if not (log or end or save or stop):
             return
         sums = (self.world.sum(self.step.sums) / self.world.size).tolist()  # waits for the device
-        self.seconds += time.monotonic() - self.began
+        self.clock.stop()
         if not all(map(math.isfinite, sums)):
             self._refuse_infinity(sums)
         if log:
@@ -250,13 +272,15 @@ class Job:
             self._save(sums)
         if stop and step < self.last_step:
             self.vote.finish()
+            if self.log:
+                self._report()
             self.world.barrier()  # or the first to go would take the others along
             raise Stopped(
                 f"saved step {step} of {self.last_step} in {self.run.path}; run the same command with --resume to go "
                 "on",
                 stop,
             )
-        self.began = time.monotonic()
+        self.clock.start()
 
     def _refuse_infinity(self, sums: list[float]) -> None:
         step, saved = self.step.steps, checkpoint.checkpoints(self.run.path)
@@ -270,17 +294,9 @@ class Job:
     def _log_step(self, epoch: int, means: list[float]) -> None:
         if not self.log:
             return
-        step, seconds, waited = self.logged
-        self.logged = (self.step.steps, self.seconds, self.waited)
-        elapsed = max(self.seconds - seconds, 1e-9)
         lr = self.step.optimizer.param_groups[0]["lr"]
-        values = {
-            "epoch": epoch,
-            "lr": lr,
-            "images_per_second": (self.step.steps - max(step, self.first_step)) * self.config.batch_size / elapsed,
-            "loader_share": (self.waited - waited) / elapsed,
-            **dict(zip(SUMS, means, strict=True)),
-        }
+        values = {"epoch": epoch, "lr": lr, **dict(zip(SUMS, means, strict=True)), **self._speed(since=self.logged)}
+        self.logged = dataclasses.replace(self.clock)
         self.log.add("step", self.step.steps, values)
         parts = " ".join(f"{name} {values[name]:.3g}" for name in SUMS[1:-1] if values[name])
         self.bar.update(
@@ -289,7 +305,7 @@ class Job:
 
     def _log_epoch(self, epoch: int) -> None:
         c = self.config
-        values: dict[str, Any] = {"epoch": epoch, "images_per_second": self._speed()}
+        values: dict[str, Any] = {"epoch": epoch, **self._speed(since=Clock())}
         if (epoch + 1) % c.eval_every == 0 or epoch + 1 == c.epochs:
             self.world.average_statistics(self.step.trained)
             best = predict(
@@ -307,6 +323,8 @@ class Job:
             self.bar.update(self.task, note=f"epoch {epoch + 1}/{c.epochs} top-1 {values['top1']:.2%}")
         if self.log:
             self.log.add("epoch", self.step.steps, values)
+            if time.monotonic() - self.reported > REPORT_EVERY_S or self.step.steps == self.last_step:
+                self._report()
 
     def _keep(self, predicted: np.ndarray, values: dict[str, float]) -> None:
         """The answers of the last evaluation, and the weights of the best one."""
@@ -316,9 +334,18 @@ class Job:
             self.best = values["top1"]
             checkpoint.save_best(self.run.path, self.step.trained, info)
 
-    def _speed(self) -> float:
-        """Images a second since this process began."""
-        return (self.step.steps - self.first_step) * self.config.batch_size / max(self.seconds, 1e-9)
+    def _speed(self, since: "Clock") -> dict[str, float]:
+        """Of the training steps since a reading of the clock; nothing where none was counted."""
+        steps, seconds = self.clock.steps - since.steps, self.clock.seconds - since.seconds
+        if not steps:
+            return {}
+        waited = self.clock.waited - since.waited
+        return {"images_per_second": steps * self.config.batch_size / seconds, "loader_share": waited / seconds}
+
+    def _report(self) -> None:
+        draw_curves(self.run.path)
+        write_report(self.run.path)
+        self.reported = time.monotonic()
 
     def _save(self, sums: list[float]) -> None:
         s = self.step
@@ -336,18 +363,44 @@ class Job:
             self.world, s.steps == self.world.agree_on(s.steps), f"the checkpoint of step {s.steps} to be the newest"
         )
         s.sums, s.summed = torch.tensor(position["sums"], device=self.device), position["summed"]
-        self.first_step = s.steps
-        self.logged = (s.steps, 0.0, 0.0)
 
     def result(self) -> Result:
         """From the log, so that a finished run that is resumed says the same again."""
         last = [row for row in read_metrics(self.run.path) if "top1" in row][-1]
-        return Result(last["top1"], last["top5"], last["images_per_second"], 0.0)
+        return Result(last["top1"], last["top5"], last.get("images_per_second", 0.0), 0.0)
+
+
+@dataclass
+class Clock:
+    """Counts training steps and the seconds they took, evaluation, saving and compilation left out."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds in which the loop waited for the pipeline."""
+    started: float = 0.0
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+
+    def stop(self) -> None:
+        self.seconds += time.monotonic() - self.started
+
+    def waiting_for(self, get: Callable[[], T]) -> T:
+        began = time.monotonic()
+        got = get()
+        self.waited += time.monotonic() - began
+        return got
 
 
 def main(argv: list[str]) -> None:
     config = parse_config(argv)
+    if config.plan:
+        plan_run(config)
+        return
     result = train(config)
+    if not is_main_process():
+        return
     print(
         f"{config.out}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, {result.images_per_second:,.0f} images/s, "
         f"{result.seconds:,.0f} s"

@@ -12,11 +12,12 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A module imports from lower layers only, not from its own.
 LAYERS = [
-    {"errors", "exits", "interrupt", "kernels", "progress"},
+    {"confusion", "errors", "exits", "interrupt", "kernels", "progress"},
     {"device", "files", "images", "views"},
     {"config", "dataset", "models", "pipelines"},
     {"checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache"},
     {"curves", "losses", "run"},
+    {"report"},
     {"cache", "doctor", "evaluate", "export", "precompute", "train"},
     {"demo"},
     {"cli"},
@@ -34,7 +35,7 @@ FILES = {
 # What setup.py requires, by the names they are imported under.
 INSTALLED = {
     "torch", "torchvision", "timm", "triton", "numpy", "PIL", "safetensors", "sklearn", "tyro", "rich", "matplotlib",
-    "tensorboard",
+    "tensorboard", "jinja2",
 }  # fmt: skip
 
 
