@@ -1,6 +1,6 @@
-"""The floor under a training step: each operation at the machine's peak arithmetic or peak bandwidth, whichever is slower.
+"""The floor under a training step: each operation at the machine's peak arithmetic or bandwidth, whichever is slower.
 
-    python -m bench.roofline --tflops 790 --gb-per-second 4300         a table; by default this machine's measured peaks
+    python -m bench.roofline --tflops 790 --gb-per-second 4300      a table; by default this machine's measured peaks
 
 The student is trained for one step on PyTorch's `meta` device, which computes shapes only, and every operation that
 reaches memory is written down: what it reads and writes, what it multiplies. What one assumes decides the figure:
