@@ -95,9 +95,9 @@ def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[Way, St
 
 def climb(job: Job, rounds: int, calls: int, loaders: bool, folder: Path) -> dict[str, Any]:
     """All rows for one student and teacher."""
-    bf16 = machine.bf16_pays(job.device)
-    precision, dtype = ("bf16", torch.bfloat16) if bf16 else ("fp32", torch.float32)
-    peak = machine.measure(job.device, dtype)
+    peak = machine.best(job.device)
+    bf16 = peak.dtype == "bfloat16"
+    precision = "bf16" if bf16 else "fp32"
     skipped, steps, opened = {}, {}, {}
     for row in LADDER:
         reason = skip_reason(row, job.device, bf16, loaders)

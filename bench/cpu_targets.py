@@ -5,7 +5,7 @@
 
 1. channels-last is at least 0.95 times as fast as channels-first;
 2. a compiled step is at least 0.95 times as fast as an eager one;
-3. a step of OFA-KD from cached answers (exits, loss, lookup) takes at most 25 % longer than plain training (ResNet-18).
+3. for ResNet-18 a step of OFA-KD from cached answers (exits, loss, lookup) takes at most 25 % longer than a plain one.
 """
 
 import argparse
@@ -47,14 +47,18 @@ def check(job: Job, rounds: int, calls: int) -> list[dict[str, Any]]:
     found = []
     for name, (ours, baseline) in {**PAIRS, **OVERHEADS}.items():
         ratio = median_ratio(times, ours, baseline)
-        is_overhead = name in OVERHEADS
+        if name in OVERHEADS:
+            figure, target = 1 / ratio - 1, OVERHEAD if job.student == "resnet18" else None
+            met = None if target is None else figure <= target
+        else:
+            figure, target, met = ratio, NEVER_SLOWER, ratio >= NEVER_SLOWER
         found.append(
             {
                 "student": job.student,
                 "what": name,
-                "figure": 1 / ratio - 1 if is_overhead else ratio,
-                "target": OVERHEAD if is_overhead else NEVER_SLOWER,
-                "met": 1 / ratio - 1 <= OVERHEAD if is_overhead else ratio >= NEVER_SLOWER,
+                "figure": figure,
+                "target": target,
+                "met": met,
                 "ms": statistics.median(times[ours]),
                 "baseline": baseline,
                 "baseline_ms": statistics.median(times[baseline]),
@@ -84,8 +88,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes", "rounds", "calls")}
     settings |= {"precision": "fp32", "baseline": "named in each row"}
     write_record("cpu_targets", {**settings, "rows": found}, args.out)
+    verdicts = {True: "yes", False: "NO", None: ""}
     rows = [
-        [r["student"], r["what"], f"{r['figure']:.2f}", f"{r['target']:.2f}", "yes" if r["met"] else "NO"]
+        [r["student"], r["what"], f"{r['figure']:.2f}", "" if r["target"] is None else f"{r['target']:.2f}"]
+        + [verdicts[r["met"]]]
         for r in found
     ]
     print(markdown_table(["student", "what", "figure", "target", "met"], rows, left=2))

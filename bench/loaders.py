@@ -38,7 +38,7 @@ BASELINE = "torchvision"
 
 
 def photographs(count: int, height: int, width: int) -> Tensor:
-    """uint8 [count, 3, height, width]: noise of every scale, the coarser the stronger; as JPEGs as large as ImageNet's."""
+    """uint8 [count, 3, height, width]: noise of every scale, the coarser the stronger; JPEGs as large as ImageNet's."""
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(count, 3, height, width)
     for level in range(8):

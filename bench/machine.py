@@ -9,7 +9,7 @@ import torch
 
 from bench.timing import timed_ms
 
-ROUNDS = 20
+ROUNDS = 10
 BF16_PAYS = 1.2  # bf16 is worth its rows where it multiplies matrices this much faster than fp32
 
 
@@ -42,12 +42,13 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     return Machine(2 * n**3 / matmul_ms / 1e9, 2 * source.numel() / copy_ms / 1e6, str(dtype).removeprefix("torch."))
 
 
-def bf16_pays(device: torch.device) -> bool:
-    """On every GPU we mean; on a CPU only where it has instructions for it."""
+def best(device: torch.device) -> Machine:
+    """In the dtype that training is fastest in: bf16, but fp32 on a CPU without instructions for bf16."""
+    bf16 = measure(device, torch.bfloat16)
     if device.type == "cuda":
-        return True
-    bf16, fp32 = measure(device, torch.bfloat16), measure(device, torch.float32)
-    return bf16.tflops > BF16_PAYS * fp32.tflops
+        return bf16
+    fp32 = measure(device, torch.float32)
+    return bf16 if bf16.tflops > BF16_PAYS * fp32.tflops else fp32
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def _dims(operation: dict[str, Any]) -> list[list[int]]:
 
 
 def cost(operation: dict[str, Any]) -> tuple[float, float]:
-    """Bytes that an operation must move and FLOPs it must do, from the shapes it was given; nan: the trace lacks them."""
+    """Bytes that an operation must move and FLOPs it must do, from the shapes it was given; nan: not in the trace."""
     name, dims = operation["name"].removeprefix("aten::"), _dims(operation)
     types = operation["args"].get("Input type", [])
     inputs = [math.prod(d) * BYTES[t] for d, t in zip(dims, types, strict=False) if d and t in BYTES]
@@ -228,8 +228,8 @@ def page(found: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "# Where a training step's time goes",
         "Made by `python -m bench.profile_step --docs` from "
         f"[{settings['record']}](../bench/results/{settings['record']}), which names machine, versions and commit. "
-        "GB: operands read once, results written once. The last columns are shares of the bandwidth that a large copy and of "
-        "the arithmetic that a large matrix product reached in the same run; above 100 %, caches helped.",
+        "GB: operands read once, results written once. The last columns are shares of the bandwidth that a large copy, "
+        "and of the arithmetic that a large matrix product reached in the same run; above 100 %, caches helped.",
     ]
     for student in found:
         rows = []

@@ -27,13 +27,13 @@ def interleaved_ms(
         for name, step in steps.items():
             with _entered(step):
                 step()
+                gc.collect()
                 times[name].append(timed_ms(step, device, calls))
     return times
 
 
 def timed_ms(step: Callable[[], object], device: torch.device, calls: int) -> float:
     """Milliseconds a call; what the device still had to do before is not counted, what it was given is."""
-    gc.collect()
     wait(device)
     began = time.perf_counter()
     for _ in range(calls):
