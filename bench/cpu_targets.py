@@ -89,11 +89,10 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {"precision": "fp32", "baseline": "named in each row"}
     write_record("cpu_targets", {**settings, "rows": found}, args.out)
     verdicts = {True: "yes", False: "NO", None: ""}
-    rows = [
-        [r["student"], r["what"], f"{r['figure']:.2f}", "" if r["target"] is None else f"{r['target']:.2f}"]
-        + [verdicts[r["met"]]]
-        for r in found
-    ]
+    rows = []
+    for r in found:
+        target = "" if r["target"] is None else f"{r['target']:.2f}"
+        rows.append([r["student"], r["what"], f"{r['figure']:.2f}", target, verdicts[r["met"]]])
     print(markdown_table(["student", "what", "figure", "target", "met"], rows, left=2))
 
 

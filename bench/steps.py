@@ -52,8 +52,8 @@ class Job:
         return Batch(images.contiguous(memory_format=layout), labels, torch.arange(self.batch_size, device=self.device))
 
     def build_student(self, exits: tuple[int, ...]) -> Student:
-        torch.manual_seed(0)
         dim = self.build_teacher().num_features if exits else 0
+        torch.manual_seed(0)
         return Student(self.student, self.num_classes, self.image_size, dim, exits)
 
     def build_teacher(self) -> Any:
@@ -64,6 +64,7 @@ class Job:
 
     def _model(self, name: str) -> Any:
         config = get_pretrained_cfg(name)
+        torch.manual_seed(0)
         sized = {"img_size": self.image_size} if config is not None and config.fixed_input_size else {}
         return timm.create_model(name, num_classes=self.num_classes, **sized)
 
@@ -164,7 +165,7 @@ def official_step(job: Job, fp16: bool = False) -> TakeStep:
         weights = (teacher_probs + target) ** eps - target
         return -(weights * F.softmax(logits, dim=1).log()).sum(dim=1).mean()
 
-    def step() -> None:
+    def step() -> list[float]:
         images = student.normalize(batch.images)  # which its loader does on the device
         with torch.autocast(job.device.type, torch.float16, enabled=fp16):
             with torch.no_grad():
@@ -174,13 +175,13 @@ def official_step(job: Job, fp16: bool = False) -> TakeStep:
             heads = [head_loss(head, F.softmax(answer, dim=1), target, 1.0) for head in logits]
             losses = [criterion(logits[-1], batch.labels), heads[-1], torch.stack(heads[:-1]).sum()]
             loss = torch.stack(losses).sum()
-        for value in (loss, *losses):
-            value.item()
+        fetched = [value.item() for value in (loss, *losses)]
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         wait(job.device)
+        return fetched
 
     return step
 
