@@ -15,7 +15,9 @@ import argparse
 import dataclasses
 import gc
 import statistics
+import sys
 import tempfile
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,44 +95,59 @@ def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[Way, St
     return lambda: opened[way]([batch], lr=0.1)
 
 
+def warm_up(
+    job: Job, precision: str, loaders: bool, folder: Path
+) -> tuple[dict[str, TakeStep], dict[str, dict[str, str]]]:
+    """The rows that run here, compiled and warm; and of the others why not."""
+    steps: dict[str, TakeStep] = {}
+    missing: dict[str, dict[str, str]] = {}
+    opened: dict[Way, Step] = {}
+    calls = 4 if job.device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third
+    for row in LADDER:
+        if reason := skip_reason(row, job.device, precision == "bf16", loaders):
+            missing[row.name] = {"skipped": reason}
+            continue
+        try:
+            step = build(row, job, precision, folder, opened)
+            interleaved_ms({row.name: step}, job.device, rounds=0, calls=0, warmup=calls)
+            steps[row.name] = step
+        except torch.OutOfMemoryError:
+            missing[row.name] = {"skipped": f"does not fit in the GPU's memory at batch {job.batch_size}"}
+            torch.cuda.empty_cache()
+        except Exception as error:  # of a compiler, say: the other rows are still worth their time
+            traceback.print_exc()
+            missing[row.name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    return steps, missing
+
+
 def climb(job: Job, rounds: int, calls: int, loaders: bool, folder: Path) -> dict[str, Any]:
     """All rows for one student and teacher."""
     peak = machine.best(job.device)
-    bf16 = peak.dtype == "bfloat16"
-    precision = "bf16" if bf16 else "fp32"
-    skipped, steps, opened = {}, {}, {}
-    for row in LADDER:
-        reason = skip_reason(row, job.device, bf16, loaders)
-        if reason is None:
-            try:
-                step = build(row, job, precision, folder, opened)
-                interleaved_ms({row.name: step}, job.device, 0, 0, warmup=4 if job.device.type == "cuda" else 1)
-                steps[row.name] = step
-            except torch.OutOfMemoryError:
-                reason = f"does not fit in the GPU's memory at batch {job.batch_size}"
-        if reason is not None:
-            skipped[row.name] = reason
+    precision = "bf16" if peak.dtype == "bfloat16" else "fp32"
+    steps, missing = warm_up(job, precision, loaders, folder)
     times = interleaved_ms(steps, job.device, rounds, calls, warmup=0)
     floors = {
         exits: roofline.floor_ms(job.student, job.image_size, job.batch_size, job.num_classes, exits, peak)
         for exits in (True, False)
     }
-    found = []
+    found: list[dict[str, Any]] = []
     for row in LADDER:
-        record: dict[str, Any] = {"row": row.name, "idea": row.idea}
-        if row.name in skipped:
-            found.append({**record, "skipped": skipped[row.name]})
+        if row.name in missing:
+            found.append({"row": row.name, "idea": row.idea, **missing[row.name]})
             continue
         ms = statistics.median(times[row.name])
         has_exits = row.way.method == "ofa" if row.way else row.name != TIMM
-        record |= {
-            "step_ms": ms,
-            "images_per_second": job.batch_size / ms * 1e3,
-            "ratio_to_official_way": median_ratio(times, row.name, OFFICIAL) if OFFICIAL in times else None,
-            "share_of_roofline": floors[has_exits] / ms,
-            "rounds_ms": times[row.name],
-        }
-        found.append(record)
+        found.append(
+            {
+                "row": row.name,
+                "idea": row.idea,
+                "step_ms": ms,
+                "images_per_second": job.batch_size / ms * 1e3,
+                "ratio_to_official_way": median_ratio(times, row.name, OFFICIAL) if OFFICIAL in times else None,
+                "share_of_roofline": floors[has_exits] / ms,
+                "rounds_ms": times[row.name],
+            }
+        )
     return {
         "student": job.student,
         "teacher": job.teacher,
@@ -144,8 +161,8 @@ def climb(job: Job, rounds: int, calls: int, loaders: bool, folder: Path) -> dic
 def table(job: dict[str, Any]) -> str:
     rows = []
     for r in job["rows"]:
-        if "skipped" in r:
-            rows.append([r["row"], "", "", "", r["skipped"]])
+        if "step_ms" not in r:
+            rows.append([r["row"], "", "", "", r.get("skipped") or f"FAILED: {r['failed'][:80]}"])
             continue
         ratio = r["ratio_to_official_way"]
         figures = f"{r['step_ms']:.1f}", f"{r['images_per_second']:,.0f}", f"{ratio:.2f}" if ratio else ""
@@ -154,7 +171,7 @@ def table(job: dict[str, Any]) -> str:
     return f"\n{job['student']} from {job['teacher']}\n\n{markdown_table(header, rows)}"
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,19 +188,23 @@ def main(argv: list[str] | None = None) -> None:
     # What the published code's PyTorch 1.10 did by itself, and what train.py and `fastofa train` both switch on.
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    jobs = []
+    settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes", "rounds", "calls")}
+    jobs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for student in args.students:
             for teacher in args.teachers:
                 job = Job(student, teacher, args.image_size, args.batch_size, args.num_classes, device)
                 jobs.append(climb(job, args.rounds, args.calls, args.loaders, Path(folder)))
                 print(table(jobs[-1]), flush=True)
+                # Each time: what comes after may run into a time limit.
+                write_record(
+                    f"train_{'gpu' if gpu else 'cpu'}", {**settings, "baseline": OFFICIAL, "jobs": jobs}, args.out
+                )
                 torch.compiler.reset()
                 gc.collect()
                 torch.cuda.empty_cache()
-    settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes", "rounds", "calls")}
-    write_record(f"train_{'gpu' if gpu else 'cpu'}", {**settings, "baseline": OFFICIAL, "jobs": jobs}, args.out)
+    return int(any("failed" in row for job in jobs for row in job["rows"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -69,7 +69,7 @@ def ladder_rates(folder: Path, job: Job) -> dict[str, float]:
         for found in record["jobs"]
         if (found["student"], found["teacher"]) == (job.student, job.teacher)
         for row in found["rows"]
-        if "skipped" not in row
+        if "step_ms" in row
     }
 
 
@@ -132,7 +132,7 @@ def together(step: float, loader: float, pipeline: str) -> float:
 def extrapolate(config: TrainConfig, full: int, rates: Rates, pipeline: str) -> dict[str, Any]:
     """One recipe: its epochs by picture size, the cache that it needs, and what takes the longest."""
     sizes = Counter(image_size(config, epoch, full) for epoch in range(config.epochs))
-    epochs = []
+    epochs: list[dict[str, Any]] = []
     limits: Counter[str] = Counter()
     for size, count in sorted(sizes.items()):
         step, loader = rates.step[size], rates.loader[size]

@@ -37,20 +37,20 @@ TINY_MODELS = ("--students", "test_resnet", "--teachers", "test_vit")
 
 # In order of worth: what comes last is what a slow machine loses.
 PARTS = (
-    Part("tests", ("pytest", "-m", "gpu", "-p", "no:cacheprovider"), 130, ("pytest", "-m", "gpu")),
+    Part("tests", ("pytest", "-m", "gpu", "-p", "no:cacheprovider"), 100, ("pytest", "-m", "gpu")),
     Part(
         "ladder",
         ("bench.bench_train", "--rounds", "3"),
-        150,
+        220,
         ("bench.bench_train", *TINY_MODELS, *TINY, "--rounds", "1", "--calls", "1", "--loaders"),
     ),
     Part(
         "profile",
-        ("bench.profile_step", "--students", "resnet18", "resnet50", "mobilenetv2_100"),
-        110,
+        ("bench.profile_step", "--students", "resnet18", "mobilenetv2_100", "resnet50"),
+        120,
         ("bench.profile_step", "--students", "test_resnet", "--teacher", "test_vit", *TINY, "--calls", "1"),
     ),
-    Part("roofline", ("bench.roofline",), 30, ("bench.roofline", "--students", "test_resnet", *TINY)),
+    Part("roofline", ("bench.roofline",), 20, ("bench.roofline", "--students", "test_resnet", *TINY)),
     Part(
         "optimizers",
         ("bench.optimizers",),
@@ -60,13 +60,13 @@ PARTS = (
     Part(
         "loaders",
         ("bench.loaders", "--image-sizes", "224", "--count", "2048", "--rounds", "2", "--calls", "32"),
-        60,
+        40,
         ("bench.loaders", "--image-sizes", "32", "--batch-size", "4", "--count", "8", "--rounds", "1", "--calls", "2"),
     ),
     Part(
         "epoch",
         ("bench.epoch", "--rounds", "2", "--calls", "10"),
-        100,
+        60,
         ("bench.epoch", "--student", "test_resnet", "--teacher", "test_vit", "--batch-size", "2", "--rounds", "1"),
     ),
 )

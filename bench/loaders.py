@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
                 found = rate(pipeline, sources[name], device, ready, args.calls)
                 rates.setdefault((name, size), []).append(found)
                 del pipeline
-    records = [
+    records: list[dict[str, Any]] = [
         {
             "pipeline": name,
             "image_size": size,

@@ -76,7 +76,8 @@ class Update:
 
 def compare(job: Job, rounds: int, calls: int) -> list[dict[str, Any]]:
     """One record for each optimiser."""
-    student = job.build_student(ALL_STAGES).to(job.device, memory_format=torch.channels_last)
+    student: Any = job.build_student(ALL_STAGES)
+    student.to(job.device, memory_format=torch.channels_last)
     weights = [p.detach() for p in student.parameters()]
     gradients = [torch.randn_like(w) * 1e-2 for w in weights]
     found: list[dict[str, Any]] = []

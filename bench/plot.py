@@ -35,7 +35,7 @@ def draw(record: dict[str, Any], out: Path, number: int = 0) -> None:
     """The ladder of one student and teacher of a record."""
     result, made = record["result"], record["environment"]
     job = result["jobs"][number]
-    rows = [row for row in job["rows"] if "skipped" not in row]
+    rows = [row for row in job["rows"] if "step_ms" in row]
     ladder = [row for row in rows if row["idea"] != "peer"]
     peers = [row for row in rows if row["idea"] == "peer"]
     positions = [*range(len(ladder)), *(len(ladder) + 0.6 + i for i in range(len(peers)))]  # a gap before the peers

@@ -26,7 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import machine
-from bench.record import RESULTS, markdown_table, write_record
+from bench.record import RESULTS, markdown_table, read_record, write_record
 from bench.steps import Job, Way, open_step
 from bench.timing import timed_ms
 
@@ -129,8 +129,8 @@ def cost(operation: dict[str, Any]) -> tuple[float, float]:
     name, dims = operation["name"].removeprefix("aten::"), _dims(operation)
     types = operation["args"].get("Input type", [])
     inputs = [math.prod(d) * BYTES[t] for d, t in zip(dims, types, strict=False) if d and t in BYTES]
-    if not inputs:
-        return (math.nan if "TensorList" in types else 0.0), 0.0
+    if not inputs:  # numbers only, or a list of tensors, whose sizes are not told
+        return (math.nan if "TensorList" in types or "Input Dims" not in operation["args"] else 0.0), 0.0
     if name.startswith("triton"):
         return sum(inputs), 0.0  # a compiled kernel's arguments are all it reads and writes
     if "convolution_backward" in name:  # a pass for the input's gradient, a pass for the weight's
@@ -142,9 +142,9 @@ def cost(operation: dict[str, Any]) -> tuple[float, float]:
     if "batch_norm" in name:
         return (5 if "backward" in name else 3) * max(inputs), 0.0
     if name in ("mm", "addmm", "bmm"):
-        a, b = (d for d in dims if len(d) >= 2)
+        a, b = dims[1:3] if name == "addmm" else dims[:2]  # a compiled program also passes where the result goes
         out = math.prod(a[:-1]) * b[-1]
-        return sum(inputs) + out * BYTES[types[0]], 2 * out * a[-1]
+        return (math.prod(a) + math.prod(b) + out) * BYTES[types[0]], 2 * out * a[-1]
     if name in ("copy_", "fill_", "zero_"):
         return sum(inputs), 0.0
     return sum(inputs) + max(inputs), 0.0  # element by element: the result is as large as the largest operand
@@ -274,15 +274,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.backends.cudnn.benchmark = True
     way = Way(precision="bf16" if gpu else "fp32", compile=args.compile)
+    settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes", "calls")}
+    settings |= {"rounds": 3, "baseline": "a large copy's bandwidth in the same run"}
     found = []
     for student in args.students:
         job = Job(student, args.teacher, args.image_size, args.batch_size, args.num_classes, device)
         found.append(profile_step(job, way, args.calls))
+        # Each time: what comes after may run into a time limit.
+        path = write_record(f"profile_{'gpu' if gpu else 'cpu'}", {**settings, "students": found}, args.out)
         torch.compiler.reset()
-    settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes", "calls")}
-    settings |= {"rounds": 3, "baseline": "a large copy's bandwidth in the same run"}
-    path = write_record(f"profile_{'gpu' if gpu else 'cpu'}", {**settings, "students": found}, args.out)
-    made = json.loads(path.read_text())["environment"]
+    made = read_record(path)["environment"]
     hardware = made["gpu"] or f"{made['cores']} cores of {made['cpu']}"
     text = page(found, {**settings, "record": path.name, "hardware": hardware})
     print(text)

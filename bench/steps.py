@@ -65,7 +65,7 @@ class Job:
     def _model(self, name: str) -> Any:
         config = get_pretrained_cfg(name)
         torch.manual_seed(0)
-        sized = {"img_size": self.image_size} if config is not None and config.fixed_input_size else {}
+        sized: dict[str, Any] = {"img_size": self.image_size} if config is not None and config.fixed_input_size else {}
         return timm.create_model(name, num_classes=self.num_classes, **sized)
 
 
