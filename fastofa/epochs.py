@@ -1,5 +1,6 @@
 """What an epoch shows: its table of views, this rank's samples in their order, and the teacher's answers to them."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,15 +51,14 @@ class Epochs:
         self.shown: list[int] = []  # the views that are loaded
 
     def _check_batches(self, rows: int) -> None:
-        c, parts = self.config, self.world.size * self.config.accumulate
+        c = self.config
         if rows < c.batch_size:
             raise BadInput(f"batch-size: expected at most the {rows} training images of {c.data}, got {c.batch_size}")
-        unit = 2 if self.policy.mixes else 1
-        if c.batch_size % (parts * unit):
-            pairs = ", and these views mix pairs" if unit == 2 else ""
+        whole = {"ranks": self.world.size, "parts": c.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
+        if c.batch_size % math.prod(whole.values()):
+            reasons = " x ".join(f"{count} {what}" for what, count in whole.items() if count > 1)
             raise BadInput(
-                f"batch-size: expected a multiple of {parts * unit} ({self.world.size} ranks x {c.accumulate} parts"
-                f"{pairs}), got {c.batch_size}"
+                f"batch-size: expected a multiple of {math.prod(whole.values())} ({reasons}), got {c.batch_size}"
             )
 
     @property
