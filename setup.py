@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.10",
     packages=["fastofa", "fastofa.kernels", "fastofa.pipelines"],
     package_dir={"fastofa": "fastofa", "fastofa.kernels": "kernels", "fastofa.pipelines": "pipelines"},
-    package_data={"fastofa": ["py.typed"]},
+    package_data={"fastofa": ["py.typed", "report.html.jinja"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
@@ -37,6 +37,7 @@ setup(
         "tyro",
         "rich",
         "matplotlib",
+        "jinja2",
         "tensorboard",
     ],
     extras_require={

@@ -1,210 +1,210 @@
 """The ladder: images a second of one training job, a row per idea, beside the published code's way and two peers.
 
-    python -m bench.bench_train                               a small ladder on a CPU
-    python -m bench.bench_train --students resnet18 resnet50  on a GPU: 224 px, batch 256
-    writes bench/results/train_{cpu,gpu}.json
+    python -m bench.bench_train                                   on a CPU: 64 px, batch 32 (5 min on 2 cores)
+    python -m bench.bench_train --loaders                         and with real loaders in front of the step
+    python -m bench.bench_train --students resnet18 resnet50 deit_tiny_patch16_224 resmlp_12_224 mobilenetv2_100 \
+        --teachers swin_tiny_patch4_window7_224 deit_tiny_patch16_224 mixer_b16_224 --batch-size 1024
+                                                                  on a GPU (by default 224 px, batch 256)
+    writes bench/results/train_{cpu,gpu}.json, which bench.plot draws
 
-Synthetic uint8 batches in device memory: what is measured is the step, not the loader.
+Synthetic uint8 batches in device memory, except in the rows with a loader: what is measured is the step. From
+"+ one loss, no syncs" on it is the very Step that `fastofa train` takes. Every row of a job is timed in every round.
 """
 
+import argparse
 import dataclasses
+import gc
 import statistics
-from dataclasses import dataclass
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
-from timm.task import LogitDistillationTask
-from torch import Tensor
 
-from bench.record import write_record
+from bench import machine, roofline
+from bench.loaders import LoaderStep
+from bench.record import RESULTS, markdown_table, write_record
+from bench.steps import Job, TakeStep, Way, official_step, open_step, timm_step
 from bench.timing import interleaved_ms, median_ratio
-from fastofa import recipes
-from fastofa.kernels import reference
-from fastofa.losses import Objective
-from fastofa.student import Student
-from fastofa.teacher_cache import DeviceTargets, Targets, answers
-
-TOPK = 16
+from fastofa.step import Step
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to take the same step; each row of the ladder changes one thing."""
+    """One way to take the step. A later idea is one more row."""
 
     name: str
-    online_teacher: bool = False
-    per_head_loss: bool = False
-    """Each head's loss on its own, as softmax then log, fetched to the CPU at every step."""
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-    exits: bool = True
+    idea: str
+    """What it is an instance of: its colour in the picture."""
+    way: Way | None = None
+    """How our step is taken; None: somebody else's."""
+    loader: str | None = None
+    """A pipeline in front of the step."""
+    gpu_only: str | None = None
+    """Why it is left out on a CPU."""
 
 
+ONLINE = Way(online_teacher=True, channels_last=False)
+BF16 = replace(ONLINE, precision="bf16")
+CHANNELS_LAST = replace(BF16, channels_last=True)
+COMPILED = replace(CHANNELS_LAST, compile="on")
+CACHED = replace(COMPILED, online_teacher=False)
+
+OFFICIAL, OFFICIAL_FP16, TIMM = "official way, fp32", "official way, fp16 AMP", "timm, online logit distillation"
 LADDER = (
-    Row("official way", online_teacher=True, per_head_loss=True),
-    Row("official way, fp16 AMP", online_teacher=True, per_head_loss=True, precision="fp16"),
-    Row("+ one loss, no syncs", online_teacher=True),
-    Row("+ bf16", online_teacher=True, precision="bf16"),
-    Row("+ channels-last", online_teacher=True, precision="bf16", channels_last=True),
-    Row("+ compile", online_teacher=True, precision="bf16", channels_last=True, compile=True),
-    Row("+ cached teacher", precision="bf16", channels_last=True, compile=True),
-    Row("plain training", precision="bf16", channels_last=True, compile=True, exits=False),
+    Row(OFFICIAL, "published code"),
+    Row(OFFICIAL_FP16, "published code", gpu_only="a CPU has no fp16 convolutions to speak of"),
+    Row("+ one loss, no syncs", "arithmetic", ONLINE),
+    Row("+ bf16", "arithmetic", BF16),
+    Row("+ channels-last", "arithmetic", CHANNELS_LAST),
+    Row("+ compile", "compiler", COMPILED),
+    Row("+ cached teacher", "cached teacher", CACHED),
+    Row("+ CUDA graphs", "compiler", replace(CACHED, cuda_graphs=True), gpu_only="CUDA graphs need CUDA"),
+    Row("cached, resident loader", "with a loader", CACHED, loader="resident"),
+    Row("cached, torchvision loader", "with a loader", CACHED, loader="torchvision"),
+    Row("plain training", "peer", replace(CACHED, method="scratch")),
+    Row("KD only, cached", "peer", replace(CACHED, method="kd")),
+    Row(TIMM, "peer"),
 )
-TIMM = "timm, online logit distillation"
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """Images a second of a training step, idea by idea."""
-
-    students: tuple[str, ...] = ("resnet18",)
-    teachers: tuple[str, ...] = ("deit_tiny_patch16_224",)
-    image_size: int | None = None
-    """By default 224 on a GPU, 64 on a CPU."""
-    batch_size: int | None = None
-    """By default 256 on a GPU, 32 on a CPU."""
-    num_classes: int = 1000
-    rounds: int = 5
-    calls: int | None = None
-    """Steps a round; by default 20 on a GPU, 2 on a CPU."""
+def skip_reason(row: Row, device: torch.device, bf16: bool, loaders: bool) -> str | None:
+    """Why a row is not measured here; None: it is."""
+    if row.gpu_only and device.type == "cpu":
+        return row.gpu_only
+    if row.name == "+ bf16" and not bf16:
+        return f"bf16 multiplies matrices less than {machine.BF16_PAYS} times as fast as fp32 here: all rows are fp32"
+    if row.loader and not loaders:
+        return "left out: give --loaders"
+    return None
 
 
-def make_step(row: Row, config: BenchConfig, student_name: str, teacher_name: str, device: torch.device) -> Any:
-    """A training step on one synthetic batch: forward, loss, backward, update."""
-    size, batch, classes = config.image_size, config.batch_size, config.num_classes
-    assert size is not None
-    assert batch is not None
-    torch.manual_seed(0)
-    settings = recipes.imagenet_cnn(data="", student=student_name, out=None, method="ofa" if row.exits else "scratch")
-    teacher = timm.create_model(teacher_name, num_classes=classes, **_sized(teacher_name, size)).eval().to(device)
-    student: Any = Student(student_name, classes, size, teacher.num_features, settings.exits).to(device)
-    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
-    if row.channels_last:
-        student, teacher = (model.to(memory_format=torch.channels_last) for model in (student, teacher))
-        images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, classes, (batch,), device=device)
-    ids = torch.randperm(batch, device=device)
-    table = DeviceTargets(*answers(torch.randn(batch, classes).log_softmax(dim=1), TOPK), device)
-    optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    objective = Objective(settings, device)
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[row.precision]
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-
-    def ask(images: Tensor) -> Targets:
-        with torch.no_grad(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            log_probs = teacher(student.normalize(images)).float().log_softmax(dim=1)
-        every = torch.arange(classes, device=device, dtype=torch.int32).expand(batch, -1)
-        return Targets(every, log_probs)
-
-    def forward(images: Tensor, labels: Tensor, targets: Targets | None) -> Tensor:
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            logits = student(images)
-        if not row.per_head_loss:
-            return objective(logits, labels, targets)
-        assert targets is not None
-        one = torch.ones(1, device=device)
-        heads = [
-            reference.ofa_loss_dense(head[None].float(), labels, targets.log_probs.exp(), one)[0] for head in logits
-        ]
-        gt = torch.nn.functional.cross_entropy(logits[-1].float(), labels, label_smoothing=settings.smoothing)
-        return torch.stack([gt + sum(heads), gt, *heads])
-
-    if row.compile:
-        forward, teacher = torch.compile(forward), torch.compile(teacher)
-
-    def step() -> None:
-        targets = ask(images) if row.online_teacher else table.lookup(ids) if row.exits else None
-        parts = forward(images, labels, targets)
-        scaler.scale(parts[0]).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if row.per_head_loss:
-            for part in parts:  # the published code fetches every loss at every step
-                part.item()
-
-    return step
+def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[Way, Step]) -> TakeStep:
+    """`opened` keeps our steps: rows that differ in the loader only share one, compiled once."""
+    if row.way is None:
+        return timm_step(job, precision) if row.name == TIMM else official_step(job, fp16=row.name == OFFICIAL_FP16)
+    way = row.way if precision == "bf16" else replace(row.way, precision="fp32")
+    if way not in opened:
+        opened[way] = open_step(job, way)
+    if row.loader is not None:
+        return LoaderStep(job, opened[way], row.loader, folder)
+    batch = job.batch(way.channels_last)
+    return lambda: opened[way]([batch], lr=0.1)
 
 
-def make_timm_step(config: BenchConfig, student_name: str, teacher_name: str, device: torch.device) -> Any:
-    """timm's own distillation task (final logits only), bf16, channels-last, compiled."""
-    size, batch, classes = config.image_size, config.batch_size, config.num_classes
-    assert size is not None
-    assert batch is not None
-    torch.manual_seed(0)
-    models = [timm.create_model(n, num_classes=classes, **_sized(n, size)) for n in (student_name, teacher_name)]
-    student, teacher = (model.to(device, memory_format=torch.channels_last) for model in models)
-    task: Any = LogitDistillationTask(student, teacher, torch.nn.CrossEntropyLoss(), device=device, verbose=False)
-    task.train()
-    task.compile()
-    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, classes, (batch,), device=device)
-    optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = task(images, labels)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _sized(name: str, size: int) -> dict[str, int]:
-    config = timm.get_pretrained_cfg(name)
-    return {"img_size": size} if config is not None and config.fixed_input_size else {}
+def warm_up(
+    job: Job, precision: str, loaders: bool, folder: Path
+) -> tuple[dict[str, TakeStep], dict[str, dict[str, str]]]:
+    """The rows that run here, compiled and warm; and of the others why not."""
+    steps: dict[str, TakeStep] = {}
+    missing: dict[str, dict[str, str]] = {}
+    opened: dict[Way, Step] = {}
+    calls = 4 if job.device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third
+    for row in LADDER:
+        if reason := skip_reason(row, job.device, precision == "bf16", loaders):
+            missing[row.name] = {"skipped": reason}
+            continue
+        try:
+            step = build(row, job, precision, folder, opened)
+            interleaved_ms({row.name: step}, job.device, rounds=0, calls=0, warmup=calls)
+            steps[row.name] = step
+        except torch.OutOfMemoryError:
+            missing[row.name] = {"skipped": f"does not fit in the GPU's memory at batch {job.batch_size}"}
+            torch.cuda.empty_cache()
+        except Exception as error:  # of a compiler, say: the other rows are still worth their time
+            traceback.print_exc()
+            missing[row.name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    return steps, missing
 
 
-def measure(config: BenchConfig, device: torch.device) -> list[dict[str, Any]]:
-    """One record for each (student, teacher, row)."""
-    found = []
-    for student in config.students:
-        for teacher in config.teachers:
-            rows = [row for row in LADDER if row.precision != "fp16" or device.type == "cuda"]
-            steps = {row.name: make_step(row, config, student, teacher, device) for row in rows}
-            steps[TIMM] = make_timm_step(config, student, teacher, device)
-            times = interleaved_ms(steps, device, config.rounds, config.calls or 1)
-            for name in steps:
-                ms = statistics.median(times[name])
-                found.append(
-                    {
-                        "student": student,
-                        "teacher": teacher,
-                        "row": name,
-                        "step_ms": ms,
-                        "images_per_second": (config.batch_size or 0) / ms * 1e3,
-                        "ratio_to_official_way": median_ratio(times, name, LADDER[0].name),
-                        "rounds_ms": times[name],
-                    }
-                )
-    return found
+def climb(job: Job, rounds: int, calls: int, loaders: bool, folder: Path) -> dict[str, Any]:
+    """All rows for one student and teacher."""
+    peak = machine.best(job.device)
+    precision = "bf16" if peak.dtype == "bfloat16" else "fp32"
+    steps, missing = warm_up(job, precision, loaders, folder)
+    times = interleaved_ms(steps, job.device, rounds, calls, warmup=0)
+    floors = {
+        exits: roofline.floor_ms(job.student, job.image_size, job.batch_size, job.num_classes, exits, peak)
+        for exits in (True, False)
+    }
+    found: list[dict[str, Any]] = []
+    for row in LADDER:
+        if row.name in missing:
+            found.append({"row": row.name, "idea": row.idea, **missing[row.name]})
+            continue
+        ms = statistics.median(times[row.name])
+        has_exits = row.way.method == "ofa" if row.way else row.name != TIMM
+        found.append(
+            {
+                "row": row.name,
+                "idea": row.idea,
+                "step_ms": ms,
+                "images_per_second": job.batch_size / ms * 1e3,
+                "ratio_to_official_way": median_ratio(times, row.name, OFFICIAL) if OFFICIAL in times else None,
+                "share_of_roofline": floors[has_exits] / ms,
+                "rounds_ms": times[row.name],
+            }
+        )
+    return {
+        "student": job.student,
+        "teacher": job.teacher,
+        "precision": precision,
+        "machine": dataclasses.asdict(peak),
+        "floor_ms": {"with_exits": floors[True], "without": floors[False]},
+        "rows": found,
+    }
 
 
-def main() -> None:
+def table(job: dict[str, Any]) -> str:
+    rows = []
+    for r in job["rows"]:
+        if "step_ms" not in r:
+            rows.append([r["row"], "", "", "", r.get("skipped") or f"FAILED: {r['failed'][:80]}"])
+            continue
+        ratio = r["ratio_to_official_way"]
+        figures = f"{r['step_ms']:.1f}", f"{r['images_per_second']:,.0f}", f"{ratio:.2f}" if ratio else ""
+        rows.append([r["row"], *figures, f"{r['share_of_roofline']:.0%}"])
+    header = ["row", "ms", "images/s", "x official way", "share of roofline"]
+    return f"\n{job['student']} from {job['teacher']}\n\n{markdown_table(header, rows)}"
+
+
+def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = tyro.cli(BenchConfig, description=__doc__)
-    defaults = (224, 256, 20) if device.type == "cuda" else (64, 32, 2)
-    size, batch, calls = (
-        given or default
-        for given, default in zip((config.image_size, config.batch_size, config.calls), defaults, strict=True)
-    )
-    config = dataclasses.replace(config, image_size=size, batch_size=batch, calls=calls)
-    found = measure(config, device)
-    write_record("train_gpu" if device.type == "cuda" else "train_cpu", {**dataclasses.asdict(config), "rows": found})
-    table = Table(title=f"{size} px, batch {batch}")
-    for name in ("student", "teacher", "row", "ms", "images/s", "x official way"):
-        table.add_column(name, justify="left" if name in ("student", "teacher", "row") else "right")
-    for r in found:
-        figures = (f"{r['step_ms']:.1f}", f"{r['images_per_second']:,.0f}", f"{r['ratio_to_official_way']:.2f}")
-        table.add_row(r["student"], r["teacher"], r["row"], *figures)
-    Console().print(table)
+    gpu = device.type == "cuda"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--students", nargs="+", default=["resnet18"])
+    parser.add_argument("--teachers", nargs="+", default=["deit_tiny_patch16_224"])
+    parser.add_argument("--image-size", type=int, default=224 if gpu else 64)
+    parser.add_argument("--batch-size", type=int, default=256 if gpu else 32)
+    parser.add_argument("--num-classes", type=int, default=1000)
+    parser.add_argument("--loaders", action="store_true", help="rows with a real loader, too")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=20 if gpu else 2, help="steps a round")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    args = parser.parse_args(argv)
+    # What the published code's PyTorch 1.10 did by itself, and what train.py and `fastofa train` both switch on.
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes", "rounds", "calls")}
+    jobs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for student in args.students:
+            for teacher in args.teachers:
+                job = Job(student, teacher, args.image_size, args.batch_size, args.num_classes, device)
+                jobs.append(climb(job, args.rounds, args.calls, args.loaders, Path(folder)))
+                print(table(jobs[-1]), flush=True)
+                # Each time: what comes after may run into a time limit.
+                write_record(
+                    f"train_{'gpu' if gpu else 'cpu'}", {**settings, "baseline": OFFICIAL, "jobs": jobs}, args.out
+                )
+                torch.compiler.reset()
+                gc.collect()
+                torch.cuda.empty_cache()
+    return int(any("failed" in row for job in jobs for row in job["rows"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

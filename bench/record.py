@@ -1,8 +1,10 @@
-"""A number with what it needs to be believed: machine, versions, commit, command."""
+"""A number with what it needs to be believed: machine, versions, commit, command. And tables that people read."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,45 @@ from fastofa.environment import environment
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_record(name: str, result: dict[str, Any]) -> None:
-    """bench/results/NAME.json, also printed."""
-    RESULTS.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+def write_record(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """FOLDER/NAME.json: the result and where, when and from what it came."""
+    folder.mkdir(parents=True, exist_ok=True)
     module = getattr(sys.modules["__main__"].__spec__, "name", "")
     made = {
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
         **environment(),
     }
-    text = json.dumps({"result": result, "environment": made}, indent=2) + "\n"
-    (RESULTS / f"{name}.json").write_text(text)
-    print(text, end="")
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"result": result, "environment": made}, indent=2) + "\n")
+    print(f"{os.path.relpath(path)} written")
+    return path
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote: {"result": ..., "environment": ...}."""
+    return json.loads(path.read_text())
+
+
+def commit() -> str:
+    """Of this checkout; on a machine that has only the files, what FASTOFA_COMMIT says."""
+    try:
+        here = Path(__file__).parent
+        command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found = ""
+    return found or os.environ.get("FASTOFA_COMMIT", "unknown")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose columns line up in a terminal, too; the first `left` columns are text."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([line(header), line(rule), *map(line, rows)])

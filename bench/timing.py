@@ -1,8 +1,11 @@
 """Timing that compares: every candidate in every round, interleaved, so that a noisy machine disturbs all alike."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -10,20 +13,33 @@ import torch
 def interleaved_ms(
     steps: dict[str, Callable[[], object]], device: torch.device, rounds: int, calls: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Milliseconds a call, one figure a round, for each candidate; the device is waited for around every round."""
+    """Milliseconds a call, one figure a round, for each candidate; the device is waited for around every round.
+
+    A round begins with one call that is not timed: the candidate before has filled the caches. A candidate that is a
+    context manager is entered for its round (a loader, say, whose workers must not run during another's).
+    """
     for step in steps.values():
-        for _ in range(warmup):
-            step()
+        with _entered(step):
+            for _ in range(warmup):
+                step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            _wait(device)
-            began = time.perf_counter()
-            for _ in range(calls):
+            with _entered(step):
                 step()
-            _wait(device)
-            times[name].append((time.perf_counter() - began) * 1e3 / calls)
+                gc.collect()
+                times[name].append(timed_ms(step, device, calls))
     return times
+
+
+def timed_ms(step: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Milliseconds a call; what the device still had to do before is not counted, what it was given is."""
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(calls):
+        step()
+    wait(device)
+    return (time.perf_counter() - began) * 1e3 / calls
 
 
 def median_ratio(times: dict[str, list[float]], name: str, baseline: str) -> float:
@@ -31,6 +47,10 @@ def median_ratio(times: dict[str, list[float]], name: str, baseline: str) -> flo
     return statistics.median(b / a for a, b in zip(times[name], times[baseline], strict=True))
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _entered(step: Any) -> AbstractContextManager[Any]:
+    return step if isinstance(step, AbstractContextManager) else nullcontext()

@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     except BadInput as error:
         code = _say(str(error), 2)
     except Stopped as stop:
-        code = _say(str(stop), 128 + stop.signum)
+        code = 128 + stop.signum
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop together, one says so
+            _say(str(stop), code)
     except LostContact as error:
         code = _say(str(error), 1)
     except BrokenPipeError:  # `fastofa ... | head`: whoever read has enough

@@ -22,7 +22,7 @@ class TrainConfig:
     student: str
     """A timm model (or swin_nano_patch4_window7_224, swin_pico_patch4_window7_224)."""
     out: Path
-    """Folder of the run: config.json, metrics.jsonl, checkpoint.safetensors, curves.png, TensorBoard events."""
+    """Folder of the run: config.json, metrics.jsonl, checkpoints, report.html, curves.png, TensorBoard events."""
     recipe: str
     """Where the defaults below come from (those shown are of digits): digits, imagenet_fast, imagenet_cnn,
     imagenet_vit_mlp, imagenet_stronger, cifar_cnn, cifar_vit_mlp."""
@@ -195,7 +195,7 @@ class TrainConfig:
 
     def policy(self, default: ViewPolicy) -> ViewPolicy:
         """The view policy asked for, `default` where nothing was."""
-        return changed_policy(default, self.scale, self.ratio, self.flip)
+        return changed_policy(default, scale=self.scale, ratio=self.ratio, flip=self.flip)
 
     def to_json(self) -> dict[str, Any]:
         return {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(self).items()}
@@ -231,15 +231,6 @@ class TrainConfig:
         return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if k not in free and mine[k] != theirs[k]]
 
 
-def changed_policy(
-    policy: ViewPolicy,
-    scale: tuple[float, float] | None,
-    ratio: tuple[float, float] | None,
-    flip: float | None,
-) -> ViewPolicy:
-    """`policy` with what was given in place of its own. Raises BadInput for impossible values."""
-    return ViewPolicy(
-        scale=policy.scale if scale is None else scale,
-        ratio=policy.ratio if ratio is None else ratio,
-        flip=policy.flip if flip is None else flip,
-    )
+def changed_policy(policy: ViewPolicy, **given: Any) -> ViewPolicy:
+    """`policy` with what was given (and is not None) in place of its own. Raises BadInput for impossible values."""
+    return dataclasses.replace(policy, **{name: value for name, value in given.items() if value is not None})

@@ -370,7 +370,8 @@ def test_edited_header_of_a_cache(copied):
 @pytest.mark.parametrize(
     ("edited", "message"),
     [
-        ({"schema": 2}, "expected schema 1, got 2"),
+        ({"schema": 3}, "expected schema 1 or 2, got 3"),
+        ({"policy": {"scale": [0.1, 1], "ratio": [1, 1], "flip": 0, "auto_augment": 9}}, "it was edited"),
         ({"topk": 4}, "view-00000.safetensors: belongs to another cache"),
         ({"seed": 1}, "view-00000.safetensors: belongs to another cache"),
         ({"views": 3}, "expected 3 views, view-00002.safetensors is missing"),

@@ -102,7 +102,7 @@ def _work(command: Callable[[Any], Any], config: Any, log: Path, ready: Connecti
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do in a process of its own
     fastofa.precompute.SAVE_EVERY_S = 0  # an unfinished view is saved at every batch
-    fastofa.train.draw_curves = lambda run: None  # type: ignore[assignment]  # half of such a run's time
+    fastofa.train.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
     _die_at(die_at)
     ready.send(time.process_time())
     command(config)
@@ -214,15 +214,17 @@ def killed_at_random(
     raise AssertionError(f"only {killed} kills hit a living process")
 
 
-def test_precompute_goes_on_to_the_same_bytes_after_kills_at_random(folder, teacher, tmp_path):
-    config = precompute_config(folder, teacher, tmp_path / "cache")
+@pytest.mark.parametrize(("views_of", "kills"), [("", KILLS), ("imagenet_vit_mlp", KILLS // 2)])
+def test_precompute_goes_on_to_the_same_bytes_after_kills_at_random(folder, teacher, tmp_path, views_of, kills):
+    """Mixed views, too, whose samples are asked about in the order of their pairs."""
+    config = precompute_config(folder, teacher, tmp_path / "cache", recipe=views_of)
     reference, seconds = undisturbed(precompute, config)
 
     def wait(job: Job, rng: random.Random, turn: int) -> None:
         job.work(rng.uniform(0, seconds * (0.5 if turn else 1)))  # it has less to do in later turns
 
     found = []
-    for finished, out in killed_at_random(precompute, config, wait, KILLS, seed=1):
+    for finished, out in killed_at_random(precompute, config, wait, kills, seed=1):
         if finished:
             same_cache(out, reference)
         else:
@@ -230,8 +232,8 @@ def test_precompute_goes_on_to_the_same_bytes_after_kills_at_random(folder, teac
     working = [names for names in found if HEADER in names]
     inside = [names for names in working if PARTIAL in names]
     print(f"{len(found)} kills: {len(working)} at work, {len(inside)} inside a view, {len(set(found))} states found")
-    assert len(found) >= KILLS
-    assert len(working) >= KILLS // 3
+    assert len(found) >= kills
+    assert len(working) >= kills // 3
     assert inside
     assert len(set(found)) >= 3
 

@@ -91,7 +91,7 @@ def test_every_file_is_installed_once_and_under_fastofa(built):
     """The sources' own list, no bare `kernels` or `pipelines`, nothing twice through the links; bytes unchanged."""
     folder, names = built
     expected = {f"fastofa/{path.name}": path for path in (ROOT / "fastofa").glob("*.py")}
-    expected["fastofa/py.typed"] = ROOT / "fastofa" / "py.typed"
+    expected |= {f"fastofa/{name}": ROOT / "fastofa" / name for name in ("py.typed", "report.html.jinja")}
     for name in ("kernels", "pipelines"):
         expected |= {f"fastofa/{name}/{path.name}": path for path in (ROOT / name).glob("*.py")}
     assert sorted(names) == sorted(expected)

@@ -34,14 +34,15 @@ from fastofa.metrics import read_metrics
 from fastofa.models import VARIANTS
 from fastofa.optim import create_optimizer
 from fastofa.pipelines import torchvision_loader
+from fastofa.pipelines.augment import shares
 from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.recipes import default_policy
 from fastofa.run import open_run
 from fastofa.schedule import learning_rate
 from fastofa.student import Student
-from fastofa.teacher_cache import TeacherCache
+from fastofa.teacher_cache import Targets, TeacherCache
 from fastofa.train import Result, train
-from fastofa.views import draw_views, epoch_order
+from fastofa.views import draw_views, epoch_order, epoch_rows, join_views
 from runs import newest
 
 SIZE = 32
@@ -128,6 +129,7 @@ def test_the_runs_folder_holds_these(finished):
         "curves.png",
         "environment.json",
         "metrics.jsonl",
+        "report.html",
         "tensorboard",
         "val_predictions.safetensors",
     ]
@@ -618,7 +620,48 @@ def test_what_a_recipe_lacks_is_said_at_the_start(on_photos, capsys):
     given = {name: values[name] for name in ("data", "cache", "student", "batch_size", "image_size", "workers")}
     for name, said in (("cifar_vit_mlp", True), ("cifar_cnn", False)):
         train(recipes.RECIPES[name](**given, out=values["out"].with_name(name), epochs=1, warmup_epochs=0))
-        assert ("leaves out colour jitter 0.4, rand-m9" in capsys.readouterr().err) is said
+        missing = "its published views have auto-augment rand-m9-mstd0.5-inc1 (not none), mixup 0.8"
+        assert (missing in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize("name", ["imagenet_vit_mlp", "imagenet_stronger"])
+def test_views_that_mix_reach_the_loss(name, digit_cache, tmp_path, monkeypatch):
+    """Epoch by epoch: the teacher's answers to these very pictures, partners' labels and shares; repeated, too."""
+    views, teacher = 6, str(digit_cache.path.parent / "teacher")
+    cache = precompute(PrecomputeConfig("digits:100", teacher, tmp_path / "cache", views, topk=10, recipe=name))
+    seen: list[tuple[Tensor, Tensor, Targets, Tensor, Tensor]] = []
+    monkeypatch.setattr(
+        Objective, "__call__", lambda self, logits, *given: (seen.append(given), logits.sum() * torch.ones(4))[1]
+    )
+    config = {"data": "digits:100", "student": "test_resnet", "cache": cache.path, "image_size": SIZE, "epochs": 5}
+    train(recipes.RECIPES[name](**config, out=tmp_path / "run", batch_size=16, optimizer="adamw", compile="off"))
+
+    repeats, seed = cache.policy.repeats, 0
+    length = epoch_rows(cache.policy, 100) // 16 * 16
+    assert len(seen) == 5 * length // 16
+    labels = torch.from_numpy(open_dataset("digits:100").labels)
+    for epoch in range(5):
+        first = epoch // repeats * repeats % views
+        tables = [cache.targets(view) for view in range(first, first + repeats)]
+        table = join_views([t[0] for t in tables])
+        order = epoch_order(100, seed, epoch, partner=table.partner, repeats=repeats)[:length]
+        log_probs = torch.stack([t[2] for t in tables]).float().log_softmax(dim=-1).flatten(0, 1)[order]
+        classes = torch.stack([t[1].long() for t in tables]).flatten(0, 1)[order]
+        given = seen[epoch * length // 16 :][: length // 16]
+        assert torch.equal(torch.cat([g[0] for g in given]), labels[order % 100])
+        assert torch.equal(torch.cat([g[1].classes for g in given]).long(), classes)
+        torch.testing.assert_close(torch.cat([g[1].log_probs for g in given]), log_probs)
+        assert torch.equal(torch.cat([g[2] for g in given]), labels[table.partner[order] % 100])
+        assert np.array_equal(torch.cat([g[3] for g in given]).numpy(), shares(table, order, SIZE))
+
+
+def test_batches_that_tear_pairs_apart_are_refused(tmp_path):
+    config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
+    with pytest.raises(BadInput, match=r"batch-size: expected a multiple of 2 \(2 in a mixed pair\), got 25"):
+        train(recipes.imagenet_vit_mlp(**config, batch_size=25))
+    with pytest.raises(BadInput, match="batch-size: expected at most the 96 images of a repeated epoch, got 98"):
+        train(recipes.imagenet_stronger(**config, batch_size=98))
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""What the machine can do at best, measured where and when the step is: arithmetic and memory bandwidth.
+
+python -m bench.machine
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from bench.timing import timed_ms
+
+ROUNDS = 10
+BF16_PAYS = 1.2  # bf16 is worth its rows where it multiplies matrices this much faster than fp32
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Peaks to hold a step against."""
+
+    tflops: float
+    """Of a large matrix product."""
+    gb_per_second: float
+    """Of a large copy, bytes read and bytes written both counted."""
+    dtype: str
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Machine:
+    """The best of many short rounds, as a peak is meant; a quarter of a second on a GPU, one on a CPU."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    product = torch.empty_like(a)
+    source = torch.ones(1 << (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def fastest_ms(call: object, calls: int) -> float:
+        assert callable(call)
+        timed_ms(call, device, calls)
+        return min(timed_ms(call, device, calls) for _ in range(ROUNDS))
+
+    matmul_ms = fastest_ms(lambda: torch.mm(a, a, out=product), 2)
+    copy_ms = fastest_ms(lambda: target.copy_(source), 2)
+    return Machine(2 * n**3 / matmul_ms / 1e9, 2 * source.numel() / copy_ms / 1e6, str(dtype).removeprefix("torch."))
+
+
+def best(device: torch.device) -> Machine:
+    """In the dtype that training is fastest in: bf16, but fp32 on a CPU without instructions for bf16."""
+    bf16 = measure(device, torch.bfloat16)
+    if device.type == "cuda":
+        return bf16
+    fp32 = measure(device, torch.float32)
+    return bf16 if bf16.tflops > BF16_PAYS * fp32.tflops else fp32
+
+
+if __name__ == "__main__":
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for kind in (torch.float32, torch.bfloat16):
+        print(measure(here, kind))

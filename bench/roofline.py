@@ -1,0 +1,195 @@
+"""The floor under a training step: each operation at the machine's peak arithmetic or bandwidth, whichever is slower.
+
+    python -m bench.roofline --tflops 790 --gb-per-second 4300      a table; by default this machine's measured peaks
+
+The student is trained for one step on PyTorch's `meta` device, which computes shapes only, and every operation that
+reaches memory is written down: what it reads and writes, what it multiplies. What one assumes decides the figure:
+
+- activations and weights in bf16 (or the dtype asked for), each read or written once by an operation that needs it;
+- batch norm is passes of its own over memory: 3 forward (read for the statistics; read, write), 5 backward;
+- an element-wise operation beside a norm (ReLU, a residual sum) rides on the norm's pass and is free; GELU stands
+  between two matrix products, which no compiler folds it into: passes of its own;
+- the matrix of attention weights never leaves the chip;
+- the update reads weight, gradient and momentum and writes two of them, fp32.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import machine
+from bench.record import markdown_table
+from fastofa.student import ALL_STAGES, Student
+
+STUDENTS = ("resnet18", "resnet50", "deit_tiny_patch16_224", "resmlp_12_224", "mobilenetv2_100")
+TEACHER_DIM = 192  # deit_tiny's
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One pass over memory, with what it computes on the way."""
+
+    kind: str
+    flops: float
+    bytes: float
+
+    def ms(self, peak: machine.Machine) -> float:
+        return max(self.flops / peak.tflops / 1e9, self.bytes / peak.gb_per_second / 1e6)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down the operations that run under it, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        name = function.__name__.partition(".")[0]
+        if name in COSTS:
+            self.operations += COSTS[name](args, out if isinstance(out, tuple) else (out,))
+        return out
+
+
+# --- What an operation costs ------------------------------------------------------------------------------------------
+
+
+def size(*tensors: Tensor | None) -> int:
+    """Bytes."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _convolution(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
+    x, weight = args[:2]
+    return [_conv_pass(x, weight, out[0], args[8])]
+
+
+def _convolution_backward(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
+    """One pass for the input's gradient, where one is asked for (not in the first layer), one for the weight's."""
+    gradient, x, weight = args[:3]
+    return [_conv_pass(x, weight, gradient, args[9]) for wanted in args[10][:2] if wanted]
+
+
+def _conv_pass(x: Tensor, weight: Tensor, y: Tensor, groups: int) -> Operation:
+    depthwise = groups > 1 and groups == x.shape[1]
+    kind = "depthwise" if depthwise else "1x1 conv" if weight.shape[-1] == 1 else "conv"
+    macs = y.numel() * weight[0].numel()
+    return Operation(kind, 2 * macs, size(x, weight, y))
+
+
+def _matmul(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
+    a, b = args[-2:]
+    return [Operation("matmul", 2 * a.numel() * b.shape[-1], size(a, b, out[0]))]
+
+
+def _attention(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
+    """Batched products are attention's; what is square there (tokens x tokens) stays on the chip."""
+    a, b = args[:2]
+    moved = [t for t in (a, b, out[0]) if t.shape[-1] != t.shape[-2]]
+    return [Operation("attention", 2 * a.numel() * b.shape[-1], size(*moved))]
+
+
+def _passes(kind: str, count: int, tensor: int = 0) -> Callable[[Sequence[Any], Sequence[Tensor]], list[Operation]]:
+    """That many passes over the tensor which is argument number `tensor`."""
+    return lambda args, out: [Operation(kind, 0, count * size(args[tensor]))]
+
+
+def _in_and_out(kind: str) -> Callable[[Sequence[Any], Sequence[Tensor]], list[Operation]]:
+    return lambda args, out: [Operation(kind, 0, size(args[0], out[0]))]
+
+
+COSTS: dict[str, Callable[[Sequence[Any], Sequence[Tensor]], list[Operation]]] = {
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+    "mm": _matmul,
+    "addmm": _matmul,
+    "bmm": _attention,
+    "native_batch_norm": _passes("batch norm", 3),
+    "native_batch_norm_backward": _passes("batch norm", 5),
+    "native_layer_norm": _passes("layer norm", 2),
+    "native_layer_norm_backward": _passes("layer norm", 3),
+    "gelu": _passes("gelu", 2),
+    "gelu_backward": _passes("gelu", 3),
+    "max_pool2d_with_indices": _in_and_out("pooling"),
+    "max_pool2d_with_indices_backward": _in_and_out("pooling"),
+    "mean": _in_and_out("pooling"),
+}
+
+
+# --- The floor --------------------------------------------------------------------------------------------------------
+
+
+def operations(
+    student: str, image_size: int, batch_size: int, num_classes: int, exits: bool, dtype: torch.dtype
+) -> list[Operation]:
+    """Of one training step."""
+    stages = ALL_STAGES if exits else ()
+    model = Student(student, num_classes, image_size, TEACHER_DIM, stages).to("meta", dtype).train()
+    images = torch.empty(batch_size, 3, image_size, image_size, device="meta", dtype=dtype)
+    with _Recorder() as recorder:
+        model(images).sum().backward()
+    weights = sum(p.numel() for p in model.parameters())
+    return [*recorder.operations, Operation("update", 0, 5 * 4 * weights)]
+
+
+def floor_ms(
+    student: str, image_size: int, batch_size: int, num_classes: int, exits: bool, peak: machine.Machine
+) -> float:
+    """Milliseconds that no step can be faster than."""
+    dtype = getattr(torch, peak.dtype)
+    found = operations(student, image_size, batch_size, num_classes, exits, dtype)
+    return sum(operation.ms(peak) for operation in found)
+
+
+def by_kind(found: list[Operation], peak: machine.Machine) -> dict[str, float]:
+    """Milliseconds of each kind of operation, the slowest first."""
+    kinds = {operation.kind for operation in found}
+    total = {kind: sum(o.ms(peak) for o in found if o.kind == kind) for kind in kinds}
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def _largest(kinds: dict[str, float], digits: int) -> str:
+    return ", ".join(f"{kind} {ms:.{digits}f}" for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])[:4])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--students", nargs="+", default=STUDENTS)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--num-classes", type=int, default=1000)
+    parser.add_argument("--tflops", type=float, default=math.nan, help="peak arithmetic; by default measured here")
+    parser.add_argument(
+        "--gb-per-second", type=float, default=math.nan, help="peak bandwidth; by default measured here"
+    )
+    args = parser.parse_args(argv)
+    peak = machine.Machine(args.tflops, args.gb_per_second, "bfloat16")
+    if math.isnan(args.tflops) or math.isnan(args.gb_per_second):
+        peak = machine.measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
+    print(
+        f"{peak.tflops:,.3g} TFLOP/s, {peak.gb_per_second:,.0f} GB/s, batch {args.batch_size}, {args.image_size} px\n"
+    )
+    rows = []
+    for student in args.students:
+        plain, whole = (
+            operations(student, args.image_size, args.batch_size, args.num_classes, exits, torch.bfloat16)
+            for exits in (False, True)
+        )
+        ms, more = (sum(o.ms(peak) for o in found) for found in (plain, whole))
+        kinds = by_kind(plain, peak)
+        added = {kind: value - kinds.get(kind, 0) for kind, value in by_kind(whole, peak).items()}
+        images = f"{args.batch_size / ms:,.1f}k"
+        rows.append([student, _largest(kinds, 1), _largest(added, 2), f"{ms:.1f}", images, f"{more - ms:.1f}"])
+    header = ["student", "of which (ms)", "exits, of which (ms)", "step ms", "max images/s", "exits add ms"]
+    print(markdown_table(header, rows, left=3))
+
+
+if __name__ == "__main__":
+    main()

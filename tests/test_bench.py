@@ -1,0 +1,172 @@
+"""The benchmarks run, keep to their limits, and count right; what they measure is not judged here."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import epoch, gpu, machine, plot, profile_step, roofline
+from bench.steps import Job, Way, official_step, open_step
+from bench.timing import interleaved_ms, median_ratio
+from fastofa import recipes
+
+ROOT = Path(__file__).parent.parent
+H200 = machine.Machine(tflops=790, gb_per_second=4300, dtype="bfloat16")
+# Milliseconds a step of 1,024 pictures of 224 px that were computed for one H200 by other means, and what exits add.
+FLOORS = {
+    "resnet18": (24.2, 4.1),
+    "resnet50": (85.0, 20.9),
+    "deit_tiny_patch16_224": (20.4, 3.7),
+    "resmlp_12_224": (33.1, None),
+    "mobilenetv2_100": (44.5, None),
+}
+
+
+@pytest.mark.slow
+def test_every_part_of_the_gpu_run_at_a_tiny_size(tmp_path):
+    """Each record says where it was made, beside what, and how often."""
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    records = {path.stem.partition("_")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert records.keys() == {"train", "profile", "optimizers", "loaders", "epoch"}
+    for record in records.values():
+        assert record["environment"].keys() >= {"date", "commit", "command", "cpu", "cores", "gpu", "torch", "timm"}
+        assert record["result"]["baseline"]
+        assert record["result"]["rounds"] >= 1
+    rows = records["train"]["result"]["jobs"][0]["rows"]
+    assert all(row.get("rounds_ms") or row["skipped"] for row in rows)
+    plot.draw(records["train"], tmp_path / "ladder.png")
+    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+
+
+def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
+    def command(part, dry_run, out):
+        return [sys.executable, "-c", *part.arguments]
+
+    monkeypatch.setattr(gpu, "command", command)
+    parts = {"hangs": "import time; time.sleep(60)", "fails": "raise SystemExit(3)", "runs": "print('figures')"}
+    monkeypatch.setattr(
+        gpu, "PARTS", tuple(gpu.Part(n, (code,), 2 if n == "hangs" else 30, ()) for n, code in parts.items())
+    )
+    began = time.monotonic()
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert time.monotonic() - began < 20
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in said[-4:-1]] == [["hangs", "timed"], ["fails", "failed"], ["runs", "ok"]]
+    assert (tmp_path / "runs.log").read_text() == "figures\n"
+
+
+def test_the_gpu_run_is_over_in_nine_minutes():
+    assert gpu.TOTAL_S <= 535
+
+
+@pytest.mark.parametrize("student", FLOORS)
+def test_floors_agree_with_those_computed_by_other_means(student):
+    found = {
+        exits: sum(o.ms(H200) for o in roofline.operations(student, 224, 1024, 1000, exits, torch.bfloat16))
+        for exits in (True, False)
+    }
+    step, exits = FLOORS[student]
+    assert found[False] == pytest.approx(step, rel=0.15)
+    if exits is not None:
+        assert found[True] - found[False] == pytest.approx(exits, rel=0.15)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_published_way_and_our_step_do_the_same_job(channels_last):
+    """From the same weights, on the same pictures, with the same teacher: the same losses, step after step."""
+    job = Job("test_resnet", "test_vit", 32, 4, 10, torch.device("cpu"))
+    official = official_step(job)
+    way = Way(online_teacher=True, channels_last=channels_last)
+    step, batch = open_step(job, way), job.batch(channels_last)
+    for _ in range(3):
+        expected = official()
+        step.reset_sums()
+        step([batch], lr=0.1)
+        assert step.sums[:4].tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_ratios_are_medians_of_rounds():
+    assert median_ratio({"a": [1.0, 2.0, 4.0], "b": [2.0, 4.0, 2.0]}, "a", "b") == 2
+
+
+def test_a_round_enters_and_leaves_its_candidate():
+    class Loader:
+        log = ""
+
+        def __enter__(self):
+            self.log += "("
+
+        def __call__(self):
+            self.log += "."
+
+        def __exit__(self, *error):
+            self.log += ")"
+
+    loader = Loader()
+    interleaved_ms({"loader": loader}, torch.device("cpu"), rounds=2, calls=3, warmup=1)
+    assert loader.log == "(.)(....)(....)"
+
+
+# A GPU's trace: two kernels of one convolution's backward pass, a compiled kernel, one that nobody launched.
+def _operation(number, name, dims, types, concrete=()):
+    shapes = {"External id": number, "Input Dims": dims, "Input type": types, "Concrete Inputs": list(concrete)}
+    return {"cat": "cpu_op", "name": name, "ts": number * 100.0, "dur": 50.0, "tid": 1, "args": shapes}
+
+
+def _kernel(number, name, dur):
+    return {"cat": "kernel", "name": name, "ts": 0.0, "dur": dur, "args": {"External id": number}}
+
+
+BF16 = "c10::BFloat16"
+TRACE = [
+    _operation(1, "aten::convolution_backward", [[8, 64, 7, 7], [8, 64, 7, 7], [64, 1, 3, 3]], [BF16] * 3),
+    _operation(2, "triton_poi_fused_relu_0", [[8, 64, 7, 7], [8, 64, 7, 7], []], [BF16, BF16, "Scalar"]),
+    _kernel(1, "dgrad2d_c1_k1_nhwc", 30.0),
+    _kernel(1, "wgrad2d_c1_k1_nhwc", 10.0),
+    _kernel(2, "triton_poi_fused_relu_0", 5.0),
+    _kernel(9, "memset", 1.0),
+]
+
+
+def test_a_gpus_kernels_are_named_after_their_operations_and_share_its_bytes():
+    rows = {r["name"]: r for r in profile_step.tabulate(profile_step.samples(TRACE), 1, H200, 0)}
+    dgrad = rows["depthwise convolution_backward: dgrad2d_c1_k1_nhwc"]
+    wgrad = rows["depthwise convolution_backward: wgrad2d_c1_k1_nhwc"]
+    features, weight = 8 * 64 * 49 * 2, 64 * 9 * 2
+    assert (dgrad["gb"] + wgrad["gb"]) * 1e9 == pytest.approx(2 * (2 * features + weight))
+    assert dgrad["gb"] / wgrad["gb"] == pytest.approx(3)
+    assert rows["triton_poi_fused_relu_0"]["gb"] * 1e9 == pytest.approx(2 * features)
+    assert rows["memset"]["gb"] is None
+    assert sum(row["share_of_step"] for row in rows.values()) == pytest.approx(1)
+
+
+def test_convolutions_that_name_their_padding_first():
+    dims, types = [[2, 3, 64, 64], [16, 3, 7, 7], []], ["float", "float", ""]
+    for name, lists in (("convolution", ("[2, 2]", "[3, 3]")), ("mkldnn_convolution", ("[3, 3]", "[2, 2]"))):
+        _, flops = profile_step.cost(_operation(1, f"aten::{name}", dims, types, ["", "", "", *lists, "[1, 1]"]))
+        assert flops == 2 * (2 * 16 * 32 * 32) * (3 * 7 * 7)
+
+
+def test_epochs_are_limited_by_the_slowest():
+    config = recipes.imagenet_fast(data="", student="resnet18", out=Path())
+    rates = epoch.Rates(
+        step={160: 2000.0, 192: 1000.0, 224: 500.0},
+        official={160: 200.0, 192: 100.0, 224: 50.0},
+        teacher=400.0,
+        loader={160: 1000.0, 192: 1000.0, 224: 1000.0},
+        rounds_ms={},
+        source={},
+    )
+    found = epoch.extrapolate(config, 192, rates, "torchvision")
+    assert sum(e["epochs"] for e in found["epochs"]) == 16
+    assert [(e["image_size"], e["limit"]) for e in found["epochs"]] == [(160, "loader"), (192, "step")]
+    assert found["training_s"] == pytest.approx(16 * epoch.IMAGES / 1000)
+    assert found["precompute_s"] == pytest.approx(16 * epoch.IMAGES / 400)
+    assert found["limit"] == "precompute"
+    assert epoch.together(1000.0, 1000.0, "resident") == pytest.approx(500)
