@@ -388,7 +388,11 @@ def test_an_epoch_may_be_empty_or_repeat_samples(digits):
 def test_a_file_that_went_bad_is_named(
     photos: Path, tmp_path: Path, workers: int, damage: Callable[[Path], object], message: str
 ):
-    """Truncated, no picture, gone, or another size than indexed: BadInput with its name, also from a worker."""
+    """Truncated, no picture, gone, or another size than indexed: BadInput with its name, also from a worker.
+
+    The workers end with the epoch, not when the error is forgotten.
+    """
+    before = set(multiprocessing.active_children())
     shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
     dataset = open_dataset(str(tmp_path / "data"))
     damage(dataset.path(17))
@@ -398,6 +402,7 @@ def test_a_file_that_went_bad_is_named(
     with pytest.raises(BadInput, match=message.format(name=dataset.names[17])) as error:
         next(epoch)
     assert "\n" not in str(error.value)  # no worker's traceback
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_workers_leave_interrupts_to_the_main_process(mixed):
