@@ -659,7 +659,7 @@ def test_batches_that_tear_pairs_apart_are_refused(tmp_path):
     config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
     with pytest.raises(BadInput, match=r"batch-size: expected a multiple of 2 \(2 in a mixed pair\), got 25"):
         train(recipes.imagenet_vit_mlp(**config, batch_size=25))
-    with pytest.raises(BadInput, match="batch-size: expected at most the 96 images of a repeated epoch, got 98"):
+    with pytest.raises(BadInput, match="batch-size: expected at most the 96 training images of digits:100, got 98"):
         train(recipes.imagenet_stronger(**config, batch_size=98))
     assert not (tmp_path / "run").exists()
 
