@@ -31,6 +31,7 @@ class CacheConfig:
 def info(cache: TeacherCache) -> dict[str, str]:
     """What a person asks of a cache."""
     header, policy = cache.header, cache.policy
+    more = {name: header["policy"].get(name) for name in ("auto_augment", "mixup", "cutmix", "erase", "repeats")}
     size = sum(file.stat().st_size for file in cache.path.iterdir())
     teachers = (
         f"{t['name']} at {t['image_size']} px, {t['precision']}, weights {t['sha256'][:12]}" for t in header["teachers"]
@@ -42,6 +43,7 @@ def info(cache: TeacherCache) -> dict[str, str]:
         "views": f"{cache.views}, seed {header['seed']}",
         "crops": "area {:g} to {:g}, ratio {:.3g} to {:.3g}".format(*policy.scale, *policy.ratio),
         "flip": f"{policy.flip:g}",
+        **{name.replace("_", "-"): str(value) for name, value in more.items() if value},
         "size": filesize.decimal(size),
         "made with": ", ".join(f"{name} {version}" for name, version in header["versions"].items()),
     }

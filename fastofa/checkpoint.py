@@ -72,7 +72,7 @@ def load_newest(
         except BadInput as error:
             if path == found[-1]:
                 raise
-            notice(f"{error} Going on from the checkpoint before it.")
+            notice(f"{error}; going on from the checkpoint before it")
             continue
         return _restore(path, tensors, info, student, optimizer, ema)
     raise BadInput(f"{run}: expected a checkpoint, found none")

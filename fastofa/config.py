@@ -195,7 +195,7 @@ class TrainConfig:
 
     def policy(self, default: ViewPolicy) -> ViewPolicy:
         """The view policy asked for, `default` where nothing was."""
-        return changed_policy(default, self.scale, self.ratio, self.flip)
+        return changed_policy(default, scale=self.scale, ratio=self.ratio, flip=self.flip)
 
     def to_json(self) -> dict[str, Any]:
         return {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(self).items()}
@@ -231,15 +231,6 @@ class TrainConfig:
         return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if k not in free and mine[k] != theirs[k]]
 
 
-def changed_policy(
-    policy: ViewPolicy,
-    scale: tuple[float, float] | None,
-    ratio: tuple[float, float] | None,
-    flip: float | None,
-) -> ViewPolicy:
-    """`policy` with what was given in place of its own. Raises BadInput for impossible values."""
-    return ViewPolicy(
-        scale=policy.scale if scale is None else scale,
-        ratio=policy.ratio if ratio is None else ratio,
-        flip=policy.flip if flip is None else flip,
-    )
+def changed_policy(policy: ViewPolicy, **given: Any) -> ViewPolicy:
+    """`policy` with what was given (and is not None) in place of its own. Raises BadInput for impossible values."""
+    return dataclasses.replace(policy, **{name: value for name, value in given.items() if value is not None})

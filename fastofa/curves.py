@@ -70,7 +70,7 @@ def plot_loss(axes: Any, rows: list[Row]) -> None:
             _plot_column(axes, rows, name, color=color, linestyle=dashes, label=LABELS[name])
     axes.set(title="training loss", xlabel="step", ylabel="loss", ylim=(0, None))
     if len(axes.lines) > 1:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="best")
 
 
 def plot_accuracy(axes: Any, rows: list[Row]) -> None:

@@ -127,17 +127,19 @@ class MetricsLog:
             self.hook(args)
 
 
-def _open_wandb(run: Path, project: str) -> Any:
-    """A resumed run goes on in the same page. Raises BadInput without the library or its login."""
+def import_wandb() -> Any:
+    """Weights & Biases, which is no part of what fastofa installs. Raises BadInput where it is missing."""
     try:
-        wandb = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError:
-        raise BadInput(
-            "wandb: expected Weights & Biases to be installed; pip install wandb, or leave --wandb out"
-        ) from None
+        raise BadInput("wandb: expected Weights & Biases; pip install wandb, or leave --wandb out") from None
+
+
+def _open_wandb(run: Path, project: str) -> Any:
+    """A resumed run goes on in the same page. Raises BadInput if it cannot begin, without its login, say."""
     key = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     try:
-        return wandb.init(project=project, name=run.name, id=key, resume="allow", dir=str(run))
+        return import_wandb().init(project=project, name=run.name, id=key, resume="allow", dir=str(run))
     except Exception as error:  # its many kinds
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"wandb: could not begin ({reason}); `wandb login`, or leave --wandb out") from None

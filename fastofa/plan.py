@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastofa.config import TrainConfig
+from fastofa.epochs import Epochs
 from fastofa.pipelines import Pipeline
 from fastofa.schedule import image_size
 from fastofa.step import Step
@@ -54,14 +54,12 @@ class Plan:
         return training + self.evaluated / self.evaluation
 
 
-def measure(
-    step: Step, pipeline: Pipeline, views: Views, order: np.ndarray, val_images: int, cache: Path | None
-) -> Plan:
+def measure(step: Step, pipeline: Pipeline, epochs: Epochs, val_images: int) -> Plan:
     """Take steps on real pictures of each size that the run will use. Changes the student; writes nothing."""
-    config, full = step.config, step.student.image_size
-    epochs = Counter(image_size(config, epoch, full) for epoch in range(config.epochs))
+    config, full, first = step.config, step.student.image_size, epochs.load(0)
+    step.targets, views, order = first.targets, first.views, first.order
     rates = []
-    for size, count in sorted(epochs.items()):
+    for size, count in sorted(Counter(image_size(config, epoch, full) for epoch in range(config.epochs)).items()):
         pipeline.image_size = size
         rates.append(
             Rates(size, count, _step_rate(step, pipeline, views, order), _loader_rate(step, pipeline, views, order))
@@ -73,7 +71,7 @@ def measure(
         evaluated=evaluations * val_images * (2 if config.eval_flip else 1),
         evaluation=_evaluation_rate(step, pipeline, views, order),
         run_bytes=_run_bytes(step),
-        cache_bytes=sum(file.stat().st_size for file in cache.iterdir()) if cache else 0,
+        cache_bytes=0 if epochs.cache is None else sum(f.stat().st_size for f in epochs.cache.path.iterdir()),
     )
 
 
@@ -138,9 +136,8 @@ def _run_bytes(step: Step) -> int:
     return weights * (copies * step.config.keep + 1)
 
 
-def summary(config: TrainConfig, images: int) -> str:
-    """What is known without measuring, in one line."""
-    steps = images // config.batch_size
+def summary(config: TrainConfig, steps: int) -> str:
+    """What is known without measuring, in one line; `steps` of an epoch."""
     return (
         f"{config.epochs} epochs of {steps:,} steps of {config.batch_size:,} images, "
         f"{config.epochs * steps * config.batch_size:,} in all; --plan says beforehand how long that takes"

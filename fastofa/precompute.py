@@ -1,6 +1,7 @@
 """Ask the teacher once about every view of every picture, and keep its answers.
 
     fastofa precompute --data photos --teacher convnext_tiny.in12k_ft_in1k --views 300 --topk 16 --out cache
+    fastofa precompute ... --recipe imagenet_vit_mlp        with the augmentation published for Transformers and MLPs
 
 The same command goes on where it stopped. A larger --views adds views to a finished cache.
 """
@@ -25,7 +26,7 @@ from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.pipelines import Pipeline, open_pipeline
 from fastofa.progress import notice, progress_bar
-from fastofa.recipes import default_policy
+from fastofa.recipes import default_policy, recipe
 from fastofa.teacher import Teacher, open_teacher
 from fastofa.teacher_cache import (
     HEADER,
@@ -42,7 +43,7 @@ from fastofa.teacher_cache import (
     write_header,
     write_table,
 )
-from fastofa.views import ViewPolicy, Views, center_views, draw_views
+from fastofa.views import ViewPolicy, Views, center_views, draw_views, pair_order
 
 SAVE_EVERY_S = 300  # seconds between two saves of an unfinished view
 
@@ -76,6 +77,18 @@ class PrecomputeConfig:
     """Width over height of a crop, from and to. By default 3/4 to 4/3."""
     flip: float | None = None
     """Probability of mirroring. By default 0.5 (digits: 0)."""
+    recipe: str = ""
+    """The training recipe whose published views are drawn; the flags above and the next five change them."""
+    auto_augment: str | None = None
+    """RandAugment in timm's notation, as rand-m9-mstd0.5-inc1. By default the recipe's, or none."""
+    mixup: float | None = None
+    """Alpha of mixup. By default the recipe's, or 0: none."""
+    cutmix: float | None = None
+    """Alpha of cutmix. By default the recipe's, or 0: none."""
+    erase: float | None = None
+    """Probability of random erasing. By default the recipe's, or 0."""
+    repeats: int | None = None
+    """Views of a sample that one epoch shows. By default the recipe's, or 1."""
     seed: int = 0
     """Of the views."""
     skip_corrupt: bool = False
@@ -100,6 +113,19 @@ class PrecomputeConfig:
             raise BadInput(f"seed: expected at least 0, got {self.seed}")
         if (self.mean is None) != (self.std is None):
             raise BadInput("expected both --mean and --std or neither")
+        if self.recipe:
+            recipe(self.recipe)
+
+    def policy(self) -> ViewPolicy:
+        """What to draw. Raises BadInput for impossible values."""
+        names = ("scale", "ratio", "flip", "auto_augment", "mixup", "cutmix", "erase", "repeats")
+        given = {name: getattr(self, name) for name in names}
+        policy = changed_policy(default_policy(self.data, self.recipe), **given)
+        if self.views % policy.repeats:
+            raise BadInput(
+                f"views: expected a multiple of {policy.repeats}, as repeated augmentation shows them, got {self.views}"
+            )
+        return policy
 
 
 def precompute(config: PrecomputeConfig) -> TeacherCache:
@@ -113,7 +139,7 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
     val = open_dataset(config.data, "val", config.skip_corrupt)
     if config.topk > len(train.classes):
         raise BadInput(f"topk: expected at most the {len(train.classes)} classes of {config.data}, got {config.topk}")
-    policy = changed_policy(default_policy(config.data), config.scale, config.ratio, config.flip)
+    policy = config.policy()
     device = choose_device(config.device)
     bf16 = choose_bf16(config.precision, device)
     teacher = open_teacher(
@@ -211,8 +237,8 @@ class _Job:
                 bar.update(task, note=f"view {view + 1} of {total}")
                 views = draw_views(policy, dataset.sizes, self.config.seed, view)
                 found = self._ask(pipeline, views, view, bar, task)
-                table = {"crop": torch.from_numpy(views.crop), "flip": torch.from_numpy(views.flip), **found._asdict()}
-                self._commit(view_file(view), table, view)
+                columns = {name: torch.from_numpy(column) for name, column in views.columns().items()}
+                self._commit(view_file(view), {**columns, **found._asdict()}, view)
 
     def _ask(self, pipeline: Pipeline, views: Views, table: int | str, bar: Progress, task: TaskID) -> Targets:
         """The teacher's answers for every row of a table, in sample order."""
@@ -220,7 +246,8 @@ class _Job:
         done = sum(len(part.classes) for part in parts)
         bar.advance(task, done)
         saved_at = time.monotonic()
-        for batch in pipeline.epoch(views, np.arange(len(views)), start=done):
+        order = pair_order(views)  # a picture that is mixed with another is read once
+        for batch in pipeline.epoch(views, order, start=done):
             parts.append(answers(self.teacher.log_probs(batch.images), self.header["topk"]))
             bar.advance(task, len(batch.labels))
             if self.interrupt.signum is not None or time.monotonic() - saved_at > SAVE_EVERY_S:
@@ -228,7 +255,8 @@ class _Job:
                 saved_at = time.monotonic()
             if self.interrupt.signum is not None:
                 raise Stopped(f"saved in {self.out}; run the same command again to go on", self.interrupt.signum)
-        return _joined(parts)
+        in_order, place = _joined(parts), np.argsort(order)
+        return Targets(*(torch.from_numpy(values.numpy()[place]) for values in in_order))
 
     def _read_partial(self, table: int | str) -> list[Targets]:
         """What an interrupted run had of this table."""

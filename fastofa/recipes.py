@@ -2,10 +2,11 @@
 
     recipes.imagenet_cnn(data="/data/imagenet", cache=Path("cache"), student="resnet18", out=Path("run"))
 
-Batch sizes are those of the published 8 GPUs together. Views hold crop and flip; what else was published is
-listed in NOT_REPLAYED and said at the start of a run.
+Batch sizes are those of the published 8 GPUs together. VIEWS has the augmentation, which belongs to the teacher cache:
+`fastofa precompute --recipe NAME` draws it, and training replays it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -159,12 +160,13 @@ RECIPES: dict[str, Callable[..., TrainConfig]] = {
     "cifar_vit_mlp": cifar_vit_mlp,
 }
 
-# Published augmentation that the views of this version do not hold.
-_VIT_MLP = "colour jitter 0.4, rand-m9-mstd0.5-inc1, mixup 0.8, cutmix 1, random erasing 0.25"
-NOT_REPLAYED = {
+# The published views, where they hold more than crop and flip. The published files have `color_jitter: 0.4`, but timm
+# leaves colour jitter out where there is RandAugment (transforms_factory.py: `disable_color_jitter`).
+_VIT_MLP = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
+VIEWS = {
     "imagenet_vit_mlp": _VIT_MLP,
-    "imagenet_stronger": "rand-m7-mstd0.5, mixup 0.1, cutmix 1, repeated augmentation 3",
-    "cifar_vit_mlp": _VIT_MLP,
+    "imagenet_stronger": ViewPolicy(auto_augment="rand-m7-mstd0.5", mixup=0.1, cutmix=1.0, repeats=3),
+    "cifar_vit_mlp": dataclasses.replace(_VIT_MLP, mean=CIFAR_MEAN, std=CIFAR_STD),
 }
 
 
@@ -176,8 +178,21 @@ def recipe(name: str) -> Callable[..., TrainConfig]:
     return RECIPES[name]
 
 
-def default_policy(data: str) -> ViewPolicy:
-    """What to draw from a data set where nothing is asked: as published, but a mirrored digit is another sign."""
+def default_policy(data: str, recipe: str = "") -> ViewPolicy:
+    """What to draw from a data set: as published for the recipe, but a mirrored digit is another sign."""
+    policy = VIEWS.get(recipe, ViewPolicy())
     if data.partition(":")[0] == "digits":
-        return ViewPolicy(scale=(0.6, 1.0), flip=0.0)
-    return ViewPolicy()
+        return dataclasses.replace(policy, scale=(0.6, 1.0), flip=0.0)
+    return policy
+
+
+def not_replayed(recipe: str, policy: ViewPolicy) -> str:
+    """What the recipe's published views have otherwise than these, in words; empty if nothing."""
+    published = VIEWS.get(recipe, ViewPolicy())
+    names = ("auto_augment", "mixup", "cutmix", "erase", "repeats")
+    values = {name: (getattr(published, name), getattr(policy, name)) for name in names}
+    return ", ".join(
+        f"{name.replace('_', '-')} {'none' if theirs == '' else theirs} (not {'none' if mine == '' else mine})"
+        for name, (theirs, mine) in values.items()
+        if theirs != mine
+    )

@@ -32,4 +32,4 @@ def image_size(config: TrainConfig, epoch: int, full: int) -> int:
     if epoch <= first:
         return config.start_size
     grown = config.start_size + (full - config.start_size) * (epoch - first) / (last - first)
-    return round(grown / SIZE_STEP) * SIZE_STEP
+    return min(max(round(grown / SIZE_STEP) * SIZE_STEP, config.start_size), full)

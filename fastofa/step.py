@@ -35,10 +35,17 @@ class Program(nn.Module):
         self.student, self.objective = student, Objective(config, device)
         self.device_type, self.bf16 = device.type, choose_bf16(config.precision, device)
 
-    def forward(self, images: Tensor, labels: Tensor, targets: Targets | None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        targets: Targets | None,
+        partner_labels: Tensor | None = None,
+        mix: Tensor | None = None,
+    ) -> Tensor:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
             logits = self.student(images)  # [H, B, C]
-        return self.objective(logits, labels, targets)
+        return self.objective(logits, labels, targets, partner_labels, mix)
 
 
 class Step:
@@ -87,7 +94,7 @@ class Step:
             targets = None if self.targets is None else self.targets.lookup(batch.sample_ids)
             last = number == len(parts) or self.world.size == 1
             with nullcontext() if last else self.program.no_sync():
-                losses = self.program(batch.images, batch.labels, targets) / len(parts)
+                losses = self.program(batch.images, batch.labels, targets, batch.partner_labels, batch.mix) / len(parts)
                 losses[0].backward()
             self.sums[:-1] += losses.detach()
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])

@@ -1,16 +1,19 @@
 """The teacher is a table: for each view, the view itself and the teacher's top-K answer for every sample.
 
     CACHE/cache.json                what it was made from, and how many views it is to hold
-    CACHE/view-00000.safetensors    crop uint16 [N, 4], flip bool [N], classes uint16 or int32 [N, K], best first,
-                                    log_probs float16 [N, K] at temperature 1
+    CACHE/view-00000.safetensors    the columns of `Views` (crop uint16 [N, 4], flip bool [N], and what else the policy
+                                    draws), classes uint16 or int32 [N, K], best first, log_probs float16 [N, K] at
+                                    temperature 1
     CACHE/val.safetensors           classes and log_probs of the validation pictures, on the teacher's own centre crops
-    CACHE/partial.safetensors       only while `fastofa precompute` is interrupted: the rows it had of the next view
+    CACHE/partial.safetensors       only while `fastofa precompute` is interrupted: the answers it had for the next view
+                                    (a view that mixes: in the order of its pairs)
 
 Stored parameters, not seeds: a cache replays exactly even if a library changes its random stream. No pickle anywhere.
 
 Shapes: N samples, B batch, C classes, K classes kept.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +27,7 @@ from fastofa.errors import BadInput
 from fastofa.files import load_tensors, read_json, save_tensors, write_json
 from fastofa.views import ViewPolicy, Views
 
-SCHEMA = 1
+SCHEMAS = (1, 2)  # 1: views of crop and flip. 2: of more, which a reader of schema 1 would not replay
 HEADER, VAL, PARTIAL = "cache.json", "val.safetensors", "partial.safetensors"
 
 
@@ -92,8 +95,9 @@ class TeacherCache:
         if not 0 <= view < self.views:
             raise BadInput(f"{self.path}: expected a view from 0 to {self.views - 1}, got {view}")
         tensors = read_table(self.path / view_file(view), self.header, view)
-        views = Views(tensors["crop"].numpy(), tensors["flip"].numpy())
-        return views, tensors["classes"], tensors["log_probs"]
+        classes, log_probs = tensors.pop("classes"), tensors.pop("log_probs")
+        columns = {name: column.numpy() for name, column in tensors.items()}
+        return Views(**columns, mean=self.policy.mean, std=self.policy.std), classes, log_probs
 
     def val_targets(self) -> Targets:
         """The teacher's answers for the validation pictures."""
@@ -118,9 +122,14 @@ class TeacherCache:
                 f"{what}: made from {self.header['dataset']['spec']} ({self.num_samples} samples), which is not the "
                 f"data set {dataset.spec} ({len(dataset)} samples) as it is now; run `fastofa precompute` on it"
             )
-        if policy != self.policy:
+        mine, theirs = dataclasses.asdict(policy), dataclasses.asdict(self.policy)
+        wanted, found = (
+            ", ".join(f"{name}={values[name]}" for name in mine if mine[name] != theirs[name])
+            for values in (mine, theirs)
+        )
+        if wanted:
             raise BadInput(
-                f"{what}: expected views drawn with {policy}, got {self.policy}; leave the flags out or precompute anew"
+                f"{what}: expected views drawn with ({wanted}), got ({found}); leave the flags out or precompute anew"
             )
 
 
@@ -178,9 +187,10 @@ def read_header(path: Path) -> dict[str, Any]:
     if not (path / HEADER).is_file():
         raise BadInput(f"{path}: expected a teacher cache made by `fastofa precompute`, found no {HEADER}")
     header = read_json(path / HEADER)
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+    if not isinstance(header, dict) or header.get("schema") not in SCHEMAS:
         found = header.get("schema") if isinstance(header, dict) else type(header).__name__
-        raise BadInput(f"{path / HEADER}: expected schema {SCHEMA}, got {found}; precompute anew with this version")
+        expected = " or ".join(map(str, SCHEMAS))
+        raise BadInput(f"{path / HEADER}: expected schema {expected}, got {found}; precompute anew with this version")
     required = {"dataset", "num_samples", "num_classes", "topk", "policy", "seed", "teachers", "views"}
     if missing := sorted(required - header.keys()):
         raise BadInput(f"{path / HEADER}: expected the fields {', '.join(missing)}, it was edited; precompute anew")
@@ -202,12 +212,13 @@ def _fits(header: dict[str, Any]) -> bool:
             and all(isinstance(t[name], kind) for t in header["teachers"] for name, kind in teacher.items())
             and isinstance(header["versions"], dict)
         )
-    except (KeyError, TypeError, ValueError, BadInput):
+    except (AttributeError, KeyError, TypeError, ValueError, BadInput):
         return False
 
 
 def write_header(path: Path, header: dict[str, Any]) -> None:
-    write_json(path / HEADER, {"schema": SCHEMA, **header})
+    schema = 1 if header["policy"].keys() == policy_to_json(ViewPolicy()).keys() else 2
+    write_json(path / HEADER, {"schema": schema, **header})
 
 
 def identity(header: dict[str, Any]) -> dict[str, Any]:
@@ -232,11 +243,16 @@ def read_table(path: Path, header: dict[str, Any], table: int | str) -> dict[str
 
 
 def policy_to_json(policy: ViewPolicy) -> dict[str, Any]:
-    return {"scale": list(policy.scale), "ratio": list(policy.ratio), "flip": policy.flip}
+    """Scale, ratio and flip, and of the others those that differ from their defaults."""
+    values = dataclasses.asdict(policy)
+    left_out = {field.name for field in dataclasses.fields(policy) if values[field.name] == field.default}
+    left_out -= {"scale", "ratio", "flip"}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in left_out}
 
 
 def policy_from_json(values: dict[str, Any]) -> ViewPolicy:
-    return ViewPolicy(tuple(values["scale"]), tuple(values["ratio"]), values["flip"])
+    kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return ViewPolicy(kept.pop("scale"), kept.pop("ratio"), kept.pop("flip"), **kept)
 
 
 def agreement(predicted: np.ndarray, targets: Targets) -> float:

@@ -11,35 +11,33 @@ This file is the loop: epochs, views, logging, evaluation, checkpoints. The step
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
 
 from fastofa import checkpoint, plan
+from fastofa.clock import Clock
 from fastofa.config import TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
 from fastofa.distributed import Vote, World, check_shared, contact, is_main_process, join, was_restarted
+from fastofa.epochs import Epochs
 from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
-from fastofa.metrics import MetricsLog, accuracy, predict, read_metrics, save_predictions
+from fastofa.metrics import MetricsLog, accuracy, import_wandb, predict, read_metrics, save_predictions
 from fastofa.pipelines import open_pipeline
 from fastofa.progress import notice, progress_bar
-from fastofa.recipes import NOT_REPLAYED, default_policy, recipe
+from fastofa.recipes import not_replayed, recipe
 from fastofa.report import write_report
 from fastofa.run import CONFIG, Run, log_launch, open_run
 from fastofa.schedule import image_size, learning_rate
 from fastofa.step import SUMS, Step
-from fastofa.teacher_cache import DeviceTargets, TeacherCache
-from fastofa.views import Views, draw_views, epoch_order
 
-T = TypeVar("T")
 REPORT_EVERY_S = 60  # seconds, at least, between two drawings of a run that goes on
 
 
@@ -66,8 +64,8 @@ def train(config: TrainConfig) -> Result:
     began = time.monotonic()
     if was_restarted():
         config = dataclasses.replace(config, resume=True)
-    world = join(config.timeout_s)
-    with contact(world):
+    with contact():
+        world = join(config.timeout_s)
         job = open_job(config, world)
         job.load()
         if world.is_main:
@@ -75,12 +73,9 @@ def train(config: TrainConfig) -> Result:
         world.barrier()
         check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
         if world.is_main:
-            notice(plan.summary(config, len(job.train_set)))
-        if world.is_main and (missing := NOT_REPLAYED.get(config.recipe)):
-            notice(
-                f"recipe {config.recipe}: views hold crop and flip; of the published augmentation this leaves out "
-                f"{missing}"
-            )
+            notice(plan.summary(config, job.epochs.steps))
+        if world.is_main and (missing := not_replayed(config.recipe, job.epochs.policy)):
+            notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws them")
         job.run_epochs()
         result = job.result()
         del job
@@ -90,11 +85,10 @@ def train(config: TrainConfig) -> Result:
 
 def plan_run(config: TrainConfig) -> None:
     """Print what the run would cost; writes nothing. Raises BadInput as `train` does."""
-    world = join(config.timeout_s)
-    with contact(world):
+    with contact():
+        world = join(config.timeout_s)
         job = open_job(config, world)
-        views, order = job.load_epoch(0)
-        estimate = plan.measure(job.step, job.train_pipeline, views, order, len(job.val_set), config.cache)
+        estimate = plan.measure(job.step, job.train_pipeline, job.epochs, len(job.val_set))
         if world.is_main:
             plan.show(estimate, config)
         del job
@@ -105,33 +99,15 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     """Everything that a run needs, built and checked; nothing is written."""
     with world.main_first():  # it may write an index of the pictures
         train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
-    cache = _open_cache(config, train_set, world)
-    run = Run(config.out, config, train_set.classes, 0 if cache is None else cache.teacher_dim, train_set.fingerprint)
+    device = choose_device(config.device, world.local_rank)
+    epochs = Epochs(config, train_set, world, device)
+    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, train_set.fingerprint)
     if world.is_main and not config.plan:
         _check_place(run)
+        if config.wandb is not None:
+            import_wandb()
     world.barrier()
-    return Job(run, train_set, val_set, cache, world)
-
-
-def _open_cache(config: TrainConfig, dataset: Dataset, world: World) -> TeacherCache | None:
-    if len(dataset) < config.batch_size:
-        raise BadInput(
-            f"batch-size: expected at most the {len(dataset)} training images of {config.data}, got {config.batch_size}"
-        )
-    if config.batch_size % (world.size * config.accumulate):
-        raise BadInput(
-            f"batch-size: expected a multiple of {world.size * config.accumulate} ({world.size} ranks x "
-            f"{config.accumulate} parts), got {config.batch_size}"
-        )
-    if config.cache is None:
-        if config.method != "scratch":
-            raise BadInput(
-                f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch"
-            )
-        return None
-    cache = TeacherCache.open(config.cache)
-    cache.check(dataset, config.policy(cache.policy))
-    return cache
+    return Job(run, train_set, val_set, epochs, world, device)
 
 
 def _check_place(run: Run) -> None:
@@ -152,29 +128,25 @@ class Job:
     """The objects of a run, made once, and the loop over them."""
 
     def __init__(
-        self, run: Run, train_set: Dataset, val_set: Dataset, cache: TeacherCache | None, world: World
+        self, run: Run, train_set: Dataset, val_set: Dataset, epochs: Epochs, world: World, device: torch.device
     ) -> None:
         c = self.config = run.config
-        self.run, self.train_set, self.val_set, self.cache, self.world = run, train_set, val_set, cache, world
-        self.device = choose_device(c.device, world.local_rank)
+        self.run, self.val_set, self.epochs, self.world, self.device = run, val_set, epochs, world, device
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(c.seed)
         student = run.build_student(None if c.resume and checkpoint.checkpoints(run.path) else c.init)
         self.step = Step(student, c, self.device, world)
-        self.share = c.batch_size // world.size  # images that a rank takes a step
-        self.steps_per_epoch = len(train_set) // c.batch_size
-        self.last_step = c.epochs * self.steps_per_epoch
+        self.last_step = c.epochs * epochs.steps
         full = student.image_size
         workers = choose_workers(c.workers, world.local_size)
         self.train_pipeline, self.val_pipeline = (
-            open_pipeline(c.pipeline, data, size, self.share // c.accumulate, self.device, workers)
+            open_pipeline(c.pipeline, data, size, epochs.share // c.accumulate, self.device, workers)
             for data, size in ((train_set, full), (val_set, c.eval_size or full))
         )
         student.check_sizes([image_size(c, epoch, full) for epoch in range(c.epochs)] + [c.eval_size or full])
         self.vote = Vote(world)
-        self.view: int | None = None
         self.reported = time.monotonic()
         self.sizes_seen: set[int] = set()
         self.clock = Clock()
@@ -187,11 +159,11 @@ class Job:
         elif self.config.resume and self.world.is_main:
             notice(f"{self.run.path}: no checkpoint yet, starting from the beginning")
         if self.step.steps < self.last_step:
-            self.load_epoch(self.step.steps // self.steps_per_epoch)
+            self.epochs.load(self.step.steps // self.epochs.steps)
 
     def run_epochs(self) -> None:
         c, main = self.config, self.world.is_main
-        first, position = divmod(self.step.steps, self.steps_per_epoch)
+        first, position = divmod(self.step.steps, self.epochs.steps)
         if main:
             log_launch(self.run.path, self.step.steps, self.world.size)
         self.best = max(
@@ -217,14 +189,15 @@ class Job:
 
     def _epoch(self, epoch: int, position: int) -> None:
         c = self.config
-        views, order = self.load_epoch(epoch)
+        shown = self.epochs.load(epoch)
+        self.step.targets = shown.targets
         self.step.student.train()
         size = self.train_pipeline.image_size = image_size(c, epoch, self.step.student.image_size)
-        batches = self.train_pipeline.epoch(views, order, start=position * self.share)
+        batches = self.train_pipeline.epoch(shown.views, shown.order, start=position * self.epochs.share)
         before = dataclasses.replace(self.clock)
         self.clock.start()
         while parts := self.clock.waiting_for(lambda: list(islice(batches, c.accumulate))):
-            self.step(parts, learning_rate(c, self.step.steps, self.steps_per_epoch))
+            self.step(parts, learning_rate(c, self.step.steps, self.epochs.steps))
             self.clock.steps += 1
             if size not in self.sizes_seen:  # the first step of a size compiles, or chooses its algorithms: not counted
                 self.sizes_seen.add(size)
@@ -234,27 +207,10 @@ class Job:
             self.bar.advance(self.task, c.batch_size)
             self._after_step(epoch)
 
-    def load_epoch(self, epoch: int) -> tuple[Views, np.ndarray]:
-        """An epoch's table and this rank's samples in their order; the teacher's answers go to the device."""
-        c, world = self.config, self.world
-        order = epoch_order(len(self.train_set), c.seed, epoch, world.rank, world.size)
-        order = order[: self.steps_per_epoch * self.share]
-        if self.cache is None:
-            return draw_views(c.policy(default_policy(c.data)), self.train_set.sizes, c.seed, epoch), order
-        view = epoch % self.cache.views
-        if view != self.view or world.size > 1:
-            self.view = view
-            self.views, classes, log_probs = self.cache.targets(view)
-            if c.method != "scratch":
-                dense = self.cache.topk == self.cache.num_classes
-                rows = None if world.size == 1 else order
-                self.step.targets = DeviceTargets(classes, log_probs, self.device, dense, rows)
-        return self.views, order
-
     def _after_step(self, epoch: int) -> None:
         """What is due at this step, the training clock stopped: log, evaluate, save, stop. All ranks decide alike."""
         c, step = self.config, self.step.steps
-        log, end, save = step % c.log_every == 0, step % self.steps_per_epoch == 0, step % c.checkpoint_every == 0
+        log, end, save = step % c.log_every == 0, step % self.epochs.steps == 0, step % c.checkpoint_every == 0
         stop = self.vote(self.interrupt.signum or 0)
         if not (log or end or save or stop):
             return
@@ -334,7 +290,7 @@ class Job:
             self.best = values["top1"]
             checkpoint.save_best(self.run.path, self.step.trained, info)
 
-    def _speed(self, since: "Clock") -> dict[str, float]:
+    def _speed(self, since: Clock) -> dict[str, float]:
         """Of the training steps since a reading of the clock; nothing where none was counted."""
         steps, seconds = self.clock.steps - since.steps, self.clock.seconds - since.seconds
         if not steps:
@@ -368,29 +324,6 @@ class Job:
         """From the log, so that a finished run that is resumed says the same again."""
         last = [row for row in read_metrics(self.run.path) if "top1" in row][-1]
         return Result(last["top1"], last["top5"], last.get("images_per_second", 0.0), 0.0)
-
-
-@dataclass
-class Clock:
-    """Counts training steps and the seconds they took, evaluation, saving and compilation left out."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    """Seconds in which the loop waited for the pipeline."""
-    started: float = 0.0
-
-    def start(self) -> None:
-        self.started = time.monotonic()
-
-    def stop(self) -> None:
-        self.seconds += time.monotonic() - self.started
-
-    def waiting_for(self, get: Callable[[], T]) -> T:
-        began = time.monotonic()
-        got = get()
-        self.waited += time.monotonic() - began
-        return got
 
 
 def main(argv: list[str]) -> None:

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fastofa.pipelines.augment import shares
+from fastofa.views import Views
 
 
 class Batch(NamedTuple):
@@ -15,7 +19,31 @@ class Batch(NamedTuple):
     labels: Tensor
     """int64 [B]."""
     sample_ids: Tensor
-    """int64 [B], rows of the data set, of the view table and of the teacher cache."""
+    """int64 [B], rows of the view table and of the teacher's; of the data set, too, but where views were joined: there
+    sample_ids modulo the number of samples."""
+    partner_labels: Tensor | None = None
+    """int64 [B]: of the pictures mixed in; None where the views do not mix."""
+    mix: Tensor | None = None
+    """float32 [B]: share of its own label, the rest is the partner's; None where the views do not mix."""
+
+
+def make_batch(
+    images: Tensor,
+    labels: Tensor,
+    views: Views,
+    rows: np.ndarray,
+    normalize: tuple[Sequence[float], Sequence[float]] | None,
+) -> Batch:
+    """Finished uint8 pictures of the table's `rows`, with what belongs to them; `labels` [N] of the whole data set."""
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(labels.device, non_blocking=True)
+
+    batch = Batch(normalized(images, normalize), labels[put(rows % len(labels))], put(rows))
+    if views.partner is None:
+        return batch
+    partner_labels = labels[put(views.partner[rows].astype(np.int64) % len(labels))]
+    return batch._replace(partner_labels=partner_labels, mix=put(shares(views, rows, images.shape[-1])))
 
 
 def normalized(images: Tensor, normalize: tuple[Sequence[float], Sequence[float]] | None) -> Tensor:

@@ -1,15 +1,17 @@
-"""The data set as uint8 in device memory; crop, resize and flip there."""
+"""The data set as uint8 in device memory; crop, resize, flip and augmentation there."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastofa.errors import BadInput
 from fastofa.images import crop_resize_one, read_image
 from fastofa.kernels import crop_resize
-from fastofa.pipelines.batch import Batch, normalized
+from fastofa.pipelines.augment import augment, with_partners
+from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.views import Views, batches
 
 
@@ -41,18 +43,18 @@ class Pipeline:
         self.labels = torch.from_numpy(dataset.labels).to(device)
 
     def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
-        boxes = views.boxes(self.sizes)
         for rows in batches(views, order, start, self.batch_size):
-            ids = torch.from_numpy(rows).to(self.device, non_blocking=True)
-            if self.device.type == "cpu":
-                images = torch.empty(len(rows), 3, self.image_size, self.image_size, dtype=torch.uint8).contiguous(
-                    memory_format=torch.channels_last
-                )
-                for out, row in zip(images, rows, strict=True):
-                    image = self.pixels[row].permute(2, 0, 1)
-                    out.copy_(crop_resize_one(image, boxes[row].tolist(), bool(views.flip[row]), self.image_size))
-            else:
-                box = torch.from_numpy(boxes[rows]).to(self.device, non_blocking=True)
-                flip = torch.from_numpy(views.flip[rows]).to(self.device, non_blocking=True)
-                images = crop_resize(self.pixels, box, flip, self.image_size, ids=ids)
-            yield Batch(normalized(images, self.normalize), self.labels[ids], ids)
+            needed = with_partners(views, rows)
+            images = augment(self._crops(views.take(needed), needed % len(self.sizes)), views, needed, len(rows))
+            yield make_batch(images, self.labels, views, rows, self.normalize)
+
+    def _crops(self, views: Views, ids: np.ndarray) -> Tensor:
+        """uint8 [B, 3, S, S]: row b of the views applied to picture ids[b]."""
+        boxes = views.boxes(self.sizes[ids])
+        if self.device.type != "cpu":
+            box, flip, at = (torch.from_numpy(v).to(self.device, non_blocking=True) for v in (boxes, views.flip, ids))
+            return crop_resize(self.pixels, box, flip, self.image_size, ids=at)
+        images = torch.empty(len(ids), self.image_size, self.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        for out, i, box, flip in zip(images, ids, boxes.tolist(), views.flip.tolist(), strict=True):
+            out.copy_(crop_resize_one(self.pixels[i].permute(2, 0, 1), box, flip, self.image_size))
+        return images

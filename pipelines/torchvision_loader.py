@@ -1,4 +1,7 @@
-"""The portable pipeline: worker processes decode whole batches with torchvision.io and crop from the view table."""
+"""The portable pipeline: worker processes decode whole batches with torchvision.io and crop from the view table.
+
+The rest of the augmentation is done where the batch ends up: on the GPU, or without one in the worker processes.
+"""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -13,42 +16,43 @@ from torch.utils.data import Dataset as TorchDataset
 
 from fastofa.errors import BadInput
 from fastofa.images import crop_resize_one, read_image
-from fastofa.pipelines.batch import Batch, normalized
+from fastofa.pipelines.augment import augment, with_partners
+from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.views import Views, batches
 
 
 class _Batches(TorchDataset):
     """Item b is batch b, decoded. An unreadable picture comes back as its message: exceptions cross processes badly."""
 
-    def __init__(self, dataset: Any, views: Views, rows: list[np.ndarray], image_size: int) -> None:
-        self.dataset, self.views, self.rows, self.image_size = dataset, views, rows, image_size
+    def __init__(self, dataset: Any, views: Views, batches: list[np.ndarray], image_size: int, augmented: bool) -> None:
+        self.dataset, self.views, self.batches, self.image_size = dataset, views, batches, image_size
+        self.augmented = augmented
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.batches)
 
     def __getitem__(self, index: int) -> Tensor | str:
-        rows = self.rows[index]
+        rows = with_partners(self.views, self.batches[index])
+        views, ids = self.views.take(rows), rows % len(self.dataset)
         size = self.image_size
         images = torch.empty(len(rows), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        for out, row, box in zip(images, rows, self._boxes(rows), strict=True):
+        boxes = views.boxes(self.dataset.sizes[ids])
+        for out, i, box, flip in zip(images, ids, boxes.tolist(), views.flip.tolist(), strict=True):
             if self.dataset.pixels is None:
                 try:
-                    image = read_image(self.dataset.path(row))
+                    image = read_image(self.dataset.path(i))
                 except BadInput as error:
                     return str(error)
             else:
-                image = torch.from_numpy(self.dataset.pixels[row]).permute(2, 0, 1)
-            if list(image.shape[1:]) != self.dataset.sizes[row].tolist():
-                height, width = self.dataset.sizes[row]
+                image = torch.from_numpy(self.dataset.pixels[i]).permute(2, 0, 1)
+            if list(image.shape[1:]) != self.dataset.sizes[i].tolist():
+                height, width = self.dataset.sizes[i]
                 return (
-                    f"image {self.dataset.names[row]} is {image.shape[1]} x {image.shape[2]} pixels, expected {height} "
+                    f"image {self.dataset.names[i]} is {image.shape[1]} x {image.shape[2]} pixels, expected {height} "
                     f"x {width} as in the index; delete {self.dataset.index} to read the folder anew"
                 )
-            out.copy_(crop_resize_one(image, box.tolist(), bool(self.views.flip[row]), size))
-        return images
-
-    def _boxes(self, rows: np.ndarray) -> np.ndarray:
-        return Views(self.views.crop[rows], self.views.flip[rows]).boxes(self.dataset.sizes[rows])
+            out.copy_(crop_resize_one(image, box, flip, size))
+        return augment(images, self.views, rows, len(self.batches[index])) if self.augmented else images
 
 
 def _ignore_signals(_worker: int) -> None:
@@ -84,20 +88,22 @@ class Pipeline:
         self.labels = torch.from_numpy(dataset.labels).to(device)
 
     def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
-        rows = list(batches(views, order, start, self.batch_size))
+        all_rows = list(batches(views, order, start, self.batch_size))
+        on_cpu = self.device.type == "cpu"
         loader = DataLoader(
-            _Batches(self.dataset, views, rows, self.image_size),
+            _Batches(self.dataset, views, all_rows, self.image_size, augmented=on_cpu),
             batch_size=None,
-            num_workers=min(self.workers, len(rows)),
+            num_workers=min(self.workers, len(all_rows)),
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # or it would draw a number from the global one, which belongs to the student
             pin_memory=self.device.type == "cuda",
         )
         with _signals_held():
             decoded = iter(loader)
-        for ids, images in zip(rows, decoded, strict=True):
+        for rows, images in zip(all_rows, decoded, strict=True):
             if isinstance(images, str):
                 raise BadInput(images)
-            sample_ids = torch.from_numpy(ids).to(self.device, non_blocking=True)
             images = images.to(self.device, non_blocking=True)
-            yield Batch(normalized(images, self.normalize), self.labels[sample_ids], sample_ids)
+            if not on_cpu:
+                images = augment(images, views, with_partners(views, rows), len(rows))
+            yield make_batch(images, self.labels, views, rows, self.normalize)

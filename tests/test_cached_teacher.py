@@ -36,14 +36,14 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top / "teacher"
 
 
-def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_of: str = "") -> tuple[Tensor, ...]:
     """The losses of an epoch's steps: from the cache; online at the same weights; online in a training of its own."""
-    cache = precompute(PrecomputeConfig(DATA, str(teacher_folder), cache_path, views=1, topk=topk))
+    cache = precompute(PrecomputeConfig(DATA, str(teacher_folder), cache_path, views=1, topk=topk, recipe=views_of))
     views, classes, log_probs = cache.targets(0)
     table = DeviceTargets(classes, log_probs, CPU, dense=topk == cache.num_classes)
     dataset = open_dataset(DATA)
     teacher = open_teacher(str(teacher_folder), 10)
-    order = epoch_order(len(dataset), seed=0, epoch=0)
+    order = epoch_order(len(dataset), seed=0, epoch=0, partner=views.partner)
     objective: Any = Objective(recipes.digits(data=DATA, student="test_resnet", out=Path("unused")), CPU)
 
     def run(train_online: bool) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,8 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float) -> tupl
         for batch, seen in zip(batches, pictures, strict=True):
             answer = Targets(torch.arange(10).expand(BATCH, -1), teacher.log_probs(seen.images).clone())
             logits = student(batch.images)
-            both = [objective(logits, batch.labels, t)[0] for t in (table.lookup(batch.sample_ids), answer)]
+            mixed = batch.partner_labels, batch.mix
+            both = [objective(logits, batch.labels, t, *mixed)[0] for t in (table.lookup(batch.sample_ids), answer)]
             optimizer.zero_grad()
             both[train_online].backward()
             optimizer.step()
@@ -68,12 +69,12 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float) -> tupl
     return cached, online, run(train_online=True)[1]
 
 
-def compare(teacher_folder: Path, tmp_path: Path, topk: int) -> tuple[float, float]:
+def compare(teacher_folder: Path, tmp_path: Path, topk: int, views_of: str = "") -> tuple[float, float]:
     """Largest relative difference of a step's loss at the same weights, in a training that learns fast; and that of the
     mean loss of two trainings, slow ones, since a fast one amplifies the last bit of anything."""
-    cached, online, _ = losses(teacher_folder, tmp_path / "cache", topk, lr=0.05)
+    cached, online, _ = losses(teacher_folder, tmp_path / "cache", topk, 0.05, views_of)
     at_same_weights = (cached / online - 1).abs().max().item()
-    cached, _, trained_online = losses(teacher_folder, tmp_path / "cache", topk, lr=1e-4)
+    cached, _, trained_online = losses(teacher_folder, tmp_path / "cache", topk, 1e-4, views_of)
     of_trainings = abs(cached.mean() / trained_online.mean() - 1).item()
     print(f"K = {topk}: relative difference at the same weights {at_same_weights:.1e}, of trainings {of_trainings:.1e}")
     return at_same_weights, of_trainings
@@ -84,6 +85,14 @@ def test_dense_answers_give_the_same_loss(teacher_folder: Path, tmp_path: Path) 
     """K = C: float16 storage costs less than 1e-5 of the loss at every step, and of the mean of a whole training."""
     at_same_weights, of_trainings = compare(teacher_folder, tmp_path, topk=10)
     assert at_same_weights < 1e-5
+    assert of_trainings < 1e-5
+
+
+@pytest.mark.slow
+def test_so_do_answers_to_the_whole_published_augmentation(teacher_folder: Path, tmp_path: Path) -> None:
+    """RandAugment, mixup, cutmix and erasing: the teacher online sees the mixtures that the cache was made of."""
+    at_same_weights, of_trainings = compare(teacher_folder, tmp_path, topk=10, views_of="imagenet_vit_mlp")
+    assert at_same_weights < 2e-5
     assert of_trainings < 1e-5
 
 

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from fastofa.checkpoint import FILE, load_checkpoint, load_student, save_checkpoint
+from fastofa.checkpoint import load_newest, load_student, save_checkpoint
 from fastofa.config import TrainConfig
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
 from fastofa.optim import create_optimizer
+from runs import newest
 
 OPTIMIZERS = ["sgd", "adamw", "lamb"]
 SIDE = 16
@@ -63,9 +64,10 @@ class Training:
         return None if self.ema is None else self.ema.module
 
     def steps(self, first: int, count: int) -> None:
-        """Batches are a function of the step; dropout is not."""
+        """Batches and dropout are functions of the step, as in a run."""
         self.model.train()
         for step in range(first, first + count):
+            torch.manual_seed(step)
             generator = torch.Generator().manual_seed(step)
             images = torch.randn(8, 3, SIDE, SIDE, generator=generator).contiguous(memory_format=torch.channels_last)
             F.cross_entropy(self.model(images), torch.randint(0, 4, (8,), generator=generator)).backward()
@@ -74,14 +76,15 @@ class Training:
             if self.ema is not None:
                 self.ema.update(self.model, step + 1)
 
-    def save(self, path: Path, **position) -> None:
-        save_checkpoint(path, self.model, self.optimizer, self.ema_module, position)
+    def save(self, run: Path, step: int, keep: int = 2, **position) -> Path:
+        save_checkpoint(run, step, self.model, self.optimizer, self.ema_module, position, keep)
+        return newest(run)
 
-    def load(self, path: Path) -> dict:
-        return load_checkpoint(path, self.model, self.optimizer, self.ema_module)
+    def load(self, run: Path) -> tuple[int, dict]:
+        return load_newest(run, self.model, self.optimizer, self.ema_module)
 
     def everything(self) -> dict[str, Tensor]:
-        """Weights, average, optimiser state and random state, under one name each."""
+        """Weights, average and optimiser state, under one name each."""
         found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.ema is not None:
             found |= {f"ema.{name}": value for name, value in self.ema.module.state_dict().items()}
@@ -91,7 +94,6 @@ class Training:
         for number, group in enumerate(state["param_groups"]):
             if "step" in group:
                 found[f"group.{number}.step"] = torch.as_tensor(group["step"])
-        found["random"] = torch.get_rng_state()
         return {name: value.clone() for name, value in found.items()}
 
 
@@ -107,31 +109,30 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("ema", [True, False])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_everything_comes_back_bit_for_bit(tmp_path, optimizer, ema):
-    """Into a model of another seed, with a random state and a number of steps of its own."""
+    """Into a model of another seed, with a number of steps of its own."""
     before = Training(optimizer, ema)
     before.steps(0, 3)
-    before.save(tmp_path / FILE, step=3, sums=[0.1, 2.0], summed=2)
+    before.save(tmp_path, 3, sums=[0.1, 2.0], summed=2)
     saved = before.everything()
     assert any(name.startswith("state.") for name in saved)
 
     after = Training(optimizer, ema, seed=1)
     after.steps(7, 1)
-    torch.manual_seed(99)
-    assert after.load(tmp_path / FILE) == {"step": 3, "sums": [0.1, 2.0], "summed": 2}
+    assert after.load(tmp_path) == (3, {"sums": [0.1, 2.0], "summed": 2})
     assert_same(after.everything(), saved)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_going_on_after_loading_equals_never_having_stopped(tmp_path, optimizer):
-    """Ten more steps with dropout: weights, average, optimiser and random state are the same to the last bit."""
+    """Ten more steps with dropout: weights, average and optimiser are the same to the last bit."""
     straight = Training(optimizer)
     straight.steps(0, 3)
-    straight.save(tmp_path / FILE, step=3)
+    straight.save(tmp_path, 3)
     straight.steps(3, 10)
     expected = straight.everything()
 
     resumed = Training(optimizer, seed=1)
-    resumed.load(tmp_path / FILE)
+    resumed.load(tmp_path)
     resumed.steps(3, 10)
     assert_same(resumed.everything(), expected)
 
@@ -139,13 +140,13 @@ def test_going_on_after_loading_equals_never_having_stopped(tmp_path, optimizer)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_checkpoint_before_the_first_step(tmp_path, optimizer):
     """The optimiser keeps nothing yet, and what another one kept is forgotten."""
-    Training(optimizer).save(tmp_path / FILE, step=0)
+    Training(optimizer).save(tmp_path, 0)
     straight = Training(optimizer)
     straight.steps(0, 2)
     expected = straight.everything()
     resumed = Training(optimizer, seed=1)
     resumed.steps(5, 2)
-    resumed.load(tmp_path / FILE)
+    resumed.load(tmp_path)
     resumed.steps(0, 2)
     assert_same(resumed.everything(), expected)
 
@@ -158,32 +159,33 @@ def test_a_timm_model_with_stochastic_depth_goes_on_the_same(tmp_path):
     straight = build(0)
     size = SIDE * 2
 
-    def steps(training: Training, count: int) -> None:
+    def steps(training: Training, first: int, count: int) -> None:
         training.model.train()
-        for step in range(count):
+        for step in range(first, first + count):
+            torch.manual_seed(step)
             images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(step))
             training.model(images).pow(2).mean().backward()
             training.optimizer.step()
             training.optimizer.zero_grad()
 
-    steps(straight, 1)
-    straight.save(tmp_path / FILE)
-    steps(straight, 2)
+    steps(straight, 0, 1)
+    straight.save(tmp_path, 1)
+    steps(straight, 1, 2)
     expected = straight.everything()
     resumed = build(1)
-    resumed.load(tmp_path / FILE)
-    steps(resumed, 2)
+    resumed.load(tmp_path)
+    steps(resumed, 1, 2)
     assert_same(resumed.everything(), expected)
 
 
 # --- What does not fit ------------------------------------------------------------------------------------------------
 
 
-def refused(path: Path, training: Training, message: str) -> None:
+def refused(file: Path, training: Training, message: str) -> None:
     """BadInput with this message, and nothing is changed by it."""
     before = training.everything()
     with pytest.raises(BadInput, match=message):
-        training.load(path)
+        training.load(run_of(file))
     assert_same(training.everything(), before)
 
 
@@ -191,8 +193,11 @@ def refused(path: Path, training: Training, message: str) -> None:
 def saved(tmp_path: Path) -> Path:
     training = Training("adamw")
     training.steps(0, 2)
-    training.save(tmp_path / FILE, step=2)
-    return tmp_path / FILE
+    return training.save(tmp_path, 2)
+
+
+def run_of(file: Path) -> Path:
+    return file.parent.parent
 
 
 @pytest.fixture
@@ -232,8 +237,8 @@ def test_a_model_of_another_size_names_a_few_keys_and_counts_the_rest(saved):
 
 def test_with_and_without_a_moving_average_do_not_mix(saved, tmp_path):
     refused(saved, Training("adamw", ema=False), "does not fit this run's ema: missing none; unexpected 0.weight")
-    Training("adamw", ema=False).save(tmp_path / "plain.safetensors")
-    refused(tmp_path / "plain.safetensors", Training("adamw"), "does not fit this run's ema: missing 0.weight")
+    plain = Training("adamw", ema=False).save(tmp_path / "plain", 0)
+    refused(plain, Training("adamw"), "does not fit this run's ema: missing 0.weight")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +263,7 @@ def test_damaged_files_and_pickles_are_refused(saved, other, load):
 
     def attempt(message: str) -> None:
         with pytest.raises(BadInput, match=message):
-            other.load(saved) if load == "everything" else load_student(saved, other.model)
+            other.load(run_of(saved)) if load == "everything" else load_student(run_of(saved), other.model)
 
     for content, message in (
         (data[: len(data) // 2], "truncated or damaged"),
@@ -271,7 +276,7 @@ def test_damaged_files_and_pickles_are_refused(saved, other, load):
     torch.save({"student": other.model.state_dict()}, saved)
     attempt("expected a safetensors file, got one that is a pickle")
     saved.unlink()
-    attempt("does not exist")
+    attempt("expected a checkpoint, found none" if load == "everything" else "no checkpoint yet")
     assert_same(other.everything(), before)
 
 
@@ -282,10 +287,11 @@ def test_load_student_takes_the_moving_average_where_there_is_one(tmp_path):
     for ema in (True, False):
         training = Training("sgd", ema)
         training.steps(0, 3)
-        training.save(tmp_path / FILE, step=3)
+        training.save(tmp_path, 3, summed=2)
         expected = (training.ema.module if ema else training.model).state_dict()
         student = Cnn()
-        assert load_student(tmp_path / FILE, student) == {"step": 3}
+        info = load_student(tmp_path, student)
+        assert (info["step"], info["position"]) == (3, {"summed": 2})
         assert_same(student.state_dict(), expected)
         assert torch.equal(student[0].weight, training.model[0].weight) is not ema
 
@@ -294,7 +300,7 @@ def test_load_student_names_what_does_not_fit(saved):
     student = Cnn(classes=5)
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(BadInput, match=r"does not fit this run's ema: .*of another shape 7.bias, 7.weight"):
-        load_student(saved, student)
+        load_student(run_of(saved), student)
     assert_same(student.state_dict(), before)
 
 
@@ -307,12 +313,12 @@ def test_the_file_is_safetensors_and_nothing_else(saved):
     spans = sorted(entry["data_offsets"] for entry in header.values())
     assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
     assert 8 + length + spans[-1][1] == len(data)
-    assert {name.partition(".")[0] for name in header} == {"student", "ema", "optimizer", "random"}
+    assert {name.partition(".")[0] for name in header} == {"student", "ema", "optimizer"}
     with pytest.raises(ValueError):
         list(pickletools.genops(data))
 
     training = Training("adamw")
     training.steps(0, 2)
-    training.save(saved, step=2)
+    training.save(run_of(saved), 2)
     assert saved.read_bytes() == data
-    assert [file.name for file in saved.parent.iterdir()] == [FILE]
+    assert [file.name for file in saved.parent.iterdir()] == ["step-00000002.safetensors"]

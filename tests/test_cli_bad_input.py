@@ -25,12 +25,14 @@ import torch
 from timm.models import save_for_hf
 
 from fastofa import cli
-from fastofa.checkpoint import FILE as CHECKPOINT
 from fastofa.cli import COMMANDS
 from fastofa.config import TrainConfig
 from fastofa.files import load_tensors, save_tensors
 from fastofa.metrics import read_metrics
 from fastofa.teacher_cache import HEADER, VAL, view_file
+from runs import same_run
+
+CHECKPOINT = "checkpoints/step-00000006.safetensors"
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -40,7 +42,7 @@ CONTEXT.set_forkserver_preload(
 PRECOMPUTE = "precompute --data digits:20 --teacher teacher --views 2 --topk 3 --image-size 32"
 TRAIN = (
     "train --recipe digits --data digits:20 --cache cache --student test_resnet --stages 4 --image-size 32 --epochs 3"
-    " --batch-size 10 --eval-every 3 --checkpoint-every 4 --ema 0.9 --log-every 1"
+    " --batch-size 10 --eval-every 3 --checkpoint-every 4 --keep 1 --ema 0.9 --log-every 1"
 )
 PHOTO_TRAIN = (
     "train --recipe digits --data photos --student test_resnet --stages 4 --image-size 32 --epochs 1 --batch-size 10"
@@ -146,7 +148,10 @@ REFUSED = {
     "evaluate's data": ("evaluate run --data digit", "unknown data set 'digit': expected digits, digits:N"),
     "digits by count": (f"{TRAIN} --out new --data digits:15", "expected N a multiple of 10 from 10 to...got '15'"),
     "recipe": (f"{TRAIN} --out new --recipe imagenet", "recipe...expected...imagenet_cnn...imagenet"),
-    "no recipe": ("train --data digits:20 --student test_resnet --out new", "recipe...expected...digits, imagenet_cnn"),
+    "no recipe": (
+        "train --data digits:20 --student test_resnet --out new",
+        "recipe...expected...digits, imagenet_fast",
+    ),
     "train's pipeline": (f"{TRAIN} --out new --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or one of res"),
     "precompute's pipeline": (f"{PRECOMPUTE} --out new --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or"),
     "evaluate's pipeline": ("evaluate run --data digits --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or"),
@@ -365,7 +370,8 @@ def test_edited_header_of_a_cache(copied):
 @pytest.mark.parametrize(
     ("edited", "message"),
     [
-        ({"schema": 2}, "expected schema 1, got 2"),
+        ({"schema": 3}, "expected schema 1 or 2, got 3"),
+        ({"policy": {"scale": [0.1, 1], "ratio": [1, 1], "flip": 0, "auto_augment": 9}}, "it was edited"),
         ({"topk": 4}, "view-00000.safetensors: belongs to another cache"),
         ({"seed": 1}, "view-00000.safetensors: belongs to another cache"),
         ({"views": 3}, "expected 3 views, view-00002.safetensors is missing"),
@@ -435,8 +441,8 @@ STUDENT, EMA, ADAM = "student.backbone.bn1.weight", "ema.backbone.bn1.weight", "
         ({ADAM: None}, "does not fit this run's optimizer: exits.0.head.bias.exp_avg (missing)", READERS[:1]),
         ({ADAM: torch.zeros(3)}, "does not fit this run's optimizer: exits.0.head.bias.exp_avg", READERS[:1]),
         ({"optimizer.more.exp_avg": torch.zeros(2)}, "does not fit this run's optimizer: more.exp_avg", READERS[:1]),
-        ({"random.cpu": None}, "expected what `fastofa train` saves, it lacks random.cpu", READERS[:1]),
         ({"position": None}, "expected what `fastofa train` saves, it lacks position", READERS[:1]),
+        ({"step": None}, "expected what `fastofa train` saves, it lacks step", READERS[:1]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
@@ -583,7 +589,7 @@ def test_full_disk_while_precomputing(copied, size, file):
     [
         (300, "could not write new/config.json"),
         (2000, "could not write...new...free space"),  # the log
-        (100_000, "could not write new/checkpoint.safetensors...free space"),
+        (100_000, "could not write new/checkpoints/...free space"),
     ],
     ids=["configuration", "log", "checkpoint"],
 )
@@ -609,12 +615,3 @@ def test_full_disk_while_exporting_and_evaluating(copied, argv, size, file, out)
     full(argv, size, f"could not write {file}", out)
     assert contents(copied) == before
     succeeds(argv)
-
-
-def same_run(a: Path, b: Path) -> None:
-    (tensors, info), (others, other_info) = (load_tensors(run / CHECKPOINT) for run in (a, b))
-    assert tensors.keys() == others.keys()
-    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
-    assert info == other_info
-    logs = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(run)] for run in (a, b)]
-    assert logs[0] == logs[1]

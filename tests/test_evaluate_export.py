@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastofa.evaluate
 import fastofa.export
 from fastofa import recipes
-from fastofa.checkpoint import FILE, save_checkpoint
+from fastofa.checkpoint import save_checkpoint
 from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.errors import BadInput
@@ -29,6 +29,7 @@ from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.run import Run
 from fastofa.teacher import open_teacher
 from fastofa.teacher_cache import TeacherCache
+from runs import newest
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.3, 0.25, 0.2)
 DIGITS = tuple("0123456789")
@@ -51,7 +52,7 @@ def make_run(out: Path, classes: tuple[str, ...] = DIGITS, ema: bool = False, **
     student = lively(run.build_student())
     average = lively(run.build_student()) if ema else None
     run.save()
-    save_checkpoint(out / FILE, student, torch.optim.SGD(student.parameters(), lr=0.1), average, {"step": 0})
+    save_checkpoint(out, 0, student, torch.optim.SGD(student.parameters(), lr=0.1), average, {}, keep=1)
     return run
 
 
@@ -72,7 +73,7 @@ def pixels(dataset: Dataset, size: int, crop: float) -> Tensor:
 def plain_student(run: Run, part: str) -> nn.Module:
     """The run's backbone in plain timm, with the checkpoint's `part` ("student" or "ema")."""
     c, start = run.config, f"{part}.backbone."
-    tensors = {k.removeprefix(start): v for k, v in load_file(run.path / FILE).items() if k.startswith(start)}
+    tensors = {k.removeprefix(start): v for k, v in load_file(newest(run.path)).items() if k.startswith(start)}
     model = timm.create_model(c.student, num_classes=len(run.classes))
     model.load_state_dict(tensors)
     return model.eval()
@@ -115,7 +116,11 @@ def test_the_figures_are_those_of_a_loop_written_by_hand(digit_cache, tmp_path, 
     assert found.agreement == pytest.approx((best[:, 0] == teacher).mean(), abs=1.1 / 599)
     assert found.teacher_top1 == pytest.approx((teacher == val.labels).mean())
     assert len({found.top1, found.top5, found.agreement, found.teacher_top1}) == 4
-    assert json.loads((run.path / "evaluation.json").read_text()) == {"data": "digits:100", **vars(found)}
+    assert json.loads((run.path / "evaluation.json").read_text()) == {
+        "data": "digits:100",
+        "weights": "last",
+        **vars(found),
+    }
 
 
 def test_pictures_from_files_in_any_batch_size(photo_run, photos):
@@ -168,7 +173,7 @@ def test_evaluate_refuses(photo_run, photos, tmp_path):
         evaluate(EvaluateConfig(tmp_path, str(photos)))
     with pytest.raises(BadInput, match=r"expected the 2 classes that .* was trained on \(china, flower, ...\), got 10"):
         evaluate(EvaluateConfig(photo_run.path, "digits"))
-    (photo_run.path / FILE).unlink()
+    newest(photo_run.path).unlink()
     with pytest.raises(BadInput, match=r"no checkpoint yet; run `fastofa train` with --resume"):
         evaluate(EvaluateConfig(photo_run.path, str(photos)))
     assert not (photo_run.path / "evaluation.json").exists()

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.data.mixup import mixup_target
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from fastofa.config import TrainConfig
-from fastofa.losses import PARTS, Objective
+from fastofa.losses import PARTS, Objective, heavier, mixed_labels
 from fastofa.teacher_cache import Targets, answers
 
 B, C, K = 6, 9, 4
@@ -147,6 +149,48 @@ def test_a_head_learns_only_where_its_weight_says_so(weights, learns):
     logits.requires_grad_()
     Objective(config(**weights), torch.device("cpu"))(logits, labels, targets)[0].backward()
     assert [bool(g.abs().max() > 0) for g in logits.grad] == learns
+
+
+# --- Mixed pictures ---------------------------------------------------------------------------------------------------
+
+
+def mixed_case(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The partner's labels, some of them the same, and shares, among them 0, 1 and a tie."""
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.rand(B, generator=generator)
+    shares[:3] = torch.tensor([0.0, 1.0, 0.5])
+    return torch.randint(0, C, (B,), generator=generator), shares
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("gt_loss", ["ce", "bce"])
+def test_mixed_labels_are_timms(gt_loss, smoothing):
+    """mixup_target of each pair, then the loss that timm's recipes put on it; and the OFA label is its argmax."""
+    logits, labels, targets = case(5)
+    partner_labels, mix = mixed_case()
+    pairs = torch.stack([labels, partner_labels], dim=1)
+    target = torch.stack([mixup_target(p, C, lam, smoothing)[0] for p, lam in zip(pairs, mix, strict=True)])
+    torch.testing.assert_close(mixed_labels(labels, partner_labels, mix, C, smoothing), target)
+    assert torch.equal(heavier(labels, partner_labels, mix), target.argmax(dim=1))
+
+    c = config(gt_loss=gt_loss, smoothing=smoothing, eps=(1.3,))
+    objective = Objective(c, torch.device("cpu"))
+    got = objective(logits, labels, targets, partner_labels, mix)
+    by_timm = SoftTargetCrossEntropy() if gt_loss == "ce" else BinaryCrossEntropy(smoothing=smoothing)
+    torch.testing.assert_close(got[1], by_timm(logits[-1], target))
+    hard = objective(logits, target.argmax(dim=1), targets)
+    assert torch.equal(got[2:], hard[2:])
+    torch.testing.assert_close(got[0], got[1:].sum())
+
+
+@pytest.mark.parametrize("gt_loss", ["ce", "bce"])
+def test_a_share_of_one_is_no_mixing(gt_loss):
+    logits, labels, targets = case(5)
+    objective = Objective(config(gt_loss=gt_loss, smoothing=0.1), torch.device("cpu"))
+    plain = objective(logits, labels, targets)
+    torch.testing.assert_close(objective(logits, labels, targets, labels.flip(0), torch.ones(B)), plain)
+    torch.testing.assert_close(objective(logits, labels, targets, labels, torch.rand(B)), plain)
+    assert torch.equal(objective(logits, labels, targets, None, None), plain)
 
 
 @pytest.mark.parametrize("gt_loss", ["ce", "bce"])

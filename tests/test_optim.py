@@ -1,73 +1,18 @@
-"""The learning rate against timm's schedulers, and what the optimisers are and which parameters they decay."""
+"""What the optimisers are and which parameters they decay."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from fastofa.config import TrainConfig
-from fastofa.optim import create_optimizer, learning_rate, set_learning_rate
-from fastofa.recipes import RECIPES
+from fastofa.optim import create_optimizer, set_learning_rate
 from fastofa.student import Student
 
 
 def config(**given) -> TrainConfig:
     return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **given})
-
-
-def timm_rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
-    """What timm's scheduler, updated after every step as its train script does, sets for each step of the run."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=c.lr)
-    names = ("min_lr", "warmup_epochs", "warmup_lr", "decay_epochs", "decay_rate")
-    scheduler, _ = create_scheduler_v2(
-        optimizer, c.schedule, num_epochs=c.epochs, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
-        **{name: getattr(c, name) for name in names},
-    )  # fmt: skip
-    rates = []
-    for step in range(c.epochs * steps_per_epoch):
-        rates.append(optimizer.param_groups[0]["lr"])
-        scheduler.step_update(step + 1)
-    return rates
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_step_of_a_recipe_has_timms_rate(name):
-    c = RECIPES[name](data="digits", student="test_resnet", out=Path("run"))
-    got = [learning_rate(c, step, 7) for step in range(c.epochs * 7)]
-    assert got == pytest.approx(timm_rates(c, 7), rel=1e-9, abs=1e-15)
-    assert got[0] == pytest.approx(c.warmup_lr if c.warmup_epochs else c.lr)
-    assert max(got) <= c.lr
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    schedule=st.sampled_from(["cosine", "step"]),
-    epochs=st.integers(1, 30),
-    steps_per_epoch=st.integers(1, 12),
-    lr=st.floats(1e-6, 10),
-    min_lr=st.floats(0, 1e-2),
-    warmup_epochs=st.integers(0, 35) | st.floats(0, 5),
-    warmup_lr=st.floats(0, 1),
-    decay_epochs=st.integers(1, 40) | st.sampled_from([0.5, 2.4]),
-    decay_rate=st.floats(0.01, 1),
-)
-def test_every_step_has_timms_rate(steps_per_epoch, **values):
-    """Any schedule: a warm-up longer than the run, from above the rate, of part of an epoch; decays between epochs."""
-    c = config(**values)
-    got = [learning_rate(c, step, steps_per_epoch) for step in range(c.epochs * steps_per_epoch)]
-    assert got == pytest.approx(timm_rates(c, steps_per_epoch), rel=1e-9, abs=1e-15)
-
-
-def test_after_the_last_step_the_rate_is_the_least():
-    c = config(epochs=3, lr=0.1, min_lr=0.01)
-    assert [learning_rate(c, step, 5) for step in (15, 16, 100)] == pytest.approx([0.01] * 3)
-
-
-# --- Optimisers -------------------------------------------------------------------------------------------------------
 
 
 def decays(student: nn.Module, c: TrainConfig) -> dict[str, float]:

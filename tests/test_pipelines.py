@@ -13,13 +13,24 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image
+from timm.data import auto_augment as timm
 from torch import Tensor
 
 from fastofa.dataset import Dataset, from_array, open_dataset
 from fastofa.errors import BadInput
 from fastofa.kernels import crop_resize
 from fastofa.pipelines import Batch, open_pipeline
-from fastofa.views import ViewPolicy, Views, center_views, draw_views, epoch_order
+from fastofa.pipelines.augment import augment, shares
+from fastofa.rand_augment import OPS
+from fastofa.views import (
+    ViewPolicy,
+    Views,
+    center_views,
+    draw_views,
+    epoch_order,
+    join_views,
+    pixel_boxes,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -137,6 +148,162 @@ def test_a_table_covers_the_same_region_at_another_image_size():
             across = (left + (place[::-1] if flip else place) * width) - 0.5
             assert np.abs(image[0].mean(1).numpy() - down)[middle].max() < 1.5
             assert np.abs(image[1].mean(0).numpy() - across)[middle].max() < 1.0
+
+
+# --- The rest of the augmentation -------------------------------------------------------------------------------------
+
+FULL = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
+
+
+def draw_full(dataset: Dataset, view: int = 0, policy: ViewPolicy = FULL) -> Views:
+    return draw_views(policy, dataset.sizes, seed=1, view=view)
+
+
+def augmented_by_hand(cropped: Tensor, views: Views) -> Tensor:
+    """Of all samples' crops: timm's operations on Pillow pictures, then mixed in numpy; an erased box is left black."""
+    size = cropped.shape[-1]
+    pictures = []
+    for crop, ops, amounts in zip(cropped, views.ops, views.amounts.tolist(), strict=True):
+        picture = Image.fromarray(crop.permute(1, 2, 0).numpy())
+        for op, amount in zip(ops, amounts, strict=True):
+            if op:
+                name = timm._RAND_TRANSFORMS[op - 1]
+                args = [] if timm.LEVEL_TO_ARG[name] is None else [int(amount) if "ize" in name else amount]
+                if OPS[op] == "solarize_add":
+                    args = [int(amount)]
+                options = {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BILINEAR}
+                picture = timm.NAME_TO_OP[name](picture, *args, **options)
+        pictures.append(np.asarray(picture))
+    whole = np.stack(pictures)
+    out = whole.copy()
+    for i, (partner, share, cut) in enumerate(zip(views.partner, views.mix, views.mix_box, strict=True)):
+        if cut[2]:
+            top, left, bottom, right = pixel_boxes(cut[None], size)[0]
+            out[i, top:bottom, left:right] = whole[partner, top:bottom, left:right]
+        else:
+            out[i] = np.rint(whole[i] * share + whole[partner] * (1 - share))
+    for picture, (top, left, bottom, right) in zip(out, pixel_boxes(views.erase, size), strict=True):
+        picture[top:bottom, left:right] = 0
+    return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("digits", "resident"), ("uniform", "resident"), ("mixed", "torchvision")]
+)
+def test_the_augmentation_equals_timms_picture_by_picture(request, source, name):
+    """Crop, operations, mixing and erasing in the published order; only rotations differ, by 1 at few pixels."""
+    dataset = request.getfixturevalue(source)
+    for view in range(3):
+        views = draw_full(dataset, view)
+        plain = Views(views.crop, views.flip)
+        got = images_of(run(name, dataset, views, 48, batch_size=16))
+        expected = augmented_by_hand(images_of(run(name, dataset, plain, 48)), views)
+        for picture, (top, left, bottom, right) in zip(got, pixel_boxes(views.erase, 48), strict=True):
+            if bottom > top:
+                assert picture[:, top:bottom, left:right].float().std() > 20
+            picture[:, top:bottom, left:right] = 0
+        error = (got.int() - expected.int()).abs()
+        assert error.max() <= 2
+        assert (error > 0).float().mean() < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize(
+    ("source", "name", "workers"),
+    [("mixed", "torchvision", 0), ("mixed", "torchvision", 1), ("mixed", "torchvision", 4), ("digits", "resident", 0)],
+)
+def test_augmented_pixels_depend_on_view_and_sample_only(request, source, name, workers):
+    """Bit for bit, in batches that hold whole pairs and in any others: a partner that is not there is read, too."""
+    dataset = request.getfixturevalue(source)
+    views = draw_full(dataset)
+    truth = by_sample(run(name, dataset, views, batch_size=len(dataset)))
+    pairs = epoch_order(len(dataset), seed=9, epoch=2, partner=views.partner)
+    torn = epoch_order(len(dataset), seed=9, epoch=2)
+    for order, batch_size, start in ((pairs, 64, 0), (pairs, 8, 0), (torn, 7, 0), (pairs, 6, 11), (torn, 1, 20)):
+        options = {"workers": workers, "batch_size": batch_size, "order": order, "start": start}
+        found = by_sample(run(name, dataset, views, **options))
+        assert list(found) == order[start:].tolist()
+        assert same(truth, found)
+    assert not same(truth, by_sample(run(name, dataset, draw_full(dataset, view=1))))
+
+
+def test_both_pipelines_augment_alike(digits, uniform):
+    for dataset in (digits, uniform):
+        views = draw_full(dataset)
+        a, b = (by_sample(run(name, dataset, views, 45)) for name in ("resident", "torchvision"))
+        assert same(a, b)
+
+
+@pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("resident", 0)])
+def test_a_mixed_batch_says_what_it_was_mixed_of(digits, name, workers):
+    """The partners' labels, and each own share: of cutmix that of the pixels that are really shown."""
+    views, size = draw_full(digits), 20
+    batches = run(name, digits, views, size, batch_size=30, workers=workers)
+    labels = torch.from_numpy(digits.labels)
+    for batch in batches:
+        partner = torch.from_numpy(views.partner)[batch.sample_ids].long()
+        assert (batch.partner_labels.dtype, batch.mix.dtype) == (torch.int64, torch.float32)
+        assert torch.equal(batch.partner_labels, labels[partner])
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    mix = torch.cat([batch.mix for batch in batches]).numpy()
+    assert np.array_equal(mix, shares(views, np.arange(100), size))
+    cut = views.mix_box[:, 2] > 0
+    assert np.array_equal(mix[~cut], views.mix[~cut])
+    assert np.abs(mix[cut] - views.mix[cut]).max() < 2 / size
+    assert np.allclose(mix[cut] * size**2, np.rint(mix[cut] * size**2), atol=1e-3)
+    for batch in run(name, digits, draw(digits), size):
+        assert (batch.partner_labels, batch.mix) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "resident"])
+def test_joined_views_are_the_views_one_after_the_other(digits, name):
+    """Repeated augmentation: row r * N + i is sample i in the r-th view, with its label and its partner's."""
+    policy = dataclasses.replace(FULL, repeats=3)
+    tables = [draw_full(digits, view, policy) for view in range(3)]
+    apart = [by_sample(run(name, digits, table)) for table in tables]
+    views = join_views(tables)
+    order = epoch_order(100, 0, 1, partner=views.partner, repeats=3)
+    batches = run(name, digits, views, batch_size=12, order=order)
+    found = by_sample(batches)
+    assert list(found) == order.tolist()
+    assert all(torch.equal(image, apart[row // 100][row % 100]) for row, image in found.items())
+    labels = torch.from_numpy(digits.labels)
+    for batch in batches:
+        assert torch.equal(batch.labels, labels[batch.sample_ids % 100])
+        partner = torch.from_numpy(views.partner)[batch.sample_ids].long()
+        assert torch.equal(batch.partner_labels, labels[partner % 100])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_augments_to_the_same_bits_and_never_waits(digits):
+    """The operations are put together of single roundings, which no device does otherwise."""
+    views, rows = draw_full(digits), np.arange(100)
+    crops = images_of(run("resident", digits, Views(views.crop, views.flip), 64))
+    expected = augment(crops.clone(memory_format=torch.channels_last), views, rows, 100)
+    for mode in ("default", "error"):  # the first time constants are copied
+        images = crops.cuda().contiguous(memory_format=torch.channels_last)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            got = augment(images, views, rows, 100)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(got.cpu(), expected)
+
+
+def test_colours_are_the_policys(digits):
+    """What shows where a picture was moved away, and the mean of the noise."""
+    policy = ViewPolicy(auto_augment="rand-m10-p1-n1", erase=1.0, mean=(0.2, 0.4, 0.6), std=(0.01, 0.01, 0.01))
+    views = draw_full(digits, policy=policy)
+    slid = np.flatnonzero(views.ops[:, 0] == OPS.index("translate_x"))
+    images = images_of(run("resident", digits, views, 40))
+    for i in slid:
+        side = images[i, :, :, 0 if views.amounts[i, 0] < 0 else -1].float()
+        assert (side.median(dim=1).values - torch.tensor([51.0, 102.0, 153.0])).abs().max() <= 3
+    for picture, (top, left, bottom, right) in zip(images, pixel_boxes(views.erase, 40), strict=True):
+        noise = picture[:, top:bottom, left:right].float().mean(dim=(1, 2))
+        assert (noise - torch.tensor([51.0, 102.0, 153.0])).abs().max() < 3
+    assert len(slid) > 2
 
 
 # --- Pixels -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize
 
-from fastofa.checkpoint import FILE, save_checkpoint
+from fastofa.checkpoint import save_checkpoint
 from fastofa.config import TrainConfig
 from fastofa.errors import BadInput
 from fastofa.export import ExportConfig, export
@@ -109,7 +109,7 @@ def test_an_exported_run_is_a_teacher(tmp_path):
     student = run.build_student()
     lively(student)
     run.save()
-    save_checkpoint(config.out / FILE, student, torch.optim.SGD(student.parameters(), lr=0.1), None, {"step": 0})
+    save_checkpoint(config.out, 0, student, torch.optim.SGD(student.parameters(), lr=0.1), None, {}, keep=1)
     export(ExportConfig(config.out, tmp_path / "out"))
     teacher = open_teacher(str(tmp_path / "out"), CLASSES)
     assert (teacher.image_size, teacher.crop) == (32, 0.8)

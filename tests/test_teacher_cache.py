@@ -20,6 +20,7 @@ from fastofa.cache import info
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
+from fastofa.pipelines import open_pipeline
 from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.recipes import default_policy
 from fastofa.teacher import open_teacher
@@ -31,6 +32,8 @@ from fastofa.teacher_cache import (
     TeacherCache,
     agreement,
     answers,
+    policy_from_json,
+    policy_to_json,
     view_file,
 )
 from fastofa.views import ViewPolicy, Views, center_views, draw_views
@@ -260,6 +263,82 @@ def test_validation_answers_are_of_the_teachers_own_centre_crops(photo_cache, ph
     assert agreement(val.labels, got) == pytest.approx(by_hand, abs=1 / len(val))
 
 
+# --- Augmented views --------------------------------------------------------------------------------------------------
+
+FULL = {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "erase": 0.25}
+
+
+@pytest.fixture(scope="module")
+def full_cache(make) -> TeacherCache:
+    """Two views of the photographs with everything in them. Not to be changed."""
+    return make(views=2, recipe="imagenet_vit_mlp")
+
+
+def test_every_column_is_stored_and_read(full_cache, photos):
+    """Schema 2, which older versions refuse; the policy as asked for; and the drawn columns, byte for byte."""
+    header = json.loads((full_cache.path / HEADER).read_text())
+    assert header["schema"] == 2
+    assert header["policy"] == {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5, **FULL}
+    cache = TeacherCache.open(full_cache.path)
+    cache.verify()
+    assert cache.policy == ViewPolicy(**FULL)
+    for view in range(2):
+        stored = cache.targets(view)[0]
+        drawn = draw_views(ViewPolicy(**FULL), open_dataset(str(photos)).sizes, seed=0, view=view)
+        assert stored.columns().keys() == drawn.columns().keys()
+        for name, column in drawn.columns().items():
+            assert stored.columns()[name].dtype == column.dtype
+            np.testing.assert_array_equal(stored.columns()[name], column)
+    said = info(full_cache)
+    assert (said["auto-augment"], said["mixup"], said["erase"]) == ("rand-m9-mstd0.5-inc1", "0.8", "0.25")
+    assert "repeats" not in said
+
+
+def test_answers_to_mixed_pictures_are_the_teachers(full_cache, photos, teacher_of_2):
+    """Each row's answer is to that row's own mixture, though they were asked for pair by pair."""
+    dataset, teacher = open_dataset(str(photos)), open_teacher(str(teacher_of_2), 2)
+    for view in range(2):
+        views, classes, log_probs = full_cache.targets(view)
+        (batch,) = open_pipeline("torchvision", dataset, SIZE, len(dataset)).epoch(views, np.arange(len(dataset)))
+        assert_same_answers(Targets(classes, log_probs), teacher.log_probs(batch.images))
+
+
+def test_pair_order_and_batches_do_not_show_in_the_views(full_cache, make):
+    other = make(views=2, recipe="imagenet_vit_mlp", batch_size=5, workers=1)
+    for view in range(2):
+        (a, classes_a, log_probs_a), (b, classes_b, log_probs_b) = full_cache.targets(view), other.targets(view)
+        for name, column in a.columns().items():
+            np.testing.assert_array_equal(column, b.columns()[name])
+        both = ((classes_a, log_probs_a), (classes_b, log_probs_b))
+        by_class = [torch.zeros(24, 2).scatter(1, classes.long(), given.float()) for classes, given in both]
+        torch.testing.assert_close(*by_class, rtol=2e-3, atol=2e-3)
+
+
+def test_flags_change_the_recipes_views(make):
+    cache = make(views=2, recipe="imagenet_vit_mlp", mixup=0.0, cutmix=0.0, erase=0.5, auto_augment="")
+    assert cache.policy == ViewPolicy(erase=0.5)
+    assert set(cache.targets(0)[0].columns()) == {"crop", "flip", "erase", "noise"}
+    cache = make(views=2, auto_augment="rand-m5-n1", repeats=2)
+    assert cache.policy == ViewPolicy(auto_augment="rand-m5-n1", repeats=2)
+    with pytest.raises(BadInput, match="views: expected a multiple of 3, as repeated augmentation shows them, got 4"):
+        make(views=4, recipe="imagenet_stronger")
+    with pytest.raises(BadInput, match="recipe: expected --recipe with one of"):
+        make(recipe="imagenet")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_policy_comes_back_from_its_json(data):
+    share = st.floats(0, 1)
+    policy = ViewPolicy(
+        flip=data.draw(share), erase=data.draw(share), mixup=data.draw(st.floats(0, 3)),
+        repeats=data.draw(st.integers(1, 4)), cutmix=data.draw(st.floats(0, 3)),
+        auto_augment=data.draw(st.sampled_from(["", "rand-m9", "rand-m7-n3-p0.1"])),
+        mean=data.draw(st.tuples(share, share, share)),
+    )  # fmt: skip
+    assert policy_from_json(json.loads(json.dumps(policy_to_json(policy)))) == policy
+
+
 # --- What a cache is for ----------------------------------------------------------------------------------------------
 
 
@@ -296,9 +375,9 @@ def test_no_cache_and_headers_that_are_none(changed):
     header = (changed / HEADER).read_text()
     for text, message in (
         (header[:50], "is not valid JSON"),
-        ("[]", "expected schema 1, got list"),
-        ("{}", "expected schema 1, got None"),
-        (header.replace('"schema": 1', '"schema": 2'), "expected schema 1, got 2"),
+        ("[]", "expected schema 1 or 2, got list"),
+        ("{}", "expected schema 1 or 2, got None"),
+        (header.replace('"schema": 1', '"schema": 3'), "expected schema 1 or 2, got 3"),
         (header.replace('"topk"', '"top"'), "expected the fields topk, it was edited"),
     ):
         (changed / HEADER).write_text(text)

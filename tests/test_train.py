@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,9 @@ from timm.layers import DropPath
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+import fastofa.step
 import fastofa.train
 from fastofa import recipes
-from fastofa.checkpoint import FILE
 from fastofa.config import TrainConfig
 from fastofa.dataset import open_dataset
 from fastofa.errors import BadInput
@@ -31,15 +32,18 @@ from fastofa.files import load_tensors
 from fastofa.losses import Objective
 from fastofa.metrics import read_metrics
 from fastofa.models import VARIANTS
-from fastofa.optim import create_optimizer, learning_rate
+from fastofa.optim import create_optimizer
 from fastofa.pipelines import torchvision_loader
+from fastofa.pipelines.augment import shares
 from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.recipes import default_policy
 from fastofa.run import open_run
+from fastofa.schedule import learning_rate
 from fastofa.student import Student
-from fastofa.teacher_cache import TeacherCache
+from fastofa.teacher_cache import Targets, TeacherCache
 from fastofa.train import Result, train
-from fastofa.views import draw_views, epoch_order
+from fastofa.views import draw_views, epoch_order, epoch_rows, join_views
+from runs import newest
 
 SIZE = 32
 METHODS = ["ofa", "kd", "scratch"]
@@ -87,8 +91,8 @@ def rows(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def saved(run: Path, part: str) -> dict[str, Tensor]:
-    """Tensors of the checkpoint whose names begin with `part`."""
-    tensors, _ = load_tensors(run / FILE)
+    """Tensors of the newest checkpoint whose names begin with `part`."""
+    tensors, _ = load_tensors(newest(run))
     return {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
 
 
@@ -119,7 +123,18 @@ def finished(request, digit_cache, tmp_path_factory) -> Finished:
 def test_the_runs_folder_holds_these(finished):
     """Nothing temporary among them; config.json opens as the very configuration, with classes and teacher's width."""
     names = sorted(file.name for file in finished.path.iterdir())
-    assert names == ["checkpoint.safetensors", "config.json", "curves.png", "metrics.jsonl", "tensorboard"]
+    assert names == [
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "environment.json",
+        "metrics.jsonl",
+        "report.html",
+        "tensorboard",
+        "val_predictions.safetensors",
+    ]
+    kept = sorted(file.name for file in (finished.path / "checkpoints").iterdir())
+    assert kept == ["best.safetensors", "step-00000004.safetensors"]
     run = open_run(finished.path)
     assert run.config == finished.config
     assert run.classes == tuple("0123456789")
@@ -134,7 +149,8 @@ def test_the_runs_folder_holds_these(finished):
 
 
 def test_metrics_have_a_row_for_each_step_and_epoch(finished):
-    """Learning rate of the schedule, parts of the method, the loss their weighted sum, accuracy where it was due."""
+    """Learning rate of the schedule, parts of the method, the loss their weighted sum, accuracy where it was due; a
+    speed wherever a step was counted."""
     c = finished.config
     steps, epochs = rows(c.out, "step"), rows(c.out, "epoch")
     assert [(row["step"], row["epoch"]) for row in steps] == [(s + 1, s // 2) for s in range(4)]
@@ -145,7 +161,8 @@ def test_metrics_have_a_row_for_each_step_and_epoch(finished):
         assert row["loss"] == pytest.approx(0.5 * row["gt"] + 2 * row["kd"] + 0.1 * row["ofa"], rel=1e-5)
     assert [("top1" in row, "top5" in row) for row in epochs] == [(False, False), (True, True)]
     assert 0 <= epochs[1]["top1"] <= epochs[1]["top5"] <= 1
-    assert all(row["images_per_second"] > 0 for row in steps + epochs)
+    assert [row["step"] for row in steps + epochs if "images_per_second" not in row] == [1]  # which compiles
+    assert all(row["images_per_second"] > 0 and 0 <= row["loader_share"] <= 1 for row in steps[1:] + epochs)
 
 
 def test_the_result_is_the_last_evaluation(finished):
@@ -182,8 +199,10 @@ def test_resuming_a_finished_run_says_the_same_and_changes_nothing(finished, tmp
     )
     again = train(config)
     assert dataclasses.replace(again, seconds=0) == dataclasses.replace(finished.result, seconds=0)
-    for name in ("metrics.jsonl", FILE):
+    for name in ("metrics.jsonl", "val_predictions.safetensors", "checkpoints/best.safetensors"):
         assert (config.out / name).read_bytes() == (finished.path / name).read_bytes()
+    assert newest(config.out).name == newest(finished.path).name
+    assert newest(config.out).read_bytes() == newest(finished.path).read_bytes()
 
 
 def test_the_checkpoint_has_an_exit_for_each_stage_that_learns(finished):
@@ -208,7 +227,7 @@ def gradients(monkeypatch) -> list[dict[str, Tensor]]:
         )
         return optimizer
 
-    monkeypatch.setattr(fastofa.train, "create_optimizer", create)
+    monkeypatch.setattr(fastofa.step, "create_optimizer", create)
     return found
 
 
@@ -311,7 +330,7 @@ def test_every_optimizer_trains(on_photos, optimizer):
     assert [name for name, value in before.items() if torch.equal(value, after[name])] == []
     again = on_photos("again", optimizer=optimizer, lr=0.01, epochs=1)
     train(again)
-    assert (again.out / FILE).read_bytes() == (config.out / FILE).read_bytes()
+    assert newest(again.out).read_bytes() == newest(config.out).read_bytes()
 
 
 def test_bf16(on_photos, monkeypatch):
@@ -455,12 +474,12 @@ def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
         optimizer.register_step_post_hook(lambda *_: after_steps.append(copy.deepcopy(model.state_dict())))
         return optimizer
 
-    def predict(student: nn.Module, *arguments: Any) -> np.ndarray:
+    def predict(student: nn.Module, *arguments: Any, **given: Any) -> np.ndarray:
         evaluated.append(copy.deepcopy(student.state_dict()))
-        return original(student, *arguments)
+        return original(student, *arguments, **given)
 
     original = fastofa.train.predict
-    monkeypatch.setattr(fastofa.train, "create_optimizer", create)
+    monkeypatch.setattr(fastofa.step, "create_optimizer", create)
     monkeypatch.setattr(fastofa.train, "predict", predict)
     config = on_photos(ema=0.7, lr=0.01)
     train(config)
@@ -483,9 +502,9 @@ def test_without_a_moving_average_the_student_itself_is_evaluated(on_photos, mon
     evaluated = []
     original = fastofa.train.predict
 
-    def predict(student, *arguments):
+    def predict(student, *arguments, **given):
         evaluated.append(copy.deepcopy(student.state_dict()))
-        return original(student, *arguments)
+        return original(student, *arguments, **given)
 
     monkeypatch.setattr(fastofa.train, "predict", predict)
     config = on_photos()
@@ -533,7 +552,7 @@ def test_compiled_for_the_cpu(on_photos, monkeypatch):
 
 
 def test_a_loss_that_is_no_longer_finite_stops_the_run(on_photos):
-    """The message names the steps; the last checkpoint is from before."""
+    """The message names the steps and the checkpoint to go on from, which is from before and finite."""
     config = on_photos(
         optimizer="sgd", lr=1e18, clip=None, epochs=4, log_every=2, checkpoint_every=1, student="test_resnet"
     )
@@ -543,9 +562,12 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(on_photos):
         train(config)
     last = rows(config.out, "step")
     assert all(math.isfinite(row["loss"]) for row in last)
-    assert "in " + str(config.out) in str(error.value)
-    _, info = load_tensors(config.out / FILE)
+    assert f"then go on from {newest(config.out)} by --resume" in str(error.value)
+    tensors, info = load_tensors(newest(config.out))
     assert all(map(math.isfinite, info["position"]["sums"]))
+    first, last = map(int, re.findall(r"steps (\d+) and (\d+)", str(error.value))[0])
+    assert first <= info["step"] < last
+    assert [name for name, value in tensors.items() if not value.isfinite().all()] == []
 
 
 @pytest.mark.parametrize(
@@ -590,7 +612,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(on_photos, capsys
     capsys.readouterr()
     train(resumed)
     assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().err
-    assert (straight.out / FILE).read_bytes() == (resumed.out / FILE).read_bytes()
+    assert newest(straight.out).read_bytes() == newest(resumed.out).read_bytes()
 
 
 def test_what_a_recipe_lacks_is_said_at_the_start(on_photos, capsys):
@@ -598,7 +620,48 @@ def test_what_a_recipe_lacks_is_said_at_the_start(on_photos, capsys):
     given = {name: values[name] for name in ("data", "cache", "student", "batch_size", "image_size", "workers")}
     for name, said in (("cifar_vit_mlp", True), ("cifar_cnn", False)):
         train(recipes.RECIPES[name](**given, out=values["out"].with_name(name), epochs=1, warmup_epochs=0))
-        assert ("leaves out colour jitter 0.4, rand-m9" in capsys.readouterr().err) is said
+        missing = "its published views have auto-augment rand-m9-mstd0.5-inc1 (not none), mixup 0.8"
+        assert (missing in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize("name", ["imagenet_vit_mlp", "imagenet_stronger"])
+def test_views_that_mix_reach_the_loss(name, digit_cache, tmp_path, monkeypatch):
+    """Epoch by epoch: the teacher's answers to these very pictures, partners' labels and shares; repeated, too."""
+    views, teacher = 6, str(digit_cache.path.parent / "teacher")
+    cache = precompute(PrecomputeConfig("digits:100", teacher, tmp_path / "cache", views, topk=10, recipe=name))
+    seen: list[tuple[Tensor, Tensor, Targets, Tensor, Tensor]] = []
+    monkeypatch.setattr(
+        Objective, "__call__", lambda self, logits, *given: (seen.append(given), logits.sum() * torch.ones(4))[1]
+    )
+    config = {"data": "digits:100", "student": "test_resnet", "cache": cache.path, "image_size": SIZE, "epochs": 5}
+    train(recipes.RECIPES[name](**config, out=tmp_path / "run", batch_size=16, optimizer="adamw", compile="off"))
+
+    repeats, seed = cache.policy.repeats, 0
+    length = epoch_rows(cache.policy, 100) // 16 * 16
+    assert len(seen) == 5 * length // 16
+    labels = torch.from_numpy(open_dataset("digits:100").labels)
+    for epoch in range(5):
+        first = epoch // repeats * repeats % views
+        tables = [cache.targets(view) for view in range(first, first + repeats)]
+        table = join_views([t[0] for t in tables])
+        order = epoch_order(100, seed, epoch, partner=table.partner, repeats=repeats)[:length]
+        log_probs = torch.stack([t[2] for t in tables]).float().log_softmax(dim=-1).flatten(0, 1)[order]
+        classes = torch.stack([t[1].long() for t in tables]).flatten(0, 1)[order]
+        given = seen[epoch * length // 16 :][: length // 16]
+        assert torch.equal(torch.cat([g[0] for g in given]), labels[order % 100])
+        assert torch.equal(torch.cat([g[1].classes for g in given]).long(), classes)
+        torch.testing.assert_close(torch.cat([g[1].log_probs for g in given]), log_probs)
+        assert torch.equal(torch.cat([g[2] for g in given]), labels[table.partner[order] % 100])
+        assert np.array_equal(torch.cat([g[3] for g in given]).numpy(), shares(table, order, SIZE))
+
+
+def test_batches_that_tear_pairs_apart_are_refused(tmp_path):
+    config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
+    with pytest.raises(BadInput, match=r"batch-size: expected a multiple of 2 \(2 in a mixed pair\), got 25"):
+        train(recipes.imagenet_vit_mlp(**config, batch_size=25))
+    with pytest.raises(BadInput, match="batch-size: expected at most the 96 training images of digits:100, got 98"):
+        train(recipes.imagenet_stronger(**config, batch_size=98))
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:

@@ -6,14 +6,28 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, ks_2samp
+from scipy.stats import beta, binomtest, chisquare, ks_2samp
+from timm.data.mixup import cutmix_bbox_and_lam
+from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import RandomResizedCrop
 
 from fastofa.errors import BadInput
-from fastofa.views import ViewPolicy, Views, batches, center_views, draw_views, epoch_order
+from fastofa.views import (
+    ViewPolicy,
+    Views,
+    batches,
+    center_views,
+    draw_views,
+    epoch_order,
+    epoch_rows,
+    join_views,
+    pair_order,
+    pixel_boxes,
+)
 
 POLICY = ViewPolicy()
 CROP_ONLY = ViewPolicy(flip=0.0)
+FULL = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
 
 
 def same_size(count: int, height: int, width: int) -> np.ndarray:
@@ -92,19 +106,146 @@ def test_flips_have_their_probability_and_ignore_the_crop():
     assert draw_views(ViewPolicy(flip=1), sizes, seed=4, view=1).flip.all()
 
 
+# --- Mixing and erasing -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(0, 60), seed=st.integers(0, 1000), view=st.integers(0, 1000))
+@example(count=1, seed=0, view=0)
+def test_pairs_are_a_perfect_matching_that_shares_its_mixture(count, seed, view):
+    views = draw_views(FULL, same_size(count, 30, 40), seed, view)
+    ids = np.arange(count)
+    assert np.array_equal(views.partner[views.partner], ids)
+    alone = views.partner == ids
+    assert alone.sum() == count % 2
+    assert (views.mix[alone] == 1).all()
+    assert not views.mix_box[alone].any()
+    assert np.array_equal(views.mix, views.mix[views.partner])
+    assert np.array_equal(views.mix_box, views.mix_box[views.partner])
+    assert ((views.mix >= 0) & (views.mix <= 1)).all()
+    boxes = views.mix_box.astype(int)
+    assert (boxes[:, :2] + boxes[:, 2:] <= 65535).all()
+    share = 1 - boxes[:, 2].astype(float) * boxes[:, 3] / 65535**2
+    assert np.array_equal(views.mix[boxes[:, 2] > 0], share.astype(np.float32)[boxes[:, 2] > 0])
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.1, 1.0), (0.8, 0.0), (0.0, 1.0), (0.0, 0.3)])
+def test_mixtures_are_distributed_like_timms(mixup, cutmix):
+    """Half of the pairs are cut where both are asked for; Beta weights; boxes as timm's, up to its whole pixels."""
+    count, size = 8000, 4096
+    views = draw_views(ViewPolicy(mixup=mixup, cutmix=cutmix), same_size(count, 300, 400), seed=2, view=0)
+    first = views.partner > np.arange(count)
+    cut, mix = views.mix_box[first, 2] > 0, views.mix[first].astype(float)
+    if mixup and cutmix:
+        assert binomtest(int(cut.sum()), len(cut), 0.5).pvalue > 1e-3
+        assert abs(np.corrcoef(cut, views.partner[first])[0, 1]) < 0.06
+    else:
+        assert cut.mean() > 0.98 if cutmix else not cut.any()
+    if mixup:
+        weights = beta(mixup, mixup).rvs(20_000, random_state=1).astype(np.float32)
+        assert ks_2samp(mix[~cut], weights).pvalue > 1e-3
+    if cutmix:
+        np.random.seed(0)  # noqa: NPY002 - what timm draws from
+        theirs = [cutmix_bbox_and_lam((3, size, size), lam) for lam in beta(cutmix, cutmix).rvs(4000, random_state=1)]
+        boxes = np.array([(top, left, end - top, right - left) for (top, end, left, right), _ in theirs]) / size
+        ours, boxes = views.mix_box[first][cut] / 65535, boxes[(boxes[:, 2:] > 0).all(axis=1)]
+        assert ks_2samp(mix[cut], 1 - boxes[:, 2] * boxes[:, 3]).pvalue > 1e-3
+        for column in range(4):
+            assert ks_2samp(ours[:, column], boxes[:, column]).pvalue > 1e-3
+
+
+def test_any_two_samples_may_be_partners():
+    """Over 3,000 views of six samples all 15 matchings come up alike."""
+    matchings = [tuple(draw_views(FULL, same_size(6, 9, 9), 1, view).partner.tolist()) for view in range(3000)]
+    numbers = np.unique(matchings, axis=0, return_counts=True)[1]
+    assert len(numbers) == 15
+    assert chisquare(numbers).pvalue > 1e-3
+
+
+def test_erasing_is_distributed_like_timms():
+    """How often, area, aspect and place of 5,000 boxes each, in a large picture: whole pixels do not show."""
+    count, size = 20_000, 1000
+    views = draw_views(ViewPolicy(erase=0.25), same_size(count, 30, 40), seed=3, view=0)
+    some = views.erase[:, 2] > 0
+    assert binomtest(int(some.sum()), count, 0.25).pvalue > 1e-3
+    ours = views.erase[some] / 65535
+
+    class Slices:
+        """Stands for the picture and remembers what timm writes to."""
+
+        def __setitem__(self, place, value):
+            found.append([place[1].start, place[2].start, *(s.stop - s.start for s in place[1:])])
+
+    found: list[list[int]] = []
+    eraser = RandomErasing(probability=1, mode="const", device="cpu")
+    for _ in range(5000):
+        eraser._erase(Slices(), 3, size, size, torch.float32)
+    theirs = np.array(found) / size
+    for name, measure in {
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "log aspect": lambda b: np.log(b[:, 3] / b[:, 2]),
+        "top": lambda b: b[:, 0] / (1 - b[:, 2]),
+        "left": lambda b: b[:, 1] / (1 - b[:, 3]),
+    }.items():
+        assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3, name
+    assert len(np.unique(views.noise)) > 0.999 * count
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 500), seed=st.integers(0, 1000))
+def test_boxes_in_pixels_lie_inside_and_keep_their_place(size, seed):
+    views = draw_views(FULL, same_size(60, 9, 9), seed, view=0)
+    for boxes in (views.erase, views.mix_box):
+        top, left, bottom, right = pixel_boxes(boxes, size).T
+        assert (top >= 0).all()
+        assert (top <= bottom).all()
+        assert (bottom <= size).all()
+        assert (left >= 0).all()
+        assert (left <= right).all()
+        assert (right <= size).all()
+        exact = boxes / 65535 * size
+        assert np.abs(np.stack([top, left], axis=1) - exact[:, :2]).max() <= 0.5
+        assert np.abs(np.stack([bottom, right], axis=1) - exact[:, :2] - exact[:, 2:]).max() <= 0.5
+    assert pixel_boxes(np.array([[0, 0, 65535, 65535]], dtype=np.uint16), size).tolist() == [[0, 0, size, size]]
+
+
+def test_crops_do_not_know_of_the_other_columns():
+    """So that a policy with more in it crops as the one without: old caches stay what they are."""
+    sizes = mixed_sizes(200)
+    plain, full = draw_views(POLICY, sizes, 5, 2), draw_views(FULL, sizes, 5, 2)
+    assert set(plain.columns()) == {"crop", "flip"}
+    assert set(full.columns()) == {"crop", "flip", "ops", "amounts", "partner", "mix", "mix_box", "erase", "noise"}
+    for name, column in plain.columns().items():
+        assert np.array_equal(column, full.columns()[name])
+    kinds = {name: (column.dtype.name, column.shape) for name, column in full.columns().items()}
+    assert kinds == {
+        "crop": ("uint16", (200, 4)), "flip": ("bool", (200,)), "ops": ("uint8", (200, 2)),
+        "amounts": ("float32", (200, 2)), "partner": ("int32", (200,)), "mix": ("float32", (200,)),
+        "mix_box": ("uint16", (200, 4)), "erase": ("uint16", (200, 4)), "noise": ("int32", (200,)),
+    }  # fmt: skip
+
+
+def test_todays_values():
+    """Of numpy's streams: a change here means that caches made before can no longer be extended."""
+    views = draw_views(FULL, same_size(8, 300, 400), seed=1, view=2)
+    assert views.crop[3].tolist() == [31020, 43417, 22063, 17203]
+    assert views.ops.tolist() == [[12, 14], [0, 0], [0, 0], [7, 0], [0, 0], [5, 0], [0, 0], [0, 2]]
+    assert views.partner.tolist() == [2, 4, 0, 6, 1, 7, 3, 5]
+    assert views.noise[:2].tolist() == [2026808164, -1287953907]
+
+
 # --- A pure function, row by row --------------------------------------------------------------------------------------
 
 
 def test_a_table_is_a_function_of_seed_and_view():
     sizes = mixed_sizes(300)
 
-    def table(seed: int, view: int) -> bytes:
-        views = draw_views(POLICY, sizes, seed, view)
-        return views.crop.tobytes() + views.flip.tobytes()
+    def table(seed: int, view: int) -> list[bytes]:
+        return [column.tobytes() for column in draw_views(FULL, sizes, seed, view).columns().values()]
 
     tables = [table(seed, view) for seed in (0, 1, 2**40) for view in (0, 1, 300)]
     assert tables == [table(seed, view) for seed in (0, 1, 2**40) for view in (0, 1, 300)]
-    assert len(set(tables)) == len(tables)
+    assert all(len(set(column)) == len(column) for column in zip(*tables, strict=True))
 
 
 def test_views_of_an_image_are_unrelated():
@@ -120,21 +261,23 @@ def test_a_row_depends_on_its_own_image_only():
     sizes = mixed_sizes(400)
     keep = np.arange(400) % 3 == 0
     other = np.where(keep[:, None], sizes, [[50, 2000]])  # mostly fallbacks
-    a, b = draw_views(POLICY, sizes, 5, 2), draw_views(POLICY, other.astype(np.int32), 5, 2)
+    a, b = draw_views(FULL, sizes, 5, 2), draw_views(FULL, other.astype(np.int32), 5, 2)
     assert np.array_equal(a.crop[keep], b.crop[keep])
-    assert np.array_equal(a.flip, b.flip)
+    for name, column in a.columns().items():
+        assert name == "crop" or np.array_equal(column, b.columns()[name])
     assert (a.crop[~keep] != b.crop[~keep]).any(axis=1).mean() > 0.9
 
 
 def test_the_first_rows_of_a_longer_table_are_the_shorter_table():
-    """More images appended change nothing, also beyond the rows that are drawn at once."""
+    """More images appended change nothing but partners, also beyond the rows that are drawn at once."""
     sizes = mixed_sizes(70_000)
-    longer = draw_views(POLICY, sizes, 5, 2)
+    policy = ViewPolicy(auto_augment=FULL.auto_augment, erase=0.25)
+    longer = draw_views(policy, sizes, 5, 2).columns()
     for count in (0, 1, 1000, 66_000):
-        shorter = draw_views(POLICY, sizes[:count], 5, 2)
+        shorter = draw_views(policy, sizes[:count], 5, 2)
         assert len(shorter) == count
-        assert np.array_equal(shorter.crop, longer.crop[:count])
-        assert np.array_equal(shorter.flip, longer.flip[:count])
+        for name, column in shorter.columns().items():
+            assert np.array_equal(column, longer[name][:count])
 
 
 # --- Pixels -----------------------------------------------------------------------------------------------------------
@@ -231,6 +374,82 @@ def test_an_epoch_is_a_permutation_that_the_ranks_share_out(size):
     assert sum(len(rows) for rank in ranks for rows in rank) == size
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    pairs=st.integers(1, 50), odd=st.booleans(), half=st.integers(1, 6), world_size=st.integers(1, 4),
+    repeats=st.integers(1, 3), epoch=st.integers(0, 7),
+)  # fmt: skip
+def test_an_order_of_mixed_views_keeps_pairs_together(pairs, odd, half, world_size, repeats, epoch):
+    """Any even batch of any rank holds whole pairs; batches b of all ranks are batch b of one rank with all of it."""
+    size = 2 * pairs + odd
+    policy = ViewPolicy(mixup=1.0, repeats=repeats)
+    group = epoch // repeats * repeats
+    views = join_views([draw_views(policy, same_size(size, 9, 9), 1, group + k) for k in range(repeats)])
+
+    def order(rank: int = 0, world_size: int = 1) -> np.ndarray:
+        return epoch_order(size, 3, epoch, rank, world_size, views.partner, repeats)
+
+    whole = order()
+    assert len(whole) == epoch_rows(policy, size)
+    assert len(set(whole.tolist())) == len(whole)
+    ranks = [list(batches(views, order(rank, world_size), 0, 2 * half)) for rank in range(world_size)]
+    for rank in ranks:
+        for rows in rank:
+            assert set(views.partner[rows].tolist()) == set(rows.tolist())
+    together = list(batches(views, whole, 0, 2 * half * world_size))
+    for b, rows in enumerate(together):
+        assert sorted(np.concatenate([rank[b] for rank in ranks if b < len(rank)])) == sorted(rows)
+    assert sum(len(rows) for rank in ranks for rows in rank) == len(whole)
+    if len(whole) > 20:
+        other = epoch_order(size, 3, epoch + repeats, partner=views.partner, repeats=repeats)
+        assert not np.array_equal(whole, other)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 1.0])
+def test_repeated_augmentation_shows_every_view_of_a_part_of_the_samples(mixup):
+    """Each chosen sample `repeats` times in an epoch, in all views, close together; over as many epochs, all rows once.
+
+    As timm's RepeatAugSampler, which repeats each index in a row and stops when the epoch is as long as without.
+    """
+    size, repeats = 60, 3
+    policy = ViewPolicy(mixup=mixup, repeats=repeats)
+    views = join_views([draw_views(policy, same_size(size, 9, 9), 1, view) for view in (3, 4, 5)])
+    assert len(views) == repeats * size
+    rows = [epoch_order(size, 0, epoch, partner=views.partner, repeats=repeats) for epoch in (3, 4, 5)]
+    assert sorted(np.concatenate(rows).tolist()) == list(range(repeats * size))
+    for epoch in rows:
+        assert len(epoch) == size == epoch_rows(policy, size)
+        numbers = np.bincount(epoch % size, minlength=size)
+        assert set(numbers) == {0, repeats}
+        unit = repeats * (2 if mixup else 1)
+        for first in range(0, size, unit):
+            samples, shown = epoch[first : first + unit] % size, epoch[first : first + unit] // size
+            assert len(set(samples.tolist())) == unit // repeats
+            assert sorted(shown.tolist()) == sorted([0, 1, 2] * (unit // repeats))
+
+
+def test_repeats_have_the_same_partner_and_their_own_mixture():
+    policy = ViewPolicy(mixup=1.0, repeats=3)
+    tables = [draw_views(policy, same_size(40, 9, 9), 0, view) for view in range(6)]
+    for a, b in ((0, 1), (1, 2), (3, 5)):
+        assert np.array_equal(tables[a].partner, tables[b].partner)
+        assert (tables[a].mix != tables[b].mix).mean() > 0.9
+    assert (tables[2].partner != tables[3].partner).mean() > 0.8
+    joined = join_views(tables[:3])
+    assert np.array_equal(joined.partner[joined.partner], np.arange(120))
+    assert np.array_equal(joined.partner // 40, np.arange(120) // 40)
+    assert np.array_equal(joined.take(np.arange(40, 80)).crop, tables[1].crop)
+
+
+def test_going_through_a_table_keeps_pairs_together():
+    for count in (0, 1, 7, 100):
+        views = draw_views(FULL, same_size(count, 9, 9), 0, 0)
+        order = pair_order(views)
+        assert sorted(order.tolist()) == list(range(count))
+        assert np.array_equal(views.partner[order[0 : count // 2 * 2 : 2]], order[1::2])
+    assert pair_order(draw_views(POLICY, same_size(5, 9, 9), 0, 0)).tolist() == list(range(5))
+
+
 def test_batches_start_anywhere_and_end_with_what_is_left():
     views = draw_views(POLICY, mixed_sizes(30), 0, 0)
     order = np.array([4, 29, 0, 4, 7, 11, 3])
@@ -266,6 +485,13 @@ def test_batches_refuse_an_order_that_leaves_the_table(order, start, message):
         ({"flip": -0.1}, "expected flip between 0 and 1, got -0.1"),
         ({"flip": 1.5}, "expected flip"),
         ({"flip": float("nan")}, "expected flip"),
+        ({"erase": 1.5}, "expected erase between 0 and 1, got 1.5"),
+        ({"mixup": -0.1}, "expected mixup of at least 0, got -0.1"),
+        ({"cutmix": float("nan")}, "expected cutmix of at least 0, got nan"),
+        ({"repeats": 0}, "expected repeats of at least 1, got 0"),
+        ({"mean": (0.5, 0.5, 1.5)}, "expected mean between 0 and 1, std above 0, got"),
+        ({"std": (0.5, 0.0, 0.5)}, "expected mean between 0 and 1, std above 0, got"),
+        ({"auto_augment": "rand"}, "auto-augment: expected rand-mM"),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused(change, message):

@@ -1,0 +1,99 @@
+"""What an epoch shows: its table of views, this rank's samples in their order, and the teacher's answers to them."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastofa.config import TrainConfig
+from fastofa.dataset import Dataset
+from fastofa.distributed import World
+from fastofa.errors import BadInput
+from fastofa.recipes import default_policy
+from fastofa.teacher_cache import DeviceTargets, TeacherCache
+from fastofa.views import Views, draw_views, epoch_order, epoch_rows, join_views
+
+
+@dataclass(frozen=True)
+class Epoch:
+    views: Views
+    order: np.ndarray
+    """int64: rows of `views`, whole steps of this rank's share."""
+    targets: DeviceTargets | None
+    """The teacher's answers, on the device; None where nothing is learned from it."""
+
+
+class Epochs:
+    """The epochs of a run on one rank; with a cache epoch e shows view e modulo its views, else views drawn for it.
+
+    Raises:
+        BadInput: batches that ranks, mixed pairs or the data set do not allow; a cache that does not fit.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, world: World, device: torch.device) -> None:
+        self.config, self.dataset, self.world, self.device = config, dataset, world, device
+        self.cache = None if config.cache is None else TeacherCache.open(config.cache)
+        if self.cache is not None:
+            self.policy = config.policy(self.cache.policy)
+            self.cache.check(dataset, self.policy)
+        elif config.method == "scratch":
+            self.policy = config.policy(default_policy(config.data, config.recipe))
+        else:
+            raise BadInput(
+                f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch"
+            )
+        rows = epoch_rows(self.policy, len(dataset))
+        self._check_batches(rows)
+        self.share = config.batch_size // world.size  # images that a rank takes a step
+        self.steps = rows // config.batch_size  # of an epoch
+        self.loaded: Epoch | None = None
+        self.shown: list[int] = []  # the views that are loaded
+
+    def _check_batches(self, rows: int) -> None:
+        c = self.config
+        if rows < c.batch_size:
+            raise BadInput(f"batch-size: expected at most the {rows} training images of {c.data}, got {c.batch_size}")
+        whole = {"ranks": self.world.size, "parts": c.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
+        if c.batch_size % math.prod(whole.values()):
+            reasons = " x ".join(f"{count} {what}" for what, count in whole.items() if count > 1)
+            raise BadInput(
+                f"batch-size: expected a multiple of {math.prod(whole.values())} ({reasons}), got {c.batch_size}"
+            )
+
+    @property
+    def teacher_dim(self) -> int:
+        """Width of the teacher's last features; 0 without a teacher."""
+        return 0 if self.cache is None else self.cache.teacher_dim
+
+    def load(self, epoch: int) -> Epoch:
+        """Raises BadInput: a view's file is missing or damaged."""
+        c, repeats = self.config, self.policy.repeats
+        shown = [epoch // repeats * repeats + number for number in range(repeats)]
+        if self.cache is None:
+            views = join_views([draw_views(self.policy, self.dataset.sizes, c.seed, view) for view in shown])
+            return Epoch(views, self._order(epoch, views), None)
+        shown = [view % self.cache.views for view in shown]
+        if self.loaded is not None and self.shown == shown and self.world.size == 1:
+            self.loaded = Epoch(self.loaded.views, self._order(epoch, self.loaded.views), self.loaded.targets)
+            return self.loaded
+        tables, classes, log_probs = zip(*map(self.cache.targets, shown), strict=True)
+        views = join_views(tables)
+        order = self._order(epoch, views)
+        dense = self.cache.topk == self.cache.num_classes
+        mine = None if self.world.size == 1 else order  # the answers that this rank will ask for
+        targets = DeviceTargets(torch.cat(classes), torch.cat(log_probs), self.device, dense, mine)
+        self.shown, self.loaded = shown, Epoch(views, order, None if c.method == "scratch" else targets)
+        return self.loaded
+
+    def _order(self, epoch: int, views: Views) -> np.ndarray:
+        order = epoch_order(
+            len(self.dataset),
+            self.config.seed,
+            epoch,
+            self.world.rank,
+            self.world.size,
+            partner=views.partner,
+            repeats=self.policy.repeats,
+        )
+        return order[: self.steps * self.share]

@@ -1,0 +1,111 @@
+"""From cropped and flipped pictures to what the student sees: one function, for every pipeline and both devices.
+
+rows = with_partners(views, order[:256])
+images = ...                                  # the pictures of `rows`, cropped and flipped
+images = augment(images, views, rows, 256)    # of the first 256 of them
+
+Which pictures an operation changes is worked out on the CPU, where the table is, so nothing here waits for a GPU.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastofa.kernels import augment as kernels
+from fastofa.rand_augment import OPS
+from fastofa.views import Views, pixel_boxes
+
+IN_CACHE = 100_000  # pixels
+# glibc gives large blocks back to the system when they are freed, and then the system has to clear new ones for every
+# operation, which takes longer than the operation. One block freed that is larger makes it keep them (mallopt(3)).
+torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def with_partners(views: Views, rows: np.ndarray) -> np.ndarray:
+    """The rows of a batch, and after them those partners that are not among them (none, if the order keeps pairs)."""
+    if views.partner is None:
+        return rows
+    return np.concatenate([rows, np.setdiff1d(views.partner[rows], rows)])
+
+
+def augment(images: Tensor, views: Views, rows: np.ndarray, count: int) -> Tensor:
+    """uint8 [M, 3, S, S] of the table's `rows` -> [count, 3, S, S]: operations, mixing with the partner, erasing.
+
+    The order is the published code's, whose loader erases on the device after its collate function has mixed. `images`
+    may be written over.
+    """
+    images = _operated(images, views.take(rows), views.mean)
+    images = _mixed(images, views.take(rows), rows, count)
+    return _erased(images, views.take(rows[:count]))
+
+
+def _operated(images: Tensor, table: Views, mean: Sequence[float]) -> Tensor:
+    if table.ops is None or table.amounts is None:
+        return images
+    red, green, blue = (min(255, round(255 * value)) for value in mean)
+    for ops, amounts in zip(table.ops.T, table.amounts.T, strict=True):
+        for op in np.unique(ops[ops > 0]):
+            operation = kernels.OPERATIONS[OPS[op]]
+            for part in _parts(np.flatnonzero(ops == op), images):
+                _put(images, part, operation(_get(images, part), torch.from_numpy(amounts[part]), (red, green, blue)))
+    return images
+
+
+def _mixed(images: Tensor, table: Views, rows: np.ndarray, count: int) -> Tensor:
+    if table.partner is None or table.mix is None or table.mix_box is None:
+        return images
+    by_row = np.argsort(rows, kind="stable")
+    partner = by_row[np.searchsorted(rows, table.partner[:count], sorter=by_row)]
+    is_cut = table.mix_box[:count, 2] > 0
+    blended, cut = np.flatnonzero((table.mix[:count] < 1) & ~is_cut), np.flatnonzero(is_cut)
+    mixed = images[:count].clone(memory_format=torch.preserve_format)
+    for which, kernel, given in (
+        (blended, kernels.mixup, table.mix),
+        (cut, kernels.cutmix, pixel_boxes(table.mix_box, images.shape[-1])),
+    ):
+        for part in _parts(which, images):
+            own, other = _get(images, part), _get(images, partner[part])
+            _put(mixed, part, kernel(own, other, torch.from_numpy(given[part])))
+    return mixed
+
+
+def _erased(images: Tensor, table: Views) -> Tensor:
+    if table.erase is None or table.noise is None:
+        return images
+    boxes = pixel_boxes(table.erase, images.shape[-1])
+    for part in _parts(np.flatnonzero(table.erase[:, 2]), images):
+        box, key = torch.from_numpy(boxes[part]), torch.from_numpy(table.noise[part])
+        _put(images, part, kernels.erase(_get(images, part), box, key, table.mean, table.std))
+    return images
+
+
+def _parts(which: np.ndarray, images: Tensor) -> Iterator[np.ndarray]:
+    """On a CPU a few pictures at a time, so that what comes in between stays in the processor's cache."""
+    at_once = max(1, IN_CACHE // images.shape[-1] ** 2) if images.device.type == "cpu" else max(1, len(which))
+    for first in range(0, len(which), at_once):
+        yield which[first : first + at_once]
+
+
+def _get(images: Tensor, which: np.ndarray) -> Tensor:
+    """These pictures of a channels-last batch; whole rows of memory, which is much faster than images[which]."""
+    at = torch.from_numpy(which).to(images.device, non_blocking=True)
+    return images.permute(0, 2, 3, 1).index_select(0, at).permute(0, 3, 1, 2)
+
+
+def _put(images: Tensor, which: np.ndarray, values: Tensor) -> None:
+    if images.device.type == "cpu":
+        for i, value in zip(which.tolist(), values, strict=True):
+            images[i].copy_(value)
+    else:
+        images.index_copy_(0, torch.from_numpy(which).to(images.device, non_blocking=True), values)
+
+
+def shares(views: Views, rows: np.ndarray, size: int) -> np.ndarray:
+    """float32 [B]: each row's own share of its picture, of cutmix counted in the pixels of a picture of `size`."""
+    assert views.mix is not None
+    assert views.mix_box is not None
+    top, left, bottom, right = pixel_boxes(views.mix_box[rows], size).T
+    counted = 1 - (bottom - top) * (right - left) / (size * size)
+    return np.where(views.mix_box[rows, 2] > 0, counted, views.mix[rows]).astype(np.float32)

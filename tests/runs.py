@@ -1,0 +1,34 @@
+"""What several tests ask of a run's folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastofa.checkpoint import BEST, FOLDER, checkpoints
+from fastofa.files import load_tensors
+from fastofa.metrics import read_metrics
+
+TIMES = {"images_per_second", "loader_share"}
+
+
+def newest(run: Path) -> Path:
+    """Its newest checkpoint."""
+    return checkpoints(run)[0]
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """Every logged figure but the speed."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run)]
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Weights of student and moving average, optimiser, position, log and best weights; and nothing temporary in a."""
+    for x, y in ((newest(a), newest(b)), (a / FOLDER / BEST, b / FOLDER / BEST)):
+        assert x.name == y.name
+        (tensors, info), (others, other_info) = load_tensors(x), load_tensors(y)
+        assert tensors.keys() == others.keys()
+        assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+        assert {**info, **dict.fromkeys(TIMES)} == {**other_info, **dict.fromkeys(TIMES)}
+    assert log_of(a) == log_of(b)
+    assert [file.name for file in a.rglob(".*.tmp")] == []

@@ -1,0 +1,169 @@
+"""The learning rate against timm's schedulers and ffcv-imagenet's ramp, the growing pictures against its formula."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from fastofa import recipes
+from fastofa.config import TrainConfig
+from fastofa.recipes import RECIPES
+from fastofa.schedule import image_size, learning_rate
+
+
+def config(**given: Any) -> TrainConfig:
+    return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **given})
+
+
+def rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
+    """Of every step of a run."""
+    return [learning_rate(c, step, steps_per_epoch) for step in range(c.epochs * steps_per_epoch)]
+
+
+def timm_rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
+    """What timm's scheduler, updated after every step as its train script does, sets for each step of the run."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=c.lr)
+    names = ("min_lr", "warmup_epochs", "warmup_lr", "decay_epochs", "decay_rate")
+    scheduler, _ = create_scheduler_v2(
+        optimizer, c.schedule, num_epochs=c.epochs, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+        **{name: getattr(c, name) for name in names},
+    )  # fmt: skip
+    rates = []
+    for step in range(c.epochs * steps_per_epoch):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step_update(step + 1)
+    return rates
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "imagenet_fast"])
+def test_every_step_of_a_recipe_has_timms_rate(name):
+    c = RECIPES[name](data="digits", student="test_resnet", out=Path("run"))
+    got = rates(c, 7)
+    assert got == pytest.approx(timm_rates(c, 7), rel=1e-9, abs=1e-15)
+    assert got[0] == pytest.approx(c.warmup_lr if c.warmup_epochs else c.lr)
+    assert max(got) <= c.lr
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    schedule=st.sampled_from(["cosine", "step"]),
+    epochs=st.integers(1, 30),
+    steps_per_epoch=st.integers(1, 12),
+    lr=st.floats(1e-6, 10),
+    min_lr=st.floats(0, 1e-2),
+    warmup_epochs=st.integers(0, 35) | st.floats(0, 5),
+    warmup_lr=st.floats(0, 1),
+    decay_epochs=st.integers(1, 40) | st.sampled_from([0.5, 2.4]),
+    decay_rate=st.floats(0.01, 1),
+)
+def test_every_step_has_timms_rate(steps_per_epoch, **values):
+    """Any schedule: a warm-up longer than the run, from above the rate, of part of an epoch; decays between epochs."""
+    c = config(**values)
+    assert rates(c, steps_per_epoch) == pytest.approx(timm_rates(c, steps_per_epoch), rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_after_the_last_step_the_rate_is_the_least(schedule):
+    c = config(epochs=3, lr=0.1, min_lr=0.01, schedule=schedule)
+    assert [learning_rate(c, step, 5) for step in (15, 16, 100)] == pytest.approx([0.01] * 3)
+
+
+# --- linear -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    epochs=st.integers(1, 30),
+    steps_per_epoch=st.integers(1, 12),
+    lr=st.floats(1e-6, 10),
+    min_lr=st.floats(0, 1e-2),
+    warmup_epochs=st.integers(0, 35) | st.floats(0, 5),
+    warmup_lr=st.floats(0, 1),
+)
+def test_linear_is_two_straight_lines(steps_per_epoch, **values):
+    """Through (0, warmup_lr), (end of the warm-up, lr), (end, min_lr); the first alone where the warm-up is longer."""
+    c = config(schedule="linear", **values)
+    last = c.epochs * steps_per_epoch
+    knots = [0, c.warmup_epochs * steps_per_epoch, last], [c.warmup_lr, c.lr, c.min_lr]
+    if not c.warmup_epochs:
+        knots = knots[0][1:], knots[1][1:]
+    elif c.warmup_epochs >= c.epochs:
+        knots = knots[0][:2], knots[1][:2]
+    assert rates(c, steps_per_epoch) == pytest.approx(np.interp(np.arange(last), *knots), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("epochs", [16, 32, 88])
+def test_imagenet_fast_has_ffcvs_rate(epochs):
+    """Up for two epochs from a ten-thousandth of 0.5, then down to 0, step by step."""
+    c = recipes.imagenet_fast(epochs, data="d", student="s", out=Path("o"))
+    expected = np.interp(np.arange(epochs * 5) / 5, [0, 2, epochs], [0.5e-4, 0.5, 0])
+    assert rates(c, 5) == pytest.approx(expected, rel=1e-9)
+
+
+def test_no_epoch_jumps_and_all_of_the_rate_is_used():
+    got = rates(config(schedule="linear", epochs=10, lr=0.5, warmup_epochs=2, warmup_lr=0.0), 100)
+    assert max(abs(a - b) for a, b in pairwise(got)) <= 0.5 / 200 + 1e-12
+    assert (got[0], max(got)) == (0, 0.5)
+
+
+# --- Growing pictures -------------------------------------------------------------------------------------------------
+
+
+def sizes(c: TrainConfig, full: int) -> list[int]:
+    return [image_size(c, epoch, full) for epoch in range(c.epochs)]
+
+
+def test_without_a_first_size_pictures_do_not_grow():
+    assert sizes(config(epochs=5, growth=(0.0, 1.0)), 224) == [224] * 5
+
+
+def test_pictures_grow_as_they_do_in_ffcv_imagenet():
+    """rn18_88_epochs: 160 px up to epoch 65, 192 px from epoch 76 on, rounded to 32 px on the straight line between."""
+
+    def ffcv(epoch: int, low: int, high: int) -> int:
+        size = np.interp(epoch, [65, 76], [low, high])
+        return int(np.round(size / 32)) * 32
+
+    for low, high in ((160, 192), (128, 224), (96, 288)):
+        c = config(epochs=88, start_size=low, growth=(65 / 88, 76 / 88))
+        assert sizes(c, high) == [ffcv(epoch, low, high) for epoch in range(88)]
+        assert sizes(c, high)[65:77:11] == [low, high]
+
+
+def test_a_ramp_by_hand():
+    """Ten epochs, 96 to 192 px between epochs 2 and 6: 96 + 24 an epoch, to the nearest multiple of 32."""
+    c = config(epochs=10, start_size=96, growth=(0.2, 0.6))
+    assert sizes(c, 192) == [96, 96, 96, 128, 128, 160, 192, 192, 192, 192]  # 120 -> 128, 144 -> 128 (even), 168 -> 160
+
+
+def test_imagenet_fast_grows_before_its_end():
+    c = recipes.imagenet_fast(data="d", student="s", out=Path("o"))
+    got = sizes(c, c.image_size)
+    assert (got[0], got[-1], set(got)) == (160, 192, {160, 192})
+    assert got.index(192) in (12, 13)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    epochs=st.integers(1, 100),
+    start=st.integers(1, 400),
+    full=st.integers(1, 400),
+    growth=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).map(tuple),
+)
+def test_pictures_only_grow(epochs, start, full, growth):
+    """From the first size to the full one, whatever they are; between them in multiples of 32."""
+    start, full = sorted((start, full))
+    c = config(epochs=epochs, start_size=start, growth=growth)
+    got = sizes(c, full)
+    assert got == sorted(got)
+    assert start <= got[0] <= got[-1] <= full
+    assert {size % 32 for size in got if size not in (start, full)} <= {0}
+    assert all(size == full for epoch, size in enumerate(got) if epoch >= growth[1] * epochs)
+    assert image_size(c, epochs, full) == full
