@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -90,7 +91,8 @@ class Step:
         torch.manual_seed(_random_state(c.seed, self.steps, self.world.rank))  # dropout and the like
         set_learning_rate(self.optimizer, lr)
         for number, batch in enumerate(parts, start=1):
-            torch.compiler.cudagraph_mark_step_begin()
+            if c.cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # which imports all of the compiler: a second
             targets = None if self.targets is None else self.targets.lookup(batch.sample_ids)
             last = number == len(parts) or self.world.size == 1
             with nullcontext() if last else self.program.no_sync():
@@ -119,5 +121,8 @@ class Step:
 
 
 def _random_state(seed: int, step: int, rank: int) -> int:
-    """A state of the random generators for each step and rank, so that a resumed run needs none saved."""
-    return ((seed << 42) ^ (step << 12) ^ rank) & (2**63 - 1)
+    """A state of the random generators for each step and rank, so that a resumed run needs none saved.
+
+    Mixed into 32 bits, since more are cut off by PyTorch's generator for the CPU.
+    """
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickletools
+import re
 import struct
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from fastofa.checkpoint import load_newest, load_student, save_checkpoint
+from fastofa.checkpoint import checkpoints, load_newest, load_student, save_best, save_checkpoint
 from fastofa.config import TrainConfig
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
@@ -278,6 +279,104 @@ def test_damaged_files_and_pickles_are_refused(saved, other, load):
     saved.unlink()
     attempt("expected a checkpoint, found none" if load == "everything" else "no checkpoint yet")
     assert_same(other.everything(), before)
+
+
+# --- Which are kept, and which is taken -------------------------------------------------------------------------------
+
+
+def names(run: Path) -> list[str]:
+    return sorted(file.name for file in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_few_are_kept(tmp_path, keep):
+    """And the best weights, whenever they were."""
+    training = Training("sgd")
+    save_best(tmp_path, training.model, {"step": 2, "top1": 0.5})
+    for step in (2, 4, 300, 12_345_678):
+        training.save(tmp_path, step, keep)
+    kept = ["step-00000002", "step-00000004", "step-00000300", "step-12345678"][-keep:]
+    assert names(tmp_path) == sorted(f"{name}.safetensors" for name in (*kept, "best"))
+    assert [file.stem for file in checkpoints(tmp_path)] == kept[::-1]
+
+
+def test_keeping_fewer_than_there_were(tmp_path):
+    for step in range(4):
+        Training("sgd").save(tmp_path, step, keep=9)
+    Training("sgd").save(tmp_path, 4, keep=2)
+    assert names(tmp_path) == ["step-00000003.safetensors", "step-00000004.safetensors"]
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def make_pickle(file: Path) -> None:
+    torch.save({"student": {}}, file)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, make_pickle])
+def test_a_damaged_newest_one_is_told_and_the_one_before_it_taken(tmp_path, damage, capsys):
+    training = Training("adamw")
+    expected = {}
+    for step in (1, 2, 3):
+        training.steps(step, 1)
+        training.save(tmp_path, step, keep=3, summed=step)
+        expected[step] = training.everything()
+    newest_first = checkpoints(tmp_path)
+    for step, damaged in ((2, newest_first[0]), (1, newest_first[1])):
+        damage(damaged)
+        other = Training("adamw", seed=1)
+        capsys.readouterr()
+        assert other.load(tmp_path) == (step, {"summed": step})
+        assert_same(other.everything(), expected[step])
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 3 - step
+        assert str(damaged) in said[-1]
+        assert said[-1].endswith("; going on from the checkpoint before it")
+    damage(newest_first[2])
+    with pytest.raises(BadInput, match=re.escape(str(newest_first[2]))):
+        Training("adamw").load(tmp_path)
+
+
+def test_one_that_does_not_fit_is_refused_though_an_older_one_would(tmp_path):
+    """It is no damage, but another configuration."""
+    Training("adamw", model=Cnn(width=8)).save(tmp_path, 1)
+    Training("adamw").save(tmp_path, 2)
+    with pytest.raises(BadInput, match="does not fit this run's student"):
+        Training("adamw", model=Cnn(width=8)).load(tmp_path)
+
+
+def test_the_best_weights_are_loaded_where_they_are_asked_for(tmp_path):
+    """Those that were evaluated; info says when."""
+    training = Training("sgd")
+    assert training.ema is not None
+    training.steps(0, 1)
+    save_best(tmp_path, training.ema.module, {"step": 1, "top1": 0.5})
+    best = copy.deepcopy(training.ema.module.state_dict())
+    training.steps(1, 2)
+    training.save(tmp_path, 3)
+    student = Cnn()
+    assert load_student(tmp_path, student, best=True) == {"step": 1, "top1": 0.5}
+    assert_same(student.state_dict(), best)
+    assert load_student(tmp_path, student)["step"] == 3
+    assert_same(student.state_dict(), training.ema.module.state_dict())
+
+
+def test_without_an_evaluation_there_are_no_best_weights(tmp_path):
+    Training("sgd").save(tmp_path, 3)
+    with pytest.raises(BadInput, match="no checkpoint yet"):
+        load_student(tmp_path, Cnn(), best=True)
 
 
 # --- The file ---------------------------------------------------------------------------------------------------------

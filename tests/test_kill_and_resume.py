@@ -26,6 +26,7 @@ from timm.layers import DropPath
 from timm.models import save_for_hf
 
 import fastofa.precompute
+import fastofa.train
 from fastofa import recipes
 from fastofa.checkpoint import checkpoints
 from fastofa.config import TrainConfig
@@ -41,7 +42,7 @@ from runs import newest, same_run
 
 pytestmark = pytest.mark.slow
 
-KILLS, IN_A_ROW = 20, 5
+KILLS, IN_A_ROW = 30, 5
 FAR = 10**9
 # A forked server that has everything imported makes a new process a matter of milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -54,7 +55,7 @@ class Job:
     """A call of `train` or `precompute` in a process of its own; what it prints goes to a file."""
 
     def __init__(self, command: Callable[[Any], Any], config: Any, die_at: int = FAR) -> None:
-        self.log = config.out.with_name(f"{config.out.name}.log")
+        self.out, self.log = config.out, config.out.with_name(f"{config.out.name}.log")
         ready, theirs = CONTEXT.Pipe(duplex=False)
         self.process: BaseProcess = CONTEXT.Process(target=_work, args=(command, config, self.log, theirs, die_at))
         self.process.start()
@@ -74,6 +75,11 @@ class Job:
                 fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
                 done = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") - self.before
         return done
+
+    def reach(self, step: int) -> None:
+        """Wait until it has logged a step, or ends."""
+        while self.wait(0.002) is None and not any(row["step"] >= step for row in read_metrics(self.out)):
+            pass
 
     def finish(self) -> float:
         """Wait for its end, which must be a good one; returns the seconds it computed."""
@@ -96,6 +102,7 @@ def _work(command: Callable[[Any], Any], config: Any, log: Path, ready: Connecti
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do in a process of its own
     fastofa.precompute.SAVE_EVERY_S = 0  # an unfinished view is saved at every batch
+    fastofa.train.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
     _die_at(die_at)
     ready.send(time.process_time())
     command(config)
@@ -180,9 +187,9 @@ def same_cache(a: Path, b: Path) -> None:
 
 
 def killed_at_random(
-    command: Callable[[Any], Any], config: Any, seconds: float, kills: int, seed: int
+    command: Callable[[Any], Any], config: Any, wait: Callable[[Job, random.Random, int], Any], kills: int, seed: int
 ) -> Iterator[tuple[bool, Path]]:
-    """Start, kill, start again...: (is it finished?, its folder) after every kill and every end.
+    """Start, wait, kill, start again...: (is it finished?, its folder) after every kill and every end.
 
     A job is killed a few times in a row; one that is finished is begun anew in another folder, until there were enough.
     """
@@ -194,7 +201,7 @@ def killed_at_random(
         while not finished:
             job = Job(command, dataclasses.replace(config, out=out))
             if killed < kills and turn < IN_A_ROW:
-                job.work(rng.uniform(0, seconds * (0.5 if turn else 1)))  # it has less to do in later turns
+                wait(job, rng, turn)
                 job.wait(rng.uniform(0, 0.02))
                 finished = not job.kill()
             else:
@@ -212,8 +219,12 @@ def test_precompute_goes_on_to_the_same_bytes_after_kills_at_random(folder, teac
     """Mixed views, too, whose samples are asked about in the order of their pairs."""
     config = precompute_config(folder, teacher, tmp_path / "cache", recipe=views_of)
     reference, seconds = undisturbed(precompute, config)
+
+    def wait(job: Job, rng: random.Random, turn: int) -> None:
+        job.work(rng.uniform(0, seconds * (0.5 if turn else 1)))  # it has less to do in later turns
+
     found = []
-    for finished, out in killed_at_random(precompute, config, seconds, kills, seed=1):
+    for finished, out in killed_at_random(precompute, config, wait, kills, seed=1):
         if finished:
             same_cache(out, reference)
         else:
@@ -229,11 +240,19 @@ def test_precompute_goes_on_to_the_same_bytes_after_kills_at_random(folder, teac
 
 def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher, tmp_path):
     cache, _ = undisturbed(precompute, precompute_config(folder, teacher, tmp_path / "cache"))
-    config = train_config(folder, cache, tmp_path / "run")
+    config = train_config(folder, cache, tmp_path / "run", log_every=1)
     reference, seconds = undisturbed(train, config)
     assert any(isinstance(m, DropPath) for m in open_run(reference).build_student().modules())  # random numbers matter
+
+    def wait(job: Job, rng: random.Random, turn: int) -> None:
+        """One in five while it starts, the others after a step: the first half of the run's in the first turns."""
+        if rng.random() < 0.2:
+            job.work(rng.uniform(0, seconds / 2))
+        else:
+            job.reach(rng.randint(1 + turn, 2 + 2 * (turn + 1)))
+
     found = []
-    for finished, out in killed_at_random(train, config, seconds, KILLS, seed=2):
+    for finished, out in killed_at_random(train, config, wait, KILLS, seed=2):
         if finished:
             same_run(out, reference)
         else:
@@ -243,9 +262,9 @@ def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher
     resumable = [state for state in found if state[0]]
     print(f"{len(found)} kills: {len(at_work)} with steps logged, {len(resumable)} with a checkpoint, {set(found)}")
     assert len(found) >= KILLS
-    assert len(at_work) >= KILLS // 3
-    assert resumable
-    assert len(set(found)) >= 3
+    assert len(at_work) >= KILLS // 2
+    assert len(resumable) >= KILLS // 3
+    assert len(set(found)) >= 6
 
 
 def test_precompute_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):
@@ -263,7 +282,7 @@ def test_precompute_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder,
 def test_train_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):
     """And with a line of the log cut off, as a kill in the middle of writing it leaves it."""
     cache, _ = undisturbed(precompute, precompute_config(folder, teacher, tmp_path / "cache"))
-    config = train_config(folder, cache, tmp_path / "run", epochs=1, batch_size=15, checkpoint_every=2)
+    config = train_config(folder, cache, tmp_path / "run", epochs=1, batch_size=15, checkpoint_every=2, keep=1)
     reference, _ = undisturbed(train, config)
     moments = 0
     for moment, out in killed_at_file_operations(train, config):
@@ -274,7 +293,7 @@ def test_train_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teac
         same_run(out, reference)
         moments = moment
     print(f"killed at {moments} moments")
-    assert moments >= 15  # configuration, log, two checkpoints, curves
+    assert moments >= 23  # configuration, launches, log, best and last answers, two checkpoints, one of them removed
 
 
 def killed_at_file_operations(command: Callable[[Any], Any], config: Any) -> Iterator[tuple[int, Path]]:

@@ -1,0 +1,206 @@
+"""The step: parts add up to the batch, random numbers follow from seed, step and rank, and it waits for no device."""
+
+import ast
+import inspect
+import textwrap
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import DropPath
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastofa import losses, step, student, teacher_cache
+from fastofa.config import TrainConfig
+from fastofa.dataset import Dataset
+from fastofa.distributed import World
+from fastofa.pipelines import Batch, open_pipeline
+from fastofa.recipes import RECIPES
+from fastofa.step import SUMS, Step
+from fastofa.student import Student
+from fastofa.teacher_cache import DeviceTargets, answers
+from fastofa.views import center_views, epoch_order
+
+CPU, SIZE, BATCH = torch.device("cpu"), 32, 20
+SCREEN = 50  # lines
+
+
+def config(**given: Any) -> TrainConfig:
+    values = {"data": "digits:100", "student": "test_vit", "out": Path("run"), "optimizer": "sgd", "lr": 0.05}
+    return RECIPES["digits"](**{**values, **given})
+
+
+def make_step(rank: int = 0, **given: Any) -> Step:
+    """Of a Transformer, which has no batch norm, with a teacher's answers; always the same weights."""
+    c = config(**given)
+    torch.manual_seed(7)
+    made = Step(Student(c.student, 10, SIZE, drop_path=c.drop_path).train(), c, CPU, World(rank=rank))
+    made.targets = DeviceTargets(*answers(torch.randn(100, 10).log_softmax(-1), 4), CPU)
+    return made
+
+
+@pytest.fixture
+def batches(digits: Dataset) -> list[Batch]:
+    """An epoch of five."""
+    pipeline = open_pipeline("resident", digits, SIZE, BATCH)
+    return list(pipeline.epoch(center_views(digits.sizes), epoch_order(len(digits), 0, 0)))
+
+
+def in_parts(batch: Batch, parts: int) -> list[Batch]:
+    pieces = [value.chunk(parts) for value in (batch.images, batch.labels, batch.sample_ids)]
+    return [Batch(*piece) for piece in zip(*pieces, strict=True)]
+
+
+# --- Parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_parts_add_up_to_the_batch(batches, parts):
+    """Losses of every step to 1e-6, and so the gradient's norm and the weights, clipped and averaged."""
+    whole, divided = (make_step(clip=1.0, ema=0.9) for _ in range(2))
+    for batch in batches:
+        for made, pieces in ((whole, [batch]), (divided, in_parts(batch, parts))):
+            made.reset_sums()
+            made(pieces, lr=0.05)
+        assert divided.sums.tolist() == pytest.approx(whole.sums.tolist(), rel=1e-6)
+    assert (divided.steps, divided.summed) == (5, 1)
+    for a, b in ((whole.student, divided.student), (whole.trained, divided.trained)):
+        for name, value in a.state_dict().items():
+            torch.testing.assert_close(b.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_sums_add_up_over_the_steps(batches):
+    """Until they are set back; the gradient's norm is that before clipping."""
+    together, alone = make_step(clip=0.1), make_step(clip=0.1)
+    expected = torch.zeros(len(SUMS))
+    for batch in batches[:3]:
+        together([batch], lr=0.01)
+        alone.reset_sums()
+        alone([batch], lr=0.01)
+        assert alone.sums[-1] > 0.1
+        expected += alone.sums
+    assert together.sums.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    assert (together.summed, alone.summed) == (3, 1)
+
+
+# --- Random numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_follow_from_seed_step_and_rank(batches):
+    """Whatever was drawn before; another seed, step or rank drops other blocks, also where a number has many bits."""
+
+    def loss(seed: int = 0, number: int = 0, rank: int = 0) -> float:
+        made = make_step(rank, seed=seed, drop_path=0.5)
+        assert any(isinstance(module, DropPath) for module in made.student.modules())
+        made.steps = number
+        made([batches[0]], lr=0.0)
+        return made.sums[0].item()
+
+    first = loss()
+    torch.rand(10)
+    assert loss() == first
+    others = [loss(seed=1), loss(number=1), loss(rank=1), loss(seed=2**21), loss(number=2**20), loss(seed=2**40)]
+    assert len({first, *others}) == 7
+
+
+# --- Never waits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def meta(monkeypatch) -> torch.device:
+    """A device without numbers, where whatever asks for one fails; the little that it lacks is added."""
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu" if str(device) == "meta" else device))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    return torch.device("meta")
+
+
+ASKING = {
+    "item": torch.Tensor.item,
+    "tolist": torch.Tensor.tolist,
+    "float": float,
+    "if": bool,
+    "cpu": torch.Tensor.cpu,
+    "numpy": torch.Tensor.numpy,
+    "nonzero": torch.nonzero,
+    "mask": lambda tensor: tensor[tensor > 0],
+}
+
+
+@pytest.mark.parametrize("how", ASKING)
+def test_a_device_without_numbers_tells_who_asks_for_one(meta, how):
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError), match="meta"):
+        ASKING[how](torch.ones(1, device=meta))
+
+
+@pytest.mark.parametrize("student", ["test_vit", "test_efficientnet"])
+def test_the_step_asks_for_no_number(meta, student):
+    """With all that it can do: parts, mixed pictures, exits, clipping, average, dropped blocks; sums stay there, too.
+
+    LAMB, since the fused optimisers know no such device.
+    """
+    c = config(student=student, optimizer="lamb", clip=1.0, ema=0.9, smoothing=0.1, temperature=2.0)
+    made = Step(Student(student, 10, SIZE, drop_path=0.2).train(), c, meta)
+    table = answers(torch.randn(100, 10).log_softmax(-1), 4)
+    made.targets = DeviceTargets(*table, meta, samples=np.arange(100))
+    images = torch.zeros(BATCH, 3, SIZE, SIZE, dtype=torch.uint8, device=meta)
+    ids = torch.zeros(BATCH, dtype=torch.int64, device=meta)
+    plain, mixed = Batch(images, ids, ids), Batch(images, ids, ids, ids, torch.rand(BATCH, device=meta))
+    made([plain, plain], lr=0.01)
+    made([mixed], lr=0.01)
+    assert made.steps == 2
+    assert {tensor.device for tensor in (made.sums, *made.parameters, *made.trained.buffers())} == {meta}
+
+
+class Watched(TorchDispatchMode):
+    """Fails where a number is asked for on any device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func), "a number is asked for"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_fused_optimisers_ask_for_no_number(batches, optimizer):
+    for ask in (torch.Tensor.item, float, bool, int):
+        with pytest.raises(AssertionError, match="a number is asked for"), Watched():
+            ask(torch.ones(1))
+    made = make_step(optimizer=optimizer, clip=1.0, ema=0.9)
+    with Watched():
+        for batch in batches[:2]:
+            made([batch], lr=0.01)
+    assert made.steps == 2
+
+
+HOT = [
+    Step.__call__,
+    step.Program.forward,
+    student.Student.forward,
+    student.Student.normalize,
+    student.run_stages,
+    losses.Objective.__call__,
+    losses.Objective._against,
+    losses.mixed_labels,
+    losses.heavier,
+    teacher_cache.DeviceTargets.lookup,
+]
+WAITING = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "tensor", "as_tensor", "from_numpy"}
+
+
+@pytest.mark.parametrize("function", HOT, ids=lambda function: function.__qualname__)
+def test_no_call_that_waits_is_written_in_the_step(function):
+    """By name; nor a tensor made of a list, which is copied to the device."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    methods = {f.attr for f in calls if isinstance(f, ast.Attribute)}
+    names = {f.id for f in calls if isinstance(f, ast.Name)}
+    assert methods & WAITING == set()
+    assert names & {"float", "bool", "print"} == set()
+
+
+def test_the_step_fits_on_one_screen():
+    assert len(inspect.getsource(Step.__call__).splitlines()) <= SCREEN
+    assert len(inspect.getsource(step.Program.forward).splitlines()) <= SCREEN
