@@ -5,7 +5,7 @@
     python -m bench.gpu --dry-run             every part at a tiny size, on any machine: does it run at all?
 
 Needs the checkout and its Python libraries, nothing installed. Every part is a process with a time limit of its own, so
-that one that fails or hangs costs no more than itself. Ends with 1 if one did.
+that one that fails or hangs costs no more than itself. Ends with 1 if one did, with 2 without a GPU.
 """
 
 import argparse
@@ -80,9 +80,8 @@ def command(part: Part, dry_run: bool, out: Path) -> list[str]:
         return (
             [sys.executable, "-m", "pytest", *arguments, *marked] if marked else [sys.executable, "-c", "print('none')"]
         )
-    folders = ["--out", str(out)] if module != "bench.roofline" else []
-    folders += ["--records", str(out)] if module == "bench.epoch" else []
-    return [sys.executable, "-m", module, *arguments, *folders]
+    records = ["--records", str(out)] if module == "bench.epoch" else []
+    return [sys.executable, "-m", module, *arguments, "--out", str(out), *records]
 
 
 def environment(dry_run: bool) -> dict[str, str]:
@@ -116,6 +115,12 @@ def run(part: Part, dry_run: bool, out: Path, limit_s: float) -> tuple[str, floa
     return status, time.monotonic() - began
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _tail(log: Path, lines: int) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
@@ -126,6 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu", help="folder of the records")
     args = parser.parse_args(argv)
+    if not args.dry_run and not _has_gpu():
+        print("expected a GPU that PyTorch can use, found none; --dry-run tries every part without", file=sys.stderr)
+        return 2
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

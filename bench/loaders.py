@@ -76,10 +76,9 @@ def open_source(pipeline: str, folder: Path, count: int, side: int = SIDE) -> Da
 
 
 def stream(pipeline: Any, dataset: Dataset) -> Iterator[Batch]:
-    """Batches without end: one epoch after the other as one long order, so that no worker is started twice."""
+    """Batches nearly without end: one order again and again, as a single epoch, so that no worker is started twice."""
     views = draw_views(ViewPolicy(), dataset.sizes, 0, 0)
-    epochs = 1 + 1_000_000 // len(dataset)
-    return pipeline.epoch(views, np.concatenate([epoch_order(len(dataset), 0, e) for e in range(epochs)]))
+    return pipeline.epoch(views, np.tile(epoch_order(len(dataset), seed=0, epoch=0), 1 + 1_000_000 // len(dataset)))
 
 
 class LoaderStep:

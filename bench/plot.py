@@ -88,8 +88,8 @@ def draw(record: dict[str, Any], out: Path, number: int = 0) -> None:
     axes.text(
         0,
         -0.02,
-        f"{hardware}, {result['image_size']} px, batch {result['batch_size']}, {job['precision']} where not said "
-        f"otherwise.\n{TIMES} the published code's way in the same run, median of {result['rounds']} rounds. "
+        f"{hardware}, {result['image_size']} px, batch {result['batch_size']}, {_precision(job)}."
+        f"\n{TIMES} the published code's way in the same run, median of {result['rounds']} rounds. "
         f"{made['date']}, commit {made['commit']}.",
         transform=axes.transAxes,
         fontsize=10,
@@ -99,6 +99,10 @@ def draw(record: dict[str, Any], out: Path, number: int = 0) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150, transparent=True, bbox_inches="tight", pad_inches=0.15)
     plt.close(figure)
+
+
+def _precision(job: dict[str, Any]) -> str:
+    return "fp32" if job["precision"] == "fp32" else "bf16 from its row on and for the peers"
 
 
 def main(argv: list[str]) -> None:

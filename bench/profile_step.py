@@ -41,11 +41,11 @@ BYTES = {
 # looking; a GPU's kernels get theirs when there is a GPU's table to look at.
 REASONS = {
     "depthwise": "the exits'; always oneDNN's (cuDNN's on a GPU), inductor has no template for it",
-    "convolution_backward": "the network's own arithmetic, by oneDNN at the speed of a matrix product",
-    "mkldnn_convolution": "the network's own arithmetic, by oneDNN at the speed of a matrix product",
+    "convolution_backward": "the network's own arithmetic, by oneDNN no slower than a matrix product",
+    "mkldnn_convolution": "the network's own arithmetic, by oneDNN no slower than a matrix product",
     "native_batch_norm": "3 passes over memory forward, 5 backward; `--compile on` folds ReLU into them",
     "copy_": "inside PyTorch: oneDNN's weight gradients into its layout, fused SGD's operands made contiguous",
-    "_fused_sgd_": "one pass over weight, gradient and momentum at the speed of a copy",
+    "_fused_sgd_": "one pass over weight, gradient and momentum (what it copies first is in copy_)",
     "threshold_backward": "ReLU's backward pass; `--compile on` folds it into batch norm's",
     "linalg_vector_norm": "the gradient's norm, logged at every step: each gradient read once",
     "addmm": "five heads of 1,000 classes, forward",

@@ -1,6 +1,8 @@
 """The floor under a training step: each operation at the machine's peak arithmetic or bandwidth, whichever is slower.
 
-    python -m bench.roofline --tflops 790 --gb-per-second 4300      a table; by default this machine's measured peaks
+    python -m bench.roofline                                        at this machine's peaks, measured before
+    python -m bench.roofline --tflops 790 --gb-per-second 4300      at given ones: a table, no record
+    writes bench/results/roofline_{cpu,gpu}.json
 
 The student is trained for one step on PyTorch's `meta` device, which computes shapes only, and every operation that
 reaches memory is written down: what it reads and writes, what it multiplies. What one assumes decides the figure:
@@ -14,9 +16,11 @@ reaches memory is written down: what it reads and writes, what it multiplies. Wh
 """
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import machine
-from bench.record import markdown_table
+from bench.record import RESULTS, markdown_table, write_record
 from fastofa.student import ALL_STAGES, Student
 
 STUDENTS = ("resnet18", "resnet50", "deit_tiny_patch16_224", "resmlp_12_224", "mobilenetv2_100")
@@ -169,14 +173,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--gb-per-second", type=float, default=math.nan, help="peak bandwidth; by default measured here"
     )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = machine.Machine(args.tflops, args.gb_per_second, "bfloat16")
-    if math.isnan(args.tflops) or math.isnan(args.gb_per_second):
-        peak = machine.measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
+    measured = math.isnan(args.tflops) or math.isnan(args.gb_per_second)
+    if measured:
+        peak = machine.measure(device, torch.bfloat16)
     print(
         f"{peak.tflops:,.3g} TFLOP/s, {peak.gb_per_second:,.0f} GB/s, batch {args.batch_size}, {args.image_size} px\n"
     )
-    rows = []
+    rows, found_ms = [], {}
     for student in args.students:
         plain, whole = (
             operations(student, args.image_size, args.batch_size, args.num_classes, exits, torch.bfloat16)
@@ -185,10 +192,15 @@ def main(argv: list[str] | None = None) -> None:
         ms, more = (sum(o.ms(peak) for o in found) for found in (plain, whole))
         kinds = by_kind(plain, peak)
         added = {kind: value - kinds.get(kind, 0) for kind, value in by_kind(whole, peak).items()}
+        found_ms[student] = {"step_ms": ms, "exits_add_ms": more - ms, "kinds_ms": kinds, "exits_kinds_ms": added}
         images = f"{args.batch_size / ms:,.1f}k"
         rows.append([student, _largest(kinds, 1), _largest(added, 2), f"{ms:.1f}", images, f"{more - ms:.1f}"])
     header = ["student", "of which (ms)", "exits, of which (ms)", "step ms", "max images/s", "exits add ms"]
     print(markdown_table(header, rows, left=3))
+    if measured:
+        settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes")}
+        settings |= {"rounds": machine.ROUNDS, "baseline": "peaks of the same run", "machine": dataclasses.asdict(peak)}
+        write_record(f"roofline_{device.type.replace('cuda', 'gpu')}", {**settings, "students": found_ms}, args.out)
 
 
 if __name__ == "__main__":

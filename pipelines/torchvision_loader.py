@@ -99,9 +99,9 @@ class Pipeline:
             pin_memory=self.device.type == "cuda",
         )
         with _signals_held():
-            decoded = iter(loader)
+            decoded = zip(all_rows, iter(loader), strict=True)
         try:
-            for rows, images in zip(all_rows, decoded, strict=True):
+            for rows, images in decoded:
                 if isinstance(images, str):
                     raise BadInput(images)
                 images = images.to(self.device, non_blocking=True)
@@ -109,4 +109,4 @@ class Pipeline:
                     images = augment(images, views, with_partners(views, rows), len(rows))
                 yield make_batch(images, self.labels, views, rows, self.normalize)
         finally:
-            del decoded  # ends its processes now; left to the garbage collector that takes 5 seconds for each
+            del decoded  # ends the workers now; left to the garbage collector, which ends their queues first, they stay

@@ -33,7 +33,7 @@ def test_every_part_of_the_gpu_run_at_a_tiny_size(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     records = {path.stem.partition("_")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert records.keys() == {"train", "profile", "optimizers", "loaders", "epoch"}
+    assert records.keys() == {"train", "profile", "roofline", "optimizers", "loaders", "epoch"}
     for record in records.values():
         assert record["environment"].keys() >= {"date", "commit", "command", "cpu", "cores", "gpu", "torch", "timm"}
         assert record["result"]["baseline"]
@@ -49,6 +49,7 @@ def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch, cap
         return [sys.executable, "-c", *part.arguments]
 
     monkeypatch.setattr(gpu, "command", command)
+    monkeypatch.setattr(gpu, "_has_gpu", lambda: True)
     parts = {"hangs": "import time; time.sleep(60)", "fails": "raise SystemExit(3)", "runs": "print('figures')"}
     monkeypatch.setattr(
         gpu, "PARTS", tuple(gpu.Part(n, (code,), 2 if n == "hangs" else 30, ()) for n, code in parts.items())
