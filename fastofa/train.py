@@ -305,9 +305,11 @@ class Job:
 
     def _save(self, sums: list[float]) -> None:
         s = self.step
+        ema = None if s.ema is None else s.ema.module
         self.world.average_statistics(s.student)
+        if ema is not None:
+            self.world.average_statistics(ema)
         if self.world.is_main:
-            ema = None if s.ema is None else s.ema.module
             position = {"sums": sums, "summed": s.summed}
             checkpoint.save_checkpoint(self.run.path, s.steps, s.student, s.optimizer, ema, position, self.config.keep)
 
