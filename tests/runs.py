@@ -1,5 +1,6 @@
 """What several tests make, and ask of a run's folder."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCa
     data_config = {"input_size": (3, SIZE, SIZE)}
     save_for_hf(model, str(folder / "teacher"), safe_serialization=True, data_config=data_config)
     return precompute(PrecomputeConfig(data, str(folder / "teacher"), folder / "cache", 2, workers=0, **given))
+
+
+def command_line(command: str, config: Any) -> list[str]:
+    """That gives this configuration."""
+    argv = [command]
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            argv += [flag] if value else []
+        elif value is not None:
+            argv += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return argv
 
 
 def newest(run: Path) -> Path:

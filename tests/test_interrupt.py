@@ -30,7 +30,7 @@ from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.teacher import Teacher
 from fastofa.teacher_cache import PARTIAL, TeacherCache, view_file
 from fastofa.train import train
-from runs import newest, same_run
+from runs import command_line, newest, same_run
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -142,18 +142,6 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def argv_of(command: str, config: Any) -> list[str]:
-    """The command line that gives this configuration."""
-    argv = [command]
-    for field in dataclasses.fields(config):
-        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
-        if isinstance(value, bool):
-            argv += [flag] if value else []
-        elif value is not None:
-            argv += [flag, *map(str, value if isinstance(value, tuple) else [value])]
-    return argv
-
-
 def same_cache(a: Path, b: Path) -> None:
     """The same files, byte for byte, and no others; only the header may name another pipeline."""
     assert sorted(f.name for f in a.iterdir()) == sorted(f.name for f in b.iterdir())
@@ -171,7 +159,7 @@ def test_train_stops_and_goes_on_to_the_same_weights(cache, run, tmp_path, signu
     """To the process alone, or as a terminal and a cluster do it: to its decoding processes, too."""
     pipeline = "torchvision" if to == "group" else "resident"
     config = train_config(cache, tmp_path / "run", pipeline=pipeline)
-    command = Command(argv_of("train", config), tmp_path / "stderr")
+    command = Command(command_line("train", config), tmp_path / "stderr")
     until(lambda: read_metrics(config.out) and (to == "process" or len(command.children()) == 2), command)
     children = command.children()
     os.killpg(command.pid, signum) if to == "group" else os.kill(command.pid, signum)
@@ -184,7 +172,7 @@ def test_train_stops_and_goes_on_to_the_same_weights(cache, run, tmp_path, signu
     assert load_tensors(newest(config.out))[1]["step"] == int(said[1]) < 20
     until(lambda: not any(map(alive, children)))
 
-    resumed = Command([*argv_of("train", config), "--resume"], tmp_path / "stderr")
+    resumed = Command([*command_line("train", config), "--resume"], tmp_path / "stderr")
     assert resumed.wait() == 0, resumed.error.read_text()
     same_run(config.out, run)
 
@@ -196,7 +184,7 @@ def test_precompute_stops_and_goes_on_to_the_same_bytes(teacher, cache, tmp_path
     """To the process alone, or to its decoding processes, too. The rows of the view it was at are kept."""
     pipeline = "torchvision" if to == "group" else "resident"
     config = precompute_config(teacher, tmp_path / "cache", pipeline=pipeline)
-    command = Command(argv_of("precompute", config), tmp_path / "stderr")
+    command = Command(command_line("precompute", config), tmp_path / "stderr")
     first = config.out / view_file(0)
     until(lambda: first.exists() and (to == "process" or len(command.children()) == 2), command)
     children = command.children()
@@ -207,7 +195,7 @@ def test_precompute_stops_and_goes_on_to_the_same_bytes(teacher, cache, tmp_path
     assert not (config.out / view_file(config.views - 1)).exists()
     until(lambda: not any(map(alive, children)))
 
-    resumed = Command(argv_of("precompute", config), tmp_path / "stderr")
+    resumed = Command(command_line("precompute", config), tmp_path / "stderr")
     assert resumed.wait() == 0, resumed.error.read_text()
     same_cache(config.out, cache)
 
@@ -230,7 +218,7 @@ def _signals_for_new_workers(reached: Path) -> None:
 def test_decoding_processes_ignore_signals_from_their_first_moment(cache, run, tmp_path):
     """One that died of them while it starts would end the training in an error of torch."""
     config = train_config(cache, tmp_path / "run", pipeline="torchvision")
-    command = Command(argv_of("train", config), tmp_path / "stderr", _signals_for_new_workers)
+    command = Command(command_line("train", config), tmp_path / "stderr", _signals_for_new_workers)
     assert command.wait() == 0, command.error.read_text()
     assert (tmp_path / "stderr.reached").exists()
     same_run(config.out, run)
@@ -251,7 +239,7 @@ def _stuck(reached: Path) -> None:
 def test_a_second_signal_ends_it_at_once(cache, run, tmp_path, signum):
     """The first one waits for a safe point that does not come. What was saved before is whole."""
     config = train_config(cache, tmp_path / "run", pipeline="resident")
-    command = Command(argv_of("train", config), tmp_path / "stderr", _stuck)
+    command = Command(command_line("train", config), tmp_path / "stderr", _stuck)
     until((tmp_path / "stderr.reached").exists, command)
     os.kill(command.pid, signum)
     assert command.wait(0.5) is None
@@ -265,7 +253,7 @@ def test_a_second_signal_ends_it_at_once(cache, run, tmp_path, signum):
         assert "Traceback" not in command.error.read_text()
     assert load_tensors(newest(config.out))[1]["step"] == 14
 
-    resumed = Command([*argv_of("train", config), "--resume"], tmp_path / "stderr")
+    resumed = Command([*command_line("train", config), "--resume"], tmp_path / "stderr")
     assert resumed.wait() == 0, resumed.error.read_text()
     same_run(config.out, run)
 
@@ -283,7 +271,7 @@ def _slow_start(reached: Path) -> None:
 @pytest.mark.slow
 def test_before_the_work_begins_there_is_nothing_to_save(cache, tmp_path):
     config = train_config(cache, tmp_path / "run")
-    command = Command(argv_of("train", config), tmp_path / "stderr", _slow_start)
+    command = Command(command_line("train", config), tmp_path / "stderr", _slow_start)
     until((tmp_path / "stderr.reached").exists, command)
     os.kill(command.pid, signal.SIGINT)
     assert command.wait(60) == 130
@@ -298,14 +286,14 @@ def test_a_whole_process_from_its_start(cache, run, tmp_path):
     fastofa_command = [sys.executable, "-c", "from fastofa.cli import main; main()"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*fastofa_command, *argv_of("train", config)], stderr=subprocess.PIPE, text=True, env=one_thread
+        [*fastofa_command, *command_line("train", config)], stderr=subprocess.PIPE, text=True, env=one_thread
     )
     until(lambda: read_metrics(config.out) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     assert process.returncode == 130, error
     assert error.splitlines()[-1].endswith("run the same command with --resume to go on")
-    resumed = Command([*argv_of("train", config), "--resume"], tmp_path / "stderr")
+    resumed = Command([*command_line("train", config), "--resume"], tmp_path / "stderr")
     assert resumed.wait() == 0, resumed.error.read_text()
     same_run(config.out, run)
 

@@ -1,0 +1,457 @@
+"""Several processes train one student as one process does, lose nothing when they are stopped or killed, and agree.
+
+Ranks are processes of a forked server that meet as under torchrun, or, in the last test, torchrun's own.
+"""
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastofa import cli, recipes
+from fastofa.config import TrainConfig
+from fastofa.dataset import open_dataset
+from fastofa.distributed import Vote, World, check_shared, contact, join
+from fastofa.errors import BadInput, LostContact
+from fastofa.files import load_tensors, read_json
+from fastofa.metrics import read_metrics
+from fastofa.pipelines import open_pipeline
+from fastofa.run import Run
+from fastofa.teacher_cache import TeacherCache
+from fastofa.train import train
+from fastofa.views import epoch_order
+from runs import command_line, log_of, make_cache, newest, same_run
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["fastofa.train", "fastofa.precompute", "torch.utils.tensorboard", "matplotlib.figure", "sklearn.datasets"]
+)
+ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
+PATIENCE_S = 100
+STEPS = 20
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Ranks:
+    """Processes that each call `work(rank, *arguments)`; `with Ranks(...) as ranks:` leaves none behind."""
+
+    def __init__(self, size: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
+        self.processes = [
+            CONTEXT.Process(target=_rank, args=({**place, "RANK": rank, "LOCAL_RANK": rank}, log, work, arguments))
+            for rank, log in enumerate(self.logs)
+        ]
+
+    def __enter__(self) -> "Ranks":
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def wait(self) -> list[int | None]:
+        """Exit codes, negative for signals."""
+        end = time.monotonic() + PATIENCE_S
+        for process in self.processes:
+            process.join(max(end - time.monotonic(), 0))
+        codes = [process.exitcode for process in self.processes]
+        assert None not in codes, self.said()
+        return codes
+
+    def said(self) -> list[str]:
+        return [log.read_text() if log.exists() else "" for log in self.logs]
+
+    def reach(self, run: Path, step: int) -> None:
+        wait_for_step(run, step, lambda: all(process.is_alive() for process in self.processes))
+
+
+def _rank(place: dict[str, Any], log: Path, work: Callable[..., None], arguments: Sequence[Any]) -> None:
+    os.environ |= {name: str(value) for name, value in place.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    work(place["RANK"], *arguments)
+
+
+def _train(_: int, config: TrainConfig) -> None:
+    import fastofa.train
+
+    fastofa.train.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
+    cli.main(command_line("train", config))
+
+
+def wait_for_step(run: Path, step: int, alive: Callable[[], bool]) -> None:
+    """Until it is in the log."""
+    end = time.monotonic() + PATIENCE_S
+    while not any(row["step"] >= step for row in read_metrics(run)):
+        assert time.monotonic() < end, "waited in vain"
+        assert alive(), "it ended too soon"
+        time.sleep(0.005)
+
+
+def train_on(ranks: int, config: TrainConfig) -> Path:
+    """Its folder."""
+    with Ranks(ranks, config.out.with_suffix(".logs"), _train, config) as started:
+        assert started.wait() == [0] * ranks, started.said()
+    return config.out
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    return make_cache("digits:100", 10, tmp_path_factory.mktemp("cache"), topk=4)
+
+
+@pytest.fixture(scope="module")
+def config(cache: TeacherCache, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainConfig]:
+    """config(name, ...): twenty steps of a Transformer, which has no batch norm, in plain SGD."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def make(name: str, **given: Any) -> TrainConfig:
+        values = {
+            "data": "digits:100", "cache": cache.path, "student": "test_vit", "out": folder / name, "epochs": 4,
+            "batch_size": 20, "optimizer": "sgd", "lr": 0.02, "warmup_epochs": 1, "pipeline": "resident",
+            "log_every": 1, "eval_every": 2, "checkpoint_every": 5, "timeout_s": 20,
+        }  # fmt: skip
+        return recipes.digits(**{**values, **given})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(config) -> Path:
+    """The run of one process, undisturbed."""
+    train(config("alone"))
+    return config("alone").out
+
+
+@pytest.fixture(scope="module")
+def pair(config) -> Path:
+    """The run of two processes, undisturbed."""
+    return train_on(2, config("pair"))
+
+
+def assert_near(run: Path, expected: Path) -> None:
+    """Every logged figure to 1e-5, the accuracy to one picture of 1697 at most; each step once."""
+    found, others = log_of(run), log_of(expected)
+    assert [(row["kind"], row["step"]) for row in found] == [(row["kind"], row["step"]) for row in others]
+    for row, other in zip(found, others, strict=True):
+        assert row.keys() == other.keys()
+        for name in row.keys() - {"kind", "step"}:
+            given = {"abs": 1.1 / 1697} if name.startswith("top") else {"rel": 1e-5}
+            assert row[name] == pytest.approx(other[name], **given), (row, other)
+
+
+# --- The same training ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(alone, pair):
+    assert_near(pair, alone)
+    assert load_tensors(newest(pair))[0].keys() == load_tensors(newest(alone))[0].keys()
+    assert [launch["ranks"] for launch in read_json(pair / "environment.json")] == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "accumulate"), [(4, 1), (2, 5)])
+def test_ranks_and_parts_do_not_change_the_training(config, alone, ranks, accumulate):
+    assert_near(train_on(ranks, config(f"{ranks}-{accumulate}", accumulate=accumulate)), alone)
+
+
+@pytest.mark.slow
+def test_gradients_may_travel_as_bf16(config, alone):
+    """Half the bytes, and near."""
+    run = train_on(2, config("bf16", grad_compression="bf16", epochs=2))
+    first, rough = ([row["loss"] for row in log_of(out) if row["kind"] == "step"] for out in (alone, run))
+    assert rough[0] == pytest.approx(first[0], rel=1e-5)
+    assert rough[1:5] != first[1:5]
+    assert rough[:5] == pytest.approx(first[:5], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_running_statistics_are_the_mean_over_the_ranks(config):
+    """Of a CNN after one step: each rank saw half of the batch. Of the moving average, too, also between epochs."""
+    c = config("cnn", student="test_resnet", ema=0.9, epochs=1, batch_size=50, checkpoint_every=1, seed=3)
+    train_on(2, c)
+    dataset, cache = open_dataset(c.data), TeacherCache.open(c.cache)
+    views = cache.targets(0)[0]
+    found: list[dict[str, Tensor]] = []
+    for rank in range(2):
+        torch.manual_seed(c.seed)
+        run = Run(c.out, c, dataset.classes, cache.teacher_dim, dataset.fingerprint)
+        student = run.build_student().to(memory_format=torch.channels_last).train()
+        order = epoch_order(len(dataset), c.seed, 0, rank, 2)
+        student(next(open_pipeline("resident", dataset, 32, 25).epoch(views, order)).images)
+        found.append({name: value for name, value in student.named_buffers() if name.endswith(("_mean", "_var"))})
+    tensors, _ = load_tensors(c.out / "checkpoints" / "step-00000001.safetensors")
+    assert len(found[0]) > 10
+    for name in found[0]:
+        mean = (found[0][name] + found[1][name]) / 2
+        for part in ("student", "ema"):  # which begins as the student is after its first step
+            torch.testing.assert_close(tensors[f"{part}.{name}"], mean, rtol=1e-4, atol=1e-5)
+    assert max(float((found[0][name] - found[1][name]).abs().max()) for name in found[0]) > 1e-2
+
+
+# --- Interrupted ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, alone, pair, tmp_path):
+    """All of them exit as signalled; it goes on to the same bytes on two ranks, to 1e-5 on one and on four."""
+    c = config("stopped")
+    with Ranks(2, tmp_path, _train, c) as ranks:
+        ranks.reach(c.out, 7)
+        os.kill(ranks.processes[1].pid, signal.SIGTERM)
+        assert ranks.wait() == [128 + signal.SIGTERM] * 2, ranks.said()
+    step = load_tensors(newest(c.out))[1]["step"]
+    assert 7 <= step < STEPS
+    said, nothing = ranks.said()
+    assert said.splitlines()[-1] == (
+        f"fastofa: saved step {step} of 20 in {c.out}; run the same command with --resume to go on"
+    )
+    assert nothing == ""
+    for count, same in ((1, assert_near), (4, assert_near), (2, same_run)):
+        resumed = config(f"stopped-{count}", resume=True)
+        shutil.copytree(c.out, resumed.out)
+        train_on(count, resumed)
+        same(resumed.out, pair if count == 2 else alone)
+        assert [launch["ranks"] for launch in read_json(resumed.out / "environment.json")] == [2, count]
+
+
+@pytest.mark.slow
+def test_when_a_rank_is_killed_the_other_says_so_and_leaves(config, pair, tmp_path):
+    """With exit code 1 and one line, within the time that ranks wait; the run goes on to the same bytes."""
+    c = config("killed")
+    with Ranks(2, tmp_path, _train, c) as ranks:
+        ranks.reach(c.out, 7)
+        ranks.processes[1].kill()
+        killed = time.monotonic()
+        assert ranks.wait() == [1, -signal.SIGKILL], ranks.said()
+        assert time.monotonic() - killed < 20
+    said = ranks.said()[0]
+    assert "Traceback" not in said
+    assert re.match(r"fastofa: rank 0: lost the other ranks \(.+\); start the same command", said.splitlines()[-1])
+    train_on(2, config("killed", resume=True))
+    same_run(c.out, pair)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_ends_all_ranks_alike(config, tmp_path):
+    """Exit code 2 and one line from each; nothing is written."""
+    for given, message in (
+        ({"batch_size": 20}, r"batch-size: expected a multiple of 3 \(3 ranks\), got 20"),
+        ({"batch_size": 30, "accumulate": 4}, r"batch-size: expected a multiple of 12 \(3 ranks x 4 parts\), got 30"),
+    ):
+        c = config("refused", **given)
+        with Ranks(3, tmp_path, _train, c) as ranks:
+            assert ranks.wait() == [2, 2, 2], ranks.said()
+        for said in ranks.said():
+            assert re.fullmatch(f"fastofa: error: {message}\n", said), said
+        assert not c.out.exists()
+
+
+# --- What they agree on -----------------------------------------------------------------------------------------------
+
+
+def _agree(rank: int, out: Path) -> None:
+    """Everything that World and Vote offer, its results in a file for each rank."""
+    world = join(timeout_s=20)
+    results: dict[str, Any] = {"world": (world.rank, world.size, world.local_rank, world.local_size, world.is_main)}
+    results["agreed"] = [world.agree_on(10 * rank + number) for number in range(3)]
+    mine = torch.tensor([1.0 + rank, 2.0])
+    results["sum"], results["mine"] = world.sum(mine).tolist(), mine.tolist()
+    results["ids"] = world.sum(torch.tensor([2**40 + rank])).tolist()
+
+    with world.main_first():
+        results["first"] = (out / "main").exists()
+        time.sleep(0.2 if world.is_main else 0)
+        (out / "main").touch()
+
+    if rank == 1:
+        time.sleep(0.3)
+        (out / "late").touch()
+    world.barrier()
+    results["waited"] = (out / "late").exists()
+
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2, affine=False))
+    for number, norm in enumerate(model):
+        norm.running_mean.fill_(rank + number)
+        norm.running_var.fill_(1 + 4 * rank)
+        norm.num_batches_tracked.fill_(7)
+    nn.init.constant_(model[0].weight, rank)
+    world.average_statistics(model)
+    results["state"] = {name: value.tolist() for name, value in model.state_dict().items()}
+
+    vote = Vote(world)
+    given = [[0, 0, 15, 0, 0], [0, 2, 0, 0, 0]][rank]
+    results["votes"] = [vote(number) for number in given]
+    results["last"] = [vote.finish(), vote.finish()]
+    (out / f"{rank}.json").write_text(repr(results))
+    world.leave()
+
+
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks found out."""
+    out = tmp_path_factory.mktemp("agreed")
+    with Ranks(2, out, _agree, out) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said()
+    return [eval((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_each_rank_knows_its_place(agreed):
+    assert [found["world"] for found in agreed] == [(0, 2, 0, 2, True), (1, 2, 1, 2, False)]
+
+
+def test_all_take_rank_0s_number(agreed):
+    assert [found["agreed"] for found in agreed] == [[0, 1, 2]] * 2
+
+
+def test_a_sum_is_of_all_ranks_and_leaves_its_parts_alone(agreed):
+    """Large whole numbers are exact."""
+    assert [found["sum"] for found in agreed] == [[3.0, 4.0]] * 2
+    assert [found["mine"] for found in agreed] == [[1.0, 2.0], [2.0, 2.0]]
+    assert [found["ids"] for found in agreed] == [[2**41 + 1]] * 2
+
+
+def test_the_main_rank_goes_first_and_all_wait_for_the_last(agreed):
+    assert [found["first"] for found in agreed] == [False, True]
+    assert [found["waited"] for found in agreed] == [True, True]
+
+
+def test_statistics_are_averaged_and_nothing_else(agreed):
+    """Of every batch norm; counters and weights stay."""
+    for rank, found in enumerate(agreed):
+        state = found["state"]
+        assert (state["0.running_mean"], state["1.running_mean"]) == ([0.5, 0.5], [1.5, 1.5])
+        assert state["0.running_var"] == state["1.running_var"] == [3.0, 3.0]
+        assert state["0.num_batches_tracked"] == 7
+        assert state["0.weight"] == [rank, rank]
+
+
+def test_a_vote_is_known_to_all_at_the_next_step(agreed):
+    """The largest number; whoever gave it. `finish` brings in the last one, once."""
+    assert [found["votes"] for found in agreed] == [[0, 0, 2, 15, 0]] * 2
+    assert [found["last"] for found in agreed] == [[0, 0]] * 2
+
+
+def test_one_process_needs_nobody():
+    """No connection is made."""
+    world = World()
+    assert (world.is_main, world.agree_on(3), world.sum(torch.ones(2)).tolist()) == (True, 3, [1.0, 1.0])
+    world.barrier()
+    with world.main_first():
+        pass
+    norm = nn.BatchNorm2d(2)
+    world.average_statistics(norm)
+    vote = Vote(world)
+    assert [vote(0), vote(15), vote(0), vote.finish()] == [0, 15, 0, 0]
+    world.leave()
+    assert not torch.distributed.is_initialized()
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join(5) == World()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join(5) == World()
+
+
+def test_only_broken_connections_are_lost_contact(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    for error in (RuntimeError("[gloo/transport] Connection closed by peer"), torch.distributed.DistBackendError("x")):
+        with pytest.raises(LostContact, match=r"^rank 3: lost the other ranks \(.*\); .*--resume"), contact():
+            raise error
+    for error in (RuntimeError("size mismatch"), BadInput("gloo"), ValueError("NCCL")):
+        with pytest.raises(type(error)), contact():
+            raise error
+
+
+def test_a_folder_that_is_not_shared_is_told():
+    check_shared(World(1, 2), True, "run/config.json")
+    with pytest.raises(BadInput, match=r"rank 1: expected run/config.json, which rank 0 just wrote; --out must be on"):
+        check_shared(World(1, 2), False, "run/config.json")
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+class Torchrun:
+    """`torchrun --no-python ... fastofa train ...` with two processes of this environment, in a group of its own."""
+
+    def __init__(self, config: TrainConfig, restarts: int) -> None:
+        self.log = config.out.with_suffix(".log")
+        command = [BIN / "torchrun", "--no-python", "--standalone", "--nproc-per-node", "2", "--max-restarts", restarts]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [*map(str, command), str(BIN / "fastofa"), *command_line("train", config)],
+                stdout=log, stderr=log, env=environment, start_new_session=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Torchrun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in {self.process.pid, *self.ranks()}:  # torchrun gives each rank a group of its own
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+    def ranks(self) -> list[int]:
+        files = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return sorted({int(child) for file in files for child in file.read_text().split()})
+
+    def reach(self, run: Path, step: int) -> None:
+        wait_for_step(run, step, lambda: self.process.poll() is None)
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_run_is_stopped_goes_on_loses_a_rank_and_finishes(config):
+    """SIGTERM from a cluster saves; `--resume` goes on; a rank killed -9 is started again by --max-restarts."""
+    given = {"epochs": 20, "eval_every": 10}
+    train(config("long", **given))
+    c = config("torchrun", **given)
+    with Torchrun(c, restarts=0) as started:
+        started.reach(c.out, 3)
+        started.process.send_signal(signal.SIGTERM)  # torchrun hands it on
+        assert started.process.wait(PATIENCE_S) != 0
+    said = started.log.read_text()
+    step = load_tensors(newest(c.out))[1]["step"]
+    assert 3 <= step < 100
+    assert said.count(f"fastofa: saved step {step} of 100 in {c.out}; run the same command with --resume") == 1, said
+
+    with Torchrun(config("torchrun", resume=True, **given), restarts=1) as started:
+        started.reach(c.out, min(step + 20, 80))
+        os.kill(started.ranks()[-1], signal.SIGKILL)
+        assert started.process.wait(PATIENCE_S) == 0, started.log.read_text()
+    launches = read_json(c.out / "environment.json")
+    assert [launch["ranks"] for launch in launches] == [2, 2, 2]
+    assert launches[1]["step"] == step < launches[2]["step"]
+    assert "top-1" in started.log.read_text().splitlines()[-1]
+    assert_near(c.out, config("long").out)
