@@ -5,6 +5,7 @@ Ranks are processes of a forked server that meet as under torchrun, or, in the l
 
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -256,6 +257,23 @@ def test_when_a_rank_is_killed_the_other_says_so_and_leaves(config, pair, tmp_pa
     assert re.match(r"fastofa: rank 0: lost the other ranks \(.+\); start the same command", said.splitlines()[-1])
     train_on(2, config("killed", resume=True))
     same_run(c.out, pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(1, 2, 4, 2), (2, 1, 2, 1)], ids=str)
+def test_killed_at_random_it_goes_on_on_another_number_of_ranks(config, alone, tmp_path, counts):
+    """All ranks are killed -9, three times on the way: losses and accuracy are those of the undisturbed run, to 1e-5."""
+    rng = random.Random(str(counts))
+    c = config("-".join(map(str, counts)), checkpoint_every=3, resume=True)
+    began = []
+    for kill, count in enumerate(counts[:-1]):
+        with Ranks(count, tmp_path, _train, c) as ranks:
+            ranks.reach(c.out, rng.randint(4 + 5 * kill, 7 + 5 * kill))
+            time.sleep(rng.uniform(0, 0.02))
+        began.append([launch["step"] for launch in read_json(c.out / "environment.json")][-1])
+    train_on(counts[-1], c)
+    assert began[0] == 0 < began[1]
+    assert_near(c.out, alone)
 
 
 @pytest.mark.slow
