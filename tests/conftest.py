@@ -3,14 +3,17 @@
 import os
 from pathlib import Path
 
+# Before torch is imported. One thread a process: tests run side by side, threads that wait for each other are slow,
+# and a sum over two threads has other last bits than over one.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TERM", "dumb")
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fastofa.dataset import Dataset, open_dataset
-
-os.environ.setdefault("TERM", "dumb")
 
 
 @pytest.fixture(autouse=True)
