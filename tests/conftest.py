@@ -1,7 +1,9 @@
-"""What tests share: real pictures written to a temporary folder, and a seed for every test."""
+"""What tests share: real pictures in a temporary folder, a short run on them, and a seed for every test."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported. One thread a process: tests run side by side, threads that wait for each other are slow,
 # and a sum over two threads has other last bits than over one.
@@ -13,7 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastofa import recipes
+from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset, open_dataset
+from fastofa.teacher_cache import TeacherCache
+from runs import make_cache
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +50,25 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     root / split / name / f"{i:03d}.jpg", quality=92
                 )
     return root
+
+
+@pytest.fixture(scope="session")
+def photo_cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    return make_cache(str(photos), 2, tmp_path_factory.mktemp("photo-cache"), topk=2)
+
+
+@pytest.fixture
+def on_photos(
+    photos: Path, photo_cache: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., TrainConfig]:
+    """on_photos(name, ...) -> configuration of a run on 24 photographs: 3 steps of 8 an epoch, 2 epochs, no picture."""
+    monkeypatch.setattr("fastofa.train.Job._report", lambda _: None)  # half of such a run's time
+
+    def config(name: str = "run", **given: Any) -> TrainConfig:
+        values = {
+            "data": str(photos), "cache": photo_cache.path, "student": "test_efficientnet", "out": tmp_path / name,
+            "epochs": 2, "batch_size": 8, "warmup_epochs": 0, "workers": 0, "log_every": 1, "eval_every": 1,
+        }  # fmt: skip
+        return recipes.digits(**{**values, **given})
+
+    return config

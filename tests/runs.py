@@ -1,15 +1,33 @@
-"""What several tests ask of a run's folder."""
+"""What several tests make, and ask of a run's folder."""
 
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.models import save_for_hf
+from torch import nn
 
 from fastofa.checkpoint import BEST, FOLDER, checkpoints
 from fastofa.files import load_tensors
 from fastofa.metrics import read_metrics
+from fastofa.precompute import PrecomputeConfig, precompute
+from fastofa.teacher_cache import TeacherCache
 
+SIZE = 32  # px
 TIMES = {"images_per_second", "loader_share"}
+
+
+def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCache:
+    """Two views of a data set, answered by a small CNN whose random weights are large enough to have opinions."""
+    torch.manual_seed(1)
+    model = timm.create_model("test_efficientnet", num_classes=classes)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter)
+    data_config = {"input_size": (3, SIZE, SIZE)}
+    save_for_hf(model, str(folder / "teacher"), safe_serialization=True, data_config=data_config)
+    return precompute(PrecomputeConfig(data, str(folder / "teacher"), folder / "cache", 2, workers=0, **given))
 
 
 def newest(run: Path) -> Path:

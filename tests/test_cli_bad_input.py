@@ -27,6 +27,7 @@ from timm.models import save_for_hf
 from fastofa import cli
 from fastofa.cli import COMMANDS
 from fastofa.config import TrainConfig
+from fastofa.errors import LostContact
 from fastofa.files import load_tensors, save_tensors
 from fastofa.metrics import read_metrics
 from fastofa.teacher_cache import HEADER, VAL, view_file
@@ -284,6 +285,16 @@ def test_arguments_that_cannot_be_read(here, argv):
     assert contents(here).keys() == before
 
 
+def test_another_rank_that_is_gone_is_one_line_too(monkeypatch):
+    """Exit code 1, so that torchrun starts it again; no traceback, and no "error", since nothing here was wrong."""
+
+    def lose(argv: list[str]) -> None:
+        raise LostContact("rank 1: lost the other ranks")
+
+    monkeypatch.setattr("fastofa.train.main", lose)
+    assert fastofa("train") == (1, "", "fastofa: rank 1: lost the other ranks\n")
+
+
 # --- Damaged and edited files -----------------------------------------------------------------------------------------
 
 
@@ -421,6 +432,18 @@ def test_damaged_checkpoint(copied, damage, message):
     else:
         for argv in READERS:
             refused(argv, f"run/{CHECKPOINT}...{message}")
+
+
+def test_damaged_newest_checkpoint_of_several(copied):
+    """Training goes on from the one before; who evaluates or exports is told, and gets no other weights unasked."""
+    succeeds(f"{TRAIN} --out run3 --checkpoint-every 4 --keep 2")
+    truncate(Path("run3", CHECKPOINT))
+    for argv in ("evaluate run3 --data digits:20", "export run3 new"):
+        refused(argv, f"run3/{CHECKPOINT}...truncated or damaged")
+    error = succeeds(f"{TRAIN} --out run3 --resume --keep 2")
+    assert f"run3/{CHECKPOINT}: " in error
+    assert "going on from the checkpoint before it" in error
+    same_run(Path("run3"), Path("run"))
 
 
 STUDENT, EMA, ADAM = "student.backbone.bn1.weight", "ema.backbone.bn1.weight", "optimizer.exits.0.head.bias.exp_avg"

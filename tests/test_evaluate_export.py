@@ -18,13 +18,15 @@ from torch import Tensor, nn
 import fastofa.evaluate
 import fastofa.export
 from fastofa import recipes
-from fastofa.checkpoint import save_checkpoint
+from fastofa.checkpoint import save_best, save_checkpoint
 from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.errors import BadInput
 from fastofa.evaluate import EvaluateConfig, evaluate
 from fastofa.export import ExportConfig, export
 from fastofa.files import write_json
+from fastofa.metrics import predict
+from fastofa.pipelines import open_pipeline
 from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.run import Run
 from fastofa.teacher import open_teacher
@@ -43,12 +45,14 @@ def lively(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_run(out: Path, classes: tuple[str, ...] = DIGITS, ema: bool = False, **given: Any) -> Run:
+def make_run(out: Path, classes: tuple[str, ...] = DIGITS, ema: bool = False, save: bool = True, **given: Any) -> Run:
     """A run's folder as training leaves it, with random weights (and other random weights as their average)."""
     values = {"data": "digits:100", "student": "test_efficientnet", "mean": MEAN, "std": STD, "eval_crop": 0.8}
     config: TrainConfig = recipes.digits(**{**values, "out": out, **given})
     run = Run(out, config, classes, teacher_dim=256, fingerprint="")
     torch.manual_seed(0)
+    if not save:
+        return run
     student = lively(run.build_student())
     average = lively(run.build_student()) if ema else None
     run.save()
@@ -121,6 +125,59 @@ def test_the_figures_are_those_of_a_loop_written_by_hand(digit_cache, tmp_path, 
         "weights": "last",
         **vars(found),
     }
+
+
+def test_mirror_images_and_larger_pictures_count_where_the_run_says_so(tmp_path):
+    """The mean of the logits of both, at the run's --eval-size."""
+    val = open_dataset("digits:100", "val")
+    found = []
+    for flip, size in ((False, 32), (True, 32), (True, 48)):
+        run = make_run(tmp_path / f"{flip}-{size}", eval_flip=flip, eval_size=size)
+        model, images = plain_student(run, "student"), pixels(val, size, 0.8)
+        with torch.inference_mode():
+            logits = [model(tv.normalize(shown / 255, list(MEAN), list(STD))) for shown in (images, images.flip(-1))]
+        best = (sum(logits) / 2 if flip else logits[0]).argsort(dim=1, descending=True).numpy()
+        got = evaluate(EvaluateConfig(run.path, "digits:100"))
+        assert got.top1 == pytest.approx((best[:, 0] == val.labels).mean(), abs=1.1 / 599)
+        assert got.top5 == pytest.approx((best[:, :5] == val.labels[:, None]).any(1).mean(), abs=1.1 / 599)
+        found.append((got.top1, got.top5))
+    assert len(set(found)) == 3
+
+
+def test_predictions_are_the_mean_of_picture_and_mirror_image(digits):
+    """`predict` itself, of every picture: the five best classes; asked twice it answers the same."""
+    run = make_run(Path("unused"), save=False)
+    student = run.build_student().train()
+    lively(student)
+    pipeline = open_pipeline("resident", digits, 32, 30)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    got = [predict(student, pipeline, digits, 0.8, bf16=False, flip=True) for _ in range(2)]
+    assert student.training
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    images = tv.normalize(pixels(digits, 32, 0.8) / 255, list(MEAN), list(STD))
+    with torch.inference_mode():
+        logits = student.eval().backbone(images) + student.backbone(images.flip(-1))
+        alone = student.backbone(images)
+    expected = logits.argsort(dim=1, descending=True)[:, :5].numpy()
+    np.testing.assert_array_equal(got[0], got[1])
+    assert (got[0] == expected).mean() > 0.99  # but for ties
+    assert (got[0] == alone.argsort(dim=1, descending=True)[:, :5].numpy()).mean() < 0.9
+
+
+def test_the_best_weights_are_evaluated_and_exported_where_they_are_asked_for(tmp_path):
+    """Instead of the last ones; the written evaluation says which."""
+    run = make_run(tmp_path / "run", ema=True)
+    best = lively(run.build_student())
+    save_best(run.path, best, {"step": 0})
+    found = {weights: evaluate(EvaluateConfig(run.path, "digits:100", weights=weights)) for weights in ("last", "best")}
+    assert json.loads((run.path / "evaluation.json").read_text())["weights"] == "best"
+    assert found["last"] != found["best"]
+    val = open_dataset("digits:100", "val")
+    hits = predict_by_hand(best.eval().backbone, pixels(val, 32, 0.8))[:, 0] == val.labels
+    assert found["best"].top1 == pytest.approx(hits.mean(), abs=1.1 / 599)
+    export(ExportConfig(run.path, tmp_path / "out", weights="best"))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in best.backbone.state_dict().items())
 
 
 def test_pictures_from_files_in_any_batch_size(photo_run, photos):

@@ -323,7 +323,7 @@ def test_train_stopped_at_every_step(cache, run, tmp_path, monkeypatch):
         return original(self, *args)
 
     monkeypatch.setattr(Objective, "__call__", call)
-    monkeypatch.setattr(fastofa.train, "draw_curves", lambda run: None)  # to be quick
+    monkeypatch.setattr(fastofa.train.Job, "_report", lambda job: None)  # to be quick
     config = train_config(cache, tmp_path / "run", pipeline="resident", resume=True)
     for step in range(1, 20):
         with pytest.raises(Stopped, match=f"saved step {step} of 20"):

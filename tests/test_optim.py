@@ -1,12 +1,17 @@
 """What the optimisers are and which parameters they decay."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from fastofa import optim
 from fastofa.config import TrainConfig
+from fastofa.errors import BadInput
 from fastofa.optim import create_optimizer, set_learning_rate
 from fastofa.student import Student
 
@@ -79,6 +84,91 @@ def test_the_optimisers_are_what_they_are_called(name, kind, expected):
     optimizer.step()
     still = [n for n, p in student.named_parameters() if p.grad.abs().max() > 0 and torch.equal(p, before[n])]
     assert not still
+
+
+@pytest.mark.parametrize(("name", "plain"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_fused_optimisers_step_as_plain_ones_do(name, plain):
+    """Twenty steps of the same gradients over channels-last weights, with a rate that changes: equal to 1e-6."""
+    models = [Student("test_efficientnet", 10, 32).to(memory_format=torch.channels_last) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    c = config(optimizer=name, lr=0.03, weight_decay=0.02)
+    fused = create_optimizer(models[0], c)
+    assert all(group["fused"] for group in fused.param_groups)
+    options = {"foreach": False, "fused": False, **({"momentum": 0.9, "nesterov": True} if name == "sgd" else {})}
+    groups = [{k: g[k] for k in ("params", "weight_decay")} for g in create_optimizer(models[1], c).param_groups]
+    expected = plain(groups, lr=0.03, **options)
+    for step in range(20):
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in (fused, expected):
+            set_learning_rate(optimizer, 0.03 / (1 + step))
+            optimizer.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+# --- NVIDIA's apex ----------------------------------------------------------------------------------------------------
+
+
+class Fused(torch.optim.SGD):
+    """Stands in for an optimiser of apex: keeps what it is made with."""
+
+    def __init__(self, params: Any, lr: float, **given: Any) -> None:
+        self.given = given
+        super().__init__(params, lr=lr)
+
+
+@pytest.fixture
+def apex(monkeypatch) -> SimpleNamespace:
+    """NVIDIA's library as it is built with its CUDA part."""
+    optimizers = SimpleNamespace(**{name: type(name, (Fused,), {}) for name in ("FusedSGD", "FusedAdam", "FusedLAMB")})
+    for name, module in (("amp_C", SimpleNamespace()), ("apex", SimpleNamespace()), ("apex.optimizers", optimizers)):
+        monkeypatch.setitem(sys.modules, name, module)
+    return optimizers
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> None:
+    """Where the student seems to be."""
+    need = optim._need_apex
+    monkeypatch.setattr(optim, "_need_apex", lambda _: need(torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("apex_sgd", "FusedSGD", {"momentum": 0.9, "nesterov": True}),
+        ("apex_adam", "FusedAdam", {"adam_w_mode": True}),
+        ("apex_lamb", "FusedLAMB", {}),
+    ],
+)
+def test_apex_is_asked_for_its_own_optimisers(apex, gpu, name, kind, expected):
+    """With the groups that the others get: all parameters, biases and norms without decay."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    optimizer: Any = create_optimizer(model, config(optimizer=name, lr=0.3, weight_decay=0.02))
+    assert type(optimizer) is getattr(apex, kind)
+    assert {key: optimizer.given[key] for key in expected} == expected
+    assert "fused" not in optimizer.given
+    found = {id(p): (g["weight_decay"], g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+    assert found == {id(p): (0.02 if p.ndim > 1 else 0, 0.3) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("name", ["apex_sgd", "apex_adam", "apex_lamb"])
+def test_apex_without_a_gpu_is_refused(apex, name):
+    with pytest.raises(BadInput, match=r"apex_.*: expected a GPU, the student is on cpu; use sgd, adamw or lamb"):
+        create_optimizer(nn.Linear(3, 2), config(optimizer=name))
+
+
+@pytest.mark.parametrize("lacking", ["amp_C", "apex.optimizers", "apex"])
+def test_another_apex_is_refused(apex, gpu, monkeypatch, lacking):
+    """PyPI's has no optimisers; NVIDIA's without its CUDA part no amp_C."""
+    if lacking == "apex":
+        monkeypatch.delitem(sys.modules, "apex.optimizers")
+    monkeypatch.setitem(sys.modules, lacking, None)
+    with pytest.raises(BadInput, match=r"expected NVIDIA's apex built with --cuda_ext .*on PyPI is"):
+        create_optimizer(nn.Linear(3, 2), config(optimizer="apex_sgd"))
 
 
 def test_sgd_steps_as_nesterov_momentum_does():

@@ -372,6 +372,17 @@ def test_an_epoch_may_be_empty_or_repeat_samples(digits):
             run(name, digits, views, order=np.arange(101))
 
 
+@pytest.mark.parametrize("name", ["torchvision", "resident"])
+def test_the_size_may_change_between_epochs(digits, name):
+    """To what a pipeline of that size makes."""
+    views = draw(digits)
+    pipeline = open_pipeline(name, digits, 16, batch_size=40)
+    for size in (16, 45, 16):
+        pipeline.image_size = size
+        got = torch.cat([batch.images for batch in pipeline.epoch(views, np.arange(100))])
+        assert torch.equal(got, images_of(run(name, digits, views, size)))
+
+
 # --- What is refused, and interruptions -------------------------------------------------------------------------------
 
 

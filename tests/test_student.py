@@ -504,3 +504,36 @@ def test_any_timm_model(name: str) -> None:
     with torch.no_grad():
         logits = model(pictures)
         torch.testing.assert_close(logits[-1], model.backbone(model.normalize(pictures)))
+
+
+# --- Sizes and parameters ---------------------------------------------------------------------------------------------
+
+
+def test_a_cnn_takes_pictures_of_other_sizes_and_is_not_changed_by_asking() -> None:
+    student = Student("test_efficientnet", 10, 64).train()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    student.check_sizes([32, 64, 96, 100])
+    assert student.training
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_a_transformer_of_fixed_size_does_not() -> None:
+    student = Student("test_vit", 10, 64).train()
+    student.check_sizes([64, 64])
+    message = "the student, made for pictures of 64 px, cannot take those of 32 px .*leave --start-size and --eval-size"
+    with pytest.raises(BadInput, match=message):
+        student.check_sizes([64, 96, 32])
+    assert student.training
+
+
+@pytest.mark.parametrize("stages", [(), (1, 2, 3, 4)])
+def test_parameters_that_no_head_depends_on_are_found(stages: tuple[int, ...]) -> None:
+    """None of a model's own; those of a layer that is there and not called; the batch norms do not move."""
+    student = Student("test_efficientnet", 10, 32, stages=stages).train()
+    assert student.unused_parameters() == []
+    student.backbone.left_over = nn.Linear(3, 2)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    assert [id(p) for p in student.unused_parameters()] == [id(p) for p in student.backbone.left_over.parameters()]
+    assert student.training
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(p.grad is None for p in student.parameters())

@@ -148,6 +148,21 @@ def test_lookup_is_a_gather_of_rows(dtype):
         assert torch.equal(got.log_probs, log_probs[ids])
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32])
+def test_a_ranks_share_answers_as_the_whole_table(dtype, dense):
+    """About its own samples, in any order; no other answers are kept."""
+    classes = torch.arange(40).view(10, 4).to(dtype)
+    log_probs = torch.randn(10, 4).log_softmax(1).half()
+    whole = DeviceTargets(classes, log_probs, CPU, dense)
+    share = DeviceTargets(classes, log_probs, CPU, dense, samples=np.array([7, 2, 9]))
+    assert len(share.classes) == len(share.log_probs) == 3
+    for ids in ([7, 2, 9], [9, 9, 7], [2], []):
+        for a, b in zip(share.lookup(torch.tensor(ids).long()), whole.lookup(torch.tensor(ids).long()), strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
 def test_agreement_is_the_share_of_equal_best_classes():
     """Also for class numbers above 2^15, and only the first of the K counts."""
     targets = Targets(torch.tensor([[40_000, 1], [2, 3], [5, 40_000], [7, 8]], dtype=torch.uint16), torch.zeros(4, 2))

@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.layers import DropPath
-from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import fastofa.step
@@ -28,6 +26,7 @@ from fastofa import recipes
 from fastofa.config import TrainConfig
 from fastofa.dataset import open_dataset
 from fastofa.errors import BadInput
+from fastofa.evaluate import EvaluateConfig, evaluate
 from fastofa.files import load_tensors
 from fastofa.losses import Objective
 from fastofa.metrics import read_metrics
@@ -39,51 +38,20 @@ from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.recipes import default_policy
 from fastofa.run import open_run
 from fastofa.schedule import learning_rate
+from fastofa.step import SUMS
 from fastofa.student import Student
 from fastofa.teacher_cache import Targets, TeacherCache
 from fastofa.train import Result, train
 from fastofa.views import draw_views, epoch_order, epoch_rows, join_views
-from runs import newest
+from runs import make_cache, newest
 
 SIZE = 32
 METHODS = ["ofa", "kd", "scratch"]
 
 
-def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCache:
-    """Two views of the data set, answered by a small CNN whose random weights are large enough to have opinions."""
-    torch.manual_seed(1)
-    model = timm.create_model("test_efficientnet", num_classes=classes)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.kaiming_normal_(parameter)
-    data_config = {"input_size": (3, SIZE, SIZE)}
-    save_for_hf(model, str(folder / "teacher"), safe_serialization=True, data_config=data_config)
-    return precompute(PrecomputeConfig(data, str(folder / "teacher"), folder / "cache", 2, workers=0, **given))
-
-
 @pytest.fixture(scope="module")
 def digit_cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
     return make_cache("digits:100", 10, tmp_path_factory.mktemp("digits"), topk=4)
-
-
-@pytest.fixture(scope="module")
-def photo_cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
-    return make_cache(str(photos), 2, tmp_path_factory.mktemp("photos"), topk=2)
-
-
-@pytest.fixture
-def on_photos(photos: Path, photo_cache: TeacherCache, tmp_path: Path, monkeypatch):
-    """on_photos(name, ...) -> configuration of a run on 24 photographs: 3 steps of 8 an epoch, 2 epochs, no picture."""
-    monkeypatch.setattr(fastofa.train, "draw_curves", lambda _: None)  # half of such a run's time
-
-    def config(name: str = "run", **given: Any) -> TrainConfig:
-        values = {
-            "data": str(photos), "cache": photo_cache.path, "student": "test_efficientnet", "out": tmp_path / name,
-            "epochs": 2, "batch_size": 8, "warmup_epochs": 0, "workers": 0, "log_every": 1, "eval_every": 1,
-        }  # fmt: skip
-        return recipes.digits(**{**values, **given})
-
-    return config
 
 
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -317,6 +285,50 @@ def test_gradients_are_clipped_to_their_norm(on_photos, gradients):
     free = norms()
     train(on_photos("clipped", epochs=1, clip=min(free) / 2))
     assert norms()[0] == pytest.approx(min(free) / 2, rel=1e-3)
+    logged = [row["grad_norm"] for row in rows(on_photos("clipped").out, "step")]
+    assert logged[0] == pytest.approx(free[0], rel=1e-5)  # as they were before clipping
+
+
+def test_parts_of_a_step_do_not_change_it(digit_cache, tmp_path, monkeypatch):
+    """Losses to 1e-6 in one, two or five parts, for a student without batch norm; a part is what is computed at once.
+
+    A run may be resumed in other parts.
+    """
+    sizes, call = [], Objective.__call__
+
+    def spy(self: Objective, logits: Tensor, *arguments: Any) -> Tensor:
+        sizes.append(logits.shape[1])
+        return call(self, logits, *arguments)
+
+    monkeypatch.setattr(Objective, "__call__", spy)
+    losses = {}
+    for parts in (1, 2, 5):
+        c = recipes.digits(
+            data="digits:100", cache=digit_cache.path, student="test_vit", out=tmp_path / f"{parts}", epochs=1,
+            batch_size=20, optimizer="sgd", lr=0.01, log_every=1, accumulate=parts,
+        )  # fmt: skip
+        sizes.clear()
+        train(c)
+        assert sizes == [20 // parts] * (5 * parts)
+        losses[parts] = [[row[name] for name in ("loss", "gt", "kd", "ofa")] for row in rows(c.out, "step")]
+        train(dataclasses.replace(c, resume=True, accumulate=4))
+    for parts in (2, 5):
+        np.testing.assert_allclose(losses[parts], losses[1], rtol=1e-6)
+
+
+def test_the_loop_waits_for_the_device_only_where_something_is_due(on_photos, monkeypatch):
+    """At the first step of all, which compiles, and at the end of an epoch."""
+    asked = []
+    original = Tensor.tolist
+
+    def tolist(self: Tensor) -> Any:
+        if self.shape == (len(SUMS),):
+            asked.append(1)
+        return original(self)
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    train(on_photos(epochs=2, eval_every=2, log_every=1000))
+    assert len(asked) == 1 + 2
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
@@ -403,6 +415,45 @@ def test_init_is_where_the_weights_start(on_photos, tmp_path):
     after = saved(config.out, "student")
     kept = {name for name in weights if torch.equal(after[f"backbone.{name}"], weights[name])}
     assert kept >= {name for name, _ in Student("test_efficientnet", 2, SIZE).backbone.named_parameters()}
+
+
+# --- Sizes of pictures ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[tuple[bool, int]]:
+    """(in training?, side) of every batch that a student was shown."""
+    found = []
+    normalize = Student.normalize
+
+    def spy(self: Student, images: Tensor) -> Tensor:
+        if len(images) > 1:
+            found.append((self.training, images.shape[-1]))
+        return normalize(self, images)
+
+    monkeypatch.setattr(Student, "normalize", spy)
+    return found
+
+
+def test_pictures_grow_and_are_evaluated_larger(on_photos, seen, photos):
+    """32, 32, 64 and 64 px in training, 96 px in evaluation, by `fastofa evaluate`, too; no compiling step is timed."""
+    config = on_photos(epochs=4, image_size=64, start_size=32, growth=(0.0, 1.0), eval_size=96)
+    result = train(config)
+    assert [size for training, size in seen if training] == [32] * 6 + [64] * 6
+    assert {size for training, size in seen if not training} == {96}
+    assert [row["step"] for row in rows(config.out, "step") if "images_per_second" not in row] == [1, 7]
+    seen.clear()
+    found = evaluate(EvaluateConfig(config.out, str(photos), workers=0))
+    assert set(seen) == {(False, 96)}
+    assert (found.top1, found.top5) == (result.top1, result.top5)
+
+
+@pytest.mark.parametrize("given", [{"start_size": 32}, {"eval_size": 96}])
+def test_a_student_of_one_size_says_so_before_anything_is_written(on_photos, given):
+    config = on_photos(student="test_vit", image_size=64, **given)
+    with pytest.raises(BadInput, match=r"made for pictures of 64 px, cannot take those of (32|96) px .*choose a CNN"):
+        train(config)
+    assert not config.out.exists()
 
 
 # --- Views ------------------------------------------------------------------------------------------------------------

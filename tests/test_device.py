@@ -1,0 +1,67 @@
+"""Where to compute: each process of a host has a GPU of its own, and what is not here is said in one line."""
+
+import os
+
+import pytest
+import torch
+
+from fastofa.device import choose_bf16, choose_compile, choose_device, choose_workers
+from fastofa.errors import BadInput
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_each_process_of_a_host_takes_the_gpu_of_its_number():
+    for name in ("auto", "cuda"):
+        assert [choose_device(name, local_rank) for local_rank in (0, 1)] == [GPU, torch.device("cuda:1")]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_device_that_is_named_is_taken():
+    assert choose_device("cuda:1", local_rank=0) == torch.device("cuda:1")
+    assert choose_device("cpu", local_rank=1) == CPU
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_more_processes_than_gpus_are_refused():
+    with pytest.raises(
+        BadInput, match=r"expected at most 2 processes on this host, .* this is number 3; lower --nproc-per-node"
+    ):
+        choose_device("auto", local_rank=2)
+
+
+def test_without_a_gpu_every_process_computes_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", local_rank=3) == CPU
+    monkeypatch.setattr(torch, "empty", _no_gpu)
+    with pytest.raises(BadInput, match="device 'cuda': expected auto, cpu, or a GPU of this machine"):
+        choose_device("cuda")
+
+
+def _no_gpu(*_: object, **__: object) -> None:
+    raise AssertionError("Torch not compiled with CUDA enabled")
+
+
+def test_auto_compiles_and_is_bf16_on_a_gpu_only():
+    for choose, on, off in ((choose_bf16, "bf16", "fp32"), (choose_compile, "on", "off")):
+        assert [choose("auto", device) for device in (CPU, GPU)] == [False, True]
+        assert [choose(on, device) for device in (CPU, GPU)] == [True, True]
+        assert [choose(off, device) for device in (CPU, GPU)] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"), [(2, 1, 2), (96, 1, 16), (96, 8, 12), (2, 4, 1), (7, 2, 3)]
+)
+def test_the_processes_of_a_host_share_its_cores(monkeypatch, cores, processes, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert choose_workers(None, processes) == expected
+    assert choose_workers(5, processes) == 5
+    assert choose_workers(0, processes) == 0
