@@ -6,7 +6,7 @@ fastofa train ... --plan            what it would cost: steps timed here, hours,
 torchrun --no-python --nproc-per-node 8 fastofa train ...            the same job on eight GPUs
 """
 
-# This file is the loop: epochs, logging, evaluation, checkpoints. The step is step.py, what an epoch shows is epochs.py.
+# This file is the loop: epochs, logging, evaluation, checkpoints. The step is step.py, what an epoch shows epochs.py.
 
 import dataclasses
 import math
