@@ -5,8 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# One thread a process: two tests at a time share the cores, and OpenMP threads that wait for each other are slow.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+PYTEST := $(BIN)/pytest -n auto
 
 .PHONY: help install demo test unit lint format clean
 

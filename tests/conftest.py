@@ -5,6 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported. One thread a process: tests run side by side, threads that wait for each other are slow,
+# and a sum over two threads has other last bits than over one.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TERM", "dumb")
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +20,6 @@ from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.teacher_cache import TeacherCache
 from runs import make_cache
-
-os.environ.setdefault("TERM", "dumb")
 
 
 @pytest.fixture(autouse=True)
