@@ -204,3 +204,27 @@ def test_no_call_that_waits_is_written_in_the_step(function):
 def test_the_step_fits_on_one_screen():
     assert len(inspect.getsource(Step.__call__).splitlines()) <= SCREEN
     assert len(inspect.getsource(step.Program.forward).splitlines()) <= SCREEN
+
+
+# --- One program ------------------------------------------------------------------------------------------------------
+
+FAMILIES = """
+    resnet18 mobilenetv2_100 convnext_atto deit_tiny_patch16_224 swin_nano_patch4_window7_224 resmlp_12_224 mvitv2_tiny
+    efficientformer_l1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES.split())
+def test_students_of_every_family_trace_without_a_break(name: str):
+    """torch.compile with fullgraph, which is the default on a GPU, would refuse the student there."""
+    torch._dynamo.reset()
+    size = 224 if name in ("resmlp_12_224", "efficientformer_l1") else 32
+    program = step.Program(Student(name, 10, size, teacher_dim=192), config(student=name), CPU)
+    program.compile(backend="eager", fullgraph=True, dynamic=False)
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    losses = program(
+        images, torch.arange(2), teacher_cache.Targets(torch.arange(4).repeat(2, 1), torch.zeros(2, 4) - 2)
+    )
+    losses[0].backward()
+    assert losses.isfinite().all()
