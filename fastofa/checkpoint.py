@@ -46,13 +46,22 @@ def save_checkpoint(
             scalars[key] = value
     path = run / FOLDER / f"step-{step:08d}.safetensors"
     save_tensors(path, tensors, {"step": step, "position": position, "optimizer": scalars})
-    for old in checkpoints(run)[keep:]:
-        old.unlink(missing_ok=True)
+    newest_first = checkpoints(run)
+    place = newest_first.index(path)
+    # Newer ones are of a future that did not come to be: the run went on from before them, since they were damaged.
+    for superseded in newest_first[:place] + newest_first[place + keep :]:
+        superseded.unlink(missing_ok=True)
 
 
 def save_best(run: Path, student: nn.Module, info: dict[str, Any]) -> None:
     """Keep the weights that were just evaluated as the best ones; `info` is JSON."""
     save_tensors(run / FOLDER / BEST, {f"student.{name}": value for name, value in student.state_dict().items()}, info)
+
+
+def forget_best_after(run: Path, step: int) -> None:
+    """Best weights of a step that a resumed run has not reached: it may not come by them again."""
+    if (run / FOLDER / BEST).exists() and load_tensors(run / FOLDER / BEST)[1]["step"] > step:
+        (run / FOLDER / BEST).unlink()
 
 
 def load_newest(
@@ -106,7 +115,9 @@ def load_student(run: Path, student: nn.Module, best: bool = False) -> dict[str,
     Returns what the file says of itself. Raises BadInput: there is none, or it is damaged or does not fit.
     """
     found = [run / FOLDER / BEST] if best else checkpoints(run)
-    if not found or not found[0].exists():
+    if best and not found[0].exists():
+        raise BadInput(f"{run}: no evaluation yet, so no best weights; use --weights last, or train on with --resume")
+    if not found:
         raise BadInput(f"{run}: no checkpoint yet; run `fastofa train` with --resume until it saves one")
     tensors, info = load_tensors(found[0])
     prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "student."
@@ -173,5 +184,6 @@ def _restore_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer, sta
             # As the optimiser makes it: in the parameter's memory format, on which the last bit of a norm depends.
             place = torch.empty_like(parameters[name], dtype=value.dtype, requires_grad=False)
             optimizer.state[parameters[name]][item] = place.copy_(value)
-        else:
-            optimizer.state[parameters[name]][item] = value
+        else:  # the step's number: fused optimisers want it where their parameter is
+            device = parameters[name].device
+            optimizer.state[parameters[name]][item] = value.to(device) if isinstance(value, Tensor) else value

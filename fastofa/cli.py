@@ -48,9 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         code = _say("interrupted; nothing more was saved", 130)
-    if (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1
-    ):  # a rank leaves at once: torch's connections can hang while Python ends
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a rank leaves at once: its connections can hang while Python ends
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fastofa.errors import BadInput
 from fastofa.views import ViewPolicy
 
+MOST_EPOCHS = 1_000_000
 Method = Literal["ofa", "kd", "scratch"]
 Optimizer = Literal["sgd", "adamw", "lamb", "apex_sgd", "apex_adam", "apex_lamb"]
 
@@ -177,7 +178,10 @@ class TrainConfig:
         for name in ("image_size", "start_size", "eval_size"):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1 pixel")
         need(0 <= self.growth[0] <= self.growth[1] <= 1, "growth", "two rising numbers from 0 to 1")
-        need(self.seed >= 0, "seed", "at least 0")
+        need(0 <= self.seed < 2**63, "seed", "a number from 0 to 2^63 - 1")
+        need(self.epochs <= MOST_EPOCHS, "epochs", f"at most {MOST_EPOCHS:,}")
+        need(not self.cuda_graphs or self.compile != "off", "compile", "on or auto with --cuda-graphs")
+        need(not self.cuda_graphs or self.accumulate == 1, "accumulate", "1 with --cuda-graphs")
         need(
             set(self.stages) <= {1, 2, 3, 4} and len(set(self.stages)) == len(self.stages), "stages", "some of 1 2 3 4"
         )
@@ -202,13 +206,15 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
-        """Raises BadInput if the file was written by another version or edited."""
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != fields:
-            odd = sorted(set(values) ^ fields)
+        """Raises BadInput if the file was written by a newer version or edited."""
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        needed = {name for name, default in fields.items() if default is dataclasses.MISSING}
+        if odd := sorted((set(values) - set(fields)) | (needed - set(values))):
             raise BadInput(
-                f"config.json: expected the fields of this version of fastofa, these differ: {', '.join(odd)}"
+                f"config.json: expected the fields of this version of fastofa, these differ: {', '.join(odd)}; export "
+                "the run with the version that made it, or train anew"
             )
+        values = {**fields, **values}  # an older version had fewer
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         cache = values["cache"]
         return cls(**{**values, "out": Path(values["out"]), "cache": None if cache is None else Path(cache)})

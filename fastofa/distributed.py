@@ -31,6 +31,8 @@ class World:
     """Among the processes of this host: which of its GPUs to use."""
     local_size: int = 1
     """Processes on this host, which share its cores."""
+    timeout: timedelta = timedelta(minutes=10)
+    """How long the ranks wait for one another."""
 
     @property
     def is_main(self) -> bool:
@@ -68,8 +70,9 @@ class World:
     def average_statistics(self, model: torch.nn.Module) -> None:
         """Running statistics of batch norm become the mean over the ranks, each of which saw its own images."""
         if self.size > 1:
-            for buffer in model.buffers():
-                if buffer.is_floating_point():
+            statistics = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+            for name, buffer in model.named_buffers():
+                if name in statistics and buffer.is_floating_point():
                     dist.all_reduce(buffer)
                     buffer /= self.size
 
@@ -81,24 +84,32 @@ class World:
 
 
 def join(timeout_s: int) -> World:
-    """The world that torchrun describes in the environment, connected; World() where there is no torchrun."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        return World()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    """The world that torchrun describes in the environment, connected; World() where there is no torchrun.
+
+    Raises BadInput for an environment that is only half torchrun's.
+    """
     timeout = timedelta(seconds=timeout_s)
-    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return World()
+        local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except (KeyError, ValueError) as error:
+        raise BadInput(
+            f"WORLD_SIZE is set, but not all that torchrun sets with it ({error}); start by torchrun or unset it"
+        ) from None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's own, which outlives the ranks: those that died left their addresses in it.
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    here = {name: int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    return World(dist.get_rank(), size, here["LOCAL_RANK"], here["LOCAL_WORLD_SIZE"])
+    return World(rank, size, local_rank, local_size, timeout)
 
 
 def is_main_process() -> bool:
     """Is this rank 0, or on its own?"""
-    return int(os.environ.get("RANK", 0)) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def was_restarted() -> bool:
@@ -132,7 +143,7 @@ class Vote:
         self.world = world
         self.pending: Any = None
         if world.size > 1:
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo", timeout=world.timeout)
 
     def __call__(self, number: int) -> int:
         if self.world.size == 1:

@@ -74,7 +74,9 @@ class Epochs:
             views = join_views([draw_views(self.policy, self.dataset.sizes, c.seed, view) for view in shown])
             return Epoch(views, self._order(epoch, views), None)
         shown = [view % self.cache.views for view in shown]
-        if self.loaded is not None and self.shown == shown and self.world.size == 1:
+        if (
+            self.loaded is not None and self.shown == shown and self.world.size == 1
+        ):  # answers of ranks follow the order
             self.loaded = Epoch(self.loaded.views, self._order(epoch, self.loaded.views), self.loaded.targets)
             return self.loaded
         tables, classes, log_probs = zip(*map(self.cache.targets, shown), strict=True)

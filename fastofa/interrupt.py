@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM end a long job at its next safe point; a second one ends it at once."""
+"""Ctrl-C and SIGTERM end a long job at its next safe point; a second Ctrl-C ends it at once.
+
+A second SIGTERM does not: a cluster sends one to every process, and torchrun hands on the one it got itself.
+"""
 
 import signal
 from types import FrameType
@@ -28,7 +31,8 @@ class Interrupt:
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum
-        signal.signal(signum, self._before[signum])
+        if signum == signal.SIGINT:
+            signal.signal(signum, self._before[signum])
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""Accuracy, and the log of a run: metrics.jsonl (one object per logged step and per epoch), TensorBoard, a picture."""
+"""Accuracy, and the log of a run: metrics.jsonl (one object per logged step and per epoch), TensorBoard, wandb."""
 
 import hashlib
 import importlib
@@ -78,10 +78,13 @@ def read_metrics(run: Path, until: float = math.inf) -> list[dict[str, Any]]:
     rows = []
     for line in (run / FILE).read_text().splitlines() if (run / FILE).exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            wanted = row["step"] <= until
+        except (ValueError, KeyError, TypeError):
             break
-    return [row for row in rows if row["step"] <= until]
+        if wanted:
+            rows.append(row)
+    return rows
 
 
 class MetricsLog:

@@ -69,7 +69,7 @@ def measure(step: Step, pipeline: Pipeline, epochs: Epochs, val_images: int) -> 
         rates=rates,
         images=len(order) * step.world.size,
         evaluated=evaluations * val_images * (2 if config.eval_flip else 1),
-        evaluation=_evaluation_rate(step, pipeline, views, order),
+        evaluation=min(_evaluation_rate(step, pipeline, views, order), rates[-1].loader),
         run_bytes=_run_bytes(step),
         cache_bytes=0 if epochs.cache is None else sum(f.stat().st_size for f in epochs.cache.path.iterdir()),
     )
@@ -110,6 +110,7 @@ def _loader_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray
 def _evaluation_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray) -> float:
     pipeline.image_size = step.config.eval_size or step.student.image_size
     batch = next(iter(pipeline.epoch(views, order)))
+    step.student.eval()
 
     def take(calls: int) -> float:
         began = time.perf_counter()
@@ -168,4 +169,4 @@ def show(plan: Plan, config: TrainConfig) -> None:
         else "the step limits it, the loader keeps up"
     )
     cache = f", and the cache of {filesize.decimal(plan.cache_bytes)} is read" if plan.cache_bytes else ""
-    print(f"{limit}; the run folder takes {filesize.decimal(plan.run_bytes)}{cache}; nothing was written")
+    print(f"{limit}; the run folder takes {filesize.decimal(plan.run_bytes)}{cache}; no run was begun")

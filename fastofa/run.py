@@ -24,6 +24,8 @@ class Run:
     """Width of the teacher's last features, which a CNN's exits take over; 0 without a teacher."""
     fingerprint: str
     """Of the training set."""
+    answers: str = ""
+    """Of the teacher cache: what it was made from, and its views; empty without one."""
 
     def build_student(self, init: str | None = None) -> Student:
         """The student as the configuration says, weights not loaded. Raises BadInput for what cannot be built."""
@@ -47,6 +49,7 @@ class Run:
                 "classes": list(self.classes),
                 "teacher_dim": self.teacher_dim,
                 "fingerprint": self.fingerprint,
+                "answers": self.answers,
             },
         )
 
@@ -61,7 +64,7 @@ def open_run(path: Path) -> Run:
         if not (all(isinstance(name, str) for name in classes) and isinstance(teacher_dim, int)):
             raise TypeError("names of classes or a number as teacher_dim")
         config = TrainConfig.from_json(values["config"])
-        return Run(path, config, tuple(classes), teacher_dim, values["fingerprint"])
+        return Run(path, config, tuple(classes), teacher_dim, values["fingerprint"], values.get("answers", ""))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None
 

@@ -26,6 +26,7 @@ from fastofa.student import Student
 from fastofa.teacher_cache import DeviceTargets, Targets
 
 SUMS = (*PARTS, "grad_norm")
+MOST_SIZES = 64  # of pictures that one run compiles for
 
 
 class Program(nn.Module):
@@ -61,6 +62,11 @@ class Step:
         student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.sync_bn and device.type != "cuda":
             raise BadInput("sync-bn: expected GPUs, the student is on the CPU; leave it out")
+        compiled = choose_compile(config.compile, device)
+        if config.sync_bn and compiled:
+            raise BadInput(
+                "sync-bn: expected --compile off, PyTorch's synchronised batch norm cannot be compiled as one"
+            )
         if config.sync_bn and self.world.size > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         self.student = student
@@ -69,7 +75,8 @@ class Step:
         self.ema = None if config.ema is None else ModelEmaV3(student, decay=config.ema)
         program = Program(student, config, device)
         self.bf16 = program.bf16
-        if choose_compile(config.compile, device):
+        if compiled:
+            torch._dynamo.config.recompile_limit = MOST_SIZES
             program.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
         self.targets: DeviceTargets | None = None  # the teacher's answers for this epoch's views
@@ -109,6 +116,12 @@ class Step:
             self.ema.update(self.student, self.steps)
         self.sums[-1] += norm
         self.summed += 1
+
+    def is_finite(self) -> bool:
+        """Are weights and statistics, and their average? Waits for the device."""
+        states = [self.student.state_dict(), {} if self.ema is None else self.ema.module.state_dict()]
+        norm = get_total_norm([t for state in states for t in state.values() if t.is_floating_point()])
+        return bool(norm.isfinite())
 
     def reset_sums(self) -> None:
         self.sums = torch.zeros(len(SUMS), device=self.device)

@@ -14,6 +14,8 @@ Shapes: N samples, B batch, C classes, K classes kept.
 """
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +87,12 @@ class TeacherCache:
     def teacher_dim(self) -> int:
         """Width of the teacher's last features (the widest teacher's, were there several)."""
         return max(teacher["num_features"] for teacher in self.header["teachers"])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over what the answers depend on and the number of views: what a run that replays them depends on."""
+        made_from = json.dumps([identity(self.header), self.views], sort_keys=True)
+        return hashlib.sha256(made_from.encode()).hexdigest()
 
     def targets(self, view: int) -> tuple[Views, Tensor, Tensor]:
         """(views, classes [N, K], log_probs [N, K]) of one view, its checksum verified.

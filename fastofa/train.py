@@ -24,7 +24,7 @@ from fastofa.clock import Clock
 from fastofa.config import TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
-from fastofa.device import choose_bf16, choose_device, choose_workers
+from fastofa.device import choose_device, choose_workers
 from fastofa.distributed import Vote, World, check_shared, contact, is_main_process, join, was_restarted
 from fastofa.epochs import Epochs
 from fastofa.errors import BadInput
@@ -38,6 +38,7 @@ from fastofa.run import CONFIG, Run, log_launch, open_run
 from fastofa.schedule import image_size, learning_rate
 from fastofa.step import SUMS, Step
 
+BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 REPORT_EVERY_S = 60  # seconds, at least, between two drawings of a run that goes on
 
 
@@ -62,10 +63,10 @@ def train(config: TrainConfig) -> Result:
         LostContact: another rank is gone.
     """
     began = time.monotonic()
-    if was_restarted():
-        config = dataclasses.replace(config, resume=True)
     with contact():
         world = join(config.timeout_s)
+        resume = config.resume or was_restarted()
+        config = dataclasses.replace(config, resume=bool(world.agree_on(int(resume))))  # their counts may differ
         job = open_job(config, world)
         job.load()
         if world.is_main:
@@ -99,9 +100,12 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     """Everything that a run needs, built and checked; nothing is written."""
     with world.main_first():  # it may write an index of the pictures
         train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
+    if world.local_size > 1 and ":" in config.device:
+        raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
     device = choose_device(config.device, world.local_rank)
     epochs = Epochs(config, train_set, world, device)
-    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, train_set.fingerprint)
+    answers = "" if epochs.cache is None else epochs.cache.fingerprint
+    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, train_set.fingerprint, answers)
     if world.is_main and not config.plan:
         _check_place(run)
         if config.wandb is not None:
@@ -113,6 +117,8 @@ def open_job(config: TrainConfig, world: World) -> "Job":
 def _check_place(run: Run) -> None:
     """Raises BadInput if another run lies there."""
     if not (run.path / CONFIG).exists():
+        if checkpoint.checkpoints(run.path):
+            raise BadInput(f"{run.path}: holds checkpoints of a run without its {CONFIG}; choose another --out")
         return
     if not run.config.resume:
         raise BadInput(f"{run.path}: holds a run already; go on with it by --resume or choose another --out")
@@ -120,6 +126,8 @@ def _check_place(run: Run) -> None:
     different = run.config.differences(found.config)
     if run.fingerprint != found.fingerprint:
         different.append(f"data: {run.config.data} is not the data set of {found.config.data} as it was then")
+    if run.answers != found.answers:
+        different.append(f"cache: {run.config.cache} does not hold the answers that the run began with")
     if different:
         raise BadInput(f"{run.path}: --resume expects the run's own arguments, these differ: {'; '.join(different)}")
 
@@ -145,6 +153,13 @@ class Job:
             open_pipeline(c.pipeline, data, size, epochs.share // c.accumulate, self.device, workers)
             for data, size in ((train_set, full), (val_set, c.eval_size or full))
         )
+        if epochs.share == c.accumulate and any(isinstance(m, BatchNorm) for m in student.modules()):
+            raise BadInput(
+                f"batch-size: expected at least two images in each part, since {c.student} has batch norm, got one; "
+                "raise --batch-size or lower --accumulate"
+            )
+        if c.start_size is not None and c.start_size > full:
+            raise BadInput(f"start-size: expected at most the full {full} pixels, got {c.start_size}")
         student.check_sizes([image_size(c, epoch, full) for epoch in range(c.epochs)] + [c.eval_size or full])
         self.vote = Vote(world)
         self.reported = time.monotonic()
@@ -166,6 +181,7 @@ class Job:
         first, position = divmod(self.step.steps, self.epochs.steps)
         if main:
             log_launch(self.run.path, self.step.steps, self.world.size)
+            checkpoint.forget_best_after(self.run.path, self.step.steps)
         self.best = max(
             (row["top1"] for row in read_metrics(self.run.path, self.step.steps) if "top1" in row), default=-1
         )
@@ -217,7 +233,7 @@ class Job:
         sums = (self.world.sum(self.step.sums) / self.world.size).tolist()  # waits for the device
         self.clock.stop()
         if not all(map(math.isfinite, sums)):
-            self._refuse_infinity(sums)
+            self._refuse_infinity("the gradient is" if all(map(math.isfinite, sums[:-1])) else "the loss is")
         if log:
             self._log_step(epoch, [value / self.step.summed for value in sums])
             self.step.reset_sums()
@@ -238,12 +254,11 @@ class Job:
             )
         self.clock.start()
 
-    def _refuse_infinity(self, sums: list[float]) -> None:
+    def _refuse_infinity(self, what: str) -> None:
         step, saved = self.step.steps, checkpoint.checkpoints(self.run.path)
-        what = "loss" if not all(map(math.isfinite, sums[:-1])) else "gradient"
         good = f"go on from {saved[0]} by --resume" if saved else "start anew (there is no checkpoint yet)"
         raise BadInput(
-            f"the {what} is no longer finite between steps {step - self.step.summed} and {step}; lower --lr or set "
+            f"{what} no longer finite between steps {step - self.step.summed} and {step}; lower --lr or set "
             f"--clip, then {good}"
         )
 
@@ -269,7 +284,7 @@ class Job:
                 self.val_pipeline,
                 self.val_set,
                 c.eval_crop,
-                choose_bf16(c.precision, self.device),
+                self.step.bf16,
                 flip=c.eval_flip,
                 world=self.world,
             )
@@ -309,6 +324,8 @@ class Job:
         self.world.average_statistics(s.student)
         if ema is not None:
             self.world.average_statistics(ema)
+        if not s.is_finite():
+            self._refuse_infinity("the weights are")
         if self.world.is_main:
             position = {"sums": sums, "summed": s.summed}
             checkpoint.save_checkpoint(self.run.path, s.steps, s.student, s.optimizer, ema, position, self.config.keep)
@@ -317,14 +334,16 @@ class Job:
         s = self.step
         ema = None if s.ema is None else s.ema.module
         s.steps, position = checkpoint.load_newest(self.run.path, s.student, s.optimizer, ema)
-        check_shared(
-            self.world, s.steps == self.world.agree_on(s.steps), f"the checkpoint of step {s.steps} to be the newest"
-        )
+        newest = self.world.agree_on(s.steps)
+        check_shared(self.world, s.steps == newest, f"the checkpoint of step {newest}, not {s.steps}, as the newest")
         s.sums, s.summed = torch.tensor(position["sums"], device=self.device), position["summed"]
 
     def result(self) -> Result:
         """From the log, so that a finished run that is resumed says the same again."""
-        last = [row for row in read_metrics(self.run.path) if "top1" in row][-1]
+        evaluated = [row for row in read_metrics(self.run.path) if "top1" in row]
+        if not evaluated:
+            raise BadInput(f"{self.run.path}: expected evaluations in its metrics.jsonl, found none; it was edited")
+        last = evaluated[-1]
         return Result(last["top1"], last["top5"], last.get("images_per_second", 0.0), 0.0)
 
 

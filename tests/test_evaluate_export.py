@@ -331,6 +331,15 @@ def test_the_folder_holds_the_backbone_only(exported):
     assert not [file for file in out.parent.iterdir() if file.name.startswith(".")]
 
 
+def test_an_export_names_the_size_that_was_evaluated(tmp_path):
+    """As timm's test_input_size, beside the size of training."""
+    export(ExportConfig(make_run(tmp_path / "run", eval_size=48).path, tmp_path / "out"))
+    cfg = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    assert (cfg["input_size"], cfg["test_input_size"]) == ([3, 32, 32], [3, 48, 48])
+    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'out'}"), use_test_size=True)
+    assert data["input_size"] == (3, 48, 48)
+
+
 def test_an_exported_model_is_a_teacher(exported):
     """At its own size, with its own crop and normalisation: the run's own log-probabilities."""
     run, out, _, name = exported
