@@ -232,7 +232,7 @@ class TrainConfig:
             "timeout_s",
             "accumulate",
         }
-        free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data"}
+        free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data", "cache"}
         mine, theirs = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
         return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if k not in free and mine[k] != theirs[k]]
 

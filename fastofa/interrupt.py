@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM end a long job at its next safe point; a second Ctrl-C ends it at once.
+"""Ctrl-C and SIGTERM end a long job at its next safe point; a second one ends it at once.
 
-A second SIGTERM does not: a cluster sends one to every process, and torchrun hands on the one it got itself.
+Not so a second SIGTERM to a rank: a cluster sends one to every process, and torchrun hands on the one it got itself.
 """
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -31,7 +32,7 @@ class Interrupt:
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum
-        if signum == signal.SIGINT:
+        if signum == signal.SIGINT or os.environ.get("WORLD_SIZE", "1") == "1":
             signal.signal(signum, self._before[signum])
 
 

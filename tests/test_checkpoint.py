@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from fastofa.checkpoint import checkpoints, load_newest, load_student, save_best, save_checkpoint
+from fastofa.checkpoint import (
+    _restore_optimizer,
+    checkpoints,
+    load_newest,
+    load_student,
+    save_best,
+    save_checkpoint,
+)
 from fastofa.config import TrainConfig
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
@@ -375,7 +382,7 @@ def test_the_best_weights_are_loaded_where_they_are_asked_for(tmp_path):
 
 def test_without_an_evaluation_there_are_no_best_weights(tmp_path):
     Training("sgd").save(tmp_path, 3)
-    with pytest.raises(BadInput, match="no checkpoint yet"):
+    with pytest.raises(BadInput, match="no evaluation yet, so no best weights"):
         load_student(tmp_path, Cnn(), best=True)
 
 
@@ -421,3 +428,16 @@ def test_the_file_is_safetensors_and_nothing_else(saved):
     training.save(run_of(saved), 2)
     assert saved.read_bytes() == data
     assert [file.name for file in saved.parent.iterdir()] == ["step-00000002.safetensors"]
+
+
+def test_the_optimisers_state_lands_where_its_parameters_are(tmp_path):
+    """Fused AdamW on a GPU wants its count of steps there, too. The device here is `meta`, the only other one."""
+    training = Training("adamw", ema=False)
+    training.steps(0, 2)
+    path = training.save(tmp_path, 2)
+    state = {n.removeprefix("optimizer."): t for n, t in load_tensors(path)[0].items() if n.startswith("optimizer.")}
+    elsewhere = Training("adamw", ema=False)
+    model = elsewhere.model.to("meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    _restore_optimizer(model, optimizer, state)
+    assert {t.device.type for kept in optimizer.state.values() for t in kept.values()} == {"meta"}

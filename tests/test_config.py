@@ -50,7 +50,9 @@ WRONG = [
         ("growth", value, "expected two rising numbers from 0 to 1")
         for value in ((0.5, 0.4), (-0.1, 0.5), (0.5, 1.1), (NAN, 0.5), (0.5, NAN))
     ],
-    ("seed", -1, "expected at least 0"),
+    ("seed", -1, "expected a number from 0 to 2.63 - 1"),
+    ("seed", 2**63, "expected a number from 0 to 2.63 - 1"),
+    ("epochs", 10**9, "expected at most 1,000,000"),
     *[("stages", value, "expected some of 1 2 3 4") for value in ((0,), (1, 5), (2, 2))],
     ("stages", (), r"expected at least one stage \(or --method kd\)"),
     *[("eps", value, "expected 1 or 5 numbers above 0") for value in ((), (1.0, 1.0), (0.0,), (NAN,), (1.0,) * 6)],
@@ -168,9 +170,11 @@ def test_json_round_trip_of_recipes(name):
 
 def test_json_of_another_version_or_edited_is_refused():
     values = config().to_json()
-    with pytest.raises(BadInput, match=r"config.json: .* these differ: epochs$"):
-        TrainConfig.from_json({k: v for k, v in values.items() if k != "epochs"})
-    with pytest.raises(BadInput, match=r"config.json: .* these differ: momentum$"):
+    with pytest.raises(BadInput, match=r"config.json: .* these differ: student; "):
+        TrainConfig.from_json({k: v for k, v in values.items() if k != "student"})
+    older = {k: v for k, v in values.items() if k != "wandb"}  # a version that had not this field yet
+    assert TrainConfig.from_json(older) == config()
+    with pytest.raises(BadInput, match=r"config.json: .* these differ: momentum; "):
         TrainConfig.from_json({**values, "momentum": 0.9})
     with pytest.raises(BadInput, match="lr: expected a number of at least 0, got -1"):
         TrainConfig.from_json({**values, "lr": -1})
@@ -183,10 +187,12 @@ def test_differences_are_what_makes_it_another_run():
         "out": Path("elsewhere"), "resume": True, "device": "cuda", "compile": "on", "pipeline": "torchvision",
         "workers": 3, "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "data": "moved", "plan": True,
         "cuda_graphs": True, "grad_compression": "bf16", "timeout_s": 9, "accumulate": 2, "keep": 1, "wandb": "mine",
+        "cache": Path("c"),
     }  # fmt: skip
-    assert mine.differences(dataclasses.replace(mine, **free)) == []
+    for name, value in free.items():
+        assert mine.differences(dataclasses.replace(mine, **{name: value})) == []
     changed: dict[str, Any] = {
-        "student": "test_vit", "recipe": "cifar_cnn", "cache": Path("c"), "method": "kd", "stages": (1, 2),
+        "student": "test_vit", "recipe": "cifar_cnn", "method": "kd", "stages": (1, 2),
         "eps": (1.5,), "temperature": 2.0, "variant": "paper", "gt_weight": 0.5, "kd_weight": 0.5, "ofa_weight": 0.5,
         "gt_loss": "bce",
         "smoothing": 0.2, "epochs": 7, "batch_size": 8, "image_size": 64, "eval_crop": 0.5, "seed": 5, "init": "file",

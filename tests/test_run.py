@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 import fastofa
 import fastofa.train
-from fastofa.checkpoint import BEST, FOLDER, checkpoints
+from fastofa.checkpoint import BEST, FOLDER, checkpoints, forget_best_after
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors
 from fastofa.losses import Objective
 from fastofa.metrics import read_metrics
 from fastofa.run import open_run
+from fastofa.step import Step
 from fastofa.train import train
 from runs import newest, same_run
 
@@ -148,6 +149,56 @@ def test_a_number_that_is_not_finite_ends_the_run_before_it_is_saved(on_photos, 
     assert [row["step"] for row in rows(config.out, "step")] == [3]
     train(dataclasses.replace(config, resume=True))
     same_run(config.out, straight.out)
+
+
+def test_weights_that_are_not_finite_are_not_saved(on_photos, monkeypatch):
+    """An update can spoil them though loss and gradient were fine; the checkpoint before it stays the newest."""
+    original = Step.__call__
+
+    def spoil(self: Step, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.steps == 4:
+            with torch.no_grad():
+                self.parameters[0].fill_(torch.inf)
+
+    monkeypatch.setattr(Step, "__call__", spoil)
+    config = on_photos("run", epochs=3, log_every=3, checkpoint_every=2, keep=1)
+    with pytest.raises(BadInput, match=r"the weights are no longer finite .* go on from .*step-00000002"):
+        train(config)
+    assert newest(config.out).name == "step-00000002.safetensors"
+
+
+def test_a_damaged_checkpoint_of_a_discarded_future_does_not_displace_a_whole_one(on_photos):
+    """Killed again before it comes by that step, the run still has something to go on from."""
+    config = on_photos("run", epochs=3, checkpoint_every=1, keep=2)
+    train(config)
+    last = newest(config.out)
+    truncate(last)  # the one before it is whole
+    shutil.copyfile(last, config.out / FOLDER / "step-00000020.safetensors")
+    train(dataclasses.replace(config, resume=True, keep=1))
+    assert checkpoints(config.out) == [last]
+    load_tensors(last)
+
+
+def test_checkpoints_without_their_configuration_are_not_taken_over(on_photos):
+    config = on_photos("run")
+    train(config)
+    (config.out / "config.json").unlink()
+    for resume in (False, True):
+        with pytest.raises(BadInput, match=r"holds checkpoints of a run without its config\.json"):
+            train(dataclasses.replace(config, resume=resume))
+
+
+def test_best_weights_of_a_future_that_was_given_up_are_forgotten(on_photos):
+    """On a GPU the run may not come by them again; here it does."""
+    config = on_photos("run", epochs=3, checkpoint_every=1, keep=9)
+    train(config)
+    best = config.out / FOLDER / BEST
+    step = load_tensors(best)[1]["step"]
+    forget_best_after(config.out, step)
+    assert best.exists()
+    forget_best_after(config.out, step - 1)
+    assert not best.exists()
 
 
 def test_without_a_checkpoint_it_says_so(on_photos, poison):

@@ -113,6 +113,7 @@ def test_the_runs_folder_holds_these(finished):
         "classes",
         "teacher_dim",
         "fingerprint",
+        "answers",
     }
 
 
@@ -724,3 +725,44 @@ def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
     train(recipes.digits(data="digits:50", **given))
     with pytest.raises(BadInput, match="data: digits:100 is not the data set of digits:50"):
         train(recipes.digits(data="digits:100", resume=True, **given))
+
+
+# --- After a review ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_a_moved_cache_but_not_with_one_made_anew(digit_cache, tmp_path):
+    """The answers count, not their place."""
+    config = recipes.digits(
+        data="digits:100", student="test_resnet", cache=digit_cache.path, out=tmp_path / "run", epochs=1
+    )
+    train(config)
+    shutil.copytree(digit_cache.path, tmp_path / "moved")
+    train(dataclasses.replace(config, cache=tmp_path / "moved", resume=True))
+    header = json.loads((tmp_path / "moved" / "cache.json").read_text())
+    teacher = str(digit_cache.path.parent / "teacher")
+    other = precompute(PrecomputeConfig("digits:100", teacher, tmp_path / "other", header["views"], 3, seed=5))
+    with pytest.raises(BadInput, match=r"these differ: cache: .*other does not hold the answers"):
+        train(dataclasses.replace(config, cache=other.path, resume=True))
+
+
+@pytest.mark.parametrize("given", [{"batch_size": 1}, {"batch_size": 2, "accumulate": 2}])
+def test_a_part_of_one_picture_is_refused_where_there_is_batch_norm(given, tmp_path):
+    config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
+    with pytest.raises(BadInput, match="batch-size: expected at least two images in each part, since test_resnet has"):
+        train(recipes.digits(**{**config, **given}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_pictures_cannot_shrink(tmp_path):
+    config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
+    with pytest.raises(BadInput, match="start-size: expected at most the full 32 pixels, got 64"):
+        train(recipes.digits(**config, start_size=64))
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}])
+def test_half_of_torchruns_environment_is_told(environment, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
+    with pytest.raises(BadInput, match="WORLD_SIZE is set, but not all that torchrun sets with it"):
+        train(recipes.digits(**config))
