@@ -2,5 +2,5 @@
 
 import os
 
-# Before torch is imported, as in fastofa.cli: threads that spin for each other are slow where cores are shared.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is imported, as in fastofa.cli: how long threads spin for each other before they sleep.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
