@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if argv[0] not in COMMANDS:
         sys.exit(_say(f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}", 2))
-    # Before torch is imported. OpenMP threads that wait by spinning make a busy machine many times slower, and threads that
+    # Before torch is imported. OpenMP threads that wait by spinning make a busy machine many times slower, threads that
     # sleep at once a quiet one by a third: they spin for some microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     code = 0
