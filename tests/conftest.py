@@ -1,6 +1,7 @@
 """What tests share: real pictures in a temporary folder, a short run on them, and a seed for every test."""
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
