@@ -16,6 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU; read where they are defined
+
 from fastofa import recipes
 from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset, open_dataset

@@ -1,0 +1,110 @@
+"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, wide loads, doubles.
+
+    python -m bench.kernel_resources                 a table
+    python -m bench.kernel_resources --json FILE     the same as data, for tests
+
+Every kernel in its hot form is compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200).
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench.record import markdown_table
+
+ARCHITECTURES = (80, 90)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel, and what is promised of it."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    """Type of each pointer argument, "*bf16" and so on; all are taken to be 16-byte aligned."""
+    constants: dict[str, Any]
+    scalars: dict[str, str] = field(default_factory=dict)
+    """Type of each other runtime argument, "i32" or "fp32"."""
+    divisible: tuple[str, ...] = ()
+    """Scalars that are multiples of 16."""
+    num_warps: int = 4
+    max_registers: int = 128
+    wide_loads: bool = True
+    """Reads its tensors by 128 bits at a time."""
+
+
+def cases() -> list[Case]:
+    return []
+
+
+def compile_case(case: Case, architecture: int) -> dict[str, Any]:
+    """Registers, spilled and stack bytes, shared bytes, number of 128-bit loads and stores, of fp64 instructions."""
+    names = case.kernel.arg_names
+    signature = {n: case.pointers.get(n) or case.scalars.get(n) or "constexpr" for n in names}
+    missing = [n for n in names if signature[n] == "constexpr" and n not in case.constants]
+    if missing:
+        raise ValueError(f"{case.name}: expected a type or a value for every argument, none for {missing}")
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in case.pointers or n in case.divisible}
+    source = ASTSource(case.kernel, signature, {(names.index(n),): v for n, v in case.constants.items()}, attrs)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": case.name,
+        "architecture": f"sm_{architecture}",
+        **_resources(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
+        "wide_stores": len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx)),
+        "doubles": len(re.findall(r"\.f64", ptx)),
+    }
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """REG and STACK (where spilled registers go) by the cuobjdump that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK):(\d+)", told.stdout))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"])}
+
+
+def measure(only: Callable[[Case], bool] = lambda case: True) -> list[dict[str, Any]]:
+    return [
+        {**compile_case(case, architecture), "max_registers": case.max_registers, "promised_wide": case.wide_loads}
+        for case in cases()
+        if only(case)
+        for architecture in ARCHITECTURES
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    args = parser.parse_args(argv)
+    found = measure(lambda case: args.only in case.name)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    columns = ["kernel", "architecture", "registers", "stack", "shared", "wide_loads", "wide_stores", "doubles"]
+    print(markdown_table(columns, [[str(row[c]) for c in columns] for row in found], left=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Which implementation of a kernel runs: the Triton kernel, or its plain-PyTorch twin in reference.py.
+
+A twin runs wherever PyTorch does, and under torch.compile becomes a few fused kernels. The Triton kernels need a GPU, or
+Triton's interpreter (TRITON_INTERPRET=1), which tests use on a CPU.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+IMPLEMENTATIONS = (None, "triton", "torch")
+
+# Kernels that `python -m bench.gpu` has found to be faster than their compiled twins: chosen on a GPU by impl=None.
+MEASURED_FASTER: frozenset[str] = frozenset()
+
+
+def use_triton(kernel: str, impl: str | None, device: torch.device) -> bool:
+    """Resolve `impl`: "triton", "torch", or None, which takes what was measured to be faster.
+
+    Raises:
+        ValueError: `impl` is none of the three, or "triton" where it cannot run.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl == "triton":
+        if not _has_triton():
+            raise ValueError("impl: expected Triton to be installed for 'triton', it is not; leave impl out")
+        if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+            raise ValueError(f"impl: expected tensors on a GPU for 'triton', got {device}; leave impl out")
+        return True
+    return impl is None and kernel in MEASURED_FASTER and device.type == "cuda" and _has_triton()
+
+
+def interpreted() -> bool:
+    """Do Triton kernels run in its interpreter, on a CPU?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
