@@ -1,6 +1,6 @@
 """Which implementation of a kernel runs: the Triton kernel, or its plain-PyTorch twin in reference.py.
 
-A twin runs wherever PyTorch does, and under torch.compile becomes a few fused kernels. The Triton kernels need a GPU, or
+A twin runs wherever PyTorch does, and under torch.compile becomes a few fused kernels. Triton kernels need a GPU, or
 Triton's interpreter (TRITON_INTERPRET=1), which tests use on a CPU.
 """
 
