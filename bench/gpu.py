@@ -10,6 +10,7 @@ that one that fails or hangs costs no more than itself. Ends with 1 if one did, 
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ TINY_MODELS = ("--students", "test_resnet", "--teachers", "test_vit")
 
 # In order of worth: what comes last is what a slow machine loses.
 PARTS = (
-    Part("tests", ("pytest", "-m", "gpu", "-p", "no:cacheprovider"), 100, ("pytest", "-m", "gpu")),
+    Part("tests", ("pytest", "-m", "gpu or kernel", "-p", "no:cacheprovider"), 100, ("pytest", "-m", "gpu")),
     Part(
         "ladder",
         ("bench.bench_train", "--rounds", "3"),
@@ -75,7 +76,9 @@ PARTS = (
 def command(part: Part, dry_run: bool, out: Path) -> list[str]:
     module, *arguments = part.tiny if dry_run else part.arguments
     if module == "pytest":
-        marked = sorted(str(f) for f in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in f.read_text())
+        marked = sorted(
+            str(f) for f in (ROOT / "tests").glob("test_*.py") if re.search(r"mark\.(gpu|kernel)", f.read_text())
+        )
         # Without a file to look into, pytest would collect all of them.
         return (
             [sys.executable, "-m", "pytest", *arguments, *marked] if marked else [sys.executable, "-c", "print('none')"]

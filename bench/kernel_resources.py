@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.record import markdown_table
+from fastofa.kernels import triton_ofa_loss
 
 ARCHITECTURES = (80, 90)
 
@@ -48,7 +49,35 @@ class Case:
 
 
 def cases() -> list[Case]:
-    return []
+    return [*loss_cases()]
+
+
+def loss_cases() -> list[Case]:
+    """All of the objective, bf16, five heads, the sixteen best classes; rows of whole 16 bytes, and others."""
+    found = []
+    for num_classes, temperature in ((1000, 1.0), (1000, 4.0), (100, 1.0), (21841, 1.0)):
+        block, block_k, num_warps = triton_ofa_loss.block_sizes(num_classes, 16)
+        found.append(
+            Case(
+                f"ofa_loss C={num_classes}" + (f" T={temperature:.0f}" if temperature != 1 else ""),
+                triton_ofa_loss._loss_kernel,
+                pointers={
+                    "logits": "*bf16", "labels": "*i64", "partners": "*i64", "mixes": "*fp32", "classes": "*i32",
+                    "log_probs": "*fp16", "eps": "*fp32", "row_losses": "*fp32", "gradient": "*bf16",
+                },
+                scalars={
+                    "batch": "i32", "gt_weight": "fp32", "kd_weight": "fp32", "ofa_weight": "fp32", "smoothing": "fp32",
+                    "inverse_temperature": "fp32", "scale": "fp32",
+                },
+                constants={
+                    "H": 5, "C": num_classes, "K": 16, "BLOCK": block, "BLOCK_K": block_k, "VECTOR": 8, "PAPER": False,
+                    "TEMPERED": temperature != 1, "WITH_LABELS": True, "MIXED": True, "GRADIENT": True,
+                },
+                num_warps=num_warps,
+                max_registers=64,
+            )
+        )  # fmt: skip
+    return found
 
 
 def compile_case(case: Case, architecture: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The hot mathematics of fastofa, usable without the rest of it: depends on torch (and Triton) only.
 
-from fastofa.kernels import crop_resize, ofa_loss
+from fastofa.kernels import crop_resize, distillation_loss, ofa_loss
 """
 
 from fastofa.kernels.crop_resize import crop_resize
-from fastofa.kernels.ofa_loss import ofa_loss
+from fastofa.kernels.ofa_loss import distillation_loss, ofa_loss
 
-__all__ = ["crop_resize", "ofa_loss"]
+__all__ = ["crop_resize", "distillation_loss", "ofa_loss"]

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 
 IMPLEMENTATIONS = (None, "triton", "torch")
+HAS_TRITON = find_spec("triton") is not None
 
 # Kernels that `python -m bench.gpu` has found to be faster than their compiled twins: chosen on a GPU by impl=None.
 MEASURED_FASTER: frozenset[str] = frozenset()
@@ -24,18 +25,14 @@ def use_triton(kernel: str, impl: str | None, device: torch.device) -> bool:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "triton":
-        if not _has_triton():
+        if not HAS_TRITON:
             raise ValueError("impl: expected Triton to be installed for 'triton', it is not; leave impl out")
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
             raise ValueError(f"impl: expected tensors on a GPU for 'triton', got {device}; leave impl out")
         return True
-    return impl is None and kernel in MEASURED_FASTER and device.type == "cuda" and _has_triton()
+    return impl is None and kernel in MEASURED_FASTER and device.type == "cuda" and HAS_TRITON
 
 
 def interpreted() -> bool:
     """Do Triton kernels run in its interpreter, on a CPU?"""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -1,14 +1,16 @@
-"""The OFA loss as a public function: checks its arguments, then runs an implementation.
+"""The OFA loss, alone and with labels, as public functions: check the arguments, then run an implementation.
 
-Shapes: H heads, B batch, C classes, K classes kept of the teacher.
+Shapes: H heads (the last one is the model's own), B batch, C classes, K classes kept of the teacher.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastofa.kernels import reference
+from fastofa.kernels.choice import interpreted, use_triton
 
 VARIANTS = ("official", "paper")
 
@@ -27,13 +29,14 @@ def ofa_loss(
 
     Args:
         logits: [H, B, C] fp32, bf16, fp16 or float64; the loss is computed in fp32 (float64 for float64).
-        labels: int64 [B], each in 0..C-1 (not checked: that would wait for the device).
+        labels: int64 [B], each in 0..C-1. Numbers outside raise on a CPU; on a GPU, where looking at them would wait
+            for the device, the kernel makes the loss NaN.
         classes: integer [B, K], the teacher's K classes of each sample, all different (K = C: the dense case).
         log_probs: floating [B, K], the teacher's log-probabilities of those classes at temperature 1.
             The mass they leave is spread evenly over the other C - K classes.
         eps: exponent of the target enhancement, one number or one per head; 1 is soft-label cross-entropy.
         temperature: divides the student's logits and the teacher's (renormalised); no T^2 factor, as published.
-        impl: "torch" or None (choose).
+        impl: "triton", "torch" or None (choose). The kernel makes loss and gradient in one pass over the logits.
         variant: "official" (the published code: every class to the power eps) or "paper" (only the target class).
 
     Returns:
@@ -42,16 +45,67 @@ def ofa_loss(
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit, saying what was expected and what came.
     """
-    _check(logits, labels, classes, log_probs, temperature, impl, variant)
-    heads = logits.shape[0]
-    if not isinstance(eps, Tensor):
-        values = [float(eps)] * heads if isinstance(eps, int | float) else [float(e) for e in eps]
-        if not all(e > 0 for e in values):
-            raise ValueError(f"eps: expected numbers > 0, got {values}")
-        eps = torch.tensor(values, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
-    if eps.shape not in ((), (heads,)):
-        raise ValueError(f"eps: expected one number or {heads} (one per head), got shape {tuple(eps.shape)}")
-    return reference.ofa_loss(logits, labels, classes, log_probs, eps.expand(heads), temperature, variant)
+    eps = _check(logits, labels, classes, log_probs, eps, temperature, variant)
+    if not use_triton("ofa_loss", impl, logits.device):
+        return reference.head_losses(logits, labels, classes, log_probs, eps, temperature, variant)
+    _check_triton(logits)
+    gradient = torch.is_grad_enabled() and logits.requires_grad
+    return ofa_loss_op(logits, labels, classes, log_probs, eps, temperature, variant, gradient)[0]
+
+
+def distillation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    log_probs: Tensor,
+    eps: float | Sequence[float] | Tensor,
+    temperature: float = 1.0,
+    gt_weight: float = 1.0,
+    kd_weight: float = 1.0,
+    ofa_weight: float = 1.0,
+    smoothing: float = 0.0,
+    partner_labels: Tensor | None = None,
+    mix: Tensor | None = None,
+    impl: str | None = None,
+    variant: str = "official",
+) -> tuple[Tensor, Tensor]:
+    """All of OFA-KD's objective (eq. 10): labels and teacher on the last head, the teacher on every other one.
+
+    total = gt_weight * CE(z[-1], label) + kd_weight * L_OFA(z[-1]; eps[-1]) + ofa_weight * sum_h L_OFA(z[h]; eps[h])
+
+    Args:
+        smoothing: of the labels in CE, 0 to 1.
+        partner_labels, mix: for mixed pictures, int64 [B] and floating [B] or neither: the label is `mix` of its own
+            one and the rest of the partner's; the OFA loss enhances the class with more of it.
+        the others: as in `ofa_loss`.
+
+    Returns:
+        total, fp32 (or float64) [], differentiable in `logits`; and its unweighted parts gt, kd, ofa [3], detached, for
+        logging without waiting for the device.
+
+    Raises:
+        ValueError: as `ofa_loss`.
+    """
+    eps = _check(logits, labels, classes, log_probs, eps, temperature, variant)
+    _check_labels(labels, smoothing, partner_labels, mix)
+    if not use_triton("distillation_loss", impl, logits.device):
+        gt = reference.cross_entropy(logits[-1], labels, partner_labels, mix, smoothing)
+        if partner_labels is not None and mix is not None:
+            labels = reference.heavier(labels, partner_labels, mix)
+        heads = reference.head_losses(logits, labels, classes, log_probs, eps, temperature, variant)
+        kd, ofa = heads[-1], heads[:-1].sum()
+        total = gt_weight * gt + kd_weight * kd + ofa_weight * ofa
+        return total, torch.stack([gt, kd, ofa]).detach()
+    _check_triton(logits)
+    gradient = torch.is_grad_enabled() and logits.requires_grad
+    weights = [float(gt_weight), float(kd_weight), float(ofa_weight)]
+    losses, _ = distillation_loss_op(
+        logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix, gradient
+    )
+    return losses[0], losses[1:].detach()
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
 
 
 def _check(
@@ -59,13 +113,14 @@ def _check(
     labels: Tensor,
     classes: Tensor,
     log_probs: Tensor,
+    eps: float | Sequence[float] | Tensor,
     temperature: float,
-    impl: str | None,
     variant: str,
-) -> None:
+) -> Tensor:
+    """Raises ValueError; gives eps [H] on the device. Class numbers are looked at by whoever uses them."""
     if logits.ndim != 3 or not logits.is_floating_point():
         raise ValueError(f"logits: expected floating [H, B, C], got {logits.dtype} {tuple(logits.shape)}")
-    _, batch, num_classes = logits.shape
+    heads, batch, num_classes = logits.shape
     if labels.shape != (batch,) or labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64 [{batch}], got {labels.dtype} {tuple(labels.shape)}")
     if classes.ndim != 2 or classes.shape[0] != batch or classes.is_floating_point():
@@ -81,7 +136,186 @@ def _check(
         raise ValueError(f"expected all tensors on one device, got {sorted(map(str, devices))}")
     if not temperature > 0:
         raise ValueError(f"temperature: expected > 0, got {temperature}")
-    if impl not in (None, "torch"):
-        raise ValueError(f"impl: expected None or 'torch', got {impl!r}")
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
+    if not isinstance(eps, Tensor):
+        values = [float(eps)] * heads if isinstance(eps, int | float) else [float(e) for e in eps]
+        if not all(e > 0 for e in values):
+            raise ValueError(f"eps: expected numbers > 0, got {values}")
+        eps = torch.tensor(values, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if eps.shape not in ((), (heads,)):
+        raise ValueError(f"eps: expected one number or {heads} (one per head), got shape {tuple(eps.shape)}")
+    return eps.expand(heads)
+
+
+def _check_labels(labels: Tensor, smoothing: float, partner_labels: Tensor | None, mix: Tensor | None) -> None:
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing: expected 0 to 1, got {smoothing}")
+    if partner_labels is None and mix is None:
+        return
+    if partner_labels is None or mix is None:
+        raise ValueError("partner_labels and mix: expected both or neither, got one of them")
+    if partner_labels.shape != labels.shape or partner_labels.dtype != torch.int64:
+        raise ValueError(
+            f"partner_labels: expected int64 {tuple(labels.shape)}, "
+            f"got {partner_labels.dtype} {tuple(partner_labels.shape)}"
+        )
+    if mix.shape != labels.shape or not mix.is_floating_point():
+        raise ValueError(f"mix: expected floating {tuple(labels.shape)}, got {mix.dtype} {tuple(mix.shape)}")
+    if {partner_labels.device, mix.device} != {labels.device}:
+        raise ValueError(
+            f"partner_labels and mix: expected on {labels.device}, got {partner_labels.device} and {mix.device}"
+        )
+
+
+def _check_triton(logits: Tensor) -> None:
+    if logits.dtype == torch.float64:
+        raise ValueError("impl: expected fp32, bf16 or fp16 logits for 'triton', got torch.float64; leave impl out")
+
+
+# --- The kernels as operators of PyTorch ------------------------------------------------------------------------------
+
+# Each gives the losses and, if asked, the gradient for an incoming gradient of 1 (times `reference.gradient_scale`), so
+# that the backward pass is one multiplication. On a CPU the operators are the twins.
+
+
+@torch.library.custom_op("fastofa::ofa_loss", mutates_args=(), device_types="cuda")
+def ofa_loss_op(
+    logits: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    log_probs: Tensor,
+    eps: Tensor,
+    temperature: float,
+    variant: str,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses fp32 [H]; their gradient [H, B, C] in the logits' dtype, empty unless `gradient`."""
+    from fastofa.kernels import triton_ofa_loss
+
+    return triton_ofa_loss.ofa_loss(logits, labels, classes, log_probs, eps, temperature, variant, gradient)
+
+
+@ofa_loss_op.register_kernel("cpu")
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    log_probs: Tensor,
+    eps: Tensor,
+    temperature: float,
+    variant: str,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    arguments = (logits, labels, classes, log_probs, eps, temperature, variant)
+    if interpreted() and logits.dtype != torch.float64:
+        from fastofa.kernels import triton_ofa_loss
+
+        return triton_ofa_loss.ofa_loss(*arguments, gradient)
+    return reference.head_losses(*arguments), _stored(
+        reference.head_gradients(*arguments) if gradient else None, logits
+    )
+
+
+@torch.library.custom_op("fastofa::distillation_loss", mutates_args=(), device_types="cuda")
+def distillation_loss_op(
+    logits: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    log_probs: Tensor,
+    eps: Tensor,
+    temperature: float,
+    variant: str,
+    weights: Sequence[float],
+    smoothing: float,
+    partner_labels: Tensor | None,
+    mix: Tensor | None,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Total, gt, kd and ofa, fp32 [4]; the total's gradient [H, B, C] in the logits' dtype, empty unless `gradient`.
+
+    `weights`: of gt, kd and ofa.
+    """
+    from fastofa.kernels import triton_ofa_loss
+
+    return triton_ofa_loss.distillation_loss(
+        logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix, gradient
+    )
+
+
+@distillation_loss_op.register_kernel("cpu")
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    log_probs: Tensor,
+    eps: Tensor,
+    temperature: float,
+    variant: str,
+    weights: Sequence[float],
+    smoothing: float,
+    partner_labels: Tensor | None,
+    mix: Tensor | None,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    if interpreted() and logits.dtype != torch.float64:
+        from fastofa.kernels import triton_ofa_loss
+
+        given = (logits, labels, classes, log_probs, eps, temperature, variant)
+        return triton_ofa_loss.distillation_loss(*given, weights, smoothing, partner_labels, mix, gradient)
+    of_labels = (logits[-1], labels, partner_labels, mix, smoothing)
+    hard = labels if partner_labels is None or mix is None else reference.heavier(labels, partner_labels, mix)
+    of_teacher = (logits, hard, classes, log_probs, eps, temperature, variant)
+    heads = reference.head_losses(*of_teacher)
+    parts = torch.stack([reference.cross_entropy(*of_labels), heads[-1], heads[:-1].sum()])
+    losses = torch.cat([parts @ parts.new_tensor(weights)[:, None], parts])
+    if not gradient:
+        return losses, _stored(None, logits)
+    found = reference.head_gradients(*of_teacher)
+    found *= found.new_tensor([weights[2]] * (len(logits) - 1) + [weights[1]])[:, None, None]
+    found[-1] += weights[0] * reference.cross_entropy_gradient(*of_labels)
+    return losses, _stored(found, logits)
+
+
+def _stored(gradient: Tensor | None, logits: Tensor) -> Tensor:
+    if gradient is None:
+        return logits.new_empty(0)
+    return (gradient * reference.gradient_scale(logits)).to(logits.dtype)
+
+
+def _fake(losses: int | None, logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    empty = logits.new_empty(logits.shape if gradient else (0,))
+    return logits.new_empty(logits.shape[0] if losses is None else losses, dtype=dtype), empty
+
+
+@ofa_loss_op.register_fake
+def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _fake(None, logits, arguments[-1])
+
+
+@distillation_loss_op.register_fake
+def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _fake(4, logits, arguments[-1])
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _backward_of_heads(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return _scaled(gradient, incoming[:, None, None]), *([None] * 7)
+
+
+def _backward_of_total(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return _scaled(gradient, incoming[:1, None, None]), *([None] * 11)
+
+
+def _scaled(gradient: Tensor, incoming: Tensor) -> Tensor:
+    return (gradient * (incoming / reference.gradient_scale(gradient))).to(gradient.dtype)
+
+
+ofa_loss_op.register_autograd(_backward_of_heads, setup_context=_save_gradient)
+distillation_loss_op.register_autograd(_backward_of_total, setup_context=_save_gradient)

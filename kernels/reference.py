@@ -6,6 +6,7 @@ Shapes: H heads, B batch, C classes, K classes kept of the teacher, S side of an
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # --- OFA loss ---------------------------------------------------------------------------------------------------------
@@ -31,7 +32,7 @@ def ofa_loss_dense(
 ) -> Tensor:
     """The definition, word by word: logits [H, B, C], the teacher's probabilities [B, C] at T, eps [H] -> [H].
 
-    The oracle of the tests (in float64) and the baseline of the benchmarks; training uses `ofa_loss`.
+    The oracle of the tests (in float64) and the baseline of the benchmarks; training uses `head_losses`.
     """
     target = torch.nn.functional.one_hot(labels, logits.shape[-1]).to(probs.dtype)
     eps = eps.to(probs.dtype)[:, None, None]
@@ -48,7 +49,7 @@ def dense_probs(classes: Tensor, log_probs: Tensor, num_classes: int, temperatur
     return rest[:, None].repeat(1, num_classes).scatter(1, classes.long(), probs)
 
 
-def ofa_loss(
+def head_losses(
     logits: Tensor,
     labels: Tensor,
     classes: Tensor,
@@ -57,36 +58,117 @@ def ofa_loss(
     temperature: float,
     variant: str,
 ) -> Tensor:
-    """Closed sparse form: every class outside the top-K has one weight w0, so one pass over the logits is enough.
+    """[H], differentiable. Every class outside the top-K has one weight w0, so one pass over the logits is enough:
 
     L = W logsumexp(z) - (w0 sum_c z_c + sum_k (w_k - w0) z_k + [y not in K] (w_y - w0) z_y),  W the sum of all weights.
     """
-    num_classes, batch = logits.shape[-1], logits.shape[1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    z = logits.to(dtype) / temperature
-    z = z - z.amax(dim=-1, keepdim=True).detach()  # weights and softmax do not care; cancellation does
+    z = _shifted(logits, temperature)
     classes = classes.long()
-    probs, rest = teacher_probs(log_probs.to(dtype), num_classes, temperature)
+    w0, wk, wy = sparse_weights(
+        labels, classes, log_probs.to(z.dtype), eps.to(z.dtype), z.shape[-1], temperature, variant
+    )
+    total = z.shape[-1] * w0 + wk.sum(dim=-1) + wy
+    z_k = z.gather(-1, classes.expand(len(z), -1, -1))
+    z_y = z.gather(-1, labels.expand(len(z), -1)[..., None])[..., 0]
+    loss = total * torch.logsumexp(z, dim=-1) - (w0 * z.sum(dim=-1) + (wk * z_k).sum(dim=-1) + wy * z_y)
+    return loss.sum(dim=1) / max(len(labels), 1)
+
+
+def head_gradients(
+    logits: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    log_probs: Tensor,
+    eps: Tensor,
+    temperature: float,
+    variant: str,
+) -> Tensor:
+    """[H, B, C]: of each head's loss, in closed form: dL/dz = (W softmax(z / T) - w) / T, over the batch."""
+    z = _shifted(logits, temperature)
+    classes = classes.long()
+    w0, wk, wy = sparse_weights(
+        labels, classes, log_probs.to(z.dtype), eps.to(z.dtype), z.shape[-1], temperature, variant
+    )
+    total = z.shape[-1] * w0 + wk.sum(dim=-1) + wy
+    gradient = total[..., None] * z.softmax(dim=-1) - w0[..., None]
+    gradient = gradient.scatter_add(-1, classes.expand(len(z), -1, -1), -wk)
+    gradient = gradient.scatter_add(-1, labels.expand(len(z), -1)[..., None], -wy[..., None])
+    return gradient / (temperature * max(len(labels), 1))
+
+
+def sparse_weights(
+    labels: Tensor,
+    classes: Tensor,
+    log_probs: Tensor,
+    eps: Tensor,
+    num_classes: int,
+    temperature: float,
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w0 [H, B] of every class; what the K classes [H, B, K] and, if it is not among them, the label [H, B] add."""
+    probs, rest = teacher_probs(log_probs, num_classes, temperature)
     is_target = classes == labels[:, None]  # [B, K]
     missing = ~is_target.any(dim=1)  # [B]: the label is not among the K
-    exponent = eps.to(dtype)[:, None]  # [H, 1]
-
+    exponent = eps[:, None]  # [H, 1]
     if variant == "official":
         w0 = rest**exponent  # [H, B]
-        wk = (probs + is_target.to(dtype)) ** exponent[..., None] - is_target.to(dtype)  # [H, B, K]
+        wk = (probs + is_target.to(probs.dtype)) ** exponent[..., None] - is_target.to(probs.dtype)  # [H, B, K]
         wy = (1 + rest) ** exponent - 1
     else:
-        w0 = rest.expand(len(logits), -1)
+        w0 = rest.expand(len(eps), -1)
         wk = torch.where(is_target, (1 + probs) ** exponent[..., None], probs)
         wy = (1 + rest) ** exponent
-    wk = wk - w0[..., None]
-    wy = torch.where(missing, wy - w0, 0)
+    return w0, wk - w0[..., None], torch.where(missing, wy - w0, 0)
 
-    total = num_classes * w0 + wk.sum(dim=-1) + wy
-    z_k = z.gather(-1, classes.expand(len(logits), -1, -1))
-    z_y = z.gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
-    loss = total * torch.logsumexp(z, dim=-1) - (w0 * z.sum(dim=-1) + (wk * z_k).sum(dim=-1) + wy * z_y)
-    return loss.sum(dim=1) / max(batch, 1)
+
+def _shifted(logits: Tensor, temperature: float) -> Tensor:
+    """z / T less its greatest value, in fp32: weights and softmax do not care; cancellation does."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return z - z.amax(dim=-1, keepdim=True).detach()
+
+
+def gradient_scale(logits: Tensor) -> int:
+    """What the stored gradient is multiplied by: in fp16 a mean's gradient would be lost below 6e-8."""
+    return max(logits.shape[1], 1) if logits.dtype == torch.float16 else 1
+
+
+# --- Cross-entropy with the labels of mixed pictures ------------------------------------------------------------------
+
+
+def mixed_labels(labels: Tensor, partner_labels: Tensor, mix: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """fp32 [B, C]: `mix` of a picture's own label, the rest of its partner's, smoothed (timm's mixup_target)."""
+    both = mix.new_full((len(labels), num_classes), smoothing / num_classes)
+    own, others = (share.float()[:, None] * (1 - smoothing) for share in (mix, 1 - mix))
+    return both.scatter_add(1, labels[:, None], own).scatter_add(1, partner_labels[:, None], others)
+
+
+def heavier(labels: Tensor, partner_labels: Tensor, mix: Tensor) -> Tensor:
+    """int64 [B]: argmax of the mixed label; of two equal shares the smaller class number, as argmax has it."""
+    tie = torch.minimum(labels, partner_labels)
+    return torch.where(mix == 0.5, tie, torch.where(mix > 0.5, labels, partner_labels))
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None, smoothing: float
+) -> Tensor:
+    """Of [B, C] against smoothed, perhaps mixed labels -> []; 0 for an empty batch."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not len(labels):
+        return logits.sum()
+    if partner_labels is None or mix is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return F.cross_entropy(logits, mixed_labels(labels, partner_labels, mix, logits.shape[1], smoothing))
+
+
+def cross_entropy_gradient(
+    logits: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None, smoothing: float
+) -> Tensor:
+    """[B, C]: (softmax(z) - t) / B."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if partner_labels is None or mix is None:
+        partner_labels, mix = labels, torch.ones_like(labels, dtype=logits.dtype)
+    target = mixed_labels(labels, partner_labels, mix, logits.shape[1], smoothing)
+    return (logits.softmax(dim=-1) - target) / max(len(labels), 1)
 
 
 # --- Crop and resize --------------------------------------------------------------------------------------------------
