@@ -4,12 +4,12 @@ Shapes: H heads (exits in stage order, then the final logits), B batch, C classe
 """
 
 import torch
-import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor
 
 from fastofa.config import TrainConfig
-from fastofa.kernels import ofa_loss
+from fastofa.kernels import distillation_loss, ofa_loss
+from fastofa.kernels.reference import cross_entropy, heavier, mixed_labels
 from fastofa.teacher_cache import Targets
 
 PARTS = ("loss", "gt", "kd", "ofa")
@@ -30,6 +30,7 @@ class Objective:
         eps = config.eps if len(config.eps) == heads else config.eps * heads
         # A tensor made once: a list would be copied to the device, and waited for, at every step.
         self.eps = torch.tensor(eps, device=device)
+        self.impl = "triton" if "loss" in config.kernels else None
         self.binary = BinaryCrossEntropy(smoothing=config.smoothing) if config.gt_loss == "bce" else None
 
     def __call__(
@@ -42,33 +43,27 @@ class Objective:
     ) -> Tensor:
         c = self.config
         final = logits[-1].float()
-        if partner_labels is None or mix is None:
-            gt = self._against(final, labels)
-        else:
-            gt = self._against(final, mixed_labels(labels, partner_labels, mix, final.shape[1], c.smoothing))
-            labels = heavier(labels, partner_labels, mix)
         if targets is None:
+            gt = self._of_labels(final, labels, partner_labels, mix)
             return torch.stack([c.gt_weight * gt, gt, torch.zeros_like(gt), torch.zeros_like(gt)])
-        heads = ofa_loss(logits, labels, targets.classes, targets.log_probs, self.eps, c.temperature, variant=c.variant)
+        teacher = (targets.classes, targets.log_probs, self.eps, c.temperature)
+        if self.binary is None:
+            weights = (c.gt_weight, c.kd_weight, c.ofa_weight)
+            total, parts = distillation_loss(
+                logits, labels, *teacher, *weights, c.smoothing, partner_labels, mix, self.impl, c.variant
+            )
+            return torch.cat([total[None], parts])
+        gt = self._of_labels(final, labels, partner_labels, mix)
+        if partner_labels is not None and mix is not None:
+            labels = heavier(labels, partner_labels, mix)
+        heads = ofa_loss(logits, labels, *teacher, self.impl, c.variant)
         kd, ofa = heads[-1], heads[:-1].sum()
         return torch.stack([c.gt_weight * gt + c.kd_weight * kd + c.ofa_weight * ofa, gt, kd, ofa])
 
-    def _against(self, final: Tensor, labels: Tensor) -> Tensor:
-        """The loss against class numbers [B], which are smoothed here, or against a distribution [B, C], as it is."""
-        if self.binary:
-            return self.binary(final, labels)
-        smoothing = self.config.smoothing if labels.ndim == 1 else 0.0
-        return F.cross_entropy(final, labels, label_smoothing=smoothing)
-
-
-def mixed_labels(labels: Tensor, partner_labels: Tensor, mix: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """fp32 [B, C]: timm's mixup_target, with a share and a partner for each sample."""
-    both = mix.new_full((len(labels), num_classes), smoothing / num_classes)
-    own, others = (share.float()[:, None] * (1 - smoothing) for share in (mix, 1 - mix))
-    return both.scatter_add(1, labels[:, None], own).scatter_add(1, partner_labels[:, None], others)
-
-
-def heavier(labels: Tensor, partner_labels: Tensor, mix: Tensor) -> Tensor:
-    """int64 [B]: argmax of the mixed label; of two equal shares the smaller class number, as argmax has it."""
-    tie = torch.minimum(labels, partner_labels)
-    return torch.where(mix == 0.5, tie, torch.where(mix > 0.5, labels, partner_labels))
+    def _of_labels(self, final: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None) -> Tensor:
+        smoothing = self.config.smoothing
+        if self.binary is None:
+            return cross_entropy(final, labels, partner_labels, mix, smoothing)
+        if partner_labels is None or mix is None:
+            return self.binary(final, labels)  # which smooths them
+        return self.binary(final, mixed_labels(labels, partner_labels, mix, final.shape[1], smoothing))

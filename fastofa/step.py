@@ -19,6 +19,7 @@ from fastofa.config import TrainConfig
 from fastofa.device import choose_bf16, choose_compile
 from fastofa.distributed import World
 from fastofa.errors import BadInput
+from fastofa.kernels.choice import interpreted
 from fastofa.losses import PARTS, Objective
 from fastofa.optim import create_optimizer, set_learning_rate
 from fastofa.pipelines import Batch
@@ -59,6 +60,10 @@ class Step:
 
     def __init__(self, student: Student, config: TrainConfig, device: torch.device, world: World | None = None) -> None:
         self.config, self.device, self.world = config, device, world or World()
+        if config.kernels and device.type != "cuda" and not interpreted():
+            raise BadInput(
+                f"kernels: expected a GPU for {' '.join(config.kernels)}, the student is on the CPU; leave it out"
+            )
         student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.sync_bn and device.type != "cuda":
             raise BadInput("sync-bn: expected GPUs, the student is on the CPU; leave it out")

@@ -64,6 +64,7 @@ WRONG = [
     ("grad_compression", "fp16", "expected one of none, bf16"),
     ("precision", "fp16", "expected one of auto, bf16, fp32"),
     ("compile", "yes", "expected one of auto, on, off"),
+    ("kernels", ("crop",), "expected some of loss exits"),
 ]  # fmt: skip
 
 
@@ -187,7 +188,7 @@ def test_differences_are_what_makes_it_another_run():
         "out": Path("elsewhere"), "resume": True, "device": "cuda", "compile": "on", "pipeline": "torchvision",
         "workers": 3, "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "data": "moved", "plan": True,
         "cuda_graphs": True, "grad_compression": "bf16", "timeout_s": 9, "accumulate": 2, "keep": 1, "wandb": "mine",
-        "cache": Path("c"),
+        "cache": Path("c"), "kernels": ("loss",),
     }  # fmt: skip
     for name, value in free.items():
         assert mine.differences(dataclasses.replace(mine, **{name: value})) == []

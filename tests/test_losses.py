@@ -12,7 +12,8 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from fastofa.config import TrainConfig
-from fastofa.losses import PARTS, Objective, heavier, mixed_labels
+from fastofa.kernels.reference import heavier, mixed_labels
+from fastofa.losses import PARTS, Objective
 from fastofa.teacher_cache import Targets, answers
 
 B, C, K = 6, 9, 4

@@ -17,6 +17,7 @@ from fastofa import losses, step, student, teacher_cache
 from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset
 from fastofa.distributed import World
+from fastofa.errors import BadInput
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.recipes import RECIPES
 from fastofa.step import SUMS, Step
@@ -70,6 +71,24 @@ def test_parts_add_up_to_the_batch(batches, parts):
     for a, b in ((whole.student, divided.student), (whole.trained, divided.trained)):
         for name, value in a.state_dict().items():
             torch.testing.assert_close(b.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.kernel
+def test_the_loss_kernel_takes_the_same_steps(batches):
+    """Losses, gradient's norm and weights to what fp32 leaves of another order of sums."""
+    plain, kernel = (make_step(kernels=kernels) for kernels in ((), ("loss",)))
+    for batch in batches[:3]:
+        for made in (plain, kernel):
+            made([Batch(batch.images[:4], batch.labels[:4], batch.sample_ids[:4])], lr=0.05)
+    assert kernel.sums.tolist() == pytest.approx(plain.sums.tolist(), rel=1e-5)
+    for name, value in plain.student.state_dict().items():
+        torch.testing.assert_close(kernel.student.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_need_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BadInput, match="kernels: expected a GPU for loss, the student is on the CPU; leave it out"):
+        make_step(kernels=("loss",))
 
 
 def test_sums_add_up_over_the_steps(batches):
@@ -182,7 +201,7 @@ HOT = [
     student.Student.normalize,
     student.run_stages,
     losses.Objective.__call__,
-    losses.Objective._against,
+    losses.Objective._of_labels,
     losses.mixed_labels,
     losses.heavier,
     teacher_cache.DeviceTargets.lookup,
