@@ -94,12 +94,15 @@ def read_layout(path: Path) -> Layout:
         kinds = {field["name"].decode(): int(field["type"]) for field in fields}
         if header["version"] != VERSION or kinds != {"image": RGB_IMAGE, "label": INT}:
             raise ValueError("its fields are others")
-        count = int(header["samples"])
-        records = np.fromfile(path, RECORD, count, offset=HEADER.itemsize + fields.nbytes)
-        spans = np.fromfile(path, SPAN, count, offset=int(header["spans_at"]))
+        samples = int(header["samples"])
+        records = np.fromfile(path, RECORD, samples, offset=HEADER.itemsize + fields.nbytes)
+        spans = np.fromfile(path, SPAN, samples, offset=int(header["spans_at"]))
         spans = spans[np.argsort(spans["sample"], kind="stable")]
-        if not len(records) == len(spans) == count or (records["image"]["at"] != spans["at"]).any():
+        if not len(records) == len(spans) == samples or (records["image"]["at"] != spans["at"]).any():
             raise ValueError("it is cut short")
+        begin, count = spans["at"], spans["bytes"]
+        if (begin > header["spans_at"]).any() or (count > header["spans_at"] - begin).any():
+            raise ValueError("pictures lie outside of it")
     except OSError as error:
         raise BadInput(f"could not read {path}: {error.strerror}") from None
     except (ValueError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:

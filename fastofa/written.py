@@ -21,7 +21,7 @@ import numpy as np
 from fastofa.beton import read_layout
 from fastofa.dataset import Dataset
 from fastofa.errors import BadInput
-from fastofa.files import read_json, write_atomic
+from fastofa.files import write_atomic
 from fastofa.progress import track
 
 SCHEMA = 1
@@ -38,8 +38,9 @@ def beton_path(path: Path, split: str) -> Path:
 
 
 def write_index(path: Path, index: dict[str, Any]) -> None:
-    index = {"schema": SCHEMA, **index}
-    write_atomic(path, json.dumps({**index, "sha256": _digest(index)}).encode())
+    """JSON, whose last entry is the sha256 of what stands before it."""
+    body = json.dumps({"schema": SCHEMA, **index})[:-1].encode()
+    write_atomic(path, body + _seal(body))
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -49,16 +50,21 @@ def read_index(path: Path) -> dict[str, Any]:
     found = index_path(path)
     if not found.exists():
         raise BadInput(f"{path}: expected {found} with it, as `fastofa write` makes them; move both or write it again")
-    index = read_json(found)
-    if not isinstance(index, dict) or index.pop("sha256", None) != _digest(index):
+    try:
+        text = found.read_bytes()
+    except OSError as error:
+        raise BadInput(f"could not read {found}: {error.strerror}") from None
+    body = text[: -len(_seal(b""))]
+    if text != body + _seal(body):
         raise BadInput(f"{found}: its checksum does not match, it was edited or damaged; write {path} again")
+    index = json.loads(text)
     if index["schema"] != SCHEMA:
         raise BadInput(f"{found}: expected schema {SCHEMA}, got {index['schema']}; write {path} again by this version")
     return index
 
 
-def _digest(index: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+def _seal(body: bytes) -> bytes:
+    return f', "sha256": "{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
 
 
 def open_written(path: Path, split: str) -> Dataset:
@@ -91,6 +97,8 @@ def _open_pack(path: Path, split: str, index: dict[str, Any]) -> dict[str, Any]:
     try:
         pixels = np.load(path / IMAGES, mmap_mode="c")  # private: nothing can change the file
         labels = np.load(path / LABELS)
+        if between(path / LABELS) != index["files"][LABELS]["crc32"]:
+            raise ValueError("its checksum does not match")
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: {IMAGES} or {LABELS} is damaged ({error}); write it again") from None
     counts = {name: len(part["names"]) for name, part in index["splits"].items()}
@@ -127,14 +135,14 @@ def verify(path: Path, workers: int) -> None:
     """
     index = read_index(path)
     bad = []
-    for split, part in index["splits"].items():
-        dataset = open_written(path, split)
-        for name, reason in _damaged_pictures(dataset, part["crc32"], workers):
-            bad.append(f"{split}/{name} ({reason})")
     for name, file in index["files"].items():
         found = path / name if path.suffix == ".pack" else path.with_name(name)
+        _check_size(found, file["bytes"])
         if between(found) != file["crc32"]:
-            bad.append(f"{found} (what lies around the pictures)")
+            bad.append(f"{found}, what is not pictures")
+    for split, part in index["splits"].items() if not bad else ():
+        for name, reason in _damaged_pictures(open_written(path, split), part["crc32"], workers):
+            bad.append(f"{split}/{name} ({reason})")
     if bad:
         raise BadInput(f"{path}: {len(bad)} damaged: {'; '.join(bad)}; write it again")
 
@@ -169,7 +177,7 @@ def checksum(dataset: Dataset, sample_id: int) -> int:
 
 
 def between(path: Path) -> int:
-    """crc32 of all bytes of a file that belong to no picture."""
+    """crc32 of all bytes of a file that belong to no picture. Raises BadInput where it is not known which do."""
     spans, crc, done = _spans(path), 0, 0
     with open(path, "rb") as file:
         for at, count in [*spans[np.argsort(spans[:, 0])].tolist(), [path.stat().st_size, 0]]:
@@ -184,7 +192,10 @@ def _spans(path: Path) -> np.ndarray:
     """int64 [N, 2]: where the pictures of a file begin, and their bytes."""
     if path.suffix != ".npy":
         return read_layout(path).spans
-    array = np.load(path, mmap_mode="r")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged ({error}); write it again") from None
     if array.ndim == 1:  # labels
         return np.zeros((0, 2), dtype=np.int64)
     each = array[0].nbytes

@@ -74,14 +74,15 @@ class Pipeline:
         height, width = (self.image_size,) * 2 if self.stream is None else self.pixels.shape[1:3]
         images = torch.empty(len(ids), height, width, 3, dtype=torch.uint8, pin_memory=self.stream is not None)
         boxes, size = table.boxes(self.sizes[ids]), self.image_size
+        out = images.numpy()  # threads are never in inference mode, and could not write to a tensor made in it
 
         def copy(part: np.ndarray) -> None:
-            np.take(self.pixels, ids[part], axis=0, out=images.numpy()[part[0] : part[-1] + 1], mode="clip")
+            np.take(self.pixels, ids[part], axis=0, out=out[part[0] : part[-1] + 1], mode="clip")
 
         def crop(part: np.ndarray) -> None:
             for i in part.tolist():
                 image = torch.from_numpy(self.pixels[ids[i]]).permute(2, 0, 1)
-                images[i].permute(2, 0, 1).copy_(crop_resize_one(image, boxes[i].tolist(), bool(table.flip[i]), size))
+                out[i] = crop_resize_one(image, boxes[i].tolist(), bool(table.flip[i]), size).permute(1, 2, 0)
 
         parts = [part for part in np.array_split(np.arange(len(ids)), threads) if len(part)]
         return _Gathered(rows, needed, images, [pool.submit(crop if self.stream is None else copy, p) for p in parts])
