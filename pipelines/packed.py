@@ -45,9 +45,7 @@ class Pipeline:
         normalize: tuple[Sequence[float], Sequence[float]] | None,
     ) -> None:
         if dataset.pixels is None:
-            raise BadInput(
-                f"pipeline packed: expected a .pack, got {dataset.spec}; `fastofa write {dataset.spec} x.pack` makes one"
-            )
+            raise BadInput(f"pipeline packed: expected a .pack, got {dataset.spec}; `fastofa write` makes one")
         self.image_size, self.batch_size, self.device, self.normalize = image_size, batch_size, device, normalize
         self.pixels, self.sizes, self.workers = dataset.pixels, dataset.stored_sizes, workers
         self.labels = torch.from_numpy(dataset.labels).to(device)

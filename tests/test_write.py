@@ -107,7 +107,7 @@ def test_a_beton_holds_the_pictures(photos: Path, tmp_path: Path, form: str):
 
 
 def test_what_is_no_upright_jpeg_is_compressed(tmp_path: Path):
-    """A PNG under a JPEG's name, grey, CMYK and 16-bit pictures, one turned by its EXIF tag: all are right in a .beton."""
+    """A PNG under a JPEG's name, grey, CMYK and 16-bit pictures, one turned by its EXIF tag: a .beton is right."""
     folder, rng = tmp_path / "data/train/a", np.random.default_rng(0)
     folder.mkdir(parents=True)
     picture = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((80, 60))
@@ -185,11 +185,9 @@ def test_a_folders_cache_trains_every_form(photo_cache: Any, on_photos: Any, pho
     """And the form's own, the folder: one command line with another --data."""
     path = written(form, photos, tmp_path)
     assert train(on_photos("one", data=str(path))).images_per_second > 0
-    assert (
-        make_cache(str(path), 2, tmp_path / "cache", topk=2).header["dataset"]["train"]
-        == (photo_cache.header["dataset"]["train"])
-    )
-    assert train(on_photos("two", cache=tmp_path / "cache")).images_per_second > 0
+    cache = make_cache(str(path), 2, tmp_path / "cache", topk=2)
+    assert cache.header["dataset"]["train"] == photo_cache.header["dataset"]["train"]
+    assert train(on_photos("two", cache=cache.path)).images_per_second > 0
 
 
 # --- Unreadable pictures ----------------------------------------------------------------------------------------------
