@@ -13,15 +13,12 @@ import io
 import os
 import shutil
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 import tyro
 from PIL import Image
 from rich import filesize
@@ -35,6 +32,7 @@ from fastofa.errors import BadInput
 from fastofa.files import new_folder
 from fastofa.images import resize
 from fastofa.progress import notice, track
+from fastofa.threads import in_order
 from fastofa.written import (
     IMAGES,
     LABELS,
@@ -48,9 +46,7 @@ from fastofa.written import (
 )
 
 SIZE, QUALITY = 256, 95
-IN_FLIGHT = 16  # pictures for each thread that are read, or wait to be written
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ def _write_beton(config: WriteConfig, sources: list[Dataset]) -> None:
             final = beton_path(config.out, source.split)
             files[final] = temporary = final.with_name(f".{final.name}.tmp")
             write_beton(temporary, _pictures(config, source, index), source.labels, config.raw, largest)
-            _add_file(index, temporary, final.name)
+            _add_file(index, temporary, source.split)
         write_index(index_path(config.out), index)
         for final in sorted(files, key=lambda path: path == config.out):  # by the last one it is whole
             os.replace(files[final], final)
@@ -227,7 +223,7 @@ def _pictures(config: WriteConfig, source: Dataset, index: dict[str, Any]) -> It
         return picture, zlib.crc32(picture.data)
 
     title = f"writing {config.out.name} {source.split}"
-    for found in track(_in_order(work, len(source), choose_workers(config.workers)), len(source), title):
+    for found in track(in_order(work, len(source), choose_workers(config.workers)), len(source), title):
         if isinstance(found, str):
             notice(found)
             bad.append(found)
@@ -236,21 +232,6 @@ def _pictures(config: WriteConfig, source: Dataset, index: dict[str, Any]) -> It
             yield found[0]
     if bad:
         raise BadInput(f"nothing was written: {len(bad)} unreadable images in {source.spec}, the first: {bad[0]}")
-
-
-def _in_order(work: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
-    """work(0), work(1), ... from threads, which are never far ahead."""
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    running: deque[Future[T]] = deque()
-    try:
-        for i in range(count):
-            running.append(pool.submit(work, i))
-            if len(running) == workers * IN_FLIGHT:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _packed(config: WriteConfig, source: Dataset, i: int) -> Picture:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastofa.dataset import Dataset
 from fastofa.errors import BadInput
 from fastofa.files import write_atomic
 from fastofa.progress import track
+from fastofa.threads import in_order
 
 SCHEMA = 1
 IMAGES, LABELS = "images.npy", "labels.npy"
@@ -113,7 +113,7 @@ def _open_pack(path: Path, split: str, index: dict[str, Any]) -> dict[str, Any]:
 
 def _open_beton(path: Path, split: str, index: dict[str, Any]) -> dict[str, Any]:
     file = beton_path(path, split)
-    _check_size(file, index["files"][file.name]["bytes"])
+    _check_size(file, index["files"][split]["bytes"])
     layout = read_layout(file)
     return {
         "labels": layout.labels, "file": file, "stored": layout.sizes, "spans": layout.spans, "raw": layout.raw,
@@ -136,7 +136,7 @@ def verify(path: Path, workers: int) -> None:
     index = read_index(path)
     bad = []
     for name, file in index["files"].items():
-        found = path / name if path.suffix == ".pack" else path.with_name(name)
+        found = path / name if path.suffix == ".pack" else beton_path(path, name)
         _check_size(found, file["bytes"])
         if between(found) != file["crc32"]:
             bad.append(f"{found}, what is not pictures")
@@ -157,11 +157,10 @@ def _damaged_pictures(dataset: Dataset, expected: list[int], workers: int) -> It
             return str(error)
         return None
 
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        found = pool.map(check, range(len(dataset)))
-        for i, reason in enumerate(track(found, len(dataset), f"verifying {dataset.spec} {dataset.split}")):
-            if reason:
-                yield dataset.names[i], reason
+    found = in_order(check, len(dataset), workers)
+    for i, reason in enumerate(track(found, len(dataset), f"verifying {dataset.spec} {dataset.split}")):
+        if reason:
+            yield dataset.names[i], reason
 
 
 def checksum(dataset: Dataset, sample_id: int) -> int:

@@ -37,7 +37,7 @@ class Pipeline:
                 f"{smallest[1]}..{largest[1]}; use --pipeline torchvision"
             )
         if device.type == "cuda":
-            _check_memory(len(dataset) * int(largest.prod()) * 3, device, dataset.spec)
+            check_memory(len(dataset) * int(largest.prod()) * 3, device, dataset.spec)
         if dataset.pixels is None:
             pixels = torch.stack([dataset.read(i).permute(1, 2, 0) for i in range(len(dataset))])
         else:
@@ -63,7 +63,7 @@ class Pipeline:
         return images
 
 
-def _check_memory(need: int, device: torch.device, spec: str) -> None:
+def check_memory(need: int, device: torch.device, spec: str) -> None:
     """Say what the pictures take of the device's memory. Raises BadInput if there is not as much left."""
     free, total = torch.cuda.mem_get_info(device)
     text = f"{spec} takes {need / 2**30:.1f} GiB of {device}'s {total / 2**30:.0f} GiB, {free / 2**30:.1f} GiB are free"

@@ -24,7 +24,7 @@ from fastofa.errors import BadInput
 from fastofa.kernels import crop_resize
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.pipelines.augment import augment, shares
-from fastofa.pipelines.resident import _check_memory
+from fastofa.pipelines.resident import check_memory
 from fastofa.rand_augment import OPS
 from fastofa.views import (
     ViewPolicy,
@@ -516,10 +516,10 @@ def test_a_pack_is_resident_where_it_is_small_and_fits(packed, monkeypatch, caps
     for free, name in ((4 * need, "resident"), (4 * need - 1, "packed")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2**33))
         assert pipelines.choose(packed, gpu)[0] == name
-    _check_memory(need, gpu, "x.pack")
+    check_memory(need, gpu, "x.pack")
     assert "pipeline resident: x.pack takes 0.0 GiB of cuda:0's 8 GiB" in capsys.readouterr().err
     with pytest.raises(BadInput, match="use --pipeline packed"):
-        _check_memory(4 * need, gpu, "x.pack")
+        check_memory(4 * need, gpu, "x.pack")
 
 
 @pytest.mark.parametrize("name", ["packed", "torchvision", "resident"])

@@ -462,6 +462,15 @@ def test_refuses_what_makes_no_sense(out, options, message):
         WriteConfig("digits", Path(out), **options)
 
 
+def test_it_may_be_moved_and_renamed(beton: Path, pack: Path, tmp_path: Path):
+    shutil.copytree(pack, tmp_path / "other.pack")
+    for file, name in zip(files(beton), ("other.beton", "other.val.beton", "other.beton.json"), strict=True):
+        shutil.copy(file, tmp_path / name)
+    for name in ("other.pack", "other.beton"):
+        verify(tmp_path / name, workers=1)
+        assert len(open_dataset(str(tmp_path / name), "val")) == 12
+
+
 def test_names_that_are_not_there(tmp_path: Path):
     for name in ("x.pack", "x.beton"):
         with pytest.raises(BadInput, match=rf"{name} does not exist; `fastofa write DATA"):
