@@ -82,12 +82,12 @@ def choose(dataset: Any, device: torch.device) -> tuple[str, str]:
     if dataset.pixels is None:
         if dataset.file is None:
             return "torchvision", "the pictures are files"
-        return "torchvision", f"it reads what {dataset.file.name} stores"
+        return "torchvision", f"it reads what {dataset.spec} stores"
     if dataset.file is None:
         return "resident", "the pictures are one array in memory"
     if device.type == "cuda" and dataset.pixels.nbytes <= torch.cuda.mem_get_info(device)[0] * SMALL:
-        return "resident", f"{dataset.file.name} takes less than {SMALL:.0%} of the free device memory"
-    return "packed", f"{dataset.file.name} has pixels of one size"
+        return "resident", f"{dataset.spec} takes less than {SMALL:.0%} of the free device memory"
+    return "packed", f"{dataset.spec} has pixels of one size"
 
 
 @functools.cache

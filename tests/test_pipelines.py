@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -542,11 +543,33 @@ def test_early_exits_leave_no_thread_and_no_memory(packed, name):
     threads, memory = threading.active_count(), resident()
     for _ in range(30):
         leave()
+    limit = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < limit:
+        time.sleep(0.01)  # those that feed a DataLoader's queues end a moment later
     assert threading.active_count() <= threads
     assert not multiprocessing.active_children()
     for _ in range(0 if name == "torchvision" else 50):
         assert sum(len(batch.labels) for batch in pipeline.epoch(views, order)) == 24
     assert resident() - memory < 5
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_what_threads_gather_for_a_gpu(packed, monkeypatch, workers):
+    """The very rows, in the order of the batch and of its partners; only page-locked memory needs a GPU."""
+    views, empty = draw_full(packed), torch.empty
+    pipeline = open_pipeline("packed", packed, 32, batch_size=7, workers=workers)
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    monkeypatch.setattr(pipeline, "stream", "its own")
+
+    def cropped(images: Tensor, table: Views, needed: np.ndarray, stream: str) -> Tensor:
+        assert np.array_equal(images, packed.pixels[needed])
+        boxes = torch.from_numpy(table.boxes(packed.stored_sizes[needed]))
+        return crop_resize(images, boxes, torch.from_numpy(table.flip), pipeline.image_size)
+
+    monkeypatch.setattr(pipeline, "_cropped", cropped)
+    order = epoch_order(24, seed=9, epoch=2)
+    found = by_sample(list(pipeline.epoch(views, order)))
+    assert list(found) == order.tolist()
 
 
 def test_a_threads_error_is_the_epochs(packed, monkeypatch):
