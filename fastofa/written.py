@@ -21,11 +21,12 @@ from fastofa.beton import read_layout
 from fastofa.dataset import Dataset
 from fastofa.errors import BadInput
 from fastofa.files import write_atomic
-from fastofa.progress import track
+from fastofa.progress import notice, track
 from fastofa.threads import in_order
 
 SCHEMA = 1
 IMAGES, LABELS = "images.npy", "labels.npy"
+NAMED = 5  # how many damaged pictures an error names; the others are listed before it
 
 
 def index_path(path: Path) -> Path:
@@ -144,7 +145,10 @@ def verify(path: Path, workers: int) -> None:
         for name, reason in _damaged_pictures(open_written(path, split), part["crc32"], workers):
             bad.append(f"{split}/{name} ({reason})")
     if bad:
-        raise BadInput(f"{path}: {len(bad)} damaged: {'; '.join(bad)}; write it again")
+        for line in bad[NAMED:]:
+            notice(f"damaged: {line}")
+        more = f" and the {len(bad) - NAMED} above" if len(bad) > NAMED else ""
+        raise BadInput(f"{path}: {len(bad)} damaged: {'; '.join(bad[:NAMED])}{more}; write it again")
 
 
 def _damaged_pictures(dataset: Dataset, expected: list[int], workers: int) -> Iterator[tuple[str, str]]:
