@@ -114,12 +114,12 @@ def write(config: WriteConfig) -> None:
 
 
 def _splits(data: str) -> list[Literal["train", "val"]]:
-    """Both, but for a folder that has only one."""
+    """Both, but for a folder that has training pictures only."""
     found: list[Literal["train", "val"]] = ["train", "val"]
     if Path(data).suffix in FORMS and Path(data).exists():
         return [split for split in found if split in read_index(Path(data))["splits"]]
     here = [split for split in found if (Path(data) / split).is_dir()]
-    return here or found
+    return here if "train" in here else found
 
 
 def _check_source(config: WriteConfig, sources: list[Dataset]) -> None:
