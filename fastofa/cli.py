@@ -10,6 +10,7 @@ from fastofa.interrupt import Stopped
 
 COMMANDS = {
     "demo": "distil a small student on handwritten digits, from nothing, in about two minutes",
+    "write": "write a data set in a form that is read faster: a pack of pixels, or FFCV's .beton",
     "precompute": "ask a teacher about every view of every image, and keep its answers",
     "train": "distil a student from a teacher cache",
     "evaluate": "top-1, top-5 and agreement with the teacher of a run",

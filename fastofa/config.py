@@ -19,7 +19,7 @@ class TrainConfig:
     """Distil a student from a teacher cache."""
 
     data: str
-    """Data set: digits, digits:N, cifar100:DIR, or a folder with train/ and val/."""
+    """Data set: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or what `fastofa write` wrote."""
     student: str
     """A timm model (or swin_nano_patch4_window7_224, swin_pico_patch4_window7_224)."""
     out: Path
@@ -135,9 +135,9 @@ class TrainConfig:
     timeout_s: int = 600
     """Seconds that ranks wait for one another before they give up (and torchrun, if told so, restarts them)."""
     pipeline: str = "auto"
-    """resident, torchvision, or auto: resident for array data sets, torchvision for folders."""
+    """resident, packed, torchvision, or auto, which says what it takes and why."""
     workers: int | None = None
-    """Decoding processes of the torchvision pipeline; by default one per core, at most 16."""
+    """Decoding processes of the torchvision pipeline, threads of packed; by default one per core, at most 16."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 1

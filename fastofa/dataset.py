@@ -4,6 +4,8 @@ open_dataset("digits")              scikit-learn's 1,797 real handwritten digits
 open_dataset("digits:100")          the same, with only 100 training pictures
 open_dataset("cifar100:DIR")        DIR holds cifar-100-python.tar.gz or the folder it unpacks to
 open_dataset("path/to/DIR")         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP)
+open_dataset("photos.pack")         any of these, as `fastofa write` wrote it: pixels of one size in one file
+open_dataset("photos.beton")        the same in FFCV's format, with photos.val.beton and photos.beton.json beside it
 """
 
 import hashlib
@@ -12,10 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fastofa.errors import BadInput
+from fastofa.images import decode, read_image
 
 Split = Literal["train", "val"]
+FORMS = (".pack", ".beton")  # what `fastofa write` writes
 
 
 @dataclass(frozen=True)
@@ -30,17 +36,25 @@ class Dataset:
     labels: np.ndarray
     """int64 [N]."""
     sizes: np.ndarray
-    """int64 [N, 2]: height and width of the picture in pixels, EXIF orientation applied."""
+    """int64 [N, 2]: height and width of the original picture in pixels, EXIF orientation applied."""
     fingerprint: str
-    """sha256 over names, byte sizes and labels."""
+    """sha256 over names, byte sizes and labels of the originals."""
     pixels: np.ndarray | None = None
-    """uint8 [N, H, W, 3] when the whole data set is one array; else None and the pictures are files."""
+    """uint8 [N, H, W, 3] when the whole data set is one array, of a pack one mapped from its file; else None."""
     root: Path | None = None
     """Folder that `names` are relative to."""
     index: Path | None = None
     """File that keeps sizes and the list of unreadable files."""
     skipped: tuple[str, ...] = ()
     """Files that were left out as unreadable, each with the reason."""
+    file: Path | None = None
+    """The .pack or .beton that holds the pictures."""
+    stored: np.ndarray | None = None
+    """int64 [N, 2]: height and width of the pictures in `file`."""
+    spans: np.ndarray | None = None
+    """int64 [N, 2]: of a .beton, where in it each picture begins, and its bytes."""
+    raw: bool = False
+    """Of a .beton: the pictures are pixels, not JPEGs."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,6 +63,42 @@ class Dataset:
         """Where the picture lies, for data sets made of files."""
         assert self.root is not None
         return self.root / self.names[sample_id]
+
+    @property
+    def stored_sizes(self) -> np.ndarray:
+        """int64 [N, 2]: height and width of what `read` gives, which is what crops are cut from."""
+        return self.sizes if self.stored is None else self.stored
+
+    def read(self, sample_id: int) -> Tensor:
+        """A picture, uint8 [3, H, W], of an array a view. Raises BadInput, naming one that is damaged."""
+        name, (height, width) = self.names[sample_id], self.stored_sizes[sample_id].tolist()
+        if self.pixels is not None:
+            return torch.from_numpy(self.pixels[sample_id]).permute(2, 0, 1)
+        if self.spans is None:
+            image = read_image(self.path(sample_id))
+            remedy = f"as in the index; delete {self.index} to read the folder anew"
+        else:
+            image = self._unpack(sample_id, height, width)
+            remedy = f"as {self.file} says of it; write that again"
+        if list(image.shape[1:]) != [height, width]:
+            raise BadInput(
+                f"image {name} is {image.shape[1]} x {image.shape[2]} pixels, expected {height} x {width} {remedy}"
+            )
+        return image
+
+    def _unpack(self, sample_id: int, height: int, width: int) -> Tensor:
+        """A picture of a .beton."""
+        assert self.file is not None
+        assert self.spans is not None
+        begin, count = self.spans[sample_id].tolist()
+        with open(self.file, "rb") as file:
+            file.seek(begin)
+            data = file.read(count)
+        if not self.raw:
+            return decode(data, f"{self.names[sample_id]} in {self.file}")
+        if len(data) != height * width * 3:
+            raise BadInput(f"image {self.names[sample_id]} in {self.file} is cut short; write that again")
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 
 
 def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) -> Dataset:
@@ -71,13 +121,17 @@ def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) 
         from fastofa.cifar import open_cifar100
 
         return open_cifar100(spec, split, Path(rest))
+    if Path(spec).suffix in FORMS:
+        from fastofa.written import open_written
+
+        return open_written(Path(spec), split)
     if Path(spec).is_dir():
         from fastofa.image_folder import open_image_folder
 
         return open_image_folder(spec, split, skip_corrupt)
     raise BadInput(
-        f"unknown data set {spec!r}: expected digits, digits:N, cifar100:DIR, or a folder with train/ and val/; "
-        "there is no such folder"
+        f"unknown data set {spec!r}: expected digits, digits:N, cifar100:DIR, a folder with train/ and val/, or a "
+        f"{' or '.join(FORMS)} that `fastofa write` wrote; there is no such folder"
     )
 
 

@@ -41,9 +41,9 @@ class EvaluateConfig:
     device: str = "auto"
     """auto, cuda, cuda:1, cpu."""
     pipeline: str = "auto"
-    """resident, torchvision, or auto."""
+    """resident, packed, torchvision, or auto."""
     workers: int | None = None
-    """Decoding processes of the torchvision pipeline; by default one per core, at most 16."""
+    """Decoding processes of the torchvision pipeline, threads of packed; by default one per core, at most 16."""
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,12 @@ def open_image_folder(spec: str, split: str, skip_corrupt: bool = False) -> Data
         if bad and not skip_corrupt:
             listed = "; ".join(f"{root / name} ({reason})" for name, reason in list(bad.items())[:NAMED])
             more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+            if more:
+                for name, reason in bad.items():
+                    notice(f"unreadable: {root / name} ({reason})")
             raise BadInput(
-                f"{len(bad)} unreadable images: {listed}{more}; mend or remove them, or run `fastofa precompute` with "
-                "--skip-corrupt, which lists such files and leaves them out"
+                f"{len(bad)} unreadable images: {listed}{more}; mend or remove them, or run `fastofa precompute` or "
+                "`fastofa write` with --skip-corrupt, which lists such files and leaves them out"
             )
         for i, found in zip(unknown, results, strict=True):
             if not isinstance(found, str):

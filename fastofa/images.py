@@ -1,4 +1,4 @@
-"""One picture at a time on the CPU: read a file, crop and resize it."""
+"""One picture at a time on the CPU: read it, crop and resize it."""
 
 from pathlib import Path
 
@@ -19,23 +19,37 @@ def read_image(path: Path) -> Tensor:
     Raises:
         BadInput: naming the file that is missing, truncated, animated or no picture.
     """
+    return _decode(str(path), str(path))
+
+
+def decode(data: bytes, name: str) -> Tensor:
+    """The same from the bytes of a file."""
+    return _decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), name)
+
+
+def _decode(source: str | Tensor, name: str) -> Tensor:
     try:
-        image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
+        image = decode_image(source, ImageReadMode.RGB, apply_exif_orientation=True)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise BadInput(
-            f"unreadable image {path} ({reason}); mend or remove it, or run `fastofa precompute` with --skip-corrupt, "
-            "which lists such files and leaves them out"
+            f"unreadable image {name} ({reason}); mend or remove it, or run `fastofa precompute` or `fastofa write` "
+            "with --skip-corrupt, which lists such files and leaves them out"
         ) from None
     if image.ndim != 3:
-        raise BadInput(f"unreadable image {path} (animated, {len(image)} frames); keep one frame or use --skip-corrupt")
+        raise BadInput(f"unreadable image {name} (animated, {len(image)} frames); keep one frame or use --skip-corrupt")
     return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [3, H, W] -> [3, height, width], antialiased bilinear, as crops are."""
+    if list(image.shape[1:]) == [height, width]:
+        return image
+    return F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
 
 
 def crop_resize_one(image: Tensor, box: list[int], flip: bool, size: int) -> Tensor:
     """uint8 [3, H, W] -> [3, S, S] through torch's own antialiased uint8 kernel, the fastest on a CPU."""
     top, left, height, width = box
-    crop = image[None, :, top : top + height, left : left + width]
-    if height != size or width != size:
-        crop = F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True)
-    return crop[0].flip(-1) if flip else crop[0]
+    crop = resize(image[:, top : top + height, left : left + width], size, size)
+    return crop.flip(-1) if flip else crop

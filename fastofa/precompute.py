@@ -53,7 +53,7 @@ class PrecomputeConfig:
     """Write a teacher cache: V views of the training set, each with the teacher's top-K answer for every picture."""
 
     data: str
-    """Data set: digits, digits:N, cifar100:DIR, or a folder with train/ and val/."""
+    """Data set: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or what `fastofa write` wrote."""
     teacher: str
     """A timm model with its tag (convnext_tiny.in12k_ft_in1k), or a folder that `fastofa export` or timm wrote."""
     out: Path
@@ -100,9 +100,9 @@ class PrecomputeConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the teacher's arithmetic; log-softmax is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     pipeline: str = "auto"
-    """resident, torchvision, or auto: resident for array data sets, torchvision for folders."""
+    """resident, packed, torchvision, or auto, which says what it takes and why."""
     workers: int | None = None
-    """Decoding processes of the torchvision pipeline; by default one per core, at most 16."""
+    """Decoding processes of the torchvision pipeline, threads of packed; by default one per core, at most 16."""
 
     def __post_init__(self) -> None:
         for name in ("views", "topk", "batch_size"):

@@ -116,7 +116,8 @@ class Views:
     def boxes(self, sizes: np.ndarray) -> np.ndarray:
         """The crops in whole pixels, int64 [N, 4], for pictures of `sizes` [N, 2] (height, width).
 
-        Exact for the sizes the views were drawn with (up to 65,535 pixels a side).
+        Exact for the sizes the views were drawn with (up to 65,535 pixels a side); to a pixel where pictures are stored
+        smaller.
         """
         extent = np.asarray(sizes)[:, [0, 1, 0, 1]]
         boxes = np.rint(self.crop.astype(np.float64) * extent / UNIT).astype(np.int64)

@@ -5,6 +5,8 @@ for batch in pipeline.epoch(views, order, start=0):
     batch.images, batch.labels, batch.sample_ids
 """
 
+import functools
+import os
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any, Protocol
@@ -14,12 +16,17 @@ import torch
 
 from fastofa.errors import BadInput
 from fastofa.pipelines.batch import Batch
+from fastofa.progress import notice
 from fastofa.views import Views
 
 PIPELINES = {
     "resident": "fastofa.pipelines.resident",
+    "packed": "fastofa.pipelines.packed",
     "torchvision": "fastofa.pipelines.torchvision_loader",
 }
+
+
+SMALL = 0.25  # share of the free device memory that a pack may take to be kept there without being asked for
 
 
 class Pipeline(Protocol):
@@ -45,19 +52,20 @@ def open_pipeline(
     """A pipeline by name.
 
     Args:
-        name: "resident" (the data set in device memory), "torchvision" (worker processes), or "auto": resident when
-            the data set is an array, torchvision when it is files.
+        name: "resident" (the data set in device memory), "packed" (a pack on the disk), "torchvision" (worker
+            processes), or "auto": see `choose`, whose choice is printed.
         dataset: a `fastofa.dataset.Dataset`.
         image_size, batch_size: of the batches it makes, in pixels and samples.
         device: where the batches end up.
-        workers: decoding processes of the torchvision pipeline (0: in this process).
+        workers: decoding processes of the torchvision pipeline (0: in this process), threads of the packed one.
         normalize: (mean, std) for floating images (bf16, on a CPU fp32); None: uint8 images.
 
     Raises:
         BadInput: an unknown name, or a data set that the pipeline cannot serve.
     """
     if name == "auto":
-        name = "torchvision" if dataset.pixels is None else "resident"
+        name, reason = choose(dataset, torch.device(device))
+        _say(f"pipeline {name}: {reason}")
     if name not in PIPELINES:
         raise BadInput(f"unknown pipeline {name!r}: expected auto or one of {', '.join(PIPELINES)}")
     if image_size < 1 or batch_size < 1 or workers < 0:
@@ -69,4 +77,24 @@ def open_pipeline(
     return module.Pipeline(dataset, image_size, batch_size, torch.device(device), workers, normalize)
 
 
-__all__ = ["PIPELINES", "Batch", "Pipeline", "open_pipeline"]
+def choose(dataset: Any, device: torch.device) -> tuple[str, str]:
+    """The pipeline for this data set and device, and why."""
+    if dataset.pixels is None:
+        if dataset.file is None:
+            return "torchvision", "the pictures are files"
+        return "torchvision", f"it reads what {dataset.spec} stores"
+    if dataset.file is None:
+        return "resident", "the pictures are one array in memory"
+    if device.type == "cuda" and dataset.pixels.nbytes <= torch.cuda.mem_get_info(device)[0] * SMALL:
+        return "resident", f"{dataset.spec} takes less than {SMALL:.0%} of the free device memory"
+    return "packed", f"{dataset.spec} has pixels of one size"
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Once, on the first of several ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        notice(line)
+
+
+__all__ = ["PIPELINES", "Batch", "Pipeline", "choose", "open_pipeline"]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastofa.errors import BadInput
-from fastofa.images import crop_resize_one, read_image
+from fastofa.images import crop_resize_one
 from fastofa.kernels import crop_resize
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
+from fastofa.progress import notice
 from fastofa.views import Views, batches
 
 
@@ -28,18 +29,20 @@ class Pipeline:
         normalize: tuple[Sequence[float], Sequence[float]] | None,
     ) -> None:
         self.image_size, self.batch_size, self.device, self.normalize = image_size, batch_size, device, normalize
-        self.sizes = dataset.sizes
+        self.sizes = dataset.stored_sizes
         smallest, largest = self.sizes.min(axis=0), self.sizes.max(axis=0)
         if (smallest != largest).any():
             raise BadInput(
                 f"pipeline resident: expected pictures of one size, got heights {smallest[0]}..{largest[0]} and widths "
                 f"{smallest[1]}..{largest[1]}; use --pipeline torchvision"
             )
+        if device.type == "cuda":
+            check_memory(len(dataset) * int(largest.prod()) * 3, device, dataset.spec)
         if dataset.pixels is None:
-            pixels = torch.stack([read_image(dataset.path(i)).permute(1, 2, 0) for i in range(len(dataset))])
+            pixels = torch.stack([dataset.read(i).permute(1, 2, 0) for i in range(len(dataset))])
         else:
             pixels = torch.from_numpy(dataset.pixels)
-        self.pixels = pixels.to(device)  # uint8 [N, H, W, 3]
+        self.pixels = pixels.to(device)  # uint8 [N, H, W, 3]; on a CPU an array or a pack itself, not a copy
         self.labels = torch.from_numpy(dataset.labels).to(device)
 
     def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
@@ -58,3 +61,12 @@ class Pipeline:
         for out, i, box, flip in zip(images, ids, boxes.tolist(), views.flip.tolist(), strict=True):
             out.copy_(crop_resize_one(self.pixels[i].permute(2, 0, 1), box, flip, self.image_size))
         return images
+
+
+def check_memory(need: int, device: torch.device, spec: str) -> None:
+    """Say what the pictures take of the device's memory. Raises BadInput if there is not as much left."""
+    free, total = torch.cuda.mem_get_info(device)
+    text = f"{spec} takes {need / 2**30:.1f} GiB of {device}'s {total / 2**30:.0f} GiB, {free / 2**30:.1f} GiB are free"
+    if need > free:
+        raise BadInput(f"pipeline resident: {text}; use --pipeline packed, or write a smaller --size")
+    notice(f"pipeline resident: {text}")

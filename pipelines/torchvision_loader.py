@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from fastofa.errors import BadInput
-from fastofa.images import crop_resize_one, read_image
+from fastofa.images import crop_resize_one
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.views import Views, batches
@@ -36,21 +36,12 @@ class _Batches(TorchDataset):
         views, ids = self.views.take(rows), rows % len(self.dataset)
         size = self.image_size
         images = torch.empty(len(rows), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        boxes = views.boxes(self.dataset.sizes[ids])
+        boxes = views.boxes(self.dataset.stored_sizes[ids])
         for out, i, box, flip in zip(images, ids, boxes.tolist(), views.flip.tolist(), strict=True):
-            if self.dataset.pixels is None:
-                try:
-                    image = read_image(self.dataset.path(i))
-                except BadInput as error:
-                    return str(error)
-            else:
-                image = torch.from_numpy(self.dataset.pixels[i]).permute(2, 0, 1)
-            if list(image.shape[1:]) != self.dataset.sizes[i].tolist():
-                height, width = self.dataset.sizes[i]
-                return (
-                    f"image {self.dataset.names[i]} is {image.shape[1]} x {image.shape[2]} pixels, expected {height} "
-                    f"x {width} as in the index; delete {self.dataset.index} to read the folder anew"
-                )
+            try:
+                image = self.dataset.read(i)
+            except BadInput as error:
+                return str(error)
             out.copy_(crop_resize_one(image, box, flip, size))
         return augment(images, self.views, rows, len(self.batches[index])) if self.augmented else images
 

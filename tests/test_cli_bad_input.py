@@ -139,7 +139,7 @@ def copied(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 REFUSED = {
     # names
-    "no such command": ("frobnicate", "unknown command 'frobnicate': expected one of demo, precompute, train"),
+    "no such command": ("frobnicate", "unknown command 'frobnicate': expected one of demo, write, precompute, train"),
     "no such student": (f"{TRAIN} --out new --student resnet1888", "unknown model 'resnet1888'...near it: resnet18"),
     "no such teacher": (f"{PRECOMPUTE} --out new --teacher convnext_tinny", "unknown model 'convnext_tinny'...near"),
     "student's tag": (f"{TRAIN} --out new --student test_resnet.best", "unknown model 'test_resnet.best'...tag (best)"),

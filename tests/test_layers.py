@@ -12,21 +12,24 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A module imports from lower layers only, not from its own.
 LAYERS = [
-    {"clock", "confusion", "environment", "errors", "exits", "interrupt", "kernels", "progress"},
-    {"device", "distributed", "files", "images", "rand_augment"},
+    {"clock", "confusion", "environment", "errors", "exits", "interrupt", "kernels", "progress", "threads"},
+    {"beton", "device", "distributed", "files", "images", "rand_augment"},
     {"views"},
     {"config", "dataset", "models", "pipelines"},
-    {"checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache"},
+    {
+        "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache",
+        "written",
+    },
     {"curves", "epochs", "losses", "run", "schedule"},
     {"report", "step"},
     {"plan"},
-    {"cache", "doctor", "evaluate", "export", "precompute", "train"},
+    {"cache", "doctor", "evaluate", "export", "precompute", "train", "write"},
     {"demo"},
     {"cli"},
 ]  # fmt: skip
-COMMANDS = {"demo", "precompute", "train", "evaluate", "export", "cache", "doctor"}
+COMMANDS = {"demo", "write", "precompute", "train", "evaluate", "export", "cache", "doctor"}
 # Upwards, but only when a function is called: a data set opens the kind that was asked for.
-LAZY = {("dataset", "cifar"), ("dataset", "image_folder")}
+LAZY = {("dataset", "cifar"), ("dataset", "image_folder"), ("dataset", "written")}
 
 # Path.rglob does not follow the links fastofa/kernels and fastofa/pipelines before Python 3.13: each folder by name.
 FILES = {
@@ -110,7 +113,7 @@ def test_kernels_depend_on_torch_and_triton_only():
 
 
 def test_pipelines_depend_on_these_only():
-    assert parts("pipelines") <= {"views", "rand_augment", "kernels", "errors", "images"}
+    assert parts("pipelines") <= {"views", "rand_augment", "kernels", "errors", "images", "progress"}
 
 
 def test_commands_do_not_import_each_other():

@@ -1,10 +1,13 @@
 """The replay contract: the pixels of (view, sample) do not depend on workers, batch size, order or where one starts."""
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +19,13 @@ from PIL import Image
 from timm.data import auto_augment as timm
 from torch import Tensor
 
+from fastofa import pipelines
 from fastofa.dataset import Dataset, from_array, open_dataset
 from fastofa.errors import BadInput
 from fastofa.kernels import crop_resize
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.pipelines.augment import augment, shares
+from fastofa.pipelines.resident import check_memory
 from fastofa.rand_augment import OPS
 from fastofa.views import (
     ViewPolicy,
@@ -31,6 +36,7 @@ from fastofa.views import (
     join_views,
     pixel_boxes,
 )
+from fastofa.write import WriteConfig, write
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -49,6 +55,22 @@ def uniform(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         (root / "train" / path.parent.name).mkdir(parents=True, exist_ok=True)
         Image.open(path).crop((0, 0, 80, 90)).save(root / path.relative_to(photos), quality=92)
     return open_dataset(str(root))
+
+
+@pytest.fixture(scope="module")
+def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same photographs in a pack, 128 x 128 pixels each."""
+    path = tmp_path_factory.mktemp("packed") / "photos.pack"
+    write(WriteConfig(str(photos), path, size=128))
+    return open_dataset(str(path))
+
+
+@pytest.fixture(scope="module")
+def beton(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same photographs in a .beton, at most 100 pixels a side."""
+    path = tmp_path_factory.mktemp("beton") / "photos.beton"
+    write(WriteConfig(str(photos), path, max_size=100))
+    return open_dataset(str(path))
 
 
 def draw(dataset: Dataset, view: int = 0) -> Views:
@@ -70,11 +92,11 @@ def run(
 def by_hand(dataset: Dataset, views: Views, size: int) -> Tensor:
     """Pillow and torchvision's transforms, one sample after the other."""
     images = []
-    for i, (box, flip) in enumerate(zip(views.boxes(dataset.sizes).tolist(), views.flip, strict=True)):
-        if dataset.pixels is None:
+    for i, (box, flip) in enumerate(zip(views.boxes(dataset.stored_sizes).tolist(), views.flip, strict=True)):
+        if dataset.root is not None:
             image = tv.pil_to_tensor(Image.open(dataset.path(i)).convert("RGB"))
         else:
-            image = torch.from_numpy(dataset.pixels[i]).permute(2, 0, 1)
+            image = dataset.read(i)
         image = tv.resized_crop(image, *box, [size, size], antialias=True)
         images.append(tv.horizontal_flip(image) if flip else image)
     return torch.stack(images)
@@ -99,23 +121,28 @@ def same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("workers", [0, 1, 4])
 @pytest.mark.parametrize("batch_size", [7, 64])
-def test_torchvision_pixels_depend_on_view_and_sample_only(mixed, workers, batch_size):
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("mixed", "torchvision"), ("packed", "torchvision"), ("beton", "torchvision"), ("packed", "packed")],
+)
+def test_pixels_depend_on_view_and_sample_only(request, source, name, workers, batch_size):
     """Bit for bit: sequential in this process against shuffled in workers, and from the middle of the epoch."""
-    views = draw(mixed)
-    truth = by_sample(run("torchvision", mixed, views, batch_size=5))
-    order = epoch_order(len(mixed), seed=9, epoch=2)
+    dataset = request.getfixturevalue(source)
+    views = draw(dataset)
+    truth = by_sample(run(name, dataset, views, batch_size=5))
+    order = epoch_order(len(dataset), seed=9, epoch=2)
     options = {"workers": workers, "batch_size": batch_size, "order": order}
-    whole = by_sample(run("torchvision", mixed, views, **options))
+    whole = by_sample(run(name, dataset, views, **options))
     assert list(whole) == order.tolist()
     assert same(truth, whole)
-    later = by_sample(run("torchvision", mixed, views, start=11, **options))
+    later = by_sample(run(name, dataset, views, start=11, **options))
     assert list(later) == order[11:].tolist()
     assert same(truth, later)
-    assert not same(truth, by_sample(run("torchvision", mixed, draw(mixed, view=1))))
+    assert not same(truth, by_sample(run(name, dataset, draw(dataset, view=1))))
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
-@pytest.mark.parametrize("source", ["digits", "uniform"])
+@pytest.mark.parametrize("source", ["digits", "uniform", "packed"])
 def test_resident_pixels_depend_on_view_and_sample_only(request, source, batch_size):
     dataset = request.getfixturevalue(source)
     views = draw(dataset)
@@ -130,24 +157,60 @@ def test_resident_pixels_depend_on_view_and_sample_only(request, source, batch_s
     assert not same(truth, by_sample(run("resident", dataset, draw(dataset, view=1))))
 
 
-def test_a_table_covers_the_same_region_at_another_image_size():
-    """On a picture of its own coordinates each output pixel reads the place in the box that it stands for."""
-    rows, columns = np.meshgrid(np.arange(120) * 2, np.arange(200), indexing="ij")
-    pixels = np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8)[None].repeat(12, axis=0)
+@pytest.mark.parametrize(("ranks", "batch_size"), [(2, 6), (3, 4)])
+@pytest.mark.parametrize("name", ["packed", "resident", "torchvision"])
+def test_ranks_together_see_what_one_sees(packed, name, ranks, batch_size):
+    """Batch by batch: their batches number b hold the samples of one rank's batch b, with the same pixels."""
+    views = draw(packed)
+    alone = run(name, packed, views, batch_size=ranks * batch_size, order=epoch_order(24, 9, 2))
+    shares = [
+        run(name, packed, views, batch_size=batch_size, order=epoch_order(24, 9, 2, rank, ranks), workers=1)
+        for rank in range(ranks)
+    ]
+    assert len(alone) == len(shares[0])
+    for whole, parts in zip(alone, zip(*shares, strict=True), strict=True):
+        assert by_sample([whole]).keys() == by_sample(list(parts)).keys()
+        assert same(by_sample([whole]), by_sample(list(parts)))
+
+
+def ramp(size: tuple[int, int]) -> np.ndarray:
+    """uint8 [1, H, W, 3]: red is the place from top to bottom, green from left to right, 0 to 255 at the edges."""
+    down, across = (255 * (np.arange(side) + 0.5) / side for side in size)
+    red, green = np.meshgrid(down, across, indexing="ij")
+    return np.rint(np.stack([red, green, 0 * red], axis=-1)).astype(np.uint8)[None]
+
+
+@pytest.mark.parametrize("form", ["array", "x.pack", "x.beton"])
+@pytest.mark.parametrize("name", ["torchvision", "resident", "packed"])
+def test_a_view_is_the_same_region_in_every_form_and_at_every_size(tmp_path, form, name):
+    """On a picture of its own coordinates each output pixel is the place in the box that it stands for.
+
+    To the rounding of pixels (half a level, of the stored ones too), and of the box to pixels of the stored picture.
+    """
+    if (name, form) == ("packed", "x.beton"):
+        pytest.skip("a pack's pipeline")
     names = [f"{i:02d}" for i in range(12)]
+    pixels = ramp((240, 400)).repeat(12, axis=0)
     dataset = from_array("ramp", "train", ("ramp",), names, np.zeros(12, dtype=np.int64), pixels)
     views = draw(dataset)
     assert 0 < views.flip.sum() < 12
-    fraction = views.crop / 65535 * [120, 200, 120, 200]
+    if form != "array":
+        (tmp_path / "data/train/ramp").mkdir(parents=True)
+        for i in names:
+            Image.fromarray(pixels[0]).save(tmp_path / f"data/train/ramp/{i}.png")
+        write(WriteConfig(str(tmp_path / "data"), tmp_path / form, **{"max_size": 200} if form == "x.beton" else {}))
+        dataset = open_dataset(str(tmp_path / form))
+    slack = 255 / dataset.stored_sizes[0]
     for size in (8, 20, 64):
-        images = images_of(run("torchvision", dataset, views, size)).float()
+        images = images_of(run(name, dataset, views, size, workers=1)).float()
         place = (np.arange(size) + 0.5) / size
-        for image, (top, left, height, width), flip in zip(images, fraction, views.flip, strict=True):
+        for image, (top, left, height, width), flip in zip(images, views.crop / 65535, views.flip, strict=True):
             middle = slice(size // 8, size - size // 8)  # filters are cut at the box's edges
-            down = 2 * (top + place * height - 0.5)
-            across = (left + (place[::-1] if flip else place) * width) - 0.5
-            assert np.abs(image[0].mean(1).numpy() - down)[middle].max() < 1.5
-            assert np.abs(image[1].mean(0).numpy() - across)[middle].max() < 1.0
+            down = 255 * (top + place * height)
+            across = 255 * (left + (place[::-1] if flip else place) * width)
+            compressed = 1.5 if form == "x.beton" else 0
+            for found, expected, most in ((image[0].mean(1), down, slack[0]), (image[1].mean(0), across, slack[1])):
+                assert np.abs(found.numpy() - expected)[middle].max() < 1 + most + compressed
 
 
 # --- The rest of the augmentation -------------------------------------------------------------------------------------
@@ -188,7 +251,8 @@ def augmented_by_hand(cropped: Tensor, views: Views) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("source", "name"), [("digits", "resident"), ("uniform", "resident"), ("mixed", "torchvision")]
+    ("source", "name"),
+    [("digits", "resident"), ("uniform", "resident"), ("mixed", "torchvision"), ("packed", "packed")],
 )
 def test_the_augmentation_equals_timms_picture_by_picture(request, source, name):
     """Crop, operations, mixing and erasing in the published order; only rotations differ, by 1 at few pixels."""
@@ -210,7 +274,14 @@ def test_the_augmentation_equals_timms_picture_by_picture(request, source, name)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize(
     ("source", "name", "workers"),
-    [("mixed", "torchvision", 0), ("mixed", "torchvision", 1), ("mixed", "torchvision", 4), ("digits", "resident", 0)],
+    [
+        ("mixed", "torchvision", 0),
+        ("mixed", "torchvision", 1),
+        ("mixed", "torchvision", 4),
+        ("digits", "resident", 0),
+        ("packed", "packed", 1),
+        ("packed", "packed", 4),
+    ],
 )
 def test_augmented_pixels_depend_on_view_and_sample_only(request, source, name, workers):
     """Bit for bit, in batches that hold whole pairs and in any others: a partner that is not there is read, too."""
@@ -227,14 +298,15 @@ def test_augmented_pixels_depend_on_view_and_sample_only(request, source, name, 
     assert not same(truth, by_sample(run(name, dataset, draw_full(dataset, view=1))))
 
 
-def test_both_pipelines_augment_alike(digits, uniform):
-    for dataset in (digits, uniform):
+def test_all_pipelines_augment_alike(digits, uniform, packed):
+    for dataset in (digits, uniform, packed):
         views = draw_full(dataset)
-        a, b = (by_sample(run(name, dataset, views, 45)) for name in ("resident", "torchvision"))
-        assert same(a, b)
+        names = ["resident", "torchvision"] + ["packed"] * (dataset.pixels is not None)
+        first, *others = (by_sample(run(name, dataset, views, 45)) for name in names)
+        assert all(same(first, other) for other in others)
 
 
-@pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("resident", 0)])
+@pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("resident", 0), ("packed", 2)])
 def test_a_mixed_batch_says_what_it_was_mixed_of(digits, name, workers):
     """The partners' labels, and each own share: of cutmix that of the pixels that are really shown."""
     views, size = draw_full(digits), 20
@@ -255,7 +327,7 @@ def test_a_mixed_batch_says_what_it_was_mixed_of(digits, name, workers):
         assert (batch.partner_labels, batch.mix) == (None, None)
 
 
-@pytest.mark.parametrize("name", ["torchvision", "resident"])
+@pytest.mark.parametrize("name", ["torchvision", "resident", "packed"])
 def test_joined_views_are_the_views_one_after_the_other(digits, name):
     """Repeated augmentation: row r * N + i is sample i in the r-th view, with its label and its partner's."""
     policy = dataclasses.replace(FULL, repeats=3)
@@ -311,7 +383,8 @@ def test_colours_are_the_policys(digits):
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [(s, n) for s in ("digits", "uniform") for n in ("torchvision", "resident")] + [("mixed", "torchvision")],
+    [(s, n) for s in ("digits", "uniform", "packed") for n in ("torchvision", "resident")]
+    + [("mixed", "torchvision"), ("beton", "torchvision"), ("digits", "packed"), ("packed", "packed")],
 )
 def test_equals_a_plain_torchvision_loop(request, source, name):
     """Per sample: open, resized_crop(antialias=True), horizontal_flip; digits to 1 of 255 at every pixel."""
@@ -341,7 +414,7 @@ def test_resident_and_the_gpus_kernel_agree_with_torchvision(request, source):
         assert difference(crop_resize(torch.from_numpy(pixels), boxes, flip, 32), expected) <= 1
 
 
-@pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("resident", 0)])
+@pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("resident", 0), ("packed", 2)])
 def test_batches_are_laid_out_as_promised(digits, name, workers):
     """Channels-last, labels and ids of the samples asked for, a smaller last batch; normalised as torchvision does."""
     views, order = draw(digits), epoch_order(len(digits), 0, 0)
@@ -364,7 +437,7 @@ def test_batches_are_laid_out_as_promised(digits, name, workers):
 
 def test_an_epoch_may_be_empty_or_repeat_samples(digits):
     views = draw(digits)
-    for name in ("torchvision", "resident"):
+    for name in ("torchvision", "resident", "packed"):
         assert run(name, digits, views, order=np.arange(10), start=10, workers=2) == []
         twice = run(name, digits, views, order=np.array([3, 3, 5]))[0].images
         assert torch.equal(twice[0], twice[1])
@@ -372,7 +445,7 @@ def test_an_epoch_may_be_empty_or_repeat_samples(digits):
             run(name, digits, views, order=np.arange(101))
 
 
-@pytest.mark.parametrize("name", ["torchvision", "resident"])
+@pytest.mark.parametrize("name", ["torchvision", "resident", "packed"])
 def test_the_size_may_change_between_epochs(digits, name):
     """To what a pipeline of that size makes."""
     views = draw(digits)
@@ -427,10 +500,113 @@ def test_workers_leave_interrupts_to_the_main_process(mixed):
     assert list(by_sample(batches)) == order.tolist()
 
 
-def test_auto_takes_what_fits_the_data(digits, mixed):
-    """An array is resident; a folder of files of many sizes, which resident refuses, goes through torchvision."""
-    for dataset, name in ((digits, "resident"), (mixed, "torchvision")):
-        assert type(open_pipeline("auto", dataset, 32, 8)) is type(open_pipeline(name, dataset, 32, 8))
+def test_auto_takes_what_fits_the_data_and_says_why(digits, mixed, packed, beton, capsys):
+    """An array is resident; files go through torchvision, as does a .beton; a pack has its own."""
+    for dataset, name in ((digits, "resident"), (mixed, "torchvision"), (beton, "torchvision"), (packed, "packed")):
+        pipelines._say.cache_clear()
+        for _ in range(2):  # the training and the validation split, say
+            assert type(open_pipeline("auto", dataset, 32, 8)) is type(open_pipeline(name, dataset, 32, 8))
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1
+        assert said[0].startswith(f"pipeline {name}: ")
+
+
+def test_a_pack_is_resident_where_it_is_small_and_fits(packed, monkeypatch, capsys):
+    """What a GPU with so much memory would be told."""
+    need, gpu = packed.pixels.nbytes, torch.device("cuda", 0)
+    for free, name in ((4 * need, "resident"), (4 * need - 1, "packed")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2**33))
+        assert pipelines.choose(packed, gpu)[0] == name
+    check_memory(need, gpu, "x.pack")
+    assert "pipeline resident: x.pack takes 0.0 GiB of cuda:0's 8 GiB" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="use --pipeline packed"):
+        check_memory(4 * need, gpu, "x.pack")
+
+
+@pytest.mark.parametrize("name", ["packed", "torchvision", "resident"])
+def test_early_exits_leave_no_thread_and_no_memory(packed, name):
+    """Thirty epochs left after a batch, and fifty whole ones."""
+    views, order = draw(packed), np.arange(24)
+    pipeline = open_pipeline(name, packed, 64, batch_size=4, workers=2)
+
+    def resident() -> float:
+        gc.collect()
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["RssAnon"].split()[0]) / 1024
+
+    def leave() -> None:
+        next(iter(pipeline.epoch(views, order)))
+
+    for _ in range(3):
+        leave()
+        list(pipeline.epoch(views, order))
+    threads, memory = threading.active_count(), resident()
+    for _ in range(30):
+        leave()
+    limit = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < limit:
+        time.sleep(0.01)  # those that feed a DataLoader's queues end a moment later
+    assert threading.active_count() <= threads
+    assert not multiprocessing.active_children()
+    for _ in range(0 if name == "torchvision" else 50):
+        assert sum(len(batch.labels) for batch in pipeline.epoch(views, order)) == 24
+    assert resident() - memory < 5
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_what_threads_gather_for_a_gpu(packed, monkeypatch, workers):
+    """The very rows, in the order of the batch and of its partners; only page-locked memory needs a GPU."""
+    views, empty = draw_full(packed), torch.empty
+    pipeline = open_pipeline("packed", packed, 32, batch_size=7, workers=workers)
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    monkeypatch.setattr(pipeline, "stream", "its own")
+
+    def cropped(images: Tensor, table: Views, needed: np.ndarray, stream: str) -> Tensor:
+        assert np.array_equal(images, packed.pixels[needed])
+        boxes = torch.from_numpy(table.boxes(packed.stored_sizes[needed]))
+        return crop_resize(images, boxes, torch.from_numpy(table.flip), pipeline.image_size)
+
+    monkeypatch.setattr(pipeline, "_cropped", cropped)
+    order = epoch_order(24, seed=9, epoch=2)
+    found = by_sample(list(pipeline.epoch(views, order)))
+    assert list(found) == order.tolist()
+
+
+def test_a_threads_error_is_the_epochs(packed, monkeypatch):
+    """And nothing waits."""
+    monkeypatch.setattr("fastofa.pipelines.packed.crop_resize_one", lambda *_: 1 / 0)
+    threads = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        list(open_pipeline("packed", packed, 32, 4, workers=2).epoch(draw(packed), np.arange(24)))
+    assert threading.active_count() <= threads
+
+
+@pytest.mark.parametrize("name", ["packed", "resident", "torchvision"])
+def test_batches_made_in_inference_mode(packed, name):
+    """As evaluation makes them."""
+    with torch.inference_mode():
+        inside = images_of(run(name, packed, draw(packed), workers=2))
+    assert torch.equal(inside, images_of(run(name, packed, draw(packed))))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["packed", "resident"])
+def test_a_gpu_crops_to_the_pixels_of_the_cpu(packed, name):
+    """Gathered, copied beside and cropped there; in whatever order batches are used up."""
+    views = draw_full(packed)
+    order = epoch_order(24, seed=9, epoch=2, partner=views.partner)
+    plain = Views(views.crop, views.flip)
+    expected = by_sample(run("torchvision", packed, plain, 64))
+    for workers in (1, 4):
+        batches = run(name, packed, plain, 64, batch_size=4, order=order, device="cuda", workers=workers)
+        found = {i: image.cpu() for i, image in by_sample(batches).items()}
+        assert list(found) == order.tolist()
+        assert max(difference(found[i][None], expected[i][None]) for i in found) <= 1
+    assert torch.equal(
+        images_of(run(name, packed, views, 64, batch_size=5, device="cuda")),
+        images_of(run(name, packed, views, 64, batch_size=24, device="cuda")),
+    )
 
 
 @pytest.mark.parametrize(
@@ -440,6 +616,7 @@ def test_auto_takes_what_fits_the_data(digits, mixed):
             {"name": "resident"},
             "pipeline resident: expected pictures of one size, got heights .*--pipeline torchvision",
         ),
+        ({"name": "packed"}, r"pipeline packed: expected a \.pack, got .*; `fastofa write` makes one"),
         ({"name": "pillow"}, "unknown pipeline 'pillow': expected auto or one of .*resident.*torchvision"),
         ({"image_size": 0}, "at least 1 .*got 0, 8 and 0"),
         ({"batch_size": 0}, "at least 1 .*got 32, 0 and 0"),

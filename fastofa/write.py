@@ -1,0 +1,286 @@
+"""Write a data set in a form that is read faster.
+
+    fastofa write photos photos.pack --size 160     pixels of one size, for GPUs that crop
+    fastofa write photos photos.beton               JPEGs in FFCV's format, for CPUs that crop; --raw for pixels
+    fastofa write photos photos.pack --verify       compare what lies there with its checksums
+
+Then `--data photos.pack` instead of `--data photos`, with the same caches. Every picture is decoded; those that cannot
+be are named, and nothing is written, or they are left out by --skip-corrupt. The output has its name only when it is
+whole.
+"""
+
+import io
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from PIL import Image
+from rich import filesize
+from torch import Tensor
+from torchvision.io import encode_jpeg
+
+from fastofa.beton import MOST_BYTES, MOST_PIXELS, PAGE, Picture, write_beton
+from fastofa.dataset import FORMS, Dataset, open_dataset
+from fastofa.device import choose_workers
+from fastofa.errors import BadInput
+from fastofa.files import new_folder
+from fastofa.images import resize
+from fastofa.progress import notice, track
+from fastofa.threads import in_order
+from fastofa.written import (
+    IMAGES,
+    LABELS,
+    beton_path,
+    between,
+    index_path,
+    open_written,
+    read_index,
+    verify,
+    write_index,
+)
+
+SIZE, QUALITY = 256, 95
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """Write a data set as a .pack (pixels of one size) or as a .beton (FFCV's format), both splits."""
+
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+    """Data set: a folder with train/ and val/, or any other that --data takes."""
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+    """Where to: NAME.pack, a folder, or NAME.beton, with NAME.val.beton and NAME.beton.json beside it."""
+    size: Literal[128, 160, 192, 256] | None = None
+    """.pack: side in pixels, by default 256. The whole picture is squeezed to a square; its crops have their shape
+    again."""
+    max_size: int | None = None
+    """.beton: the longer side in pixels at most; larger pictures are made smaller. By default all stay as they are."""
+    quality: int | None = None
+    """.beton: compress every picture at this JPEG quality, 1 to 100. By default JPEGs keep their bytes where nothing is
+    to change; others get 95."""
+    raw: bool = False
+    """.beton: pixels instead of JPEGs: larger, and faster to read."""
+    skip_corrupt: bool = False
+    """Decode every file first, list the unreadable ones and leave them out for good."""
+    verify: bool = False
+    """Compare every byte with the checksums and decode every picture; where OUT is there already, write nothing."""
+    workers: int | None = None
+    """Threads that decode; by default one per core, at most 16."""
+
+    def __post_init__(self) -> None:
+        if self.out.suffix not in FORMS:
+            raise BadInput(f"OUT: expected a name ending in {' or '.join(FORMS)}, got {self.out}")
+        pack = self.out.suffix == ".pack"
+        other = "beton" if pack else "pack"
+        for name in ("max_size", "quality", "raw") if pack else ("size",):
+            if getattr(self, name):
+                raise BadInput(f"--{name.replace('_', '-')}: expected OUT.{other}, got {self.out}")
+        if self.max_size is not None and self.max_size < 1:
+            raise BadInput(f"max-size: expected at least 1 pixel, got {self.max_size}")
+        if self.quality is not None and (self.raw or not 1 <= self.quality <= 100):
+            raise BadInput(f"quality: expected 1 to 100, without --raw, got {self.quality}")
+        if self.workers is not None and self.workers < 1:
+            raise BadInput(f"workers: expected at least 1, got {self.workers}")
+
+
+def write(config: WriteConfig) -> None:
+    """Write, and verify if asked to.
+
+    Raises:
+        BadInput: unreadable pictures, each named; a place that is taken; a full disk; with `verify`, damage.
+    """
+    sources = [open_dataset(config.data, split, config.skip_corrupt) for split in _splits(config.data)]
+    for source in sources:
+        for line in source.skipped:
+            notice(f"left out: {source.root}/{line}")
+    there = config.out.exists()
+    if there and not config.verify:
+        raise BadInput(f"{config.out}: exists already; choose another place, remove it, or check it by --verify")
+    if not there:
+        if config.out.suffix == ".pack":
+            _write_pack(config, sources)
+        else:
+            _write_beton(config, sources)
+    if config.verify:
+        verify(config.out, choose_workers(config.workers))
+        _check_source(config, sources)
+
+
+def _splits(data: str) -> list[Literal["train", "val"]]:
+    """Both, but for a folder that has training pictures only."""
+    found: list[Literal["train", "val"]] = ["train", "val"]
+    if Path(data).suffix in FORMS and Path(data).exists():
+        return [split for split in found if split in read_index(Path(data))["splits"]]
+    here = [split for split in found if (Path(data) / split).is_dir()]
+    return here if "train" in here else found
+
+
+def _check_source(config: WriteConfig, sources: list[Dataset]) -> None:
+    for source in sources:
+        if open_written(config.out, source.split).fingerprint != source.fingerprint:
+            raise BadInput(
+                f"{config.out}: is whole, but was not made from {config.data} as it is now ({source.split} differs); "
+                "write it again elsewhere"
+            )
+
+
+def _write_pack(config: WriteConfig, sources: list[Dataset]) -> None:
+    size, total = config.size or SIZE, sum(map(len, sources))
+    _check_space(config.out, total * size * size * 3)
+    with new_folder(config.out) as folder:
+        index = _index(config, sources, size=size)
+        with open(folder / IMAGES, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (total, size, size, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for source in sources:
+                for picture in _pictures(config, source, index):
+                    file.write(picture.data)
+        np.save(folder / LABELS, np.concatenate([source.labels for source in sources]))
+        for name in (IMAGES, LABELS):
+            _add_file(index, folder / name, name)
+        write_index(folder / index_path(config.out).name, index)
+
+
+def _write_beton(config: WriteConfig, sources: list[Dataset]) -> None:
+    index = _index(config, sources, raw=config.raw)
+    files: dict[Path, Path] = {}  # by their later names
+    try:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            largest = _largest(config, source)
+            final = beton_path(config.out, source.split)
+            files[final] = temporary = final.with_name(f".{final.name}.tmp")
+            write_beton(temporary, _pictures(config, source, index), source.labels, config.raw, largest)
+            _add_file(index, temporary, source.split)
+        write_index(index_path(config.out), index)
+        for final in sorted(files, key=lambda path: path == config.out):  # by the last one it is whole
+            os.replace(files[final], final)
+    except OSError as error:
+        raise BadInput(f"could not write {config.out}: {error}; free space or choose another place") from None
+    finally:
+        for temporary in files.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _index(config: WriteConfig, sources: list[Dataset], **form: Any) -> dict[str, Any]:
+    """What lies beside the pictures; their checksums and the files' are added while they are written."""
+    parts = {
+        source.split: {
+            "fingerprint": source.fingerprint, "names": source.names, "sizes": source.sizes.tolist(), "crc32": [],
+        }
+        for source in sources
+    }  # fmt: skip
+    return {"source": config.data, "classes": sources[0].classes, **form, "splits": parts, "files": {}}
+
+
+def _add_file(index: dict[str, Any], path: Path, name: str) -> None:
+    index["files"][name] = {"bytes": path.stat().st_size, "crc32": between(path)}
+
+
+def _largest(config: WriteConfig, source: Dataset) -> int:
+    """Bytes of the largest picture, as pixels. Raises BadInput for one that the format has no room for."""
+    sizes = np.array([_limited(config, *size) for size in source.stored_sizes.tolist()])
+    count = sizes.prod(axis=1) * 3
+    for i in np.flatnonzero((sizes.max(axis=1) > MOST_PIXELS) | (count > MOST_BYTES))[:1]:
+        raise BadInput(
+            f"{source.names[i]}: expected at most {MOST_PIXELS} pixels a side and {MOST_BYTES:,} bytes of pixels in a "
+            f".beton, got {sizes[i, 0]} x {sizes[i, 1]} pixels; give --max-size"
+        )
+    if config.raw:
+        _check_space(config.out, int(count.sum()))
+    return int(count.max())
+
+
+def _check_space(out: Path, need: int) -> None:
+    place = next(folder for folder in out.resolve().parents if folder.exists())
+    if (free := shutil.disk_usage(place).free) < need:
+        raise BadInput(
+            f"{out}: needs {filesize.decimal(need)}, {filesize.decimal(free)} are free; free space, choose another "
+            "place or smaller pictures"
+        )
+
+
+def _pictures(config: WriteConfig, source: Dataset, index: dict[str, Any]) -> Iterator[Picture]:
+    """The pictures in sample order, decoded in threads; notes their checksums in the index.
+
+    Raises:
+        BadInput: at the end, if some are unreadable; each has been named.
+    """
+    checksums, bad = index["splits"][source.split]["crc32"], []
+
+    def work(i: int) -> tuple[Picture, int] | str:
+        try:
+            picture = _packed(config, source, i) if config.out.suffix == ".pack" else _encoded(config, source, i)
+        except BadInput as error:
+            return str(error)
+        return picture, zlib.crc32(picture.data)
+
+    title = f"writing {config.out.name} {source.split}"
+    for found in track(in_order(work, len(source), choose_workers(config.workers)), len(source), title):
+        if isinstance(found, str):
+            notice(found)
+            bad.append(found)
+        elif not bad:
+            checksums.append(found[1])
+            yield found[0]
+    if bad:
+        raise BadInput(f"nothing was written: {len(bad)} unreadable images in {source.spec}, the first: {bad[0]}")
+
+
+def _packed(config: WriteConfig, source: Dataset, i: int) -> Picture:
+    size = config.size or SIZE
+    return _pixels(resize(source.read(i), size, size))
+
+
+def _encoded(config: WriteConfig, source: Dataset, i: int) -> Picture:
+    image = source.read(i)
+    height, width = _limited(config, *image.shape[1:])
+    smaller = resize(image, height, width)
+    if config.raw:
+        return _pixels(smaller)
+    if smaller is image and config.quality is None and (data := _upright_jpeg(source, i, image)) is not None:
+        return Picture(data, height, width)
+    return Picture(encode_jpeg(smaller.contiguous(), config.quality or QUALITY).numpy().data, height, width)
+
+
+def _pixels(image: Tensor) -> Picture:
+    _, height, width = image.shape
+    return Picture(image.permute(1, 2, 0).contiguous().numpy().reshape(-1).data, height, width)
+
+
+def _limited(config: WriteConfig, height: int, width: int) -> tuple[int, int]:
+    """Height and width with the longer side within --max-size."""
+    longer = max(height, width)
+    if config.max_size is None or longer <= config.max_size:
+        return height, width
+    return max(round(height * config.max_size / longer), 1), max(round(width * config.max_size / longer), 1)
+
+
+def _upright_jpeg(source: Dataset, i: int, image: Tensor) -> bytes | None:
+    """The file as it is, if it is a JPEG of three colours that needs no turning and takes less than its pixels."""
+    if source.root is None:
+        return None
+    data = source.path(i).read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            as_it_is = file.format == "JPEG" and file.mode == "RGB" and file.getexif().get(ORIENTATION, 1) == 1
+    except Exception:  # Pillow raises many kinds, also for what torchvision reads
+        return None
+    return data if as_it_is and len(data) <= max(image.numel(), PAGE) else None
+
+
+def main(argv: list[str]) -> None:
+    config = tyro.cli(WriteConfig, args=argv, description=__doc__, prog="fastofa write")
+    write(config)
+    index = read_index(config.out)
+    counts = ", ".join(f"{split} {len(part['names']):,}" for split, part in index["splits"].items())
+    size = sum(file["bytes"] for file in index["files"].values())
+    checked = ", as it was written" if config.verify else ""
+    print(f"{config.out}: {counts} images of {len(index['classes'])} classes, {filesize.decimal(size)}{checked}")

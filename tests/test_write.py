@@ -1,0 +1,482 @@
+"""`fastofa write`: the same data set in another form, whole or not at all, and nothing unreadable passes in silence."""
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import struct
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastofa.write
+from fastofa.cli import main
+from fastofa.dataset import open_dataset
+from fastofa.errors import BadInput
+from fastofa.images import read_image, resize
+from fastofa.train import train
+from fastofa.write import WriteConfig, write
+from fastofa.written import index_path, verify
+from runs import make_cache
+
+FORMS = {
+    "pack": ("photos.pack", {"size": 128}),
+    "jpeg": ("photos.beton", {}),
+    "small jpeg": ("photos.beton", {"max_size": 64, "quality": 80}),
+    "raw": ("photos.beton", {"raw": True}),
+    "small raw": ("photos.beton", {"raw": True, "max_size": 64}),
+}
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["fastofa.write", "fastofa.written", "fastofa.image_folder"])
+
+
+def written(form: str, photos: Path, folder: Path) -> Path:
+    name, options = FORMS[form]
+    write(WriteConfig(str(photos), folder / name, **options))
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def pack(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written("pack", photos, tmp_path_factory.mktemp("pack"))
+
+
+@pytest.fixture(scope="module")
+def beton(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written("jpeg", photos, tmp_path_factory.mktemp("beton"))
+
+
+def files(path: Path) -> list[Path]:
+    """Everything that belongs to a form."""
+    if path.suffix == ".pack":
+        return sorted(path.iterdir())
+    return [path, path.with_suffix(".val.beton"), index_path(path)]
+
+
+# --- The same data set ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_the_same_data_set(photos: Path, tmp_path: Path, form: str):
+    """Samples in their order, labels, classes, the originals' sizes and the fingerprint, of both splits."""
+    path = written(form, photos, tmp_path)
+    verify(path, workers=2)
+    for split in ("train", "val"):
+        source, found = open_dataset(str(photos), split), open_dataset(str(path), split)
+        assert (found.classes, found.names, found.fingerprint) == (source.classes, source.names, source.fingerprint)
+        assert len(found) == len(source)
+        for name in ("labels", "sizes"):
+            assert np.array_equal(getattr(found, name), getattr(source, name))
+            assert getattr(found, name).dtype == np.int64
+        assert [list(found.read(i).shape[1:]) for i in range(len(found))] == found.stored_sizes.tolist()
+
+
+def test_a_pack_holds_whole_pictures_of_one_size(photos: Path, pack: Path):
+    """Both sides resized with antialias; two numpy files that anything can read, training split first."""
+    images, labels = np.load(pack / "images.npy"), np.load(pack / "labels.npy")
+    assert (images.dtype, images.shape, labels.dtype) == (np.uint8, (36, 128, 128, 3), np.int64)
+    sources = [open_dataset(str(photos), split) for split in ("train", "val")]
+    assert labels.tolist() == [*sources[0].labels, *sources[1].labels]
+    expected = [resize(read_image(s.path(i)), 128, 128).permute(1, 2, 0) for s in sources for i in range(len(s))]
+    assert np.array_equal(images, torch.stack(expected))
+    index = json.loads((pack / "dataset.json").read_text())
+    assert index["classes"] == ["china", "flower"]
+
+
+@pytest.mark.parametrize("form", ["raw", "small raw", "jpeg", "small jpeg"])
+def test_a_beton_holds_the_pictures(photos: Path, tmp_path: Path, form: str):
+    """JPEGs with their own bytes, or compressed anew, smaller where asked to; pixels exactly."""
+    source, found = open_dataset(str(photos)), open_dataset(str(written(form, photos, tmp_path)))
+    limit = 64 if "small" in form else 10**6
+    for i in range(len(source)):
+        original = read_image(source.path(i))
+        _, height, width = original.shape
+        scale = min(1, limit / max(height, width))
+        expected = resize(original, round(height * scale), round(width * scale))
+        difference = (found.read(i).int() - expected.int()).abs().float()
+        assert difference.mean() < 12 if form == "small jpeg" else difference.max() == 0
+
+
+def test_what_is_no_upright_jpeg_is_compressed(tmp_path: Path):
+    """A PNG under a JPEG's name, grey, CMYK and 16-bit pictures, one turned by its EXIF tag: a .beton is right."""
+    folder, rng = tmp_path / "data/train/a", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    picture = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((80, 60))
+    picture.save(folder / "0.jpg", "PNG")
+    picture.convert("L").save(folder / "1.jpg")
+    picture.convert("CMYK").save(folder / "2.jpg")
+    Image.fromarray((np.arange(4800).reshape(60, 80) * 13).astype(np.uint16)).save(folder / "3.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "4.jpg", exif=exif)
+    write(WriteConfig(str(tmp_path / "data"), tmp_path / "x.beton", quality=100))
+    write(WriteConfig(str(tmp_path / "data"), tmp_path / "y.beton"))
+    source = open_dataset(str(tmp_path / "data"))
+    for name in ("x.beton", "y.beton"):
+        found = open_dataset(str(tmp_path / name))
+        for i in range(5):
+            assert (found.read(i).int() - read_image(source.path(i)).int()).abs().float().mean() < 4
+        data = (tmp_path / name).read_bytes()
+        for at, count in found.spans.tolist():  # what a decoder that knows no tags and no CMYK makes of it
+            with Image.open(io.BytesIO(data[at : at + count])) as image:
+                assert (image.format, image.mode) == ("JPEG", "RGB")
+                assert image.size == ((60, 80) if at == found.spans[4, 0] else (80, 60))
+
+
+@pytest.mark.ffcv
+@pytest.mark.parametrize("form", ["jpeg", "raw", "small raw"])
+def test_ffcv_reads_it(photos: Path, tmp_path: Path, form: str):
+    """Its own loader, with its own decoders, gets the same pictures and labels."""
+    ffcv = pytest.importorskip("ffcv", reason="needs FFCV; `fastofa doctor` says how to get it")
+    from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
+
+    path = written(form, photos, tmp_path)
+    for file, split in ((path, "train"), (path.with_suffix(".val.beton"), "val")):
+        dataset = open_dataset(str(path), split)
+        reader = ffcv.reader.Reader(str(file))
+        assert reader.field_names == ["image", "label"]
+        assert np.array_equal(reader.alloc_table["ptr"], dataset.spans[:, 0])
+        loader = ffcv.Loader(
+            str(file), 5, num_workers=1, os_cache=False, order=ffcv.loader.OrderOption.SEQUENTIAL,
+            pipelines={"image": [CenterCropRGBImageDecoder((48, 48), 1)], "label": [IntDecoder()]},
+        )  # fmt: skip
+        images, labels = (np.concatenate(x) for x in zip(*((a.copy(), b.copy()) for a, b in loader), strict=True))
+        assert labels[:, 0].tolist() == dataset.labels.tolist()
+        for i, image in enumerate(images):
+            height, width = dataset.stored_sizes[i].tolist()
+            side = min(height, width)
+            top, left = (height - side) // 2, (width - side) // 2
+            whole = resize(dataset.read(i)[:, top : top + side, left : left + side], 48, 48)
+            assert np.abs(image.astype(int) - whole.permute(1, 2, 0).numpy().astype(int)).mean() < 5
+
+
+def test_any_data_set_can_be_written_a_written_one_too(beton: Path, tmp_path: Path, capsys):
+    main(["write", "digits:100", str(tmp_path / "digits.pack"), "--size", "128", "--verify"])
+    assert "digits.pack: train 100, val 599 images of 10 classes" in capsys.readouterr().out
+    assert open_dataset(str(tmp_path / "digits.pack")).fingerprint == open_dataset("digits:100").fingerprint
+    main(["write", str(beton), str(tmp_path / "again.pack"), "--size", "128", "--verify"])
+    again, first = open_dataset(str(tmp_path / "again.pack")), open_dataset(str(beton))
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(again.sizes, first.sizes)
+
+
+def test_a_folder_of_one_split_gives_one(photos: Path, tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    shutil.copytree(photos / "train", tmp_path / "data/train")
+    for name in ("a.pack", "a.beton"):
+        write(WriteConfig(str(tmp_path / "data"), tmp_path / name, verify=True))
+        assert len(open_dataset(str(tmp_path / name))) == 24
+        with pytest.raises(BadInput, match=rf"{name}: expected the split val, it holds train only"):
+            open_dataset(str(tmp_path / name), "val")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["pack", "raw"])
+def test_a_folders_cache_trains_every_form(photo_cache: Any, on_photos: Any, photos: Path, tmp_path: Path, form: str):
+    """And the form's own, the folder: one command line with another --data."""
+    path = written(form, photos, tmp_path)
+    assert train(on_photos("one", data=str(path))).images_per_second > 0
+    cache = make_cache(str(path), 2, tmp_path / "cache", topk=2)
+    assert cache.header["dataset"]["train"] == photo_cache.header["dataset"]["train"]
+    assert train(on_photos("two", cache=cache.path)).images_per_second > 0
+
+
+# --- Unreadable pictures ----------------------------------------------------------------------------------------------
+
+
+def wide_png(width: int) -> bytes:
+    """One row high."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, 1, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(1 + 3 * width)))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.fixture
+def motley(photos: Path, tmp_path: Path) -> tuple[Path, list[str], list[str]]:
+    """A folder of strange pictures, the names of those that can be read, and of those that cannot."""
+    root = tmp_path / "motley"
+    shutil.copytree(photos, root, ignore=shutil.ignore_patterns(".fastofa"))
+    folder = root / "train/china"
+    photo = Image.open(folder / "000.jpg")
+    photo.resize((20000, 40)).save(folder / "wide.jpg")
+    photo.convert("CMYK").save(folder / "cmyk.jpg")
+    photo.save(folder / "a-png.jpg", "PNG")
+    Image.fromarray((np.arange(4800).reshape(60, 80) * 13).astype(np.uint16)).save(folder / "16-bit.png")
+    (folder / "truncated.jpg").write_bytes((folder / "001.jpg").read_bytes()[:-700])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture")
+    frames = [photo.rotate(90 * i).resize((64, 64)) for i in range(3)]
+    frames[0].save(folder / "animated.webp", save_all=True, append_images=frames[1:])
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    good = ["wide.jpg", "cmyk.jpg", "a-png.jpg", "16-bit.png"]
+    return root, good, ["truncated.jpg", "empty.jpg", "text.png", "animated.webp", "gone.jpg"]
+
+
+@pytest.mark.parametrize("out", ["x.pack", "x.beton"])
+def test_every_unreadable_picture_is_named_and_stops_the_job(motley, tmp_path: Path, capsys, out: str):
+    """First those whose header says so; where only the pixels are damaged, when all have been decoded."""
+    root, _, bad = motley
+    told = []
+    while True:
+        with pytest.raises(SystemExit) as end:
+            main(["write", str(root), str(tmp_path / out)])
+        error = capsys.readouterr().err
+        assert end.value.code == 2
+        assert "fastofa: error: " in error.splitlines()[-1]
+        found = [name for name in bad if f"china/{name}" in error]
+        assert found
+        assert not (tmp_path / out).exists()
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["motley"]
+        told += found
+        for name in found:
+            (root / "train/china" / name).unlink()
+        if sorted(told) == sorted(bad):
+            break
+    main(["write", str(root), str(tmp_path / out), "--verify"])
+    assert len(open_dataset(str(tmp_path / out))) == 28
+
+
+@pytest.mark.parametrize("out", ["x.pack", "x.beton"])
+def test_skip_corrupt_leaves_them_out_each_by_name(motley, tmp_path: Path, capsys, out: str):
+    """The fingerprint is that of the folder without them."""
+    root, good, bad = motley
+    main(["write", str(root), str(tmp_path / out), "--skip-corrupt", "--verify"])
+    error = capsys.readouterr().err
+    assert all(f"left out: {root}/train/china/{name}: " in error for name in bad)
+    found, source = open_dataset(str(tmp_path / out)), open_dataset(str(root))
+    assert found.fingerprint == source.fingerprint
+    assert {f"china/{name}" for name in good} < set(found.names)
+    assert not {f"china/{name}" for name in bad} & set(found.names)
+    wide = found.names.index("china/wide.jpg")
+    assert found.sizes[wide].tolist() == [40, 20000]
+
+
+def test_a_picture_too_large_for_a_beton_is_named(tmp_path: Path):
+    (tmp_path / "data/train/a").mkdir(parents=True)
+    (tmp_path / "data/train/a/0.png").write_bytes(wide_png(70000))
+    with pytest.raises(BadInput, match=r"a/0\.png: expected at most 65535 pixels a side .*1 x 70000.*--max-size"):
+        write(WriteConfig(str(tmp_path / "data"), tmp_path / "x.beton"))
+    for name, options in (("x.beton", {"max_size": 1000}), ("x.pack", {})):
+        write(WriteConfig(str(tmp_path / "data"), tmp_path / name, verify=True, **options))
+        assert open_dataset(str(tmp_path / name)).sizes.tolist() == [[1, 70000]]
+
+
+def test_a_failing_thread_ends_the_job(photos: Path, tmp_path: Path, monkeypatch):
+    """With its own error; it never waits for what does not come."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no more")
+
+    for name in ("x.pack", "x.beton"):
+        monkeypatch.setattr("fastofa.write.resize", fail)
+        with pytest.raises(MemoryError):
+            write(WriteConfig(str(photos), tmp_path / name))
+        assert list(tmp_path.iterdir()) == []
+
+
+# --- Whole or not at all ----------------------------------------------------------------------------------------------
+
+
+def _write(data: str, out: Path, options: dict[str, Any], die_at: int) -> None:
+    """Write, and be killed when the `die_at`-th file is to get its name."""
+    calls = 0
+    replace = os.replace
+
+    def dying(*args: Any) -> None:
+        nonlocal calls
+        if calls == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls += 1
+        replace(*args)
+
+    os.replace = dying
+    os.environ["XDG_CACHE_HOME"] = str(out.parent / "cache")
+    fastofa.write.write(WriteConfig(data, out, **options))
+
+
+def contents(path: Path) -> list[bytes]:
+    return [file.read_bytes() for file in files(path)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["pack", "jpeg", "raw"])
+def test_killed_at_any_moment_then_written_again(photos: Path, tmp_path: Path, form: str):
+    """At every rename, and at random: what has the name is whole, and the next writing gives the same bytes."""
+    truth = contents(written(form, photos, tmp_path / "truth"))
+    name, options = FORMS[form]
+    out = tmp_path / "killed" / name
+    out.parent.mkdir()
+    rng = random.Random(form)
+    began = time.monotonic()
+    deaths = 0
+    for attempt in range(12):
+        die_at = attempt if attempt < 4 else 10**9
+        process = CONTEXT.Process(target=_write, args=(str(photos), out, options, die_at))
+        process.start()
+        if attempt >= 4:
+            process.join(rng.uniform(0, 0.5))
+            process.kill()
+        process.join(60)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        deaths += process.exitcode != 0
+        if out.exists():
+            verify(out, workers=1)
+            assert contents(out) == truth
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+        else:
+            with pytest.raises(BadInput, match="does not exist"):
+                open_dataset(str(out))
+    assert deaths >= 2
+    assert time.monotonic() - began < 120
+    written(form, photos, out.parent)
+    assert contents(out) == truth
+    assert sorted(f.name for f in out.parent.iterdir() if f.name != "cache") == sorted(
+        {f.relative_to(out.parent).parts[0] for f in files(out)}
+    )
+
+
+def test_a_full_disk_leaves_nothing(photos: Path, tmp_path: Path, monkeypatch):
+    """One that is too small is told at once; one that fills up, when it does."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    for name, options in (("x.pack", {}), ("x.beton", {"raw": True})):
+        with pytest.raises(BadInput, match=rf"{name}: needs .*B, 1\.0 kB are free"):
+            write(WriteConfig(str(photos), tmp_path / name, **options))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.undo()
+    monkeypatch.setattr("os.fsync", full)
+    for name in ("x.pack", "x.beton"):
+        with pytest.raises(BadInput, match=r"could not write .*No space left on device"):
+            write(WriteConfig(str(photos), tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_kept(photos: Path, pack: Path, beton: Path):
+    for path in (pack, beton):
+        before = contents(path)
+        with pytest.raises(BadInput, match="exists already"):
+            write(WriteConfig(str(photos), path))
+        assert contents(path) == before
+
+
+# --- Damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["pack", "jpeg"])
+def test_verify_finds_any_flipped_byte(form: str, pack: Path, beton: Path, tmp_path: Path, capsys):
+    """In every file at random places, between the pictures too; a damaged picture by its name."""
+    source = pack if form == "pack" else beton
+    path = tmp_path / source.name
+    for file in files(source):
+        path.mkdir(exist_ok=True) if form == "pack" else None
+        shutil.copy(file, path / file.name if form == "pack" else tmp_path / file.name)
+    rng = random.Random(0)
+    for file in files(path):
+        whole = file.read_bytes()
+        for place in [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(6))]:
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << rng.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(BadInput) as error:
+                verify(path, workers=1)
+            assert file.name in str(error.value) or "damaged: " in str(error.value)
+            assert "\n" not in str(error.value)
+        file.write_bytes(whole)
+    verify(path, workers=1)
+    dataset = open_dataset(str(path))
+    file = path / "images.npy" if form == "pack" else path
+    at = (
+        file.stat().st_size - 36 * 128 * 128 * 3 + 17 * 128 * 128 * 3 + 5
+        if form == "pack"
+        else dataset.spans[17, 0] + 50
+    )
+    whole = bytearray(file.read_bytes())
+    whole[at] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(SystemExit):
+        main(["write", str(path), str(path), "--verify"])
+    assert f"1 damaged: train/{dataset.names[17]} (its checksum does not match" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["pack", "jpeg"])
+def test_what_is_not_whole_does_not_open(form: str, photos: Path, tmp_path: Path):
+    """Files that are cut short, missing, edited or of other data."""
+    path = written(form, photos, tmp_path)
+    for file in files(path):
+        whole = file.read_bytes()
+        for change in (whole[:-1], whole[: len(whole) // 2], b"", None, b"\x01" * len(whole)):
+            file.unlink() if change is None else file.write_bytes(change)
+            with pytest.raises(BadInput) as error:
+                [open_dataset(str(path), split) for split in ("train", "val")] and verify(path, workers=1)
+            assert str(path.parent) in str(error.value)
+            file.write_bytes(whole)
+    index = index_path(path)
+    index.write_text(index.read_text().replace("china", "chine"))
+    with pytest.raises(BadInput, match="its checksum does not match"):
+        open_dataset(str(path))
+
+
+def test_verify_tells_data_that_changed_since(photos: Path, pack: Path, tmp_path: Path):
+    shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
+    write(WriteConfig(str(tmp_path / "data"), pack, verify=True))
+    (tmp_path / "data/train/china/000.jpg").unlink()
+    with pytest.raises(BadInput, match=r"is whole, but was not made from .* \(train differs\)"):
+        write(WriteConfig(str(tmp_path / "data"), pack, verify=True))
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("photos", {}, r"OUT: expected a name ending in \.pack or \.beton, got photos"),
+        ("x.pack", {"raw": True}, r"--raw: expected OUT\.beton, got x\.pack"),
+        ("x.pack", {"max_size": 400}, r"--max-size: expected OUT\.beton"),
+        ("x.beton", {"size": 128}, r"--size: expected OUT\.pack"),
+        ("x.beton", {"quality": 101}, "quality: expected 1 to 100, without --raw, got 101"),
+        ("x.beton", {"quality": 0}, "quality: expected 1 to 100"),
+        ("x.beton", {"quality": 90, "raw": True}, "quality: expected 1 to 100, without --raw"),
+        ("x.beton", {"max_size": 0}, "max-size: expected at least 1 pixel, got 0"),
+        ("x.pack", {"workers": 0}, "workers: expected at least 1, got 0"),
+    ],
+)
+def test_refuses_what_makes_no_sense(out, options, message):
+    with pytest.raises(BadInput, match=message):
+        WriteConfig("digits", Path(out), **options)
+
+
+def test_it_may_be_moved_and_renamed(beton: Path, pack: Path, tmp_path: Path):
+    shutil.copytree(pack, tmp_path / "other.pack")
+    for file, name in zip(files(beton), ("other.beton", "other.val.beton", "other.beton.json"), strict=True):
+        shutil.copy(file, tmp_path / name)
+    for name in ("other.pack", "other.beton"):
+        verify(tmp_path / name, workers=1)
+        assert len(open_dataset(str(tmp_path / name), "val")) == 12
+
+
+def test_names_that_are_not_there(tmp_path: Path):
+    for name in ("x.pack", "x.beton"):
+        with pytest.raises(BadInput, match=rf"{name} does not exist; `fastofa write DATA"):
+            open_dataset(str(tmp_path / name))
+    (tmp_path / "x.pack").mkdir()
+    (tmp_path / "x.beton").write_bytes(b"another program's")
+    for name in ("x.pack", "x.beton"):
+        with pytest.raises(BadInput, match=r"expected .*\.json with it"):
+            open_dataset(str(tmp_path / name))
