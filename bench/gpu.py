@@ -51,6 +51,12 @@ PARTS = (
         120,
         ("bench.profile_step", "--students", "test_resnet", "--teacher", "test_vit", *TINY, "--calls", "1"),
     ),
+    Part(
+        "kernels",
+        ("bench.bench_kernels", "--quick", "--rounds", "5"),
+        100,
+        ("bench.bench_kernels", "--quick", "--rounds", "1"),
+    ),
     Part("roofline", ("bench.roofline",), 20, ("bench.roofline", "--students", "test_resnet", *TINY)),
     Part(
         "optimizers",

@@ -32,6 +32,21 @@ def interleaved_ms(
     return times
 
 
+def captured(call: Callable[[int], object], calls: int) -> Callable[[], None]:
+    """A CUDA graph of call(0) .. call(calls - 1): what is left is the device's time, no launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(3):
+            call(i)  # compiles, and fills caches that must not be filled while capturing
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    return graph.replay
+
+
 def timed_ms(step: Callable[[], object], device: torch.device, calls: int) -> float:
     """Milliseconds a call; what the device still had to do before is not counted, what it was given is."""
     wait(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import epoch, gpu, machine, plot, profile_step, roofline
+from bench import bench_kernels, epoch, gpu, machine, plot, profile_step, roofline
 from bench.steps import Job, Way, official_step, open_step
 from bench.timing import interleaved_ms, median_ratio
 from fastofa import recipes
@@ -171,3 +171,30 @@ def test_epochs_are_limited_by_the_slowest():
     assert found["precompute_s"] == pytest.approx(16 * epoch.IMAGES / 400)
     assert found["limit"] == "precompute"
     assert epoch.together(1000.0, 1000.0, "resident") == pytest.approx(500)
+
+
+def test_a_kernel_that_is_wrong_is_not_timed():
+    """Nor is one that fails; a peer that computes something else is timed all the same."""
+    truth = torch.arange(1.0, 5)
+
+    def fails(i: int) -> None:
+        raise RuntimeError("no such instruction")
+
+    candidates = {
+        bench_kernels.BASELINE: lambda i: truth,
+        "near": lambda i: truth * 1.01,
+        "wrong": lambda i: truth.flip(0),
+        "nan": lambda i: truth / 0 * 0,
+        "failing": fails,
+        "peer": lambda i: truth.flip(0),
+    }
+    case = bench_kernels.Case("k", "4", 32e6, 4, candidates, ("near", "wrong", "nan"), tolerance=0.02)
+    rows = {row["candidate"]: row for row in bench_kernels.measure(case, torch.device("cpu"), 2, copy_gb_s=10)}
+    assert {name for name, row in rows.items() if "red" in row} == {"wrong", "nan", "failing"}
+    assert rows["wrong"]["red"] == "differs from its twin by 75.0% of the greatest number"
+    assert "no such instruction" in rows["failing"]["red"]
+    timed = rows["near"]
+    assert timed["p20_ms"] <= timed["ms"] <= timed["p80_ms"]
+    assert timed["gb_per_second"] == pytest.approx(32 / timed["ms"])
+    assert timed["of_copy"] == pytest.approx(timed["gb_per_second"] / 10)
+    assert "no such instruction" in bench_kernels.table(list(rows.values()))

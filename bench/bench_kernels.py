@@ -1,0 +1,314 @@
+"""The kernels beside their twins and public peers: time, GB/s, share of a copy's bandwidth.
+
+    python -m bench.bench_kernels                     on a GPU: Triton, its twin eager and compiled, peers (3 min)
+    python -m bench.bench_kernels --only loss --quick the sizes that targets are about
+    writes bench/results/kernels_{cpu,gpu}.json
+
+Without a GPU it times the twins, eager and compiled, which is what runs there. A kernel that does not give its twin's
+results is not timed, and the exit code is 1. On a GPU each figure is a CUDA graph of several calls over inputs that
+together exceed the L2 cache, replayed in turn with the others; "launched" is the same calls made one by one. GB/s
+counts the bytes that any implementation must move: each input read once, each output written once.
+
+Shapes: H heads, B batch, C classes or channels, K teacher's classes, S side.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import machine
+from bench.record import RESULTS, markdown_table, write_record
+from bench.timing import captured, timed_ms, wait
+from fastofa.kernels import crop_resize, ofa_loss
+from fastofa.kernels.choice import HAS_TRITON
+from fastofa.kernels.reference import dense_probs, ofa_loss_dense
+
+HEADS, TOPK, BASELINE = 5, 16, "twin, eager"
+MOST_INPUTS_MB = 200  # of rotating inputs: four times an H100's L2 cache
+
+Call = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of one kernel and the ways to compute it; each is called with the number of the input to take."""
+
+    kernel: str
+    size: str
+    bytes: float
+    items: int
+    """Pictures or samples, for a rate."""
+    candidates: dict[str, Call]
+    compare: tuple[str, ...] = ()
+    """Candidates that must give the twin's results; peers that compute something else are not among them."""
+    tolerance: float = 0.02
+    """Greatest difference to the twin, as a share of its greatest number."""
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def rotate(make: Callable[[int], Any], bytes_each: float, device: torch.device) -> list[Any]:
+    """Inputs made from seeds 0, 1, ...: on a GPU as many as exceed its cache."""
+    count = max(2, int(MOST_INPUTS_MB * 1e6 // bytes_each) + 1) if device.type == "cuda" else 1
+    return [make(seed) for seed in range(min(count, 32))]
+
+
+# --- The loss ---------------------------------------------------------------------------------------------------------
+
+
+def loss_cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Forward and gradient of five heads against the sixteen best classes."""
+    gpu = device.type == "cuda"
+    sizes = [(c, b) for c in (100, 1000, 21841) for b in (256, 1024, 2048)] if gpu else [(100, 256), (1000, 256)]
+    if quick:
+        sizes = [(1000, 1024), (21841, 1024)] if gpu else [(100, 32)]
+    for num_classes, batch in sizes:
+        yield loss_case(device, torch.bfloat16 if gpu else torch.float32, num_classes, batch)
+
+
+def loss_case(device: torch.device, dtype: torch.dtype, num_classes: int, batch: int) -> Case:
+    eps = torch.full((HEADS,), 1.5, device=device)
+    moved = 2 * HEADS * batch * num_classes * dtype.itemsize + batch * (TOPK * 6 + 8)
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(seed)
+        logits = torch.randn(HEADS, batch, num_classes, generator=generator, device=device).to(dtype)
+        labels = torch.randint(0, num_classes, (batch,), generator=generator, device=device)
+        answer = (2 * torch.randn(batch, num_classes, generator=generator, device=device)).log_softmax(dim=1)
+        log_probs, classes = answer.topk(min(TOPK, num_classes))
+        return logits.requires_grad_(), labels, classes.to(torch.int32), log_probs.half()
+
+    inputs = rotate(make, moved / 2, device)
+
+    def ours(impl: str) -> Callable[..., Tensor]:
+        return lambda logits, labels, classes, log_probs: ofa_loss(logits, labels, classes, log_probs, eps, impl=impl)
+
+    def dense(logits: Tensor, labels: Tensor, classes: Tensor, log_probs: Tensor) -> Tensor:
+        return ofa_loss_dense(logits.float(), labels, dense_probs(classes, log_probs.float(), num_classes), eps)
+
+    def call(function: Callable[..., Tensor]) -> Call:
+        def forward_and_gradient(i: int) -> tuple[Tensor, Tensor]:
+            logits, *rest = inputs[i % len(inputs)]
+            losses = function(logits, *rest)
+            return losses, torch.autograd.grad(losses.sum(), logits)[0]
+
+        return forward_and_gradient
+
+    candidates = {BASELINE: call(ours("torch")), "twin, compiled": call(torch.compile(ours("torch"), dynamic=False))}
+    skipped = {}
+    compared = ["twin, compiled", "dense, eager"]
+    candidates["dense, eager"] = call(dense)
+    if device.type == "cuda" and HAS_TRITON:
+        candidates["triton"] = call(ours("triton"))
+        compared.append("triton")
+        if find_spec("liger_kernel"):
+            candidates |= {name: call(function) for name, function in liger_losses(num_classes).items()}
+        else:
+            skipped["liger, KL and JSD"] = "pip install liger-kernel"
+    size = f"C={num_classes}, B={batch}, {HEADS} heads, {str(dtype).removeprefix('torch.')}"
+    return Case("loss", size, moved, batch, candidates, tuple(compared), skipped=skipped)
+
+
+def liger_losses(num_classes: int) -> dict[str, Callable[..., Tensor]]:
+    """Peers: Liger-Kernel's two divergences, which take dense log-probabilities and know no target enhancement."""
+    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
+
+    def on_log_probs(loss: Callable[[Tensor, Tensor], Tensor], log_target: bool) -> Callable[..., Tensor]:
+        def function(logits: Tensor, labels: Tensor, classes: Tensor, log_probs: Tensor) -> Tensor:
+            target = dense_probs(classes, log_probs.float(), num_classes).repeat(HEADS, 1)
+            student = logits.float().log_softmax(dim=-1).flatten(0, 1)
+            return loss(student, target.clamp(min=1e-30).log() if log_target else target)
+
+        return function
+
+    return {
+        "liger, KL": on_log_probs(LigerKLDIVLoss(reduction="batchmean"), log_target=False),
+        "liger, JSD": on_log_probs(LigerJSD(), log_target=True),
+    }
+
+
+# --- Crop and resize --------------------------------------------------------------------------------------------------
+
+
+def crop_cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Random crops of stored pictures to normalised bf16 (fp32 on a CPU), mirrored or not."""
+    gpu = device.type == "cuda"
+    sizes = (
+        [(256, 224, b) for b in (256, 1024, 2048)] + [(160, 160, 1024), (256, 128, 1024)] if gpu else [(256, 224, 16)]
+    )
+    if quick:
+        sizes = [(256, 224, 1024)] if gpu else [(48, 32, 4)]
+    for source, size, batch in sizes:
+        yield crop_case(device, torch.bfloat16 if gpu else torch.float32, source, size, batch)
+
+
+def crop_case(device: torch.device, dtype: torch.dtype, source: int, size: int, batch: int) -> Case:
+    from torchvision.transforms.v2 import functional as v2
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def make(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 256, (batch, source, source, 3), generator=generator, dtype=torch.uint8)
+        sides = (source * (0.3 + 0.7 * torch.rand(batch, 2, generator=generator))).floor()
+        corner = ((source - sides) * torch.rand(batch, 2, generator=generator)).floor()
+        flip = torch.rand(batch, generator=generator) < 0.5
+        return images.to(device), torch.cat([corner, sides], dim=1).to(device), flip.to(device)
+
+    inputs = rotate(make, batch * source * source * 3, device)
+    needed = sum(box[:, 2:].prod(dim=1).sum().item() for _, box, _ in inputs) / len(inputs)
+    moved = 3 * needed + batch * 3 * size * size * dtype.itemsize
+    lists = [(box.int().tolist(), flip.tolist()) for _, box, flip in inputs]
+
+    def ours(impl: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda images, boxes, flip: crop_resize(
+            images, boxes, flip, size, mean=mean, std=std, dtype=dtype, impl=impl
+        )
+
+    def call(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
+        return lambda i: function(*inputs[i % len(inputs)])
+
+    def torchvision(i: int) -> Tensor:
+        images, (boxes, flips) = inputs[i % len(inputs)][0], lists[i % len(inputs)]
+        crops = []
+        for image, box, flip in zip(images, boxes, flips, strict=True):
+            crop = v2.resized_crop(image.permute(2, 0, 1), *box, size=[size, size], antialias=True)
+            crops.append(v2.horizontal_flip(crop) if flip else crop)
+        return v2.normalize(v2.to_dtype(torch.stack(crops), dtype, scale=True), list(mean), list(std))
+
+    candidates = {BASELINE: call(ours("torch")), "twin, compiled": call(torch.compile(ours("torch"), dynamic=False))}
+    if device.type == "cuda" and HAS_TRITON:
+        candidates["triton"] = call(ours("triton"))
+    candidates["torchvision v2, one by one"] = torchvision
+    name = f"{source} to {size} px, B={batch}, {str(dtype).removeprefix('torch.')}"
+    return Case("crop", name, moved, batch, candidates, tuple(list(candidates)[1:]), tolerance=0.03)
+
+
+KERNELS = {"loss": loss_cases, "crop": crop_cases}
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+def gate(case: Case) -> dict[str, str]:
+    """Why candidates are not timed: their results are not the twin's, or they fail. The twin's own are the measure."""
+    expected = _flat(case.candidates[BASELINE](0))
+    red = {}
+    for name in case.candidates:
+        try:
+            got = _flat(case.candidates[name](0))
+        except Exception as error:
+            traceback.print_exc()
+            red[name] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        if name in case.compare:
+            for ours, twins in zip(got, expected, strict=True):
+                difference = (ours - twins).abs().max() / twins.abs().max()
+                if not difference <= case.tolerance:
+                    red[name] = f"differs from its twin by {difference:.1%} of the greatest number"
+    return red
+
+
+def _flat(result: Any) -> list[Tensor]:
+    return [t.detach().float() for t in (result if isinstance(result, tuple) else (result,))]
+
+
+def measure(case: Case, device: torch.device, rounds: int, copy_gb_s: float) -> list[dict[str, Any]]:
+    """A row per candidate; all take turns."""
+    red = gate(case)
+    ready = {name: call for name, call in case.candidates.items() if name not in red}
+    replays: dict[str, Callable[[], None]] = {}
+    calls = 8 if device.type == "cuda" else 1
+    for name, call in ready.items():
+        if device.type == "cuda" and "one by one" not in name:
+            replays[name] = captured(call, calls)
+        else:
+            replays[name] = lambda call=call: [call(i) for i in range(calls)]  # type: ignore[misc,assignment]
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    launched: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, call in ready.items():
+            replays[name]()
+            times[name] += [timed_ms(replays[name], device, 1) / calls for _ in range(3)]
+            if device.type == "cuda":
+                launched[name].append(timed_ms(lambda call=call: [call(i) for i in range(calls)], device, 1) / calls)
+    rows = []
+    for name in case.candidates:
+        row: dict[str, Any] = {"kernel": case.kernel, "size": case.size, "candidate": name}
+        if name in red:
+            rows.append({**row, "red": red[name]})
+            continue
+        low, *_, high = statistics.quantiles(times[name], n=5)
+        ms = statistics.median(times[name])
+        rate = case.bytes / ms / 1e6
+        row |= {
+            "ms": ms, "p20_ms": low, "p80_ms": high, "gb_per_second": rate, "of_copy": rate / copy_gb_s,
+            "items_per_second": case.items / ms * 1e3,
+            "times_baseline": statistics.median(times[BASELINE]) / ms,
+        }  # fmt: skip
+        if launched[name]:
+            row["launched_ms"] = statistics.median(launched[name])
+        rows.append(row)
+    return rows + [
+        {"kernel": case.kernel, "size": case.size, "candidate": name, "skipped": why}
+        for name, why in case.skipped.items()
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    header = ["kernel", "size", "candidate", "ms", "p20", "p80", "launched", "GB/s", "of a copy", "x twin, eager"]
+    lines = []
+    for row in rows:
+        names = [row["kernel"], row["size"], row["candidate"]]
+        if "ms" not in row:
+            lines.append([*names, row.get("red") or row["skipped"], *[""] * 6])
+            continue
+        lines.append(
+            [
+                *names,
+                *(f"{row[key]:.3f}" for key in ("ms", "p20_ms", "p80_ms")),
+                f"{row['launched_ms']:.3f}" if "launched_ms" in row else "",
+                f"{row['gb_per_second']:,.1f}",
+                f"{row['of_copy']:.0%}",
+                f"{row['times_baseline']:.2f}",
+            ]
+        )
+    return markdown_table(header, lines, left=3)
+
+
+def main(argv: list[str] | None = None) -> int:
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(KERNELS), default=list(KERNELS))
+    parser.add_argument("--quick", action="store_true", help="one size of each")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    args = parser.parse_args(argv)
+    if not gpu:
+        print("no GPU here: the plain-PyTorch twins are timed, eager and compiled; no Triton kernel runs")
+    copy = machine.measure(device, torch.bfloat16 if gpu else torch.float32).gb_per_second
+    rows = []
+    for name in args.only:
+        for case in KERNELS[name](device, args.quick):
+            rows += measure(case, device, args.rounds, copy)
+            torch._dynamo.reset()
+            gc.collect()
+            wait(device)
+    print(table(rows))
+    result = {"copy_gb_per_second": copy, "rounds": args.rounds, "baseline": BASELINE, "rows": rows}
+    write_record(f"kernels_{'gpu' if gpu else 'cpu'}", result, args.out)
+    return int(any("red" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
