@@ -53,6 +53,7 @@ CHANNELS_LAST = replace(BF16, channels_last=True)
 COMPILED = replace(CHANNELS_LAST, compile="on")
 CACHED = replace(COMPILED, online_teacher=False)
 
+NEEDS_GPU = "Triton kernels need a GPU"
 OFFICIAL, OFFICIAL_FP16, TIMM = "official way, fp32", "official way, fp16 AMP", "timm, online logit distillation"
 LADDER = (
     Row(OFFICIAL, "published code"),
@@ -63,6 +64,8 @@ LADDER = (
     Row("+ compile", "compiler", COMPILED),
     Row("+ cached teacher", "cached teacher", CACHED),
     Row("+ CUDA graphs", "compiler", replace(CACHED, cuda_graphs=True), gpu_only="CUDA graphs need CUDA"),
+    Row("+ loss kernel", "kernel", replace(CACHED, kernels=("loss",)), gpu_only=NEEDS_GPU),
+    Row("+ exits kernel", "kernel", replace(CACHED, kernels=("loss", "exits")), gpu_only=NEEDS_GPU),
     Row("cached, resident loader", "with a loader", CACHED, loader="resident"),
     Row("cached, torchvision loader", "with a loader", CACHED, loader="torchvision"),
     Row("plain training", "peer", replace(CACHED, method="scratch")),

@@ -25,6 +25,7 @@ COLOURS = {
     "arithmetic": "#d29922",
     "compiler": "#3b82d6",
     "cached teacher": "#2ea043",
+    "kernel": "#1f9e9e",
     "with a loader": "#8f6fe0",
     "peer": "#d1577a",
 }

@@ -77,6 +77,7 @@ class Way:
     precision: Any = "fp32"
     compile: Any = "off"
     cuda_graphs: bool = False
+    kernels: Any = ()
     channels_last: bool = True
     online_teacher: bool = False
 
@@ -95,6 +96,7 @@ def our_config(job: Job, way: Way) -> TrainConfig:
         precision=way.precision,
         compile=way.compile,
         cuda_graphs=way.cuda_graphs,
+        kernels=way.kernels,
     )
 
 
