@@ -91,10 +91,11 @@ def _ffcv() -> Finding:
 def _dali() -> Finding:
     import torch
 
-    newer = (torch.version.cuda or "").startswith("13")
-    name = "nvidia-dali-cuda130" if newer else "nvidia-dali-cuda120"
-    remedy = f"pip install {name} (the one that fits this torch's CUDA {torch.version.cuda}; works without a GPU, too)"
-    return _try_import("DALI", name, "import nvidia.dali.fn", remedy)
+    builds = ["nvidia-dali-cuda120", "nvidia-dali-cuda130"]
+    fitting = builds[(torch.version.cuda or "").startswith("13")]
+    remedy = f"pip install {fitting} (it fits this torch's CUDA {torch.version.cuda}; works without a GPU, too)"
+    installed = next(filter(_version, builds), fitting)
+    return _try_import("DALI", installed, "import nvidia.dali.fn", remedy)
 
 
 def _apex() -> Finding:
