@@ -33,8 +33,8 @@ def crop_resize(
 
     Args:
         images: uint8 [N, H, W, 3].
-        boxes: [B, 4] top, left, height, width in pixels of the source (fractions of a pixel are allowed): finite, inside
-            the picture, height and width > 0. Not looked at, as that would wait for the device.
+        boxes: [B, 4] top, left, height, width in pixels of the source (fractions of a pixel are allowed): finite,
+            inside the picture, height and width > 0. Not looked at, as on a GPU that would wait for the device.
         flip: bool [B], mirror left to right.
         size: S.
         ids: int64 [B], which image each box belongs to; None: box i belongs to image i (B = N). Each in 0..N-1: numbers
@@ -54,6 +54,9 @@ def crop_resize(
     if not use_triton("crop_resize", impl, images.device):
         chosen = images if ids is None else images[ids]
         return reference.crop_resize(chosen, boxes, flip, size, mean, std, dtype, antialias)
+    if images.shape[1] * images.shape[2] * 3 >= 2**31:
+        got = f"{images.shape[1]} x {images.shape[2]}"
+        raise ValueError(f"images: expected less than 2^31 bytes each for 'triton', got {got} pixels; leave impl out")
     return crop_resize_op(images, boxes, flip, size, ids, mean, std, dtype, antialias)
 
 

@@ -1,7 +1,7 @@
-"""Crop, resize, flip and normalise in Triton: every output value gathers the few source pixels under its filter.
+"""Crop, resize, flip and normalise in Triton: every output pixel gathers the few source pixels under its filter.
 
-A program has a block of consecutive output values of one picture, in the order of memory: row, column, channel. The
-weights of reference.py are made where they are needed; how many pixels a filter spans is the picture's own number.
+A program has a block of consecutive output pixels of one picture, three channels each, which share their weights. These
+are reference.py's, made where they are needed; how many pixels a filter spans is the picture's own number.
 
 Shapes: N images in the source, B crops, S side of the output.
 """
@@ -26,13 +26,13 @@ def _filters(start, length, out, source, S: tl.constexpr, ANTIALIAS: tl.constexp
     reach = 1.0
     if ANTIALIAS:
         reach = tl.maximum(scale, 1.0)
-    count = tl.minimum(tl.ceil(2.0 * reach), source).to(tl.int32)
-    lowest = tl.minimum(tl.maximum(tl.floor(start), 0.0), source - 1.0)
-    highest = tl.minimum(tl.maximum(tl.ceil(start + length) - 1.0, 0.0), source - 1.0)
+    count = tl.minimum(tl.ceil(2.0 * reach).to(tl.int32), source)
+    lowest = tl.minimum(tl.maximum(tl.floor(start).to(tl.int32), 0), source - 1)
+    highest = tl.minimum(tl.maximum(tl.ceil(start + length).to(tl.int32) - 1, lowest), source - 1)
     centre = (out + 0.5) * scale
-    first = tl.floor(centre + (start - reach + 0.5))
+    first = tl.floor(centre + (start - reach + 0.5)).to(tl.int32)
     first = tl.minimum(tl.maximum(first, lowest), highest)
-    return first.to(tl.int32), first + 0.5 - start - centre, highest.to(tl.int32), 1.0 / reach, count
+    return first, first + 0.5 - start - centre, highest, 1.0 / reach, count
 
 
 @triton.jit
@@ -44,18 +44,24 @@ def _tap(first, away, highest, inverse_reach, step):
 
 
 @triton.jit
+def _round(x):
+    """To a whole number, half to even, for what lies in 0..255: adding 1.5 * 2^23 leaves no bit for a fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def _crop_resize_kernel(
     images, ids, boxes, flips, result,
     count, height, width, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     S: tl.constexpr, BLOCK: tl.constexpr, WITH_IDS: tl.constexpr, ANTIALIAS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """images uint8 [count, height, width, 3], result [B, S, S, 3]: `scale` times a channel's pixel, plus `shift`."""
-    VALUES: tl.constexpr = S * S * 3
-    BLOCKS: tl.constexpr = (VALUES + BLOCK - 1) // BLOCK
+    """images uint8 [count, height, width, 3], result [B, S, S, 3]: `scale` times a channel's value, plus `shift`."""
+    PIXELS: tl.constexpr = S * S
+    BLOCKS: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     picture = (program // BLOCKS).to(tl.int64)
-    value = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    y, x, channel = value // (S * 3), value // 3 % S, value % 3
+    pixel = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    y, x = pixel // S, pixel % S
 
     image = picture
     if WITH_IDS:
@@ -70,29 +76,37 @@ def _crop_resize_kernel(
     rows = tl.where((image >= 0) & (image < count), rows, 0)  # an id that does not exist: nothing is read, 0 / 0
 
     source = images + image * height * width * 3
-    total = tl.zeros([BLOCK], tl.float32)
+    red = tl.zeros([BLOCK], tl.float32)
+    green = tl.zeros([BLOCK], tl.float32)
+    blue = tl.zeros([BLOCK], tl.float32)
     weights = tl.zeros([BLOCK], tl.float32)
     for i in range(rows):
         at_row, by_row = _tap(row, away_y, last_row, per_row, i)
-        at_row = at_row * (width * 3) + channel
         for j in range(columns):
             at_column, by_column = _tap(column, away_x, last_column, per_column, j)
+            at = source + (at_row * width + at_column) * 3
             weight = by_row * by_column
-            total += weight * tl.load(source + at_row + at_column * 3).to(tl.float32)
+            red += weight * tl.load(at).to(tl.float32)
+            green += weight * tl.load(at + 1).to(tl.float32)
+            blue += weight * tl.load(at + 2).to(tl.float32)
             weights += weight
-    out = total / weights
+    red, green, blue = red / weights, green / weights, blue / weights
 
     if ROUND:
-        out = (out + 12582912.0) - 12582912.0  # 1.5 * 2^23: adding it rounds half to even; a mean of bytes is a byte
+        red, green, blue = _round(red), _round(green), _round(blue)
     else:
-        out *= tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
-        out += tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
-    tl.store(result + picture * VALUES + value, out.to(result.dtype.element_ty), mask=value < VALUES)
+        red = red * scale_r + shift_r
+        green = green * scale_g + shift_g
+        blue = blue * scale_b + shift_b
+    to = result + picture * (PIXELS * 3) + pixel * 3
+    inside = pixel < PIXELS
+    tl.store(to, red.to(result.dtype.element_ty), mask=inside)
+    tl.store(to + 1, green.to(result.dtype.element_ty), mask=inside)
+    tl.store(to + 2, blue.to(result.dtype.element_ty), mask=inside)
 
 
-def block_size(dtype: torch.dtype) -> int:
-    """Output values a program of 4 warps takes: what each thread writes is 16 bytes, or several times that."""
-    return 2048 if dtype == torch.uint8 else 1024
+BLOCK = 512
+"""Output pixels of a program of 4 warps: 4 pixels, and so 12 loads at a time, of each thread."""
 
 
 def crop_resize(
@@ -108,11 +122,11 @@ def crop_resize(
 ) -> Tensor:
     """As the operator of that name in crop_resize.py."""
     count, height, width, _ = images.shape
-    batch, block = len(boxes), block_size(dtype)
+    batch = len(boxes)
     result = torch.empty(batch, size, size, 3, dtype=dtype, device=images.device)
     mean, std = mean or (0.0, 0.0, 0.0), std or (1.0, 1.0, 1.0)
     if batch:
-        _crop_resize_kernel[(batch * triton.cdiv(size * size * 3, block),)](
+        _crop_resize_kernel[(batch * triton.cdiv(size * size, BLOCK),)](
             images.contiguous(),
             boxes if ids is None else ids.contiguous(),
             boxes.contiguous(),
@@ -124,7 +138,7 @@ def crop_resize(
             *(1 / (255 * s) for s in std),
             *(-m / s for m, s in zip(mean, std, strict=True)),
             S=size,
-            BLOCK=block,
+            BLOCK=BLOCK,
             WITH_IDS=ids is not None,
             ANTIALIAS=antialias,
             ROUND=dtype == torch.uint8,
