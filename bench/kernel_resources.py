@@ -19,12 +19,13 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.record import markdown_table
-from fastofa.kernels import triton_ofa_loss
+from fastofa.kernels import triton_crop_resize, triton_ofa_loss
 
 ARCHITECTURES = (80, 90)
 
@@ -49,7 +50,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    return [*loss_cases()]
+    return [*loss_cases(), *crop_cases()]
 
 
 def loss_cases() -> list[Case]:
@@ -78,6 +79,30 @@ def loss_cases() -> list[Case]:
             )
         )  # fmt: skip
     return found
+
+
+def crop_cases() -> list[Case]:
+    """A resident data set by sample ids, to 224 px. Pixels are gathered byte by byte."""
+    return [
+        Case(
+            f"crop_resize {name}" + ("" if antialias else " plain"),
+            triton_crop_resize._crop_resize_kernel,
+            pointers={"images": "*u8", "ids": "*i64", "boxes": "*fp32", "flips": "*i1", "result": f"*{name}"},
+            scalars={
+                "count": "i32", "height": "i32", "width": "i32",
+                **{f"{what}_{channel}": "fp32" for what in ("scale", "shift") for channel in "rgb"},
+            },
+            constants={
+                "S": 224, "BLOCK": triton_crop_resize.BLOCK, "WITH_IDS": True, "ANTIALIAS": antialias,
+                "ROUND": name == "u8",
+            },
+            max_registers=64,
+            wide_loads=False,
+        )
+        for name, dtype, antialias in (
+            ("u8", torch.uint8, True), ("bf16", torch.bfloat16, True), ("bf16", torch.bfloat16, False),
+        )
+    ]  # fmt: skip
 
 
 def compile_case(case: Case, architecture: int) -> dict[str, Any]:

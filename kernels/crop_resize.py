@@ -1,14 +1,16 @@
-"""Crop, antialiased resize, flip and normalise: checks the arguments, then runs an implementation.
+"""Crop, resize, flip and normalise: checks the arguments, then runs an implementation.
 
 Shapes: N images in the source, B crops, S side of the output.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastofa.kernels import reference
+from fastofa.kernels.choice import interpreted, use_triton
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
@@ -23,40 +25,119 @@ def crop_resize(
     std: Sequence[float] | None = None,
     dtype: torch.dtype = torch.uint8,
     impl: str | None = None,
+    antialias: bool = True,
 ) -> Tensor:
-    """Crops of a batch (or of a resident data set, by sample id), resized to S x S by antialiased bilinear filtering.
+    """Crops of a batch (or of a resident data set, by sample id), resized to S x S by bilinear filtering.
 
-    Equals torchvision's `resized_crop(antialias=True)` and `horizontal_flip` up to their 8-bit rounding.
+    Equals torchvision's `resized_crop` and `horizontal_flip` up to their 8-bit rounding.
 
     Args:
         images: uint8 [N, H, W, 3].
-        boxes: [B, 4] top, left, height, width in pixels of the source (fractions of a pixel are allowed).
+        boxes: [B, 4] top, left, height, width in pixels of the source (fractions of a pixel are allowed): finite,
+            inside the picture, height and width > 0. Not looked at, as on a GPU that would wait for the device.
         flip: bool [B], mirror left to right.
         size: S.
-        ids: int64 [B], which image each box belongs to; None: box i belongs to image i (B = N).
+        ids: int64 [B], which image each box belongs to; None: box i belongs to image i (B = N). Each in 0..N-1: numbers
+            outside raise on a CPU; on a GPU the kernel makes a floating picture NaN, and a uint8 picture anything.
         mean, std: per channel, for pixels scaled to 0..1; both or neither, and only for a floating `dtype`.
         dtype: uint8 (rounded), or bf16, fp16, fp32.
-        impl: "torch" or None (choose).
+        impl: "triton", "torch" or None (choose). The kernel reads the pixels it needs, with no copy of images[ids].
+        antialias: filter all pixels that an output pixel covers; if not, only the two by two nearest to its centre.
 
     Returns:
         [B, 3, S, S] in channels-last memory format; floating results are pixels / 255, normalised if asked.
 
     Raises:
-        ValueError: shapes, dtypes or numbers that do not fit, saying what was expected and what came.
+        ValueError: shapes, dtypes, devices or numbers that do not fit, saying what was expected and what came.
     """
+    _check(images, boxes, flip, size, ids, mean, std, dtype)
+    if not use_triton("crop_resize", impl, images.device):
+        chosen = images if ids is None else images[ids]
+        return reference.crop_resize(chosen, boxes, flip, size, mean, std, dtype, antialias)
+    if images.shape[1] * images.shape[2] * 3 >= 2**31:
+        got = f"{images.shape[1]} x {images.shape[2]}"
+        raise ValueError(f"images: expected less than 2^31 bytes each for 'triton', got {got} pixels; leave impl out")
+    return crop_resize_op(images, boxes, flip, size, ids, mean, std, dtype, antialias)
+
+
+def _check(
+    images: Tensor,
+    boxes: Tensor,
+    flip: Tensor,
+    size: int,
+    ids: Tensor | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> None:
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
         raise ValueError(f"images: expected uint8 [N, H, W, 3], got {images.dtype} {tuple(images.shape)}")
+    if ids is not None and (ids.ndim != 1 or ids.dtype != torch.int64):
+        raise ValueError(f"ids: expected int64 [B], got {ids.dtype} {tuple(ids.shape)}")
     batch = len(images) if ids is None else len(ids)
     if boxes.shape != (batch, 4):
         raise ValueError(f"boxes: expected [{batch}, 4], got {tuple(boxes.shape)}")
     if flip.shape != (batch,) or flip.dtype != torch.bool:
         raise ValueError(f"flip: expected bool [{batch}], got {flip.dtype} {tuple(flip.shape)}")
+    devices = {t.device for t in (images, boxes, flip, ids) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"expected all tensors on one device, got {sorted(map(str, devices))}")
     if size < 1:
         raise ValueError(f"size: expected at least 1 pixel, got {size}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
     if (mean is None) != (std is None) or (mean is not None and not dtype.is_floating_point):
         raise ValueError(f"mean and std: expected both, with a floating dtype, got {mean}, {std}, {dtype}")
-    if impl not in (None, "torch"):
-        raise ValueError(f"impl: expected None or 'torch', got {impl!r}")
-    return reference.crop_resize(images if ids is None else images[ids], boxes, flip, size, mean, std, dtype)
+    if mean is not None and std is not None and not (len(mean) == len(std) == 3):
+        raise ValueError(f"mean and std: expected three numbers each, got {mean}, {std}")
+    if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ids[(ids < 0) | (ids >= len(images))]
+        if len(wrong):
+            raise ValueError(f"ids: expected numbers in 0..{len(images) - 1}, got {wrong[0]}")
+
+
+# --- The kernel as an operator of PyTorch; on a CPU it is the twin ----------------------------------------------------
+
+
+@torch.library.custom_op("fastofa::crop_resize", mutates_args=(), device_types="cuda")
+def crop_resize_op(
+    images: Tensor,
+    boxes: Tensor,
+    flip: Tensor,
+    size: int,
+    ids: Tensor | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+    antialias: bool,
+) -> Tensor:
+    """[B, 3, S, S], channels-last."""
+    from fastofa.kernels import triton_crop_resize
+
+    return triton_crop_resize.crop_resize(images, boxes, flip, size, ids, mean, std, dtype, antialias)
+
+
+@crop_resize_op.register_kernel("cpu")
+def _(
+    images: Tensor,
+    boxes: Tensor,
+    flip: Tensor,
+    size: int,
+    ids: Tensor | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+    antialias: bool,
+) -> Tensor:
+    if interpreted():
+        from fastofa.kernels import triton_crop_resize
+
+        return triton_crop_resize.crop_resize(images, boxes, flip, size, ids, mean, std, dtype, antialias)
+    chosen = images if ids is None else images[ids]
+    return reference.crop_resize(chosen, boxes, flip, size, mean, std, dtype, antialias)
+
+
+@crop_resize_op.register_fake
+def _(images: Tensor, boxes: Tensor, flip: Tensor, size: int, *arguments: Any) -> Tensor:
+    dtype = arguments[3]
+    return images.new_empty(len(boxes), size, size, 3, dtype=dtype).permute(0, 3, 1, 2)

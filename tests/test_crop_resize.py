@@ -18,8 +18,8 @@ def photographs() -> Tensor:
     return torch.from_numpy(np.stack(load_sample_images().images))
 
 
-def by_torchvision(image: Tensor, box: list[int], flip: bool, size: int) -> Tensor:
-    out = tv.resized_crop(image.permute(2, 0, 1), *box, [size, size], antialias=True)
+def by_torchvision(image: Tensor, box: list[int], flip: bool, size: int, antialias: bool = True) -> Tensor:
+    out = tv.resized_crop(image.permute(2, 0, 1), *box, [size, size], antialias=antialias)
     return tv.horizontal_flip(out) if flip else out
 
 
@@ -45,19 +45,20 @@ def by_float64(image: np.ndarray, box: list[float], size: int) -> np.ndarray:
     return out
 
 
+@pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("size", [32, 160, 224, 333])
-def test_equals_torchvision_on_photographs(photographs, size):
+def test_equals_torchvision_on_photographs(photographs, size, antialias):
     """Down, up, tall, wide, at the borders, one pixel and the whole picture; mirrored or not. Also `ids` and layout."""
     boxes = [[0, 0, 427, 640], [13, 27, 300, 257], [327, 540, 100, 100], [200, 0, 31, 47], [0, 320, 427, 20]]
     boxes += [[5, 400, 9, 240], [400, 600, 1, 1], [0, 0, size, size] if size <= 427 else [0, 0, 1, 2]]
     ids = torch.tensor([0, 1, 1, 0, 1, 0, 1, 0])
     flip = torch.tensor([False, True, False, True] * 2)
-    got = crop_resize(photographs, torch.tensor(boxes), flip, size, ids=ids)
+    got = crop_resize(photographs, torch.tensor(boxes), flip, size, ids=ids, antialias=antialias)
     assert got.dtype == torch.uint8
     assert got.shape == (8, 3, size, size)
     assert got.is_contiguous(memory_format=torch.channels_last)
     for out, i, box, mirrored in zip(got, ids, boxes, flip, strict=True):
-        error = (out.int() - by_torchvision(photographs[i], box, bool(mirrored), size).int()).abs()
+        error = (out.int() - by_torchvision(photographs[i], box, bool(mirrored), size, antialias).int()).abs()
         assert error.max() <= 2, box
         assert error.float().mean() <= 0.3, box
 
@@ -145,12 +146,18 @@ GOOD = {
         ({"images": torch.zeros(2, 4, 5, 3)}, "images: expected uint8 .*got torch.float32"),
         ({"boxes": torch.zeros(3, 4)}, r"boxes: expected \[2, 4\], got \(3, 4\)"),
         ({"ids": torch.tensor([0, 1, 1])}, r"boxes: expected \[3, 4\], got \(2, 4\)"),
+        ({"ids": torch.tensor([0, 1], dtype=torch.int32)}, r"ids: expected int64 \[B\], got torch.int32 \(2,\)"),
+        ({"ids": torch.tensor([[0, 1]])}, r"ids: expected int64 \[B\], got torch.int64 \(1, 2\)"),
+        ({"ids": torch.tensor([0, 2])}, r"ids: expected numbers in 0\.\.1, got 2"),
+        ({"ids": torch.tensor([-1, 1])}, r"ids: expected numbers in 0\.\.1, got -1"),
+        ({"boxes": torch.zeros(2, 4, device="meta")}, r"expected all tensors on one device, got \['cpu', 'meta'\]"),
         ({"flip": torch.zeros(2)}, r"flip: expected bool \[2\], got torch.float32"),
         ({"flip": torch.zeros(1, dtype=torch.bool)}, r"flip: expected bool \[2\], got torch.bool \(1,\)"),
         ({"size": 0}, "size: expected at least 1 pixel, got 0"),
         ({"mean": MEAN, "dtype": torch.float32}, "mean and std: expected both"),
         ({"std": STD, "dtype": torch.float32}, "mean and std: expected both"),
         ({"mean": MEAN, "std": STD}, "mean and std: expected .*a floating dtype, got .*torch.uint8"),
+        ({"mean": (0.5,), "std": (0.5,), "dtype": torch.float32}, "mean and std: expected three numbers each, got"),
         ({"dtype": torch.int32}, "dtype: expected .*got torch.int32"),
         ({"impl": "pillow"}, "impl: expected .*got 'pillow'"),
     ],
