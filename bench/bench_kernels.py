@@ -29,7 +29,7 @@ from torch import Tensor
 from bench import machine
 from bench.record import RESULTS, markdown_table, write_record
 from bench.timing import captured, timed_ms, wait
-from fastofa.kernels import crop_resize, ofa_loss
+from fastofa.kernels import crop_resize, depthwise_conv3x3, ofa_loss
 from fastofa.kernels.choice import HAS_TRITON
 from fastofa.kernels.reference import dense_probs, ofa_loss_dense
 
@@ -174,9 +174,6 @@ def crop_case(device: torch.device, dtype: torch.dtype, source: int, size: int, 
             images, boxes, flip, size, mean=mean, std=std, dtype=dtype, impl=impl
         )
 
-    def call(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
-        return lambda i: function(*inputs[i % len(inputs)])
-
     def torchvision(i: int) -> Tensor:
         images, (boxes, flips) = inputs[i % len(inputs)][0], lists[i % len(inputs)]
         crops = []
@@ -185,15 +182,86 @@ def crop_case(device: torch.device, dtype: torch.dtype, source: int, size: int, 
             crops.append(v2.horizontal_flip(crop) if flip else crop)
         return v2.normalize(v2.to_dtype(torch.stack(crops), dtype, scale=True), list(mean), list(std))
 
-    candidates = {BASELINE: call(ours("torch")), "twin, compiled": call(torch.compile(ours("torch"), dynamic=False))}
+    compiled = torch.compile(ours("torch"), dynamic=False)
+    candidates = {BASELINE: _on(inputs, ours("torch")), "twin, compiled": _on(inputs, compiled)}
     if device.type == "cuda" and HAS_TRITON:
-        candidates["triton"] = call(ours("triton"))
+        candidates["triton"] = _on(inputs, ours("triton"))
     candidates["torchvision v2, one by one"] = torchvision
     name = f"{source} to {size} px, B={batch}, {str(dtype).removeprefix('torch.')}"
     return Case("crop", name, moved, batch, candidates, tuple(list(candidates)[1:]), tolerance=0.03)
 
 
-KERNELS = {"loss": loss_cases, "crop": crop_cases}
+# --- Depthwise convolution --------------------------------------------------------------------------------------------
+
+# Channels, side and stride: the exits of a ResNet-18 at 224 px, then layers of a MobileNetV2.
+EXITS = [(64, 56, 2), (64, 28, 1), (128, 28, 2), (128, 14, 1), (256, 14, 2), (256, 7, 1)]
+MOBILENET = [(96, 112, 2), (144, 56, 1), (192, 28, 1), (384, 14, 1), (960, 7, 1)]
+
+
+def depthwise_cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Forward, input gradient and weight gradient, and forward with the batch norm and ReLU before it folded in."""
+    if device.type == "cuda":
+        sizes, batch = ([(64, 28, 1), (64, 56, 2), (384, 14, 1)] if quick else EXITS + MOBILENET), 1024
+    else:
+        sizes, batch = [(32, 14, 1)] if quick else EXITS[:2], 2 if quick else 16
+    for channels, side, stride in sizes:
+        for work in ("forward", "folded", "input gradient", "weight gradient"):
+            yield depthwise_case(device, work, batch, channels, side, stride)
+
+
+def depthwise_case(device: torch.device, work: str, batch: int, channels: int, side: int, stride: int) -> Case:
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    size = f"{work}: C={channels}, {side} px, stride {stride}, B={batch}, {str(dtype).removeprefix('torch.')}"
+    out_side = -(-side // stride)
+    moved = batch * channels * (side**2 + out_side**2) * dtype.itemsize
+
+    def make(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        x, dy = (
+            torch.randn(batch, channels, n, n, generator=generator, device=device, dtype=dtype).contiguous(
+                memory_format=torch.channels_last
+            )
+            for n in (side, out_side)
+        )
+        return x, dy, torch.randn(channels, 1, 3, 3, generator=generator, device=device, dtype=dtype)
+
+    inputs = rotate(make, moved, device)
+    scale, shift = torch.rand(2, channels, device=device)
+
+    def twin(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        """On a GPU cuDNN's."""
+        if work == "folded":
+            return depthwise_conv3x3(x, weight, stride, scale, shift, "relu", impl="torch")
+        if work == "forward":
+            return depthwise_conv3x3(x, weight, stride, impl="torch")
+        mask = [work == "input gradient", work == "weight gradient", False]
+        settings = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], channels)
+        return torch.ops.aten.convolution_backward(dy, x, weight, *settings, mask)[mask.index(True)]
+
+    def triton(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        from fastofa.kernels import triton_depthwise
+
+        if work == "folded":
+            return triton_depthwise.depthwise_conv3x3(x, weight, stride, scale, shift, "relu")
+        if work == "forward":
+            return triton_depthwise.depthwise_conv3x3(x, weight, stride, None, None, None)
+        if work == "input gradient":
+            return triton_depthwise.input_gradient(dy, x, weight, stride, None, None, None)[0]
+        return triton_depthwise.weight_gradient(dy, x, weight, stride, None, None, None)
+
+    functions = {BASELINE: twin, "twin, compiled": torch.compile(twin, dynamic=False)}
+    if gpu and HAS_TRITON:
+        functions["triton"] = triton
+    candidates = {name: _on(inputs, function) for name, function in functions.items()}
+    return Case("depthwise", size, moved, batch, candidates, tuple(list(candidates)[1:]))
+
+
+def _on(inputs: list[Any], function: Callable[..., Any]) -> Call:
+    return lambda i: function(*inputs[i % len(inputs)])
+
+
+KERNELS = {"loss": loss_cases, "crop": crop_cases, "depthwise": depthwise_cases}
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
