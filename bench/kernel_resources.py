@@ -82,12 +82,12 @@ def loss_cases() -> list[Case]:
 
 
 def crop_cases() -> list[Case]:
-    """A resident data set by sample ids, to 224 px. Pixels are gathered byte by byte."""
+    """A resident data set by sample ids and its whole-pixel boxes, to 224 px. Pixels are gathered byte by byte."""
     return [
         Case(
             f"crop_resize {name}" + ("" if antialias else " plain"),
             triton_crop_resize._crop_resize_kernel,
-            pointers={"images": "*u8", "ids": "*i64", "boxes": "*fp32", "flips": "*i1", "result": f"*{name}"},
+            pointers={"images": "*u8", "ids": "*i64", "boxes": "*i64", "flips": "*i1", "result": f"*{name}"},
             scalars={
                 "count": "i32", "height": "i32", "width": "i32",
                 **{f"{what}_{channel}": "fp32" for what in ("scale", "shift") for channel in "rgb"},
