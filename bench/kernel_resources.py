@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.record import markdown_table
-from fastofa.kernels import triton_ofa_loss
+from fastofa.kernels import triton_depthwise, triton_ofa_loss
 
 ARCHITECTURES = (80, 90)
 
@@ -49,7 +49,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    return [*loss_cases()]
+    return [*loss_cases(), *depthwise_cases()]
 
 
 def loss_cases() -> list[Case]:
@@ -77,6 +77,37 @@ def loss_cases() -> list[Case]:
                 max_registers=64,
             )
         )  # fmt: skip
+    return found
+
+
+def depthwise_cases() -> list[Case]:
+    """bf16, a batch norm and ReLU before the convolution; 64 channels of 56 x 56, 512 of 7 x 7, and 96 of 112 x 112."""
+    found = []
+    for channels, side in ((64, 56), (512, 7), (96, 112)):
+        for stride in (1, 2):
+            tiles = triton_depthwise.tiling(256, side, side, channels, stride)
+            for name, kernel in (
+                ("forward", triton_depthwise._forward_kernel),
+                ("input gradient", triton_depthwise._input_gradient_kernel),
+                ("weight gradient", triton_depthwise._weight_gradient_kernel),
+            ):
+                pointers = {
+                    "x": "*bf16", "weight": "*fp32", "scales": "*fp32", "shifts": "*fp32", "y": "*bf16", "dy": "*bf16",
+                    "dx": "*bf16", "sums": "*fp32",
+                }  # fmt: skip
+                found.append(
+                    Case(
+                        f"depthwise {name} C={channels} S={side} stride={stride}",
+                        kernel,
+                        pointers={n: t for n, t in pointers.items() if n in kernel.arg_names},
+                        scalars=dict.fromkeys(("batch", "images", "height", "width", "rows"), "i32"),
+                        constants={
+                            "C": channels, "STRIDE": stride, "FOLDED": True, "ACTIVATION": "relu",
+                            "BLOCK_W": tiles.block_w, "BLOCK_C": tiles.block_c,
+                        },
+                        max_registers=168,
+                    )
+                )  # fmt: skip
     return found
 
 
