@@ -118,7 +118,7 @@ def backward_op(
     shift: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx [B, C, H, W], channels last, dw [C, 1, 3, 3] in their tensors' dtypes; dscale, dshift fp32 [C] ([0] if none)."""
+    """dx [B, C, H, W], channels last, and dw [C, 1, 3, 3], as x and weight; dscale, dshift fp32 [C] ([0] if none)."""
     from fastofa.kernels import triton_depthwise
 
     return triton_depthwise.depthwise_conv3x3_backward(dy, x, weight, stride, scale, shift, activation)

@@ -1,10 +1,10 @@
 """The depthwise 3x3 convolution in Triton, channels last: forward, input gradient, weight gradient.
 
-A program has a tile of BLOCK_W columns and BLOCK_C channels of the output's grid and walks down the rows of a strip, for
-one or several images. It reads every row once, as three tiles (what lies left of each column, at it, right of it), and
-what rows share stays in registers as sums that are not finished. The batch norm and the activation before the
-convolution are applied to what is read. Sums over the batch are written per program and added up afterwards, so they
-are the same in every run.
+A program has a tile of BLOCK_W columns and BLOCK_C channels of the output and walks down the rows of a strip, of one
+image or several. It reads every row once, as three tiles (what lies left of each column, at it, right of it), and what
+rows share stays in registers as sums that are not finished. The batch norm and the activation before the convolution
+are applied to what is read. Sums over the batch are written per program and added up afterwards, so they are the same
+in every run.
 
 Shapes: B batch, C channels, H and W of the input, OH and OW of the output, P programs per block of channels.
 """
@@ -248,7 +248,7 @@ def _weight_gradient_kernel(
     C: tl.constexpr, STRIDE: tl.constexpr, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of each program the sums fp32 [P, 9, C] that dw is made of: rows STRIDE * row.. of x, times the dy they go into."""
+    """Of each program the sums fp32 [P, 9, C] that dw is made of: a row of x times the three rows of dy it is part of."""
     out_height, out_width = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
     columns, channels, first, last, image, part = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
     scale, shift = 1.0, 0.0

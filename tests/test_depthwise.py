@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from fastofa.kernels import depthwise_conv3x3
-from fastofa.kernels.triton_depthwise import tiling
 
 pytestmark = pytest.mark.kernel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
