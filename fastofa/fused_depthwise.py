@@ -21,26 +21,23 @@ ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
 
 class Folded(NamedTuple):
-    """act(x * scale + shift), not computed yet."""
+    """act(x * scale + shift), not computed yet: x [B, C, H, W], scale and shift fp32 [C]."""
 
     x: Tensor
-    """[B, C, H, W]"""
-    scale: Tensor
-    """fp32 [C]"""
-    shift: Tensor
-    """fp32 [C]"""
-    activation: str | None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    activation: str | None = None
 
 
 class DepthwiseConv2d(nn.Conv2d):
     """3x3, padding 1, no bias, one filter a channel; runs the kernel where Triton can."""
 
     def forward(self, input: Tensor | Folded) -> Tensor:
-        x, *folded = input if isinstance(input, Folded) else (input,)
+        x, scale, shift, activation = input if isinstance(input, Folded) else Folded(input)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         impl = "triton" if x.device.type == "cuda" or interpreted() else "torch"
-        return depthwise_conv3x3(x, self.weight, self.stride[0], *folded, impl=impl)
+        return depthwise_conv3x3(x, self.weight, self.stride[0], scale, shift, activation, impl)
 
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
@@ -108,6 +105,6 @@ def _switch(conv: nn.Module, norm: nn.Module | None = None, activation: nn.Modul
         and activation is not None
         and type(activation) in ACTIVATIONS
     ):
-        norm.activation = ACTIVATIONS[type(activation)]
+        cast(FoldedBatchNorm2d, norm).activation = ACTIVATIONS[type(activation)]
         norm.__class__, activation.__class__ = FoldedBatchNorm2d, nn.Identity
     return True

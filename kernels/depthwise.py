@@ -153,8 +153,9 @@ def _(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    sums = [x.new_empty(0 if scale is None else x.shape[1], dtype=dtype) for _ in range(2)]
-    return _channels_last(x.shape, x), weight.new_empty(weight.shape), *sums
+    channels = 0 if scale is None else x.shape[1]
+    dscale, dshift = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+    return _channels_last(x.shape, x), weight.new_empty(weight.shape), dscale, dshift
 
 
 def _channels_last(shape: Any, like: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ def _weight_gradient_kernel(
     C: tl.constexpr, STRIDE: tl.constexpr, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of each program the sums fp32 [P, 9, C] that dw is made of: a row of x times the three rows of dy it is part of."""
+    """Of each program the sums fp32 [P, 9, C] that dw is made of: a row of x times each row of dy it is part of."""
     out_height, out_width = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
     columns, channels, first, last, image, part = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
     scale, shift = 1.0, 0.0
