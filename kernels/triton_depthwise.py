@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H and W of the input, OH and OW of the output, P pr
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -50,9 +51,9 @@ def _activate(value, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _read(image, row, column, channels, height, width, C: tl.constexpr):
-    """A tile of one row in fp32, 0 outside of the image; and where it is inside."""
-    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (channels < C)
-    return tl.load(image + (row * width + column) * C + channels, mask=inside, other=0.0).to(tl.float32), inside
+    """A tile of one row in fp32, 0 outside of the image."""
+    inside = (row >= 0) & (row < height) & (column < width) & (channels < C)
+    return tl.load(image + row * width * C + (column * C + channels), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -61,9 +62,13 @@ def _read_three(
     C: tl.constexpr, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """act(x * scale + shift) left of each column, at it and right of it; the padding is 0."""
-    a, inside_a = _read(image, row, column - 1, channels, height, width, C)
-    b, inside_b = _read(image, row, column, channels, height, width, C)
-    c, inside_c = _read(image, row, column + 1, channels, height, width, C)
+    at = image + row * width * C + (column * C + channels)
+    inside = (row >= 0) & (row < height) & (channels < C)
+    inside_a, inside_b = inside & (column > 0) & (column <= width), inside & (column < width)
+    inside_c = inside & (column < width - 1)
+    a = tl.load(at - C, mask=inside_a, other=0.0).to(tl.float32)
+    b = tl.load(at, mask=inside_b, other=0.0).to(tl.float32)
+    c = tl.load(at + C, mask=inside_c, other=0.0).to(tl.float32)
     if FOLDED:
         a = tl.where(inside_a, _activate(a * scale + shift, ACTIVATION), 0.0)
         b = tl.where(inside_b, _activate(b * scale + shift, ACTIVATION), 0.0)
@@ -89,8 +94,8 @@ def _store(image, row, column, channels, width, value, mask, C: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, c, u, v, w):
-    return a * u + b * v + c * w
+def _add(total, a, b, c, u, v, w):
+    return total + a * u + b * v + c * w
 
 
 # --- Forward ----------------------------------------------------------------------------------------------------------
@@ -117,54 +122,70 @@ def _forward_kernel(
         begun = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)  # sums that lack rows: of the next row of the output,
         if STRIDE == 1:
             later = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)  # and of the one after it
-            for row in range(first - 1, last + 1):
+            for row in range(first - 1, last + 1, 2):  # two rows at a time: more is under way from memory
                 a, b, c = _read_three(
                     source, row, columns, channels, height, width, scale, shift, C, FOLDED, ACTIVATION
                 )
-                done = begun + _dot(a, b, c, w20, w21, w22)
-                begun = later + _dot(a, b, c, w10, w11, w12)
-                later = _dot(a, b, c, w00, w01, w02)
-                _store(target, row - 1, columns, channels, out_width, done, inside & (row > first), C)
+                d, e, f = _read_three(
+                    source, row + 1, columns, channels, height, width, scale, shift, C, FOLDED, ACTIVATION
+                )
+                begun = _add(begun, a, b, c, w20, w21, w22)
+                _store(target, row - 1, columns, channels, out_width, begun, inside & (row > first), C)
+                begun = _add(_add(later, a, b, c, w10, w11, w12), d, e, f, w20, w21, w22)
+                _store(target, row, columns, channels, out_width, begun, inside & (row >= first) & (row < last), C)
+                begun = _add(_add(0.0, a, b, c, w00, w01, w02), d, e, f, w10, w11, w12)
+                later = _add(0.0, d, e, f, w00, w01, w02)
         else:
             a, b, c = _read_three(
                 source, 2 * first - 1, 2 * columns, channels, height, width, scale, shift, C, FOLDED, ACTIVATION
             )
-            begun += _dot(a, b, c, w00, w01, w02)
+            begun = _add(begun, a, b, c, w00, w01, w02)
             for row in range(first, last):
                 a, b, c = _read_three(
                     source, 2 * row, 2 * columns, channels, height, width, scale, shift, C, FOLDED, ACTIVATION
                 )
-                begun += _dot(a, b, c, w10, w11, w12)
-                a, b, c = _read_three(
+                d, e, f = _read_three(
                     source, 2 * row + 1, 2 * columns, channels, height, width, scale, shift, C, FOLDED, ACTIVATION
                 )
-                done = begun + _dot(a, b, c, w20, w21, w22)
-                begun = _dot(a, b, c, w00, w01, w02)
-                _store(target, row, columns, channels, out_width, done, inside, C)
+                begun = _add(_add(begun, a, b, c, w10, w11, w12), d, e, f, w20, w21, w22)
+                _store(target, row, columns, channels, out_width, begun, inside, C)
+                begun = _add(0.0, d, e, f, w00, w01, w02)
 
 
 # --- Input gradient ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _through_activation(
-    x, dx, row, column, channels, height, width, mask, gradient, scale, shift,
-    C: tl.constexpr, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr,
+def _read_x(
+    image, row, column, channels, height, width, mask, C: tl.constexpr, FOLDED: tl.constexpr
 ):  # fmt: skip
-    """Write dx of one tile, given the gradient of what was convolved; give what it adds to dscale and dshift."""
-    mask &= (row < height) & (column < width) & (channels < C)
-    product = gradient
+    """A tile of x, which only a folded kernel needs; where in the image it lies; and what of it is inside."""
+    at = row * width * C + (column * C + channels)
+    inside = mask & (row < height) & (column < width) & (channels < C)
+    value = 0.0
     if FOLDED:
-        value = tl.load(x + (row * width + column) * C + channels, mask=mask, other=0.0).to(tl.float32)
-        before = value * scale + shift
+        value = tl.load(image + at, mask=inside, other=0.0).to(tl.float32)
+    return value, at, inside
+
+
+@triton.jit
+def _store_dx(
+    dx, gradient, x, at, inside, scale, shift, dscale, dshift, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """Write a tile of dx, given the gradient of what was convolved; add to the sums dscale and dshift."""
+    if FOLDED:
+        before = x * scale + shift
+        passes = inside
         if ACTIVATION is not None:
-            gradient = tl.where(before > 0, gradient, 0.0)
+            passes = passes & (before > 0)
         if ACTIVATION == "relu6":
-            gradient = tl.where(before < 6, gradient, 0.0)
-        gradient = tl.where(mask, gradient, 0.0)
-        product = gradient * value
-    _store(dx, row, column, channels, width, gradient * scale if FOLDED else gradient, mask, C)
-    return product, gradient
+            passes = passes & (before < 6)
+        gradient = tl.where(passes, gradient, 0.0)
+        dscale += gradient * x
+        dshift += gradient
+        gradient *= scale
+    tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=inside)
+    return dscale, dshift
 
 
 @triton.jit
@@ -180,7 +201,7 @@ def _input_gradient_kernel(
     out_height, out_width = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
     columns, channels, first, last, image, part = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
     w00, w01, w02, w10, w11, w12, w20, w21, w22 = _weights(weight, channels, C)
-    scale, shift = w00, w00
+    scale, shift = 1.0, 0.0
     if FOLDED:
         scale, shift = _per_channel(scales, channels, 1, 0, C), _per_channel(shifts, channels, 1, 0, C)
     dscale = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
@@ -195,36 +216,37 @@ def _input_gradient_kernel(
             later = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
             for row in range(first - 1, last + 1):
                 a, b, c = _read_three(source, row, columns, channels, height, width, scale, shift, C, False, None)
-                done = begun + _dot(a, b, c, w02, w01, w00)
-                begun = later + _dot(a, b, c, w12, w11, w10)
-                later = _dot(a, b, c, w22, w21, w20)
-                product, gradient = _through_activation(
-                    values, target, row - 1, columns, channels, height, width, row > first, done, scale, shift,
-                    C, FOLDED, ACTIVATION,
-                )  # fmt: skip
-                dscale += product
-                dshift += gradient
+                value, at, inside = _read_x(values, row - 1, columns, channels, height, width, row > first, C, FOLDED)
+                begun = _add(begun, a, b, c, w02, w01, w00)
+                dscale, dshift = _store_dx(
+                    target, begun, value, at, inside, scale, shift, dscale, dshift, FOLDED, ACTIVATION
+                )
+                begun = _add(later, a, b, c, w12, w11, w10)
+                later = _add(0.0, a, b, c, w22, w21, w20)
         else:
-            a, _ = _read(source, first, columns, channels, out_height, out_width, C)
-            b, _ = _read(source, first, columns + 1, channels, out_height, out_width, C)
+            a = _read(source, first, columns, channels, out_height, out_width, C)
+            b = _read(source, first, columns + 1, channels, out_height, out_width, C)
             for row in range(first, last):
-                c, _ = _read(source, row + 1, columns, channels, out_height, out_width, C)
-                d, _ = _read(source, row + 1, columns + 1, channels, out_height, out_width, C)
-                for corner in tl.static_range(4):
-                    if corner == 0:
-                        gradient = a * w11
-                    elif corner == 1:
-                        gradient = a * w12 + b * w10
-                    elif corner == 2:
-                        gradient = a * w21 + c * w01
-                    else:
-                        gradient = a * w22 + b * w20 + c * w02 + d * w00
-                    product, gradient = _through_activation(
-                        values, target, 2 * row + corner // 2, 2 * columns + corner % 2, channels, height, width,
-                        True, gradient, scale, shift, C, FOLDED, ACTIVATION,
-                    )  # fmt: skip
-                    dscale += product
-                    dshift += gradient
+                c = _read(source, row + 1, columns, channels, out_height, out_width, C)
+                d = _read(source, row + 1, columns + 1, channels, out_height, out_width, C)
+                y, x_ = 2 * row, 2 * columns
+                p, at_p, in_p = _read_x(values, y, x_, channels, height, width, True, C, FOLDED)
+                q, at_q, in_q = _read_x(values, y, x_ + 1, channels, height, width, True, C, FOLDED)
+                r, at_r, in_r = _read_x(values, y + 1, x_, channels, height, width, True, C, FOLDED)
+                s, at_s, in_s = _read_x(values, y + 1, x_ + 1, channels, height, width, True, C, FOLDED)
+                dscale, dshift = _store_dx(
+                    target, a * w11, p, at_p, in_p, scale, shift, dscale, dshift, FOLDED, ACTIVATION
+                )
+                dscale, dshift = _store_dx(
+                    target, a * w12 + b * w10, q, at_q, in_q, scale, shift, dscale, dshift, FOLDED, ACTIVATION
+                )
+                dscale, dshift = _store_dx(
+                    target, a * w21 + c * w01, r, at_r, in_r, scale, shift, dscale, dshift, FOLDED, ACTIVATION
+                )
+                gradient = a * w22 + b * w20 + c * w02 + d * w00
+                dscale, dshift = _store_dx(
+                    target, gradient, s, at_s, in_s, scale, shift, dscale, dshift, FOLDED, ACTIVATION
+                )
                 a, b = c, d
 
     if FOLDED:
@@ -260,12 +282,12 @@ def _weight_gradient_kernel(
     for number in range(image, tl.minimum(image + images, batch)):
         slopes = dy + tl.cast(number, tl.int64) * out_height * out_width * C
         values = x + tl.cast(number, tl.int64) * height * width * C
-        at, _ = _read(slopes, first, columns, channels, out_height, out_width, C)
+        at = _read(slopes, first, columns, channels, out_height, out_width, C)
         above = at
         if STRIDE == 1:
-            above, _ = _read(slopes, first - 1, columns, channels, out_height, out_width, C)
+            above = _read(slopes, first - 1, columns, channels, out_height, out_width, C)
         for row in range(first, last):
-            below, _ = _read(slopes, row + 1, columns, channels, out_height, out_width, C)
+            below = _read(slopes, row + 1, columns, channels, out_height, out_width, C)
             a, b, c = _read_three(
                 values, STRIDE * row, STRIDE * columns, channels, height, width, scale, shift, C, FOLDED, ACTIVATION
             )
@@ -300,6 +322,11 @@ def _weight_gradient_kernel(
 
 PROGRAMS = 528  # at least, before a program takes several images: four per multiprocessor of an H100
 ROWS = 32  # at most, of one image
+
+
+def register_limit(kernel: Any, stride: int) -> int | None:
+    """Room for three programs of 128 threads on a multiprocessor; with four values of dx at a time, for two."""
+    return None if kernel is _input_gradient_kernel and stride == 2 else 168
 
 
 @dataclass(frozen=True)
@@ -337,7 +364,8 @@ def depthwise_conv3x3(
         return y
     x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
     tiles, arguments, constants = _common(x, stride, scale, activation)
-    _forward_kernel[(tiles.parts * tiles.blocks,)](x, weight, *_folded(x, scale, shift), y, *arguments, **constants)
+    limit, folding = register_limit(_forward_kernel, stride), _folded(x, scale, shift)
+    _forward_kernel[(tiles.parts * tiles.blocks,)](x, weight, *folding, y, *arguments, **constants, maxnreg=limit)
     return y
 
 
@@ -357,13 +385,16 @@ def depthwise_conv3x3_backward(
     folded = scale is not None
     if not x.numel():
         none = x.new_zeros(channels if folded else 0, dtype=torch.float32)
-        return dx, torch.zeros_like(weight), none, none.clone()
+        return dx, weight.new_zeros(weight.shape), none, none.clone()
     tiles, arguments, constants = _common(x, stride, scale, activation)
     grid = (tiles.parts * tiles.blocks,)
     sums = x.new_empty(tiles.parts, 2, channels if folded else 0, dtype=torch.float32)
-    _input_gradient_kernel[grid](dy, x, weight, *_folded(x, scale, shift), dx, sums, *arguments, **constants)
+    folding = _folded(x, scale, shift)
+    limit = register_limit(_input_gradient_kernel, stride)
+    _input_gradient_kernel[grid](dy, x, weight, *folding, dx, sums, *arguments, **constants, maxnreg=limit)
     products = x.new_empty(tiles.parts, 9, channels, dtype=torch.float32)
-    _weight_gradient_kernel[grid](dy, x, *_folded(x, scale, shift), products, *arguments, **constants)
+    limit = register_limit(_weight_gradient_kernel, stride)
+    _weight_gradient_kernel[grid](dy, x, *folding, products, *arguments, **constants, maxnreg=limit)
     dw = products.sum(dim=0).t().reshape(weight.shape).to(weight.dtype)
     dscale, dshift = sums.sum(dim=0).unbind()
     return dx, dw.contiguous(), dscale.clone(), dshift.clone()
