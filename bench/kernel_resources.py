@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.record import markdown_table
-from fastofa.kernels import triton_crop_resize, triton_ofa_loss
+from fastofa.kernels import triton_crop_resize, triton_depthwise, triton_ofa_loss
 
 ARCHITECTURES = (80, 90)
 
@@ -44,13 +44,15 @@ class Case:
     divisible: tuple[str, ...] = ()
     """Scalars that are multiples of 16."""
     num_warps: int = 4
+    register_limit: int | None = None
+    """What the launcher allows the compiler."""
     max_registers: int = 128
     wide_loads: bool = True
     """Reads its tensors by 128 bits at a time."""
 
 
 def cases() -> list[Case]:
-    return [*loss_cases(), *crop_cases()]
+    return [*loss_cases(), *crop_cases(), *depthwise_cases()]
 
 
 def loss_cases() -> list[Case]:
@@ -105,6 +107,38 @@ def crop_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def depthwise_cases() -> list[Case]:
+    """bf16, with a batch norm and an activation folded in; sides S of two stages' exits and of MobileNetV2's first."""
+    found = []
+    for channels, side, activation in ((64, 56, "relu"), (512, 7, "relu"), (96, 112, "relu6")):
+        for stride in (1, 2):
+            tiles = triton_depthwise.tiling(256, side, side, channels, stride)
+            for name, kernel in (
+                ("forward", triton_depthwise._forward_kernel),
+                ("input gradient", triton_depthwise._input_gradient_kernel),
+                ("weight gradient", triton_depthwise._weight_gradient_kernel),
+            ):
+                pointers = {
+                    "x": "*bf16", "weight": "*fp32", "scales": "*fp32", "shifts": "*fp32", "y": "*bf16", "dy": "*bf16",
+                    "dx": "*bf16", "sums": "*fp32",
+                }  # fmt: skip
+                found.append(
+                    Case(
+                        f"depthwise {name} C={channels} S={side} stride={stride}",
+                        kernel,
+                        pointers={n: t for n, t in pointers.items() if n in kernel.arg_names},
+                        scalars=dict.fromkeys(("batch", "images", "height", "width", "rows"), "i32"),
+                        constants={
+                            "C": channels, "STRIDE": stride, "FOLDED": True, "ACTIVATION": activation,
+                            "BLOCK_W": tiles.block_w, "BLOCK_C": tiles.block_c,
+                        },
+                        register_limit=triton_depthwise.register_limit(kernel, stride),
+                        max_registers=triton_depthwise.register_limit(kernel, stride) or 255,
+                    )
+                )  # fmt: skip
+    return found
+
+
 def compile_case(case: Case, architecture: int) -> dict[str, Any]:
     """Registers, spilled and stack bytes, shared bytes, number of 128-bit loads and stores, of fp64 instructions."""
     names = case.kernel.arg_names
@@ -115,7 +149,8 @@ def compile_case(case: Case, architecture: int) -> dict[str, Any]:
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in case.pointers or n in case.divisible}
     source = ASTSource(case.kernel, signature, {(names.index(n),): v for n, v in case.constants.items()}, attrs)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps, "maxnreg": case.register_limit}
+    compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
     return {
         "kernel": case.name,

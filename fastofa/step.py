@@ -19,6 +19,7 @@ from fastofa.config import TrainConfig
 from fastofa.device import choose_bf16, choose_compile
 from fastofa.distributed import World
 from fastofa.errors import BadInput
+from fastofa.fused_depthwise import use_depthwise_kernel
 from fastofa.kernels.choice import interpreted
 from fastofa.losses import PARTS, Objective
 from fastofa.optim import create_optimizer, set_learning_rate
@@ -74,6 +75,8 @@ class Step:
             )
         if config.sync_bn and self.world.size > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        if "exits" in config.kernels:
+            use_depthwise_kernel(student)
         self.student = student
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)

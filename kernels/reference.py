@@ -214,3 +214,49 @@ def crop_resize(
         if mean is not None and std is not None:
             out = (out - out.new_tensor(mean)) / out.new_tensor(std)
     return out.to(dtype).contiguous().permute(0, 3, 1, 2)
+
+
+# --- Depthwise convolution --------------------------------------------------------------------------------------------
+
+
+def depthwise_conv3x3(
+    x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, shift: Tensor | None, activation: str | None
+) -> Tensor:
+    """Batch norm's last step, the activation, and the convolution in x's dtype, as autocast runs it."""
+    return F.conv2d(
+        _before_conv(x, scale, shift, activation), weight.to(x.dtype), stride=stride, padding=1, groups=x.shape[1]
+    )
+
+
+def depthwise_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of x, weight, scale and shift (the last two in fp32 or more, empty where there are none), in closed form."""
+    convolved = _before_conv(x, scale, shift, activation)
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, convolved, weight.to(x.dtype), None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], x.shape[1],
+        [True, True, False],
+    )  # fmt: skip
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if scale is None:
+        return dx, dw.to(weight.dtype), dx.new_empty(0, dtype=dtype), dx.new_empty(0, dtype=dtype)
+    gradient = dx.to(dtype)
+    if activation is not None:
+        gradient = gradient * ((convolved > 0) & (convolved < 6) if activation == "relu6" else convolved > 0)
+    dscale, dshift = (gradient * x.to(dtype)).sum(dim=(0, 2, 3)), gradient.sum(dim=(0, 2, 3))
+    return (gradient * scale[:, None, None]).to(x.dtype), dw.to(weight.dtype), dscale, dshift
+
+
+def _before_conv(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str | None) -> Tensor:
+    if scale is None or shift is None:
+        return x
+    z = x.to(torch.promote_types(x.dtype, torch.float32)) * scale[:, None, None] + shift[:, None, None]
+    if activation is not None:
+        z = F.relu(z) if activation == "relu" else F.relu6(z)
+    return z.to(x.dtype)

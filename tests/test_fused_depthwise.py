@@ -1,0 +1,137 @@
+"""Models whose depthwise convolutions run the kernel, batch norms folded in, against the same models as made."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from fastofa.exits import ConvExit
+from fastofa.fused_depthwise import DepthwiseConv2d, FoldedBatchNorm2d, use_depthwise_kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fused(model: nn.Module, switched: int) -> nn.Module:
+    model = copy.deepcopy(model)
+    assert use_depthwise_kernel(model) == switched
+    return model
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Batch norms with weights, biases and running statistics unlike 1 and 0."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.to(DEVICE, memory_format=torch.channels_last)
+
+
+def step(model: nn.Module, images: Tensor, training: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Outputs, gradients and buffers after one forward and backward pass, by name."""
+    model.train(training)
+    images = images.clone().requires_grad_()
+    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+        out = model(images)
+    (out.float() * torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)).sum().backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return {"out": out.detach(), "gradient of images": images.grad, **gradients, **buffers}
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """To `tolerance` of each tensor's greatest number."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype, name
+        error = (got[name] - value).abs().max().item()
+        assert error <= tolerance * max(value.abs().max().item(), 1e-3), (name, error)
+
+
+def make_exit() -> nn.Module:
+    """Two SepConvs: four depthwise convolutions, of which the first has no batch norm before it."""
+    return randomize(ConvExit(2, 8, 12, 5))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("training", [True, False])
+def test_an_exit_with_kernels_is_the_same(training):
+    model, images = make_exit(), torch.randn(3, 8, 8, 8).to(DEVICE)
+    assert_same(step(fused(model, 4), images, training), step(model, images, training), 2e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mobilenet_is_the_same(training, monkeypatch):
+    """By the twin on a CPU: what is tested is the folding."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = randomize(timm.create_model("mobilenetv2_100", num_classes=5)).double()
+    images = torch.randn(2, 3, 64, 64).to(DEVICE, torch.float64)
+    if DEVICE == "cuda":
+        model, images = model.float(), images.float()
+    tolerance = 1e-9 if DEVICE == "cpu" else 1e-3
+    assert_same(step(fused(model, 17), images, training), step(model, images, training), tolerance)
+
+
+@pytest.mark.kernel
+def test_mixed_precision_is_as_close_to_fp32():
+    """Under autocast to bf16, folding rounds less often."""
+    model, images = make_exit(), torch.randn(3, 8, 8, 8).to(DEVICE)
+    exact = step(copy.deepcopy(model), images, True)
+    got = step(fused(model, 4), images, True, torch.bfloat16)
+    plain = step(model, images, True, torch.bfloat16)
+    for name, value in exact.items():
+        assert got[name].dtype == plain[name].dtype, name
+        error, allowed = ((other[name] - value).abs().max().item() for other in (got, plain))
+        assert error <= 1.5 * allowed + 2**-7 * value.abs().max().item(), (name, error, allowed)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(training):
+    model, images = randomize(ConvExit(3, 8, 8, 5)), torch.randn(2, 8, 4, 4).to(DEVICE)
+    compiled = fused(model, 2)
+    compiled.compile(fullgraph=True)
+    assert_same(step(compiled, images, training), step(model, images, training), 2e-5)
+
+
+def test_parameters_names_and_copies_stay():
+    """A checkpoint goes either way, and the moving average's copy is fused, too."""
+    model = make_exit()
+    switched = fused(model, 4)
+    assert {k: v.shape for k, v in switched.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    model.load_state_dict(switched.state_dict())
+    again = copy.deepcopy(switched)
+    for kind, count in ((DepthwiseConv2d, 4), (FoldedBatchNorm2d, 3)):
+        assert sum(isinstance(module, kind) for module in again.modules()) == count
+    parameters = zip(again.parameters(), switched.parameters(), strict=True)
+    assert all(a is not b and torch.equal(a, b) for a, b in parameters)
+
+
+def test_a_second_time_there_is_nothing_to_do():
+    assert use_depthwise_kernel(fused(make_exit(), 4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions", "folded"),
+    [("mobilenetv1_100", 13, 0), ("mobilenetv3_large_100", 9, 2), ("efficientnet_b0", 7, 0), ("resnet18", 0, 0)],
+)
+def test_which_layers_are_switched(name, convolutions, folded):
+    """Not 5x5, not in blocks of other kinds; batch norms only before ReLU and ReLU6, and within their block."""
+    model = fused(timm.create_model(name), convolutions)
+    assert sum(isinstance(module, FoldedBatchNorm2d) for module in model.modules()) == folded
+
+
+def test_a_synchronised_batch_norm_is_not_folded():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(make_exit())
+    assert use_depthwise_kernel(model) == 4
+    assert not any(isinstance(module, FoldedBatchNorm2d) for module in model.modules())
+
+
+def test_one_value_a_channel_is_refused_as_by_batch_norm():
+    model, images = make_exit(), torch.randn(1, 8, 2, 2).to(DEVICE)
+    for each in (model, fused(model, 4)):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+            each.train()(images)
