@@ -36,7 +36,8 @@ class DepthwiseConv2d(nn.Conv2d):
         x, scale, shift, activation = input if isinstance(input, Folded) else Folded(input)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        impl = "triton" if x.device.type == "cuda" or interpreted() else "torch"
+        fits = x.dtype != torch.float64 and (x.device.type == "cuda" or interpreted())
+        impl = "triton" if fits else "torch"
         return depthwise_conv3x3(x, self.weight, self.stride[0], scale, shift, activation, impl)
 
 

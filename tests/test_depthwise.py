@@ -139,6 +139,7 @@ def test_is_an_operator_of_pytorch(folded, stride):
     torch.library.opcheck(torch.ops.fastofa.depthwise_conv3x3_backward, (slope, *given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_compiles_without_a_graph_break(impl):
     def function(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -5,12 +5,18 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from torch import Tensor, nn
 
 from fastofa.exits import ConvExit
 from fastofa.fused_depthwise import DepthwiseConv2d, FoldedBatchNorm2d, use_depthwise_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def fused(model: nn.Module, switched: int) -> nn.Module:
@@ -34,21 +40,21 @@ def step(model: nn.Module, images: Tensor, training: bool, dtype: torch.dtype | 
     """Outputs, gradients and buffers after one forward and backward pass, by name."""
     model.train(training)
     images = images.clone().requires_grad_()
-    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         out = model(images)
-    (out.float() * torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)).sum().backward()
+    (out.float() * torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)).sum().backward()
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return {"out": out.detach(), "gradient of images": images.grad, **gradients, **buffers}
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """To `tolerance` of each tensor's greatest number."""
+    """To `tolerance` of each tensor's greatest number, or of 0.1: before a batch norm, a bias's gradient is 0."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name].dtype == value.dtype, name
         error = (got[name] - value).abs().max().item()
-        assert error <= tolerance * max(value.abs().max().item(), 1e-3), (name, error)
+        assert error <= tolerance * max(value.abs().max().item(), 0.1), (name, error)
 
 
 def make_exit() -> nn.Module:
@@ -56,23 +62,31 @@ def make_exit() -> nn.Module:
     return randomize(ConvExit(2, 8, 12, 5))
 
 
+def make_blocks() -> nn.Module:
+    """MobileNet's two kinds, with stride 1 and 2."""
+    return randomize(
+        nn.Sequential(
+            DepthwiseSeparableConv(8, 8, act_layer=nn.ReLU6),
+            InvertedResidual(8, 12, stride=2, exp_ratio=2, act_layer=nn.ReLU6),
+            InvertedResidual(12, 12, exp_ratio=2, act_layer=nn.ReLU),
+        )
+    )
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("training", [True, False])
-def test_an_exit_with_kernels_is_the_same(training):
-    model, images = make_exit(), torch.randn(3, 8, 8, 8).to(DEVICE)
-    assert_same(step(fused(model, 4), images, training), step(model, images, training), 2e-5)
+@pytest.mark.parametrize(("make", "switched"), [(make_exit, 4), (make_blocks, 3)])
+def test_with_kernels_the_results_are_the_same(make, switched, training):
+    model, images = make(), torch.randn(3, 8, 8, 8).to(DEVICE)
+    assert_same(step(fused(model, switched), images, training), step(model, images, training), 1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_mobilenet_is_the_same(training, monkeypatch):
-    """By the twin on a CPU: what is tested is the folding."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    model = randomize(timm.create_model("mobilenetv2_100", num_classes=5)).double()
-    images = torch.randn(2, 3, 64, 64).to(DEVICE, torch.float64)
-    if DEVICE == "cuda":
-        model, images = model.float(), images.float()
-    tolerance = 1e-9 if DEVICE == "cpu" else 1e-3
-    assert_same(step(fused(model, 17), images, training), step(model, images, training), tolerance)
+def test_a_mobilenet_is_the_same(training):
+    """In float64, which is the twin's: in fp32, of so many activations one or the other is at a ReLU's corner."""
+    model = randomize(timm.create_model("mobilenetv2_100", num_classes=5)).to("cpu", torch.float64)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert_same(step(fused(model, 17), images, training), step(model, images, training), 1e-9)
 
 
 @pytest.mark.kernel
@@ -88,13 +102,14 @@ def test_mixed_precision_is_as_close_to_fp32():
         assert error <= 1.5 * allowed + 2**-7 * value.abs().max().item(), (name, error, allowed)
 
 
+@pytest.mark.slow
 @pytest.mark.kernel
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_a_graph_break(training):
     model, images = randomize(ConvExit(3, 8, 8, 5)), torch.randn(2, 8, 4, 4).to(DEVICE)
     compiled = fused(model, 2)
     compiled.compile(fullgraph=True)
-    assert_same(step(compiled, images, training), step(model, images, training), 2e-5)
+    assert_same(step(compiled, images, training), step(model, images, training), 1e-4)
 
 
 def test_parameters_names_and_copies_stay():
