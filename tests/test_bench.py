@@ -33,7 +33,7 @@ def test_every_part_of_the_gpu_run_at_a_tiny_size(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     records = {path.stem.partition("_")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert records.keys() == {"train", "profile", "roofline", "optimizers", "loaders", "epoch"}
+    assert records.keys() == {"train", "profile", "kernels", "roofline", "optimizers", "loaders", "epoch"}
     for record in records.values():
         assert record["environment"].keys() >= {"date", "commit", "command", "cpu", "cores", "gpu", "torch", "timm"}
         assert record["result"]["baseline"]
