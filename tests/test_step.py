@@ -18,6 +18,7 @@ from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset
 from fastofa.distributed import World
 from fastofa.errors import BadInput
+from fastofa.fused_depthwise import DepthwiseConv2d
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.recipes import RECIPES
 from fastofa.step import SUMS, Step
@@ -83,6 +84,12 @@ def test_the_loss_kernel_takes_the_same_steps(batches):
     assert kernel.sums.tolist() == pytest.approx(plain.sums.tolist(), rel=1e-5)
     for name, value in plain.student.state_dict().items():
         torch.testing.assert_close(kernel.student.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_exits_kernel_is_in_student_and_average():
+    made = make_step(kernels=("exits",), student="test_resnet", ema=0.9)
+    for model in (made.student, made.trained):
+        assert any(isinstance(module, DepthwiseConv2d) for module in model.modules())
 
 
 def test_kernels_need_a_gpu(monkeypatch):
