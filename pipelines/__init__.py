@@ -23,6 +23,7 @@ PIPELINES = {
     "resident": "fastofa.pipelines.resident",
     "packed": "fastofa.pipelines.packed",
     "ffcv": "fastofa.pipelines.ffcv_loader",
+    "dali": "fastofa.pipelines.dali_loader",
     "torchvision": "fastofa.pipelines.torchvision_loader",
 }
 
@@ -54,7 +55,8 @@ def open_pipeline(
 
     Args:
         name: "resident" (the data set in device memory), "packed" (a pack on the disk), "ffcv" (a .beton),
-            "torchvision" (anything, by worker processes), or "auto": see `choose`, whose choice is printed.
+            "dali" (a folder), "torchvision" (anything, by worker processes), or "auto": see `choose`, whose choice is
+            printed.
         dataset: a `fastofa.dataset.Dataset`.
         image_size, batch_size: of the batches it makes, in pixels and samples.
         device: where the batches end up.

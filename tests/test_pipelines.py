@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +41,14 @@ from fastofa.views import (
 from fastofa.write import WriteConfig, write
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DALI = pytest.param("dali", marks=pytest.mark.dali)
+FOLDER_DALI = pytest.param("mixed", "dali", marks=pytest.mark.dali)
+
+
+@pytest.fixture(autouse=True)
+def _dali(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("dali"):
+        pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI; `fastofa doctor` says how to get it")
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +153,7 @@ def same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
         ("packed", "packed"),
         ("beton", "ffcv"),
         ("raw", "ffcv"),
+        FOLDER_DALI,
     ],
 )
 def test_pixels_depend_on_view_and_sample_only(request, source, name, workers, batch_size):
@@ -179,7 +189,7 @@ def test_resident_pixels_depend_on_view_and_sample_only(request, source, batch_s
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(2, 6), (3, 4)])
-@pytest.mark.parametrize("name", ["packed", "resident", "torchvision", "ffcv"])
+@pytest.mark.parametrize("name", ["packed", "resident", "torchvision", "ffcv", DALI])
 def test_ranks_together_see_what_one_sees(request, name, ranks, batch_size):
     """Batch by batch: their batches number b hold the samples of one rank's batch b, with the same pixels."""
     dataset = source_of(name, request)
@@ -207,6 +217,7 @@ def ramp(size: tuple[int, int]) -> np.ndarray:
     [
         *[(form, name) for form in ("array", "x.pack") for name in ("torchvision", "resident", "packed")],
         *[("x.beton", name) for name in ("torchvision", "resident", "ffcv")],
+        pytest.param("data", "dali", marks=pytest.mark.dali),
     ],
 )
 def test_a_view_is_the_same_region_in_every_form_and_at_every_size(tmp_path, form, name):
@@ -223,7 +234,10 @@ def test_a_view_is_the_same_region_in_every_form_and_at_every_size(tmp_path, for
         (tmp_path / "data/train/ramp").mkdir(parents=True)
         for i in names:
             Image.fromarray(pixels[0]).save(tmp_path / f"data/train/ramp/{i}.png")
-        write(WriteConfig(str(tmp_path / "data"), tmp_path / form, **{"max_size": 200} if form == "x.beton" else {}))
+        if form != "data":
+            write(
+                WriteConfig(str(tmp_path / "data"), tmp_path / form, **{"max_size": 200} if form == "x.beton" else {})
+            )
         dataset = open_dataset(str(tmp_path / form))
     slack = 255 / dataset.stored_sizes[0]
     for size in (8, 20, 64):
@@ -283,6 +297,7 @@ def augmented_by_hand(cropped: Tensor, views: Views) -> Tensor:
         ("mixed", "torchvision"),
         ("packed", "packed"),
         ("beton", "ffcv"),
+        FOLDER_DALI,
     ],
 )
 def test_the_augmentation_equals_timms_picture_by_picture(request, source, name):
@@ -313,6 +328,7 @@ def test_the_augmentation_equals_timms_picture_by_picture(request, source, name)
         ("packed", "packed", 1),
         ("packed", "packed", 4),
         ("beton", "ffcv", 4),
+        pytest.param("mixed", "dali", 4, marks=pytest.mark.dali),
     ],
 )
 def test_augmented_pixels_depend_on_view_and_sample_only(request, source, name, workers):
@@ -417,13 +433,13 @@ def test_colours_are_the_policys(digits):
     ("source", "name"),
     [(s, n) for s in ("digits", "uniform", "packed") for n in ("torchvision", "resident")]
     + [("mixed", "torchvision"), ("beton", "torchvision"), ("digits", "packed"), ("packed", "packed")]
-    + [("beton", "ffcv"), ("raw", "ffcv")],
+    + [("beton", "ffcv"), ("raw", "ffcv"), FOLDER_DALI],
 )
 def test_equals_a_plain_torchvision_loop(request, source, name):
     """Per sample: open, resized_crop(antialias=True), horizontal_flip; digits to 1 of 255 at every pixel."""
     dataset = request.getfixturevalue(source)
     views = draw(dataset)
-    for size in (8, 45):
+    for size in (32 if name == "dali" else 8, 45):  # whose resizing differs at the outermost pixels
         got, expected = images_of(run(name, dataset, views, size)), by_hand(dataset, views, size)
         assert got.dtype == torch.uint8
         if source == "digits":
@@ -485,7 +501,7 @@ def test_an_epoch_may_be_empty_or_repeat_samples(digits):
             run(name, digits, views, order=np.arange(101))
 
 
-@pytest.mark.parametrize("name", ["torchvision", "resident", "packed", "ffcv"])
+@pytest.mark.parametrize("name", ["torchvision", "resident", "packed", "ffcv", DALI])
 def test_the_size_may_change_between_epochs(request, name):
     """To what a pipeline of that size makes."""
     dataset = source_of(name, request)
@@ -547,6 +563,78 @@ def test_a_damaged_picture_of_a_beton_is_named(photos: Path, tmp_path: Path):
         run("ffcv", dataset, views, order=np.arange(17, 18))
 
 
+@pytest.mark.dali
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-900]), "unreadable image .*{name}"),
+        (lambda path: path.write_text("not a picture"), "unreadable image .*{name}"),
+        (lambda path: path.write_bytes(b""), "unreadable image .*{name}"),
+        (lambda path: path.unlink(), "unreadable image .*{name}"),
+        (lambda path: Image.open(path).crop((0, 0, 50, 40)).save(path), "image .*{name} is 40 x 50 pixels, expected"),
+        (lambda path: Image.open(path).resize((500, 400)).save(path), "image .*{name} is 400 x 500 pixels, expected"),
+    ],
+)
+def test_dali_names_a_file_that_went_bad(photos: Path, tmp_path: Path, damage: Callable[[Path], object], message: str):
+    """When its batch comes, not before."""
+    shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
+    dataset = open_dataset(str(tmp_path / "data"))
+    damage(dataset.path(17))
+    epoch = open_pipeline("dali", dataset, 32, batch_size=6, workers=2).epoch(draw(dataset), np.arange(24))
+    assert [len(next(epoch).images), len(next(epoch).images)] == [6, 6]
+    with pytest.raises(BadInput, match=message.format(name=dataset.names[17])) as error:
+        next(epoch)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.dali
+def test_dali_runs_on_past_files_that_went_bad(photos: Path, tmp_path: Path, capsys):
+    """With skip_corrupt they are named and left out; the others are what they are without them."""
+    shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
+    folder = tmp_path / "data/train/china"
+    (folder / "003.jpg").write_text("not a picture")
+    (folder / "005.jpg").write_bytes((folder / "005.jpg").read_bytes()[:-900])
+    (folder / "006.jpg").write_bytes(b"")
+    dataset = open_dataset(str(tmp_path / "data"), skip_corrupt=True)
+    said = capsys.readouterr().err
+    assert all(f"a/{name}.jpg" in said for name in ("003", "005", "006"))
+    assert len(dataset) == 21
+    views = draw(dataset)
+    assert difference(images_of(run("dali", dataset, views)), by_hand(dataset, views, 32)) <= 1
+
+
+@pytest.mark.dali
+def test_dali_serves_every_kind_of_file(photos: Path, tmp_path: Path):
+    """CMYK, grey, 16 bits, transparency, turned by EXIF, another kind than the name says, very wide."""
+    folder = tmp_path / "data/train/a"
+    folder.mkdir(parents=True)
+    photo = Image.open(photos / "train/china/000.jpg")
+    exif = Image.Exif()
+    for i in range(8):
+        exif[0x0112] = i + 1
+        photo.save(folder / f"turned-{i}.jpg", exif=exif, quality=95)
+    photo.convert("CMYK").save(folder / "cmyk.jpg")
+    photo.convert("L").save(folder / "grey.jpg")
+    photo.save(folder / "a-png.jpg", "PNG")
+    photo.save(folder / "photo.webp")
+    photo.resize((20000, 40)).save(folder / "wide.jpg")
+    photo.convert("P").save(folder / "palette.png")
+    photo.convert("RGBA").save(folder / "clear.png")
+    Image.fromarray((np.arange(4800).reshape(60, 80) * 13).astype(np.uint16)).save(folder / "16-bit.png")
+    dataset = open_dataset(str(tmp_path / "data"))
+    views = draw(dataset)
+    found, expected = (images_of(run(name, dataset, views)) for name in ("dali", "torchvision"))
+    worst = {n: round(difference(a[None], b[None]), 2) for n, a, b in zip(dataset.names, found, expected, strict=True)}
+    assert max(worst.values()) <= 1, worst
+
+
+def test_without_dali_one_line_says_how_to_get_it(mixed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.delitem(sys.modules, "fastofa.pipelines.dali_loader", raising=False)
+    with pytest.raises(BadInput, match=r"pipeline dali: needs DALI \(.*\); `fastofa doctor` says how to get it"):
+        open_pipeline("dali", mixed, 32, 8)
+
+
 def test_workers_leave_interrupts_to_the_main_process(mixed):
     """Ctrl-C reaches all processes of a terminal; a worker that dies of it would hide the main process's own ending."""
     order = np.arange(len(mixed))
@@ -584,7 +672,7 @@ def test_a_pack_is_resident_where_it_is_small_and_fits(packed, monkeypatch, caps
         check_memory(4 * need, gpu, "x.pack")
 
 
-@pytest.mark.parametrize("name", ["packed", "torchvision", "resident", "ffcv"])
+@pytest.mark.parametrize("name", ["packed", "torchvision", "resident", "ffcv", DALI])
 def test_early_exits_leave_no_thread_and_no_memory(request, name):
     """Thirty epochs left after a batch, and fifty whole ones."""
     dataset = source_of(name, request)
@@ -645,7 +733,7 @@ def test_a_threads_error_is_the_epochs(packed, monkeypatch):
     assert threading.active_count() <= threads
 
 
-@pytest.mark.parametrize("name", ["packed", "resident", "torchvision", "ffcv"])
+@pytest.mark.parametrize("name", ["packed", "resident", "torchvision", "ffcv", DALI])
 def test_batches_made_in_inference_mode(request, name):
     """As evaluation makes them."""
     dataset = source_of(name, request)
@@ -683,16 +771,22 @@ def test_a_gpu_crops_to_the_pixels_of_the_cpu(packed, name):
         ),
         ({"name": "packed"}, r"pipeline packed: expected a \.pack, got .*; `fastofa write` makes one"),
         ({"name": "ffcv"}, r"pipeline ffcv: expected a \.beton, got .*; `fastofa write` makes one"),
+        pytest.param(
+            {"name": "dali", "source": "packed"},
+            "pipeline dali: expected a folder of pictures, got ",
+            marks=pytest.mark.dali,
+        ),
         ({"name": "pillow"}, "unknown pipeline 'pillow': expected auto or one of .*resident.*torchvision"),
         ({"image_size": 0}, "at least 1 .*got 0, 8 and 0"),
         ({"batch_size": 0}, "at least 1 .*got 32, 0 and 0"),
         ({"workers": -1}, "at least 0, got 32, 8 and -1"),
     ],
 )
-def test_refuses_what_it_cannot_serve(mixed, change, message):
-    options = {"name": "torchvision", "dataset": mixed, "image_size": 32, "batch_size": 8, "workers": 0}
+def test_refuses_what_it_cannot_serve(request, change, message):
+    options = {"name": "torchvision", "source": "mixed", "image_size": 32, "batch_size": 8, "workers": 0, **change}
+    dataset = request.getfixturevalue(options.pop("source"))
     with pytest.raises(BadInput, match=message):
-        open_pipeline(**{**options, **change})
+        open_pipeline(dataset=dataset, **options)
 
 
 def test_one_picture_of_another_size_is_enough_to_refuse(uniform):
