@@ -45,12 +45,6 @@ DALI = pytest.param("dali", marks=pytest.mark.dali)
 FOLDER_DALI = pytest.param("mixed", "dali", marks=pytest.mark.dali)
 
 
-@pytest.fixture(autouse=True)
-def _dali(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("dali"):
-        pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI; `fastofa doctor` says how to get it")
-
-
 @pytest.fixture(scope="module")
 def mixed(photos: Path) -> Dataset:
     """24 JPEGs of many sizes."""
