@@ -2,8 +2,10 @@
 # make test     lint, types, every test
 # make unit     the quick tests only
 # make install  .venv with everything the others need; they call it themselves
+# make test EXTRAS=test,ffcv,dali   with FFCV and NVIDIA DALI, too (`fastofa doctor` says what FFCV needs)
 
 PYTHON ?= python3
+EXTRAS ?= test
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n auto
 
@@ -18,7 +20,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "fastofa needs Python >= 3.10 with venv (Debian: apt-get install python3-venv), or: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 
 demo: install

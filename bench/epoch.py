@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench import loaders
+from bench import bench_loader as loaders
 from bench.record import RESULTS, markdown_table, read_record, write_record
 from bench.steps import Job, OnlineTeacher, Way, official_step, our_step
 from bench.timing import interleaved_ms

@@ -137,7 +137,7 @@ class TrainConfig:
     pipeline: str = "auto"
     """resident, packed, torchvision, or auto, which says what it takes and why."""
     workers: int | None = None
-    """Decoding processes of the torchvision pipeline, threads of packed; by default one per core, at most 16."""
+    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 1

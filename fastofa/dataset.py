@@ -71,34 +71,37 @@ class Dataset:
 
     def read(self, sample_id: int) -> Tensor:
         """A picture, uint8 [3, H, W], of an array a view. Raises BadInput, naming one that is damaged."""
-        name, (height, width) = self.names[sample_id], self.stored_sizes[sample_id].tolist()
         if self.pixels is not None:
             return torch.from_numpy(self.pixels[sample_id]).permute(2, 0, 1)
         if self.spans is None:
             image = read_image(self.path(sample_id))
-            remedy = f"as in the index; delete {self.index} to read the folder anew"
-        else:
-            image = self._unpack(sample_id, height, width)
-            remedy = f"as {self.file} says of it; write that again"
-        if list(image.shape[1:]) != [height, width]:
-            raise BadInput(
-                f"image {name} is {image.shape[1]} x {image.shape[2]} pixels, expected {height} x {width} {remedy}"
-            )
-        return image
-
-    def _unpack(self, sample_id: int, height: int, width: int) -> Tensor:
-        """A picture of a .beton."""
+            return self._checked(sample_id, image, f"as in the index; delete {self.index} to read the folder anew")
         assert self.file is not None
-        assert self.spans is not None
         begin, count = self.spans[sample_id].tolist()
         with open(self.file, "rb") as file:
             file.seek(begin)
-            data = file.read(count)
-        if not self.raw:
-            return decode(data, f"{self.names[sample_id]} in {self.file}")
-        if len(data) != height * width * 3:
+            return self.unpack(sample_id, bytearray(file.read(count)))
+
+    def unpack(self, sample_id: int, data: bytearray | np.ndarray) -> Tensor:
+        """The same from a picture's bytes in a .beton; if they are pixels a view of them."""
+        assert self.spans is not None
+        if len(data) != self.spans[sample_id, 1]:
             raise BadInput(f"image {self.names[sample_id]} in {self.file} is cut short; write that again")
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+        if self.raw:
+            height, width = self.stored_sizes[sample_id].tolist()
+            return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+        image = decode(data, f"{self.names[sample_id]} in {self.file}")
+        return self._checked(sample_id, image, f"as {self.file} says of it; write that again")
+
+    def _checked(self, sample_id: int, image: Tensor, remedy: str) -> Tensor:
+        """Raises BadInput if it has not the size that is known of it."""
+        height, width = self.stored_sizes[sample_id].tolist()
+        if list(image.shape[1:]) != [height, width]:
+            raise BadInput(
+                f"image {self.names[sample_id]} is {image.shape[1]} x {image.shape[2]} pixels, expected {height} x "
+                f"{width} {remedy}"
+            )
+        return image
 
 
 def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) -> Dataset:

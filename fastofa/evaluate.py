@@ -43,7 +43,7 @@ class EvaluateConfig:
     pipeline: str = "auto"
     """resident, packed, torchvision, or auto."""
     workers: int | None = None
-    """Decoding processes of the torchvision pipeline, threads of packed; by default one per core, at most 16."""
+    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
 
 
 @dataclass(frozen=True)

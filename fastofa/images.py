@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,9 +23,9 @@ def read_image(path: Path) -> Tensor:
     return _decode(str(path), str(path))
 
 
-def decode(data: bytes, name: str) -> Tensor:
+def decode(data: bytearray | np.ndarray, name: str) -> Tensor:
     """The same from the bytes of a file."""
-    return _decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), name)
+    return _decode(torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8), name)
 
 
 def _decode(source: str | Tensor, name: str) -> Tensor:

@@ -102,7 +102,7 @@ class PrecomputeConfig:
     pipeline: str = "auto"
     """resident, packed, torchvision, or auto, which says what it takes and why."""
     workers: int | None = None
-    """Decoding processes of the torchvision pipeline, threads of packed; by default one per core, at most 16."""
+    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
 
     def __post_init__(self) -> None:
         for name in ("views", "topk", "batch_size"):

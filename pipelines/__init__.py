@@ -22,6 +22,8 @@ from fastofa.views import Views
 PIPELINES = {
     "resident": "fastofa.pipelines.resident",
     "packed": "fastofa.pipelines.packed",
+    "ffcv": "fastofa.pipelines.ffcv_loader",
+    "dali": "fastofa.pipelines.dali_loader",
     "torchvision": "fastofa.pipelines.torchvision_loader",
 }
 
@@ -52,12 +54,13 @@ def open_pipeline(
     """A pipeline by name.
 
     Args:
-        name: "resident" (the data set in device memory), "packed" (a pack on the disk), "torchvision" (worker
-            processes), or "auto": see `choose`, whose choice is printed.
+        name: "resident" (the data set in device memory), "packed" (a pack on the disk), "ffcv" (a .beton),
+            "dali" (a folder), "torchvision" (anything, by worker processes), or "auto": see `choose`, whose choice is
+            printed.
         dataset: a `fastofa.dataset.Dataset`.
         image_size, batch_size: of the batches it makes, in pixels and samples.
         device: where the batches end up.
-        workers: decoding processes of the torchvision pipeline (0: in this process), threads of the packed one.
+        workers: decoding processes of the torchvision pipeline (0: in this process), threads of the others.
         normalize: (mean, std) for floating images (bf16, on a CPU fp32); None: uint8 images.
 
     Raises:
@@ -82,7 +85,7 @@ def choose(dataset: Any, device: torch.device) -> tuple[str, str]:
     if dataset.pixels is None:
         if dataset.file is None:
             return "torchvision", "the pictures are files"
-        return "torchvision", f"it reads what {dataset.spec} stores"
+        return "ffcv", f"{dataset.spec} has FFCV's format"
     if dataset.file is None:
         return "resident", "the pictures are one array in memory"
     if device.type == "cuda" and dataset.pixels.nbytes <= torch.cuda.mem_get_info(device)[0] * SMALL:

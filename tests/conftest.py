@@ -34,6 +34,15 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _library(request: pytest.FixtureRequest) -> None:
+    """Skips what needs a library that is not there."""
+    for marker, module in (("ffcv", "ffcv"), ("dali", "nvidia.dali")):
+        if request.node.get_closest_marker(marker):
+            how = f"needs {module}; `fastofa doctor` says how to get it, or: make test EXTRAS=test,ffcv,dali"
+            pytest.importorskip(module, reason=how, exc_type=ImportError)
+
+
 @pytest.fixture
 def digits() -> Dataset:
     """A hundred training pictures of scikit-learn's digits, ten of each class."""

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,12 +25,13 @@ from fastofa.dataset import Dataset, from_array, open_dataset
 from fastofa.errors import BadInput
 from fastofa.kernels import crop_resize
 from fastofa.pipelines import Batch, open_pipeline
-from fastofa.pipelines.augment import augment, shares
+from fastofa.pipelines.augment import augment, shares, with_partners
 from fastofa.pipelines.resident import check_memory
 from fastofa.rand_augment import OPS
 from fastofa.views import (
     ViewPolicy,
     Views,
+    batches,
     center_views,
     draw_views,
     epoch_order,
@@ -39,6 +41,8 @@ from fastofa.views import (
 from fastofa.write import WriteConfig, write
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DALI = pytest.param("dali", marks=pytest.mark.dali)
+FOLDER_DALI = pytest.param("mixed", "dali", marks=pytest.mark.dali)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,14 @@ def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="module")
+def raw(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same photographs in a .beton, as pixels."""
+    path = tmp_path_factory.mktemp("raw") / "photos.beton"
+    write(WriteConfig(str(photos), path, raw=True))
+    return open_dataset(str(path))
+
+
+@pytest.fixture(scope="module")
 def beton(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The same photographs in a .beton, at most 100 pixels a side."""
     path = tmp_path_factory.mktemp("beton") / "photos.beton"
@@ -75,6 +87,11 @@ def beton(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def draw(dataset: Dataset, view: int = 0) -> Views:
     return draw_views(ViewPolicy(), dataset.sizes, seed=1, view=view)
+
+
+def source_of(name: str, request: pytest.FixtureRequest) -> Dataset:
+    """The photographs in a form that the pipeline serves."""
+    return request.getfixturevalue({"ffcv": "beton", "dali": "mixed"}.get(name, "packed"))
 
 
 def by_sample(batches: list[Batch]) -> dict[int, Tensor]:
@@ -123,7 +140,15 @@ def same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
 @pytest.mark.parametrize("batch_size", [7, 64])
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("mixed", "torchvision"), ("packed", "torchvision"), ("beton", "torchvision"), ("packed", "packed")],
+    [
+        ("mixed", "torchvision"),
+        ("packed", "torchvision"),
+        ("beton", "torchvision"),
+        ("packed", "packed"),
+        ("beton", "ffcv"),
+        ("raw", "ffcv"),
+        FOLDER_DALI,
+    ],
 )
 def test_pixels_depend_on_view_and_sample_only(request, source, name, workers, batch_size):
     """Bit for bit: sequential in this process against shuffled in workers, and from the middle of the epoch."""
@@ -158,13 +183,14 @@ def test_resident_pixels_depend_on_view_and_sample_only(request, source, batch_s
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(2, 6), (3, 4)])
-@pytest.mark.parametrize("name", ["packed", "resident", "torchvision"])
-def test_ranks_together_see_what_one_sees(packed, name, ranks, batch_size):
+@pytest.mark.parametrize("name", ["packed", "resident", "torchvision", "ffcv", DALI])
+def test_ranks_together_see_what_one_sees(request, name, ranks, batch_size):
     """Batch by batch: their batches number b hold the samples of one rank's batch b, with the same pixels."""
-    views = draw(packed)
-    alone = run(name, packed, views, batch_size=ranks * batch_size, order=epoch_order(24, 9, 2))
+    dataset = source_of(name, request)
+    views = draw(dataset)
+    alone = run(name, dataset, views, batch_size=ranks * batch_size, order=epoch_order(24, 9, 2))
     shares = [
-        run(name, packed, views, batch_size=batch_size, order=epoch_order(24, 9, 2, rank, ranks), workers=1)
+        run(name, dataset, views, batch_size=batch_size, order=epoch_order(24, 9, 2, rank, ranks), workers=1)
         for rank in range(ranks)
     ]
     assert len(alone) == len(shares[0])
@@ -180,15 +206,19 @@ def ramp(size: tuple[int, int]) -> np.ndarray:
     return np.rint(np.stack([red, green, 0 * red], axis=-1)).astype(np.uint8)[None]
 
 
-@pytest.mark.parametrize("form", ["array", "x.pack", "x.beton"])
-@pytest.mark.parametrize("name", ["torchvision", "resident", "packed"])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        *[(form, name) for form in ("array", "x.pack") for name in ("torchvision", "resident", "packed")],
+        *[("x.beton", name) for name in ("torchvision", "resident", "ffcv")],
+        pytest.param("data", "dali", marks=pytest.mark.dali),
+    ],
+)
 def test_a_view_is_the_same_region_in_every_form_and_at_every_size(tmp_path, form, name):
     """On a picture of its own coordinates each output pixel is the place in the box that it stands for.
 
     To the rounding of pixels (half a level, of the stored ones too), and of the box to pixels of the stored picture.
     """
-    if (name, form) == ("packed", "x.beton"):
-        pytest.skip("a pack's pipeline")
     names = [f"{i:02d}" for i in range(12)]
     pixels = ramp((240, 400)).repeat(12, axis=0)
     dataset = from_array("ramp", "train", ("ramp",), names, np.zeros(12, dtype=np.int64), pixels)
@@ -198,7 +228,10 @@ def test_a_view_is_the_same_region_in_every_form_and_at_every_size(tmp_path, for
         (tmp_path / "data/train/ramp").mkdir(parents=True)
         for i in names:
             Image.fromarray(pixels[0]).save(tmp_path / f"data/train/ramp/{i}.png")
-        write(WriteConfig(str(tmp_path / "data"), tmp_path / form, **{"max_size": 200} if form == "x.beton" else {}))
+        if form != "data":
+            write(
+                WriteConfig(str(tmp_path / "data"), tmp_path / form, **{"max_size": 200} if form == "x.beton" else {})
+            )
         dataset = open_dataset(str(tmp_path / form))
     slack = 255 / dataset.stored_sizes[0]
     for size in (8, 20, 64):
@@ -252,7 +285,14 @@ def augmented_by_hand(cropped: Tensor, views: Views) -> Tensor:
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("digits", "resident"), ("uniform", "resident"), ("mixed", "torchvision"), ("packed", "packed")],
+    [
+        ("digits", "resident"),
+        ("uniform", "resident"),
+        ("mixed", "torchvision"),
+        ("packed", "packed"),
+        ("beton", "ffcv"),
+        FOLDER_DALI,
+    ],
 )
 def test_the_augmentation_equals_timms_picture_by_picture(request, source, name):
     """Crop, operations, mixing and erasing in the published order; only rotations differ, by 1 at few pixels."""
@@ -281,6 +321,8 @@ def test_the_augmentation_equals_timms_picture_by_picture(request, source, name)
         ("digits", "resident", 0),
         ("packed", "packed", 1),
         ("packed", "packed", 4),
+        ("beton", "ffcv", 4),
+        pytest.param("mixed", "dali", 4, marks=pytest.mark.dali),
     ],
 )
 def test_augmented_pixels_depend_on_view_and_sample_only(request, source, name, workers):
@@ -384,13 +426,14 @@ def test_colours_are_the_policys(digits):
 @pytest.mark.parametrize(
     ("source", "name"),
     [(s, n) for s in ("digits", "uniform", "packed") for n in ("torchvision", "resident")]
-    + [("mixed", "torchvision"), ("beton", "torchvision"), ("digits", "packed"), ("packed", "packed")],
+    + [("mixed", "torchvision"), ("beton", "torchvision"), ("digits", "packed"), ("packed", "packed")]
+    + [("beton", "ffcv"), ("raw", "ffcv"), FOLDER_DALI],
 )
 def test_equals_a_plain_torchvision_loop(request, source, name):
     """Per sample: open, resized_crop(antialias=True), horizontal_flip; digits to 1 of 255 at every pixel."""
     dataset = request.getfixturevalue(source)
     views = draw(dataset)
-    for size in (8, 45):
+    for size in (32 if name == "dali" else 8, 45):  # whose resizing differs at the outermost pixels
         got, expected = images_of(run(name, dataset, views, size)), by_hand(dataset, views, size)
         assert got.dtype == torch.uint8
         if source == "digits":
@@ -412,6 +455,13 @@ def test_resident_and_the_gpus_kernel_agree_with_torchvision(request, source):
         assert difference(images_of(run("resident", dataset, table)), expected) <= 1
         boxes, flip = torch.from_numpy(table.boxes(dataset.sizes)), torch.from_numpy(table.flip)
         assert difference(crop_resize(torch.from_numpy(pixels), boxes, flip, 32), expected) <= 1
+
+
+@pytest.mark.parametrize("source", ["beton", "raw"])
+def test_ffcv_has_the_very_pixels_of_torchvision(request, source):
+    dataset = request.getfixturevalue(source)
+    views = draw_full(dataset)
+    assert same(by_sample(run("ffcv", dataset, views, 48)), by_sample(run("torchvision", dataset, views, 48)))
 
 
 @pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("resident", 0), ("packed", 2)])
@@ -445,15 +495,17 @@ def test_an_epoch_may_be_empty_or_repeat_samples(digits):
             run(name, digits, views, order=np.arange(101))
 
 
-@pytest.mark.parametrize("name", ["torchvision", "resident", "packed"])
-def test_the_size_may_change_between_epochs(digits, name):
+@pytest.mark.parametrize("name", ["torchvision", "resident", "packed", "ffcv", DALI])
+def test_the_size_may_change_between_epochs(request, name):
     """To what a pipeline of that size makes."""
-    views = draw(digits)
-    pipeline = open_pipeline(name, digits, 16, batch_size=40)
+    dataset = source_of(name, request)
+    views = draw(dataset)
+    pipeline = open_pipeline(name, dataset, 16, batch_size=10)
     for size in (16, 45, 16):
         pipeline.image_size = size
-        got = torch.cat([batch.images for batch in pipeline.epoch(views, np.arange(100))])
-        assert torch.equal(got, images_of(run(name, digits, views, size)))
+        assert torch.equal(
+            images_of(list(pipeline.epoch(views, np.arange(24)))), images_of(run(name, dataset, views, size))
+        )
 
 
 # --- What is refused, and interruptions -------------------------------------------------------------------------------
@@ -486,6 +538,97 @@ def test_a_file_that_went_bad_is_named(
     assert set(multiprocessing.active_children()) <= before  # or they would keep the process from ending
 
 
+def test_a_damaged_picture_of_a_beton_is_named(photos: Path, tmp_path: Path):
+    """Without end or without beginning; also of a file that is shorter than it was."""
+    write(WriteConfig(str(photos), tmp_path / "x.beton"))
+    dataset = open_dataset(str(tmp_path / "x.beton"))
+    views, (begin, count) = draw(dataset), dataset.spans[17].tolist()
+    whole = (tmp_path / "x.beton").read_bytes()
+    for damage in (slice(begin + count - 700, begin + count), slice(begin, begin + 9)):
+        damaged = bytearray(whole)
+        damaged[damage] = bytes(damage.stop - damage.start)
+        (tmp_path / "x.beton").write_bytes(damaged)
+        threads = threading.active_count()
+        with pytest.raises(BadInput, match=f"unreadable image {dataset.names[17]} in .*x.beton"):
+            run("ffcv", dataset, views, workers=2)
+        assert threading.active_count() <= threads
+    (tmp_path / "x.beton").write_bytes(whole[: begin + 9])
+    with pytest.raises(BadInput, match=f"image {dataset.names[17]} in .*x.beton is cut short"):
+        run("ffcv", dataset, views, order=np.arange(17, 18))
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-900]), "unreadable image .*{name}"),
+        (lambda path: path.write_text("not a picture"), "unreadable image .*{name}"),
+        (lambda path: path.write_bytes(b""), "unreadable image .*{name}"),
+        (lambda path: path.unlink(), "unreadable image .*{name}"),
+        (lambda path: Image.open(path).crop((0, 0, 50, 40)).save(path), "image .*{name} is 40 x 50 pixels, expected"),
+        (lambda path: Image.open(path).resize((500, 400)).save(path), "image .*{name} is 400 x 500 pixels, expected"),
+    ],
+)
+def test_dali_names_a_file_that_went_bad(photos: Path, tmp_path: Path, damage: Callable[[Path], object], message: str):
+    """When its batch comes, not before."""
+    shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
+    dataset = open_dataset(str(tmp_path / "data"))
+    damage(dataset.path(17))
+    epoch = open_pipeline("dali", dataset, 32, batch_size=6, workers=2).epoch(draw(dataset), np.arange(24))
+    assert [len(next(epoch).images), len(next(epoch).images)] == [6, 6]
+    with pytest.raises(BadInput, match=message.format(name=dataset.names[17])) as error:
+        next(epoch)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.dali
+def test_dali_runs_on_past_files_that_went_bad(photos: Path, tmp_path: Path, capsys):
+    """With skip_corrupt they are named and left out; the others are what they are without them."""
+    shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
+    folder = tmp_path / "data/train/china"
+    (folder / "003.jpg").write_text("not a picture")
+    (folder / "005.jpg").write_bytes((folder / "005.jpg").read_bytes()[:-900])
+    (folder / "006.jpg").write_bytes(b"")
+    dataset = open_dataset(str(tmp_path / "data"), skip_corrupt=True)
+    said = capsys.readouterr().err
+    assert all(f"a/{name}.jpg" in said for name in ("003", "005", "006"))
+    assert len(dataset) == 21
+    views = draw(dataset)
+    assert difference(images_of(run("dali", dataset, views)), by_hand(dataset, views, 32)) <= 1
+
+
+@pytest.mark.dali
+def test_dali_serves_every_kind_of_file(photos: Path, tmp_path: Path):
+    """CMYK, grey, 16 bits, transparency, turned by EXIF, another kind than the name says, very wide."""
+    folder = tmp_path / "data/train/a"
+    folder.mkdir(parents=True)
+    photo = Image.open(photos / "train/china/000.jpg")
+    exif = Image.Exif()
+    for i in range(8):
+        exif[0x0112] = i + 1
+        photo.save(folder / f"turned-{i}.jpg", exif=exif, quality=95)
+    photo.convert("CMYK").save(folder / "cmyk.jpg")
+    photo.convert("L").save(folder / "grey.jpg")
+    photo.save(folder / "a-png.jpg", "PNG")
+    photo.save(folder / "photo.webp")
+    photo.resize((20000, 40)).save(folder / "wide.jpg")
+    photo.convert("P").save(folder / "palette.png")
+    photo.convert("RGBA").save(folder / "clear.png")
+    Image.fromarray((np.arange(4800).reshape(60, 80) * 13).astype(np.uint16)).save(folder / "16-bit.png")
+    dataset = open_dataset(str(tmp_path / "data"))
+    views = draw(dataset)
+    found, expected = (images_of(run(name, dataset, views)) for name in ("dali", "torchvision"))
+    worst = {n: round(difference(a[None], b[None]), 2) for n, a, b in zip(dataset.names, found, expected, strict=True)}
+    assert max(worst.values()) <= 1, worst
+
+
+def test_without_dali_one_line_says_how_to_get_it(mixed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.delitem(sys.modules, "fastofa.pipelines.dali_loader", raising=False)
+    with pytest.raises(BadInput, match=r"pipeline dali: needs DALI \(.*\); `fastofa doctor` says how to get it"):
+        open_pipeline("dali", mixed, 32, 8)
+
+
 def test_workers_leave_interrupts_to_the_main_process(mixed):
     """Ctrl-C reaches all processes of a terminal; a worker that dies of it would hide the main process's own ending."""
     order = np.arange(len(mixed))
@@ -501,8 +644,8 @@ def test_workers_leave_interrupts_to_the_main_process(mixed):
 
 
 def test_auto_takes_what_fits_the_data_and_says_why(digits, mixed, packed, beton, capsys):
-    """An array is resident; files go through torchvision, as does a .beton; a pack has its own."""
-    for dataset, name in ((digits, "resident"), (mixed, "torchvision"), (beton, "torchvision"), (packed, "packed")):
+    """An array is resident; files go through torchvision; a .beton and a pack have their own."""
+    for dataset, name in ((digits, "resident"), (mixed, "torchvision"), (beton, "ffcv"), (packed, "packed")):
         pipelines._say.cache_clear()
         for _ in range(2):  # the training and the validation split, say
             assert type(open_pipeline("auto", dataset, 32, 8)) is type(open_pipeline(name, dataset, 32, 8))
@@ -523,11 +666,12 @@ def test_a_pack_is_resident_where_it_is_small_and_fits(packed, monkeypatch, caps
         check_memory(4 * need, gpu, "x.pack")
 
 
-@pytest.mark.parametrize("name", ["packed", "torchvision", "resident"])
-def test_early_exits_leave_no_thread_and_no_memory(packed, name):
+@pytest.mark.parametrize("name", ["packed", "torchvision", "resident", "ffcv", DALI])
+def test_early_exits_leave_no_thread_and_no_memory(request, name):
     """Thirty epochs left after a batch, and fifty whole ones."""
-    views, order = draw(packed), np.arange(24)
-    pipeline = open_pipeline(name, packed, 64, batch_size=4, workers=2)
+    dataset = source_of(name, request)
+    views, order = draw(dataset), np.arange(24)
+    pipeline = open_pipeline(name, dataset, 64, batch_size=4, workers=2)
 
     def resident() -> float:
         gc.collect()
@@ -561,32 +705,35 @@ def test_what_threads_gather_for_a_gpu(packed, monkeypatch, workers):
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
     monkeypatch.setattr(pipeline, "stream", "its own")
 
-    def cropped(images: Tensor, table: Views, needed: np.ndarray, stream: str) -> Tensor:
-        assert np.array_equal(images, packed.pixels[needed])
-        boxes = torch.from_numpy(table.boxes(packed.stored_sizes[needed]))
-        return crop_resize(images, boxes, torch.from_numpy(table.flip), pipeline.image_size)
+    def sent(images: Tensor, boxes: Tensor, flip: Tensor) -> tuple[Tensor, ...]:
+        seen.append(images)
+        return images, boxes, flip
 
-    monkeypatch.setattr(pipeline, "_cropped", cropped)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(pipeline, "_sent", sent)
     order = epoch_order(24, seed=9, epoch=2)
     found = by_sample(list(pipeline.epoch(views, order)))
     assert list(found) == order.tolist()
+    for images, rows in zip(seen, batches(views, order, 0, 7), strict=True):
+        assert np.array_equal(images, packed.pixels[with_partners(views, rows)])
 
 
 def test_a_threads_error_is_the_epochs(packed, monkeypatch):
     """And nothing waits."""
-    monkeypatch.setattr("fastofa.pipelines.packed.crop_resize_one", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastofa.pipelines.threaded.crop_resize_one", lambda *_: 1 / 0)
     threads = threading.active_count()
     with pytest.raises(ZeroDivisionError):
         list(open_pipeline("packed", packed, 32, 4, workers=2).epoch(draw(packed), np.arange(24)))
     assert threading.active_count() <= threads
 
 
-@pytest.mark.parametrize("name", ["packed", "resident", "torchvision"])
-def test_batches_made_in_inference_mode(packed, name):
+@pytest.mark.parametrize("name", ["packed", "resident", "torchvision", "ffcv", DALI])
+def test_batches_made_in_inference_mode(request, name):
     """As evaluation makes them."""
+    dataset = source_of(name, request)
     with torch.inference_mode():
-        inside = images_of(run(name, packed, draw(packed), workers=2))
-    assert torch.equal(inside, images_of(run(name, packed, draw(packed))))
+        inside = images_of(run(name, dataset, draw(dataset), workers=2))
+    assert torch.equal(inside, images_of(run(name, dataset, draw(dataset))))
 
 
 @pytest.mark.gpu
@@ -617,16 +764,23 @@ def test_a_gpu_crops_to_the_pixels_of_the_cpu(packed, name):
             "pipeline resident: expected pictures of one size, got heights .*--pipeline torchvision",
         ),
         ({"name": "packed"}, r"pipeline packed: expected a \.pack, got .*; `fastofa write` makes one"),
+        ({"name": "ffcv"}, r"pipeline ffcv: expected a \.beton, got .*; `fastofa write` makes one"),
+        pytest.param(
+            {"name": "dali", "source": "packed"},
+            "pipeline dali: expected a folder of pictures, got ",
+            marks=pytest.mark.dali,
+        ),
         ({"name": "pillow"}, "unknown pipeline 'pillow': expected auto or one of .*resident.*torchvision"),
         ({"image_size": 0}, "at least 1 .*got 0, 8 and 0"),
         ({"batch_size": 0}, "at least 1 .*got 32, 0 and 0"),
         ({"workers": -1}, "at least 0, got 32, 8 and -1"),
     ],
 )
-def test_refuses_what_it_cannot_serve(mixed, change, message):
-    options = {"name": "torchvision", "dataset": mixed, "image_size": 32, "batch_size": 8, "workers": 0}
+def test_refuses_what_it_cannot_serve(request, change, message):
+    options = {"name": "torchvision", "source": "mixed", "image_size": 32, "batch_size": 8, "workers": 0, **change}
+    dataset = request.getfixturevalue(options.pop("source"))
     with pytest.raises(BadInput, match=message):
-        open_pipeline(**{**options, **change})
+        open_pipeline(dataset=dataset, **options)
 
 
 def test_one_picture_of_another_size_is_enough_to_refuse(uniform):

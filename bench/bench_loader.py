@@ -1,0 +1,413 @@
+"""Images a second of every pipeline, alone, beside other ways to load the same pictures: what a step could be fed with.
+
+    python -m bench.bench_loader                     writes bench/results/loaders_{cpu,gpu}.json
+    python -m bench.bench_loader --workers 1 2 4 8   a sweep
+    python -m bench.bench_loader --data photos       a folder of yours; its other forms are written for the time being
+
+Made-up photographs with the statistics of real ones (1/f noise) as JPEGs of quality 90, in sizes and bytes like
+ImageNet's; the record tells both. Every way crops at random, resizes to one size and flips. Each measurement is a
+process of its own: what it takes before its first batches (FFCV's compiling, say) is not counted, nor is the memory of
+mapped files. Ways take turns, round by round.
+"""
+
+import argparse
+import gc
+import itertools
+import multiprocessing
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.io import write_jpeg
+
+from bench.record import RESULTS, markdown_table, write_record
+from bench.steps import Job
+from bench.timing import wait
+from fastofa.dataset import Dataset, from_array, open_dataset
+from fastofa.device import choose_workers
+from fastofa.pipelines import Batch, open_pipeline
+from fastofa.step import Step
+from fastofa.views import ViewPolicy, draw_views, epoch_order
+from fastofa.write import WriteConfig, write
+
+HEIGHT, WIDTH, SIDE, QUALITY = 375, 500, 256, 90
+# Of twenty pictures (height, width): most of ImageNet's have a longer side of 500 pixels, some are larger.
+SIZES = [(375, 500)] * 10 + [(333, 500)] * 4 + [(500, 375)] * 3 + [(500, 333)] * 2 + [(600, 800)]
+GROWTH = 1.1  # in strength from one scale to the next, twice as coarse: JPEGs of 109 kB
+CLASSES = 10
+PIPELINES = ("torchvision", "resident")  # those that can stand before the ladder's step
+BASELINE = "PIL + DataLoader"
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def photographs(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """uint8 [count, 3, height, width]: noise of every scale, the coarser the stronger; JPEGs as large as ImageNet's."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(count, 3, height, width)
+    for level in range(8):
+        coarse = torch.randn(count, 3, height >> level or 1, width >> level or 1, generator=generator)
+        total += F.interpolate(coarse, (height, width), mode="bilinear") * GROWTH**level
+    return (total / total.std() * 50 + 118).clamp(0, 255).to(torch.uint8)
+
+
+def write_folder(out: Path, count: int, sizes: list[tuple[int, int]]) -> None:
+    """OUT/train/CLASS/NAME.jpg, of these (height, width) in turn."""
+    for i in range(count):
+        path = out / "train" / str(i % CLASSES) / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (picture,) = photographs(1, *sizes[i % len(sizes)], seed=i)
+        write_jpeg(picture, str(path), quality=QUALITY)
+
+
+def in_memory(count: int, side: int = SIDE) -> Dataset:
+    pixels = photographs(min(count, 64), side, side).permute(0, 2, 3, 1).numpy()
+    pixels = np.tile(pixels, (-(-count // len(pixels)), 1, 1, 1))[:count]
+    names, labels = [f"{i:05d}" for i in range(count)], np.arange(count) % CLASSES
+    return from_array("photographs", "train", tuple(map(str, range(CLASSES))), names, labels, pixels)
+
+
+def open_source(pipeline: str, folder: Path, count: int, side: int = SIDE) -> Dataset:
+    """What a pipeline reads: pixels in memory, or JPEGs that are written where there are none yet."""
+    if pipeline == "resident":
+        return in_memory(count, side)
+    if not (folder / "train").exists():
+        write_folder(folder, count, [(side * HEIGHT // SIDE, side * WIDTH // SIDE)])
+    return open_dataset(str(folder), "train")
+
+
+def stream(pipeline: Any, dataset: Dataset) -> Iterator[Batch]:
+    """Batches nearly without end: one order again and again, as a single epoch, so that no worker is started twice."""
+    views = draw_views(ViewPolicy(), dataset.sizes, 0, 0)
+    return pipeline.epoch(views, np.tile(epoch_order(len(dataset), seed=0, epoch=0), 1 + 1_000_000 // len(dataset)))
+
+
+class LoaderStep:
+    """Our step behind a pipeline. Entered for a round: workers run only then, and what they had ready is used up."""
+
+    def __init__(self, job: Job, step: Step, pipeline: str, folder: Path) -> None:
+        self.step = step
+        workers = choose_workers(None)
+        side = job.image_size * SIDE // 224
+        self.dataset = open_source(pipeline, folder, job.batch_size, side)
+        self.pipeline = open_pipeline(pipeline, self.dataset, job.image_size, job.batch_size, job.device, workers)
+        self.ready = 2 * workers if pipeline == "torchvision" else 0
+
+    def __enter__(self) -> "LoaderStep":
+        self.batches = stream(self.pipeline, self.dataset)
+        for batch in itertools.islice(self.batches, self.ready):
+            self.step([batch], lr=0.1)
+        return self
+
+    def __call__(self) -> None:
+        self.step([next(self.batches)], lr=0.1)
+
+    def __exit__(self, *_error: object) -> None:
+        self.batches.close()  # type: ignore[attr-defined]
+
+
+def rate(pipeline: Any, dataset: Dataset, device: torch.device, ready: int, calls: int) -> float:
+    """Images a second of a pipeline that nothing waits for."""
+    batches = stream(pipeline, dataset)
+    for _ in range(ready + 1):
+        next(batches)
+    wait(device)
+    began, images = time.perf_counter(), 0
+    for batch in itertools.islice(batches, calls):
+        images += len(batch.labels)
+    wait(device)
+    seconds = time.perf_counter() - began
+    batches.close()  # type: ignore[attr-defined]
+    return images / seconds
+
+
+# --- Ways to load -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process measures; it crosses to that process."""
+
+    way: str
+    sources: dict[str, str]
+    """Paths of the same pictures by form."""
+    image_size: int
+    batch_size: int
+    workers: int
+    calls: int
+    device: str
+
+
+def ours(name: str, form: str) -> Callable[[Task], Iterator[int]]:
+    def run(task: Task) -> Iterator[int]:
+        dataset = open_dataset(task.sources[form])
+        opened = open_pipeline(name, dataset, task.image_size, task.batch_size, task.device, task.workers)
+        return (len(batch.labels) for batch in stream(opened, dataset))
+
+    return run
+
+
+def data_loader(task: Task, image_of: Callable[[str], Any]) -> Iterator[int]:
+    """torchvision's own way: a folder, a picture at a time, collected by worker processes."""
+    from torch.utils.data import DataLoader, RandomSampler
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop(task.image_size, antialias=True)
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage()])
+    folder = ImageFolder(f"{task.sources['folder']}/train", transform, loader=image_of)
+    sampler = RandomSampler(folder, replacement=True, num_samples=10**6)
+    loader = DataLoader(
+        folder, task.batch_size, sampler=sampler, num_workers=task.workers, pin_memory=task.device != "cpu"
+    )
+    return (len(images.to(task.device, non_blocking=True)) for images, _ in loader)
+
+
+def pillow(task: Task) -> Iterator[int]:
+    from torchvision.datasets.folder import pil_loader
+
+    return data_loader(task, pil_loader)
+
+
+def torchvision_io(task: Task) -> Iterator[int]:
+    return data_loader(task, _decoded)
+
+
+def _decoded(path: str) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_image
+
+    return decode_image(path, ImageReadMode.RGB)
+
+
+def stock_ffcv(form: str) -> Callable[[Task], Iterator[int]]:
+    def run(task: Task) -> Iterator[int]:
+        from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
+
+        size = (task.image_size, task.image_size)
+        image = [RandomResizedCropRGBImageDecoder(size), RandomHorizontalFlip(), ToTensor()]
+        if task.device != "cpu":
+            image.append(ToDevice(torch.device(task.device), non_blocking=True))
+        loader = Loader(
+            task.sources[form], task.batch_size, num_workers=task.workers, order=OrderOption.RANDOM, os_cache=True,
+            pipelines={"image": [*image, ToTorchImage()], "label": [IntDecoder(), ToTensor()]},
+        )  # fmt: skip
+        return (len(images) for _ in itertools.count() for images, _ in loader)
+
+    return run
+
+
+def stock_dali(task: Task) -> Iterator[int]:
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    gpu = task.device != "cpu"
+
+    @pipeline_def(batch_size=task.batch_size, num_threads=task.workers, device_id=0 if gpu else None)
+    def crops() -> tuple[Any, ...]:
+        data, label = fn.readers.file(file_root=f"{task.sources['folder']}/train", random_shuffle=True)
+        image = fn.decoders.image_random_crop(
+            data, device="mixed" if gpu else "cpu", random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+        )
+        size = [task.image_size, task.image_size]
+        image = fn.resize(image, size=size, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
+        return fn.flip(image, horizontal=fn.random.coin_flip()), label
+
+    dali = crops()
+    dali.build()
+    return (len(batch[0]["image"]) for batch in DALIGenericIterator([dali], ["image", "label"]))
+
+
+WAYS: dict[str, Callable[[Task], Iterator[int]]] = {
+    BASELINE: pillow,
+    "torchvision.io + DataLoader": torchvision_io,
+    "stock FFCV": stock_ffcv("beton"),
+    "stock FFCV, raw": stock_ffcv("raw"),
+    "stock DALI": stock_dali,
+    "torchvision": ours("torchvision", "folder"),
+    "dali": ours("dali", "folder"),
+    "ffcv": ours("ffcv", "beton"),
+    "ffcv, raw": ours("ffcv", "raw"),
+    "packed": ours("packed", "pack"),
+    "resident": ours("resident", "pack"),
+}
+PEERS = {"dali": "stock DALI", "ffcv": "stock FFCV", "ffcv, raw": "stock FFCV, raw"}  # at equal settings
+
+
+def runs_here(way: str) -> bool:
+    module = "ffcv" if "FFCV" in way else "nvidia.dali" if "dali" in way.lower() else "torch"
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(task: Task) -> dict[str, float]:
+    """In a process of its own: images a second, CPU seconds for 1,000 images, most memory in MB, workers included."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measured, args=(task, sender))
+    process.start()
+    sender.close()
+    most_mb = 0.0
+    try:
+        while not receiver.poll(0.1):
+            most_mb = max(most_mb, sum(_memory_mb(pid) for pid in _tree(process.pid)))
+        rate, cpu_s = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{task.way} ended with {process.exitcode}") from None
+    process.join()
+    return {"images_per_second": rate, "cpu_s_per_1000": cpu_s, "memory_mb": most_mb}
+
+
+def _measured(task: Task, sender: Any) -> None:
+    """Batches that lay ready when the clock starts are as many as lie ready when it stops."""
+    torch.set_num_threads(1)
+    sizes = WAYS[task.way](task)
+    for _ in range(2 * task.workers + 4):
+        next(sizes)
+    wait(torch.device(task.device))
+    began, cpu = time.perf_counter(), sum(_cpu_s(pid) for pid in _tree(os.getpid()))
+    images = sum(itertools.islice(sizes, task.calls))
+    wait(torch.device(task.device))
+    seconds, cpu = time.perf_counter() - began, sum(_cpu_s(pid) for pid in _tree(os.getpid())) - cpu
+    sender.send((images / seconds, cpu / images * 1000))
+    del sizes
+    gc.collect()
+    for pid in _tree(os.getpid())[1:]:
+        os.kill(pid, signal.SIGKILL)
+    os._exit(0)  # some of the peers would not end by themselves, left early
+
+
+def _tree(pid: int | None) -> list[int]:
+    """A process and all below it."""
+    try:
+        children = [c for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+    except OSError:
+        return []
+    return [int(pid or 0), *(p for child in children for p in _tree(int(child)))]
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _memory_mb(pid: int) -> float:
+    """Its own memory, and its share of what it shares with others; not what it maps of files."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem"))) / 1024
+
+
+def write_sources(folder: Path, data: Path | None, count: int, forms: set[str]) -> dict[str, str]:
+    """The same pictures in the forms that are needed."""
+    if data is None:
+        data = folder / "photographs"
+        write_folder(data, count, SIZES)
+    options = {"beton": ("x.beton", {}), "raw": ("raw.beton", {"raw": True}), "pack": ("x.pack", {"size": SIDE})}
+    sources = {"folder": str(data)}
+    for form in sorted(forms & options.keys()):
+        name, given = options[form]
+        write(WriteConfig(str(data), folder / name, **given))
+        sources[form] = str(folder / name)
+    return sources
+
+
+def describe(folder: str) -> dict[str, Any]:
+    """Quantiles of the pictures' sides and bytes."""
+    dataset = open_dataset(folder)
+    file_bytes = [dataset.path(i).stat().st_size for i in range(len(dataset))]
+    shares = [0, 0.1, 0.5, 0.9, 1]
+    return {
+        "images": len(dataset),
+        "quantiles": shares,
+        "shorter_side": np.quantile(dataset.sizes.min(axis=1), shares).tolist(),
+        "longer_side": np.quantile(dataset.sizes.max(axis=1), shares).tolist(),
+        "file_kb": (np.quantile(file_bytes, shares) / 1e3).round(1).tolist(),
+        "mean_file_kb": round(statistics.mean(file_bytes) / 1e3, 1),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = device == "cuda"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a folder of pictures with train/; by default they are made up")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), help="ways to measure")
+    parser.add_argument("--image-sizes", type=int, nargs="+", default=[224])
+    parser.add_argument("--batch-size", type=int, default=256 if gpu else 64)
+    parser.add_argument("--workers", type=int, nargs="+", default=[choose_workers(None)])
+    parser.add_argument("--count", type=int, default=4096 if gpu else 512, help="pictures made up")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=64 if gpu else 16, help="batches a round")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    args = parser.parse_args(argv)
+    names = [way for way in args.only if runs_here(way)]
+    baseline = BASELINE if BASELINE in names else names[0]
+    forms = {"raw" if "raw" in w else "beton" if "ffcv" in w.lower() else "pack" for w in names}
+    found: dict[tuple[str, int, int], list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        sources = write_sources(Path(temporary), args.data, args.count, forms)
+        pictures = describe(sources["folder"])
+        for _ in range(args.rounds):
+            for size, workers, way in itertools.product(args.image_sizes, args.workers, names):
+                task = Task(way, sources, size, args.batch_size, workers, args.calls, device)
+                found.setdefault((way, size, workers), []).append(measure(task))
+
+    def ratio(key: tuple[str, int, int], to: str | None) -> float | None:
+        if to not in names:
+            return None
+        pairs = zip(found[key], found[(to, *key[1:])], strict=True)
+        return statistics.median(a["images_per_second"] / b["images_per_second"] for a, b in pairs)
+
+    rows: list[dict[str, Any]] = [
+        {
+            "pipeline": key[0],
+            "image_size": key[1],
+            "workers": key[2],
+            **{name: statistics.median(one[name] for one in rounds) for name in rounds[0]},
+            "ratio_to_baseline": ratio(key, baseline),
+            "ratio_to_peer": ratio(key, PEERS.get(key[0])),
+            "rounds": rounds,
+        }
+        for key, rounds in found.items()
+    ]
+    result = {
+        "batch_size": args.batch_size, "calls": args.calls, "rounds": args.rounds, "pictures": pictures,
+        "baseline": baseline, "skipped": sorted(set(args.only) - set(names)), "rows": rows,
+    }  # fmt: skip
+    write_record(f"loaders_{device.replace('cuda', 'gpu')}", result, args.out)
+    header = ["way", "px", "workers", "images/s", f"x {baseline}", "x stock", "CPU s/1000", "memory MB"]
+    lines = [
+        [
+            r["pipeline"], str(r["image_size"]), str(r["workers"]), f"{r['images_per_second']:,.0f}",
+            f"{r['ratio_to_baseline']:.2f}", f"{r['ratio_to_peer']:.2f}" if r["ratio_to_peer"] else "",
+            f"{r['cpu_s_per_1000']:.2f}", f"{r['memory_mb']:,.0f}",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    print(markdown_table(header, lines))
+
+
+if __name__ == "__main__":
+    main()

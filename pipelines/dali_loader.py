@@ -1,0 +1,131 @@
+"""NVIDIA DALI: files are read, decoded within the crop, resized and flipped by its threads, or decoded by the GPU.
+
+What DALI cannot decode, and what may be damaged without its telling, is read by `Dataset.read`: that names a damaged
+file, and knows kinds that DALI does not.
+
+Of a crop's edge DALI's resizing repeats the outermost pixels, where torchvision's filter ends: the outermost pixels of
+the output differ a little, and the mean of a picture the more, the smaller it is.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastofa.errors import BadInput
+from fastofa.images import crop_resize_one
+from fastofa.pipelines.augment import augment, with_partners
+from fastofa.pipelines.batch import Batch, make_batch
+from fastofa.progress import notice
+from fastofa.views import Views, batches
+
+try:
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
+except (ImportError, OSError) as error:
+    raise BadInput(
+        f"pipeline dali: needs DALI ({error}); `fastofa doctor` says how to get it, or use --pipeline torchvision"
+    ) from None
+
+JPEG_BEGIN, JPEG_END = (0xFF, 0xD8), (0xFF, 0xD9)
+
+
+class Pipeline:
+    """See `fastofa.pipelines.open_pipeline`. Needs a folder of pictures."""
+
+    hardware_share = 0.9
+    """Share of the JPEGs that a GPU's JPEG unit decodes, where it has one (A100, H100); its cores take the others."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+        workers: int,
+        normalize: tuple[Sequence[float], Sequence[float]] | None,
+    ) -> None:
+        if dataset.root is None:
+            raise BadInput(f"pipeline dali: expected a folder of pictures, got {dataset.spec}; use --pipeline auto")
+        self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
+        self.device, self.workers, self.normalize = device, workers, normalize
+        self.sizes = dataset.stored_sizes
+        self.labels = torch.from_numpy(dataset.labels).to(device)
+
+    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
+        coming = list(batches(views, order, start, self.batch_size))
+        while coming:
+            dali = self._build(views, [with_partners(views, rows) for rows in coming])
+            failed = False
+            while coming and not failed:
+                rows = coming.pop(0)
+                needed = with_partners(views, rows)
+                try:
+                    images = self._run(dali, views, needed)
+                except RuntimeError as error:  # after which a DALI pipeline is of no use
+                    notice(f"pipeline dali: reads a batch by torchvision, since DALI says: {_first_line(error)}")
+                    images, failed = self._slowly(views, needed), True
+                images = augment(images, views, needed, len(rows))
+                yield make_batch(images, self.labels, views, rows, self.normalize)
+
+    def _build(self, views: Views, wanted: list[np.ndarray]) -> Any:
+        """A DALI pipeline whose runs give the pictures of `wanted`, one batch of the table's rows after the other."""
+
+        def source() -> Iterator[tuple[Any, ...]]:
+            for rows in wanted:
+                ids, table = rows % len(self.sizes), views.take(rows)
+                paths = [np.frombuffer(str(self.dataset.path(i)).encode(), np.uint8) for i in ids]
+                boxes = table.boxes(self.sizes[ids])
+                yield paths, boxes[:, :2].astype(np.int32), boxes[:, 2:].astype(np.int32), table.flip.astype(np.int32)
+
+        on_gpu = self.device.type == "cuda"
+        most = max(len(rows) for rows in wanted)
+
+        @pipeline_def(
+            batch_size=most,
+            num_threads=max(self.workers, 1),
+            device_id=(self.device.index or 0) if on_gpu else None,
+            exec_dynamic=True,
+        )
+        def crops() -> tuple[Any, ...]:
+            path, anchor, shape, flip = fn.external_source(source, num_outputs=4)
+            data = fn.io.file.read(path)
+            decoder = {"device": "mixed", "hw_decoder_load": self.hardware_share} if on_gpu else {}
+            image = fn.decoders.image_slice(
+                data, anchor, shape, axis_names="HW", normalized_anchor=False, normalized_shape=False, **decoder
+            )
+            size = [self.image_size, self.image_size]
+            image = fn.resize(image, size=size, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
+            ends = fn.cat(data[:2], data[-2:])
+            return fn.flip(image, horizontal=flip), fn.peek_image_shape(data), ends
+
+        dali = crops()
+        dali.build()
+        return dali
+
+    def _run(self, dali: Any, views: Views, rows: np.ndarray) -> Tensor:
+        """uint8 [M, 3, S, S] on the device. Raises RuntimeError: DALI cannot read this batch, or one after it."""
+        images, shapes, ends = dali.run()
+        images = to_torch_tensor(images.as_tensor(), copy=False).permute(0, 3, 1, 2)
+        shapes, ends = np.asarray(shapes.as_tensor()), np.asarray(ends.as_tensor())
+        is_cut = (ends[:, :2] == JPEG_BEGIN).all(axis=1) & (ends[:, 2:] != JPEG_END).any(axis=1)
+        is_other = (shapes[:, :2] != self.sizes[rows % len(self.sizes)]).any(axis=1)
+        doubtful = np.flatnonzero(is_cut | is_other)
+        if len(doubtful):
+            at = torch.from_numpy(doubtful).to(self.device)
+            images[at] = self._slowly(views, rows[doubtful])
+        return images
+
+    def _slowly(self, views: Views, rows: np.ndarray) -> Tensor:
+        """The same through torchvision. Raises BadInput, naming a file that is damaged."""
+        table, ids = views.take(rows), rows % len(self.sizes)
+        images = torch.empty(len(ids), self.image_size, self.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        for out, i, box, flip in zip(images, ids, table.boxes(self.sizes[ids]).tolist(), table.flip, strict=True):
+            out.copy_(crop_resize_one(self.dataset.read(i), box, bool(flip), self.image_size))
+        return images.to(self.device)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return next((line for line in str(error).splitlines() if "rror" in line), str(error).splitlines()[0])

@@ -1,0 +1,112 @@
+"""Threads make the batches that come next while one is used; a GPU gets them on a stream of its own.
+
+What a thread does should let go of Python's lock: decoding, resizing and copying do.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastofa.images import crop_resize_one
+from fastofa.pipelines.augment import augment, with_partners
+from fastofa.pipelines.batch import Batch, make_batch
+from fastofa.views import Views, batches
+
+AHEAD = 2  # batches that are made while another is used
+
+
+class _Coming(NamedTuple):
+    """A batch on its way: what the threads fill, and when they are done."""
+
+    rows: np.ndarray
+    needed: np.ndarray
+    images: Tensor
+    parts: list[Future[None]]
+
+
+class Threaded:
+    """A pipeline (see `fastofa.pipelines.open_pipeline`) of which a subclass says how to get a picture."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+        workers: int,
+        normalize: tuple[Sequence[float], Sequence[float]] | None,
+    ) -> None:
+        self.image_size, self.batch_size, self.device, self.normalize = image_size, batch_size, device, normalize
+        self.sizes, self.workers = dataset.stored_sizes, workers
+        self.labels = torch.from_numpy(dataset.labels).to(device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def picture(self, sample_id: int) -> Tensor:
+        """uint8 [3, H, W], as it is stored. Called by threads."""
+        raise NotImplementedError
+
+    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
+        threads = max(self.workers, 1)
+        pool = ThreadPoolExecutor(threads, "pipeline", initializer=torch.set_num_threads, initargs=(1,))
+        coming: deque[_Coming] = deque()
+        try:
+            for rows in batches(views, order, start, self.batch_size):
+                coming.append(self._begin(pool, threads, views, rows))
+                if len(coming) > AHEAD:
+                    yield self._finish(views, coming.popleft())
+            while coming:
+                yield self._finish(views, coming.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _begin(self, pool: ThreadPoolExecutor, threads: int, views: Views, rows: np.ndarray) -> _Coming:
+        """Have uint8 [M, H, W, 3] filled with the pictures of `rows` and of partners that are not among them."""
+        needed = with_partners(views, rows)
+        shape = (len(needed), *self._extent(), 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.stream is not None)
+        out = images.numpy()  # threads are never in inference mode, and could not write to a tensor made in it
+        fill = self._filler(needed % len(self.sizes), views.take(needed), out)
+        parts = [part for part in np.array_split(np.arange(len(needed)), threads) if len(part)]
+        return _Coming(rows, needed, images, [pool.submit(fill, part) for part in parts])
+
+    def _extent(self) -> tuple[int, int]:
+        """Height and width of what the threads make."""
+        return self.image_size, self.image_size
+
+    def _filler(self, ids: np.ndarray, table: Views, out: np.ndarray) -> Callable[[np.ndarray], None]:
+        """What a thread does for its part of a batch: places in `out`, in `ids` and in the table."""
+        boxes, size = table.boxes(self.sizes[ids]), self.image_size
+
+        def crop(part: np.ndarray) -> None:
+            for i in part.tolist():
+                image = self.picture(ids[i])
+                out[i] = crop_resize_one(image, boxes[i].tolist(), bool(table.flip[i]), size).permute(1, 2, 0)
+
+        return crop
+
+    def _finish(self, views: Views, batch: _Coming) -> Batch:
+        rows, needed, images, parts = batch
+        for part in parts:
+            part.result()
+        images = images.permute(0, 3, 1, 2) if self.stream is None else self._arrived(images, views, needed)
+        return make_batch(augment(images, views, needed, len(rows)), self.labels, views, rows, self.normalize)
+
+    def _arrived(self, images: Tensor, views: Views, needed: np.ndarray) -> Tensor:
+        """On the GPU, uint8 [M, 3, S, S]."""
+        return self._sent(images)[0].permute(0, 3, 1, 2)
+
+    def _sent(self, *tensors: Tensor) -> list[Tensor]:
+        """Copied on `stream` and used on the student's; PyTorch keeps the memory of both ends until then."""
+        assert self.stream is not None
+        with torch.cuda.stream(self.stream):
+            sent = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        student = torch.cuda.current_stream(self.device)
+        student.wait_stream(self.stream)
+        for tensor in sent:
+            tensor.record_stream(student)
+        return sent
