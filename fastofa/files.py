@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,18 @@ import torch
 from torch import Tensor
 
 from fastofa.errors import BadInput
+
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # in Python's mmap since 3.13
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file's bytes, read when they are touched. Private: PyTorch wants memory it may write to, the file stays.
+
+    Without a reserve for what might be written, which Linux refuses for a file larger than the machine's memory.
+    """
+    with open(path, "rb") as file:
+        flags, prot = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

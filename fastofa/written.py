@@ -20,7 +20,7 @@ import numpy as np
 from fastofa.beton import read_layout
 from fastofa.dataset import Dataset
 from fastofa.errors import BadInput
-from fastofa.files import write_atomic
+from fastofa.files import map_file, write_atomic
 from fastofa.progress import notice, track
 from fastofa.threads import in_order
 
@@ -96,7 +96,8 @@ def _open_pack(path: Path, split: str, index: dict[str, Any]) -> dict[str, Any]:
     for name in (IMAGES, LABELS):
         _check_size(path / name, index["files"][name]["bytes"])
     try:
-        pixels = np.load(path / IMAGES, mmap_mode="c")  # private: nothing can change the file
+        file = np.load(path / IMAGES, mmap_mode="r")
+        pixels = np.frombuffer(map_file(path / IMAGES), file.dtype, file.size, file.offset).reshape(file.shape)
         labels = np.load(path / LABELS)
         if between(path / LABELS) != index["files"][LABELS]["crc32"]:
             raise ValueError("its checksum does not match")

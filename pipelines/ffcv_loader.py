@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastofa.errors import BadInput
+from fastofa.files import map_file
 from fastofa.pipelines.threaded import Threaded
 from fastofa.views import Views
 
@@ -35,8 +36,7 @@ class Pipeline(Threaded):
             raise BadInput(f"pipeline ffcv: expected a .beton, got {dataset.spec}; `fastofa write` makes one")
         super().__init__(dataset, image_size, batch_size, device, workers, normalize)
         self.dataset, self.spans = dataset, dataset.spans
-        with open(dataset.file, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: nothing can change the file
+        self.map = map_file(dataset.file)
         self.bytes = np.frombuffer(self.map, np.uint8)
 
     def picture(self, sample_id: int) -> Tensor:

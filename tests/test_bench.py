@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_kernels, epoch, gpu, machine, plot, profile_step, roofline
+from bench import bench_kernels, bench_loader, epoch, gpu, machine, plot, profile_step, roofline
 from bench.steps import Job, Way, official_step, open_step
 from bench.timing import interleaved_ms, median_ratio
 from fastofa import recipes
@@ -42,6 +42,23 @@ def test_every_part_of_the_gpu_run_at_a_tiny_size(tmp_path):
     assert all(row.get("rounds_ms") or row["skipped"] for row in rows)
     plot.draw(records["train"], tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.ffcv
+@pytest.mark.dali
+def test_loaders_beside_their_peers(tmp_path):
+    """Where both libraries are there, nothing is left out."""
+    ways = ["stock FFCV, raw", "ffcv, raw", "stock DALI", "dali"]
+    tiny = ["--image-sizes", "32", "--batch-size", "4", "--count", "20", "--rounds", "1", "--calls", "2"]
+    bench_loader.main(["--only", *ways, *tiny, "--workers", "1", "--out", str(tmp_path)])
+    (record,) = (json.loads(path.read_text())["result"] for path in tmp_path.glob("loaders_*.json"))
+    assert [row["pipeline"] for row in record["rows"]] == ways
+    assert record["skipped"] == []
+    assert record["pictures"]["images"] == 20
+    for row in record["rows"]:
+        assert min(row[name] for name in ("images_per_second", "memory_mb", "ratio_to_baseline")) > 0
+        assert (row["ratio_to_peer"] is None) == ("stock" in row["pipeline"])
 
 
 def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch, capsys):

@@ -22,7 +22,16 @@ from torch import Tensor
 
 import fastofa.files
 from fastofa.errors import BadInput
-from fastofa.files import is_pickle, load_tensors, new_folder, read_json, save_tensors, write_atomic, write_json
+from fastofa.files import (
+    is_pickle,
+    load_tensors,
+    map_file,
+    new_folder,
+    read_json,
+    save_tensors,
+    write_atomic,
+    write_json,
+)
 
 ROOT = Path(fastofa.files.__file__).parents[1]
 DTYPES = [
@@ -434,3 +443,15 @@ def test_missing_file_and_folder_in_its_place(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as error:
         load_tensors(tmp_path)
     one_line(error, tmp_path)
+
+
+def test_a_file_larger_than_the_memory_can_be_mapped(tmp_path):
+    """One with a hole, which takes no disk. What is written to it does not reach the file."""
+    with open(tmp_path / "large", "wb") as file:
+        file.write(b"begin")
+        file.truncate(4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    mapped = map_file(tmp_path / "large")
+    assert mapped[:6] == b"begin\0"
+    assert mapped[-1:] == b"\0"
+    mapped[:1] = b"B"
+    assert map_file(tmp_path / "large")[:5] == b"begin"

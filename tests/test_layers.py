@@ -114,7 +114,7 @@ def test_kernels_depend_on_torch_and_triton_only():
 
 
 def test_pipelines_depend_on_these_only():
-    assert parts("pipelines") <= {"views", "rand_augment", "kernels", "errors", "images", "progress"}
+    assert parts("pipelines") <= {"views", "rand_augment", "kernels", "errors", "files", "images", "progress"}
 
 
 def test_commands_do_not_import_each_other():
