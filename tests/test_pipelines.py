@@ -28,6 +28,7 @@ from fastofa.pipelines import Batch, open_pipeline
 from fastofa.pipelines.augment import augment, shares, with_partners
 from fastofa.pipelines.resident import check_memory
 from fastofa.rand_augment import OPS
+from fastofa.train import train
 from fastofa.views import (
     ViewPolicy,
     Views,
@@ -620,6 +621,12 @@ def test_dali_serves_every_kind_of_file(photos: Path, tmp_path: Path):
     found, expected = (images_of(run(name, dataset, views)) for name in ("dali", "torchvision"))
     worst = {n: round(difference(a[None], b[None]), 2) for n, a, b in zip(dataset.names, found, expected, strict=True)}
     assert max(worst.values()) <= 1, worst
+
+
+@pytest.mark.slow
+@pytest.mark.dali
+def test_a_cache_made_through_torchvision_trains_through_dali(on_photos):
+    assert train(on_photos(pipeline="dali", workers=1)).images_per_second > 0
 
 
 def test_without_dali_one_line_says_how_to_get_it(mixed, monkeypatch):
