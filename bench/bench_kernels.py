@@ -1,13 +1,14 @@
 """The kernels beside their twins and public peers: time, GB/s, share of a copy's bandwidth.
 
-    python -m bench.bench_kernels                     on a GPU: Triton, its twin eager and compiled, peers (3 min)
+    python -m bench.bench_kernels                     on a GPU: Triton, its twin eager and compiled, peers (5 min)
     python -m bench.bench_kernels --only loss --quick the sizes that targets are about
     writes bench/results/kernels_{cpu,gpu}.json
 
 Without a GPU it times the twins, eager and compiled, which is what runs there. A kernel that does not give its twin's
 results is not timed, and the exit code is 1. On a GPU each figure is a CUDA graph of several calls over inputs that
-together exceed the L2 cache, replayed in turn with the others; "launched" is the same calls made one by one. GB/s
-counts the bytes that any implementation must move: each input read once, each output written once.
+together exceed the L2 cache (where 32 of them do), replayed in turn with the others; "launched" is the same calls made
+one by one, and all there is of peers that wait for the device, which no graph can hold. GB/s counts the bytes that any
+implementation must move: each input read once, each output written once.
 
 Shapes: H heads, B batch, C classes or channels, K teacher's classes, S side.
 """
@@ -19,7 +20,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from bench.record import RESULTS, markdown_table, write_record
 from bench.timing import captured, timed_ms, wait
 from fastofa.kernels import crop_resize, depthwise_conv3x3, ofa_loss
 from fastofa.kernels.choice import HAS_TRITON
+from fastofa.kernels.ofa_loss import ofa_loss_op
 from fastofa.kernels.reference import dense_probs, ofa_loss_dense
 
 HEADS, TOPK, BASELINE = 5, 16, "twin, eager"
@@ -53,6 +54,10 @@ class Case:
     """Candidates that must give the twin's results; peers that compute something else are not among them."""
     tolerance: float = 0.02
     """Greatest difference to the twin, as a share of its greatest number."""
+    waiting: tuple[str, ...] = ()
+    """Candidates that wait for the device, so that no CUDA graph can be made of them."""
+    inputs: int = 1
+    """How many different ones there are."""
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -107,15 +112,23 @@ def loss_case(device: torch.device, dtype: torch.dtype, num_classes: int, batch:
     skipped = {}
     compared = ["twin, compiled", "dense, eager"]
     candidates["dense, eager"] = call(dense)
+    liger: dict[str, Call] = {}
     if device.type == "cuda" and HAS_TRITON:
         candidates["triton"] = call(ours("triton"))
-        compared.append("triton")
-        if find_spec("liger_kernel"):
-            candidates |= {name: call(function) for name, function in liger_losses(num_classes).items()}
-        else:
-            skipped["liger, KL and JSD"] = "pip install liger-kernel"
+        # What autograd adds is one more pass over the gradient, to multiply it by what comes in.
+        candidates["triton, without autograd"] = _on(
+            inputs, lambda *given: ofa_loss_op(*given, eps, 1.0, "official", True)
+        )
+        compared += ["triton", "triton, without autograd"]
+        try:
+            liger = {name: call(function) for name, function in liger_losses(num_classes).items()}
+        except ImportError as error:
+            skipped["liger, KL and JSD"] = f"pip install liger-kernel ({error})"
     size = f"C={num_classes}, B={batch}, {HEADS} heads, {str(dtype).removeprefix('torch.')}"
-    return Case("loss", size, moved, batch, candidates, tuple(compared), skipped=skipped)
+    return Case(
+        "loss", size, moved, batch, candidates | liger, tuple(compared),
+        waiting=tuple(liger), inputs=len(inputs), skipped=skipped,
+    )  # fmt: skip
 
 
 def liger_losses(num_classes: int) -> dict[str, Callable[..., Tensor]]:
@@ -188,7 +201,8 @@ def crop_case(device: torch.device, dtype: torch.dtype, source: int, size: int, 
         candidates["triton"] = _on(inputs, ours("triton"))
     candidates["torchvision v2, one by one"] = torchvision
     name = f"{source} to {size} px, B={batch}, {str(dtype).removeprefix('torch.')}"
-    return Case("crop", name, moved, batch, candidates, tuple(list(candidates)[1:]), tolerance=0.03)
+    compared, waiting = tuple(list(candidates)[1:]), ("torchvision v2, one by one",)
+    return Case("crop", name, moved, batch, candidates, compared, 0.03, waiting, len(inputs))
 
 
 # --- Depthwise convolution --------------------------------------------------------------------------------------------
@@ -254,7 +268,7 @@ def depthwise_case(device: torch.device, work: str, batch: int, channels: int, s
     if gpu and HAS_TRITON:
         functions["triton"] = triton
     candidates = {name: _on(inputs, function) for name, function in functions.items()}
-    return Case("depthwise", size, moved, batch, candidates, tuple(list(candidates)[1:]))
+    return Case("depthwise", size, moved, batch, candidates, tuple(list(candidates)[1:]), inputs=len(inputs))
 
 
 def _on(inputs: list[Any], function: Callable[..., Any]) -> Call:
@@ -294,21 +308,30 @@ def measure(case: Case, device: torch.device, rounds: int, copy_gb_s: float) -> 
     """A row per candidate; all take turns."""
     red = gate(case)
     ready = {name: call for name, call in case.candidates.items() if name not in red}
-    replays: dict[str, Callable[[], None]] = {}
-    calls = 8 if device.type == "cuda" else 1
-    for name, call in ready.items():
-        if device.type == "cuda" and "one by one" not in name:
-            replays[name] = captured(call, calls)
-        else:
-            replays[name] = lambda call=call: [call(i) for i in range(calls)]  # type: ignore[misc,assignment]
+    gpu = device.type == "cuda"
+    calls = max(8, case.inputs) if gpu else 1
+
+    def one_by_one(call: Call, count: int) -> Callable[[], None]:
+        def run() -> None:
+            for i in range(count):
+                call(i)
+
+        return run
+
+    captures = {name: captured(call, calls) for name, call in ready.items() if gpu and name not in case.waiting}
     times: dict[str, list[float]] = {name: [] for name in ready}
     launched: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(rounds):
         for name, call in ready.items():
-            replays[name]()
-            times[name] += [timed_ms(replays[name], device, 1) / calls for _ in range(3)]
-            if device.type == "cuda":
-                launched[name].append(timed_ms(lambda call=call: [call(i) for i in range(calls)], device, 1) / calls)
+            count = 1 if name in case.waiting else calls
+            run = one_by_one(call, count)
+            if name not in captures:
+                run()
+                times[name] += [timed_ms(run, device, 1) / count for _ in range(1 if gpu else 3)]
+                continue
+            captures[name]()
+            times[name] += [timed_ms(captures[name], device, 1) / calls for _ in range(3)]
+            launched[name].append(timed_ms(run, device, 1) / calls)
     rows = []
     for name in case.candidates:
         row: dict[str, Any] = {"kernel": case.kernel, "size": case.size, "candidate": name}
@@ -369,12 +392,12 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.only:
         for case in KERNELS[name](device, args.quick):
             rows += measure(case, device, args.rounds, copy)
+            result = {"copy_gb_per_second": copy, "rounds": args.rounds, "baseline": BASELINE, "rows": rows}
+            write_record(f"kernels_{'gpu' if gpu else 'cpu'}", result, args.out)  # each time: a later case may crash
             torch._dynamo.reset()
             gc.collect()
             wait(device)
     print(table(rows))
-    result = {"copy_gb_per_second": copy, "rounds": args.rounds, "baseline": BASELINE, "rows": rows}
-    write_record(f"kernels_{'gpu' if gpu else 'cpu'}", result, args.out)
     return int(any("red" in row for row in rows))
 
 

@@ -114,7 +114,8 @@ def crop_resize_op(
     """[B, 3, S, S], channels-last."""
     from fastofa.kernels import triton_crop_resize
 
-    return triton_crop_resize.crop_resize(images, boxes, flip, size, ids, mean, std, dtype, antialias)
+    with torch.cuda.device_of(images):
+        return triton_crop_resize.crop_resize(images, boxes, flip, size, ids, mean, std, dtype, antialias)
 
 
 @crop_resize_op.register_kernel("cpu")

@@ -85,7 +85,8 @@ def depthwise_op(
     """[B, C, OH, OW], channels last."""
     from fastofa.kernels import triton_depthwise
 
-    return triton_depthwise.depthwise_conv3x3(x, weight, stride, scale, shift, activation)
+    with torch.cuda.device_of(x):
+        return triton_depthwise.depthwise_conv3x3(x, weight, stride, scale, shift, activation)
 
 
 @depthwise_op.register_kernel("cpu")
@@ -121,7 +122,8 @@ def backward_op(
     """dx [B, C, H, W], channels last, and dw [C, 1, 3, 3], as x and weight; dscale, dshift fp32 [C] ([0] if none)."""
     from fastofa.kernels import triton_depthwise
 
-    return triton_depthwise.depthwise_conv3x3_backward(dy, x, weight, stride, scale, shift, activation)
+    with torch.cuda.device_of(x):
+        return triton_depthwise.depthwise_conv3x3_backward(dy, x, weight, stride, scale, shift, activation)
 
 
 @backward_op.register_kernel("cpu")

@@ -145,7 +145,7 @@ def _check(
         eps = torch.tensor(values, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
     if eps.shape not in ((), (heads,)):
         raise ValueError(f"eps: expected one number or {heads} (one per head), got shape {tuple(eps.shape)}")
-    return eps.expand(heads)
+    return eps.detach().expand(heads)
 
 
 def _check_labels(labels: Tensor, smoothing: float, partner_labels: Tensor | None, mix: Tensor | None) -> None:
@@ -193,7 +193,8 @@ def ofa_loss_op(
     """Losses fp32 [H]; their gradient [H, B, C] in the logits' dtype, empty unless `gradient`."""
     from fastofa.kernels import triton_ofa_loss
 
-    return triton_ofa_loss.ofa_loss(logits, labels, classes, log_probs, eps, temperature, variant, gradient)
+    with torch.cuda.device_of(logits):
+        return triton_ofa_loss.ofa_loss(logits, labels, classes, log_probs, eps, temperature, variant, gradient)
 
 
 @ofa_loss_op.register_kernel("cpu")
@@ -238,9 +239,9 @@ def distillation_loss_op(
     """
     from fastofa.kernels import triton_ofa_loss
 
-    return triton_ofa_loss.distillation_loss(
-        logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix, gradient
-    )
+    given = (logits, labels, classes, log_probs, eps, temperature, variant)
+    with torch.cuda.device_of(logits):
+        return triton_ofa_loss.distillation_loss(*given, weights, smoothing, partner_labels, mix, gradient)
 
 
 @distillation_loss_op.register_kernel("cpu")
@@ -314,7 +315,8 @@ def _backward_of_total(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | 
 
 
 def _scaled(gradient: Tensor, incoming: Tensor) -> Tensor:
-    return (gradient * (incoming / reference.gradient_scale(gradient))).to(gradient.dtype)
+    """In fp32, in one pass over memory."""
+    return torch.mul(gradient, incoming / reference.gradient_scale(gradient), out=torch.empty_like(gradient))
 
 
 ofa_loss_op.register_autograd(_backward_of_heads, setup_context=_save_gradient)

@@ -212,7 +212,8 @@ def crop_resize(
     else:
         out = out / 255
         if mean is not None and std is not None:
-            out = (out - out.new_tensor(mean)) / out.new_tensor(std)
+            for channel, (m, d) in enumerate(zip(mean, std, strict=True)):  # a tensor of them would be waited for
+                out[..., channel].sub_(m).div_(d)
     return out.to(dtype).contiguous().permute(0, 3, 1, 2)
 
 

@@ -157,6 +157,7 @@ def _loss_kernel(
         mass += tl.sum(probs)
         mass_tempered += tl.sum(at_temperature)
         valid = valid & inside
+    valid = valid & (mass == mass)  # a NaN of the teacher's
     OTHERS: tl.constexpr = C - K
     rest = 0.0
     if OTHERS > 0:

@@ -157,6 +157,13 @@ def test_a_class_that_does_not_exist_makes_its_loss_nan(where, number):
     assert ofa_loss(logits, labels, classes, log_probs, 1.0, impl="triton").isnan().all()
 
 
+@pytest.mark.parametrize("variant", ["official", "paper"])
+def test_a_nan_of_the_teacher_is_not_hidden(variant):
+    logits, labels, classes, log_probs = kernel_case(H=2, B=2)
+    log_probs[1, 0] = float("nan")
+    assert ofa_loss(logits, labels, classes, log_probs, 1.3, impl="triton", variant=variant).isnan().all()
+
+
 def test_without_a_gradient_the_loss_is_the_same():
     case = kernel_case()
     with_gradient = ofa_loss(case[0].clone().requires_grad_(), *case[1:], 1.2, impl="triton")
