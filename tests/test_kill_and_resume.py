@@ -195,7 +195,7 @@ def killed_at_random(
     """
     rng = random.Random(seed)
     killed = 0
-    for attempt in range(kills):
+    for attempt in range(2 * kills):  # some are finished before they are killed
         out = config.out.with_name(f"{config.out.name}-{attempt}")
         finished, turn = False, 0
         while not finished:
