@@ -11,7 +11,6 @@ mapped files. Ways take turns, round by round.
 """
 
 import argparse
-import gc
 import itertools
 import multiprocessing
 import os
@@ -27,110 +26,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torchvision.io import write_jpeg
 
+from bench.loader_step import stream
+from bench.photographs import SIDE, SIZES, write_folder
 from bench.record import RESULTS, markdown_table, write_record
-from bench.steps import Job
 from bench.timing import wait
-from fastofa.dataset import Dataset, from_array, open_dataset
+from fastofa.dataset import open_dataset
 from fastofa.device import choose_workers
-from fastofa.pipelines import Batch, open_pipeline
-from fastofa.step import Step
-from fastofa.views import ViewPolicy, draw_views, epoch_order
+from fastofa.pipelines import open_pipeline
 from fastofa.write import WriteConfig, write
 
-HEIGHT, WIDTH, SIDE, QUALITY = 375, 500, 256, 90
-# Of twenty pictures (height, width): most of ImageNet's have a longer side of 500 pixels, some are larger.
-SIZES = [(375, 500)] * 10 + [(333, 500)] * 4 + [(500, 375)] * 3 + [(500, 333)] * 2 + [(600, 800)]
-GROWTH = 1.1  # in strength from one scale to the next, twice as coarse: JPEGs of 109 kB
-CLASSES = 10
-PIPELINES = ("torchvision", "resident")  # those that can stand before the ladder's step
 BASELINE = "PIL + DataLoader"
-
-
-# --- Pictures ---------------------------------------------------------------------------------------------------------
-
-
-def photographs(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """uint8 [count, 3, height, width]: noise of every scale, the coarser the stronger; JPEGs as large as ImageNet's."""
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(count, 3, height, width)
-    for level in range(8):
-        coarse = torch.randn(count, 3, height >> level or 1, width >> level or 1, generator=generator)
-        total += F.interpolate(coarse, (height, width), mode="bilinear") * GROWTH**level
-    return (total / total.std() * 50 + 118).clamp(0, 255).to(torch.uint8)
-
-
-def write_folder(out: Path, count: int, sizes: list[tuple[int, int]]) -> None:
-    """OUT/train/CLASS/NAME.jpg, of these (height, width) in turn."""
-    for i in range(count):
-        path = out / "train" / str(i % CLASSES) / f"{i:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (picture,) = photographs(1, *sizes[i % len(sizes)], seed=i)
-        write_jpeg(picture, str(path), quality=QUALITY)
-
-
-def in_memory(count: int, side: int = SIDE) -> Dataset:
-    pixels = photographs(min(count, 64), side, side).permute(0, 2, 3, 1).numpy()
-    pixels = np.tile(pixels, (-(-count // len(pixels)), 1, 1, 1))[:count]
-    names, labels = [f"{i:05d}" for i in range(count)], np.arange(count) % CLASSES
-    return from_array("photographs", "train", tuple(map(str, range(CLASSES))), names, labels, pixels)
-
-
-def open_source(pipeline: str, folder: Path, count: int, side: int = SIDE) -> Dataset:
-    """What a pipeline reads: pixels in memory, or JPEGs that are written where there are none yet."""
-    if pipeline == "resident":
-        return in_memory(count, side)
-    if not (folder / "train").exists():
-        write_folder(folder, count, [(side * HEIGHT // SIDE, side * WIDTH // SIDE)])
-    return open_dataset(str(folder), "train")
-
-
-def stream(pipeline: Any, dataset: Dataset) -> Iterator[Batch]:
-    """Batches nearly without end: one order again and again, as a single epoch, so that no worker is started twice."""
-    views = draw_views(ViewPolicy(), dataset.sizes, 0, 0)
-    return pipeline.epoch(views, np.tile(epoch_order(len(dataset), seed=0, epoch=0), 1 + 1_000_000 // len(dataset)))
-
-
-class LoaderStep:
-    """Our step behind a pipeline. Entered for a round: workers run only then, and what they had ready is used up."""
-
-    def __init__(self, job: Job, step: Step, pipeline: str, folder: Path) -> None:
-        self.step = step
-        workers = choose_workers(None)
-        side = job.image_size * SIDE // 224
-        self.dataset = open_source(pipeline, folder, job.batch_size, side)
-        self.pipeline = open_pipeline(pipeline, self.dataset, job.image_size, job.batch_size, job.device, workers)
-        self.ready = 2 * workers if pipeline == "torchvision" else 0
-
-    def __enter__(self) -> "LoaderStep":
-        self.batches = stream(self.pipeline, self.dataset)
-        for batch in itertools.islice(self.batches, self.ready):
-            self.step([batch], lr=0.1)
-        return self
-
-    def __call__(self) -> None:
-        self.step([next(self.batches)], lr=0.1)
-
-    def __exit__(self, *_error: object) -> None:
-        self.batches.close()  # type: ignore[attr-defined]
-
-
-def rate(pipeline: Any, dataset: Dataset, device: torch.device, ready: int, calls: int) -> float:
-    """Images a second of a pipeline that nothing waits for."""
-    batches = stream(pipeline, dataset)
-    for _ in range(ready + 1):
-        next(batches)
-    wait(device)
-    began, images = time.perf_counter(), 0
-    for batch in itertools.islice(batches, calls):
-        images += len(batch.labels)
-    wait(device)
-    seconds = time.perf_counter() - began
-    batches.close()  # type: ignore[attr-defined]
-    return images / seconds
 
 
 # --- Ways to load -----------------------------------------------------------------------------------------------------
@@ -289,8 +196,7 @@ def _measured(task: Task, sender: Any) -> None:
     wait(torch.device(task.device))
     seconds, cpu = time.perf_counter() - began, sum(_cpu_s(pid) for pid in _tree(os.getpid())) - cpu
     sender.send((images / seconds, cpu / images * 1000))
-    del sizes
-    gc.collect()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or PyTorch reports the workers' end as a failure
     for pid in _tree(os.getpid())[1:]:
         os.kill(pid, signal.SIGKILL)
     os._exit(0)  # some of the peers would not end by themselves, left early

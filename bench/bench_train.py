@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench import machine, roofline
-from bench.bench_loader import LoaderStep
+from bench.loader_step import LoaderStep
 from bench.record import RESULTS, markdown_table, write_record
 from bench.steps import Job, TakeStep, Way, official_step, open_step, timm_step
 from bench.timing import interleaved_ms, median_ratio

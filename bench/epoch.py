@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench import bench_loader as loaders
+from bench import loader_step
 from bench.record import RESULTS, markdown_table, read_record, write_record
 from bench.steps import Job, OnlineTeacher, Way, official_step, our_step
 from bench.timing import interleaved_ms
@@ -81,12 +81,12 @@ def loader_rates(folder: Path, job: Job, pipeline: str, sizes: list[int], calls:
         return {size: known[size] for size in sizes}, "record"
     workers = choose_workers(None)
     with tempfile.TemporaryDirectory() as temporary:
-        dataset = loaders.open_source(pipeline, Path(temporary), 4 * job.batch_size)
+        dataset = loader_step.open_source(pipeline, Path(temporary), 4 * job.batch_size)
         found = {}
         for size in sizes:
             opened = open_pipeline(pipeline, dataset, size, job.batch_size, job.device, workers)
             ready = 2 * workers if pipeline == "torchvision" else 0
-            found[size] = loaders.rate(opened, dataset, job.device, ready, calls)
+            found[size] = loader_step.rate(opened, dataset, job.device, ready, calls)
     return found, "measured here"
 
 
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--teacher", default="deit_tiny_patch16_224")
-    parser.add_argument("--pipeline", choices=loaders.PIPELINES, default="torchvision")
+    parser.add_argument("--pipeline", choices=loader_step.PIPELINES, default="torchvision")
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=20 if gpu else 1, help="steps a round")

@@ -1,13 +1,11 @@
 """What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, wide loads, doubles.
 
-    python -m bench.kernel_resources                 a table
-    python -m bench.kernel_resources --json FILE     the same as data, for tests
+    python -m bench.kernel_resources                 writes bench/results/kernel_resources.json
 
 Every kernel in its hot form is compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200).
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -24,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.record import markdown_table
+from bench.record import RESULTS, markdown_table, write_record
 from fastofa.kernels import triton_crop_resize, triton_depthwise, triton_ofa_loss
 
 ARCHITECTURES = (80, 90)
@@ -185,12 +183,12 @@ def measure(only: Callable[[Case], bool] = lambda case: True) -> list[dict[str, 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--only", default="", help="kernels whose name contains this; no record")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     found = measure(lambda case: args.only in case.name)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    if not args.only:
+        write_record("kernel_resources", {"triton": triton.__version__, "rows": found}, args.out)
     columns = ["kernel", "architecture", "registers", "stack", "shared", "wide_loads", "wide_stores", "doubles"]
     print(markdown_table(columns, [[str(row[c]) for c in columns] for row in found], left=2))
 

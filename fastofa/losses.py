@@ -42,9 +42,8 @@ class Objective:
         mix: Tensor | None = None,
     ) -> Tensor:
         c = self.config
-        final = logits[-1].float()
         if targets is None:
-            gt = self._of_labels(final, labels, partner_labels, mix)
+            gt = self._of_labels(logits[-1], labels, partner_labels, mix)
             return torch.stack([c.gt_weight * gt, gt, torch.zeros_like(gt), torch.zeros_like(gt)])
         teacher = (targets.classes, targets.log_probs, self.eps, c.temperature)
         if self.binary is None:
@@ -53,7 +52,7 @@ class Objective:
                 logits, labels, *teacher, *weights, c.smoothing, partner_labels, mix, self.impl, c.variant
             )
             return torch.cat([total[None], parts])
-        gt = self._of_labels(final, labels, partner_labels, mix)
+        gt = self._of_labels(logits[-1], labels, partner_labels, mix)
         if partner_labels is not None and mix is not None:
             labels = heavier(labels, partner_labels, mix)
         heads = ofa_loss(logits, labels, *teacher, self.impl, c.variant)
@@ -61,7 +60,7 @@ class Objective:
         return torch.stack([c.gt_weight * gt + c.kd_weight * kd + c.ofa_weight * ofa, gt, kd, ofa])
 
     def _of_labels(self, final: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None) -> Tensor:
-        smoothing = self.config.smoothing
+        smoothing, final = self.config.smoothing, final.float()
         if self.binary is None:
             return cross_entropy(final, labels, partner_labels, mix, smoothing)
         if partner_labels is None or mix is None:

@@ -119,23 +119,12 @@ def crop_resize_op(
 
 
 @crop_resize_op.register_kernel("cpu")
-def _(
-    images: Tensor,
-    boxes: Tensor,
-    flip: Tensor,
-    size: int,
-    ids: Tensor | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    dtype: torch.dtype,
-    antialias: bool,
-) -> Tensor:
+def _(images: Tensor, boxes: Tensor, flip: Tensor, size: int, ids: Tensor | None, *arguments: Any) -> Tensor:
     if interpreted():
         from fastofa.kernels import triton_crop_resize
 
-        return triton_crop_resize.crop_resize(images, boxes, flip, size, ids, mean, std, dtype, antialias)
-    chosen = images if ids is None else images[ids]
-    return reference.crop_resize(chosen, boxes, flip, size, mean, std, dtype, antialias)
+        return triton_crop_resize.crop_resize(images, boxes, flip, size, ids, *arguments)
+    return reference.crop_resize(images if ids is None else images[ids], boxes, flip, size, *arguments)
 
 
 @crop_resize_op.register_fake

@@ -90,21 +90,17 @@ def depthwise_op(
 
 
 @depthwise_op.register_kernel("cpu")
-def _(
-    x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, shift: Tensor | None, activation: str | None
-) -> Tensor:
+def _(x: Tensor, *arguments: Any) -> Tensor:
     if interpreted() and x.dtype != torch.float64:
         from fastofa.kernels import triton_depthwise
 
-        return triton_depthwise.depthwise_conv3x3(x, weight, stride, scale, shift, activation)
-    y = reference.depthwise_conv3x3(x, weight, stride, scale, shift, activation)
+        return triton_depthwise.depthwise_conv3x3(x, *arguments)
+    y = reference.depthwise_conv3x3(x, *arguments)
     return _channels_last(y.shape, y).copy_(y)
 
 
 @depthwise_op.register_fake
-def _(
-    x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, shift: Tensor | None, activation: str | None
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, stride: int, *arguments: Any) -> Tensor:
     batch, channels, height, width = x.shape
     return _channels_last((batch, channels, (height + stride - 1) // stride, (width + stride - 1) // stride), x)
 
@@ -127,36 +123,21 @@ def backward_op(
 
 
 @backward_op.register_kernel("cpu")
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: int,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if interpreted() and x.dtype != torch.float64:
         from fastofa.kernels import triton_depthwise
 
-        return triton_depthwise.depthwise_conv3x3_backward(dy, x, weight, stride, scale, shift, activation)
-    dx, dw, dscale, dshift = reference.depthwise_gradients(dy, x, weight, stride, scale, shift, activation)
+        return triton_depthwise.depthwise_conv3x3_backward(dy, x, *arguments)
+    dx, dw, dscale, dshift = reference.depthwise_gradients(dy, x, *arguments)
     return _channels_last(dx.shape, dx).copy_(dx), dw, dscale, dshift
 
 
 @backward_op.register_fake
 def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: int,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str | None,
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    channels = 0 if scale is None else x.shape[1]
-    dscale, dshift = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+    dscale, dshift = (x.new_empty(0 if scale is None else x.shape[1], dtype=dtype) for _ in range(2))
     return _channels_last(x.shape, x), weight.new_empty(weight.shape), dscale, dshift
 
 

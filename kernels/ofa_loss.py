@@ -100,7 +100,7 @@ def distillation_loss(
     gradient = torch.is_grad_enabled() and logits.requires_grad
     weights = [float(gt_weight), float(kd_weight), float(ofa_weight)]
     losses, _ = distillation_loss_op(
-        logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix, gradient
+        logits, labels, classes, log_probs, eps, temperature, variant, gradient, weights, smoothing, partner_labels, mix
     )
     return losses[0], losses[1:].detach()
 
@@ -194,28 +194,20 @@ def ofa_loss_op(
     from fastofa.kernels import triton_ofa_loss
 
     with torch.cuda.device_of(logits):
-        return triton_ofa_loss.ofa_loss(logits, labels, classes, log_probs, eps, temperature, variant, gradient)
+        return triton_ofa_loss.losses_and_gradient(
+            logits, labels, classes, log_probs, eps, temperature, variant, gradient
+        )
 
 
 @ofa_loss_op.register_kernel("cpu")
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    classes: Tensor,
-    log_probs: Tensor,
-    eps: Tensor,
-    temperature: float,
-    variant: str,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    arguments = (logits, labels, classes, log_probs, eps, temperature, variant)
+def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, gradient = arguments
     if interpreted() and logits.dtype != torch.float64:
         from fastofa.kernels import triton_ofa_loss
 
-        return triton_ofa_loss.ofa_loss(*arguments, gradient)
-    return reference.head_losses(*arguments), _stored(
-        reference.head_gradients(*arguments) if gradient else None, logits
-    )
+        return triton_ofa_loss.losses_and_gradient(logits, *arguments)
+    found = reference.head_gradients(logits, *given) if gradient else None
+    return reference.head_losses(logits, *given), _stored(found, logits)
 
 
 @torch.library.custom_op("fastofa::distillation_loss", mutates_args=(), device_types="cuda")
@@ -227,11 +219,11 @@ def distillation_loss_op(
     eps: Tensor,
     temperature: float,
     variant: str,
+    gradient: bool,
     weights: Sequence[float],
     smoothing: float,
     partner_labels: Tensor | None,
     mix: Tensor | None,
-    gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Total, gt, kd and ofa, fp32 [4]; the total's gradient [H, B, C] in the logits' dtype, empty unless `gradient`.
 
@@ -239,40 +231,26 @@ def distillation_loss_op(
     """
     from fastofa.kernels import triton_ofa_loss
 
-    given = (logits, labels, classes, log_probs, eps, temperature, variant)
+    given = (logits, labels, classes, log_probs, eps, temperature, variant, gradient)
     with torch.cuda.device_of(logits):
-        return triton_ofa_loss.distillation_loss(*given, weights, smoothing, partner_labels, mix, gradient)
+        return triton_ofa_loss.losses_and_gradient(*given, weights, smoothing, partner_labels, mix)
 
 
 @distillation_loss_op.register_kernel("cpu")
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    classes: Tensor,
-    log_probs: Tensor,
-    eps: Tensor,
-    temperature: float,
-    variant: str,
-    weights: Sequence[float],
-    smoothing: float,
-    partner_labels: Tensor | None,
-    mix: Tensor | None,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *teacher, gradient, weights, smoothing, partner_labels, mix = arguments
     if interpreted() and logits.dtype != torch.float64:
         from fastofa.kernels import triton_ofa_loss
 
-        given = (logits, labels, classes, log_probs, eps, temperature, variant)
-        return triton_ofa_loss.distillation_loss(*given, weights, smoothing, partner_labels, mix, gradient)
+        return triton_ofa_loss.losses_and_gradient(logits, labels, *arguments)
     of_labels = (logits[-1], labels, partner_labels, mix, smoothing)
-    hard = labels if partner_labels is None or mix is None else reference.heavier(labels, partner_labels, mix)
-    of_teacher = (logits, hard, classes, log_probs, eps, temperature, variant)
-    heads = reference.head_losses(*of_teacher)
+    hard = labels if partner_labels is None else reference.heavier(labels, partner_labels, mix)
+    heads = reference.head_losses(logits, hard, *teacher)
     parts = torch.stack([reference.cross_entropy(*of_labels), heads[-1], heads[:-1].sum()])
     losses = torch.cat([parts @ parts.new_tensor(weights)[:, None], parts])
     if not gradient:
         return losses, _stored(None, logits)
-    found = reference.head_gradients(*of_teacher)
+    found = reference.head_gradients(logits, hard, *teacher)
     found *= found.new_tensor([weights[2]] * (len(logits) - 1) + [weights[1]])[:, None, None]
     found[-1] += weights[0] * reference.cross_entropy_gradient(*of_labels)
     return losses, _stored(found, logits)
@@ -284,20 +262,19 @@ def _stored(gradient: Tensor | None, logits: Tensor) -> Tensor:
     return (gradient * reference.gradient_scale(logits)).to(logits.dtype)
 
 
-def _fake(losses: int | None, logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+def _fake(count: int, logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    empty = logits.new_empty(logits.shape if gradient else (0,))
-    return logits.new_empty(logits.shape[0] if losses is None else losses, dtype=dtype), empty
+    return logits.new_empty(count, dtype=dtype), logits.new_empty(logits.shape if gradient else (0,))
 
 
 @ofa_loss_op.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _fake(None, logits, arguments[-1])
+    return _fake(len(logits), logits, gradient=arguments[6])
 
 
 @distillation_loss_op.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _fake(4, logits, arguments[-1])
+    return _fake(4, logits, gradient=arguments[6])
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

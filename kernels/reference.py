@@ -64,10 +64,9 @@ def head_losses(
     """
     z = _shifted(logits, temperature)
     classes = classes.long()
-    w0, wk, wy = sparse_weights(
+    w0, wk, wy, total = sparse_weights(
         labels, classes, log_probs.to(z.dtype), eps.to(z.dtype), z.shape[-1], temperature, variant
     )
-    total = z.shape[-1] * w0 + wk.sum(dim=-1) + wy
     z_k = z.gather(-1, classes.expand(len(z), -1, -1))
     z_y = z.gather(-1, labels.expand(len(z), -1)[..., None])[..., 0]
     loss = total * torch.logsumexp(z, dim=-1) - (w0 * z.sum(dim=-1) + (wk * z_k).sum(dim=-1) + wy * z_y)
@@ -86,10 +85,9 @@ def head_gradients(
     """[H, B, C]: of each head's loss, in closed form: dL/dz = (W softmax(z / T) - w) / T, over the batch."""
     z = _shifted(logits, temperature)
     classes = classes.long()
-    w0, wk, wy = sparse_weights(
+    w0, wk, wy, total = sparse_weights(
         labels, classes, log_probs.to(z.dtype), eps.to(z.dtype), z.shape[-1], temperature, variant
     )
-    total = z.shape[-1] * w0 + wk.sum(dim=-1) + wy
     gradient = total[..., None] * z.softmax(dim=-1) - w0[..., None]
     gradient = gradient.scatter_add(-1, classes.expand(len(z), -1, -1), -wk)
     gradient = gradient.scatter_add(-1, labels.expand(len(z), -1)[..., None], -wy[..., None])
@@ -104,8 +102,9 @@ def sparse_weights(
     num_classes: int,
     temperature: float,
     variant: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """w0 [H, B] of every class; what the K classes [H, B, K] and, if it is not among them, the label [H, B] add."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w0 [H, B] of every class; what the K classes [H, B, K] and, if it is not among them, the label [H, B] add; all of
+    them together [H, B]."""
     probs, rest = teacher_probs(log_probs, num_classes, temperature)
     is_target = classes == labels[:, None]  # [B, K]
     missing = ~is_target.any(dim=1)  # [B]: the label is not among the K
@@ -118,7 +117,8 @@ def sparse_weights(
         w0 = rest.expand(len(eps), -1)
         wk = torch.where(is_target, (1 + probs) ** exponent[..., None], probs)
         wy = (1 + rest) ** exponent
-    return w0, wk - w0[..., None], torch.where(missing, wy - w0, 0)
+    wk, wy = wk - w0[..., None], torch.where(missing, wy - w0, 0)
+    return w0, wk, wy, num_classes * w0 + wk.sum(dim=-1) + wy
 
 
 def _shifted(logits: Tensor, temperature: float) -> Tensor:

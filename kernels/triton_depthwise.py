@@ -369,18 +369,10 @@ def depthwise_conv3x3(
     return y
 
 
-def depthwise_conv3x3_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: int,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def depthwise_conv3x3_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the operator of that name in depthwise.py."""
-    dx, dscale, dshift = input_gradient(dy, x, weight, stride, scale, shift, activation)
-    return dx, weight_gradient(dy, x, weight, stride, scale, shift, activation), dscale, dshift
+    dx, dscale, dshift = input_gradient(dy, x, *arguments)
+    return dx, weight_gradient(dy, x, *arguments), dscale, dshift
 
 
 def input_gradient(

@@ -301,7 +301,7 @@ def block_sizes(num_classes: int, topk: int) -> tuple[int, int, int]:
     return block, min(triton.next_power_of_2(topk), 1024), min(block // 256, 8)
 
 
-def ofa_loss(
+def losses_and_gradient(
     logits: Tensor,
     labels: Tensor,
     classes: Tensor,
@@ -310,69 +310,20 @@ def ofa_loss(
     temperature: float,
     variant: str,
     gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """As the operator of that name in ofa_loss.py."""
-    heads, batch, _ = logits.shape
-    losses = logits.new_empty(heads, dtype=torch.float32)
-    row_losses = logits.new_empty(heads, batch, dtype=torch.float32)
-    found = _launch(
-        logits, labels, classes, log_probs, eps, temperature, variant, (0.0, 1.0, 1.0), row_losses, gradient
-    )
-    if not batch:
-        return losses.zero_(), found
-    _heads_kernel[(heads,)](row_losses, losses, batch, BLOCK=1024)
-    return losses, found
-
-
-def distillation_loss(
-    logits: Tensor,
-    labels: Tensor,
-    classes: Tensor,
-    log_probs: Tensor,
-    eps: Tensor,
-    temperature: float,
-    variant: str,
-    weights: Sequence[float],
-    smoothing: float,
-    partner_labels: Tensor | None,
-    mix: Tensor | None,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """As the operator of that name in ofa_loss.py."""
-    heads, batch, _ = logits.shape
-    losses = logits.new_empty(4, dtype=torch.float32)
-    row_losses = logits.new_empty(heads + 1, batch, dtype=torch.float32)
-    found = _launch(
-        logits, labels, classes, log_probs, eps, temperature, variant, weights, row_losses, gradient,
-        smoothing, partner_labels, mix, with_labels=True,
-    )  # fmt: skip
-    if not batch:
-        return losses.zero_(), found
-    _total_kernel[(1,)](row_losses, losses, batch, *weights, H=heads, BLOCK=1024)
-    return losses, found
-
-
-def _launch(
-    logits: Tensor,
-    labels: Tensor,
-    classes: Tensor,
-    log_probs: Tensor,
-    eps: Tensor,
-    temperature: float,
-    variant: str,
-    weights: Sequence[float],
-    row_losses: Tensor,
-    gradient: bool,
+    weights: Sequence[float] | None = None,
     smoothing: float = 0.0,
     partner_labels: Tensor | None = None,
     mix: Tensor | None = None,
-    with_labels: bool = False,
-) -> Tensor:
-    """Fill row_losses; give the gradient, empty unless `gradient`."""
+) -> tuple[Tensor, Tensor]:
+    """As the operators in ofa_loss.py: without `weights` each head's loss, with them all of the objective."""
     heads, batch, num_classes = logits.shape
+    with_labels = weights is not None
+    gt_kd_ofa = weights or (0.0, 1.0, 1.0)
+    losses = logits.new_empty(4 if with_labels else heads, dtype=torch.float32)
+    row_losses = logits.new_empty(heads + with_labels, batch, dtype=torch.float32)
     found = logits.new_empty(logits.shape if gradient else (0,))
     if not batch:
-        return found
+        return losses.zero_(), found
     block, block_k, num_warps = block_sizes(num_classes, classes.shape[1])
     _loss_kernel[(heads * batch,)](
         logits.contiguous(),
@@ -385,7 +336,7 @@ def _launch(
         row_losses,
         found,
         batch,
-        *weights,
+        *gt_kd_ofa,
         smoothing,
         1.0 / temperature,
         gradient_scale(logits) / batch,
@@ -402,4 +353,8 @@ def _launch(
         GRADIENT=gradient,
         num_warps=num_warps,
     )
-    return found
+    if with_labels:
+        _total_kernel[(1,)](row_losses, losses, batch, *gt_kd_ofa, H=heads, BLOCK=1024)
+    else:
+        _heads_kernel[(heads,)](row_losses, losses, batch, BLOCK=1024)
+    return losses, found

@@ -16,6 +16,7 @@ import torch
 
 from fastofa.errors import BadInput
 from fastofa.pipelines.batch import Batch
+from fastofa.pipelines.request import Request
 from fastofa.progress import notice
 from fastofa.views import Views
 
@@ -76,8 +77,8 @@ def open_pipeline(
             f"expected image size and batch size of at least 1 and workers of at least 0, got {image_size}, "
             f"{batch_size} and {workers}"
         )
-    module = import_module(PIPELINES[name])
-    return module.Pipeline(dataset, image_size, batch_size, torch.device(device), workers, normalize)
+    request = Request(dataset, image_size, batch_size, torch.device(device), workers, normalize)
+    return import_module(PIPELINES[name]).Pipeline(request)
 
 
 def choose(dataset: Any, device: torch.device) -> tuple[str, str]:

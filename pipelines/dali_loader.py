@@ -7,7 +7,8 @@ Of a crop's edge DALI's resizing repeats the outermost pixels, where torchvision
 the output differ a little, and the mean of a picture the more, the smaller it is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastofa.errors import BadInput
 from fastofa.images import crop_resize_one
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
+from fastofa.pipelines.request import Request
 from fastofa.progress import notice
 from fastofa.views import Views, batches
 
@@ -38,30 +40,22 @@ class Pipeline:
     hardware_share = 0.9
     """Share of the JPEGs that a GPU's JPEG unit decodes, where it has one (A100, H100); its cores take the others."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        image_size: int,
-        batch_size: int,
-        device: torch.device,
-        workers: int,
-        normalize: tuple[Sequence[float], Sequence[float]] | None,
-    ) -> None:
+    def __init__(self, request: Request) -> None:
+        dataset = request.dataset
         if dataset.root is None:
             raise BadInput(f"pipeline dali: expected a folder of pictures, got {dataset.spec}; use --pipeline auto")
-        self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
-        self.device, self.workers, self.normalize = device, workers, normalize
+        self.dataset, self.device, self.workers = dataset, request.device, request.workers
+        self.image_size, self.batch_size, self.normalize = request.image_size, request.batch_size, request.normalize
         self.sizes = dataset.stored_sizes
-        self.labels = torch.from_numpy(dataset.labels).to(device)
+        self.labels = torch.from_numpy(dataset.labels).to(self.device)
 
     def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
-        coming = list(batches(views, order, start, self.batch_size))
+        coming = deque((rows, with_partners(views, rows)) for rows in batches(views, order, start, self.batch_size))
         while coming:
-            dali = self._build(views, [with_partners(views, rows) for rows in coming])
+            dali = self._build(views, [needed for _, needed in coming])
             failed = False
             while coming and not failed:
-                rows = coming.pop(0)
-                needed = with_partners(views, rows)
+                rows, needed = coming.popleft()
                 try:
                     images = self._run(dali, views, needed)
                 except RuntimeError as error:  # after which a DALI pipeline is of no use

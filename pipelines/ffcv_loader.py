@@ -1,21 +1,20 @@
 """A .beton, FFCV's format: threads decode its JPEGs, or take its pixels, where they lie in the mapped file, and crop.
 
-FFCV's own Loader is not used. Its decoder's quick DCT moves pixels by up to 1.4 levels of 255 in the mean of a picture
-and its resizing, which averages areas, by up to 2.8; what is used here is faster than either and has the very pixels of
-the torchvision pipeline. Besides, its random crops cannot be told, each Loader compiles anew, its batches are
-overwritten while they are used, and one that is left early leaks a thread.
+FFCV's own Loader is not used: its decoder takes libjpeg's quick DCT and its resizing averages areas, where this has the
+very pixels of the torchvision pipeline, and is faster (bench/results/loaders_cpu.json). Besides, its random crops
+cannot be told, each Loader compiles anew, its batches are overwritten while they are used, and one that is left early
+leaks a thread.
 """
 
 import mmap
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastofa.errors import BadInput
 from fastofa.files import map_file
+from fastofa.pipelines.request import Request
 from fastofa.pipelines.threaded import Threaded
 from fastofa.views import Views
 
@@ -23,18 +22,11 @@ from fastofa.views import Views
 class Pipeline(Threaded):
     """See `fastofa.pipelines.open_pipeline`. Needs a .beton."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        image_size: int,
-        batch_size: int,
-        device: torch.device,
-        workers: int,
-        normalize: tuple[Sequence[float], Sequence[float]] | None,
-    ) -> None:
+    def __init__(self, request: Request) -> None:
+        dataset = request.dataset
         if dataset.spans is None:
             raise BadInput(f"pipeline ffcv: expected a .beton, got {dataset.spec}; `fastofa write` makes one")
-        super().__init__(dataset, image_size, batch_size, device, workers, normalize)
+        super().__init__(request)
         self.dataset, self.spans = dataset, dataset.spans
         self.map = map_file(dataset.file)
         self.bytes = np.frombuffer(self.map, np.uint8)

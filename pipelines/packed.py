@@ -1,7 +1,6 @@
 """A pack on the disk: threads gather the rows of a batch, the GPU crops them. Without a GPU the threads crop."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from fastofa.errors import BadInput
 from fastofa.kernels import crop_resize
+from fastofa.pipelines.request import Request
 from fastofa.pipelines.threaded import Threaded
 from fastofa.views import Views
 
@@ -16,18 +16,11 @@ from fastofa.views import Views
 class Pipeline(Threaded):
     """See `fastofa.pipelines.open_pipeline`. Needs pixels in one array, as a pack has them."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        image_size: int,
-        batch_size: int,
-        device: torch.device,
-        workers: int,
-        normalize: tuple[Sequence[float], Sequence[float]] | None,
-    ) -> None:
+    def __init__(self, request: Request) -> None:
+        dataset = request.dataset
         if dataset.pixels is None:
             raise BadInput(f"pipeline packed: expected a .pack, got {dataset.spec}; `fastofa write` makes one")
-        super().__init__(dataset, image_size, batch_size, device, workers, normalize)
+        super().__init__(request)
         self.pixels = dataset.pixels
 
     def picture(self, sample_id: int) -> Tensor:

@@ -1,7 +1,6 @@
 """The data set as uint8 in device memory; crop, resize, flip and augmentation there."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from fastofa.images import crop_resize_one
 from fastofa.kernels import crop_resize
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
+from fastofa.pipelines.request import Request
 from fastofa.progress import notice
 from fastofa.views import Views, batches
 
@@ -19,16 +19,9 @@ from fastofa.views import Views, batches
 class Pipeline:
     """See `fastofa.pipelines.open_pipeline`. Needs pictures of one size."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        image_size: int,
-        batch_size: int,
-        device: torch.device,
-        workers: int,
-        normalize: tuple[Sequence[float], Sequence[float]] | None,
-    ) -> None:
-        self.image_size, self.batch_size, self.device, self.normalize = image_size, batch_size, device, normalize
+    def __init__(self, request: Request) -> None:
+        dataset, self.device = request.dataset, request.device
+        self.image_size, self.batch_size, self.normalize = request.image_size, request.batch_size, request.normalize
         self.sizes = dataset.stored_sizes
         smallest, largest = self.sizes.min(axis=0), self.sizes.max(axis=0)
         if (smallest != largest).any():
@@ -36,14 +29,14 @@ class Pipeline:
                 f"pipeline resident: expected pictures of one size, got heights {smallest[0]}..{largest[0]} and widths "
                 f"{smallest[1]}..{largest[1]}; use --pipeline torchvision"
             )
-        if device.type == "cuda":
-            check_memory(len(dataset) * int(largest.prod()) * 3, device, dataset.spec)
+        if self.device.type == "cuda":
+            check_memory(len(dataset) * int(largest.prod()) * 3, self.device, dataset.spec)
         if dataset.pixels is None:
             pixels = torch.stack([dataset.read(i).permute(1, 2, 0) for i in range(len(dataset))])
         else:
             pixels = torch.from_numpy(dataset.pixels)
-        self.pixels = pixels.to(device)  # uint8 [N, H, W, 3]; on a CPU an array or a pack itself, not a copy
-        self.labels = torch.from_numpy(dataset.labels).to(device)
+        self.pixels = pixels.to(self.device)  # uint8 [N, H, W, 3]; on a CPU an array or a pack itself, not a copy
+        self.labels = torch.from_numpy(dataset.labels).to(self.device)
 
     def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
         for rows in batches(views, order, start, self.batch_size):

@@ -3,10 +3,11 @@
 What a thread does should let go of Python's lock: decoding, resizing and copying do.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastofa.images import crop_resize_one
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
+from fastofa.pipelines.request import Request
 from fastofa.views import Views, batches
 
 AHEAD = 2  # batches that are made while another is used
@@ -29,26 +31,18 @@ class _Coming(NamedTuple):
     parts: list[Future[None]]
 
 
-class Threaded:
+class Threaded(ABC):
     """A pipeline (see `fastofa.pipelines.open_pipeline`) of which a subclass says how to get a picture."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        image_size: int,
-        batch_size: int,
-        device: torch.device,
-        workers: int,
-        normalize: tuple[Sequence[float], Sequence[float]] | None,
-    ) -> None:
-        self.image_size, self.batch_size, self.device, self.normalize = image_size, batch_size, device, normalize
-        self.sizes, self.workers = dataset.stored_sizes, workers
-        self.labels = torch.from_numpy(dataset.labels).to(device)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, request: Request) -> None:
+        self.device, self.workers, self.sizes = request.device, request.workers, request.dataset.stored_sizes
+        self.image_size, self.batch_size, self.normalize = request.image_size, request.batch_size, request.normalize
+        self.labels = torch.from_numpy(request.dataset.labels).to(self.device)
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
+    @abstractmethod
     def picture(self, sample_id: int) -> Tensor:
         """uint8 [3, H, W], as it is stored. Called by threads."""
-        raise NotImplementedError
 
     def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
         threads = max(self.workers, 1)

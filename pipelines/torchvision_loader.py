@@ -4,7 +4,7 @@ The rest of the augmentation is done where the batch ends up: on the GPU, or wit
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastofa.errors import BadInput
 from fastofa.images import crop_resize_one
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
+from fastofa.pipelines.request import Request
 from fastofa.views import Views, batches
 
 
@@ -65,18 +66,10 @@ def _signals_held() -> Iterator[None]:
 class Pipeline:
     """See `fastofa.pipelines.open_pipeline`."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        image_size: int,
-        batch_size: int,
-        device: torch.device,
-        workers: int,
-        normalize: tuple[Sequence[float], Sequence[float]] | None,
-    ) -> None:
-        self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
-        self.device, self.workers, self.normalize = device, workers, normalize
-        self.labels = torch.from_numpy(dataset.labels).to(device)
+    def __init__(self, request: Request) -> None:
+        self.dataset, self.device, self.workers = request.dataset, request.device, request.workers
+        self.image_size, self.batch_size, self.normalize = request.image_size, request.batch_size, request.normalize
+        self.labels = torch.from_numpy(request.dataset.labels).to(request.device)
 
     def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
         all_rows = list(batches(views, order, start, self.batch_size))

@@ -187,7 +187,7 @@ def test_is_an_operator_of_pytorch(mixed):
     common = (logits, labels, classes, log_probs, eps, 2.0, "official")
     mixing = (labels.flip(0), torch.full((2,), 0.4, device=DEVICE)) if mixed else (None, None)
     torch.library.opcheck(torch.ops.fastofa.ofa_loss, (*common, True))
-    torch.library.opcheck(torch.ops.fastofa.distillation_loss, (*common, [1.0, 0.5, 2.0], 0.1, *mixing, True))
+    torch.library.opcheck(torch.ops.fastofa.distillation_loss, (*common, True, [1.0, 0.5, 2.0], 0.1, *mixing))
 
 
 def test_compiles_as_one_graph():
@@ -229,7 +229,7 @@ def test_on_a_cpu_the_operators_are_the_twins(mixed, monkeypatch):
     leaf, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     arguments = (labels, classes, log_probs, eps, 2.0)
     losses, _ = torch.ops.fastofa.distillation_loss(
-        leaf, *arguments, "paper", weights, 0.1, mixing.get("partner_labels"), mixing.get("mix"), True
+        leaf, *arguments, "paper", True, weights, 0.1, mixing.get("partner_labels"), mixing.get("mix")
     )
     losses[0].backward()
     total, parts = distillation_loss(other, *arguments, *weights, 0.1, **mixing, variant="paper")

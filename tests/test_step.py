@@ -13,12 +13,13 @@ import torch
 from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastofa import losses, step, student, teacher_cache
+from fastofa import kernels, losses, step, student, teacher_cache
 from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset
 from fastofa.distributed import World
 from fastofa.errors import BadInput
 from fastofa.fused_depthwise import DepthwiseConv2d
+from fastofa.kernels import reference
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.recipes import RECIPES
 from fastofa.step import SUMS, Step
@@ -209,8 +210,12 @@ HOT = [
     student.run_stages,
     losses.Objective.__call__,
     losses.Objective._of_labels,
-    losses.mixed_labels,
-    losses.heavier,
+    kernels.distillation_loss,
+    reference.head_losses,
+    reference.sparse_weights,
+    reference.cross_entropy,
+    reference.mixed_labels,
+    reference.heavier,
     teacher_cache.DeviceTargets.lookup,
 ]
 WAITING = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "tensor", "as_tensor", "from_numpy"}

@@ -1,0 +1,76 @@
+"""A pipeline in front of something: of the ladder's step, or of nothing, when its rate is wanted."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.photographs import SIDE, SIZES, in_memory, write_folder
+from bench.steps import Job
+from bench.timing import wait
+from fastofa.dataset import Dataset, open_dataset
+from fastofa.device import choose_workers
+from fastofa.pipelines import Batch, open_pipeline
+from fastofa.step import Step
+from fastofa.views import ViewPolicy, draw_views, epoch_order
+
+PIPELINES = ("torchvision", "resident")
+HEIGHT, WIDTH = SIZES[0]
+
+
+def open_source(pipeline: str, folder: Path, count: int, side: int = SIDE) -> Dataset:
+    """What a pipeline reads: pixels in memory, or JPEGs that are written where there are none yet."""
+    if pipeline == "resident":
+        return in_memory(count, side)
+    if not (folder / "train").exists():
+        write_folder(folder, count, [(side * HEIGHT // SIDE, side * WIDTH // SIDE)])
+    return open_dataset(str(folder), "train")
+
+
+def stream(pipeline: Any, dataset: Dataset) -> Iterator[Batch]:
+    """Batches nearly without end: one order again and again, as a single epoch, so that no worker is started twice."""
+    views = draw_views(ViewPolicy(), dataset.sizes, 0, 0)
+    return pipeline.epoch(views, np.tile(epoch_order(len(dataset), seed=0, epoch=0), 1 + 1_000_000 // len(dataset)))
+
+
+class LoaderStep:
+    """Our step behind a pipeline. Entered for a round: workers run only then, and what they had ready is used up."""
+
+    def __init__(self, job: Job, step: Step, pipeline: str, folder: Path) -> None:
+        self.step = step
+        workers = choose_workers(None)
+        side = job.image_size * SIDE // 224
+        self.dataset = open_source(pipeline, folder, job.batch_size, side)
+        self.pipeline = open_pipeline(pipeline, self.dataset, job.image_size, job.batch_size, job.device, workers)
+        self.ready = 2 * workers if pipeline == "torchvision" else 0
+
+    def __enter__(self) -> "LoaderStep":
+        self.batches = stream(self.pipeline, self.dataset)
+        for batch in itertools.islice(self.batches, self.ready):
+            self.step([batch], lr=0.1)
+        return self
+
+    def __call__(self) -> None:
+        self.step([next(self.batches)], lr=0.1)
+
+    def __exit__(self, *_error: object) -> None:
+        self.batches.close()  # type: ignore[attr-defined]
+
+
+def rate(pipeline: Any, dataset: Dataset, device: torch.device, ready: int, calls: int) -> float:
+    """Images a second of a pipeline that nothing waits for."""
+    batches = stream(pipeline, dataset)
+    for _ in range(ready + 1):
+        next(batches)
+    wait(device)
+    began, images = time.perf_counter(), 0
+    for batch in itertools.islice(batches, calls):
+        images += len(batch.labels)
+    wait(device)
+    seconds = time.perf_counter() - began
+    batches.close()  # type: ignore[attr-defined]
+    return images / seconds

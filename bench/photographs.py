@@ -1,0 +1,43 @@
+"""Made-up photographs with the statistics of real ones (1/f noise), in memory or as JPEGs."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.io import write_jpeg
+
+from fastofa.dataset import Dataset, from_array
+
+SIDE, QUALITY = 256, 90
+# Of twenty pictures (height, width): most of ImageNet's have a longer side of 500 pixels, some are larger.
+SIZES = [(375, 500)] * 10 + [(333, 500)] * 4 + [(500, 375)] * 3 + [(500, 333)] * 2 + [(600, 800)]
+GROWTH = 1.1  # in strength from one scale to the next, twice as coarse: JPEGs of 109 kB
+CLASSES = 10
+
+
+def photographs(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """uint8 [count, 3, height, width]: noise of every scale, the coarser the stronger; JPEGs as large as ImageNet's."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(count, 3, height, width)
+    for level in range(8):
+        coarse = torch.randn(count, 3, height >> level or 1, width >> level or 1, generator=generator)
+        total += F.interpolate(coarse, (height, width), mode="bilinear") * GROWTH**level
+    return (total / total.std() * 50 + 118).clamp(0, 255).to(torch.uint8)
+
+
+def write_folder(out: Path, count: int, sizes: list[tuple[int, int]]) -> None:
+    """OUT/train/CLASS/NAME.jpg, of these (height, width) in turn."""
+    for i in range(count):
+        path = out / "train" / str(i % CLASSES) / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (picture,) = photographs(1, *sizes[i % len(sizes)], seed=i)
+        write_jpeg(picture, str(path), quality=QUALITY)
+
+
+def in_memory(count: int, side: int = SIDE) -> Dataset:
+    pixels = photographs(min(count, 64), side, side).permute(0, 2, 3, 1).numpy()
+    pixels = np.tile(pixels, (-(-count // len(pixels)), 1, 1, 1))[:count]
+    names, labels = [f"{i:05d}" for i in range(count)], np.arange(count) % CLASSES
+    return from_array("photographs", "train", tuple(map(str, range(CLASSES))), names, labels, pixels)
