@@ -3,9 +3,11 @@
 The rest of the augmentation is done where the batch ends up: on the GPU, or without one in the worker processes.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,10 +49,16 @@ class _Batches(TorchDataset):
         return augment(images, self.views, rows, len(self.batches[index])) if self.augmented else images
 
 
-def _ignore_signals(_worker: int) -> None:
-    """Ctrl-C, or a cluster's SIGTERM, reaches every process; the main process alone answers it and ends the workers."""
+def _begin(parent: int, _worker: int) -> None:
+    """Ctrl-C, or a cluster's SIGTERM, reaches every process; the main process alone answers it and ends the workers.
+
+    A worker ends with its parent, too: PyTorch sees to that, but from now on. If the parent is gone already, it takes
+    whoever has adopted the worker for its parent, and the worker would stay for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 @contextmanager
@@ -78,7 +86,7 @@ class Pipeline:
             _Batches(self.dataset, views, all_rows, self.image_size, augmented=on_cpu),
             batch_size=None,
             num_workers=min(self.workers, len(all_rows)),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=partial(_begin, os.getpid()),
             generator=torch.Generator(),  # or it would draw a number from the global one, which belongs to the student
             pin_memory=self.device.type == "cuda",
         )

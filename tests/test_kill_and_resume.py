@@ -34,6 +34,7 @@ from fastofa.dataset import open_dataset
 from fastofa.files import load_tensors
 from fastofa.metrics import FILE as METRICS
 from fastofa.metrics import read_metrics
+from fastofa.pipelines import torchvision_loader
 from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.run import open_run
 from fastofa.teacher_cache import HEADER, PARTIAL
@@ -326,6 +327,16 @@ def test_train_with_decoding_processes_survives_kills(folder, teacher, tmp_path)
     print(f"{len(orphans)} decoding processes lost their parent")
     assert orphans
     wait_until(lambda: not any(map(alive, orphans)))
+
+
+@pytest.mark.parametrize("parent_is_here", [True, False])
+def test_a_decoding_process_that_finds_its_parent_gone_ends(parent_is_here):
+    """Killed before PyTorch's own watch begins, which then takes the process that adopted the worker for the parent."""
+    parent = os.getpid() if parent_is_here else os.getppid()
+    process = multiprocessing.get_context("fork").Process(target=torchvision_loader._begin, args=(parent, 0))
+    process.start()
+    process.join(30)
+    assert process.exitcode == (0 if parent_is_here else 1)
 
 
 def wait_until(reached: Callable[[], bool], job: Job | None = None, seconds: float = 60) -> None:
