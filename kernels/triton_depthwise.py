@@ -229,11 +229,11 @@ def _input_gradient_kernel(
             for row in range(first, last):
                 c = _read(source, row + 1, columns, channels, out_height, out_width, C)
                 d = _read(source, row + 1, columns + 1, channels, out_height, out_width, C)
-                y, x_ = 2 * row, 2 * columns
-                p, at_p, in_p = _read_x(values, y, x_, channels, height, width, True, C, FOLDED)
-                q, at_q, in_q = _read_x(values, y, x_ + 1, channels, height, width, True, C, FOLDED)
-                r, at_r, in_r = _read_x(values, y + 1, x_, channels, height, width, True, C, FOLDED)
-                s, at_s, in_s = _read_x(values, y + 1, x_ + 1, channels, height, width, True, C, FOLDED)
+                top, left = 2 * row, 2 * columns  # of four neighbours in dx: p q above r s
+                p, at_p, in_p = _read_x(values, top, left, channels, height, width, True, C, FOLDED)
+                q, at_q, in_q = _read_x(values, top, left + 1, channels, height, width, True, C, FOLDED)
+                r, at_r, in_r = _read_x(values, top + 1, left, channels, height, width, True, C, FOLDED)
+                s, at_s, in_s = _read_x(values, top + 1, left + 1, channels, height, width, True, C, FOLDED)
                 dscale, dshift = _store_dx(
                     target, a * w11, p, at_p, in_p, scale, shift, dscale, dshift, FOLDED, ACTIVATION
                 )
