@@ -98,7 +98,7 @@ def distillation_loss(
         return total, torch.stack([gt, kd, ofa]).detach()
     _check_triton(logits)
     gradient = torch.is_grad_enabled() and logits.requires_grad
-    weights = [float(gt_weight), float(kd_weight), float(ofa_weight)]
+    weights = [gt_weight, kd_weight, ofa_weight]
     losses, _ = distillation_loss_op(
         logits, labels, classes, log_probs, eps, temperature, variant, gradient, weights, smoothing, partner_labels, mix
     )
