@@ -45,6 +45,7 @@ def info(cache: TeacherCache) -> dict[str, str]:
         "flip": f"{policy.flip:g}",
         **{name.replace("_", "-"): str(value) for name, value in more.items() if value},
         "size": filesize.decimal(size),
+        "pipeline": str(header.get("pipeline", "unknown")),
         "made with": ", ".join(f"{name} {version}" for name, version in header["versions"].items()),
     }
 

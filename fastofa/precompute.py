@@ -24,9 +24,10 @@ from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
 from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
-from fastofa.pipelines import Pipeline, open_pipeline
+from fastofa.pipelines import Pipeline, choose, open_pipeline
 from fastofa.progress import notice, progress_bar
 from fastofa.recipes import default_policy, recipe
+from fastofa.seen import save_seen
 from fastofa.teacher import Teacher, open_teacher
 from fastofa.teacher_cache import (
     HEADER,
@@ -162,7 +163,7 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         "seed": config.seed,
         "views": config.views,
         "teachers": [teacher.describe()],
-        "pipeline": config.pipeline,
+        "pipeline": choose(train, device)[0] if config.pipeline == "auto" else config.pipeline,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
     }
     train_pipeline, val_pipeline = (
@@ -173,6 +174,7 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
     with Interrupt() as interrupt:
         job = _Job(config.out, header, teacher, config, interrupt)
         job.write_val(val, val_pipeline)
+        save_seen(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
         job.write_views(train, train_pipeline, policy)
     for left in config.out.glob(f"*{PARTIAL}*"):  # by a process that was killed
         left.unlink()

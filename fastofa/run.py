@@ -69,9 +69,14 @@ def open_run(path: Path) -> Run:
         raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None
 
 
-def log_launch(path: Path, step: int, ranks: int) -> None:
-    """environment.json: for each time the run was started or went on, when, where and with what."""
+def log_launch(path: Path, step: int, ranks: int, pixel_difference: float | None = None) -> None:
+    """environment.json: for each time the run was started or went on, when, where and with what.
+
+    Args:
+        pixel_difference: mean, 0 to 255, from those that the teacher saw; None if unknown (`fastofa.seen`).
+    """
     launches = read_json(path / LAUNCHES) if (path / LAUNCHES).exists() else []
     now = datetime.now().astimezone().isoformat(timespec="seconds")
-    launch = {"date": now, "step": step, "ranks": ranks, "fastofa": __version__, **environment()}
+    known = {} if pixel_difference is None else {"pixel_difference": round(pixel_difference, 3)}
+    launch = {"date": now, "step": step, "ranks": ranks, **known, "fastofa": __version__, **environment()}
     write_json(path / LAUNCHES, [*launches, launch])

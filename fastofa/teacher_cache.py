@@ -5,6 +5,7 @@
                                     draws), classes uint16 or int32 [N, K], best first, log_probs float16 [N, K] at
                                     temperature 1
     CACHE/val.safetensors           classes and log_probs of the validation pictures, on the teacher's own centre crops
+    CACHE/seen.png                  a few pictures of view 0 as the teacher saw them (seen.py)
     CACHE/partial.safetensors       only while `fastofa precompute` is interrupted: the answers it had for the next view
                                     (a view that mixes: in the order of its pairs)
 

@@ -36,6 +36,7 @@ from fastofa.recipes import not_replayed, recipe
 from fastofa.report import write_report
 from fastofa.run import CONFIG, Run, log_launch, open_run
 from fastofa.schedule import image_size, learning_rate
+from fastofa.seen import Difference, compare_seen
 from fastofa.step import SUMS, Step
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
@@ -75,6 +76,8 @@ def train(config: TrainConfig) -> Result:
         check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
         if world.is_main:
             notice(plan.summary(config, job.epochs.steps))
+        if job.pixels is not None:
+            notice(f"pixels compared with {config.cache}: {job.pixels}")
         if world.is_main and (missing := not_replayed(config.recipe, job.epochs.policy)):
             notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws them")
         job.run_epochs()
@@ -164,23 +167,26 @@ class Job:
         self.vote = Vote(world)
         self.reported = time.monotonic()
         self.sizes_seen: set[int] = set()
+        self.pixels: Difference | None = None
         self.clock = Clock()
         self.logged = Clock()  # as it was at the last log
 
     def load(self) -> None:
-        """The newest checkpoint and the first view: damage is told before anything is written."""
+        """The newest checkpoint, the first view, some pictures: damage is told before anything is written."""
         if self.config.resume and checkpoint.checkpoints(self.run.path):
             self._restore()
         elif self.config.resume and self.world.is_main:
             notice(f"{self.run.path}: no checkpoint yet, starting from the beginning")
         if self.step.steps < self.last_step:
             self.epochs.load(self.step.steps // self.epochs.steps)
+        if self.world.is_main and (cache := self.epochs.cache) is not None:
+            self.pixels = compare_seen(cache.path, self.train_pipeline, cache.targets(0)[0])
 
     def run_epochs(self) -> None:
         c, main = self.config, self.world.is_main
         first, position = divmod(self.step.steps, self.epochs.steps)
         if main:
-            log_launch(self.run.path, self.step.steps, self.world.size)
+            log_launch(self.run.path, self.step.steps, self.world.size, self.pixels and self.pixels.mean)
             checkpoint.forget_best_after(self.run.path, self.step.steps)
         self.best = max(
             (row["top1"] for row in read_metrics(self.run.path, self.step.steps) if "top1" in row), default=-1

@@ -20,7 +20,7 @@ LAYERS = [
         "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache",
         "written",
     },
-    {"curves", "epochs", "losses", "run", "schedule"},
+    {"curves", "epochs", "losses", "run", "schedule", "seen"},
     {"report", "step"},
     {"plan"},
     {"cache", "doctor", "evaluate", "export", "precompute", "train", "write"},

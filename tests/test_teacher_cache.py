@@ -23,6 +23,7 @@ from fastofa.files import load_tensors, save_tensors
 from fastofa.pipelines import open_pipeline
 from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.recipes import default_policy
+from fastofa.seen import SEEN
 from fastofa.teacher import open_teacher
 from fastofa.teacher_cache import (
     HEADER,
@@ -175,7 +176,9 @@ def test_agreement_is_the_share_of_equal_best_classes():
 
 def test_the_files_are_these(photo_cache, photos):
     """Names, header, and shapes and kinds of what is in the tables; nothing temporary is left."""
-    assert sorted(file.name for file in photo_cache.path.iterdir()) == sorted([HEADER, VAL, *map(view_file, range(3))])
+    assert sorted(file.name for file in photo_cache.path.iterdir()) == sorted(
+        [HEADER, SEEN, VAL, *map(view_file, range(3))]
+    )
     header = json.loads((photo_cache.path / HEADER).read_text())
     train, val = open_dataset(str(photos)), open_dataset(str(photos), "val")
     expected = {
@@ -500,7 +503,7 @@ def test_the_pipeline_does_not_show_in_the_answers(digit_cache, teacher_of_10, t
     other = precompute(config)
     for name in (view_file(0), VAL):
         assert (other.path / name).read_bytes() == (digit_cache.path / name).read_bytes()
-    assert (digit_cache.header["pipeline"], other.header["pipeline"]) == ("auto", "torchvision")
+    assert (digit_cache.header["pipeline"], other.header["pipeline"]) == ("resident", "torchvision")
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])

@@ -467,7 +467,7 @@ def crops(monkeypatch) -> list[np.ndarray]:
     epoch = torchvision_loader.Pipeline.epoch
 
     def spy(self, views, order, start=0) -> Iterator:
-        if len(views) == 24:
+        if len(order) == 24:
             found.append(views.crop)
         return epoch(self, views, order, start)
 

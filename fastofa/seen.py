@@ -1,0 +1,79 @@
+"""Do teacher and student see the same pixels? The cache keeps a few pictures as the teacher saw them.
+
+    CACHE/seen.png                  pictures of view 0, side by side, at the teacher's size
+
+A view is the same region of a picture in every form of the data and through every pipeline, but not to the last bit:
+a pack stores fewer pixels, decoders round otherwise. How much that is, is told when a run begins.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import encode_png
+
+from fastofa.errors import BadInput
+from fastofa.files import write_atomic
+from fastofa.images import read_image
+from fastofa.pipelines import Pipeline
+from fastofa.views import Views
+
+SEEN = "seen.png"
+PICTURES = 8  # spread over the classes, as samples are sorted by them
+
+
+class Difference(NamedTuple):
+    """Of pixels, 0 to 255."""
+
+    mean: float
+    """Over all pixels and colours of all pictures."""
+    worst: float
+    """The same of the picture where it is largest."""
+
+    def __str__(self) -> str:
+        if self.worst == 0:
+            return "the very ones that the teacher saw"
+        return f"on average {self.mean:.2f} of 255 from those that the teacher saw, in one picture {self.worst:.2f}"
+
+
+def save_seen(cache: Path, pipeline: Pipeline, views: Views) -> None:
+    """Write CACHE/seen.png, unless it is there."""
+    if not (cache / SEEN).exists():
+        pictures = _pictures(pipeline, views)
+        write_atomic(cache / SEEN, encode_png(torch.cat(list(pictures), dim=2)).numpy().tobytes())
+
+
+def compare_seen(cache: Path, pipeline: Pipeline, views: Views) -> Difference | None:
+    """How far a pipeline's pixels are from the teacher's.
+
+    Args:
+        views: view 0 of the cache.
+
+    Returns:
+        None: the cache was made before it kept such pictures.
+
+    Raises:
+        BadInput: seen.png is damaged.
+    """
+    if not (cache / SEEN).exists():
+        return None
+    seen = read_image(cache / SEEN)
+    size, width = seen.shape[1:]
+    count = min(PICTURES, len(views))
+    if width != count * size:
+        raise BadInput(f"{cache / SEEN}: expected {count} square pictures side by side, it was edited; delete it")
+    size_before, pipeline.image_size = pipeline.image_size, size
+    try:
+        here = _pictures(pipeline, views)
+    finally:
+        pipeline.image_size = size_before
+    each = (torch.stack(seen.split(size, dim=2)).float() - here.float()).abs().mean(dim=(1, 2, 3))
+    return Difference(each.mean().item(), each.max().item())
+
+
+def _pictures(pipeline: Pipeline, views: Views) -> Tensor:
+    """uint8 [8, 3, S, S], of fewer samples fewer."""
+    rows = np.linspace(0, len(views) - 1, min(PICTURES, len(views))).astype(np.int64)
+    return torch.cat([batch.images.cpu() for batch in pipeline.epoch(views, rows)])

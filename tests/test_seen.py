@@ -1,0 +1,102 @@
+"""The pictures that a cache keeps: what the teacher saw, and how far another pipeline's pixels are from it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastofa.dataset import open_dataset
+from fastofa.errors import BadInput
+from fastofa.pipelines import open_pipeline
+from fastofa.precompute import PrecomputeConfig, precompute
+from fastofa.run import LAUNCHES
+from fastofa.seen import SEEN, compare_seen, save_seen
+from fastofa.train import train
+from fastofa.views import ViewPolicy, draw_views
+from fastofa.write import WriteConfig, write
+from runs import SIZE, make_cache
+
+MIXES = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
+
+
+def test_a_cache_keeps_what_its_teacher_saw(photo_cache, photos: Path):
+    """Samples 0, 3, 6, 9, 13, 16, 19 and 23 of 24 in view 0, side by side."""
+    seen = np.asarray(Image.open(photo_cache.path / SEEN))
+    views, _, _ = photo_cache.targets(0)
+    (batch,) = open_pipeline("torchvision", open_dataset(str(photos)), SIZE, 24).epoch(views, np.arange(24))
+    expected = [batch.images[i].permute(1, 2, 0).numpy() for i in (0, 3, 6, 9, 13, 16, 19, 23)]
+    assert np.array_equal(seen, np.concatenate(expected, axis=1))
+
+
+@pytest.mark.parametrize("count", [3, 24])
+@pytest.mark.parametrize("policy", [ViewPolicy(), MIXES])
+def test_the_difference_is_that_of_the_pixels(digits, tmp_path: Path, policy: ViewPolicy, count: int):
+    """Of a pipeline whose pictures are brighter by 2, and in one of them by 10."""
+    few = dataclasses.replace(
+        digits, labels=digits.labels[:count], sizes=digits.sizes[:count], names=digits.names[:count],
+        pixels=digits.pixels[:count] // 2,
+    )  # fmt: skip
+    views = draw_views(policy, few.sizes, seed=0, view=0)
+    pipeline = open_pipeline("resident", few, 16, batch_size=5)
+    save_seen(tmp_path, pipeline, views)
+    pipeline.image_size = 24  # the student's
+    same = compare_seen(tmp_path, pipeline, views)
+    assert same == (0, 0)
+    assert str(same) == "the very ones that the teacher saw"
+    assert pipeline.image_size == 24
+
+    shown = np.asarray(Image.open(tmp_path / SEEN)).copy()
+    shown += 2
+    shown[:, :16] += 8
+    Image.fromarray(shown).save(tmp_path / SEEN)
+    pictures = min(count, 8)
+    assert compare_seen(tmp_path, pipeline, views) == pytest.approx((2 + 8 / pictures, 10))
+
+
+def test_a_folders_cache_and_another_form(on_photos, photo_cache, photos: Path, tmp_path: Path, capsys):
+    """A run says how far its pixels are from the cache's, in one line, and keeps it: none, little, more."""
+    for name, options in (("folder", {}), ("full", {"size": 160}), ("small", {"size": 24})):
+        data = photos
+        if options:
+            data = tmp_path / f"{name}.pack"
+            write(WriteConfig(str(photos), data, **options))
+        train(on_photos(name, data=str(data)))
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pixels ")]
+        (launch,) = json.loads((tmp_path / name / LAUNCHES).read_text())
+        found = launch["pixel_difference"]
+        if name == "folder":
+            assert line == f"pixels compared with {photo_cache.path}: the very ones that the teacher saw"
+        else:
+            assert f": on average {found:.2f} of 255 from those that the teacher saw" in line
+        low, high = {"folder": (0, 0), "full": (0.1, 3), "small": (5, 40)}[name]
+        assert low <= found <= high
+
+
+def test_it_is_written_once(photos: Path, tmp_path: Path):
+    cache = make_cache(str(photos), 2, tmp_path, topk=2)
+    before = (cache.path / SEEN).stat().st_mtime_ns
+    values: dict[str, Any] = {"views": 3, "topk": 2, "workers": 0}
+    precompute(PrecomputeConfig(str(photos), str(tmp_path / "teacher"), cache.path, **values))
+    assert (cache.path / SEEN).stat().st_mtime_ns == before
+
+
+def test_a_cache_of_before_and_a_damaged_picture(on_photos, photo_cache, photos: Path, tmp_path: Path):
+    """Without the picture nothing is compared; with a damaged one nothing is begun."""
+    dataset = open_dataset(str(photos))
+    views, _, _ = photo_cache.targets(0)
+    pipeline = open_pipeline("torchvision", dataset, 48, 8)
+    assert compare_seen(tmp_path, pipeline, views) is None
+    whole = (photo_cache.path / SEEN).read_bytes()
+    (tmp_path / SEEN).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match=SEEN):
+        compare_seen(tmp_path, pipeline, views)
+    Image.fromarray(np.zeros((SIZE, SIZE, 3), dtype=np.uint8)).save(tmp_path / SEEN)
+    with pytest.raises(BadInput, match="expected 8 square pictures side by side, it was edited; delete it"):
+        compare_seen(tmp_path, pipeline, views)
+    assert pipeline.image_size == 48
+    assert torch.equal(*(next(pipeline.epoch(views, np.arange(8))).images for _ in range(2)))
