@@ -139,8 +139,9 @@ def _run_bytes(step: Step) -> int:
 
 def summary(config: TrainConfig, steps: int) -> str:
     """What is known without measuring, in one line; `steps` of an epoch."""
+    epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
     return (
-        f"{config.epochs} epochs of {steps:,} steps of {config.batch_size:,} images, "
+        f"{epochs} of {steps:,} steps of {config.batch_size:,} images, "
         f"{config.epochs * steps * config.batch_size:,} in all; --plan says beforehand how long that takes"
     )
 

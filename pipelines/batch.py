@@ -1,5 +1,6 @@
 """What a pipeline yields."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,6 +51,12 @@ def normalized(images: Tensor, normalize: tuple[Sequence[float], Sequence[float]
     """uint8 pixels as they are, or scaled to 0..1 and normalised: bf16 on a GPU, fp32 on a CPU."""
     if normalize is None:
         return images
-    mean, std = (images.new_tensor(v, dtype=torch.float32).view(1, 3, 1, 1) for v in normalize)
+    mean, std = (_of_colours(tuple(values), images.device) for values in normalize)
     values = (images.to(torch.float32) / 255 - mean) / std
     return values.to(torch.bfloat16 if images.is_cuda else torch.float32)
+
+
+@functools.cache
+def _of_colours(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [1, 3, 1, 1], made once: a GPU is waited for while it is given them."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
