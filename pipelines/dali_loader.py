@@ -72,7 +72,9 @@ class Pipeline:
                 ids, table = rows % len(self.sizes), views.take(rows)
                 paths = [np.frombuffer(str(self.dataset.path(i)).encode(), np.uint8) for i in ids]
                 boxes = table.boxes(self.sizes[ids])
-                yield paths, boxes[:, :2].astype(np.int32), boxes[:, 2:].astype(np.int32), table.flip.astype(np.int32)
+                size = np.full((len(ids), 2), self.image_size, np.float32)
+                size[table.flip, 1] *= -1  # a negative width mirrors
+                yield paths, boxes[:, :2].astype(np.int32), boxes[:, 2:].astype(np.int32), size
 
         on_gpu = self.device.type == "cuda"
         most = max(len(rows) for rows in wanted)
@@ -84,16 +86,15 @@ class Pipeline:
             exec_dynamic=True,
         )
         def crops() -> tuple[Any, ...]:
-            path, anchor, shape, flip = fn.external_source(source, num_outputs=4)
+            path, anchor, shape, size = fn.external_source(source, num_outputs=4)
             data = fn.io.file.read(path)
             decoder = {"device": "mixed", "hw_decoder_load": self.hardware_share} if on_gpu else {}
             image = fn.decoders.image_slice(
                 data, anchor, shape, axis_names="HW", normalized_anchor=False, normalized_shape=False, **decoder
             )
-            size = [self.image_size, self.image_size]
             image = fn.resize(image, size=size, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
             ends = fn.cat(data[:2], data[-2:])
-            return fn.flip(image, horizontal=flip), fn.peek_image_shape(data), ends
+            return image, fn.peek_image_shape(data), ends
 
         dali = crops()
         dali.build()
