@@ -5,9 +5,9 @@
     python -m bench.bench_loader --data photos       a folder of yours; its other forms are written for the time being
 
 Made-up photographs with the statistics of real ones (1/f noise) as JPEGs of quality 90, in sizes and bytes like
-ImageNet's; the record tells both. Every way crops at random, resizes to one size and flips. Each measurement is a
-process of its own: what it takes before its first batches (FFCV's compiling, say) is not counted, nor is the memory of
-mapped files. Ways take turns, round by round.
+ImageNet's; the record tells both. What is measured is in loader_ways.py. Each measurement is a process of its own: what
+it takes before its first batches (FFCV's compiling, say) is not counted, nor is the memory of mapped files. Ways take
+turns, round by round.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     write_record(f"loaders_{device.replace('cuda', 'gpu')}", result, args.out)
     for setting, group in itertools.groupby(rows, key=lambda row: (row["image_size"], row["workers"])):
-        print("\n{} px, {} workers\n\n{}".format(*setting, table(list(group), baseline)))
+        print("\n{} px, workers: {}\n\n{}".format(*setting, table(list(group), baseline)))
     for way, reason in skipped.items():
         print(f"{way}: left out, {reason}")
 

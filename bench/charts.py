@@ -39,7 +39,7 @@ def bars(
         if ratio is not None:
             axes.annotate(f"{ratio:.2f}{TIMES}", end, (16 + 8.4 * len(label), 0), fontsize=11, **beside)
     axes.set_yticks(positions, names, fontsize=12)
-    axes.invert_yaxis()
+    axes.set_ylim(positions[-1] + 0.9, -0.9)  # the first on top, and room for what is written above it
     axes.set_xlim(0, max(rates) * 1.16)
     axes.tick_params(axis="y", length=0, colors=TEXT, pad=6)
     axes.xaxis.set_visible(False)  # every bar has its figure

@@ -96,7 +96,7 @@ def test_a_sweep_compares_at_the_same_number_of_workers(tmp_path, monkeypatch, c
         assert rows["ffcv", workers]["ratio_to_baseline"] == pytest.approx(3)
         assert rows["ffcv", workers]["ratio_to_peer"] == pytest.approx(2)
     said = capsys.readouterr().out
-    assert [said.count(f"{workers} workers") for workers in (1, 2, 4)] == [1, 1, 1]
+    assert [said.count(f"workers: {workers}") for workers in (1, 2, 4)] == [1, 1, 1]
     plot.main([str(tmp_path), str(tmp_path)])
     assert (tmp_path / "loaders.png").stat().st_size > 10_000
 
