@@ -1,7 +1,7 @@
 """The ways to load that bench_loader measures: every pipeline, and what other libraries do with the same pictures.
 
-Each crops at random, resizes to one size and flips, but for `packed, gather only`, which leaves that to a GPU. It yields
-the number of pictures of every batch.
+Each crops at random, resizes to one size and flips, but for `packed, gather only`, which leaves that to a GPU. It
+yields the number of pictures of every batch.
 """
 
 import itertools
