@@ -5,9 +5,9 @@
     python -m bench.bench_loader --data photos       a folder of yours; its other forms are written for the time being
 
 Made-up photographs with the statistics of real ones (1/f noise) as JPEGs of quality 90, in sizes and bytes like
-ImageNet's; the record tells both. Every way crops at random, resizes to one size and flips. Each measurement is a
-process of its own: what it takes before its first batches (FFCV's compiling, say) is not counted, nor is the memory of
-mapped files. Ways take turns, round by round.
+ImageNet's; the record tells both. What is measured is in loader_ways.py. Each measurement is a process of its own: what
+it takes before its first batches (FFCV's compiling, say) is not counted, nor is the memory of mapped files. Ways take
+turns, round by round.
 """
 
 import argparse
@@ -18,151 +18,19 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from bench.loader_step import stream
-from bench.photographs import SIDE, SIZES, write_folder
+from bench.loader_ways import BASELINE, WAYS, Task
+from bench.photographs import SIZES, write_folder
 from bench.record import RESULTS, markdown_table, write_record
+from bench.sources import write_form
 from bench.timing import wait
 from fastofa.dataset import open_dataset
 from fastofa.device import choose_workers
-from fastofa.pipelines import open_pipeline
-from fastofa.write import WriteConfig, write
-
-BASELINE = "PIL + DataLoader"
-
-
-# --- Ways to load -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one process measures; it crosses to that process."""
-
-    way: str
-    sources: dict[str, str]
-    """Paths of the same pictures by form."""
-    image_size: int
-    batch_size: int
-    workers: int
-    calls: int
-    device: str
-
-
-def ours(name: str, form: str) -> Callable[[Task], Iterator[int]]:
-    def run(task: Task) -> Iterator[int]:
-        dataset = open_dataset(task.sources[form])
-        opened = open_pipeline(name, dataset, task.image_size, task.batch_size, task.device, task.workers)
-        return (len(batch.labels) for batch in stream(opened, dataset))
-
-    return run
-
-
-def data_loader(task: Task, image_of: Callable[[str], Any]) -> Iterator[int]:
-    """torchvision's own way: a folder, a picture at a time, collected by worker processes."""
-    from torch.utils.data import DataLoader, RandomSampler
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-
-    crop = v2.RandomResizedCrop(task.image_size, antialias=True)
-    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage()])
-    folder = ImageFolder(f"{task.sources['folder']}/train", transform, loader=image_of)
-    sampler = RandomSampler(folder, replacement=True, num_samples=10**6)
-    loader = DataLoader(
-        folder, task.batch_size, sampler=sampler, num_workers=task.workers, pin_memory=task.device != "cpu"
-    )
-    return (len(images.to(task.device, non_blocking=True)) for images, _ in loader)
-
-
-def pillow(task: Task) -> Iterator[int]:
-    from torchvision.datasets.folder import pil_loader
-
-    return data_loader(task, pil_loader)
-
-
-def torchvision_io(task: Task) -> Iterator[int]:
-    return data_loader(task, _decoded)
-
-
-def _decoded(path: str) -> Tensor:
-    from torchvision.io import ImageReadMode, decode_image
-
-    return decode_image(path, ImageReadMode.RGB)
-
-
-def stock_ffcv(form: str) -> Callable[[Task], Iterator[int]]:
-    def run(task: Task) -> Iterator[int]:
-        from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
-        from ffcv.loader import Loader, OrderOption
-        from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
-
-        size = (task.image_size, task.image_size)
-        image = [RandomResizedCropRGBImageDecoder(size), RandomHorizontalFlip(), ToTensor()]
-        if task.device != "cpu":
-            image.append(ToDevice(torch.device(task.device), non_blocking=True))
-        loader = Loader(
-            task.sources[form], task.batch_size, num_workers=task.workers, order=OrderOption.RANDOM, os_cache=True,
-            pipelines={"image": [*image, ToTorchImage()], "label": [IntDecoder(), ToTensor()]},
-        )  # fmt: skip
-        return (len(images) for _ in itertools.count() for images, _ in loader)
-
-    return run
-
-
-def stock_dali(task: Task) -> Iterator[int]:
-    from nvidia.dali import fn, pipeline_def, types
-    from nvidia.dali.plugin.pytorch import DALIGenericIterator
-
-    gpu = task.device != "cpu"
-
-    @pipeline_def(batch_size=task.batch_size, num_threads=task.workers, device_id=0 if gpu else None)
-    def crops() -> tuple[Any, ...]:
-        data, label = fn.readers.file(file_root=f"{task.sources['folder']}/train", random_shuffle=True)
-        image = fn.decoders.image_random_crop(
-            data, device="mixed" if gpu else "cpu", random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
-        )
-        size = [task.image_size, task.image_size]
-        image = fn.resize(image, size=size, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
-        return fn.flip(image, horizontal=fn.random.coin_flip()), label
-
-    dali = crops()
-    dali.build()
-    return (len(batch[0]["image"]) for batch in DALIGenericIterator([dali], ["image", "label"]))
-
-
-WAYS: dict[str, Callable[[Task], Iterator[int]]] = {
-    BASELINE: pillow,
-    "torchvision.io + DataLoader": torchvision_io,
-    "stock FFCV": stock_ffcv("beton"),
-    "stock FFCV, raw": stock_ffcv("raw"),
-    "stock DALI": stock_dali,
-    "torchvision": ours("torchvision", "folder"),
-    "dali": ours("dali", "folder"),
-    "ffcv": ours("ffcv", "beton"),
-    "ffcv, raw": ours("ffcv", "raw"),
-    "packed": ours("packed", "pack"),
-    "resident": ours("resident", "pack"),
-}
-PEERS = {"dali": "stock DALI", "ffcv": "stock FFCV", "ffcv, raw": "stock FFCV, raw"}  # at equal settings
-
-
-def runs_here(way: str) -> bool:
-    module = "ffcv" if "FFCV" in way else "nvidia.dali" if "dali" in way.lower() else "torch"
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-# --- Measuring --------------------------------------------------------------------------------------------------------
 
 
 def measure(task: Task) -> dict[str, float]:
@@ -187,7 +55,7 @@ def measure(task: Task) -> dict[str, float]:
 def _measured(task: Task, sender: Any) -> None:
     """Batches that lay ready when the clock starts are as many as lie ready when it stops."""
     torch.set_num_threads(1)
-    sizes = WAYS[task.way](task)
+    sizes = WAYS[task.way].run(task)
     for _ in range(2 * task.workers + 4):
         next(sizes)
     wait(torch.device(task.device))
@@ -225,20 +93,6 @@ def _memory_mb(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem"))) / 1024
 
 
-def write_sources(folder: Path, data: Path | None, count: int, forms: set[str]) -> dict[str, str]:
-    """The same pictures in the forms that are needed."""
-    if data is None:
-        data = folder / "photographs"
-        write_folder(data, count, SIZES)
-    options = {"beton": ("x.beton", {}), "raw": ("raw.beton", {"raw": True}), "pack": ("x.pack", {"size": SIDE})}
-    sources = {"folder": str(data)}
-    for form in sorted(forms & options.keys()):
-        name, given = options[form]
-        write(WriteConfig(str(data), folder / name, **given))
-        sources[form] = str(folder / name)
-    return sources
-
-
 def describe(folder: str) -> dict[str, Any]:
     """Quantiles of the pictures' sides and bytes."""
     dataset = open_dataset(folder)
@@ -268,12 +122,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=64 if gpu else 16, help="batches a round")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
-    names = [way for way in args.only if runs_here(way)]
+    skipped = {way: reason for way in args.only if (reason := WAYS[way].skip_reason(device))}
+    names = [way for way in args.only if way not in skipped]
     baseline = BASELINE if BASELINE in names else names[0]
-    forms = {"raw" if "raw" in w else "beton" if "ffcv" in w.lower() else "pack" for w in names}
     found: dict[tuple[str, int, int], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        sources = write_sources(Path(temporary), args.data, args.count, forms)
+        data = args.data or Path(temporary) / "photographs"
+        if args.data is None:
+            write_folder(data, args.count, SIZES)
+        forms = {"folder", *(WAYS[way].form for way in names)}
+        sources = {form: write_form(form, data, Path(temporary)) for form in sorted(forms)}
         pictures = describe(sources["folder"])
         for _ in range(args.rounds):
             for size, workers, way in itertools.product(args.image_sizes, args.workers, names):
@@ -293,26 +151,34 @@ def main(argv: list[str] | None = None) -> None:
             "workers": key[2],
             **{name: statistics.median(one[name] for one in rounds) for name in rounds[0]},
             "ratio_to_baseline": ratio(key, baseline),
-            "ratio_to_peer": ratio(key, PEERS.get(key[0])),
+            "ratio_to_peer": ratio(key, WAYS[key[0]].peer),
             "rounds": rounds,
         }
         for key, rounds in found.items()
     ]
     result = {
         "batch_size": args.batch_size, "calls": args.calls, "rounds": args.rounds, "pictures": pictures,
-        "baseline": baseline, "skipped": sorted(set(args.only) - set(names)), "rows": rows,
+        "baseline": baseline, "skipped": skipped, "rows": rows,
     }  # fmt: skip
     write_record(f"loaders_{device.replace('cuda', 'gpu')}", result, args.out)
-    header = ["way", "px", "workers", "images/s", f"x {baseline}", "x stock", "CPU s/1000", "memory MB"]
+    for setting, group in itertools.groupby(rows, key=lambda row: (row["image_size"], row["workers"])):
+        print("\n{} px, workers: {}\n\n{}".format(*setting, table(list(group), baseline)))
+    for way, reason in skipped.items():
+        print(f"{way}: left out, {reason}")
+
+
+def table(rows: list[dict[str, Any]], baseline: str) -> str:
+    """Of one size and one number of workers."""
+    header = ["way", "images/s", f"x {baseline}", "x stock", "CPU s/1000", "memory MB"]
     lines = [
         [
-            r["pipeline"], str(r["image_size"]), str(r["workers"]), f"{r['images_per_second']:,.0f}",
+            r["pipeline"], f"{r['images_per_second']:,.0f}",
             f"{r['ratio_to_baseline']:.2f}", f"{r['ratio_to_peer']:.2f}" if r["ratio_to_peer"] else "",
             f"{r['cpu_s_per_1000']:.2f}", f"{r['memory_mb']:,.0f}",
         ]
         for r in rows
     ]  # fmt: skip
-    print(markdown_table(header, lines))
+    return markdown_table(header, lines)
 
 
 if __name__ == "__main__":

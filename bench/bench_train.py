@@ -26,6 +26,7 @@ import torch
 
 from bench import machine, roofline
 from bench.loader_step import LoaderStep
+from bench.loader_ways import installed
 from bench.record import RESULTS, markdown_table, write_record
 from bench.steps import Job, TakeStep, Way, official_step, open_step, timm_step
 from bench.timing import interleaved_ms, median_ratio
@@ -67,6 +68,9 @@ LADDER = (
     Row("+ loss kernel", "kernel", replace(CACHED, kernels=("loss",)), gpu_only=NEEDS_GPU),
     Row("+ exits kernel", "kernel", replace(CACHED, kernels=("loss", "exits")), gpu_only=NEEDS_GPU),
     Row("cached, resident loader", "with a loader", CACHED, loader="resident"),
+    Row("cached, packed loader", "with a loader", CACHED, loader="packed"),
+    Row("cached, ffcv loader", "with a loader", CACHED, loader="ffcv"),
+    Row("cached, dali loader", "with a loader", CACHED, loader="dali"),
     Row("cached, torchvision loader", "with a loader", CACHED, loader="torchvision"),
     Row("plain training", "peer", replace(CACHED, method="scratch")),
     Row("KD only, cached", "peer", replace(CACHED, method="kd")),
@@ -82,6 +86,8 @@ def skip_reason(row: Row, device: torch.device, bf16: bool, loaders: bool) -> st
         return f"bf16 multiplies matrices less than {machine.BF16_PAYS} times as fast as fp32 here: all rows are fp32"
     if row.loader and not loaders:
         return "left out: give --loaders"
+    if row.loader == "dali" and not installed("nvidia.dali"):
+        return "DALI is not installed"
     return None
 
 

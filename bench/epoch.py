@@ -4,7 +4,7 @@
 
 Extrapolated, not trained: 1,281,167 images over the rates of the step (OFA-KD from cached answers), of the loader, and
 of the teacher that fills the cache, once for every epoch's view. Rates that records in bench/results/ hold for this
-student, teacher, picture size and machine are taken from there, the others measured briefly. Worker processes decode
+student, teacher, picture size and machine are taken from there, the others measured briefly. Processes and threads load
 while the device trains, so the slower of both counts; pipeline `resident` runs on the device itself, so both add up.
 Evaluation is left out.
 """
@@ -27,7 +27,7 @@ from fastofa import recipes
 from fastofa.config import TrainConfig
 from fastofa.device import choose_workers
 from fastofa.environment import environment
-from fastofa.pipelines import open_pipeline
+from fastofa.pipelines import PIPELINES, open_pipeline
 from fastofa.schedule import image_size
 
 IMAGES = 1_281_167
@@ -75,17 +75,17 @@ def ladder_rates(folder: Path, job: Job) -> dict[str, float]:
 
 def loader_rates(folder: Path, job: Job, pipeline: str, sizes: list[int], calls: int) -> tuple[dict[int, float], str]:
     record = from_records(folder, "loaders", job)
-    rows = record["rows"] if record else []
-    known = {row["image_size"]: row["images_per_second"] for row in rows if row["pipeline"] == pipeline}
+    rows, workers = record["rows"] if record else [], choose_workers(None)
+    fitting = [row for row in rows if (row["pipeline"], row["workers"]) == (pipeline, workers)]
+    known = {row["image_size"]: row["images_per_second"] for row in fitting}
     if set(sizes) <= known.keys():
         return {size: known[size] for size in sizes}, "record"
-    workers = choose_workers(None)
     with tempfile.TemporaryDirectory() as temporary:
         dataset = loader_step.open_source(pipeline, Path(temporary), 4 * job.batch_size)
         found = {}
         for size in sizes:
             opened = open_pipeline(pipeline, dataset, size, job.batch_size, job.device, workers)
-            ready = 2 * workers if pipeline == "torchvision" else 0
+            ready = loader_step.made_ahead(pipeline, workers)
             found[size] = loader_step.rate(opened, dataset, job.device, ready, calls)
     return found, "measured here"
 
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--teacher", default="deit_tiny_patch16_224")
-    parser.add_argument("--pipeline", choices=loader_step.PIPELINES, default="torchvision")
+    parser.add_argument("--pipeline", choices=PIPELINES, default="torchvision")
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=20 if gpu else 1, help="steps a round")

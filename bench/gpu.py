@@ -67,7 +67,7 @@ PARTS = (
     Part(
         "loaders",
         ("bench.bench_loader", "--count", "2048", "--rounds", "1", "--calls", "32"),
-        150,
+        180,
         (
             "bench.bench_loader",
             "--only",

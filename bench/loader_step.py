@@ -10,31 +10,44 @@ import numpy as np
 import torch
 
 from bench.photographs import SIDE, SIZES, in_memory, write_folder
+from bench.sources import FORMS, write_form
 from bench.steps import Job
 from bench.timing import wait
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_workers
 from fastofa.pipelines import Batch, open_pipeline
+from fastofa.pipelines.threaded import AHEAD
 from fastofa.step import Step
-from fastofa.views import ViewPolicy, draw_views, epoch_order
+from fastofa.views import ViewPolicy, Views, draw_views, epoch_order
 
-PIPELINES = ("torchvision", "resident")
+DALI_QUEUE = 2  # its prefetch_queue_depth, where nothing is said
 HEIGHT, WIDTH = SIZES[0]
 
 
 def open_source(pipeline: str, folder: Path, count: int, side: int = SIDE) -> Dataset:
-    """What a pipeline reads: pixels in memory, or JPEGs that are written where there are none yet."""
+    """What a pipeline reads: pixels in memory, or files that are written where there are none yet."""
     if pipeline == "resident":
         return in_memory(count, side)
-    if not (folder / "train").exists():
-        write_folder(folder, count, [(side * HEIGHT // SIDE, side * WIDTH // SIDE)])
-    return open_dataset(str(folder), "train")
+    data = folder / "photographs"
+    if not data.exists():
+        write_folder(data, count, [(side * HEIGHT // SIDE, side * WIDTH // SIDE)])
+    return open_dataset(write_form(FORMS[pipeline], data, folder, side))
+
+
+def made_ahead(pipeline: str, workers: int) -> int:
+    """Batches that lie ready while one is used."""
+    return {"torchvision": 2 * workers, "dali": DALI_QUEUE, "resident": 0}.get(pipeline, AHEAD)
+
+
+def views_and_order(dataset: Dataset) -> tuple[Views, np.ndarray]:
+    """An epoch nearly without end, so that no worker is started twice: one order again and again."""
+    views = draw_views(ViewPolicy(), dataset.sizes, 0, 0)
+    return views, np.tile(epoch_order(len(dataset), seed=0, epoch=0), 1 + 1_000_000 // len(dataset))
 
 
 def stream(pipeline: Any, dataset: Dataset) -> Iterator[Batch]:
-    """Batches nearly without end: one order again and again, as a single epoch, so that no worker is started twice."""
-    views = draw_views(ViewPolicy(), dataset.sizes, 0, 0)
-    return pipeline.epoch(views, np.tile(epoch_order(len(dataset), seed=0, epoch=0), 1 + 1_000_000 // len(dataset)))
+    """Batches of such an epoch."""
+    return pipeline.epoch(*views_and_order(dataset))
 
 
 class LoaderStep:
@@ -46,7 +59,7 @@ class LoaderStep:
         side = job.image_size * SIDE // 224
         self.dataset = open_source(pipeline, folder, job.batch_size, side)
         self.pipeline = open_pipeline(pipeline, self.dataset, job.image_size, job.batch_size, job.device, workers)
-        self.ready = 2 * workers if pipeline == "torchvision" else 0
+        self.ready = made_ahead(pipeline, workers)
 
     def __enter__(self) -> "LoaderStep":
         self.batches = stream(self.pipeline, self.dataset)

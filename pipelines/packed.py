@@ -13,8 +13,8 @@ from fastofa.pipelines.threaded import Threaded
 from fastofa.views import Views
 
 
-class Pipeline(Threaded):
-    """See `fastofa.pipelines.open_pipeline`. Needs pixels in one array, as a pack has them."""
+class Cropped(Threaded):
+    """The threads crop."""
 
     def __init__(self, request: Request) -> None:
         dataset = request.dataset
@@ -26,13 +26,14 @@ class Pipeline(Threaded):
     def picture(self, sample_id: int) -> Tensor:
         return torch.from_numpy(self.pixels[sample_id]).permute(2, 0, 1)
 
+
+class Gathered(Cropped):
+    """The threads gather whole pictures, a GPU crops them."""
+
     def _extent(self) -> tuple[int, int]:
-        return super()._extent() if self.stream is None else self.pixels.shape[1:3]
+        return self.pixels.shape[1:3]
 
     def _filler(self, ids: np.ndarray, table: Views, out: np.ndarray) -> Callable[[np.ndarray], None]:
-        if self.stream is None:
-            return super()._filler(ids, table, out)
-
         def copy(part: np.ndarray) -> None:
             np.take(self.pixels, ids[part], axis=0, out=out[part[0] : part[-1] + 1], mode="clip")
 
@@ -42,3 +43,8 @@ class Pipeline(Threaded):
         boxes = views.take(needed).boxes(self.sizes[needed % len(self.sizes)])
         pixels, box, flip = self._sent(images, torch.from_numpy(boxes), torch.from_numpy(views.flip[needed]))
         return crop_resize(pixels, box, flip, self.image_size)
+
+
+def Pipeline(request: Request) -> Cropped:
+    """See `fastofa.pipelines.open_pipeline`. Needs pixels in one array, as a pack has them."""
+    return Gathered(request) if request.device.type == "cuda" else Cropped(request)

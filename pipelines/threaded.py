@@ -5,8 +5,9 @@ What a thread does should let go of Python's lock: decoding, resizing and copyin
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -22,13 +23,28 @@ from fastofa.views import Views, batches
 AHEAD = 2  # batches that are made while another is used
 
 
-class _Coming(NamedTuple):
-    """A batch on its way: what the threads fill, and when they are done."""
+class Filled(NamedTuple):
+    """What the threads make of a batch."""
 
     rows: np.ndarray
+    """int64 [B], of the view table."""
     needed: np.ndarray
+    """int64 [M]: the same, and of partners that are not among them."""
     images: Tensor
+    """uint8 [M, H, W, 3] in host memory, pinned where a GPU is to have them."""
+
+
+class _Coming(NamedTuple):
+    """A batch on its way, and the parts that fill it."""
+
+    batch: Filled
     parts: list[Future[None]]
+
+    def wait(self) -> Filled:
+        """Raises what a thread raised."""
+        for part in self.parts:
+            part.result()
+        return self.batch
 
 
 class Threaded(ABC):
@@ -45,6 +61,12 @@ class Threaded(ABC):
         """uint8 [3, H, W], as it is stored. Called by threads."""
 
     def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
+        with closing(self.filled(views, order, start)) as made:
+            for batch in made:
+                yield self._finish(views, batch)
+
+    def filled(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Filled, None, None]:
+        """The threads' part: pictures in host memory, for each batch of `epoch`. Closing it ends the threads."""
         threads = max(self.workers, 1)
         pool = ThreadPoolExecutor(threads, "pipeline", initializer=torch.set_num_threads, initargs=(1,))
         coming: deque[_Coming] = deque()
@@ -52,9 +74,9 @@ class Threaded(ABC):
             for rows in batches(views, order, start, self.batch_size):
                 coming.append(self._begin(pool, threads, views, rows))
                 if len(coming) > AHEAD:
-                    yield self._finish(views, coming.popleft())
+                    yield coming.popleft().wait()
             while coming:
-                yield self._finish(views, coming.popleft())
+                yield coming.popleft().wait()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -66,7 +88,7 @@ class Threaded(ABC):
         out = images.numpy()  # threads are never in inference mode, and could not write to a tensor made in it
         fill = self._filler(needed % len(self.sizes), views.take(needed), out)
         parts = [part for part in np.array_split(np.arange(len(needed)), threads) if len(part)]
-        return _Coming(rows, needed, images, [pool.submit(fill, part) for part in parts])
+        return _Coming(Filled(rows, needed, images), [pool.submit(fill, part) for part in parts])
 
     def _extent(self) -> tuple[int, int]:
         """Height and width of what the threads make."""
@@ -83,10 +105,8 @@ class Threaded(ABC):
 
         return crop
 
-    def _finish(self, views: Views, batch: _Coming) -> Batch:
-        rows, needed, images, parts = batch
-        for part in parts:
-            part.result()
+    def _finish(self, views: Views, batch: Filled) -> Batch:
+        rows, needed, images = batch
         images = images.permute(0, 3, 1, 2) if self.stream is None else self._arrived(images, views, needed)
         return make_batch(augment(images, views, needed, len(rows)), self.labels, views, rows, self.normalize)
 

@@ -1,5 +1,6 @@
 """The benchmarks run, keep to their limits, and count right; what they measure is not judged here."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,10 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_kernels, bench_loader, epoch, gpu, machine, plot, profile_step, roofline
+from bench import (
+    bench_kernels,
+    bench_loader,
+    epoch,
+    gpu,
+    loader_ways,
+    machine,
+    plot,
+    plot_ladder,
+    plot_loaders,
+    profile_step,
+    roofline,
+)
+from bench.loader_step import stream
+from bench.photographs import write_folder
 from bench.steps import Job, Way, official_step, open_step
 from bench.timing import interleaved_ms, median_ratio
 from fastofa import recipes
+from fastofa.dataset import open_dataset
+from fastofa.pipelines import open_pipeline
 
 ROOT = Path(__file__).parent.parent
 H200 = machine.Machine(tflops=790, gb_per_second=4300, dtype="bfloat16")
@@ -40,8 +57,9 @@ def test_every_part_of_the_gpu_run_at_a_tiny_size(tmp_path):
         assert record["result"]["rounds"] >= 1
     rows = records["train"]["result"]["jobs"][0]["rows"]
     assert all(row.get("rounds_ms") or row["skipped"] for row in rows)
-    plot.draw(records["train"], tmp_path / "ladder.png")
-    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+    for name, draw, kind in (("ladder", plot_ladder.draw, "train"), ("loaders", plot_loaders.draw, "loaders")):
+        draw(records[kind], tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
@@ -49,16 +67,57 @@ def test_every_part_of_the_gpu_run_at_a_tiny_size(tmp_path):
 @pytest.mark.dali
 def test_loaders_beside_their_peers(tmp_path):
     """Where both libraries are there, nothing is left out."""
-    ways = ["stock FFCV, raw", "ffcv, raw", "stock DALI", "dali"]
+    ways = ["stock FFCV, raw", "ffcv, raw", "stock DALI", "dali", "packed, gather only"]
     tiny = ["--image-sizes", "32", "--batch-size", "4", "--count", "20", "--rounds", "1", "--calls", "2"]
     bench_loader.main(["--only", *ways, *tiny, "--workers", "1", "--out", str(tmp_path)])
     (record,) = (json.loads(path.read_text())["result"] for path in tmp_path.glob("loaders_*.json"))
     assert [row["pipeline"] for row in record["rows"]] == ways
-    assert record["skipped"] == []
+    assert record["skipped"] == {}
     assert record["pictures"]["images"] == 20
     for row in record["rows"]:
         assert min(row[name] for name in ("images_per_second", "memory_mb", "ratio_to_baseline")) > 0
-        assert (row["ratio_to_peer"] is None) == ("stock" in row["pipeline"])
+        assert (row["ratio_to_peer"] is None) == (row["pipeline"] not in ("ffcv, raw", "dali"))
+
+
+def test_a_sweep_compares_at_the_same_number_of_workers(tmp_path, monkeypatch, capsys):
+    speed = {"PIL + DataLoader": 100, "stock FFCV": 150, "ffcv": 300}
+
+    def measure(task):
+        return {"images_per_second": speed[task.way] * task.workers, "cpu_s_per_1000": 1.0, "memory_mb": 1.0}
+
+    monkeypatch.setattr(bench_loader, "measure", measure)
+    monkeypatch.setattr(bench_loader, "write_folder", lambda out, *_: write_folder(out, 2, [(8, 8)]))
+    monkeypatch.setattr(loader_ways, "installed", lambda module: True)
+    bench_loader.main(["--only", *speed, "--workers", "1", "2", "4", "--rounds", "2", "--out", str(tmp_path)])
+    (source,) = tmp_path.glob("loaders_*.json")
+    record = json.loads(source.read_text())
+    rows = {(row["pipeline"], row["workers"]): row for row in record["result"]["rows"]}
+    for workers in (1, 2, 4):
+        assert rows["ffcv", workers]["ratio_to_baseline"] == pytest.approx(3)
+        assert rows["ffcv", workers]["ratio_to_peer"] == pytest.approx(2)
+    said = capsys.readouterr().out
+    assert [said.count(f"workers: {workers}") for workers in (1, 2, 4)] == [1, 1, 1]
+    plot.main([str(tmp_path), str(tmp_path)])
+    assert (tmp_path / "loaders.png").stat().st_size > 10_000
+
+
+def test_names_at_the_ends_of_lines_are_apart():
+    places = plot_loaders.apart([0.1, 0.1, 0.12, 0.9], gap=0.05)
+    assert min(b - a for a, b in itertools.pairwise(places)) >= 0.05 - 1e-9
+    assert sum(places) == pytest.approx(1.22)
+    assert plot_loaders.apart([0.1, 0.5], gap=0.05) == pytest.approx([0.1, 0.5])
+
+
+@pytest.mark.dali
+def test_nvimagecodec_decodes_the_crops_that_torchvision_does(tmp_path):
+    """It comes with DALI."""
+    write_folder(tmp_path / "photos", 6, [(60, 80), (90, 50)])
+    task = loader_ways.Task("nvImageCodec", {"folder": str(tmp_path / "photos")}, 32, 3, 1, 0, "cpu")
+    dataset = open_dataset(task.sources["folder"])
+    expected = stream(open_pipeline("torchvision", dataset, task.image_size, task.batch_size), dataset)
+    for images, batch in itertools.islice(zip(loader_ways.decoded_crops(task), expected, strict=False), 2):
+        assert images.shape == batch.images.shape
+        assert (images.int() - batch.images.int()).abs().max() <= 1
 
 
 def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch, capsys):

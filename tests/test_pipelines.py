@@ -26,6 +26,8 @@ from fastofa.errors import BadInput
 from fastofa.kernels import crop_resize
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.pipelines.augment import augment, shares, with_partners
+from fastofa.pipelines.packed import Cropped, Gathered
+from fastofa.pipelines.request import Request
 from fastofa.pipelines.resident import check_memory
 from fastofa.rand_augment import OPS
 from fastofa.train import train
@@ -709,23 +711,16 @@ def test_early_exits_leave_no_thread_and_no_memory(request, name):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_what_threads_gather_for_a_gpu(packed, monkeypatch, workers):
-    """The very rows, in the order of the batch and of its partners; only page-locked memory needs a GPU."""
-    views, empty = draw_full(packed), torch.empty
-    pipeline = open_pipeline("packed", packed, 32, batch_size=7, workers=workers)
-    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
-    monkeypatch.setattr(pipeline, "stream", "its own")
-
-    def sent(images: Tensor, boxes: Tensor, flip: Tensor) -> tuple[Tensor, ...]:
-        seen.append(images)
-        return images, boxes, flip
-
-    seen: list[Tensor] = []
-    monkeypatch.setattr(pipeline, "_sent", sent)
-    order = epoch_order(24, seed=9, epoch=2)
-    found = by_sample(list(pipeline.epoch(views, order)))
-    assert list(found) == order.tolist()
-    for images, rows in zip(seen, batches(views, order, 0, 7), strict=True):
-        assert np.array_equal(images, packed.pixels[with_partners(views, rows)])
+    """The very rows, in the order of the batch and of its partners; what a GPU makes of them is what a CPU crops."""
+    views, order, here = draw_full(packed), epoch_order(24, seed=9, epoch=2), torch.device("cpu")
+    gathered, cropped = (cls(Request(packed, 32, 7, here, workers, None)) for cls in (Gathered, Cropped))
+    monkeypatch.setattr(gathered, "_sent", lambda *tensors: tensors)
+    pairs = zip(gathered.filled(views, order), cropped.filled(views, order), strict=True)
+    for (whole, crops), rows in zip(pairs, batches(views, order, 0, 7), strict=True):
+        assert np.array_equal(whole.rows, rows)
+        assert np.array_equal(whole.images, packed.pixels[with_partners(views, rows)])
+        arrived = gathered._arrived(whole.images, views, whole.needed).permute(0, 2, 3, 1)
+        assert (arrived.int() - crops.images.int()).abs().max() <= 1
 
 
 def test_a_threads_error_is_the_epochs(packed, monkeypatch):

@@ -1,0 +1,26 @@
+"""The same pictures in every form that a pipeline reads."""
+
+from pathlib import Path
+from typing import Any
+
+from bench.photographs import SIDE
+from fastofa.write import WriteConfig, write
+
+FORMS = {"torchvision": "folder", "dali": "folder", "ffcv": "beton", "packed": "pack", "resident": "pack"}
+
+
+def write_form(form: str, data: Path, out: Path, side: int = SIDE) -> str:
+    """What to open: the folder DATA itself, or a file in OUT that is written unless it is there.
+
+    form: "folder", "beton" (its JPEGs), "raw" (a .beton of pixels), "pack" (pictures of SIDE x SIDE pixels).
+    """
+    if form == "folder":
+        return str(data)
+    options: dict[str, tuple[str, dict[str, Any]]] = {
+        "beton": ("jpeg.beton", {}), "raw": ("raw.beton", {"raw": True}), "pack": (f"{side}.pack", {"size": side}),
+    }  # fmt: skip
+    name, given = options[form]
+    path = out / name
+    if not path.exists():
+        write(WriteConfig(str(data), path, **given))
+    return str(path)
