@@ -41,7 +41,7 @@ PARTS = (
     Part("tests", ("pytest", "-m", "gpu or kernel", "-p", "no:cacheprovider"), 100, ("pytest", "-m", "gpu")),
     Part(
         "ladder",
-        ("bench.bench_train", "--rounds", "3"),
+        ("bench.bench_train", "--rounds", "3", "--loaders"),
         220,
         ("bench.bench_train", *TINY_MODELS, *TINY, "--rounds", "1", "--calls", "1", "--loaders"),
     ),
