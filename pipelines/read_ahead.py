@@ -13,7 +13,7 @@ from fastofa.views import WINDOW, Views
 
 BATCHES = 4  # that are asked for ahead of the one which begins
 PROBED = 256  # pictures of an epoch; if all are in memory, nothing is asked for: that takes 3 us a picture
-SHARED = 3  # pictures in a page, of some hundred in a row, from which on pages are asked for whole; so are small files
+SHARED = 3  # pictures in a page, of 512 in a row, from which on pages are asked for whole; so are small files
 CALL = 128 << 10  # bytes; of more the kernel may ignore what exceeds the device's own read-ahead
 
 
@@ -50,26 +50,26 @@ def plan(dataset: Any, views: Views, order: np.ndarray) -> tuple[np.ndarray, np.
     first, which the order goes by, can stand for its page.
     """
     ids = order % len(dataset)
+    pictures, pages = np.cumsum(dataset.spans, axis=1), _pages(dataset)
     leads = np.ones(len(order), bool) if views.partner is None else views.partner[order] >= order
-    at, ranges, ahead = np.arange(len(order)), np.cumsum(dataset.spans, axis=1)[ids], 0
-    pages = dataset.pages[ids[leads]]
-    start = pages[: 8 * WINDOW]
-    if SHARED * len(np.unique(start)) <= len(start):
-        found, first = np.unique(pages, return_index=True)
-        at = np.concatenate([at[leads][first], at[~leads]])
-        ranges = np.concatenate([_extents(dataset)[found], ranges[~leads]])
-        by_place = np.argsort(at, kind="stable")
-        at, ranges, ahead = at[by_place], ranges[by_place], len(order) * WINDOW // len(found)
-    return at, ranges, ahead
+    lead_pages = dataset.pages[ids[leads]]
+    begin = slice(8 * WINDOW * len(views) // len(dataset))  # 512 pictures, however often each is shown
+    pieces, ahead = len(pages) + ids, 0
+    if SHARED * len(np.unique(lead_pages[begin])) <= len(np.unique(ids[leads][begin])):
+        pieces[leads] = lead_pages
+        ahead = len(order) * WINDOW // len(np.unique(lead_pages))
+    found, first = np.unique(pieces, return_index=True)
+    by_place = np.argsort(first)
+    return first[by_place], np.concatenate([pages, pictures])[found[by_place]], ahead
 
 
-def _extents(dataset: Any) -> np.ndarray:
-    """int64 [P, 2]: begin and end of the pictures of every page up to the last; the last may reach into the next."""
-    pages, ends = dataset.pages, dataset.spans.sum(axis=1)
-    extents = np.stack([np.full(pages.max() + 1, ends.max()), np.zeros(pages.max() + 1, np.int64)], axis=1)
-    np.minimum.at(extents[:, 0], pages, dataset.spans[:, 0])
-    np.maximum.at(extents[:, 1], pages, ends)
-    return extents
+def _pages(dataset: Any) -> np.ndarray:
+    """int64 [P, 2]: begin and end of the pictures of every page up to the last; some reach into the next page."""
+    numbers, ends = dataset.pages, dataset.spans.sum(axis=1)
+    pages = np.stack([np.full(numbers.max() + 1, ends.max()), np.zeros(numbers.max() + 1, np.int64)], axis=1)
+    np.minimum.at(pages[:, 0], numbers, dataset.spans[:, 0])
+    np.maximum.at(pages[:, 1], numbers, ends)
+    return pages
 
 
 def _in_memory(file: int, places: np.ndarray) -> bool:

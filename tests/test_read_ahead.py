@@ -9,7 +9,7 @@ import pytest
 from fastofa.dataset import Dataset
 from fastofa.pipelines import read_ahead as module
 from fastofa.pipelines.read_ahead import BATCHES, CALL, plan, read_ahead
-from fastofa.views import WINDOW, ViewPolicy, Views, draw_views, epoch_order
+from fastofa.views import WINDOW, ViewPolicy, Views, draw_views, epoch_order, join_views
 
 EACH = 200_000  # bytes of a picture: 41 or 42 in a page, some of them across two
 PAGE = 8 << 20
@@ -59,6 +59,20 @@ def test_of_mixed_pictures_the_first_stands_for_its_page():
     assert np.array_equal(ranges[alone, 0], 128 + EACH * order[1::2])
     assert (~alone).sum() == len(np.unique(dataset.pages[order[::2]]))
     assert (np.diff(at) >= 0).all()
+
+
+def test_pictures_that_are_shown_again_are_asked_for_once():
+    """In repeated augmentation the order holds rows of several tables."""
+    dataset = pack(60_000)
+    views = join_views([views_of(dataset)] * 3)
+    order = epoch_order(60_000, 0, 0, repeats=3)
+    at, ranges, _ = plan(dataset, views, order)
+    assert np.array_equal(at, np.arange(0, len(order), 3))
+    assert np.array_equal(ranges[:, 0], 128 + EACH * (order[::3] % 60_000))
+    order = epoch_order(60_000, 0, 0, repeats=3, pages=dataset.pages)
+    at, ranges, ahead = plan(dataset, views, order)
+    assert len(ranges) == len(np.unique(dataset.pages[order % 60_000]))
+    assert ahead == pytest.approx(3 * WINDOW * PAGE / EACH, rel=0.1)
 
 
 @pytest.fixture
