@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastofa.beton import PAGE
 from fastofa.errors import BadInput
 from fastofa.images import decode, read_image
 
@@ -48,11 +49,11 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     """Files that were left out as unreadable, each with the reason."""
     file: Path | None = None
-    """The .pack or .beton that holds the pictures."""
+    """Which holds the pictures: a .beton, or the images.npy of a .pack."""
     stored: np.ndarray | None = None
     """int64 [N, 2]: height and width of the pictures in `file`."""
     spans: np.ndarray | None = None
-    """int64 [N, 2]: of a .beton, where in it each picture begins, and its bytes."""
+    """int64 [N, 2]: where in `file` each picture begins, and its bytes."""
     raw: bool = False
     """Of a .beton: the pictures are pixels, not JPEGs."""
 
@@ -68,6 +69,11 @@ class Dataset:
     def stored_sizes(self) -> np.ndarray:
         """int64 [N, 2]: height and width of what `read` gives, which is what crops are cut from."""
         return self.sizes if self.stored is None else self.stored
+
+    @property
+    def pages(self) -> np.ndarray | None:
+        """int64 [N]: the page of 8 MiB of `file` in which each picture begins; None without such a file."""
+        return None if self.spans is None else self.spans[:, 0] // PAGE
 
     def read(self, sample_id: int) -> Tensor:
         """A picture, uint8 [3, H, W], of an array a view. Raises BadInput, naming one that is damaged."""

@@ -43,6 +43,7 @@ class Epochs:
             raise BadInput(
                 f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch"
             )
+        self.pages = dataset.pages if config.order == "pages" else None
         rows = epoch_rows(self.policy, len(dataset))
         self._check_batches(rows)
         self.share = config.batch_size // world.size  # images that a rank takes a step
@@ -97,5 +98,6 @@ class Epochs:
             self.world.size,
             partner=views.partner,
             repeats=self.policy.repeats,
+            pages=self.pages,
         )
         return order[: self.steps * self.share]

@@ -19,6 +19,7 @@ from fastofa.errors import BadInput
 UNIT = 65535  # boxes are stored as fractions of the whole picture in 1/65535
 TRIES = 10  # as in torchvision's RandomResizedCrop and timm's RandomErasing
 ROWS_AT_ONCE = 1 << 16
+WINDOW = 64  # pages of a file whose samples are shuffled together
 ERASE_AREA, ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's
 # Random streams of a seed; views (and epochs) are numbered below 2^32.
 CROP, ORDER, OPS, ERASE, PAIRS, MIX = range(6)
@@ -313,6 +314,7 @@ def epoch_order(
     world_size: int = 1,
     partner: np.ndarray | None = None,
     repeats: int = 1,
+    pages: np.ndarray | None = None,
 ) -> np.ndarray:
     """Sample ids of one rank's share of an epoch, int64: every world_size-th of a permutation by (seed, epoch).
 
@@ -324,13 +326,17 @@ def epoch_order(
         repeats: of the policy (repeated augmentation). The ids are then rows of `join_views` of as many views, the same
             views for `repeats` epochs in a row. Each of these takes another part of the samples, and all views of it
             next to each other; after them every row has been used once (but for a few that no part could hold).
+        pages: int64 [size], the page of the file in which each sample lies, where the file is to be read page by page:
+            the pages are shuffled and taken `WINDOW` at a time, and the samples of these are shuffled together. A pair
+            goes by the page of the first of its two; the other may lie anywhere in the file, so that of views that mix
+            only one half is read page by page.
     """
     rng = _random(seed, ORDER, epoch // repeats)
-    if partner is None and repeats == 1:
+    if partner is None and repeats == 1 and pages is None:
         return rng.permutation(size)[rank::world_size]
     units = _units(size, partner)
     whole, alone = units[units[:, -1] >= 0], units[units[:, -1] < 0]
-    shuffled = whole[rng.permutation(len(whole))]
+    shuffled = whole[rng.permutation(len(whole)) if pages is None else _page_by_page(rng, pages[whole[:, 0]])]
     if repeats == 1:
         mine = np.concatenate([shuffled, alone])[rank::world_size].reshape(-1)  # at the end it breaks no pair
         return mine[mine >= 0]
@@ -338,6 +344,12 @@ def epoch_order(
     shown = shuffled[epoch % repeats * part :][:part]
     copies = shown[:, None, :] + size * np.arange(repeats)[None, :, None]
     return copies.reshape(-1, units.shape[1])[rank::world_size].reshape(-1)
+
+
+def _page_by_page(rng: np.random.Generator, page: np.ndarray) -> np.ndarray:
+    """A permutation, int64 [M], of what lies in these pages, [M]: random within `WINDOW` random pages at a time."""
+    window = rng.permutation(page.max(initial=-1) + 1)[page] // WINDOW
+    return np.lexsort((rng.random(len(page)), window))
 
 
 def batches(views: Views, order: np.ndarray, start: int, batch_size: int) -> Iterator[np.ndarray]:

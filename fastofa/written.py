@@ -109,8 +109,13 @@ def _open_pack(path: Path, split: str, index: dict[str, Any]) -> dict[str, Any]:
         raise BadInput(f"{path / IMAGES}: expected uint8 {[sum(counts.values()), size, size, 3]}; write {path} again")
     first = 0 if split == "train" else counts.get("train", 0)
     rows = slice(first, first + counts[split])
-    stored = np.full((counts[split], 2), size, dtype=np.int64)
-    return {"labels": labels[rows].astype(np.int64), "pixels": pixels[rows], "file": path, "stored": stored}
+    return {
+        "labels": labels[rows].astype(np.int64),
+        "pixels": pixels[rows],
+        "file": path / IMAGES,
+        "stored": np.full((counts[split], 2), size, dtype=np.int64),
+        "spans": _rows(file)[rows],
+    }
 
 
 def _open_beton(path: Path, split: str, index: dict[str, Any]) -> dict[str, Any]:
@@ -202,5 +207,10 @@ def _spans(path: Path) -> np.ndarray:
         raise BadInput(f"{path} is damaged ({error}); write it again") from None
     if array.ndim == 1:  # labels
         return np.zeros((0, 2), dtype=np.int64)
+    return _rows(array)
+
+
+def _rows(array: np.memmap) -> np.ndarray:
+    """int64 [N, 2]: where in its file each row of an array begins, and its bytes."""
     each = array[0].nbytes
     return np.stack([array.offset + each * np.arange(len(array)), np.full(len(array), each)], axis=1)

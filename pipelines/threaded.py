@@ -17,6 +17,7 @@ from torch import Tensor
 from fastofa.images import crop_resize_one
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
+from fastofa.pipelines.read_ahead import read_ahead
 from fastofa.pipelines.request import Request
 from fastofa.views import Views, batches
 
@@ -51,6 +52,7 @@ class Threaded(ABC):
     """A pipeline (see `fastofa.pipelines.open_pipeline`) of which a subclass says how to get a picture."""
 
     def __init__(self, request: Request) -> None:
+        self.dataset = request.dataset
         self.device, self.workers, self.sizes = request.device, request.workers, request.dataset.stored_sizes
         self.image_size, self.batch_size, self.normalize = request.image_size, request.batch_size, request.normalize
         self.labels = torch.from_numpy(request.dataset.labels).to(self.device)
@@ -69,15 +71,20 @@ class Threaded(ABC):
         """The threads' part: pictures in host memory, for each batch of `epoch`. Closing it ends the threads."""
         threads = max(self.workers, 1)
         pool = ThreadPoolExecutor(threads, "pipeline", initializer=torch.set_num_threads, initargs=(1,))
+        reader = ThreadPoolExecutor(1, "read-ahead")  # its own: where the disk has much to do, asking takes a while
+        asking = read_ahead(self.dataset, views, order[start:], self.batch_size)
         coming: deque[_Coming] = deque()
         try:
             for rows in batches(views, order, start, self.batch_size):
+                reader.submit(next, asking, None)
                 coming.append(self._begin(pool, threads, views, rows))
                 if len(coming) > AHEAD:
                     yield coming.popleft().wait()
             while coming:
                 yield coming.popleft().wait()
         finally:
+            reader.shutdown(cancel_futures=True)
+            asking.close()
             pool.shutdown(cancel_futures=True)
 
     def _begin(self, pool: ThreadPoolExecutor, threads: int, views: Views, rows: np.ndarray) -> _Coming:

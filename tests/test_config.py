@@ -62,6 +62,7 @@ WRONG = [
     ("optimizer", "adam", "expected one of sgd, adamw, lamb, apex_sgd, apex_adam, apex_lamb"),
     ("schedule", "poly", "expected one of cosine, step, linear"),
     ("grad_compression", "fp16", "expected one of none, bf16"),
+    ("order", "sorted", "expected one of auto, random, pages"),
     ("precision", "fp16", "expected one of auto, bf16, fp32"),
     ("compile", "yes", "expected one of auto, on, off"),
     ("kernels", ("crop",), "expected some of loss exits"),
@@ -173,8 +174,8 @@ def test_json_of_another_version_or_edited_is_refused():
     values = config().to_json()
     with pytest.raises(BadInput, match=r"config.json: .* these differ: student; "):
         TrainConfig.from_json({k: v for k, v in values.items() if k != "student"})
-    older = {k: v for k, v in values.items() if k != "wandb"}  # a version that had not this field yet
-    assert TrainConfig.from_json(older) == config()
+    older = {k: v for k, v in values.items() if k not in ("wandb", "order")}  # a version that had not these fields yet
+    assert TrainConfig.from_json(older) == config(order="random")
     with pytest.raises(BadInput, match=r"config.json: .* these differ: momentum; "):
         TrainConfig.from_json({**values, "momentum": 0.9})
     with pytest.raises(BadInput, match="lr: expected a number of at least 0, got -1"):
@@ -201,6 +202,7 @@ def test_differences_are_what_makes_it_another_run():
         "min_lr": 0.01, "weight_decay": 0.3, "schedule": "step", "decay_epochs": 9, "decay_rate": 0.5,
         "warmup_epochs": 2, "warmup_lr": 0.01, "clip": 1.0, "ema": 0.9, "precision": "bf16", "start_size": 32,
         "growth": (0.1, 0.2), "eval_size": 96, "eval_flip": True, "sync_bn": True,
+        "order": "pages",
     }  # fmt: skip
     assert set(changed) | set(free) | {"mean", "std"} == {field.name for field in dataclasses.fields(TrainConfig)}
     for name, value in changed.items():

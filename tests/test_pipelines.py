@@ -169,6 +169,21 @@ def test_pixels_depend_on_view_and_sample_only(request, source, name, workers, b
     assert not same(truth, by_sample(run(name, dataset, draw(dataset, view=1))))
 
 
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(("source", "name"), [("packed", "packed"), ("beton", "ffcv"), ("raw", "ffcv")])
+def test_pixels_do_not_depend_on_how_the_file_is_read(request, monkeypatch, source, name, cached):
+    """Page by page or not, asked for ahead or not, mixed or not."""
+    monkeypatch.setattr("fastofa.pipelines.read_ahead._in_memory", lambda *_: cached)
+    dataset = request.getfixturevalue(source)
+    pages = np.arange(len(dataset)) // 3  # 8 pages, as a larger file has them
+    for views in (draw(dataset), draw_full(dataset)):
+        truth = by_sample(run(name, dataset, views, batch_size=24))
+        order = epoch_order(24, 9, 2, partner=views.partner, pages=pages)
+        found = by_sample(run(name, dataset, views, order=order, batch_size=8, start=8, workers=2))
+        assert list(found) == order[8:].tolist()
+        assert same(truth, found)
+
+
 @pytest.mark.parametrize("batch_size", [7, 64])
 @pytest.mark.parametrize("source", ["digits", "uniform", "packed"])
 def test_resident_pixels_depend_on_view_and_sample_only(request, source, batch_size):
@@ -781,6 +796,10 @@ def test_a_gpu_is_given_the_pixels_of_the_cpu(request, name):
             "pipeline resident: expected pictures of one size, got heights .*--pipeline torchvision",
         ),
         ({"name": "packed"}, r"pipeline packed: expected a \.pack, got .*; `fastofa write` makes one"),
+        (
+            {"name": "ffcv", "source": "packed"},
+            r"pipeline ffcv: expected a \.beton, got .*photos.pack; `fastofa write`",
+        ),
         ({"name": "ffcv"}, r"pipeline ffcv: expected a \.beton, got .*; `fastofa write` makes one"),
         pytest.param(
             {"name": "dali", "source": "packed"},

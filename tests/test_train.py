@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ from fastofa.student import Student
 from fastofa.teacher_cache import Targets, TeacherCache
 from fastofa.train import Result, train
 from fastofa.views import draw_views, epoch_order, epoch_rows, join_views
-from runs import make_cache, newest
+from fastofa.write import WriteConfig, write
+from runs import make_cache, newest, same_run
 
 SIZE = 32
 METHODS = ["ofa", "kd", "scratch"]
@@ -104,7 +105,7 @@ def test_the_runs_folder_holds_these(finished):
     kept = sorted(file.name for file in (finished.path / "checkpoints").iterdir())
     assert kept == ["best.safetensors", "step-00000004.safetensors"]
     run = open_run(finished.path)
-    assert run.config == finished.config
+    assert run.config == dataclasses.replace(finished.config, order="random")
     assert run.classes == tuple("0123456789")
     assert run.teacher_dim == (0 if finished.config.cache is None else 256)
     assert json.loads((finished.path / "config.json").read_text()).keys() == {
@@ -725,6 +726,75 @@ def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
     train(recipes.digits(data="digits:50", **given))
     with pytest.raises(BadInput, match="data: digits:100 is not the data set of digits:50"):
         train(recipes.digits(data="digits:100", resume=True, **given))
+
+
+# --- The order --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_pack(on_photos, photos, tmp_path, monkeypatch) -> Callable[..., TrainConfig]:
+    """on_pack(name, memory, ...) -> configuration of a run on a pack, on a machine with so much memory (in bytes)."""
+    write(WriteConfig(str(photos), tmp_path / "x.pack", size=128))
+    monkeypatch.setattr("fastofa.dataset.PAGE", 1 << 18)  # five pictures
+    monkeypatch.setattr("fastofa.views.WINDOW", 2)
+
+    def config(name: str, memory: int, **given: Any) -> TrainConfig:
+        monkeypatch.setattr("fastofa.train.memory_bytes", lambda: memory)
+        return on_photos(name, data=str(tmp_path / "x.pack"), **given)
+
+    return config
+
+
+def test_auto_reads_by_pages_what_is_larger_than_the_memory(on_pack, tmp_path, capsys):
+    """And says so; the file's whole size counts. The weights are those of the order that was named."""
+    size = (tmp_path / "x.pack" / "images.npy").stat().st_size
+    weights = {}
+    for order, memory, expected in (
+        ("auto", size, "random"), ("random", 1, "random"), ("auto", size - 1, "pages"), ("pages", 10**12, "pages"),
+    ):  # fmt: skip
+        config = on_pack(f"{order}-{expected}", memory, order=order, epochs=1)
+        train(config)
+        said = f"order pages: {config.data} has 0.0 GB, this machine 0.0 GB of memory" in capsys.readouterr().err
+        assert said is (order == "auto" and expected == "pages")
+        assert open_run(config.out).config.order == expected
+        weights.setdefault(expected, []).append(newest(config.out).read_bytes())
+    assert weights["random"][0] == weights["random"][1] != weights["pages"][0] == weights["pages"][1]
+
+
+@pytest.mark.parametrize(("began", "then"), [("pages", 10**12), ("random", 1)])
+@pytest.mark.parametrize("given", ["auto", "as it began"])
+def test_a_resumed_run_keeps_its_order_whatever_the_memory(on_pack, monkeypatch, began, then, given):
+    straight = on_pack("straight", 1, order=began)
+    train(straight)
+    config = on_pack("resumed", 1 if began == "pages" else 10**12, checkpoint_every=2)
+    with monkeypatch.context() as patch:  # killed as the first epoch's last step is logged
+        patch.setattr("fastofa.train.Job._log_epoch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    other = "pages" if began == "random" else "random"
+    with pytest.raises(BadInput, match=f"these differ: order: {other} here, {began} there"):
+        train(on_pack("resumed", then, resume=True, order=other))
+    train(on_pack("resumed", then, resume=True, order="auto" if given == "auto" else began))
+    same_run(config.out, straight.out)
+
+
+def test_a_run_of_an_older_version_goes_on_in_random_order(on_pack):
+    config = on_pack("run", 10**12, epochs=1)
+    train(config)
+    run = json.loads((config.out / "config.json").read_text())
+    del run["config"]["order"]
+    (config.out / "config.json").write_text(json.dumps(run))
+    train(on_pack("run", 1, epochs=1, resume=True))
+    assert open_run(config.out).config.order == "random"
+
+
+def test_without_a_file_there_are_no_pages(on_photos):
+    config = on_photos(order="pages")
+    with pytest.raises(
+        BadInput, match=r"order: expected random or auto for .*, which is no \.pack or \.beton, got pages"
+    ):
+        train(config)
+    assert not config.out.exists()
 
 
 # --- After a review ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from fastofa.errors import BadInput
 from fastofa.views import (
+    WINDOW,
     ViewPolicy,
     Views,
     batches,
@@ -403,6 +404,67 @@ def test_an_order_of_mixed_views_keeps_pairs_together(pairs, odd, half, world_si
     if len(whole) > 20:
         other = epoch_order(size, 3, epoch + repeats, partner=views.partner, repeats=repeats)
         assert not np.array_equal(whole, other)
+
+
+def test_orders_of_runs_that_go_on_are_as_they_were():
+    """To the number, as older versions drew them: alone, on one of two ranks, mixed, repeated."""
+    partner = np.array([1, 0, 3, 2, 5, 4, 6], dtype=np.int32)
+    assert epoch_order(7, 4, 2).tolist() == [3, 4, 1, 0, 6, 2, 5]
+    assert epoch_order(7, 4, 2, 1, 2).tolist() == [4, 0, 2]
+    assert epoch_order(7, 4, 2, partner=partner).tolist() == [4, 5, 0, 1, 2, 3, 6]
+    assert epoch_order(6, 4, 2, repeats=3).tolist() == [4, 10, 16, 2, 8, 14]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    count=st.integers(0, 300), pages=st.integers(1, 400), mixes=st.booleans(), repeats=st.integers(1, 3),
+    world_size=st.integers(1, 4), epoch=st.integers(0, 5), seed=st.integers(0, 2**63 - 1),
+)  # fmt: skip
+def test_an_order_by_pages_is_an_order_of_few_pages_at_a_time(count, pages, mixes, repeats, world_size, epoch, seed):
+    """Every row once over the epochs that share a view; the ranks together one; pairs whole, by the first's page."""
+    page = np.random.default_rng(count).integers(0, pages, count)
+    policy = ViewPolicy(mixup=float(mixes), repeats=repeats)
+    group = epoch // repeats * repeats
+    views = join_views([draw_views(policy, same_size(count, 9, 9), 1, group + k) for k in range(repeats)])
+
+    def order(epoch: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        return epoch_order(count, seed, epoch, rank, world_size, views.partner, repeats, page)
+
+    unit = 2 if mixes else 1
+    whole = order(epoch)
+    for rank in range(world_size):  # pairs are dealt as single samples are
+        dealt = np.arange(len(whole)) // unit % world_size == rank
+        assert np.array_equal(order(epoch, rank, world_size), whole[dealt])
+    rows = np.concatenate([order(group + k) for k in range(repeats)])
+    assert len(rows) == repeats * epoch_rows(policy, count)
+    assert len(set(rows.tolist())) == len(rows)
+
+    paired = rows[: len(rows) // unit * unit].reshape(-1, unit)
+    if mixes:
+        assert np.array_equal(views.partner[paired[:, 0]], paired[:, 1])
+        assert (paired[:, 0] < paired[:, 1]).all()
+    touched = page[paired[:, 0] % count if count else []]
+    stretches = np.array([np.flatnonzero(touched == p)[[0, -1]] for p in np.unique(touched)]).reshape(-1, 2)
+    for first, last in stretches:  # until a page's last sample only pages of its window begin
+        assert ((stretches[:, 0] >= first) & (stretches[:, 0] <= last)).sum() <= WINDOW
+
+
+def test_an_order_by_pages_is_random_within_a_window_and_from_epoch_to_epoch():
+    """Of 640 pages of ten samples: windows of other pages each time, of which all samples come before any other's."""
+    page = np.arange(6400) // 10
+    orders = [epoch_order(6400, 0, epoch, pages=page) for epoch in (0, 1)]
+    windows = [[frozenset(part) for part in page[order].reshape(-1, 10 * WINDOW).tolist()] for order in orders]
+    for found in windows:
+        assert [len(window) for window in found] == [WINDOW] * 10
+        assert len(frozenset.union(*found)) == 640
+    assert not set(windows[0]) & set(windows[1])
+    for order in orders:
+        steps = np.diff(page[order])
+        assert (steps == 0).mean() < 0.03  # 1 of 64 by chance
+        inside = order.reshape(-1, 10 * WINDOW)
+        place = np.arange(10 * WINDOW) - (10 * WINDOW - 1) / 2
+        assert all(abs(np.corrcoef(place, window)[0, 1]) < 0.15 for window in inside)
+    assert np.array_equal(orders[0], epoch_order(6400, 0, 0, pages=page))
 
 
 @pytest.mark.parametrize("mixup", [0.0, 1.0])

@@ -66,6 +66,25 @@ def files(path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_where_pictures_lie_in_their_file(photos: Path, tmp_path: Path, form: str):
+    """The bytes there are the picture's; pages are counted from the beginning of the file."""
+    path = written(form, photos, tmp_path)
+    for split in ("train", "val"):
+        dataset = open_dataset(str(path), split)
+        data = dataset.file.read_bytes()
+        assert dataset.pages.tolist() == [begin >> 23 for begin in dataset.spans[:, 0].tolist()]
+        assert dataset.pages.dtype == np.int64
+        for i, (begin, count) in enumerate(dataset.spans.tolist()):
+            here = bytearray(data[begin : begin + count])
+            if dataset.pixels is None:
+                assert torch.equal(dataset.unpack(i, here), dataset.read(i))
+            else:
+                assert np.array_equal(np.frombuffer(here, np.uint8), dataset.pixels[i].reshape(-1))
+    assert open_dataset(str(photos)).pages is None
+    assert open_dataset("digits:100").pages is None
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_it_is_the_same_data_set(photos: Path, tmp_path: Path, form: str):
     """Samples in their order, labels, classes, the originals' sizes and the fingerprint, of both splits."""
     path = written(form, photos, tmp_path)
