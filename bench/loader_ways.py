@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.loader_step import stream, views_and_order
+from bench.loader_step import views_and_order
 from bench.sources import FORMS
 from fastofa.dataset import open_dataset
 from fastofa.kernels import crop_resize
@@ -79,7 +79,10 @@ def pipeline(name: str, form: str | None = None, peer: str | None = None, needs:
     def run(task: Task) -> Iterator[int]:
         dataset = open_dataset(task.sources[form])
         opened = open_pipeline(name, dataset, task.image_size, task.batch_size, task.device, task.workers)
-        return (len(batch.labels) for batch in stream(opened, dataset))
+        views, order = views_and_order(dataset)
+        for batch in opened.epoch(views, order[: len(dataset)]):  # a run has many epochs; `dali` learns in the first
+            del batch
+        return (len(batch.labels) for batch in opened.epoch(views, order))
 
     return Way(run, form, ours=True, peer=peer, needs=needs)
 
