@@ -79,10 +79,7 @@ def pipeline(name: str, form: str | None = None, peer: str | None = None, needs:
     def run(task: Task) -> Iterator[int]:
         dataset = open_dataset(task.sources[form])
         opened = open_pipeline(name, dataset, task.image_size, task.batch_size, task.device, task.workers)
-        views, order = views_and_order(dataset)
-        for batch in opened.epoch(views, order[: len(dataset)]):  # a run has many epochs; `dali` learns in the first
-            del batch
-        return (len(batch.labels) for batch in opened.epoch(views, order))
+        return (len(batch.labels) for batch in opened.epoch(*views_and_order(dataset)))
 
     return Way(run, form, ours=True, peer=peer, needs=needs)
 

@@ -1,8 +1,7 @@
 """NVIDIA DALI: files are read, decoded within the crop, resized and flipped by its threads, or decoded by the GPU.
 
 What DALI cannot decode, and what may be damaged without its telling, is read by `Dataset.read`: that names a damaged
-file, and knows kinds that DALI does not. To find these takes 5 % of the time: a first epoch does it, later ones ask
-whether the files still have as many bytes.
+file, and knows kinds that DALI does not.
 
 Of a crop's edge DALI's resizing repeats the outermost pixels, where torchvision's filter ends: the outermost pixels of
 the output differ a little, and the mean of a picture the more, the smaller it is.
@@ -32,7 +31,6 @@ except (ImportError, OSError) as error:
         f"pipeline dali: needs DALI ({error}); `fastofa doctor` says how to get it, or use --pipeline torchvision"
     ) from None
 
-UNSEEN, ODD = -1, -2  # in place of a file's bytes; odd: not for DALI
 JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
@@ -49,7 +47,6 @@ class Pipeline:
         self.dataset, self.device, self.workers = dataset, request.device, request.workers
         self.image_size, self.batch_size, self.normalize = request.image_size, request.batch_size, request.normalize
         self.sizes = dataset.stored_sizes
-        self.good_bytes = np.full(len(dataset), UNSEEN)  # of each file, when DALI was found to read it as it should be
         self.labels = torch.from_numpy(dataset.labels).to(self.device)
 
     def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
@@ -70,13 +67,13 @@ class Pipeline:
     def _build(self, views: Views, wanted: list[np.ndarray]) -> Any:
         """A DALI pipeline whose runs give the pictures of `wanted`, one batch of the table's rows after the other.
 
-        And the bytes of their files, and unless all have been looked at, heights and widths.
+        And of each the file's bytes, and the height and width of the whole.
         """
 
         def source() -> Iterator[tuple[Any, ...]]:
             for rows in wanted:
                 ids, table = rows % len(self.sizes), views.take(rows)
-                paths = [np.frombuffer(self._path(i).encode(), np.uint8) for i in ids]
+                paths = [np.frombuffer(str(self.dataset.path(i)).encode(), np.uint8) for i in ids]
                 boxes = table.boxes(self.sizes[ids])
                 size = np.full((len(ids), 2), self.image_size, np.float32)
                 size[table.flip, 1] *= -1  # a negative width mirrors
@@ -84,7 +81,6 @@ class Pipeline:
 
         on_gpu = self.device.type == "cuda"
         most = max(len(rows) for rows in wanted)
-        look = (self.good_bytes[np.concatenate(wanted) % len(self.sizes)] == UNSEEN).any()
 
         @pipeline_def(
             batch_size=most,
@@ -100,7 +96,7 @@ class Pipeline:
                 data, anchor, shape, axis_names="HW", normalized_anchor=False, normalized_shape=False, **decoder
             )
             image = fn.resize(image, size=size, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
-            return (image, data, fn.peek_image_shape(data)) if look else (image, data)
+            return image, data, fn.peek_image_shape(data)
 
         dali = crops()
         dali.build()
@@ -108,21 +104,15 @@ class Pipeline:
 
     def _run(self, dali: Any, views: Views, rows: np.ndarray) -> Tensor:
         """uint8 [M, 3, S, S] on the device. Raises RuntimeError: DALI cannot read this batch, or one after it."""
-        images, files, *shapes = dali.run()
+        images, files, shapes = dali.run()
         images = to_torch_tensor(images.as_tensor(), copy=False).permute(0, 3, 1, 2)
-        ids, count = rows % len(self.sizes), np.array(files.shape())[:, 0]
-        for shape in shapes:
-            is_other = (np.asarray(shape.as_tensor())[:, :2] != self.sizes[ids]).any(axis=1)
-            is_cut = np.array([_is_cut(np.asarray(file)) for file in files])
-            self.good_bytes[ids] = np.where(is_cut | is_other, ODD, count)
-        doubtful = np.flatnonzero(self.good_bytes[ids] != count)
+        is_cut = np.array([_is_cut(np.asarray(file)) for file in files])
+        is_other = (np.asarray(shapes.as_tensor())[:, :2] != self.sizes[rows % len(self.sizes)]).any(axis=1)
+        doubtful = np.flatnonzero(is_cut | is_other)
         if len(doubtful):
             at = torch.from_numpy(doubtful).to(self.device)
             images[at] = self._slowly(views, rows[doubtful])
         return images
-
-    def _path(self, sample_id: int) -> str:
-        return f"{self.dataset.root}/{self.dataset.names[sample_id]}"
 
     def _slowly(self, views: Views, rows: np.ndarray) -> Tensor:
         """The same through torchvision. Raises BadInput, naming a file that is damaged."""

@@ -587,18 +587,12 @@ def test_a_damaged_picture_of_a_beton_is_named(photos: Path, tmp_path: Path):
         (lambda path: Image.open(path).resize((500, 400)).save(path), "image .*{name} is 400 x 500 pixels, expected"),
     ],
 )
-@pytest.mark.parametrize("epochs", [0, 1])
-def test_dali_names_a_file_that_went_bad(
-    photos: Path, tmp_path: Path, damage: Callable[[Path], object], message: str, epochs: int
-):
-    """When its batch comes, not before; whether the file was good in an epoch before or not."""
+def test_dali_names_a_file_that_went_bad(photos: Path, tmp_path: Path, damage: Callable[[Path], object], message: str):
+    """When its batch comes, not before."""
     shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
     dataset = open_dataset(str(tmp_path / "data"))
-    pipeline = open_pipeline("dali", dataset, 32, batch_size=6, workers=2)
-    for _ in range(epochs):
-        assert len(list(pipeline.epoch(draw(dataset), np.arange(24)))) == 4
     damage(dataset.path(17))
-    epoch = pipeline.epoch(draw(dataset), np.arange(24))
+    epoch = open_pipeline("dali", dataset, 32, batch_size=6, workers=2).epoch(draw(dataset), np.arange(24))
     assert [len(next(epoch).images), len(next(epoch).images)] == [6, 6]
     with pytest.raises(BadInput, match=message.format(name=dataset.names[17])) as error:
         next(epoch)
@@ -642,8 +636,6 @@ def test_dali_serves_every_kind_of_file(photos: Path, tmp_path: Path):
     dataset = open_dataset(str(tmp_path / "data"))
     views = draw(dataset)
     found, expected = (images_of(run(name, dataset, views)) for name in ("dali", "torchvision"))
-    again = open_pipeline("dali", dataset, 32, len(dataset))
-    assert all(torch.equal(images_of(list(again.epoch(views, np.arange(len(dataset))))), found) for _ in range(3))
     worst = {n: round(difference(a[None], b[None]), 2) for n, a, b in zip(dataset.names, found, expected, strict=True)}
     assert max(worst.values()) <= 1, worst
 
