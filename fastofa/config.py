@@ -80,9 +80,9 @@ class TrainConfig:
     seed: int = 0
     """Of the initial weights, the order of samples, and the views where there is no cache."""
     order: Order = "auto"
-    """random: any sample may come next; pages: first those of 64 random pages of the file (8 MiB each), then those of
-    the next 64, so that a disk reads long stretches. auto: pages where the .pack or .beton is larger than the machine's
-    memory. A run keeps the order it began with."""
+    """random: any sample may come next; pages: first those of 64 random pages of the .pack or .beton (8 MiB each), then
+    those of the next 64, so that a disk reads long stretches; but samples lie there class by class, so that batches
+    hold few classes. auto: as the run began, else random."""
     init: str | None = None
     """Where the student's weights start: nothing for random, "pretrained" for timm's published ones, or a file."""
     drop_path: float = 0.0

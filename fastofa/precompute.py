@@ -174,7 +174,8 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
     with Interrupt() as interrupt:
         job = _Job(config.out, header, teacher, config, interrupt)
         job.write_val(val, val_pipeline)
-        save_seen(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
+        if not (config.out / view_file(0)).exists():  # later, the pictures could be others than those of the answers
+            save_seen(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
         job.write_views(train, train_pipeline, policy)
     for left in config.out.glob(f"*{PARTIAL}*"):  # by a process that was killed
         left.unlink()

@@ -120,26 +120,25 @@ def open_job(config: TrainConfig, world: World) -> "Job":
 
 
 def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:
-    """What `auto` means in this run, as rank 0 finds it: as the run began, else by the memory, which ranks share.
+    """What `auto` means in this run, as rank 0 finds it: as the run began, else random.
 
-    Raises BadInput where pages are asked for and there are none.
+    Raises BadInput where pages are asked for, or were, and there are none.
     """
-    if config.order == "pages" and train_set.pages is None:
-        raise BadInput(f"order: expected random or auto for {config.data}, which is no .pack or .beton, got pages")
-    if config.order != "auto":
-        return config.order
-    chosen: Order = "random"
-    if world.is_main and config.resume and (config.out / CONFIG).exists():
+    chosen: Order = "random" if config.order == "auto" else config.order
+    if config.order == "auto" and world.is_main and config.resume and (config.out / CONFIG).exists():
         chosen = open_run(config.out).config.order
-    elif world.is_main and train_set.file is not None:
+    elif config.order == "auto" and world.is_main and train_set.file is not None:
         size, memory = train_set.file.stat().st_size, memory_bytes()
         if size > memory:
-            chosen = "pages"
             notice(
-                f"order pages: {config.data} has {size / 1e9:,.1f} GB, this machine {memory / 1e9:,.1f} GB of memory"
+                f"{config.data} has {size / 1e9:,.1f} GB, this machine {memory / 1e9:,.1f} GB of memory: --order pages "
+                "may read it faster, but its batches hold few classes"
             )
     orders = get_args(Order)
-    return orders[world.agree_on(orders.index(chosen))]
+    chosen = orders[world.agree_on(orders.index(chosen))]
+    if chosen == "pages" and train_set.pages is None:
+        raise BadInput(f"order: expected random for {config.data}, which is no .pack or .beton, got pages")
+    return chosen
 
 
 def _check_place(run: Run) -> None:

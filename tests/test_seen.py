@@ -83,6 +83,9 @@ def test_it_is_written_once(photos: Path, tmp_path: Path):
     values: dict[str, Any] = {"views": 3, "topk": 2, "workers": 0}
     precompute(PrecomputeConfig(str(photos), str(tmp_path / "teacher"), cache.path, **values))
     assert (cache.path / SEEN).stat().st_mtime_ns == before
+    (cache.path / SEEN).unlink()  # as in a cache of before: what its teacher saw is no longer known
+    precompute(PrecomputeConfig(str(photos), str(tmp_path / "teacher"), cache.path, **values))
+    assert not (cache.path / SEEN).exists()
 
 
 def test_a_cache_of_before_and_a_damaged_picture(on_photos, photo_cache, photos: Path, tmp_path: Path):

@@ -745,20 +745,17 @@ def on_pack(on_photos, photos, tmp_path, monkeypatch) -> Callable[..., TrainConf
     return config
 
 
-def test_auto_reads_by_pages_what_is_larger_than_the_memory(on_pack, tmp_path, capsys):
-    """And says so; the file's whole size counts. The weights are those of the order that was named."""
+def test_auto_is_random_and_tells_of_pages_where_memory_is_small(on_pack, tmp_path, capsys):
+    """The file's whole size counts; page by page are other weights."""
     size = (tmp_path / "x.pack" / "images.npy").stat().st_size
     weights = {}
-    for order, memory, expected in (
-        ("auto", size, "random"), ("random", 1, "random"), ("auto", size - 1, "pages"), ("pages", 10**12, "pages"),
-    ):  # fmt: skip
-        config = on_pack(f"{order}-{expected}", memory, order=order, epochs=1)
+    for order, memory in (("auto", size), ("random", 1), ("auto", size - 1), ("pages", 1)):
+        config = on_pack(f"{order}-{memory}", memory, order=order, epochs=1)
         train(config)
-        said = f"order pages: {config.data} has 0.0 GB, this machine 0.0 GB of memory" in capsys.readouterr().err
-        assert said is (order == "auto" and expected == "pages")
-        assert open_run(config.out).config.order == expected
-        weights.setdefault(expected, []).append(newest(config.out).read_bytes())
-    assert weights["random"][0] == weights["random"][1] != weights["pages"][0] == weights["pages"][1]
+        assert ("--order pages may read it faster" in capsys.readouterr().err) is (order == "auto" and memory < size)
+        assert open_run(config.out).config.order == ("pages" if order == "pages" else "random")
+        weights[order, memory] = newest(config.out).read_bytes()
+    assert weights["auto", size] == weights["random", 1] == weights["auto", size - 1] != weights["pages", 1]
 
 
 @pytest.mark.parametrize(("began", "then"), [("pages", 10**12), ("random", 1)])
@@ -766,7 +763,7 @@ def test_auto_reads_by_pages_what_is_larger_than_the_memory(on_pack, tmp_path, c
 def test_a_resumed_run_keeps_its_order_whatever_the_memory(on_pack, monkeypatch, began, then, given):
     straight = on_pack("straight", 1, order=began)
     train(straight)
-    config = on_pack("resumed", 1 if began == "pages" else 10**12, checkpoint_every=2)
+    config = on_pack("resumed", 10**12, checkpoint_every=2, order=began)
     with monkeypatch.context() as patch:  # killed as the first epoch's last step is logged
         patch.setattr("fastofa.train.Job._log_epoch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -790,11 +787,17 @@ def test_a_run_of_an_older_version_goes_on_in_random_order(on_pack):
 
 def test_without_a_file_there_are_no_pages(on_photos):
     config = on_photos(order="pages")
-    with pytest.raises(
-        BadInput, match=r"order: expected random or auto for .*, which is no \.pack or \.beton, got pages"
-    ):
+    with pytest.raises(BadInput, match=r"order: expected random for .*, which is no \.pack or \.beton, got pages"):
         train(config)
     assert not config.out.exists()
+
+
+def test_a_run_by_pages_does_not_go_on_from_the_folder(on_pack, photos):
+    """Where the order would be another, from the middle of an epoch on."""
+    train(on_pack("run", 1, order="pages", epochs=1))
+    config = dataclasses.replace(on_pack("run", 1, resume=True, epochs=1), data=str(photos))
+    with pytest.raises(BadInput, match=r"order: expected random for .*, got pages"):
+        train(config)
 
 
 # --- After a review ---------------------------------------------------------------------------------------------------
