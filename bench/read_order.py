@@ -100,9 +100,8 @@ def main() -> None:
         write_pixels(path)
         for number in range(ROUNDS):
             ways = list(WAYS)
-            for i, way in enumerate(
-                ways[number:] + ways[:number]
-            ):  # each another epoch: below the file there are caches
+            # Each another epoch: below the file there are caches, too.
+            for i, way in enumerate(ways[number:] + ways[:number]):
                 found[way].append(measure(path, way, number * len(ways) + i))
     baseline = [rate for rate, _ in found["random, when touched"]]
     rows = [

@@ -1,5 +1,6 @@
 """What an epoch shows: its table of views, this rank's samples in their order, and the teacher's answers to them."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ class Epochs:
                 f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch"
             )
         self.pages = dataset.pages if config.order == "pages" else None
+        if config.order == "pages" and self.pages is None:
+            raise BadInput(f"order: expected random for {config.data}, which is no .pack or .beton, got pages")
         rows = epoch_rows(self.policy, len(dataset))
         self._check_batches(rows)
         self.share = config.batch_size // world.size  # images that a rank takes a step
@@ -61,6 +64,11 @@ class Epochs:
             raise BadInput(
                 f"batch-size: expected a multiple of {math.prod(whole.values())} ({reasons}), got {c.batch_size}"
             )
+
+    @property
+    def pages_fingerprint(self) -> str:
+        """sha256 over the page of each sample, where the order goes by pages; else empty."""
+        return "" if self.pages is None else hashlib.sha256(self.pages.tobytes()).hexdigest()
 
     @property
     def teacher_dim(self) -> int:

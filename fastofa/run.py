@@ -26,6 +26,8 @@ class Run:
     """Of the training set."""
     answers: str = ""
     """Of the teacher cache: what it was made from, and its views; empty without one."""
+    pages: str = ""
+    """Of the pages that the samples lie in, where the order goes by them; else empty."""
 
     def build_student(self, init: str | None = None) -> Student:
         """The student as the configuration says, weights not loaded. Raises BadInput for what cannot be built."""
@@ -50,6 +52,7 @@ class Run:
                 "teacher_dim": self.teacher_dim,
                 "fingerprint": self.fingerprint,
                 "answers": self.answers,
+                "pages": self.pages,
             },
         )
 
@@ -64,7 +67,8 @@ def open_run(path: Path) -> Run:
         if not (all(isinstance(name, str) for name in classes) and isinstance(teacher_dim, int)):
             raise TypeError("names of classes or a number as teacher_dim")
         config = TrainConfig.from_json(values["config"])
-        return Run(path, config, tuple(classes), teacher_dim, values["fingerprint"], values.get("answers", ""))
+        later = {name: values.get(name, "") for name in ("answers", "pages")}  # an older version had not these
+        return Run(path, config, tuple(classes), teacher_dim, values["fingerprint"], **later)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None
 

@@ -39,10 +39,9 @@ class Difference(NamedTuple):
 
 
 def save_seen(cache: Path, pipeline: Pipeline, views: Views) -> None:
-    """Write CACHE/seen.png, unless it is there."""
-    if not (cache / SEEN).exists():
-        pictures = _pictures(pipeline, views)
-        write_atomic(cache / SEEN, encode_png(torch.cat(list(pictures), dim=2)).numpy().tobytes())
+    """Write CACHE/seen.png; `views` is view 0."""
+    side_by_side = torch.cat(list(_pictures(pipeline, views)), dim=2)
+    write_atomic(cache / SEEN, encode_png(side_by_side).numpy().tobytes())
 
 
 def compare_seen(cache: Path, pipeline: Pipeline, views: Views) -> Difference | None:

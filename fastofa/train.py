@@ -13,7 +13,7 @@ import math
 import time
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import tyro
 
 from fastofa import checkpoint, plan
 from fastofa.clock import Clock
-from fastofa.config import Order, TrainConfig
+from fastofa.config import TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device, choose_workers
@@ -29,7 +29,6 @@ from fastofa.distributed import Vote, World, check_shared, contact, is_main_proc
 from fastofa.epochs import Epochs
 from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
-from fastofa.memory import memory_bytes
 from fastofa.metrics import MetricsLog, accuracy, import_wandb, predict, read_metrics, save_predictions
 from fastofa.pipelines import open_pipeline
 from fastofa.progress import notice, progress_bar
@@ -107,38 +106,16 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     if world.local_size > 1 and ":" in config.device:
         raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
     device = choose_device(config.device, world.local_rank)
-    config = dataclasses.replace(config, order=_choose_order(config, train_set, world))
     epochs = Epochs(config, train_set, world, device)
     answers = "" if epochs.cache is None else epochs.cache.fingerprint
-    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, train_set.fingerprint, answers)
+    data, pages = train_set.fingerprint, epochs.pages_fingerprint
+    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, answers, pages)
     if world.is_main and not config.plan:
         _check_place(run)
         if config.wandb is not None:
             import_wandb()
     world.barrier()
     return Job(run, train_set, val_set, epochs, world, device)
-
-
-def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:
-    """What `auto` means in this run, as rank 0 finds it: as the run began, else random.
-
-    Raises BadInput where pages are asked for, or were, and there are none.
-    """
-    chosen: Order = "random" if config.order == "auto" else config.order
-    if config.order == "auto" and world.is_main and config.resume and (config.out / CONFIG).exists():
-        chosen = open_run(config.out).config.order
-    elif config.order == "auto" and world.is_main and train_set.file is not None:
-        size, memory = train_set.file.stat().st_size, memory_bytes()
-        if size > memory:
-            notice(
-                f"{config.data} has {size / 1e9:,.1f} GB, this machine {memory / 1e9:,.1f} GB of memory: --order pages "
-                "may read it faster, but its batches hold few classes"
-            )
-    orders = get_args(Order)
-    chosen = orders[world.agree_on(orders.index(chosen))]
-    if chosen == "pages" and train_set.pages is None:
-        raise BadInput(f"order: expected random for {config.data}, which is no .pack or .beton, got pages")
-    return chosen
 
 
 def _check_place(run: Run) -> None:
@@ -155,6 +132,8 @@ def _check_place(run: Run) -> None:
         different.append(f"data: {run.config.data} is not the data set of {found.config.data} as it was then")
     if run.answers != found.answers:
         different.append(f"cache: {run.config.cache} does not hold the answers that the run began with")
+    if run.pages != found.pages:
+        different.append(f"data: the pages of {run.config.data} hold other samples than those the run began with")
     if different:
         raise BadInput(f"{run.path}: --resume expects the run's own arguments, these differ: {'; '.join(different)}")
 

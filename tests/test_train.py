@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -733,56 +734,56 @@ def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def on_pack(on_photos, photos, tmp_path, monkeypatch) -> Callable[..., TrainConfig]:
-    """on_pack(name, memory, ...) -> configuration of a run on a pack, on a machine with so much memory (in bytes)."""
+    """on_pack(name, ...) -> configuration of a run on a pack, whose pages hold five pictures."""
     write(WriteConfig(str(photos), tmp_path / "x.pack", size=128))
-    monkeypatch.setattr("fastofa.dataset.PAGE", 1 << 18)  # five pictures
+    monkeypatch.setattr("fastofa.dataset.PAGE", 1 << 18)
     monkeypatch.setattr("fastofa.views.WINDOW", 2)
 
-    def config(name: str, memory: int, **given: Any) -> TrainConfig:
-        monkeypatch.setattr("fastofa.train.memory_bytes", lambda: memory)
-        return on_photos(name, data=str(tmp_path / "x.pack"), **given)
+    def config(name: str, **given: Any) -> TrainConfig:
+        return on_photos(name, **{"data": str(tmp_path / "x.pack"), **given})
 
     return config
 
 
-def test_auto_is_random_and_tells_of_pages_where_memory_is_small(on_pack, tmp_path, capsys):
-    """The file's whole size counts; page by page are other weights."""
-    size = (tmp_path / "x.pack" / "images.npy").stat().st_size
-    weights = {}
-    for order, memory in (("auto", size), ("random", 1), ("auto", size - 1), ("pages", 1)):
-        config = on_pack(f"{order}-{memory}", memory, order=order, epochs=1)
-        train(config)
-        assert ("--order pages may read it faster" in capsys.readouterr().err) is (order == "auto" and memory < size)
-        assert open_run(config.out).config.order == ("pages" if order == "pages" else "random")
-        weights[order, memory] = newest(config.out).read_bytes()
-    assert weights["auto", size] == weights["random", 1] == weights["auto", size - 1] != weights["pages", 1]
-
-
-@pytest.mark.parametrize(("began", "then"), [("pages", 10**12), ("random", 1)])
-@pytest.mark.parametrize("given", ["auto", "as it began"])
-def test_a_resumed_run_keeps_its_order_whatever_the_memory(on_pack, monkeypatch, began, then, given):
-    straight = on_pack("straight", 1, order=began)
+@pytest.mark.parametrize(("began", "other"), [("pages", "random"), ("random", "pages")])
+def test_a_resumed_run_keeps_its_order(on_pack, monkeypatch, began, other):
+    straight = on_pack("straight", order=began)
     train(straight)
-    config = on_pack("resumed", 10**12, checkpoint_every=2, order=began)
+    config = on_pack("resumed", checkpoint_every=2, order=began)
     with monkeypatch.context() as patch:  # killed as the first epoch's last step is logged
         patch.setattr("fastofa.train.Job._log_epoch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
-    other = "pages" if began == "random" else "random"
     with pytest.raises(BadInput, match=f"these differ: order: {other} here, {began} there"):
-        train(on_pack("resumed", then, resume=True, order=other))
-    train(on_pack("resumed", then, resume=True, order="auto" if given == "auto" else began))
+        train(on_pack("resumed", resume=True, order=other))
+    train(on_pack("resumed", resume=True, order=began))
     same_run(config.out, straight.out)
 
 
+def test_page_order_is_another_order(on_pack):
+    for order in ("random", "pages"):
+        train(on_pack(order, order=order, epochs=1))
+    assert newest(on_pack("random").out).read_bytes() != newest(on_pack("pages").out).read_bytes()
+
+
 def test_a_run_of_an_older_version_goes_on_in_random_order(on_pack):
-    config = on_pack("run", 10**12, epochs=1)
+    config = on_pack("run", epochs=1)
     train(config)
     run = json.loads((config.out / "config.json").read_text())
-    del run["config"]["order"]
+    del run["config"]["order"], run["pages"]
     (config.out / "config.json").write_text(json.dumps(run))
-    train(on_pack("run", 1, epochs=1, resume=True))
+    train(on_pack("run", epochs=1, resume=True))
     assert open_run(config.out).config.order == "random"
+
+
+def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_pack, photos, tmp_path):
+    """Others would give another order, from the middle of an epoch on; a random order is any form's."""
+    write(WriteConfig(str(photos), tmp_path / "larger.pack", size=160))
+    for order, problem in (("pages", r"pages of .*larger.pack hold other samples than those the"), ("random", None)):
+        train(on_pack(order, order=order, epochs=1))
+        moved = on_pack(order, order=order, epochs=1, resume=True, data=str(tmp_path / "larger.pack"))
+        with pytest.raises(BadInput, match=problem) if problem else nullcontext():
+            train(moved)
 
 
 def test_without_a_file_there_are_no_pages(on_photos):
@@ -790,14 +791,6 @@ def test_without_a_file_there_are_no_pages(on_photos):
     with pytest.raises(BadInput, match=r"order: expected random for .*, which is no \.pack or \.beton, got pages"):
         train(config)
     assert not config.out.exists()
-
-
-def test_a_run_by_pages_does_not_go_on_from_the_folder(on_pack, photos):
-    """Where the order would be another, from the middle of an epoch on."""
-    train(on_pack("run", 1, order="pages", epochs=1))
-    config = dataclasses.replace(on_pack("run", 1, resume=True, epochs=1), data=str(photos))
-    with pytest.raises(BadInput, match=r"order: expected random for .*, got pages"):
-        train(config)
 
 
 # --- After a review ---------------------------------------------------------------------------------------------------
