@@ -53,12 +53,15 @@ class Layout(NamedTuple):
     """Pixels; else JPEGs."""
 
 
-def write_beton(path: Path, pictures: Iterable[Picture], labels: np.ndarray, raw: bool, largest: int) -> None:
+def write_beton(
+    path: Path, pictures: Iterable[Picture], order: np.ndarray, labels: np.ndarray, raw: bool, largest: int
+) -> None:
     """A new file, flushed to the disk.
 
     Args:
-        pictures: as many as labels, none of more than `largest` bytes.
-        labels: int64 [N].
+        pictures: in the order in which they are to lie there, none of more than `largest` bytes.
+        order: int64 [N], the sample of each.
+        labels: int64 [N], by sample.
         raw: the pictures are pixels, not JPEGs.
     """
     page = max(PAGE, 1 << (largest - 1).bit_length())
@@ -68,12 +71,12 @@ def write_beton(path: Path, pictures: Iterable[Picture], labels: np.ndarray, raw
     records["label"] = labels
     at = _whole(header.nbytes + fields.nbytes + records.nbytes, page)
     with open(path, "wb") as file:
-        for i, picture in enumerate(pictures):
+        for place, (sample, picture) in enumerate(zip(order, pictures, strict=True)):
             count = len(picture.data)
             if at % page + count > page:
                 at = _whole(at, page)
-            records["image"][i] = (RAW if raw else JPEG, picture.width, picture.height, at)
-            spans[i] = (i, at, count)
+            records["image"][sample] = (RAW if raw else JPEG, picture.width, picture.height, at)
+            spans[place] = (sample, at, count)
             file.seek(at)
             file.write(picture.data)
             at += count

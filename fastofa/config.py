@@ -11,6 +11,7 @@ from fastofa.views import ViewPolicy
 
 MOST_EPOCHS = 1_000_000
 Method = Literal["ofa", "kd", "scratch"]
+Order = Literal["auto", "random", "pages"]
 Optimizer = Literal["sgd", "adamw", "lamb", "apex_sgd", "apex_adam", "apex_lamb"]
 
 
@@ -78,10 +79,10 @@ class TrainConfig:
     """Evaluate the mean of the logits of each picture and of its mirror image."""
     seed: int = 0
     """Of the initial weights, the order of samples, and the views where there is no cache."""
-    order: Literal["random", "pages"] = "random"
-    """random: any sample may come next; pages: first those of 64 random pages of the .pack or .beton (8 MiB each), then
-    those of the next 64, so that a disk reads long stretches; but samples lie there class by class, so that batches
-    hold few classes."""
+    order: Order = "auto"
+    """random: any sample may come next; pages: first those of 64 random pages of the .beton (8 MiB each), then those of
+    the next 64, so that a disk reads long stretches. auto: pages where the .beton is larger than the machine's memory;
+    a run keeps the order it began with."""
     init: str | None = None
     """Where the student's weights start: nothing for random, "pretrained" for timm's published ones, or a file."""
     drop_path: float = 0.0
@@ -222,7 +223,7 @@ class TrainConfig:
                 f"config.json: expected the fields of this version of fastofa, these differ: {', '.join(odd)}; export "
                 "the run with the version that made it, or train anew"
             )
-        values = {**fields, **values}  # an older version had fewer
+        values = {**fields, "order": "random", **values}  # an older version had fewer, and one order
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         cache = values["cache"]
         return cls(**{**values, "out": Path(values["out"]), "cache": None if cache is None else Path(cache)})

@@ -72,8 +72,13 @@ class Dataset:
 
     @property
     def pages(self) -> np.ndarray | None:
-        """int64 [N]: the page of 8 MiB of `file` in which each picture begins; None without such a file."""
-        return None if self.spans is None else self.spans[:, 0] // PAGE
+        """int64 [N]: the page of 8 MiB of `file` in which each picture begins, where a page is a random sample.
+
+        None where pictures are files, or lie in the order of samples, class by class.
+        """
+        if self.spans is None or (np.diff(self.spans[:, 0]) > 0).all():
+            return None
+        return self.spans[:, 0] // PAGE
 
     def read(self, sample_id: int) -> Tensor:
         """A picture, uint8 [3, H, W], of an array a view. Raises BadInput, naming one that is damaged."""

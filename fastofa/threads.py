@@ -1,23 +1,24 @@
 """Work in threads, for what lets go of Python's lock: reading, decoding, resizing and checksums do."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
+S = TypeVar("S")
 T = TypeVar("T")
 IN_FLIGHT = 16  # results for each thread that are worked on, or wait to be taken
 
 
-def in_order(work: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
-    """work(0), work(1), ..., never far ahead of who takes them; an error in a thread is raised here."""
+def in_order(work: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:
+    """work(item) of each, in their order, never far ahead of who takes them; an error in a thread is raised here."""
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     running: deque[Future[T]] = deque()
     try:
-        for i in range(count):
-            running.append(pool.submit(work, i))
+        for item in items:
+            running.append(pool.submit(work, item))
             if len(running) == workers * IN_FLIGHT:
                 yield running.popleft().result()
         while running:

@@ -13,7 +13,7 @@ import math
 import time
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import tyro
 
 from fastofa import checkpoint, plan
 from fastofa.clock import Clock
-from fastofa.config import TrainConfig
+from fastofa.config import Order, TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device, choose_workers
@@ -29,6 +29,7 @@ from fastofa.distributed import Vote, World, check_shared, contact, is_main_proc
 from fastofa.epochs import Epochs
 from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
+from fastofa.memory import memory_bytes
 from fastofa.metrics import MetricsLog, accuracy, import_wandb, predict, read_metrics, save_predictions
 from fastofa.pipelines import open_pipeline
 from fastofa.progress import notice, progress_bar
@@ -106,6 +107,7 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     if world.local_size > 1 and ":" in config.device:
         raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
     device = choose_device(config.device, world.local_rank)
+    config = dataclasses.replace(config, order=_choose_order(config, train_set, world))
     epochs = Epochs(config, train_set, world, device)
     answers = "" if epochs.cache is None else epochs.cache.fingerprint
     data, pages = train_set.fingerprint, epochs.pages_fingerprint
@@ -116,6 +118,24 @@ def open_job(config: TrainConfig, world: World) -> "Job":
             import_wandb()
     world.barrier()
     return Job(run, train_set, val_set, epochs, world, device)
+
+
+def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:
+    """What `auto` means in this run, as rank 0 finds it: as the run began, else by the memory, which ranks share."""
+    if config.order != "auto":
+        return config.order
+    chosen: Order = "random"
+    if world.is_main and config.resume and (config.out / CONFIG).exists():
+        chosen = open_run(config.out).config.order
+    elif world.is_main and train_set.file is not None and train_set.pages is not None:
+        size, memory = train_set.file.stat().st_size, memory_bytes()
+        if size > memory:
+            chosen = "pages"
+            notice(
+                f"order pages: {train_set.file} has {size / 1e9:,.1f} GB, this machine's memory {memory / 1e9:,.1f} GB"
+            )
+    orders = get_args(Order)
+    return orders[world.agree_on(orders.index(chosen))]
 
 
 def _check_place(run: Run) -> None:

@@ -140,7 +140,7 @@ def _write_pack(config: WriteConfig, sources: list[Dataset]) -> None:
             header = {"descr": "|u1", "fortran_order": False, "shape": (total, size, size, 3)}
             np.lib.format.write_array_header_1_0(file, header)
             for source in sources:
-                for picture in _pictures(config, source, index):
+                for picture in _pictures(config, source, index, np.arange(len(source))):
                     file.write(picture.data)
         np.save(folder / LABELS, np.concatenate([source.labels for source in sources]))
         for name in (IMAGES, LABELS):
@@ -157,7 +157,9 @@ def _write_beton(config: WriteConfig, sources: list[Dataset]) -> None:
             largest = _largest(config, source)
             final = beton_path(config.out, source.split)
             files[final] = temporary = final.with_name(f".{final.name}.tmp")
-            write_beton(temporary, _pictures(config, source, index), source.labels, config.raw, largest)
+            order = _shuffled(len(source)) if source.split == "train" else np.arange(len(source))
+            pictures = _pictures(config, source, index, order)
+            write_beton(temporary, pictures, order, source.labels, config.raw, largest)
             _add_file(index, temporary, source.split)
         write_index(index_path(config.out), index)
         for final in sorted(files, key=lambda path: path == config.out):  # by the last one it is whole
@@ -169,11 +171,17 @@ def _write_beton(config: WriteConfig, sources: list[Dataset]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _shuffled(count: int) -> np.ndarray:
+    """The order in which training pictures lie in a .beton: a page then holds many classes, and can be read whole."""
+    return np.random.default_rng(0).permutation(count)
+
+
 def _index(config: WriteConfig, sources: list[Dataset], **form: Any) -> dict[str, Any]:
     """What lies beside the pictures; their checksums and the files' are added while they are written."""
     parts = {
         source.split: {
-            "fingerprint": source.fingerprint, "names": source.names, "sizes": source.sizes.tolist(), "crc32": [],
+            "fingerprint": source.fingerprint, "names": source.names, "sizes": source.sizes.tolist(),
+            "crc32": [0] * len(source),
         }
         for source in sources
     }  # fmt: skip
@@ -207,8 +215,8 @@ def _check_space(out: Path, need: int) -> None:
         )
 
 
-def _pictures(config: WriteConfig, source: Dataset, index: dict[str, Any]) -> Iterator[Picture]:
-    """The pictures in sample order, decoded in threads; notes their checksums in the index.
+def _pictures(config: WriteConfig, source: Dataset, index: dict[str, Any], order: np.ndarray) -> Iterator[Picture]:
+    """The pictures in this order of samples, decoded in threads; notes their checksums in the index.
 
     Raises:
         BadInput: at the end, if some are unreadable; each has been named.
@@ -223,12 +231,13 @@ def _pictures(config: WriteConfig, source: Dataset, index: dict[str, Any]) -> It
         return picture, zlib.crc32(picture.data)
 
     title = f"writing {config.out.name} {source.split}"
-    for found in track(in_order(work, len(source), choose_workers(config.workers)), len(source), title):
+    made = in_order(work, order.tolist(), choose_workers(config.workers))
+    for i, found in zip(order.tolist(), track(made, len(source), title), strict=True):
         if isinstance(found, str):
             notice(found)
             bad.append(found)
         elif not bad:
-            checksums.append(found[1])
+            checksums[i] = found[1]
             yield found[0]
     if bad:
         raise BadInput(f"nothing was written: {len(bad)} unreadable images in {source.spec}, the first: {bad[0]}")

@@ -167,8 +167,10 @@ def _damaged_pictures(dataset: Dataset, expected: list[int], workers: int) -> It
             return str(error)
         return None
 
-    found = in_order(check, len(dataset), workers)
-    for i, reason in enumerate(track(found, len(dataset), f"verifying {dataset.spec} {dataset.split}")):
+    assert dataset.spans is not None
+    order = np.argsort(dataset.spans[:, 0]).tolist()  # as they lie there
+    found = in_order(check, order, workers)
+    for i, reason in zip(order, track(found, len(dataset), f"verifying {dataset.spec} {dataset.split}"), strict=True):
         if reason:
             yield dataset.names[i], reason
 

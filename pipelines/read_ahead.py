@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastofa.beton import PAGE
 from fastofa.views import WINDOW, Views
 
 BATCHES = 4  # that are asked for ahead of the one which begins
@@ -50,9 +51,10 @@ def plan(dataset: Any, views: Views, order: np.ndarray) -> tuple[np.ndarray, np.
     first, which the order goes by, can stand for its page.
     """
     ids = order % len(dataset)
-    pictures, pages = np.cumsum(dataset.spans, axis=1), _pages(dataset)
+    numbers = dataset.spans[:, 0] // PAGE
+    pictures, pages = np.cumsum(dataset.spans, axis=1), _pages(dataset.spans, numbers)
     leads = np.ones(len(order), bool) if views.partner is None else views.partner[order] >= order
-    lead_pages = dataset.pages[ids[leads]]
+    lead_pages = numbers[ids[leads]]
     begin = slice(8 * WINDOW * len(views) // len(dataset))  # 512 pictures, however often each is shown
     pieces, ahead = len(pages) + ids, 0
     if SHARED * len(np.unique(lead_pages[begin])) <= len(np.unique(ids[leads][begin])):
@@ -63,11 +65,11 @@ def plan(dataset: Any, views: Views, order: np.ndarray) -> tuple[np.ndarray, np.
     return first[by_place], np.concatenate([pages, pictures])[found[by_place]], ahead
 
 
-def _pages(dataset: Any) -> np.ndarray:
+def _pages(spans: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """int64 [P, 2]: begin and end of the pictures of every page up to the last; some reach into the next page."""
-    numbers, ends = dataset.pages, dataset.spans.sum(axis=1)
+    ends = spans.sum(axis=1)
     pages = np.stack([np.full(numbers.max() + 1, ends.max()), np.zeros(numbers.max() + 1, np.int64)], axis=1)
-    np.minimum.at(pages[:, 0], numbers, dataset.spans[:, 0])
+    np.minimum.at(pages[:, 0], numbers, spans[:, 0])
     np.maximum.at(pages[:, 1], numbers, ends)
     return pages
 

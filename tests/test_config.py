@@ -62,7 +62,7 @@ WRONG = [
     ("optimizer", "adam", "expected one of sgd, adamw, lamb, apex_sgd, apex_adam, apex_lamb"),
     ("schedule", "poly", "expected one of cosine, step, linear"),
     ("grad_compression", "fp16", "expected one of none, bf16"),
-    ("order", "sorted", "expected one of random, pages"),
+    ("order", "sorted", "expected one of auto, random, pages"),
     ("precision", "fp16", "expected one of auto, bf16, fp32"),
     ("compile", "yes", "expected one of auto, on, off"),
     ("kernels", ("crop",), "expected some of loss exits"),

@@ -106,7 +106,7 @@ def test_the_runs_folder_holds_these(finished):
     kept = sorted(file.name for file in (finished.path / "checkpoints").iterdir())
     assert kept == ["best.safetensors", "step-00000004.safetensors"]
     run = open_run(finished.path)
-    assert run.config == finished.config
+    assert run.config == dataclasses.replace(finished.config, order="random")
     assert run.classes == tuple("0123456789")
     assert run.teacher_dim == (0 if finished.config.cache is None else 256)
     assert json.loads((finished.path / "config.json").read_text()).keys() == {
@@ -734,64 +734,84 @@ def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def on_pack(on_photos, photos, tmp_path, monkeypatch) -> Callable[..., TrainConfig]:
-    """on_pack(name, ...) -> configuration of a run on a pack, whose pages hold five pictures."""
-    write(WriteConfig(str(photos), tmp_path / "x.pack", size=128))
-    monkeypatch.setattr("fastofa.dataset.PAGE", 1 << 18)
+def on_beton(on_photos, photos, tmp_path, monkeypatch) -> Callable[..., TrainConfig]:
+    """on_beton(name, memory, ...) -> configuration of a run on a .beton of pages of five pictures, on a machine with so
+    much memory (in bytes)."""
+    write(WriteConfig(str(photos), tmp_path / "x.beton", raw=True, max_size=64))
+    monkeypatch.setattr("fastofa.dataset.PAGE", 1 << 16)
     monkeypatch.setattr("fastofa.views.WINDOW", 2)
 
-    def config(name: str, **given: Any) -> TrainConfig:
-        return on_photos(name, **{"data": str(tmp_path / "x.pack"), **given})
+    def config(name: str, memory: int = 10**12, **given: Any) -> TrainConfig:
+        monkeypatch.setattr("fastofa.train.memory_bytes", lambda: memory)
+        return on_photos(name, **{"data": str(tmp_path / "x.beton"), **given})
 
     return config
 
 
-@pytest.mark.parametrize(("began", "other"), [("pages", "random"), ("random", "pages")])
-def test_a_resumed_run_keeps_its_order(on_pack, monkeypatch, began, other):
-    straight = on_pack("straight", order=began)
+def test_auto_reads_by_pages_what_is_larger_than_the_memory(on_beton, tmp_path, capsys):
+    """And says so. The weights are those of the order that was named."""
+    size = (tmp_path / "x.beton").stat().st_size
+    weights: dict[str, list[bytes]] = {"random": [], "pages": []}
+    for order, memory, expected in (
+        ("auto", size, "random"), ("random", 1, "random"), ("auto", size - 1, "pages"), ("pages", 10**12, "pages"),
+    ):  # fmt: skip
+        config = on_beton(f"{order}-{expected}", memory, order=order, epochs=1)
+        train(config)
+        said = f"order pages: {config.data} has 0.0 GB, this machine's memory 0.0 GB" in capsys.readouterr().err
+        assert said is (order == "auto" and expected == "pages")
+        assert open_run(config.out).config.order == expected
+        weights[expected].append(newest(config.out).read_bytes())
+    assert weights["random"][0] == weights["random"][1] != weights["pages"][0] == weights["pages"][1]
+
+
+@pytest.mark.parametrize(("began", "other", "memory"), [("pages", "random", 10**12), ("random", "pages", 1)])
+@pytest.mark.parametrize("given", ["auto", "as it began"])
+def test_a_resumed_run_keeps_its_order_whatever_the_memory(on_beton, monkeypatch, began, other, memory, given):
+    straight = on_beton("straight", order=began)
     train(straight)
-    config = on_pack("resumed", checkpoint_every=2, order=began)
+    config = on_beton("resumed", 1 if began == "pages" else 10**12, checkpoint_every=2)
     with monkeypatch.context() as patch:  # killed as the first epoch's last step is logged
         patch.setattr("fastofa.train.Job._log_epoch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     with pytest.raises(BadInput, match=f"these differ: order: {other} here, {began} there"):
-        train(on_pack("resumed", resume=True, order=other))
-    train(on_pack("resumed", resume=True, order=began))
+        train(on_beton("resumed", memory, resume=True, order=other))
+    train(on_beton("resumed", memory, resume=True, order="auto" if given == "auto" else began))
     same_run(config.out, straight.out)
 
 
-def test_page_order_is_another_order(on_pack):
-    for order in ("random", "pages"):
-        train(on_pack(order, order=order, epochs=1))
-    assert newest(on_pack("random").out).read_bytes() != newest(on_pack("pages").out).read_bytes()
-
-
-def test_a_run_of_an_older_version_goes_on_in_random_order(on_pack):
-    config = on_pack("run", epochs=1)
+def test_a_run_of_an_older_version_goes_on_in_random_order(on_beton):
+    config = on_beton("run", epochs=1)
     train(config)
     run = json.loads((config.out / "config.json").read_text())
     del run["config"]["order"], run["pages"]
     (config.out / "config.json").write_text(json.dumps(run))
-    train(on_pack("run", epochs=1, resume=True))
+    train(on_beton("run", 1, epochs=1, resume=True))
     assert open_run(config.out).config.order == "random"
 
 
-def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_pack, photos, tmp_path):
+def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_beton, photos, tmp_path):
     """Others would give another order, from the middle of an epoch on; a random order is any form's."""
-    write(WriteConfig(str(photos), tmp_path / "larger.pack", size=160))
-    for order, problem in (("pages", r"pages of .*larger.pack hold other samples than those the"), ("random", None)):
-        train(on_pack(order, order=order, epochs=1))
-        moved = on_pack(order, order=order, epochs=1, resume=True, data=str(tmp_path / "larger.pack"))
+    write(WriteConfig(str(photos), tmp_path / "larger.beton", raw=True))
+    for order, problem in (("pages", r"pages of .*larger.beton hold other samples than those the"), ("random", None)):
+        train(on_beton(order, order=order, epochs=1))
+        moved = on_beton(order, order=order, epochs=1, resume=True, data=str(tmp_path / "larger.beton"))
         with pytest.raises(BadInput, match=problem) if problem else nullcontext():
             train(moved)
 
 
-def test_without_a_file_there_are_no_pages(on_photos):
-    config = on_photos(order="pages")
-    with pytest.raises(BadInput, match=r"order: expected random for .*, which is no \.pack or \.beton, got pages"):
-        train(config)
-    assert not config.out.exists()
+def test_only_a_beton_is_read_by_pages(on_beton, photos, tmp_path):
+    """A folder has no file, and pages of a pack hold few classes: auto is random there, whatever the memory."""
+    write(WriteConfig(str(photos), tmp_path / "x.pack", size=128))
+    for data in (photos, tmp_path / "x.pack"):
+        config = on_beton("run", order="pages", data=str(data))
+        with pytest.raises(
+            BadInput, match=r"order: expected random for .*, got pages; `fastofa write .* NAME\.beton` makes a file"
+        ):
+            train(config)
+        assert not config.out.exists()
+    train(on_beton("auto", 1, data=str(tmp_path / "x.pack"), epochs=1))
+    assert open_run(tmp_path / "auto").config.order == "random"
 
 
 # --- After a review ---------------------------------------------------------------------------------------------------

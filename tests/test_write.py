@@ -24,6 +24,7 @@ from fastofa.dataset import open_dataset
 from fastofa.errors import BadInput
 from fastofa.images import read_image, resize
 from fastofa.train import train
+from fastofa.views import epoch_order
 from fastofa.write import WriteConfig, write
 from fastofa.written import index_path, verify
 from runs import make_cache
@@ -67,13 +68,19 @@ def files(path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_where_pictures_lie_in_their_file(photos: Path, tmp_path: Path, form: str):
-    """The bytes there are the picture's; pages are counted from the beginning of the file."""
+    """The bytes there are the picture's, in the order of samples but for a .beton's training split."""
     path = written(form, photos, tmp_path)
     for split in ("train", "val"):
         dataset = open_dataset(str(path), split)
         data = dataset.file.read_bytes()
-        assert dataset.pages.tolist() == [begin >> 23 for begin in dataset.spans[:, 0].tolist()]
-        assert dataset.pages.dtype == np.int64
+        begins = dataset.spans[:, 0].tolist()
+        if path.suffix == ".beton" and split == "train":
+            assert begins != sorted(begins)
+            assert dataset.pages.tolist() == [begin >> 23 for begin in begins]
+            assert dataset.pages.dtype == np.int64
+        else:
+            assert begins == sorted(begins)
+            assert dataset.pages is None
         for i, (begin, count) in enumerate(dataset.spans.tolist()):
             here = bytearray(data[begin : begin + count])
             if dataset.pixels is None:
@@ -82,6 +89,20 @@ def test_where_pictures_lie_in_their_file(photos: Path, tmp_path: Path, form: st
                 assert np.array_equal(np.frombuffer(here, np.uint8), dataset.pixels[i].reshape(-1))
     assert open_dataset(str(photos)).pages is None
     assert open_dataset("digits:100").pages is None
+
+
+def test_by_pages_batches_of_a_beton_hold_as_many_classes_as_at_random(tmp_path: Path, monkeypatch):
+    """Of ten, 32 random pictures show 10 (1 - 0.9^32) = 9.66; the eight pages of a window hold 40 pictures."""
+    write(WriteConfig("digits", tmp_path / "x.beton", raw=True))
+    monkeypatch.setattr("fastofa.dataset.PAGE", 1024)
+    monkeypatch.setattr("fastofa.views.WINDOW", 8)
+    dataset = open_dataset(str(tmp_path / "x.beton"))
+    assert np.bincount(dataset.pages).max() == 6  # of 192 bytes
+    order = epoch_order(len(dataset), 0, 0, pages=dataset.pages)
+    classes = [len(set(dataset.labels[batch])) for batch in np.split(order[:1184], 37)]
+    assert np.mean(classes) == pytest.approx(9.66, abs=0.3)
+    in_a_page = [len(set(dataset.labels[dataset.pages == page])) for page in np.unique(dataset.pages)]
+    assert np.mean(in_a_page) == pytest.approx(10 * (1 - 0.9 ** (1024 / 192)), abs=0.2)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -163,7 +184,9 @@ def test_ffcv_reads_it(photos: Path, tmp_path: Path, form: str):
         dataset = open_dataset(str(path), split)
         reader = ffcv.reader.Reader(str(file))
         assert reader.field_names == ["image", "label"]
-        assert np.array_equal(reader.alloc_table["ptr"], dataset.spans[:, 0])
+        by_sample = np.sort(reader.alloc_table, order="sample_id")
+        assert np.array_equal(by_sample["ptr"], dataset.spans[:, 0])
+        assert np.array_equal(by_sample["size"], dataset.spans[:, 1])
         loader = ffcv.Loader(
             str(file), 5, num_workers=1, os_cache=False, order=ffcv.loader.OrderOption.SEQUENTIAL, drop_last=False,
             pipelines={"image": [CenterCropRGBImageDecoder((48, 48), 1)], "label": [IntDecoder()]},
