@@ -1,4 +1,4 @@
-"""Reading a pack that is not in memory: samples in random order or page by page, asked for ahead or only when touched.
+"""Reading a .beton that is not in memory: samples in random order or page by page, asked for ahead or only when touched.
 
 python -m bench.read_order            writes bench/results/read_order_cpu.json
 
@@ -23,11 +23,11 @@ from bench.photographs import SIDE
 from bench.record import markdown_table, write_record
 from fastofa.dataset import Dataset
 from fastofa.device import choose_workers
-from fastofa.files import map_file
 from fastofa.pipelines import open_pipeline
 from fastofa.views import ViewPolicy, draw_views, epoch_order
 
 PICTURES, READ = 61_440, 8192
+EACH = SIDE * SIDE * 3  # bytes
 IMAGE_SIZE, BATCH, ROUNDS = 64, 256, 5
 WAYS = {  # order, is it asked for ahead, is it in memory before
     "random, when touched": ("random", False, False),
@@ -44,7 +44,7 @@ def write_pixels(path: Path) -> None:
     rng = np.random.default_rng(0)
     with open(path, "wb") as file:
         for _ in range(PICTURES // 1024):
-            file.write(rng.bytes(1024 * SIDE * SIDE * 3))
+            file.write(rng.bytes(1024 * EACH))
             file.flush()
             os.fsync(file.fileno())
             evict(file.fileno())
@@ -56,12 +56,14 @@ def evict(file: int) -> None:
 
 
 def open_pixels(path: Path) -> Dataset:
-    """As `open_dataset` gives a pack, mapped anew."""
-    pixels = np.frombuffer(map_file(path), np.uint8).reshape(PICTURES, SIDE, SIDE, 3)
+    """As `open_dataset` gives a .beton of pixels, whose pictures lie in random order."""
     sizes, labels = np.full((PICTURES, 2), SIDE), np.zeros(PICTURES, dtype=np.int64)
-    spans = np.stack([pixels[0].nbytes * np.arange(PICTURES), np.full(PICTURES, pixels[0].nbytes)], axis=1)
+    places = np.random.default_rng(0).permutation(PICTURES)
+    spans = np.stack([EACH * places, np.full(PICTURES, EACH)], axis=1)
     names = [""] * PICTURES
-    return Dataset("noise", "train", ("noise",), names, labels, sizes, "", pixels, file=path, stored=sizes, spans=spans)
+    return Dataset(
+        "noise", "train", ("noise",), names, labels, sizes, "", file=path, stored=sizes, spans=spans, raw=True
+    )  # fmt: skip
 
 
 def measure(path: Path, way: str, number: int) -> tuple[float, float]:
@@ -72,7 +74,7 @@ def measure(path: Path, way: str, number: int) -> tuple[float, float]:
     dataset = open_pixels(path)
     order = epoch_order(PICTURES, 0, number, pages=dataset.pages if kind == "pages" else None)[:READ]
     views = draw_views(ViewPolicy(), dataset.sizes, 0, number)
-    pipeline = open_pipeline("packed", dataset, IMAGE_SIZE, BATCH, workers=choose_workers(None))
+    pipeline = open_pipeline("ffcv", dataset, IMAGE_SIZE, BATCH, workers=choose_workers(None))
     if in_memory:
         for batch in pipeline.epoch(views, order):
             del batch
@@ -80,7 +82,7 @@ def measure(path: Path, way: str, number: int) -> tuple[float, float]:
     with nullcontext() if ahead else patch("fastofa.pipelines.threaded.read_ahead", ask_nothing):
         images = sum(len(batch.labels) for batch in pipeline.epoch(views, order))
     seconds = time.perf_counter() - began
-    return images / seconds, (read_bytes() - before) / (images * dataset.pixels[0].nbytes)
+    return images / seconds, (read_bytes() - before) / (images * EACH)
 
 
 def ask_nothing(*_: object) -> Generator[None, None, None]:
@@ -114,9 +116,8 @@ def main() -> None:
         }
         for way, rounds in found.items()
     ]
-    file_bytes = PICTURES * SIDE * SIDE * 3
     result = {
-        "file_gb": file_bytes / 1e9, "pictures": PICTURES, "side": SIDE, "images_read": READ, "rounds": ROUNDS,
+        "file_gb": PICTURES * EACH / 1e9, "pictures": PICTURES, "side": SIDE, "images_read": READ, "rounds": ROUNDS,
         "image_size": IMAGE_SIZE, "batch_size": BATCH, "workers": choose_workers(None), "rows": rows,
     }  # fmt: skip
     write_record("read_order_cpu", result)

@@ -47,8 +47,8 @@ class Epochs:
         self.pages = dataset.pages if config.order == "pages" else None
         if config.order == "pages" and self.pages is None:
             raise BadInput(
-                f"order: expected random for {config.data}, got pages; `fastofa write {config.data} NAME.beton` makes a "
-                "file that can be read by pages"
+                f"order: expected random for {config.data}, got pages; "
+                f"`fastofa write {config.data} NAME.beton` makes a file that can be read by pages"
             )
         rows = epoch_rows(self.policy, len(dataset))
         self._check_batches(rows)

@@ -5,11 +5,13 @@ The bytes of a mapped file are read when they are touched, and whoever touches t
 
 import os
 from collections.abc import Generator
+from threading import Event
 from typing import Any
 
 import numpy as np
 
 from fastofa.beton import PAGE
+from fastofa.progress import notice
 from fastofa.views import WINDOW, Views
 
 BATCHES = 4  # that are asked for ahead of the one which begins
@@ -18,7 +20,9 @@ SHARED = 3  # pictures in a page, of 512 in a row, from which on pages are asked
 CALL = 128 << 10  # bytes; of more the kernel may ignore what exceeds the device's own read-ahead
 
 
-def read_ahead(dataset: Any, views: Views, order: np.ndarray, batch_size: int) -> Generator[None, None, None]:
+def read_ahead(
+    dataset: Any, views: Views, order: np.ndarray, batch_size: int, stop: Event
+) -> Generator[None, None, None]:
     """To be advanced as each batch of the order begins; asks then for what is read some batches later.
 
     Each picture is asked for once; or where the order goes through the file page by page, each page.
@@ -26,22 +30,28 @@ def read_ahead(dataset: Any, views: Views, order: np.ndarray, batch_size: int) -
     Args:
         dataset: a `fastofa.dataset.Dataset`; unless its pictures lie in one file, nothing is asked for.
         views, order, batch_size: as a pipeline has them, the order from where it starts.
+        stop: ends it soon, where the disk is slow and much is to be asked for.
     """
     if dataset.file is None or not len(order):
         return
-    with open(dataset.file, "rb") as file:
-        if _in_memory(file.fileno(), dataset.spans[order[:: -(-len(order) // PROBED)] % len(dataset), 0]):
-            return
-        at, ranges, ahead = plan(dataset, views, order)
-        ahead = max(ahead, BATCHES * batch_size)
-        done = 0
-        for first in range(0, len(order), batch_size):
-            due = int(np.searchsorted(at, first + batch_size + ahead))
-            for begin, end in ranges[done:due].tolist():
-                for place in range(begin, end, CALL):
-                    os.posix_fadvise(file.fileno(), place, min(CALL, end - place), os.POSIX_FADV_WILLNEED)
-            done = due
-            yield
+    try:
+        with open(dataset.file, "rb") as file:
+            if _in_memory(file.fileno(), dataset.spans[order[:: -(-len(order) // PROBED)] % len(dataset), 0]):
+                return
+            at, ranges, ahead = plan(dataset, views, order)
+            ahead = max(ahead, BATCHES * batch_size)
+            done = 0
+            for first in range(0, len(order), batch_size):
+                due = int(np.searchsorted(at, first + batch_size + ahead))
+                for begin, end in ranges[done:due].tolist():
+                    for place in range(begin, end, CALL):
+                        if stop.is_set():
+                            return
+                        os.posix_fadvise(file.fileno(), place, min(CALL, end - place), os.POSIX_FADV_WILLNEED)
+                done = due
+                yield
+    except OSError as error:  # what is mapped can still be read
+        notice(f"{dataset.file}: not asked for ahead in this epoch, which may be slow: {error.strerror}")
 
 
 def plan(dataset: Any, views: Views, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -72,17 +73,22 @@ class Threaded(ABC):
         threads = max(self.workers, 1)
         pool = ThreadPoolExecutor(threads, "pipeline", initializer=torch.set_num_threads, initargs=(1,))
         reader = ThreadPoolExecutor(1, "read-ahead")  # its own: where the disk has much to do, asking takes a while
-        asking = read_ahead(self.dataset, views, order[start:], self.batch_size)
+        stop = Event()
+        asking = read_ahead(self.dataset, views, order[start:], self.batch_size, stop)
+        asked: deque[Future[None]] = deque()
         coming: deque[_Coming] = deque()
         try:
             for rows in batches(views, order, start, self.batch_size):
-                reader.submit(next, asking, None)
+                asked.append(reader.submit(next, asking, None))
+                while asked and asked[0].done():
+                    asked.popleft().result()  # raises what the thread raised
                 coming.append(self._begin(pool, threads, views, rows))
                 if len(coming) > AHEAD:
                     yield coming.popleft().wait()
             while coming:
                 yield coming.popleft().wait()
         finally:
+            stop.set()
             reader.shutdown(cancel_futures=True)
             asking.close()
             pool.shutdown(cancel_futures=True)

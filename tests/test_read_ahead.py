@@ -1,15 +1,20 @@
 """What an epoch reads is asked for once, in time, in as few and as long pieces as its order allows, and not in vain."""
 
+import errno
 import os
+import time
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 
-from fastofa.dataset import Dataset
+from fastofa.dataset import Dataset, open_dataset
+from fastofa.pipelines import open_pipeline
 from fastofa.pipelines import read_ahead as module
 from fastofa.pipelines.read_ahead import BATCHES, CALL, plan, read_ahead
 from fastofa.views import WINDOW, ViewPolicy, Views, draw_views, epoch_order, join_views
+from fastofa.write import WriteConfig, write
 
 EACH = 200_000  # bytes of a picture: 41 or 42 in a page, some of them across two
 PAGE = 8 << 20
@@ -96,7 +101,7 @@ def test_every_byte_is_asked_for_once_and_batches_ahead(asked, tmp_path, monkeyp
     monkeypatch.setattr(module, "_in_memory", lambda *_: False)
     dataset = shuffled(20_000, tmp_path / "x")
     order = epoch_order(20_000, 0, 0, pages=dataset.pages if by_pages else None)
-    asking = read_ahead(dataset, views_of(dataset), order, 500)
+    asking = read_ahead(dataset, views_of(dataset), order, 500, Event())
     for first in range(0, 20_000, 500):
         next(asking, None)
         parts = np.array(sorted(asked))
@@ -120,10 +125,53 @@ def test_what_is_in_memory_is_not_asked_for(asked, tmp_path, missing):
     dataset = shuffled(50, path)
     if missing:
         os.truncate(path, 128)
-    next(read_ahead(dataset, views_of(dataset), np.arange(50), 10), None)
+    next(read_ahead(dataset, views_of(dataset), np.arange(50), 10, Event()), None)
     assert bool(asked) is missing
 
 
 def test_where_no_file_holds_the_pictures_nothing_is_asked_for(asked, digits):
-    assert list(read_ahead(digits, views_of(digits), np.arange(100), 10)) == []
+    assert list(read_ahead(digits, views_of(digits), np.arange(100), 10, Event())) == []
     assert asked == []
+
+
+def test_a_slow_disk_does_not_hold_up_the_end(tmp_path, monkeypatch):
+    """Of the thousands of calls of a page order's first batch, none comes after the pipeline is left."""
+    calls = []
+
+    def advise(*_: int) -> None:
+        calls.append(time.monotonic())
+        time.sleep(0.01)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(module, "_in_memory", lambda *_: False)
+    write(WriteConfig("digits", tmp_path / "x.beton", raw=True))
+    monkeypatch.setattr(module, "CALL", 16)
+    dataset = open_dataset(str(tmp_path / "x.beton"))
+    made = open_pipeline("ffcv", dataset, 8, 4).epoch(views_of(dataset), np.arange(len(dataset)))
+    next(made)
+    made.close()
+    left = time.monotonic()
+    time.sleep(0.05)
+    assert 0 < len(calls) < 1000  # of 14,376
+    assert calls[-1] <= left
+
+
+def test_what_cannot_be_asked_for_is_told_and_read_all_the_same(tmp_path, monkeypatch, capsys):
+    def advise(*_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(module, "_in_memory", lambda *_: False)
+    write(WriteConfig("digits", tmp_path / "x.beton", raw=True))
+    dataset = open_dataset(str(tmp_path / "x.beton"))
+    batches = open_pipeline("ffcv", dataset, 8, 100).epoch(views_of(dataset), np.arange(len(dataset)))
+    assert sum(len(batch.labels) for batch in batches) == len(dataset)
+    assert capsys.readouterr().err.count("x.beton: not asked for ahead in this epoch") == 1
+
+
+def test_a_fault_in_asking_is_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_in_memory", lambda *_: 1 / 0)
+    write(WriteConfig("digits", tmp_path / "x.beton", raw=True))
+    dataset = open_dataset(str(tmp_path / "x.beton"))
+    with pytest.raises(ZeroDivisionError):
+        list(open_pipeline("ffcv", dataset, 8, 4).epoch(views_of(dataset), np.arange(len(dataset))))
