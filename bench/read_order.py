@@ -1,4 +1,4 @@
-"""Reading a .beton that is not in memory: samples in random order or page by page, asked for ahead or only when touched.
+"""Reading a .beton that is not in memory: samples in random order or page by page, asked for ahead or when touched.
 
 python -m bench.read_order            writes bench/results/read_order_cpu.json
 
