@@ -6,6 +6,7 @@
 The same command goes on where it stopped. A larger --views adds views to a finished cache.
 """
 
+import hashlib
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -223,7 +224,8 @@ class _Job:
             return
         views = center_views(dataset.sizes, self.teacher.crop)
         with progress_bar() as bar:
-            found = self._ask(pipeline, views, VAL, bar, bar.add_task("validation", total=len(dataset), note=""))
+            task = bar.add_task("validation", total=len(dataset), note="")
+            found = self._ask(dataset, pipeline, views, VAL, bar, task)
         self._commit(VAL, found._asdict(), VAL)
         correct = found.classes[:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
         notice(f"teacher {self.teacher.name}: {correct.float().mean():.2%} top-1 on {len(dataset)} validation images")
@@ -239,36 +241,40 @@ class _Job:
             for view in todo:
                 bar.update(task, note=f"view {view + 1} of {total}")
                 views = draw_views(policy, dataset.sizes, self.config.seed, view)
-                found = self._ask(pipeline, views, view, bar, task)
+                found = self._ask(dataset, pipeline, views, view, bar, task)
                 columns = {name: torch.from_numpy(column) for name, column in views.columns().items()}
                 self._commit(view_file(view), {**columns, **found._asdict()}, view)
 
-    def _ask(self, pipeline: Pipeline, views: Views, table: int | str, bar: Progress, task: TaskID) -> Targets:
+    def _ask(
+        self, dataset: Dataset, pipeline: Pipeline, views: Views, table: int | str, bar: Progress, task: TaskID
+    ) -> Targets:
         """The teacher's answers for every row of a table, in sample order."""
-        parts = self._read_partial(table)
+        # As a disk reads the file, and a picture that is mixed with another is read once.
+        order = pair_order(views, None if dataset.spans is None else dataset.spans[:, 0])
+        partial = f"first rows of {table} in the order {hashlib.sha256(order.tobytes()).hexdigest()}"
+        parts = self._read_partial(partial)
         done = sum(len(part.classes) for part in parts)
         bar.advance(task, done)
         saved_at = time.monotonic()
-        order = pair_order(views)  # a picture that is mixed with another is read once
         for batch in pipeline.epoch(views, order, start=done):
             parts.append(answers(self.teacher.log_probs(batch.images), self.header["topk"]))
             bar.advance(task, len(batch.labels))
             if self.interrupt.signum is not None or time.monotonic() - saved_at > SAVE_EVERY_S:
-                write_table(self.out / PARTIAL, _joined(parts)._asdict(), self.header, f"first rows of {table}")
+                write_table(self.out / PARTIAL, _joined(parts)._asdict(), self.header, partial)
                 saved_at = time.monotonic()
             if self.interrupt.signum is not None:
                 raise Stopped(f"saved in {self.out}; run the same command again to go on", self.interrupt.signum)
         in_order, place = _joined(parts), np.argsort(order)
         return Targets(*(torch.from_numpy(values.numpy()[place]) for values in in_order))
 
-    def _read_partial(self, table: int | str) -> list[Targets]:
+    def _read_partial(self, partial: str) -> list[Targets]:
         """What an interrupted run had of this table."""
         if not (self.out / PARTIAL).exists():
             return []
         try:
-            tensors = read_table(self.out / PARTIAL, self.header, f"first rows of {table}")
+            tensors = read_table(self.out / PARTIAL, self.header, partial)
         except BadInput:
-            return []  # of another table: its view was finished after all
+            return []  # of another table, whose view was finished after all, or from a file of another order
         return [Targets(tensors["classes"], tensors["log_probs"])]
 
     def _commit(self, file: str, tensors: dict[str, Tensor], table: int | str) -> None:

@@ -286,9 +286,16 @@ def center_views(sizes: np.ndarray, fraction: float = 0.875) -> Views:
     return Views(_fractions(boxes, sizes), np.zeros(len(sizes), dtype=bool))
 
 
-def pair_order(views: Views) -> np.ndarray:
-    """All rows, int64, each followed by its partner: what to go through a table by, where the order does not matter."""
-    return _units(len(views), views.partner).reshape(-1)[: len(views)]
+def pair_order(views: Views, places: np.ndarray | None = None) -> np.ndarray:
+    """All rows, int64, each followed by its partner: what to go through a table by, where the order does not matter.
+
+    Args:
+        places: [N], where in a file the samples lie, to go through it from its beginning (or the firsts of pairs).
+    """
+    units = _units(len(views), views.partner)
+    if places is not None:
+        units = units[np.lexsort((places[units[:, 0]], units[:, -1] < 0))]
+    return units.reshape(-1)[: len(views)]
 
 
 def _units(size: int, partner: np.ndarray | None) -> np.ndarray:

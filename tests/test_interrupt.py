@@ -30,6 +30,7 @@ from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.teacher import Teacher
 from fastofa.teacher_cache import PARTIAL, TeacherCache, view_file
 from fastofa.train import train
+from fastofa.write import WriteConfig, write
 from runs import command_line, newest, same_run
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -347,6 +348,32 @@ def test_precompute_stopped_at_every_batch_asks_no_picture_twice(teacher, tmp_pa
     assert sum(asked) - 2 * asked.count(2) == 599 + 3 * IMAGES
     monkeypatch.setattr(Teacher, "log_probs", original)
     same_cache(config.out, precompute(dataclasses.replace(config, out=tmp_path / "reference")).path)
+
+
+@pytest.mark.parametrize("first", ["digits", "beton"])
+def test_precompute_goes_on_from_another_form_whose_order_is_another(teacher, tmp_path, monkeypatch, first):
+    """What was answered of the view that was stopped is asked for again, what was finished is not."""
+    beton = str(tmp_path / "x.beton")
+    config = precompute_config(teacher, tmp_path / "cache", batch_size=50, views=1, scale=(0.6, 1.0), flip=0.0)
+    write(WriteConfig(config.data, tmp_path / "x.beton", raw=True))
+    original, asked = Teacher.log_probs, []
+
+    def log_probs(self: Teacher, images: torch.Tensor) -> torch.Tensor:
+        asked.append(len(images))
+        if len(asked) == 1 + 12 + 1:  # open_teacher's trial, the validation pictures, half of the view
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, images)
+
+    monkeypatch.setattr(Teacher, "log_probs", log_probs)
+    forms = {"digits": config, "beton": dataclasses.replace(config, data=beton)}
+    with pytest.raises(Stopped):
+        precompute(forms.pop(first))
+    (other,) = forms.values()
+    cache = precompute(other)
+    assert sum(asked) == 599 + IMAGES + 50 + 2 * 2
+    reference = precompute(dataclasses.replace(config, out=tmp_path / "reference"))
+    for found, expected in zip(cache.targets(0)[1:], reference.targets(0)[1:], strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_handlers_are_put_back_and_a_second_signal_finds_the_old_one():

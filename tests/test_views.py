@@ -509,7 +509,15 @@ def test_going_through_a_table_keeps_pairs_together():
         order = pair_order(views)
         assert sorted(order.tolist()) == list(range(count))
         assert np.array_equal(views.partner[order[0 : count // 2 * 2 : 2]], order[1::2])
-    assert pair_order(draw_views(POLICY, same_size(5, 9, 9), 0, 0)).tolist() == list(range(5))
+        places = np.random.default_rng(count).permutation(count)
+        by_place = pair_order(views, places)
+        assert sorted(by_place.tolist()) == list(range(count))
+        firsts = by_place[0 : count // 2 * 2 : 2]
+        assert np.array_equal(views.partner[firsts], by_place[1::2])
+        assert (np.diff(places[firsts]) > 0).all()
+    plain = draw_views(POLICY, same_size(5, 9, 9), 0, 0)
+    assert pair_order(plain).tolist() == list(range(5))
+    assert pair_order(plain, np.array([30, 10, 20, 50, 40])).tolist() == [1, 2, 0, 4, 3]
 
 
 def test_batches_start_anywhere_and_end_with_what_is_left():
