@@ -87,11 +87,17 @@ class Dataset:
         if self.spans is None:
             image = read_image(self.path(sample_id))
             return self._checked(sample_id, image, f"as in the index; delete {self.index} to read the folder anew")
+        return self.unpack(sample_id, bytearray(self.stored_bytes(sample_id)))
+
+    def stored_bytes(self, sample_id: int) -> bytes:
+        """Of a picture's file, or of its part of `file`; of data sets made of either."""
+        if self.spans is None:
+            return self.path(sample_id).read_bytes()
         assert self.file is not None
         begin, count = self.spans[sample_id].tolist()
         with open(self.file, "rb") as file:
             file.seek(begin)
-            return self.unpack(sample_id, bytearray(file.read(count)))
+            return file.read(count)
 
     def unpack(self, sample_id: int, data: bytearray | np.ndarray) -> Tensor:
         """The same from a picture's bytes in a .beton; if they are pixels a view of them."""

@@ -162,6 +162,17 @@ class Vote:
         return int(self.numbers)
 
 
+def check_same(world: World, digest: str, place: str) -> None:
+    """Raises BadInput on every rank if one has not at this place what rank 0 has, by its hexadecimal digest."""
+    number = int(digest[:15] or "0", 16)
+    differ = int(world.sum(torch.tensor(int(world.agree_on(number) != number))))
+    if differ:
+        raise BadInput(
+            f"{place}: expected the same on all nodes, {differ} of {world.size} ranks have another than rank 0; "
+            "copy it to all nodes"
+        )
+
+
 def check_shared(world: World, found: bool, place: str) -> None:
     """Raises BadInput on a rank that does not find what rank 0 wrote."""
     if not found:

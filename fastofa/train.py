@@ -25,7 +25,7 @@ from fastofa.config import Order, TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device, choose_workers
-from fastofa.distributed import Vote, World, check_shared, contact, is_main_process, join, was_restarted
+from fastofa.distributed import Vote, World, check_same, check_shared, contact, is_main_process, join, was_restarted
 from fastofa.epochs import Epochs
 from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
@@ -112,6 +112,8 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     answers = "" if epochs.cache is None else epochs.cache.fingerprint
     data, pages = train_set.fingerprint, epochs.pages_fingerprint
     run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, answers, pages)
+    for digest, place in ((data, config.data), (pages, f"the pages of {config.data}"), (answers, str(config.cache))):
+        check_same(world, digest, place)
     if world.is_main and not config.plan:
         _check_place(run)
         if config.wandb is not None:

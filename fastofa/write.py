@@ -273,10 +273,10 @@ def _limited(config: WriteConfig, height: int, width: int) -> tuple[int, int]:
 
 
 def _upright_jpeg(source: Dataset, i: int, image: Tensor) -> bytes | None:
-    """The file as it is, if it is a JPEG of three colours that needs no turning and takes less than its pixels."""
-    if source.root is None:
+    """As it is stored, if it is a JPEG of three colours that needs no turning and takes less than its pixels."""
+    if source.pixels is not None or source.raw:
         return None
-    data = source.path(i).read_bytes()
+    data = source.stored_bytes(i)
     try:
         with Image.open(io.BytesIO(data)) as file:
             as_it_is = file.format == "JPEG" and file.mode == "RGB" and file.getexif().get(ORIENTATION, 1) == 1

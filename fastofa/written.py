@@ -179,12 +179,7 @@ def checksum(dataset: Dataset, sample_id: int) -> int:
     """crc32 of a picture as it is stored."""
     if dataset.pixels is not None:
         return zlib.crc32(dataset.pixels[sample_id])
-    assert dataset.file is not None
-    assert dataset.spans is not None
-    at, count = dataset.spans[sample_id].tolist()
-    with open(dataset.file, "rb") as file:
-        file.seek(at)
-        return zlib.crc32(file.read(count))
+    return zlib.crc32(dataset.stored_bytes(sample_id))
 
 
 def between(path: Path) -> int:

@@ -34,6 +34,7 @@ from fastofa.run import Run
 from fastofa.teacher_cache import TeacherCache
 from fastofa.train import train
 from fastofa.views import epoch_order
+from fastofa.write import WriteConfig, write
 from runs import command_line, log_of, make_cache, newest, same_run
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -289,6 +290,37 @@ def test_what_does_not_fit_ends_all_ranks_alike(config, tmp_path):
         for said in ranks.said():
             assert re.fullmatch(f"fastofa: error: {message}\n", said), said
         assert not c.out.exists()
+
+
+def _train_here(rank: int, configs: list[TrainConfig]) -> None:
+    import fastofa.dataset
+
+    fastofa.dataset.PAGE = 4096
+    _train(rank, configs[rank])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("differs", ["data", "pages"])
+def test_every_node_has_the_same_data(config, tmp_path, differs):
+    """Neither other pictures, nor the same ones on other pages, which would have the ranks show some of them twice."""
+    given: dict[str, Any] = {"method": "scratch", "cache": None}
+    if differs == "data":
+        places = ["digits:100", "digits:50"]
+        message = (
+            r"digits:\d+: expected the same on all nodes, 1 of 2 ranks have another than rank 0; copy it to all nodes"
+        )
+    else:
+        places = [str(tmp_path / f"{name}.beton") for name in ("pixels", "jpegs")]
+        write(WriteConfig("digits:100", Path(places[0]), raw=True))
+        write(WriteConfig("digits:100", Path(places[1])))
+        given["order"] = "pages"
+        message = r"the pages of .*\.beton: expected the same on all nodes, 1 of 2 ranks have another than rank 0; .*"
+    configs = [config("other", data=place, pipeline="auto", **given) for place in places]
+    with Ranks(2, tmp_path, _train_here, configs) as ranks:
+        assert ranks.wait() == [2, 2], ranks.said()
+    for said in ranks.said():
+        assert re.fullmatch(f"fastofa: error: {message}\n", said), said
+    assert not configs[0].out.exists()
 
 
 # --- What they agree on -----------------------------------------------------------------------------------------------

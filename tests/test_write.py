@@ -211,6 +211,18 @@ def test_any_data_set_can_be_written_a_written_one_too(beton: Path, tmp_path: Pa
     assert np.array_equal(again.sizes, first.sizes)
 
 
+def test_a_beton_of_a_beton_keeps_its_jpegs(beton: Path, tmp_path: Path):
+    """As a folder's files are kept; pixels are compressed, and compressed pictures are not where a smaller size is."""
+    write(WriteConfig(str(beton), tmp_path / "again.beton"))
+    again, first = open_dataset(str(tmp_path / "again.beton")), open_dataset(str(beton))
+    assert [again.stored_bytes(i) for i in range(len(again))] == [first.stored_bytes(i) for i in range(len(first))]
+    write(WriteConfig(str(beton), tmp_path / "pixels.beton", raw=True))
+    write(WriteConfig(str(tmp_path / "pixels.beton"), tmp_path / "jpegs.beton"))
+    jpegs = open_dataset(str(tmp_path / "jpegs.beton"))
+    assert not jpegs.raw
+    assert max(float((jpegs.read(i).int() - first.read(i).int()).abs().float().mean()) for i in range(len(first))) < 4
+
+
 def test_a_folder_of_one_split_gives_one(photos: Path, tmp_path: Path):
     (tmp_path / "data").mkdir()
     shutil.copytree(photos / "train", tmp_path / "data/train")
