@@ -48,7 +48,7 @@ class Epochs:
         if config.order == "pages" and self.pages is None:
             raise BadInput(
                 f"order: expected random for {config.data}, got pages; "
-                f"`fastofa write {config.data} NAME.beton` makes a file that can be read by pages"
+                f"`fastofa write {config.data} NAME.beton{' --raw' * dataset.raw}` makes a file that has pages"
             )
         rows = epoch_rows(self.policy, len(dataset))
         self._check_batches(rows)

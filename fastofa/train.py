@@ -133,9 +133,7 @@ def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Orde
         size, memory = train_set.file.stat().st_size, memory_bytes()
         if size > memory:
             chosen = "pages"
-            notice(
-                f"order pages: {train_set.file} has {size / 1e9:,.1f} GB, this machine's memory {memory / 1e9:,.1f} GB"
-            )
+            notice(f"order pages: {train_set.file} has {size / 1e9:,.1f} GB, the memory {memory / 1e9:,.1f} GB")
     orders = get_args(Order)
     return orders[world.agree_on(orders.index(chosen))]
 

@@ -87,6 +87,9 @@ class Threaded(ABC):
                     yield coming.popleft().wait()
             while coming:
                 yield coming.popleft().wait()
+            stop.set()
+            for call in asked:
+                call.result()
         finally:
             stop.set()
             reader.shutdown(cancel_futures=True)

@@ -292,6 +292,28 @@ def test_what_does_not_fit_ends_all_ranks_alike(config, tmp_path):
         assert not c.out.exists()
 
 
+def _train_with_memory(rank: int, config: TrainConfig) -> None:
+    import fastofa.dataset
+    import fastofa.train
+
+    fastofa.dataset.PAGE = 4096
+    fastofa.train.memory_bytes = lambda: 10**12 if rank else 1  # type: ignore[attr-defined]
+    _train(rank, config)
+
+
+@pytest.mark.slow
+def test_all_ranks_take_the_order_that_rank_0_finds(config, tmp_path):
+    """In whose memory alone the file has no room: as one process that is told to."""
+    write(WriteConfig("digits:100", tmp_path / "x.beton", raw=True))
+    given: dict[str, Any] = {"data": str(tmp_path / "x.beton"), "method": "scratch", "cache": None, "pipeline": "auto"}
+    for name, ranks, order in (("pages", 1, "pages"), ("found", 2, "auto")):
+        c = config(name, order=order, **given)
+        with Ranks(ranks, tmp_path / name, _train_with_memory, c) as started:
+            assert started.wait() == [0] * ranks, started.said()
+    assert read_json(config("found").out / "config.json")["config"]["order"] == "pages"
+    assert_near(config("found").out, config("pages").out)
+
+
 def _train_here(rank: int, configs: list[TrainConfig]) -> None:
     import fastofa.dataset
 

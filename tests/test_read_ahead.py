@@ -169,9 +169,11 @@ def test_what_cannot_be_asked_for_is_told_and_read_all_the_same(tmp_path, monkey
     assert capsys.readouterr().err.count("x.beton: not asked for ahead in this epoch") == 1
 
 
-def test_a_fault_in_asking_is_raised(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_in_memory", lambda *_: 1 / 0)
+@pytest.mark.parametrize("batch_size", [4, 1198])
+def test_a_fault_in_asking_is_raised(tmp_path, monkeypatch, batch_size):
+    """Even if it comes late."""
+    monkeypatch.setattr(module, "_in_memory", lambda *_: time.sleep(0.1) or 1 / 0)
     write(WriteConfig("digits", tmp_path / "x.beton", raw=True))
     dataset = open_dataset(str(tmp_path / "x.beton"))
     with pytest.raises(ZeroDivisionError):
-        list(open_pipeline("ffcv", dataset, 8, 4).epoch(views_of(dataset), np.arange(len(dataset))))
+        list(open_pipeline("ffcv", dataset, 8, batch_size).epoch(views_of(dataset), np.arange(len(dataset))))

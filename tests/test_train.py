@@ -757,7 +757,7 @@ def test_auto_reads_by_pages_what_is_larger_than_the_memory(on_beton, tmp_path, 
     ):  # fmt: skip
         config = on_beton(f"{order}-{expected}", memory, order=order, epochs=1)
         train(config)
-        said = f"order pages: {config.data} has 0.0 GB, this machine's memory 0.0 GB" in capsys.readouterr().err
+        said = f"order pages: {config.data} has 0.0 GB, the memory 0.0 GB" in capsys.readouterr().err
         assert said is (order == "auto" and expected == "pages")
         assert open_run(config.out).config.order == expected
         weights[expected].append(newest(config.out).read_bytes())
