@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     gpu = device == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder of pictures with train/; by default they are made up")
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), help="ways to measure")
+    ways = f"some of: {'; '.join(WAYS)}"
+    parser.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", default=list(WAYS), help=ways)
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[224])
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 64)
     parser.add_argument("--workers", type=int, nargs="+", default=[choose_workers(None)])
