@@ -21,6 +21,7 @@ from fastofa.images import SUFFIXES, read_image
 from fastofa.progress import notice, track
 
 ORIENTATION = 0x0112  # EXIF tag; 1 to 4 leave the sides as they are, 5 to 8 turn the picture by a quarter
+NOT_READ = (".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".heic", ".heif", ".avif", ".jxl")  # pictures, too
 NAMED = 5  # how many unreadable files an error names
 
 
@@ -38,7 +39,11 @@ def open_image_folder(spec: str, split: str, skip_corrupt: bool = False) -> Data
         check = _checked_size if skip_corrupt else _header_size
         results = _in_parallel(check, [root / names[i] for i in unknown], f"indexing {root}")
         bad = {names[i]: found for i, found in zip(unknown, results, strict=True) if isinstance(found, str)}
-        if bad and not skip_corrupt:
+        if bad and not skip_corrupt:  # then all are decoded, to name every one at once
+            rest = [name for name in names if name not in bad and name not in skipped]
+            decoded = _in_parallel(_checked_size, [root / name for name in rest], f"decoding {root}")
+            bad |= {name: found for name, found in zip(rest, decoded, strict=True) if isinstance(found, str)}
+            bad = {name: bad[name] for name in names if name in bad}
             listed = "; ".join(f"{root / name} ({reason})" for name, reason in list(bad.items())[:NAMED])
             more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
             if more:
@@ -85,7 +90,7 @@ def _list_files(top: Path, root: Path) -> tuple[tuple[str, ...], list[str], np.n
     if not set(classes) <= set(train):
         extra = sorted(set(classes) - set(train))[:NAMED]
         raise BadInput(f"{root}: expected the classes of {top / 'train'}, found others: {', '.join(extra)}")
-    names, labels, byte_sizes = [], [], []
+    names, labels, byte_sizes, others = [], [], [], []
     for label, name in enumerate(train):
         found = []
         folders = [root / name] if name in classes else []
@@ -96,12 +101,18 @@ def _list_files(top: Path, root: Path) -> tuple[tuple[str, ...], list[str], np.n
                 elif entry.name.lower().endswith(SUFFIXES):
                     size = entry.stat().st_size if entry.is_file() else 0  # a link that leads nowhere
                     found.append((Path(entry.path).relative_to(root).as_posix(), size))
+                elif entry.name.lower().endswith(NOT_READ) and not entry.name.startswith("."):
+                    others.append(Path(entry.path).relative_to(root).as_posix())
         if name in classes and not found:
             raise BadInput(f"{root / name}: expected images ({', '.join(SUFFIXES)}), found none; add some or remove it")
         for file, size in sorted(found):
             names.append(file)
             labels.append(label)
             byte_sizes.append(size)
+    if others:
+        more = ", ..." if len(others) > NAMED else ""
+        kinds, listed = ", ".join(SUFFIXES), ", ".join(sorted(others)[:NAMED])
+        notice(f"{root}: left out {len(others)} of other kinds than {kinds}: {listed}{more}")
     if not names:
         raise BadInput(f"{root}: expected a folder per class with images ({', '.join(SUFFIXES)}), found no image")
     try:

@@ -32,7 +32,7 @@ def _decode(source: str | Tensor, name: str) -> Tensor:
     try:
         image = decode_image(source, ImageReadMode.RGB, apply_exif_orientation=True)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
         raise BadInput(
             f"unreadable image {name} ({reason}); mend or remove it, or run `fastofa precompute` or `fastofa write` "
             "with --skip-corrupt, which lists such files and leaves them out"

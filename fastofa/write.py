@@ -96,7 +96,7 @@ def write(config: WriteConfig) -> None:
     Raises:
         BadInput: unreadable pictures, each named; a place that is taken; a full disk; with `verify`, damage.
     """
-    sources = [open_dataset(config.data, split, config.skip_corrupt) for split in _splits(config.data)]
+    sources = _open_splits(config)
     for source in sources:
         for line in source.skipped:
             notice(f"left out: {source.root}/{line}")
@@ -111,6 +111,22 @@ def write(config: WriteConfig) -> None:
     if config.verify:
         verify(config.out, choose_workers(config.workers))
         _check_source(config, sources)
+
+
+def _open_splits(config: WriteConfig) -> list[Dataset]:
+    """Raises BadInput when what is wrong with either has been told."""
+    sources, problems = [], []
+    for split in _splits(config.data):
+        try:
+            sources.append(open_dataset(config.data, split, config.skip_corrupt))
+        except BadInput as error:
+            problems.append(str(error))
+    for problem in dict.fromkeys(problems[:-1]):
+        if problem != problems[-1]:
+            notice(problem)
+    if problems:
+        raise BadInput(problems[-1])
+    return sources
 
 
 def _splits(data: str) -> list[Literal["train", "val"]]:

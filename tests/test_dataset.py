@@ -511,6 +511,31 @@ def test_many_unreadable_pictures_are_counted_and_some_named(folder: Path) -> No
     assert "and 3 more" in text
 
 
+def test_where_one_is_unreadable_all_are_decoded_to_name_every_one(folder: Path, capsys) -> None:
+    """Also those of which only the pixels are damaged, and which an index knew before."""
+    open_dataset(str(folder))
+    bad = folder / "train" / "china" / "000.jpg", folder / "train" / "flower" / "001.jpg"
+    data = bad[0].read_bytes()
+    bad[0].write_bytes(data[:600] + bytes(len(data) - 800) + data[-200:])  # as many bytes as before
+    open_dataset(str(folder))
+    bad[1].write_bytes(b"")
+    text = refusal(folder)
+    assert text.startswith("2 unreadable images")
+    assert text.index(str(bad[0])) < text.index(str(bad[1]))
+
+
+def test_pictures_of_other_kinds_are_told(folder: Path, capsys) -> None:
+    """But not what is no picture, nor what is hidden."""
+    open_dataset(str(folder))
+    assert "left out" not in capsys.readouterr().err
+    for name in ("b.GIF", "a.tif", "notes.txt", ".c.bmp"):
+        (folder / "train" / "flower" / name).touch()
+    dataset = open_dataset(str(folder))
+    assert len(dataset) == 24
+    expected = f"{folder}/train: left out 2 of other kinds than .jpg, .jpeg, .png, .webp: flower/a.tif, flower/b.GIF\n"
+    assert capsys.readouterr().err == expected
+
+
 # --- --skip-corrupt ---------------------------------------------------------------------------------------------------
 
 
