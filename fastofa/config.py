@@ -140,7 +140,7 @@ class TrainConfig:
     timeout_s: int = 600
     """Seconds that ranks wait for one another before they give up (and torchrun, if told so, restarts them)."""
     pipeline: str = "auto"
-    """resident, packed, torchvision, or auto, which says what it takes and why."""
+    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
     workers: int | None = None
     """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
     log_every: int = 50

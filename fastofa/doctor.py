@@ -84,7 +84,8 @@ def _ffcv() -> Finding:
         "FFCV",
         "ffcv",
         "from ffcv.loader import Loader",
-        "apt-get install libturbojpeg0-dev libopencv-dev pkg-config g++, then pip install ffcv==1.0.2",
+        "optional, for benchmarks against it (a .beton is read without it): apt-get install libturbojpeg0-dev "
+        "libopencv-dev pkg-config g++, then pip install ffcv==1.0.2",
     )
 
 

@@ -41,7 +41,7 @@ class EvaluateConfig:
     device: str = "auto"
     """auto, cuda, cuda:1, cpu."""
     pipeline: str = "auto"
-    """resident, packed, torchvision, or auto."""
+    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
     workers: int | None = None
     """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
 

@@ -102,7 +102,7 @@ class PrecomputeConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the teacher's arithmetic; log-softmax is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     pipeline: str = "auto"
-    """resident, packed, torchvision, or auto, which says what it takes and why."""
+    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
     workers: int | None = None
     """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
 

@@ -35,7 +35,9 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         if self.worst == 0:
             return "the very ones that the teacher saw"
-        return f"on average {self.mean:.2f} of 255 from those that the teacher saw, in one picture {self.worst:.2f}"
+        return (
+            f"on average {self.mean:.2f} of 255 from those that the teacher saw, at most {self.worst:.2f} in a picture"
+        )
 
 
 def save_seen(cache: Path, pipeline: Pipeline, views: Views) -> None:

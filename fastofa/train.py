@@ -37,7 +37,7 @@ from fastofa.recipes import not_replayed, recipe
 from fastofa.report import write_report
 from fastofa.run import CONFIG, Run, log_launch, open_run
 from fastofa.schedule import image_size, learning_rate
-from fastofa.seen import Difference, compare_seen
+from fastofa.seen import PICTURES, Difference, compare_seen
 from fastofa.step import SUMS, Step
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> Result:
         if world.is_main:
             notice(plan.summary(config, job.epochs.steps))
         if job.pixels is not None:
-            notice(f"pixels compared with {config.cache}: {job.pixels}")
+            notice(f"pixels of {PICTURES} pictures, compared with {config.cache}: {job.pixels}")
         if world.is_main and (missing := not_replayed(config.recipe, job.epochs.policy)):
             notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws them")
         job.run_epochs()
@@ -123,7 +123,10 @@ def open_job(config: TrainConfig, world: World) -> "Job":
 
 
 def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:
-    """What `auto` means in this run, as rank 0 finds it: as the run began, else by the memory, which ranks share."""
+    """What `auto` means in this run, as rank 0 finds it: as the run began, else by the memory, which ranks share.
+
+    Raises BadInput where a run that began by pages finds none.
+    """
     if config.order != "auto":
         return config.order
     chosen: Order = "random"
@@ -135,7 +138,12 @@ def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Orde
             chosen = "pages"
             notice(f"order pages: {train_set.file} has {size / 1e9:,.1f} GB, the memory {memory / 1e9:,.1f} GB")
     orders = get_args(Order)
-    return orders[world.agree_on(orders.index(chosen))]
+    chosen = orders[world.agree_on(orders.index(chosen))]
+    if chosen == "pages" and train_set.pages is None:
+        raise BadInput(
+            f"{config.out}: the run goes by the pages of its .beton; expected that as --data, got {config.data}"
+        )
+    return chosen
 
 
 def _check_place(run: Run) -> None:

@@ -2,7 +2,7 @@
 
     fastofa write photos photos.pack --size 160     pixels of one size, for GPUs that crop
     fastofa write photos photos.beton               JPEGs in FFCV's format, for CPUs that crop; --raw for pixels
-    fastofa write photos photos.pack --verify       compare what lies there with its checksums
+    fastofa write photos photos.pack --verify       compare what lies there with its checksums; nothing there? write
 
 Then `--data photos.pack` instead of `--data photos`, with the same caches. Every picture is decoded; those that cannot
 be are named, and nothing is written, or they are left out by --skip-corrupt. The output has its name only when it is
@@ -109,6 +109,7 @@ def write(config: WriteConfig) -> None:
         else:
             _write_beton(config, sources)
     if config.verify:
+        _check_form(config)
         verify(config.out, choose_workers(config.workers))
         _check_source(config, sources)
 
@@ -136,6 +137,15 @@ def _splits(data: str) -> list[Literal["train", "val"]]:
         return [split for split in found if split in read_index(Path(data))["splits"]]
     here = [split for split in found if (Path(data) / split).is_dir()]
     return here if "train" in here else found
+
+
+def _check_form(config: WriteConfig) -> None:
+    """Raises BadInput if what lies there has another size or kind of pictures than was asked for."""
+    index = read_index(config.out)
+    if config.size not in (None, index.get("size")):
+        raise BadInput(f"{config.out}: expected pictures of {config.size} pixels, as asked for, got {index['size']}")
+    if config.raw and not index["raw"]:
+        raise BadInput(f"{config.out}: expected pixels, as asked for by --raw, got JPEGs")
 
 
 def _check_source(config: WriteConfig, sources: list[Dataset]) -> None:
@@ -308,4 +318,7 @@ def main(argv: list[str]) -> None:
     counts = ", ".join(f"{split} {len(part['names']):,}" for split, part in index["splits"].items())
     size = sum(file["bytes"] for file in index["files"].values())
     checked = ", as it was written" if config.verify else ""
-    print(f"{config.out}: {counts} images of {len(index['classes'])} classes, {filesize.decimal(size)}{checked}")
+    kind = f"{index['size']} px" if "size" in index else "pixels" if index["raw"] else "JPEGs"
+    print(
+        f"{config.out}: {counts} images of {len(index['classes'])} classes, {kind}, {filesize.decimal(size)}{checked}"
+    )

@@ -50,7 +50,9 @@ def read_index(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} does not exist; `fastofa write DATA {path}` makes it")
     found = index_path(path)
     if not found.exists():
-        raise BadInput(f"{path}: expected {found} with it, as `fastofa write` makes them; move both or write it again")
+        raise BadInput(
+            f"{path}: expected {found} with it, as `fastofa write` makes them; move all of its files or write it again"
+        )
     try:
         text = found.read_bytes()
     except OSError as error:

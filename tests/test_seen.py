@@ -70,7 +70,7 @@ def test_a_folders_cache_and_another_form(on_photos, photo_cache, photos: Path, 
         (launch,) = json.loads((tmp_path / name / LAUNCHES).read_text())
         found = launch["pixel_difference"]
         if name == "folder":
-            assert line == f"pixels compared with {photo_cache.path}: the very ones that the teacher saw"
+            assert line == f"pixels of 8 pictures, compared with {photo_cache.path}: the very ones that the teacher saw"
         else:
             assert f": on average {found:.2f} of 255 from those that the teacher saw" in line
         low, high = {"folder": (0, 0), "full": (0.1, 3), "small": (5, 40)}[name]

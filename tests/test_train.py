@@ -800,6 +800,13 @@ def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_beton, photos, tmp_p
             train(moved)
 
 
+def test_a_run_by_pages_asks_for_its_beton(on_beton, photos):
+    """Where it is to go on from the folder, without a word of the order."""
+    train(on_beton("run", 1, epochs=1))
+    with pytest.raises(BadInput, match=r"run: the run goes by the pages of its \.beton; expected that as --data, got "):
+        train(on_beton("run", resume=True, epochs=1, data=str(photos)))
+
+
 def test_only_a_beton_is_read_by_pages(on_beton, photos, tmp_path):
     """A folder has no file, and pages of a pack hold few classes: auto is random there, whatever the memory."""
     write(WriteConfig(str(photos), tmp_path / "x.pack", size=128))

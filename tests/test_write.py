@@ -495,6 +495,15 @@ def test_what_is_not_whole_does_not_open(form: str, photos: Path, tmp_path: Path
         open_dataset(str(path))
 
 
+def test_verify_tells_another_form_than_asked_for(photos: Path, pack: Path, beton: Path):
+    with pytest.raises(BadInput, match=r"pack: expected pictures of 256 pixels, as asked for, got 128"):
+        write(WriteConfig(str(photos), pack, size=256, verify=True))
+    with pytest.raises(BadInput, match=r"beton: expected pixels, as asked for by --raw, got JPEGs"):
+        write(WriteConfig(str(photos), beton, raw=True, verify=True))
+    write(WriteConfig(str(photos), pack, size=128, verify=True))
+    write(WriteConfig(str(photos), beton, verify=True))
+
+
 def test_verify_tells_data_that_changed_since(photos: Path, pack: Path, tmp_path: Path):
     shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
     write(WriteConfig(str(tmp_path / "data"), pack, verify=True))
