@@ -1,4 +1,4 @@
-# make demo     distil a small student on handwritten digits (about two minutes on two CPU cores)
+# make demo     distil a small student on handwritten digits (a minute or two on two CPU cores)
 # make test     lint, types, every test
 # make unit     the quick tests only
 # make install  .venv with everything the others need; they call it themselves

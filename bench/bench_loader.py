@@ -124,6 +124,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=64 if gpu else 16, help="batches a round")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
+    for name in ("batch_size", "count", "rounds", "calls"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.data is not None and not (args.data / "train").is_dir():
+        parser.error(f"--data: expected a folder of pictures with train/, got {args.data}")
     skipped = {way: reason for way in args.only if (reason := WAYS[way].skip_reason(device))}
     names = [way for way in args.only if way not in skipped]
     baseline = BASELINE if BASELINE in names else names[0]

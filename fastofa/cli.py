@@ -9,7 +9,7 @@ from fastofa.errors import BadInput, LostContact
 from fastofa.interrupt import Stopped
 
 COMMANDS = {
-    "demo": "distil a small student on handwritten digits, from nothing, in about two minutes",
+    "demo": "distil a small student on handwritten digits, from nothing, in a minute or two",
     "write": "write a data set in a form that is read faster: a pack of pixels, or FFCV's .beton",
     "precompute": "ask a teacher about every view of every image, and keep its answers",
     "train": "distil a student from a teacher cache",

@@ -197,7 +197,8 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
     ]
     if different:
         raise BadInput(
-            f"{out}: holds a cache made otherwise, it differs in {'; '.join(different)}; choose another --out"
+            f"{out}: holds a cache made otherwise, it differs in {'; '.join(different)}; choose another --out "
+            "or remove it"
         )
     if header["views"] > found["views"]:
         found = {**found, "views": header["views"]}

@@ -160,10 +160,13 @@ def _check_place(run: Run) -> None:
         different.append(f"data: {run.config.data} is not the data set of {found.config.data} as it was then")
     if run.answers != found.answers:
         different.append(f"cache: {run.config.cache} does not hold the answers that the run began with")
-    if run.pages != found.pages:
+    if run.config.order == found.config.order and run.pages != found.pages:
         different.append(f"data: the pages of {run.config.data} hold other samples than those the run began with")
     if different:
-        raise BadInput(f"{run.path}: --resume expects the run's own arguments, these differ: {'; '.join(different)}")
+        new = "" if checkpoint.checkpoints(run.path) else "; it has no checkpoint yet, to begin anew remove it"
+        raise BadInput(
+            f"{run.path}: --resume expects the run's own arguments, these differ: {'; '.join(different)}{new}"
+        )
 
 
 class Job:

@@ -84,8 +84,10 @@ class WriteConfig:
                 raise BadInput(f"--{name.replace('_', '-')}: expected OUT.{other}, got {self.out}")
         if self.max_size is not None and self.max_size < 1:
             raise BadInput(f"max-size: expected at least 1 pixel, got {self.max_size}")
-        if self.quality is not None and (self.raw or not 1 <= self.quality <= 100):
-            raise BadInput(f"quality: expected 1 to 100, without --raw, got {self.quality}")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise BadInput(f"quality: expected 1 to 100, got {self.quality}")
+        if self.quality is not None and self.raw:
+            raise BadInput(f"quality: expected none with --raw, whose pixels are not compressed, got {self.quality}")
         if self.workers is not None and self.workers < 1:
             raise BadInput(f"workers: expected at least 1, got {self.workers}")
 

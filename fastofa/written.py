@@ -50,8 +50,11 @@ def read_index(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} does not exist; `fastofa write DATA {path}` makes it")
     found = index_path(path)
     if not found.exists():
+        training = path.with_name(path.name.replace(".val.beton", ".beton"))
+        if training != path and index_path(training).exists():
+            raise BadInput(f"{path}: expected {training} as --data, whose validation part this is")
         raise BadInput(
-            f"{path}: expected {found} with it, as `fastofa write` makes them; move all of its files or write it again"
+            f"{path}: expected {found} with it, as `fastofa write` makes them; move all its files or write it again"
         )
     try:
         text = found.read_bytes()
@@ -90,7 +93,7 @@ def open_written(path: Path, split: str) -> Dataset:
     if not len(dataset.names) == len(dataset.labels) == len(dataset.stored_sizes) or not (
         0 <= dataset.labels.min() <= dataset.labels.max() < len(dataset.classes)
     ):
-        raise BadInput(f"{path}: its files are not of one writing, or damaged; write it again")
+        raise BadInput(f"{path}: its files are not of one writing, or damaged; remove them and write again")
     return dataset
 
 
@@ -104,7 +107,7 @@ def _open_pack(path: Path, split: str, index: dict[str, Any]) -> dict[str, Any]:
         if between(path / LABELS) != index["files"][LABELS]["crc32"]:
             raise ValueError("its checksum does not match")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: {IMAGES} or {LABELS} is damaged ({error}); write it again") from None
+        raise BadInput(f"{path}: {IMAGES} or {LABELS} is damaged ({error}); remove it and write it again") from None
     counts = {name: len(part["names"]) for name, part in index["splits"].items()}
     size = index["size"]
     if pixels.dtype != np.uint8 or pixels.shape != (sum(counts.values()), size, size, 3):
@@ -131,9 +134,11 @@ def _open_beton(path: Path, split: str, index: dict[str, Any]) -> dict[str, Any]
 
 def _check_size(file: Path, expected: int) -> None:
     if not file.exists():
-        raise BadInput(f"{file} is missing; write it again")
+        raise BadInput(f"{file} is missing; remove what is left and write it again")
     if file.stat().st_size != expected:
-        raise BadInput(f"{file}: expected {expected:,} bytes, got {file.stat().st_size:,}; write it again")
+        raise BadInput(
+            f"{file}: expected {expected:,} bytes, got {file.stat().st_size:,}; remove it and write it again"
+        )
 
 
 def verify(path: Path, workers: int) -> None:
@@ -148,7 +153,7 @@ def verify(path: Path, workers: int) -> None:
         found = path / name if path.suffix == ".pack" else beton_path(path, name)
         _check_size(found, file["bytes"])
         if between(found) != file["crc32"]:
-            bad.append(f"{found}, what is not pictures")
+            bad.append(f"{found} (its header or table)")
     for split, part in index["splits"].items() if not bad else ():
         for name, reason in _damaged_pictures(open_written(path, split), part["crc32"], workers):
             bad.append(f"{split}/{name} ({reason})")
@@ -156,7 +161,7 @@ def verify(path: Path, workers: int) -> None:
         for line in bad[NAMED:]:
             notice(f"damaged: {line}")
         more = f" and the {len(bad) - NAMED} above" if len(bad) > NAMED else ""
-        raise BadInput(f"{path}: {len(bad)} damaged: {'; '.join(bad[:NAMED])}{more}; write it again")
+        raise BadInput(f"{path}: {len(bad)} damaged: {'; '.join(bad[:NAMED])}{more}; remove it and write it again")
 
 
 def _damaged_pictures(dataset: Dataset, expected: list[int], workers: int) -> Iterator[tuple[str, str]]:
@@ -203,7 +208,7 @@ def _spans(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r")
     except ValueError as error:
-        raise BadInput(f"{path} is damaged ({error}); write it again") from None
+        raise BadInput(f"{path} is damaged ({error}); remove it and write it again") from None
     if array.ndim == 1:  # labels
         return np.zeros((0, 2), dtype=np.int64)
     return _rows(array)

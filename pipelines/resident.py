@@ -27,7 +27,7 @@ class Pipeline:
         if (smallest != largest).any():
             raise BadInput(
                 f"pipeline resident: expected pictures of one size, got heights {smallest[0]}..{largest[0]} and widths "
-                f"{smallest[1]}..{largest[1]}; use --pipeline torchvision"
+                f"{smallest[1]}..{largest[1]}; use --pipeline auto"
             )
         if self.device.type == "cuda":
             check_memory(len(dataset) * int(largest.prod()) * 3, self.device, dataset.spec)

@@ -164,7 +164,7 @@ REFUSED = {
     "no pictures": (f"{PRECOMPUTE} --out new --data empty", "china: expected images (.jpg...found none"),
     "many sizes": (
         f"{PHOTO_PRECOMPUTE} --out new --pipeline resident",
-        "of one size...--pipeline torchvision",
+        "of one size...--pipeline auto",
     ),
     # caches
     "no cache": (f"{TRAIN} --out new --cache nowhere", "nowhere: expected a teacher cache...no cache.json"),

@@ -793,7 +793,7 @@ def test_a_gpu_is_given_the_pixels_of_the_cpu(request, name):
     [
         (
             {"name": "resident"},
-            "pipeline resident: expected pictures of one size, got heights .*--pipeline torchvision",
+            "pipeline resident: expected pictures of one size, got heights .*--pipeline auto",
         ),
         ({"name": "packed"}, r"pipeline packed: expected a \.pack, got .*; `fastofa write` makes one"),
         (

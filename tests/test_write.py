@@ -519,9 +519,9 @@ def test_verify_tells_data_that_changed_since(photos: Path, pack: Path, tmp_path
         ("x.pack", {"raw": True}, r"--raw: expected OUT\.beton, got x\.pack"),
         ("x.pack", {"max_size": 400}, r"--max-size: expected OUT\.beton"),
         ("x.beton", {"size": 128}, r"--size: expected OUT\.pack"),
-        ("x.beton", {"quality": 101}, "quality: expected 1 to 100, without --raw, got 101"),
+        ("x.beton", {"quality": 101}, "quality: expected 1 to 100, got 101"),
         ("x.beton", {"quality": 0}, "quality: expected 1 to 100"),
-        ("x.beton", {"quality": 90, "raw": True}, "quality: expected 1 to 100, without --raw"),
+        ("x.beton", {"quality": 90, "raw": True}, "quality: expected none with --raw"),
         ("x.beton", {"max_size": 0}, "max-size: expected at least 1 pixel, got 0"),
         ("x.pack", {"workers": 0}, "workers: expected at least 1, got 0"),
     ],
@@ -538,6 +538,13 @@ def test_it_may_be_moved_and_renamed(beton: Path, pack: Path, tmp_path: Path):
     for name in ("other.pack", "other.beton"):
         verify(tmp_path / name, workers=1)
         assert len(open_dataset(str(tmp_path / name), "val")) == 12
+
+
+def test_the_validation_part_alone_is_no_data_set(beton: Path):
+    with pytest.raises(
+        BadInput, match=r"photos\.val\.beton: expected .*photos\.beton as --data, whose validation part"
+    ):
+        open_dataset(str(beton.with_suffix(".val.beton")))
 
 
 def test_names_that_are_not_there(tmp_path: Path):
