@@ -2,7 +2,7 @@
 
     fastofa write photos photos.pack --size 160     pixels of one size, for GPUs that crop
     fastofa write photos photos.beton               JPEGs in FFCV's format, for CPUs that crop; --raw for pixels
-    fastofa write photos photos.pack --verify       compare what lies there with its checksums; nothing there? write
+    fastofa write photos photos.pack --verify       compare it with its checksums, having written it if it is not there
 
 Then `--data photos.pack` instead of `--data photos`, with the same caches. Every picture is decoded; those that cannot
 be are named, and nothing is written, or they are left out by --skip-corrupt. The output has its name only when it is
@@ -124,10 +124,9 @@ def _open_splits(config: WriteConfig) -> list[Dataset]:
             sources.append(open_dataset(config.data, split, config.skip_corrupt))
         except BadInput as error:
             problems.append(str(error))
-    for problem in dict.fromkeys(problems[:-1]):
-        if problem != problems[-1]:
-            notice(problem)
     if problems:
+        for problem in set(problems[:-1]) - {problems[-1]}:
+            notice(problem)
         raise BadInput(problems[-1])
     return sources
 
