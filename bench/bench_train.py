@@ -5,6 +5,8 @@
     python -m bench.bench_train --students resnet18 resnet50 deit_tiny_patch16_224 resmlp_12_224 mobilenetv2_100 \
         --teachers swin_tiny_patch4_window7_224 deit_tiny_patch16_224 mixer_b16_224 --batch-size 1024
                                                                   on a GPU (by default 224 px, batch 256)
+    python -m bench.bench_train --rows "+ cached teacher" "plain training" --profile
+                                                                  some rows, and where the first one's time goes
     writes bench/results/train_{cpu,gpu}.json, which bench.plot draws
 
 Synthetic uint8 batches in device memory, except in the rows with a loader: what is measured is the step. From
@@ -17,6 +19,7 @@ import gc
 import statistics
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +27,13 @@ from typing import Any
 
 import torch
 
-from bench import machine, roofline
+from bench import machine, profile_step, roofline
 from bench.loader_step import LoaderStep
 from bench.loader_ways import installed
 from bench.record import RESULTS, markdown_table, write_record
 from bench.steps import Job, TakeStep, Way, official_step, open_step, timm_step
 from bench.timing import interleaved_ms, median_ratio
+from bench.turns import wait_for_turn
 from fastofa.step import Step
 
 
@@ -105,14 +109,19 @@ def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[Way, St
 
 
 def warm_up(
-    job: Job, precision: str, loaders: bool, folder: Path
+    rows: list[Row], job: Job, precision: str, loaders: bool, folder: Path
 ) -> tuple[dict[str, TakeStep], dict[str, dict[str, str]]]:
-    """The rows that run here, compiled and warm; and of the others why not."""
+    """The rows that run here, compiled and warm; and of the others why not. What compiles does so before its turn."""
     steps: dict[str, TakeStep] = {}
     missing: dict[str, dict[str, str]] = {}
     opened: dict[Way, Step] = {}
     calls = 4 if job.device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third
-    for row in LADDER:
+    eager = [row for row in rows if row.name in (OFFICIAL, OFFICIAL_FP16)]
+    for row in [*(row for row in rows if row not in eager), None, *eager]:
+        if row is None:
+            wait_for_turn()
+            continue
+        began = time.monotonic()
         if reason := skip_reason(row, job.device, precision == "bf16", loaders):
             missing[row.name] = {"skipped": reason}
             continue
@@ -120,6 +129,7 @@ def warm_up(
             step = build(row, job, precision, folder, opened)
             interleaved_ms({row.name: step}, job.device, rounds=0, calls=0, warmup=calls)
             steps[row.name] = step
+            print(f"{row.name}: compiled and warm in {time.monotonic() - began:.0f} s", flush=True)
         except torch.OutOfMemoryError:
             missing[row.name] = {"skipped": f"does not fit in the GPU's memory at batch {job.batch_size}"}
             torch.cuda.empty_cache()
@@ -129,18 +139,21 @@ def warm_up(
     return steps, missing
 
 
-def climb(job: Job, rounds: int, calls: int, loaders: bool, folder: Path) -> dict[str, Any]:
-    """All rows for one student and teacher."""
-    peak = machine.best(job.device)
-    precision = "bf16" if peak.dtype == "bfloat16" else "fp32"
-    steps, missing = warm_up(job, precision, loaders, folder)
+def climb(
+    job: Job, rows: list[Row], rounds: int, calls: int, loaders: bool, folder: Path, profiled: bool
+) -> dict[str, Any]:
+    """These rows for one student and teacher."""
+    gpu = job.device.type == "cuda"
+    precision = "bf16" if gpu or machine.best(job.device).dtype == "bfloat16" else "fp32"
+    steps, missing = warm_up(rows, job, precision, loaders, folder)
+    peak = machine.measure(job.device, torch.bfloat16 if precision == "bf16" else torch.float32)
     times = interleaved_ms(steps, job.device, rounds, calls, warmup=0)
     floors = {
         exits: roofline.floor_ms(job.student, job.image_size, job.batch_size, job.num_classes, exits, peak)
         for exits in (True, False)
     }
     found: list[dict[str, Any]] = []
-    for row in LADDER:
+    for row in rows:
         if row.name in missing:
             found.append({"row": row.name, "idea": row.idea, **missing[row.name]})
             continue
@@ -157,6 +170,8 @@ def climb(job: Job, rounds: int, calls: int, loaders: bool, folder: Path) -> dic
                 "rounds_ms": times[row.name],
             }
         )
+    ran = [row for row in rows if row.name in steps]
+    top = profile_step.kernels(steps[ran[0].name], job.device, 2, peak) if profiled and ran else None
     return {
         "student": job.student,
         "teacher": job.teacher,
@@ -164,6 +179,7 @@ def climb(job: Job, rounds: int, calls: int, loaders: bool, folder: Path) -> dic
         "machine": dataclasses.asdict(peak),
         "floor_ms": {"with_exits": floors[True], "without": floors[False]},
         "rows": found,
+        **({"profile": {"row": ran[0].name, "kernels": top}} if top else {}),
     }
 
 
@@ -189,9 +205,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=224 if gpu else 64)
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 32)
     parser.add_argument("--num-classes", type=int, default=1000)
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in LADDER], metavar="ROW", help="only these")
+    parser.add_argument("--profile", action="store_true", help="which kernels the first row's time goes to")
     parser.add_argument("--loaders", action="store_true", help="rows with a real loader, too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=20 if gpu else 2, help="steps a round")
+    parser.add_argument("--name", default="train", help="of the record")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     # What the published code's PyTorch 1.10 did by itself, and what train.py and `fastofa train` both switch on.
@@ -203,11 +222,12 @@ def main(argv: list[str] | None = None) -> int:
         for student in args.students:
             for teacher in args.teachers:
                 job = Job(student, teacher, args.image_size, args.batch_size, args.num_classes, device)
-                jobs.append(climb(job, args.rounds, args.calls, args.loaders, Path(folder)))
+                rows = [row for row in LADDER if not args.rows or row.name in args.rows]
+                jobs.append(climb(job, rows, args.rounds, args.calls, args.loaders, Path(folder), args.profile))
                 print(table(jobs[-1]), flush=True)
                 # Each time: what comes after may run into a time limit.
                 write_record(
-                    f"train_{'gpu' if gpu else 'cpu'}", {**settings, "baseline": OFFICIAL, "jobs": jobs}, args.out
+                    f"{args.name}_{'gpu' if gpu else 'cpu'}", {**settings, "baseline": OFFICIAL, "jobs": jobs}, args.out
                 )
                 torch.compiler.reset()
                 gc.collect()
