@@ -153,21 +153,24 @@ def test_jobs_take_turns_and_one_that_hangs_or_fails_costs_only_itself(tmp_path,
         "fails": f"{wait}raise SystemExit(3)",
         "early": "raise SystemExit(4)",
         "last": f"{wait}import time; time.sleep(600)",
-        "late": f"{wait}print('late measured')",
+        "after": f"{wait}print('after measured')",
     }
     monkeypatch.setattr(gpu, "command", lambda job, dry_run, out: [sys.executable, "-c", *job.arguments])
     monkeypatch.setattr(gpu, "_has_gpu", lambda: True)
     monkeypatch.setattr(gpu, "COMPILING", 0)
+    monkeypatch.setattr(gpu, "ALONE_S", 3)
     monkeypatch.setattr(gpu, "JOBS", tuple(gpu.Job(name, (code,), ()) for name, code in programs.items()))
-    assert gpu.main(["--out", str(tmp_path), "--minutes", "0.3"]) == 1
+    assert gpu.main(["--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     status = {line[:16].strip(): line[17:37].strip() for line in said.splitlines()[-8:-1]}
     assert status == {
         "slow": "ok", "first": "ok", "fails": "failed (3)", "early": "failed (4)", "last": "ran out of time",
-        "late": "left out: no time", "job": "",
+        "after": "ok", "job": "",
     }  # fmt: skip
     assert said.index("first measured") < said.index("slow measured")
     assert (tmp_path / "first.log").read_text() == "first measured\n"
+    assert gpu.main(["--out", str(tmp_path), "--only", "slow", "--minutes", "0.01"]) == 1
+    assert "left out: no time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("student", FLOORS)
