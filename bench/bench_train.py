@@ -16,6 +16,7 @@ Synthetic uint8 batches in device memory, except in the rows with a loader: what
 import argparse
 import dataclasses
 import gc
+import os
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from bench.loader_ways import installed
 from bench.record import RESULTS, markdown_table, write_record
 from bench.steps import Job, TakeStep, Way, official_step, open_step, timm_step
 from bench.timing import interleaved_ms, median_ratio
-from bench.turns import wait_for_turn
+from bench.turns import VARIABLE, wait_for_turn
 from fastofa.step import Step
 
 
@@ -58,6 +59,7 @@ CHANNELS_LAST = replace(BF16, channels_last=True)
 COMPILED = replace(CHANNELS_LAST, compile="on")
 CACHED = replace(COMPILED, online_teacher=False)
 
+PATIENCE = 8  # times that a row is tried while other jobs have the device's memory
 NEEDS_GPU = "Triton kernels need a GPU"
 OFFICIAL, OFFICIAL_FP16, TIMM = "official way, fp32", "official way, fp16 AMP", "timm, online logit distillation"
 LADDER = (
@@ -111,24 +113,23 @@ def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[Way, St
 def warm_up(
     rows: list[Row], job: Job, precision: str, loaders: bool, folder: Path
 ) -> tuple[dict[str, TakeStep], dict[str, dict[str, str]]]:
-    """The rows that run here, compiled and warm; and of the others why not. What compiles does so before its turn."""
+    """The rows that run here, compiled and warm; and of the others why not.
+
+    What compiles does so before the job's turn, beside other jobs; cuDNN chooses its algorithms in the turn, by timing
+    them. The published code compiles nothing and takes much memory: it waits for the turn.
+    """
     steps: dict[str, TakeStep] = {}
     missing: dict[str, dict[str, str]] = {}
     opened: dict[Way, Step] = {}
-    calls = 4 if job.device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third
-    eager = [row for row in rows if row.name in (OFFICIAL, OFFICIAL_FP16)]
-    for row in [*(row for row in rows if row not in eager), None, *eager]:
-        if row is None:
-            wait_for_turn()
-            continue
-        began = time.monotonic()
+
+    def warm(row: Row) -> None:
         if reason := skip_reason(row, job.device, precision == "bf16", loaders):
             missing[row.name] = {"skipped": reason}
-            continue
+            return
+        began = time.monotonic()
         try:
-            step = build(row, job, precision, folder, opened)
-            interleaved_ms({row.name: step}, job.device, rounds=0, calls=0, warmup=calls)
-            steps[row.name] = step
+            steps[row.name] = step = build(row, job, precision, folder, opened)
+            _take(step, job.device)
             print(f"{row.name}: compiled and warm in {time.monotonic() - began:.0f} s", flush=True)
         except torch.OutOfMemoryError:
             missing[row.name] = {"skipped": f"does not fit in the GPU's memory at batch {job.batch_size}"}
@@ -136,7 +137,35 @@ def warm_up(
         except Exception as error:  # of a compiler, say: the other rows are still worth their time
             traceback.print_exc()
             missing[row.name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+    first = [row for row in rows if row.name not in (OFFICIAL, OFFICIAL_FP16)]
+    # A CUDA graph keeps the algorithms that it was recorded with.
+    torch.backends.cudnn.benchmark = any(row.way is not None and row.way.cuda_graphs for row in first)
+    for row in first:
+        warm(row)
+    wait_for_turn()
+    torch.backends.cudnn.benchmark = True
+    for row in rows:
+        if row not in first:
+            warm(row)
+    steps = {row.name: steps[row.name] for row in rows if row.name not in missing}
+    for step in steps.values():
+        _take(step, job.device)
     return steps, missing
+
+
+def _take(step: TakeStep, device: torch.device) -> None:
+    """Until it is warm; again where other jobs have the memory just now."""
+    calls = 3 if device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third
+    for attempt in range(PATIENCE):
+        try:
+            interleaved_ms({"": step}, device, rounds=0, calls=0, warmup=calls)
+            return
+        except torch.OutOfMemoryError:
+            if VARIABLE not in os.environ or attempt == PATIENCE - 1:
+                raise
+            torch.cuda.empty_cache()
+            time.sleep(5)
 
 
 def climb(
@@ -213,9 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", default="train", help="of the record")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
-    # What the published code's PyTorch 1.10 did by itself, and what train.py and `fastofa train` both switch on.
+    # What the published code's PyTorch 1.10 did by itself; it and `fastofa train` let cuDNN benchmark, too (warm_up).
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes", "rounds", "calls")}
     jobs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
