@@ -42,6 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     code = 0
     try:
         config = parse(argv[0], argv[1:])
+        if argv[0] != "train" and (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise BadInput(
+                f"{argv[0]}: expected one process, torchrun started {ranks} (WORLD_SIZE); start it without torchrun or unset it"
+            )
         import_module(f"fastofa.{argv[0]}").main(config)
     except BadInput as error:
         code = _say(str(error), 2)

@@ -13,6 +13,7 @@ from fastofa.files import read_json, write_json
 from fastofa.student import Student
 
 CONFIG, LAUNCHES = "config.json", "environment.json"
+MOST_FEATURES = 1 << 20  # of a teacher's last layer
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,10 @@ class Run:
     """Width of the teacher's last features, which a CNN's exits take over; 0 without a teacher."""
     fingerprint: str
     """Of the training set."""
-    answers: str = ""
-    """Of the teacher cache: what it was made from, and its views; empty without one."""
+    answers: tuple[str, ...] = ()
+    """A digest of each view of the teacher cache that the run replays; empty without one."""
+    val_fingerprint: str = ""
+    """Of the validation set."""
     pages: str = ""
     """Of the pages that the samples lie in, where the order goes by them; else empty."""
 
@@ -47,14 +50,27 @@ class Run:
             self.path / CONFIG,
             {
                 "fastofa": __version__,
-                "config": self.config.to_json(),
+                "config": {**self.config.to_json(), **self._places()},
                 "classes": list(self.classes),
                 "teacher_dim": self.teacher_dim,
                 "fingerprint": self.fingerprint,
-                "answers": self.answers,
+                "val_fingerprint": self.val_fingerprint,
+                "answers": list(self.answers),
                 "pages": self.pages,
             },
         )
+
+    def _places(self) -> dict[str, str | None]:
+        """Where data and cache lie, from any folder."""
+        c = self.config
+        kind, colon, folder = c.data.partition(":")
+        if Path(c.data).exists():
+            data = str(Path(c.data).absolute())
+        elif colon and Path(folder).exists():
+            data = f"{kind}:{Path(folder).absolute()}"
+        else:
+            data = c.data
+        return {"data": data, "cache": None if c.cache is None else str(c.cache.absolute())}
 
 
 def open_run(path: Path) -> Run:
@@ -62,15 +78,19 @@ def open_run(path: Path) -> Run:
     if not (path / CONFIG).is_file():
         raise BadInput(f"{path}: expected a run made by `fastofa train`, found no {CONFIG}")
     values = read_json(path / CONFIG)
+    texts, lists = ("fingerprint", "val_fingerprint", "pages"), ("classes", "answers")
     try:
-        classes, teacher_dim = values["classes"], values["teacher_dim"]
-        if not (all(isinstance(name, str) for name in classes) and isinstance(teacher_dim, int)):
-            raise TypeError("names of classes or a number as teacher_dim")
+        kinds = {"config": dict, "teacher_dim": int, **dict.fromkeys(texts, str), **dict.fromkeys(lists, list)}
+        odd = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
+        odd += [name for name in lists if not all(isinstance(text, str) for text in values[name])]
+        if odd or not 0 <= values["teacher_dim"] <= MOST_FEATURES:
+            raise TypeError(f"{', '.join(odd) or 'teacher_dim'} of its kind")
         config = TrainConfig.from_json(values["config"])
-        later = {name: values.get(name, "") for name in ("answers", "pages")}  # an older version had not these
-        return Run(path, config, tuple(classes), teacher_dim, values["fingerprint"], **later)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None
+    classes, answers = (tuple(values[name]) for name in lists)
+    data, val, pages = (values[name] for name in texts)
+    return Run(path, config, classes, values["teacher_dim"], data, answers, val, pages)
 
 
 def log_launch(path: Path, step: int, ranks: int, pixel_difference: float | None = None) -> None:

@@ -182,7 +182,8 @@ def test_the_files_are_these(photo_cache, photos):
     header = json.loads((photo_cache.path / HEADER).read_text())
     train, val = open_dataset(str(photos)), open_dataset(str(photos), "val")
     expected = {
-        "schema": 1, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
+        "schema": 3, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
+        "classes": ["china", "flower"],
         "dataset": {"spec": str(photos), "train": train.fingerprint, "val": val.fingerprint},
         "policy": {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5},
     }  # fmt: skip
@@ -221,6 +222,7 @@ def test_what_a_person_asks_of_a_cache(photo_cache):
     sha256 = photo_cache.header["teachers"][0]["sha256"]
     assert said["teacher"] == f"test_efficientnet at 32 px, fp32, weights {sha256[:12]}"
     assert said["data"].endswith(", 24 images, 2 classes")
+    assert said["classes"] == "china, flower"
     assert (said["answers"], said["views"], said["flip"]) == ("top 2 of 2", "3, seed 0", "0.5")
 
 
@@ -293,9 +295,8 @@ def full_cache(make) -> TeacherCache:
 
 
 def test_every_column_is_stored_and_read(full_cache, photos):
-    """Schema 2, which older versions refuse; the policy as asked for; and the drawn columns, byte for byte."""
+    """The policy as asked for; and the drawn columns, byte for byte."""
     header = json.loads((full_cache.path / HEADER).read_text())
-    assert header["schema"] == 2
     assert header["policy"] == {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5, **FULL}
     cache = TeacherCache.open(full_cache.path)
     cache.verify()
@@ -380,11 +381,59 @@ def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache,
         photo_cache.check(open_dataset(str(tmp_path / "photos")), ViewPolicy())
 
 
-@pytest.mark.parametrize("name", [view_file(0), view_file(2), VAL])
-def test_an_unfinished_cache_is_not_opened(changed, name):
+@pytest.mark.parametrize("name", [view_file(0), VAL])
+def test_without_a_view_or_the_validation_answers_it_is_not_opened(changed, name):
     (changed / name).unlink()
-    with pytest.raises(BadInput, match=rf"expected 3 views, {name} is missing \(1 files in all\); run .* again"):
+    with pytest.raises(BadInput, match=f"validation answers and 1 or more of its 3 views, {name} is missing; run .* ag"):
         TeacherCache.open(changed)
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_it_opens_at_its_finished_views(changed, missing):
+    """From view 0 on, up to the first that is missing; `info` says of how many. A gap is damage."""
+    (changed / view_file(missing)).unlink()
+    cache = TeacherCache.open(changed)
+    assert cache.views == missing
+    assert info(cache)["views"] == f"{missing} of 3 are finished, seed 0"
+    with pytest.raises(BadInput, match=f"expected a view from 0 to {missing - 1}, got {missing}"):
+        cache.targets(missing)
+    with pytest.raises(BadInput, match=f"expected 3 views, {missing} of 3 are finished; run `fastofa precompute` again"):
+        cache.digests(3)
+    if missing == 2:
+        cache.verify()
+    else:
+        with pytest.raises(BadInput, match=f"{view_file(1)} is missing, though later views are there"):
+            cache.verify()
+
+
+def test_views_that_an_epoch_shows_together_are_finished_together(make, tmp_path):
+    """Of repeated augmentation: with four of six views it is opened at three."""
+    cache = make(tmp_path / "cache", views=6, repeats=3, topk=1)
+    for view in (5, 4):
+        (cache.path / view_file(view)).unlink()
+        assert TeacherCache.open(cache.path).views == 3
+    (cache.path / view_file(2)).unlink()
+    with pytest.raises(BadInput, match=f"3 or more of its 6 views, {view_file(2)} is missing"):
+        TeacherCache.open(cache.path)
+
+
+def test_digests_are_of_a_views_whole_content(changed, make):
+    """Equal for equal views, also in a cache that grew; another bit, seed or teacher gives another one."""
+    first = TeacherCache.open(changed).digests(3)
+    assert len(set(first)) == 3
+    assert make(changed, views=4).digests(3) == first
+    tensors, said = load_tensors(changed / view_file(1))
+    tensors["log_probs"][5, 1] -= 0.01
+    save_tensors(changed / view_file(1), tensors, said)
+    other = TeacherCache.open(changed).digests(3)
+    assert [a == b for a, b in zip(first, other, strict=True)] == [True, False, True]
+    assert not set(make(views=3, seed=1).digests(3)) & set(first)
+    (changed / view_file(2)).write_bytes((changed / view_file(2)).read_bytes()[:-10])
+    with pytest.raises(BadInput, match=f"{view_file(2)}: .*truncated or damaged"):
+        TeacherCache.open(changed).digests(3)
+    shutil.copy(changed / view_file(0), changed / view_file(2))
+    with pytest.raises(BadInput, match=f"{view_file(2)}: belongs to another cache or view"):
+        TeacherCache.open(changed).digests(3)
 
 
 def test_no_cache_and_headers_that_are_none(changed):
@@ -393,9 +442,9 @@ def test_no_cache_and_headers_that_are_none(changed):
     header = (changed / HEADER).read_text()
     for text, message in (
         (header[:50], "is not valid JSON"),
-        ("[]", "expected schema 1 or 2, got list"),
-        ("{}", "expected schema 1 or 2, got None"),
-        (header.replace('"schema": 1', '"schema": 3'), "expected schema 1 or 2, got 3"),
+        ("[]", "expected schema 3, got list"),
+        ("{}", "expected schema 3, got None"),
+        (header.replace('"schema": 3', '"schema": 1'), "expected schema 3, got 1; remove the cache and precompute anew"),
         (header.replace('"topk"', '"top"'), "expected the fields topk, it was edited"),
     ):
         (changed / HEADER).write_text(text)
@@ -432,7 +481,7 @@ def test_a_file_of_another_cache_is_refused(changed, make, given):
 def test_an_edited_header_fits_no_table(changed):
     """A seed or a teacher that did not make these answers."""
     edit_header(changed, seed=7)
-    with pytest.raises(BadInput, match=f"{view_file(0)}: belongs to another cache"):
+    with pytest.raises(BadInput, match=f"{VAL}: belongs to another cache"):
         TeacherCache.open(changed).verify()
 
 
