@@ -251,7 +251,7 @@ class _Job:
         others = "give another --out" if views else "it begins anew"
         return (
             f"; {self.out} keeps {views} views and {answered} answers of the next: the same command goes on with the "
-            f"same images, for others (--skip-corrupt) {others}"
+            f"same images, with others (--skip-corrupt) {others}"
         )
 
     def _save(self, parts: list[Targets], partial: str) -> None:
