@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             if not is_main:
                 sys.exit(2)  # rank 0 says why
             raise BadInput(
-                f"{argv[0]}: expected one process, torchrun started {ranks} (WORLD_SIZE); start it without torchrun or unset it"
+                f"{argv[0]}: expected one process, torchrun started {ranks} (WORLD_SIZE); start it without torchrun"
             )
         import_module(f"fastofa.{argv[0]}").main(config)
     except BadInput as error:

@@ -9,7 +9,8 @@ the views that they began with. With a smaller one there is nothing to do.
 
 import hashlib
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -102,7 +103,8 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         job.write_val(val, val_pipeline)
         todo = [view for view in range(config.views) if not job.is_made(view_file(view), view)]
         if todo[:1] == [0]:  # later, the images could be others than those of the answers
-            save_seen(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
+            with job.keeping(0, []):
+                save_seen(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
         job.write_views(todo, train, train_pipeline, policy)
     cache = TeacherCache.open(config.out)
     if cache.views == header["views"]:
@@ -222,7 +224,7 @@ class _Job:
         done = sum(len(part.classes) for part in parts)
         bar.advance(task, done)
         saved_at = time.monotonic()
-        try:
+        with self.keeping(table, parts, partial):
             for batch in pipeline.epoch(views, order, start=done):
                 parts.append(answers(self.teacher.log_probs(batch.images), self.header["topk"]))
                 bar.advance(task, len(batch.labels))
@@ -231,17 +233,24 @@ class _Job:
                 if time.monotonic() - saved_at > SAVE_EVERY_S:
                     self._save(parts, partial)
                     saved_at = time.monotonic()
+        in_order, place = _joined(parts), np.argsort(order)
+        return Targets(*(torch.from_numpy(values.numpy()[place]) for values in in_order))
+
+    @contextmanager
+    def keeping(self, table: int | str, parts: list[Targets], partial: str = "") -> Iterator[None]:
+        """Whatever ends the work on a table, its answers are saved, and bad input is told with the table's name."""
+        try:
+            yield
         except Stopped:
             self._save(parts, partial)
             raise
         except Exception as error:
             with suppress(BadInput):  # a full disk, say: the error that came first counts
                 self._save(parts, partial)
-            if isinstance(error, BadInput):
-                raise BadInput(f"{_file(table)}: {error}{self._kept(parts)}") from None
-            raise
-        in_order, place = _joined(parts), np.argsort(order)
-        return Targets(*(torch.from_numpy(values.numpy()[place]) for values in in_order))
+            if not isinstance(error, BadInput):
+                raise
+            name = table if isinstance(table, str) else view_file(table)
+            raise BadInput(f"{name}: {error}{self._kept(parts)}") from None
 
     def _kept(self, parts: list[Targets]) -> str:
         """What an error leaves, and how to go on from it."""
@@ -274,10 +283,6 @@ class _Job:
     def _commit(self, file: str, tensors: dict[str, Tensor], table: int | str) -> None:
         write_table(self.out / file, tensors, self.header, table)
         (self.out / PARTIAL).unlink(missing_ok=True)
-
-
-def _file(table: int | str) -> str:
-    return view_file(table) if isinstance(table, int) else table
 
 
 def _joined(parts: list[Targets]) -> Targets:
