@@ -67,10 +67,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _teacher_answers(run: Run, dataset: Dataset) -> Targets | None:
     """The teacher's answers for these very images, if the run's cache is there and holds what the run began with."""
-    if run.config.cache is None:
+    if run.cache is None:
         return None
     try:
-        cache = TeacherCache.open(run.config.cache)
+        cache = TeacherCache.open(run.cache)
         header = cache.header
         if (header["dataset"]["val"], header["num_val_samples"]) != (dataset.fingerprint, len(dataset)):
             raise BadInput(f"{cache.path} holds answers for other validation images")

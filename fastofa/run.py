@@ -31,6 +31,8 @@ class Run:
     """Of the validation set."""
     pages: str = ""
     """Of the pages that the samples lie in, where the order goes by them; else empty."""
+    folder: str = ""
+    """Where the run was started: relative paths of its configuration begin there."""
 
     def build_student(self, init: str | None = None) -> Student:
         """The student as the configuration says, weights not loaded. Raises BadInput for what cannot be built."""
@@ -50,7 +52,8 @@ class Run:
             self.path / CONFIG,
             {
                 "fastofa": __version__,
-                "config": {**self.config.to_json(), **self._places()},
+                "config": self.config.to_json(),
+                "folder": self.folder or str(Path.cwd()),
                 "classes": list(self.classes),
                 "teacher_dim": self.teacher_dim,
                 "fingerprint": self.fingerprint,
@@ -60,17 +63,17 @@ class Run:
             },
         )
 
-    def _places(self) -> dict[str, str | None]:
-        """Where data and cache lie, from any folder."""
-        c = self.config
-        kind, colon, folder = c.data.partition(":")
-        if Path(c.data).exists():
-            data = str(Path(c.data).absolute())
-        elif colon and Path(folder).exists():
-            data = f"{kind}:{Path(folder).absolute()}"
-        else:
-            data = c.data
-        return {"data": data, "cache": None if c.cache is None else str(c.cache.absolute())}
+    @property
+    def cache(self) -> Path | None:
+        """The teacher cache, found from any folder."""
+        return None if self.config.cache is None else Path(self.folder, self.config.cache)
+
+    @property
+    def data(self) -> str:
+        """The data set, found from any folder."""
+        kind = "cifar100:" if self.config.data.startswith("cifar100:") else ""
+        place = Path(self.folder, self.config.data.removeprefix(kind))
+        return f"{kind}{place}" if place.exists() else self.config.data
 
 
 def open_run(path: Path) -> Run:
@@ -78,7 +81,7 @@ def open_run(path: Path) -> Run:
     if not (path / CONFIG).is_file():
         raise BadInput(f"{path}: expected a run made by `fastofa train`, found no {CONFIG}")
     values = read_json(path / CONFIG)
-    texts, lists = ("fingerprint", "val_fingerprint", "pages"), ("classes", "answers")
+    texts, lists = ("fingerprint", "val_fingerprint", "pages", "folder"), ("classes", "answers")
     try:
         kinds = {"config": dict, "teacher_dim": int, **dict.fromkeys(texts, str), **dict.fromkeys(lists, list)}
         odd = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
@@ -89,8 +92,8 @@ def open_run(path: Path) -> Run:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None
     classes, answers = (tuple(values[name]) for name in lists)
-    data, val, pages = (values[name] for name in texts)
-    return Run(path, config, classes, values["teacher_dim"], data, answers, val, pages)
+    data, val, pages, folder = (values[name] for name in texts)
+    return Run(path, config, classes, values["teacher_dim"], data, answers, val, pages, folder)
 
 
 def log_launch(path: Path, step: int, ranks: int, pixel_difference: float | None = None) -> None:

@@ -1,20 +1,20 @@
 """A cache grows while runs use it, is moved or made anew: a run goes on with the views that it began with."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fastofa import recipes
 from fastofa.checkpoint import checkpoints
 from fastofa.config import TrainConfig
 from fastofa.errors import BadInput
 from fastofa.evaluate import EvaluateConfig, evaluate
 from fastofa.files import load_tensors, save_tensors
 from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.run import open_run
+from fastofa.run import Run, open_run
 from fastofa.teacher_cache import VAL, TeacherCache, view_file
 from fastofa.train import train
 from runs import newest, same_run
@@ -126,13 +126,26 @@ def test_a_run_knows_its_places_from_any_folder(on_photos, grow, photos, monkeyp
     monkeypatch.chdir(tmp_path)
     config: TrainConfig = on_photos(data="photos", cache=Path("cache"), out=Path("run"), epochs=1)
     train(config)
-    values = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
-    assert (values["data"], values["cache"]) == (str(tmp_path / "photos"), str(tmp_path / "cache"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    run = open_run(tmp_path / "run")
+    assert (run.data, run.cache) == (str(tmp_path / "photos"), tmp_path / "cache")
+    assert (run.config.data, run.config.cache) == ("photos", Path("cache"))
     assert evaluate(EvaluateConfig(tmp_path / "run", str(photos), workers=0)).agreement is not None
     monkeypatch.chdir(tmp_path)
     train(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [("digits:100", "digits:100"), ("cifar100:c", "cifar100:{}/c"), ("c", "{}/c"), ("a:b", "{}/a:b"), ("gone", "gone")],
+)
+def test_where_a_runs_data_lies(data, found, tmp_path):
+    """Built-in names stay as they are, though there be a folder of the number's name."""
+    for name in ("100", "c", "a:b"):
+        (tmp_path / name).mkdir()
+    config = recipes.digits(data=data, student="test_resnet", out=tmp_path)
+    assert Run(tmp_path, config, ("a",), 0, "", folder=str(tmp_path)).data == found.format(tmp_path)
 
 
 @pytest.mark.parametrize("state", ["made anew", "cut short", "grown", "moved"])
