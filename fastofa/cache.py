@@ -9,7 +9,6 @@ info: what it was made from. verify: read every finished table, compare its chec
 from rich import filesize
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from fastofa.arguments import CacheConfig
 from fastofa.teacher_cache import TeacherCache
@@ -51,8 +50,7 @@ def main(config: CacheConfig) -> None:
         cache.verify()
         print(f"{config.cache}: {cache.finished} views and the validation answers are as they were written")
         return
-    title = Text(str(config.cache), style="table.title")
-    table = Table(show_header=False, title=title, title_justify="left")
+    table = Table(show_header=False, title=str(config.cache), title_justify="left")
     for name, value in info(cache).items():
-        table.add_row(name, Text(value))
+        table.add_row(name, value)
     Console().print(table)

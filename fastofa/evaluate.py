@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from fastofa.arguments import EvaluateConfig
 from fastofa.dataset import Dataset, open_dataset
@@ -84,8 +83,7 @@ def _teacher_answers(run: Run, dataset: Dataset) -> Targets | None:
 
 def main(config: EvaluateConfig) -> None:
     found = evaluate(config)
-    title = Text(f"{config.run} on {found.images:,} images of {config.data}", style="table.title")
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{config.run} on {found.images:,} images of {config.data}", title_justify="left")
     for name in ("top-1", "top-5", "teacher's top-1", "agreement"):
         table.add_column(name, justify="right")
     values = (found.top1, found.top5, found.teacher_top1, found.agreement)

@@ -32,6 +32,7 @@ from fastofa.config import MOST_EPOCHS
 from fastofa.dataset import Dataset
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, read_info, read_json, save_tensors, write_json
+from fastofa.progress import track
 from fastofa.table_checks import answers_fault, views_fault
 from fastofa.views import ViewPolicy, Views
 
@@ -157,7 +158,8 @@ class TeacherCache:
         Raises:
             BadInput: at the first that does not fit; a view that is missing though later ones are there.
         """
-        for view in range(self.views):
+        title, total = f"verifying {self.path}", self.views * self.num_samples
+        for view in track(range(self.views), total, title, lambda _: self.num_samples):
             self.targets(view)
         self.val_targets()
         there = [(self.path / view_file(view)).is_file() for view in range(self.header["views"])]

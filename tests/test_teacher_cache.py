@@ -736,14 +736,21 @@ def test_an_error_of_another_kind_keeps_the_answers_too(make, tmp_path, monkeypa
     assert files(make(tmp_path, views=1, batch_size=5).path) == files(make(views=1, batch_size=5).path)
 
 
-def test_skip_corrupt_begins_anew_where_no_view_is_finished(photos, make, tmp_path, capsys):
-    """A damaged image is found when its turn comes; the remedies that the line names work in the same folder."""
+def test_skip_corrupt_begins_anew_where_no_view_is_finished(photos, make, tmp_path, monkeypatch, capsys):
+    """An image is damaged while the job is at work; the remedies that the line names work in the same folder."""
     data = Path(shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".fastofa")))
-    broken, out = data / "train" / "flower" / "003.jpg", tmp_path / "cache"
+    broken, out, original = data / "train" / "flower" / "003.jpg", tmp_path / "cache", Dataset.read
     whole = broken.read_bytes()
-    broken.write_bytes(whole[: len(whole) // 2])
+
+    def read(self: Dataset, sample_id: int) -> Tensor:
+        if self.split == "train":
+            broken.write_bytes(whole[: len(whole) // 2])
+        return original(self, sample_id)
+
+    monkeypatch.setattr(Dataset, "read", read)
     with pytest.raises(BadInput, match=rf"{broken}.*--skip-corrupt.*with others \(--skip-corrupt\) it begins anew"):
         make(out, data=str(data), views=2, batch_size=5)
+    monkeypatch.undo()
     capsys.readouterr()
     cache = make(out, data=str(data), views=1, batch_size=5, skip_corrupt=True)
     assert cache.num_samples == 23
