@@ -66,13 +66,18 @@ class Epochs:
         self.shown: list[int] = []  # the views that are loaded
 
     def _replayed(self, cache: TeacherCache, begun: int) -> tuple[str, ...]:
-        repeats = self.policy.repeats
+        repeats, main = self.policy.repeats, self.world.is_main
         shown = math.ceil(self.config.epochs / repeats) * repeats  # by as many epochs, if each shows another
-        if self.world.is_main and cache.views < min(shown, cache.header["views"]) and not begun:
-            notice(f"cache {cache.path}: {cache.finished} views are finished; this run replays these to its end")
-        if self.world.is_main and begun and begun < min(shown, cache.views):
-            notice(f"cache {cache.path}: holds {cache.views} views by now; this run replays the {begun} it began with")
-        return cache.digests(begun or min(shown, cache.views))
+        if begun:
+            if main and begun < min(shown, cache.views):
+                notice(f"cache {cache.path}: {cache.views} views by now; this run replays the {begun} it began with")
+            return cache.digests(begun)
+        finished = torch.zeros(self.world.size, dtype=torch.int64)
+        finished[self.world.rank] = cache.views
+        count = min(shown, int(self.world.sum(finished).min()))  # one may be finished while the ranks look
+        if main and count < min(shown, cache.header["views"]):
+            notice(f"cache {cache.path}: {cache.finished} views are finished; this run replays {count} to its end")
+        return cache.digests(count)
 
     def _check_batches(self, rows: int) -> None:
         c = self.config

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastofa import recipes
 from fastofa.checkpoint import checkpoints
 from fastofa.config import TrainConfig
+from fastofa.dataset import open_dataset
+from fastofa.distributed import World
+from fastofa.epochs import Epochs
 from fastofa.errors import BadInput
 from fastofa.evaluate import EvaluateConfig, evaluate
 from fastofa.files import load_tensors, save_tensors
@@ -18,6 +22,8 @@ from fastofa.run import Run, open_run
 from fastofa.teacher_cache import VAL, TeacherCache, view_file
 from fastofa.train import train
 from runs import newest, same_run
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def test_a_run_goes_on_with_the_views_it_began_with(on_photos, grow, capsys):
     grow(4)
     capsys.readouterr()
     train(dataclasses.replace(grown, resume=True))
-    assert "cache: holds 4 views by now; this run replays the 2 it began with" in capsys.readouterr().err
+    assert "cache: 4 views by now; this run replays the 2 it began with" in capsys.readouterr().err
     same_run(grown.out, straight.out)
     assert len(open_run(grown.out).answers) == 2
 
@@ -61,7 +67,7 @@ def test_an_unfinished_cache_serves_what_it_has(on_photos, grow, capsys):
     (cache / view_file(3)).unlink()
     config = on_photos(cache=cache, epochs=5, checkpoint_every=3, keep=9, eval_every=5)
     train(config)
-    assert f"cache {cache}: 3 of 4 views are finished; this run replays these" in capsys.readouterr().err
+    assert f"cache {cache}: 3 of 4 views are finished; this run replays 3 to its end" in capsys.readouterr().err
     assert open_run(config.out).answers == TeacherCache.open(cache).digests(3)
     (cache / view_file(3)).write_bytes(fourth)
     back(config.out, 4)
@@ -196,3 +202,10 @@ def test_a_caches_fault_is_not_blamed_on_the_learning_rate(on_photos, grow):
     (cache / VAL).write_bytes((cache / VAL).read_bytes()[:-1])
     with pytest.raises(BadInput, match=f"{VAL}: .*truncated or damaged"):
         train(dataclasses.replace(config, resume=True))
+
+
+def test_ranks_take_the_views_that_all_of_them_see(on_photos, grow, monkeypatch):
+    """One may be finished between two ranks' looks at the cache."""
+    monkeypatch.setattr(World, "sum", lambda _, mine: mine + torch.tensor([0, 2]))  # the other rank sees two
+    epochs = Epochs(on_photos(cache=grow(3), epochs=5), open_dataset(on_photos().data), World(0, 2), CPU)
+    assert epochs.answers == TeacherCache.open(grow(3)).digests(2)
