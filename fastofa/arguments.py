@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastofa.config import TrainConfig, changed_policy
+from fastofa.config import MOST_EPOCHS, TrainConfig, changed_policy
 from fastofa.errors import BadInput
 from fastofa.recipes import default_policy, recipe
 from fastofa.views import ViewPolicy
@@ -80,7 +80,8 @@ class PrecomputeConfig:
     out: Path
     """Folder of the cache."""
     views: int
-    """Views of the training set. An epoch replays view (epoch modulo views): one for each is best, fewer are small."""
+    """Views of the training set. An epoch replays view (epoch modulo views): one for each is best, fewer are small.
+    More can be added later; fewer than the cache holds changes nothing."""
     topk: int
     """Classes kept of each answer, at 4 bytes a class. The mass they leave is spread over the other classes."""
     teacher_checkpoint: Path | None = None
@@ -130,8 +131,10 @@ class PrecomputeConfig:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise BadInput(f"{name.replace('_', '-')}: expected at least 1, got {value}")
-        if self.seed < 0:
-            raise BadInput(f"seed: expected at least 0, got {self.seed}")
+        if self.views > MOST_EPOCHS:
+            raise BadInput(f"views: expected at most {MOST_EPOCHS:,}, got {self.views}")
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"seed: expected a number from 0 to 2^63 - 1, got {self.seed}")
         if (self.mean is None) != (self.std is None):
             raise BadInput("expected both --mean and --std or neither")
         if self.recipe:
@@ -184,7 +187,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """info: what the cache was made from. verify: read every file and compare its checksum."""
+    """info: what the cache was made from. verify: read every finished table, compare its checksum, check its values."""
 
     action: tyro.conf.Positional[Literal["info", "verify"]]
     """What to do."""

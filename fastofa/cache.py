@@ -3,7 +3,7 @@
     fastofa cache info cache
     fastofa cache verify cache
 
-info: what it was made from. verify: read every file and compare its checksum.
+info: what it was made from. verify: read every finished table, compare its checksum, check its values.
 """
 
 from rich import filesize
@@ -12,6 +12,8 @@ from rich.table import Table
 
 from fastofa.arguments import CacheConfig
 from fastofa.teacher_cache import TeacherCache
+
+SHOWN = 10  # names of classes
 
 
 def info(cache: TeacherCache) -> dict[str, str]:
@@ -25,8 +27,9 @@ def info(cache: TeacherCache) -> dict[str, str]:
     return {
         "teacher": "; ".join(teachers),
         "data": f"{header['dataset']['spec']}, {cache.num_samples:,} images, {cache.num_classes} classes",
+        "classes": _some(cache.classes),
         "answers": f"top {cache.topk} of {cache.num_classes}",
-        "views": f"{cache.views}, seed {header['seed']}",
+        "views": f"{cache.finished}{' are finished' * (cache.views < header['views'])}, seed {header['seed']}",
         "crops": "area {:g} to {:g}, ratio {:.3g} to {:.3g}".format(*policy.scale, *policy.ratio),
         "flip": f"{policy.flip:g}",
         **{name.replace("_", "-"): str(value) for name, value in more.items() if value},
@@ -36,11 +39,16 @@ def info(cache: TeacherCache) -> dict[str, str]:
     }
 
 
+def _some(names: tuple[str, ...]) -> str:
+    """All of them where they are few."""
+    return ", ".join(names if len(names) <= SHOWN else (*names[: SHOWN - 1], "...", names[-1]))
+
+
 def main(config: CacheConfig) -> None:
     cache = TeacherCache.open(config.cache)
     if config.action == "verify":
         cache.verify()
-        print(f"{config.cache}: {cache.views} views and the validation answers are as they were written")
+        print(f"{config.cache}: {cache.finished} views and the validation answers are as they were written")
         return
     table = Table(show_header=False, title=str(config.cache), title_justify="left")
     for name, value in info(cache).items():

@@ -11,6 +11,7 @@ from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset
 from fastofa.distributed import World
 from fastofa.errors import BadInput
+from fastofa.progress import notice
 from fastofa.recipes import default_policy
 from fastofa.teacher_cache import DeviceTargets, TeacherCache
 from fastofa.views import Views, draw_views, epoch_order, epoch_rows, join_views
@@ -28,11 +29,16 @@ class Epoch:
 class Epochs:
     """The epochs of a run on one rank; with a cache epoch e shows view e modulo its views, else views drawn for it.
 
+    Args:
+        views: of the cache, that the run began with; 0 for one that begins, with as many as are finished.
+
     Raises:
         BadInput: batches that ranks, mixed pairs or the data set do not allow; a cache that does not fit.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, world: World, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, world: World, device: torch.device, views: int = 0
+    ) -> None:
         self.config, self.dataset, self.world, self.device = config, dataset, world, device
         self.cache = None if config.cache is None else TeacherCache.open(config.cache)
         if self.cache is not None:
@@ -44,6 +50,8 @@ class Epochs:
             raise BadInput(
                 f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch"
             )
+        self.answers = () if self.cache is None else self._replayed(self.cache, views)
+        """A digest of each view that the run replays."""
         self.pages = dataset.pages if config.order == "pages" else None
         if config.order == "pages" and self.pages is None:
             raise BadInput(
@@ -56,6 +64,20 @@ class Epochs:
         self.steps = rows // config.batch_size  # of an epoch
         self.loaded: Epoch | None = None
         self.shown: list[int] = []  # the views that are loaded
+
+    def _replayed(self, cache: TeacherCache, begun: int) -> tuple[str, ...]:
+        repeats, main = self.policy.repeats, self.world.is_main
+        shown = math.ceil(self.config.epochs / repeats) * repeats  # by as many epochs, if each shows another
+        if begun:
+            if main and begun < min(shown, cache.views):
+                notice(f"cache {cache.path}: {cache.views} views by now; this run replays the {begun} it began with")
+            return cache.digests(begun)
+        finished = torch.zeros(self.world.size, dtype=torch.int64)
+        finished[self.world.rank] = cache.views
+        count = min(shown, int(self.world.sum(finished).min()))  # one may be finished while the ranks look
+        if main and count < min(shown, cache.header["views"]):
+            notice(f"cache {cache.path}: {cache.finished} views are finished; this run replays {count} to its end")
+        return cache.digests(count)
 
     def _check_batches(self, rows: int) -> None:
         c = self.config
@@ -85,7 +107,7 @@ class Epochs:
         if self.cache is None:
             views = join_views([draw_views(self.policy, self.dataset.sizes, c.seed, view) for view in shown])
             return Epoch(views, self._order(epoch, views), None)
-        shown = [view % self.cache.views for view in shown]
+        shown = [view % len(self.answers) for view in shown]
         if (
             self.loaded is not None and self.shown == shown and self.world.size == 1
         ):  # answers of ranks follow the order

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastofa.arguments import EvaluateConfig
-from fastofa.dataset import open_dataset
+from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
 from fastofa.errors import BadInput
 from fastofa.files import write_json
@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     bf16 = choose_bf16(run.config.precision, device)
     best = predict(student, pipeline, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
     top1, top5 = accuracy(best, dataset.labels)
-    teacher = _teacher_answers(run, dataset.fingerprint)
+    teacher = _teacher_answers(run, dataset)
     found = Evaluation(
         images=len(dataset),
         top1=top1,
@@ -64,15 +64,18 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     return found
 
 
-def _teacher_answers(run: Run, fingerprint: str) -> Targets | None:
-    """The teacher's answers on these very images, if the run's cache is still there."""
-    if run.config.cache is None:
+def _teacher_answers(run: Run, dataset: Dataset) -> Targets | None:
+    """The teacher's answers for these very images, if the run's cache is there and holds what the run began with."""
+    if run.cache is None:
         return None
     try:
-        cache = TeacherCache.open(run.config.cache)
-        if cache.header["dataset"]["val"] == fingerprint:
-            return cache.val_targets()
-        notice(f"no agreement with the teacher: {cache.path} holds answers for other validation images")
+        cache = TeacherCache.open(run.cache)
+        header = cache.header
+        if (header["dataset"]["val"], header["num_val_samples"]) != (dataset.fingerprint, len(dataset)):
+            raise BadInput(f"{cache.path} holds answers for other validation images")
+        if cache.digests(len(run.answers)) != run.answers:
+            raise BadInput(f"{cache.path} does not hold the answers that the run began with")
+        return cache.val_targets()
     except BadInput as error:
         notice(f"no agreement with the teacher: {error}")
     return None

@@ -103,6 +103,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, info
 
 
+def read_info(path: Path) -> tuple[dict[str, Any], str]:
+    """The info of a file made by `save_tensors` and its checksum, as the file says it; the tensors are not read.
+
+    Raises:
+        BadInput: as `load_tensors`, but for an edited file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["fastofa"])
+        return header["info"], header["sha256"]
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
+        load_tensors(path)  # says what is wrong with it
+        raise
+
+
 def is_pickle(path: Path) -> bool:
     """Does the file start like torch.save's zip or like a bare pickle?"""
     with open(path, "rb") as file:

@@ -3,11 +3,14 @@
     fastofa precompute --data photos --teacher convnext_tiny.in12k_ft_in1k --views 300 --topk 16 --out cache
     fastofa precompute ... --recipe imagenet_vit_mlp        with the augmentation published for Transformers and MLPs
 
-The same command goes on where it stopped. A larger --views adds views to a finished cache.
+The same command goes on where it stopped. A larger --views adds views to a cache, also while runs use it: they replay
+the views that they began with. With a smaller one there is nothing to do.
 """
 
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +26,12 @@ from fastofa.arguments import PrecomputeConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
 from fastofa.errors import BadInput
+from fastofa.files import read_info
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.pipelines import Pipeline, choose, open_pipeline
 from fastofa.progress import notice, progress_bar
 from fastofa.seen import save_seen
+from fastofa.table_checks import answers_fault
 from fastofa.teacher import Teacher, open_teacher
 from fastofa.teacher_cache import (
     HEADER,
@@ -35,6 +40,7 @@ from fastofa.teacher_cache import (
     Targets,
     TeacherCache,
     answers,
+    check_origin,
     identity,
     policy_to_json,
     read_header,
@@ -55,6 +61,7 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         BadInput: see the fields of the configuration; a cache with other arguments in the same place.
         Stopped: by Ctrl-C or SIGTERM, after saving.
     """
+    _check_place(config.out)
     train = open_dataset(config.data, "train", config.skip_corrupt)
     val = open_dataset(config.data, "val", config.skip_corrupt)
     if config.topk > len(train.classes):
@@ -77,6 +84,7 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         "num_samples": len(train),
         "num_val_samples": len(val),
         "num_classes": len(train.classes),
+        "classes": list(train.classes),
         "topk": config.topk,
         "policy": policy_to_json(policy),
         "seed": config.seed,
@@ -93,35 +101,65 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
     with Interrupt() as interrupt:
         job = _Job(config.out, header, teacher, config, interrupt)
         job.write_val(val, val_pipeline)
-        if not (config.out / view_file(0)).exists():  # later, the pictures could be others than those of the answers
-            save_seen(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
-        job.write_views(train, train_pipeline, policy)
-    for left in config.out.glob(f"*{PARTIAL}*"):  # by a process that was killed
-        left.unlink()
-    return TeacherCache.open(config.out)
+        todo = [view for view in range(config.views) if not job.is_made(view_file(view), view)]
+        if todo[:1] == [0]:  # later, the images could be others than those of the answers
+            with job.keeping(0, []):
+                save_seen(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
+        job.write_views(todo, train, train_pipeline, policy)
+    cache = TeacherCache.open(config.out)
+    if cache.views == header["views"]:
+        for left in config.out.glob(f"*{PARTIAL}*"):  # by a process that was killed
+            left.unlink()
+    return cache
+
+
+def _check_place(out: Path) -> None:
+    """Raises BadInput for an --out that holds something else than a cache."""
+    try:
+        others = [] if not out.exists() else [f.name for f in out.iterdir() if not f.name.startswith(".")]
+    except OSError as error:
+        raise BadInput(
+            f"out: expected a folder, could not read {out} ({error.strerror}); choose another --out"
+        ) from None
+    if HEADER in others:
+        read_header(out)
+    elif others:
+        raise BadInput(f"{out}: expected an empty or new folder or a cache, it holds other files; choose another --out")
 
 
 def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
     """Write the header, or find the same one there; returns the one that holds."""
     if not (out / HEADER).exists():
-        if out.exists() and any(not f.name.startswith(".") for f in out.iterdir()):
-            raise BadInput(f"{out}: expected an empty or new folder or a cache, it holds other files")
         write_header(out, header)
         return header
     found = read_header(out)
     mine, theirs = identity(header), identity(found)
-    different = [
-        f"{key} ({_short(theirs[key])} there, {_short(mine[key])} here)" for key in mine if mine[key] != theirs[key]
-    ]
-    if different:
+    different = [key for key in mine if mine[key] != theirs[key]]
+    if different and not _may_begin_anew(out, different):
+        listed = "; ".join(f"{key} ({_short(theirs[key])} there, {_short(mine[key])} here)" for key in different)
         raise BadInput(
-            f"{out}: holds a cache made otherwise, it differs in {'; '.join(different)}; choose another --out "
-            "or remove it"
+            f"{out}: holds a cache made otherwise, it differs in {listed}; choose another --out or remove it"
         )
+    if different:
+        notice(f"{out}: begins anew, as {' and '.join(different)} changed and no view was finished")
+        for file in (VAL, PARTIAL):
+            (out / file).unlink(missing_ok=True)
+        write_header(out, header)
+        return header
     if header["views"] > found["views"]:
         found = {**found, "views": header["views"]}
-        write_header(out, {k: v for k, v in found.items() if k != "schema"})
+        write_header(out, found)
+    elif header["views"] < found["views"]:
+        notice(
+            f"{out}: is to hold {found['views']} views already; with --views {header['views']} none of them is removed"
+        )
     return found
+
+
+def _may_begin_anew(out: Path, different: list[str]) -> bool:
+    """Is nothing finished that took long? With other data (--skip-corrupt, say) validation answers do not count."""
+    data_only = set(different) <= {"dataset", "classes"}
+    return not any(out.glob("view-*.safetensors")) and (data_only or not (out / VAL).exists())
 
 
 def _short(value: Any) -> str:
@@ -137,9 +175,21 @@ class _Job:
     config: PrecomputeConfig
     interrupt: Interrupt
 
+    def is_made(self, file: str, table: int | str) -> bool:
+        """Is this table of the cache finished? One that is cut short is not. Raises BadInput for another cache's."""
+        if not (self.out / file).is_file():
+            return False
+        try:
+            info, _ = read_info(self.out / file)
+        except BadInput as error:
+            notice(f"{error}: this is done now")
+            return False
+        check_origin(self.out / file, info, self.header, table)
+        return True
+
     def write_val(self, dataset: Dataset, pipeline: Pipeline) -> None:
         """The teacher's answers for the validation pictures, which also say how good it is."""
-        if (self.out / VAL).exists():
+        if self.is_made(VAL, VAL):
             return
         views = center_views(dataset.sizes, self.teacher.crop)
         with progress_bar() as bar:
@@ -149,11 +199,10 @@ class _Job:
         correct = found.classes[:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
         notice(f"teacher {self.teacher.name}: {correct.float().mean():.2%} top-1 on {len(dataset)} validation images")
 
-    def write_views(self, dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy) -> None:
-        total = self.header["views"]
-        todo = [view for view in range(total) if not (self.out / view_file(view)).exists()]
+    def write_views(self, todo: list[int], dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy) -> None:
         if not todo:
             return
+        total = self.config.views
         with progress_bar() as bar:
             done = (total - len(todo)) * len(dataset)
             task = bar.add_task("precompute", total=total * len(dataset), completed=done, note="")
@@ -171,29 +220,64 @@ class _Job:
         # As a disk reads the file, and a picture that is mixed with another is read once.
         order = pair_order(views, None if dataset.spans is None else dataset.spans[:, 0])
         partial = f"first rows of {table} in the order {hashlib.sha256(order.tobytes()).hexdigest()}"
-        parts = self._read_partial(partial)
+        parts = self._read_partial(partial, len(order))
         done = sum(len(part.classes) for part in parts)
         bar.advance(task, done)
         saved_at = time.monotonic()
-        for batch in pipeline.epoch(views, order, start=done):
-            parts.append(answers(self.teacher.log_probs(batch.images), self.header["topk"]))
-            bar.advance(task, len(batch.labels))
-            if self.interrupt.signum is not None or time.monotonic() - saved_at > SAVE_EVERY_S:
-                write_table(self.out / PARTIAL, _joined(parts)._asdict(), self.header, partial)
-                saved_at = time.monotonic()
-            if self.interrupt.signum is not None:
-                raise Stopped(f"saved in {self.out}; run the same command again to go on", self.interrupt.signum)
+        with self.keeping(table, parts, partial):
+            for batch in pipeline.epoch(views, order, start=done):
+                parts.append(answers(self.teacher.log_probs(batch.images), self.header["topk"]))
+                bar.advance(task, len(batch.labels))
+                if self.interrupt.signum is not None:
+                    raise Stopped(f"saved in {self.out}; run the same command again to go on", self.interrupt.signum)
+                if time.monotonic() - saved_at > SAVE_EVERY_S:
+                    self._save(parts, partial)
+                    saved_at = time.monotonic()
         in_order, place = _joined(parts), np.argsort(order)
         return Targets(*(torch.from_numpy(values.numpy()[place]) for values in in_order))
 
-    def _read_partial(self, partial: str) -> list[Targets]:
-        """What an interrupted run had of this table."""
-        if not (self.out / PARTIAL).exists():
+    @contextmanager
+    def keeping(self, table: int | str, parts: list[Targets], partial: str = "") -> Iterator[None]:
+        """Whatever ends the work on a table, its answers are saved, and bad input is told with the table's name."""
+        try:
+            yield
+        except Stopped:
+            self._save(parts, partial)
+            raise
+        except Exception as error:
+            with suppress(BadInput):  # a full disk, say: the error that came first counts
+                self._save(parts, partial)
+            if not isinstance(error, BadInput):
+                raise
+            name = table if isinstance(table, str) else view_file(table)
+            raise BadInput(f"{name}: {error}{self._kept(parts)}") from None
+
+    def _kept(self, parts: list[Targets]) -> str:
+        """What an error leaves, and how to go on from it."""
+        views, answered = len(list(self.out.glob("view-*.safetensors"))), sum(len(part.classes) for part in parts)
+        if not views and not answered:
+            return ""
+        others = "give another --out" if views else "it begins anew"
+        return (
+            f"; {self.out} keeps {views} views and {answered} answers of the next: the same command goes on with the "
+            f"same images, with others (--skip-corrupt) {others}"
+        )
+
+    def _save(self, parts: list[Targets], partial: str) -> None:
+        if parts:
+            write_table(self.out / PARTIAL, _joined(parts)._asdict(), self.header, partial)
+
+    def _read_partial(self, partial: str, most: int) -> list[Targets]:
+        """What an interrupted run had of this table, of `most` rows."""
+        if not (self.out / PARTIAL).is_file():
             return []
         try:
             tensors = read_table(self.out / PARTIAL, self.header, partial)
         except BadInput:
             return []  # of another table, whose view was finished after all, or from a file of another order
+        count = min(most, len(tensors.get("classes", ())))
+        if answers_fault(tensors, count, self.header["topk"], self.header["num_classes"]):
+            return []
         return [Targets(tensors["classes"], tensors["log_probs"])]
 
     def _commit(self, file: str, tensors: dict[str, Tensor], table: int | str) -> None:
@@ -209,6 +293,6 @@ def main(config: PrecomputeConfig) -> None:
     cache = precompute(config)
     size = sum(file.stat().st_size for file in cache.path.iterdir())
     print(
-        f"{cache.path}: {cache.views} views of {cache.num_samples:,} images, top {cache.topk} of {cache.num_classes} "
-        f"classes, {filesize.decimal(size)}"
+        f"{cache.path}: {cache.finished} views of {cache.num_samples:,} images, top {cache.topk} of "
+        f"{cache.num_classes} classes, {filesize.decimal(size)}"
     )

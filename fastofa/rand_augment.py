@@ -4,6 +4,7 @@
 each applied with probability p, at magnitude m with normal noise of standard deviation mstd, kept within 0..10.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -91,3 +92,15 @@ def amounts(ops: np.ndarray, magnitude: np.ndarray, side: np.ndarray, increasing
         **dict.fromkeys(("translate_x", "translate_y"), side * (level * 0.45)),
     }
     return np.select([ops == OPS.index(name) for name in units], list(units.values()), 0.0)
+
+
+@functools.cache
+def limits() -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest amount of each operation, float32 [len(OPS)], of any notation."""
+    ends = [
+        amounts(np.arange(len(OPS)), np.full(len(OPS), magnitude), np.full(len(OPS), side), increasing)
+        for magnitude in (0.0, MAX)
+        for side in (-1, 1)
+        for increasing in (False, True)
+    ]
+    return np.min(ends, axis=0).astype(np.float32), np.max(ends, axis=0).astype(np.float32)

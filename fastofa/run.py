@@ -13,6 +13,7 @@ from fastofa.files import read_json, write_json
 from fastofa.student import Student
 
 CONFIG, LAUNCHES = "config.json", "environment.json"
+MOST_FEATURES = 1 << 20  # of a teacher's last layer
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,14 @@ class Run:
     """Width of the teacher's last features, which a CNN's exits take over; 0 without a teacher."""
     fingerprint: str
     """Of the training set."""
-    answers: str = ""
-    """Of the teacher cache: what it was made from, and its views; empty without one."""
+    answers: tuple[str, ...] = ()
+    """A digest of each view of the teacher cache that the run replays; empty without one."""
+    val_fingerprint: str = ""
+    """Of the validation set."""
     pages: str = ""
     """Of the pages that the samples lie in, where the order goes by them; else empty."""
+    folder: str = ""
+    """Where the run was started: relative paths of its configuration begin there."""
 
     def build_student(self, init: str | None = None) -> Student:
         """The student as the configuration says, weights not loaded. Raises BadInput for what cannot be built."""
@@ -48,13 +53,27 @@ class Run:
             {
                 "fastofa": __version__,
                 "config": self.config.to_json(),
+                "folder": self.folder or str(Path.cwd()),
                 "classes": list(self.classes),
                 "teacher_dim": self.teacher_dim,
                 "fingerprint": self.fingerprint,
-                "answers": self.answers,
+                "val_fingerprint": self.val_fingerprint,
+                "answers": list(self.answers),
                 "pages": self.pages,
             },
         )
+
+    @property
+    def cache(self) -> Path | None:
+        """The teacher cache, found from any folder."""
+        return None if self.config.cache is None else Path(self.folder, self.config.cache)
+
+    @property
+    def data(self) -> str:
+        """The data set, found from any folder."""
+        kind = "cifar100:" if self.config.data.startswith("cifar100:") else ""
+        place = Path(self.folder, self.config.data.removeprefix(kind))
+        return f"{kind}{place}" if place.exists() else self.config.data
 
 
 def open_run(path: Path) -> Run:
@@ -62,15 +81,19 @@ def open_run(path: Path) -> Run:
     if not (path / CONFIG).is_file():
         raise BadInput(f"{path}: expected a run made by `fastofa train`, found no {CONFIG}")
     values = read_json(path / CONFIG)
+    texts, lists = ("fingerprint", "val_fingerprint", "pages", "folder"), ("classes", "answers")
     try:
-        classes, teacher_dim = values["classes"], values["teacher_dim"]
-        if not (all(isinstance(name, str) for name in classes) and isinstance(teacher_dim, int)):
-            raise TypeError("names of classes or a number as teacher_dim")
+        kinds = {"config": dict, "teacher_dim": int, **dict.fromkeys(texts, str), **dict.fromkeys(lists, list)}
+        odd = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
+        odd += [name for name in lists if not all(isinstance(text, str) for text in values[name])]
+        if odd or not 0 <= values["teacher_dim"] <= MOST_FEATURES:
+            raise TypeError(f"{', '.join(odd) or 'teacher_dim'} of its kind")
         config = TrainConfig.from_json(values["config"])
-        later = {name: values.get(name, "") for name in ("answers", "pages")}  # an older version had not these
-        return Run(path, config, tuple(classes), teacher_dim, values["fingerprint"], **later)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None
+    classes, answers = (tuple(values[name]) for name in lists)
+    data, val, pages, folder = (values[name] for name in texts)
+    return Run(path, config, classes, values["teacher_dim"], data, answers, val, pages, folder)
 
 
 def log_launch(path: Path, step: int, ranks: int, pixel_difference: float | None = None) -> None:

@@ -58,7 +58,7 @@ def compare_seen(cache: Path, pipeline: Pipeline, views: Views) -> Difference | 
     Raises:
         BadInput: seen.png is damaged.
     """
-    if not (cache / SEEN).exists():
+    if not (cache / SEEN).is_file():
         return None
     seen = read_image(cache / SEEN)
     size, width = seen.shape[1:]

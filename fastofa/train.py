@@ -9,6 +9,7 @@ torchrun --no-python --nproc-per-node 8 fastofa train ...            the same jo
 # This file is the loop: epochs, logging, evaluation, checkpoints. The step is step.py, what an epoch shows epochs.py.
 
 import dataclasses
+import hashlib
 import math
 import time
 from dataclasses import dataclass
@@ -107,11 +108,16 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
     device = choose_device(config.device, world.local_rank)
     config = dataclasses.replace(config, order=_choose_order(config, train_set, world))
-    epochs = Epochs(config, train_set, world, device)
-    answers = "" if epochs.cache is None else epochs.cache.fingerprint
-    data, pages = train_set.fingerprint, epochs.pages_fingerprint
-    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, answers, pages)
-    for digest, place in ((data, config.data), (pages, f"the pages of {config.data}"), (answers, str(config.cache))):
+    epochs = Epochs(config, train_set, world, device, _views_begun_with(config, world))
+    data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
+    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.answers, val, pages)
+    answers = hashlib.sha256("".join(epochs.answers).encode()).hexdigest()
+    for digest, place in (
+        (data, config.data),
+        (val, f"the validation images of {config.data}"),
+        (pages, f"the pages of {config.data}"),
+        (answers, f"the {len(epochs.answers)} views of {config.cache}"),
+    ):
         check_same(world, digest, place)
     if world.is_main and not config.plan:
         _check_place(run)
@@ -145,6 +151,12 @@ def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Orde
     return chosen
 
 
+def _views_begun_with(config: TrainConfig, world: World) -> int:
+    """How many views of the cache a run that goes on replays, as rank 0 finds it; 0 for one that begins."""
+    goes_on = world.is_main and config.resume and (config.out / CONFIG).exists()
+    return world.agree_on(len(open_run(config.out).answers) if goes_on else 0)
+
+
 def _check_place(run: Run) -> None:
     """Raises BadInput if another run lies there."""
     if not (run.path / CONFIG).exists():
@@ -157,8 +169,17 @@ def _check_place(run: Run) -> None:
     different = run.config.differences(found.config)
     if run.fingerprint != found.fingerprint:
         different.append(f"data: {run.config.data} is not the data set of {found.config.data} as it was then")
-    if run.answers != found.answers:
-        different.append(f"cache: {run.config.cache} does not hold the answers that the run began with")
+    if run.val_fingerprint != found.val_fingerprint:
+        different.append(f"data: {run.config.data} has other validation images than {found.config.data} had then")
+    if (run.config.cache is None) != (found.config.cache is None):
+        different.append(f"cache: {run.config.cache} here, {found.config.cache} there")
+    elif run.answers != found.answers:
+        pairs = enumerate(zip(run.answers, found.answers, strict=False))
+        views = ", ".join(str(view) for view, (mine, theirs) in pairs if mine != theirs)
+        different.append(
+            f"cache: {run.config.cache} does not hold the answers of {found.config.cache} that the run began with"
+            + f" (views {views} differ)" * bool(views)
+        )
     if run.config.order == found.config.order and run.pages != found.pages:
         different.append(f"data: the pages of {run.config.data} hold other samples than those the run began with")
     if different:

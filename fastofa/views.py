@@ -128,7 +128,9 @@ class Views:
 
 
 def _fractions(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    return np.rint(boxes * (UNIT / sizes[:, [0, 1, 0, 1]])).astype(np.uint16)
+    fractions = np.rint(boxes * (UNIT / sizes[:, [0, 1, 0, 1]])).astype(np.uint16)
+    fractions[:, 2:] = fractions[:, 2:].clip(1)  # a pixel of a picture of more than 131,070
+    return fractions
 
 
 def pixel_boxes(boxes: np.ndarray, size: int) -> np.ndarray:

@@ -15,7 +15,7 @@ LAYERS = [
     {"clock", "confusion", "environment", "errors", "exits", "interrupt", "kernels", "memory", "progress", "threads"},
     {"beton", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
     {"views"},
-    {"config", "dataset", "models", "pipelines"},
+    {"config", "dataset", "models", "pipelines", "table_checks"},
     {
         "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache",
         "written",

@@ -24,9 +24,10 @@ from fastofa.pipelines import open_pipeline
 from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.recipes import default_policy
 from fastofa.seen import SEEN
-from fastofa.teacher import open_teacher
+from fastofa.teacher import Teacher, open_teacher
 from fastofa.teacher_cache import (
     HEADER,
+    PARTIAL,
     VAL,
     DeviceTargets,
     Targets,
@@ -182,7 +183,8 @@ def test_the_files_are_these(photo_cache, photos):
     header = json.loads((photo_cache.path / HEADER).read_text())
     train, val = open_dataset(str(photos)), open_dataset(str(photos), "val")
     expected = {
-        "schema": 1, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
+        "schema": 3, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
+        "classes": ["china", "flower"],
         "dataset": {"spec": str(photos), "train": train.fingerprint, "val": val.fingerprint},
         "policy": {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5},
     }  # fmt: skip
@@ -221,6 +223,7 @@ def test_what_a_person_asks_of_a_cache(photo_cache):
     sha256 = photo_cache.header["teachers"][0]["sha256"]
     assert said["teacher"] == f"test_efficientnet at 32 px, fp32, weights {sha256[:12]}"
     assert said["data"].endswith(", 24 images, 2 classes")
+    assert said["classes"] == "china, flower"
     assert (said["answers"], said["views"], said["flip"]) == ("top 2 of 2", "3, seed 0", "0.5")
 
 
@@ -293,9 +296,8 @@ def full_cache(make) -> TeacherCache:
 
 
 def test_every_column_is_stored_and_read(full_cache, photos):
-    """Schema 2, which older versions refuse; the policy as asked for; and the drawn columns, byte for byte."""
+    """The policy as asked for; and the drawn columns, byte for byte."""
     header = json.loads((full_cache.path / HEADER).read_text())
-    assert header["schema"] == 2
     assert header["policy"] == {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5, **FULL}
     cache = TeacherCache.open(full_cache.path)
     cache.verify()
@@ -380,11 +382,63 @@ def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache,
         photo_cache.check(open_dataset(str(tmp_path / "photos")), ViewPolicy())
 
 
-@pytest.mark.parametrize("name", [view_file(0), view_file(2), VAL])
-def test_an_unfinished_cache_is_not_opened(changed, name):
+@pytest.mark.parametrize("name", [view_file(0), VAL])
+def test_without_a_view_or_the_validation_answers_it_is_not_opened(changed, name):
     (changed / name).unlink()
-    with pytest.raises(BadInput, match=rf"expected 3 views, {name} is missing \(1 files in all\); run .* again"):
+    with pytest.raises(
+        BadInput, match=f"validation answers and 1 or more of its 3 views, {name} is missing; run .* ag"
+    ):
         TeacherCache.open(changed)
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_it_opens_at_its_finished_views(changed, missing):
+    """From view 0 on, up to the first that is missing; `info` says of how many. A gap is damage."""
+    (changed / view_file(missing)).unlink()
+    cache = TeacherCache.open(changed)
+    assert cache.views == missing
+    assert info(cache)["views"] == f"{missing} of 3 are finished, seed 0"
+    with pytest.raises(BadInput, match=f"expected a view from 0 to {missing - 1}, got {missing}"):
+        cache.targets(missing)
+    with pytest.raises(
+        BadInput, match=f"expected 3 views, {missing} of 3 are finished; run `fastofa precompute` again"
+    ):
+        cache.digests(3)
+    if missing == 2:
+        cache.verify()
+    else:
+        with pytest.raises(BadInput, match=f"{view_file(1)} is missing, though later views are there"):
+            cache.verify()
+
+
+def test_views_that_an_epoch_shows_together_are_finished_together(make, tmp_path):
+    """Of repeated augmentation: with four of six views it is opened at three."""
+    cache = make(tmp_path / "cache", views=6, repeats=3, topk=1)
+    for view in (5, 4):
+        (cache.path / view_file(view)).unlink()
+        assert TeacherCache.open(cache.path).views == 3
+    (cache.path / view_file(2)).unlink()
+    with pytest.raises(BadInput, match=f"3 or more of its 6 views, {view_file(2)} is missing"):
+        TeacherCache.open(cache.path)
+
+
+def test_digests_are_of_a_views_whole_content(changed, make):
+    """Equal for equal views, also in a cache that grew; another bit, seed or teacher gives another one."""
+    first = TeacherCache.open(changed).digests(3)
+    assert len(set(first)) == 3
+    assert make(changed, views=4).digests(3) == first
+    tensors, said = load_tensors(changed / view_file(1))
+    tensors["log_probs"][5, 1] -= 0.01
+    save_tensors(changed / view_file(1), tensors, said)
+    other = TeacherCache.open(changed).digests(3)
+    assert [a == b for a, b in zip(first, other, strict=True)] == [True, False, True]
+    assert not set(make(views=3, seed=1).digests(3)) & set(first)
+    (changed / view_file(2)).write_bytes((changed / view_file(2)).read_bytes()[:-10])
+    with pytest.raises(BadInput, match=f"{view_file(2)}: .*truncated or damaged"):
+        TeacherCache.open(changed).digests(3)
+    shutil.copy(changed / view_file(0), changed / view_file(2))
+    with pytest.raises(BadInput, match=f"{view_file(2)}: belongs to another cache or view"):
+        TeacherCache.open(changed).digests(3)
 
 
 def test_no_cache_and_headers_that_are_none(changed):
@@ -393,9 +447,12 @@ def test_no_cache_and_headers_that_are_none(changed):
     header = (changed / HEADER).read_text()
     for text, message in (
         (header[:50], "is not valid JSON"),
-        ("[]", "expected schema 1 or 2, got list"),
-        ("{}", "expected schema 1 or 2, got None"),
-        (header.replace('"schema": 1', '"schema": 3'), "expected schema 1 or 2, got 3"),
+        ("[]", "expected schema 3, got list"),
+        ("{}", "expected schema 3, got None"),
+        (
+            header.replace('"schema": 3', '"schema": 1'),
+            "expected schema 3, got 1; remove the cache and precompute anew",
+        ),
         (header.replace('"topk"', '"top"'), "expected the fields topk, it was edited"),
     ):
         (changed / HEADER).write_text(text)
@@ -432,8 +489,90 @@ def test_a_file_of_another_cache_is_refused(changed, make, given):
 def test_an_edited_header_fits_no_table(changed):
     """A seed or a teacher that did not make these answers."""
     edit_header(changed, seed=7)
-    with pytest.raises(BadInput, match=f"{view_file(0)}: belongs to another cache"):
+    with pytest.raises(BadInput, match=f"{VAL}: belongs to another cache"):
         TeacherCache.open(changed).verify()
+
+
+def rewrite(file: Path, **changed: Tensor) -> None:
+    """The file with other tensors and the right checksum, as a program with a fault would have written it."""
+    tensors, said = load_tensors(file)
+    save_tensors(file, {**tensors, **changed}, said)
+
+
+def test_values_that_cannot_be_are_found_in_spite_of_a_right_checksum(changed):
+    """A view's when it is opened, the validation answers' when the cache is; with a remedy. The rest stays readable."""
+    view, val = changed / view_file(1), changed / VAL
+    kept = {file: file.read_bytes() for file in (view, val)}
+    classes, log_probs = (load_tensors(view)[0][name] for name in ("classes", "log_probs"))
+    crop = load_tensors(view)[0]["crop"]
+    unknown, spoiled, outside = classes.clone(), log_probs.clone(), crop.clone()
+    unknown[3, 1], spoiled[3, 0] = 2, torch.nan
+    outside[3] = torch.tensor([60_000, 60_000, 9_000, 9_000])
+    for tensors, message in (
+        ({"classes": unknown}, r"expected classes from 0 to 1, got \[.*\] for sample 3"),
+        ({"log_probs": spoiled}, r"expected finite log_probs, got \[nan, .*\] for sample 3"),
+        ({"log_probs": log_probs.float()}, "expected log_probs float16"),
+        ({"crop": outside}, r"expected crop a box of the picture, got \[60000, 60000, 9000, 9000\] for sample 3"),
+        ({"ops": classes}, "expected the columns crop, flip, got crop, flip, ops"),
+    ):
+        rewrite(view, **tensors)
+        cache = TeacherCache.open(changed)
+        cache.targets(0)
+        for read in (lambda cache=cache: cache.targets(1), cache.verify):
+            with pytest.raises(BadInput, match=rf"{view_file(1)}: {message}.*; delete it and run `fastofa precompute`"):
+                read()
+        view.write_bytes(kept[view])
+    for tensors, message in (
+        ({"log_probs": spoiled[:12]}, "expected finite log_probs"),
+        ({"classes": unknown[:12]}, "expected classes from 0 to 1"),
+        ({"classes": classes, "log_probs": log_probs}, r"expected classes uint16 \[12, 2\], got uint16 \[24, 2\]"),
+    ):
+        rewrite(val, **tensors)
+        with pytest.raises(BadInput, match=rf"{VAL}: {message}"):
+            TeacherCache.open(changed)
+        val.write_bytes(kept[val])
+    TeacherCache.open(changed).verify()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("teachers", lambda h: h["teachers"] * 10_000),
+        ("teachers", lambda h: [{**h["teachers"][0], "num_features": 10**15}]),
+        ("teachers", lambda h: h["teachers"][0]),
+        ("views", lambda _: 10**12),
+        ("views", lambda _: -3),
+        ("views", lambda _: True),
+        ("num_samples", lambda _: 2**40),
+        ("num_val_samples", lambda _: 0),
+        ("topk", lambda _: 3),
+        ("classes", lambda _: ["china"]),
+        ("classes", lambda _: ["china", 1]),
+        ("seed", lambda _: 2**70),
+        ("policy", lambda h: {**h["policy"], "scale": [0.1, 0.5, 1.0]}),
+        ("policy", lambda h: {**h["policy"], "flip": "often"}),
+        ("policy", lambda h: {**h["policy"], "flip": float("nan")}),
+        ("policy", lambda h: {**h["policy"], "repeats": 2.5}),
+        ("policy", lambda h: {**h["policy"], "repeats": 2}),
+        ("policy", lambda h: {**h["policy"], "mean": [0.5, 0.4]}),
+        ("policy", lambda h: {**h["policy"], "auto_augment": ["rand-m9"]}),
+        ("policy", lambda h: {**h["policy"], "hue": 0.5}),
+        ("policy", lambda _: [1, 2]),
+        ("dataset", lambda _: "photos"),
+        ("versions", lambda _: {"torch": 2}),
+        ("versions", lambda _: {str(i): "1" for i in range(1000)}),
+        ("pipeline", lambda _: None),
+    ],
+)
+def test_headers_of_another_shape_or_size(changed, field, value):
+    """Each is one line that names the field."""
+    header = json.loads((changed / HEADER).read_text())
+    edit_header(changed, **{field: value(header)})
+    named = "views" if "'repeats': 2}" in str(value(header)) else field  # three views are no whole groups then
+    message = f"expected what `fastofa precompute` writes as {named}.*, it was edited; remove the cache"
+    with pytest.raises(BadInput, match=message) as error:
+        TeacherCache.open(changed)
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("name", [view_file(2), VAL])
@@ -463,11 +602,20 @@ def test_more_views_keep_the_old_files_and_equal_a_larger_cache(changed, make):
     assert after == files(make(views=5).path)
 
 
-def test_fewer_or_as_many_views_leave_everything_as_it_was(changed, make):
+def test_fewer_or_as_many_views_leave_everything_as_it_was(changed, make, capsys):
     before = files(changed)
-    for views in (3, 1):
+    for views, said in ((3, False), (1, True)):
         assert make(changed, views=views).views == 3
+        assert ("is to hold 3 views already; with --views 1 none" in capsys.readouterr().err) is said
     assert files(changed) == before
+
+
+def test_fewer_views_end_an_unfinished_cache_sooner(changed, make):
+    """Only those are made that are asked for; the number that it is to hold stays."""
+    for view in (1, 2):
+        (changed / view_file(view)).unlink()
+    cache = make(changed, views=2)
+    assert (cache.views, cache.header["views"], cache.finished) == (2, 3, "2 of 3")
 
 
 @pytest.mark.parametrize(
@@ -542,6 +690,110 @@ def test_unreadable_pictures_are_left_out_for_good(photos, make, teacher_of_2, t
     assert files(clean.path) == files(cache.path)
 
 
+def test_an_image_that_cannot_be_read_for_a_while_costs_nothing(make, tmp_path, monkeypatch):
+    """The line names table and image; what was answered before it is kept, and no image is answered twice."""
+    original, asked = Teacher.log_probs, []
+
+    def log_probs(self: Teacher, images: Tensor) -> Tensor:
+        asked.append(len(images))
+        return original(self, images)
+
+    def read(self: Dataset, sample_id: int) -> Tensor:
+        if sample_id == 7 and fails[self.split] and fails[self.split].pop(0):
+            raise BadInput(f"unreadable image {self.names[sample_id]} (the disk is away)")
+        return reads(self, sample_id)
+
+    reads, given, fails = Dataset.read, {"views": 2, "batch_size": 5}, {"val": [True], "train": [False, True]}
+    monkeypatch.setattr(Dataset, "read", read)
+    monkeypatch.setattr(Teacher, "log_probs", log_probs)
+    for message in (
+        rf"{VAL}: unreadable image flower/001.jpg .*keeps 0 views and 5 answers of the next: the same command goes on",
+        rf"{view_file(1)}: unreadable image china/007.jpg .*keeps 1 views and 5 .* \(--skip-corrupt\) give another",
+    ):
+        with pytest.raises(BadInput, match=message):
+            make(tmp_path, **given)
+        assert (tmp_path / PARTIAL).exists()
+    make(tmp_path, **given)
+    assert sum(asked) - 2 * asked.count(2) == 12 + 2 * 24 - 2  # open_teacher tries two; of validation two are the last
+    monkeypatch.undo()
+    assert files(tmp_path) == files(make(**given).path)
+
+
+def test_an_error_of_another_kind_keeps_the_answers_too(make, tmp_path, monkeypatch):
+    """Out of memory, say, whose message is not ours."""
+    original, calls = Teacher.log_probs, iter(range(100))
+
+    def log_probs(self: Teacher, images: Tensor) -> Tensor:
+        if next(calls) == 6:
+            raise RuntimeError("out of memory")
+        return original(self, images)
+
+    monkeypatch.setattr(Teacher, "log_probs", log_probs)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make(tmp_path, views=1, batch_size=5)
+    assert len(load_tensors(tmp_path / PARTIAL)[0]["classes"]) == 10
+    monkeypatch.undo()
+    assert files(make(tmp_path, views=1, batch_size=5).path) == files(make(views=1, batch_size=5).path)
+
+
+def test_skip_corrupt_begins_anew_where_no_view_is_finished(photos, make, tmp_path, monkeypatch, capsys):
+    """An image is damaged while the job is at work; the remedies that the line names work in the same folder."""
+    data = Path(shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".fastofa")))
+    broken, out, original = data / "train" / "flower" / "003.jpg", tmp_path / "cache", Dataset.read
+    whole = broken.read_bytes()
+
+    def read(self: Dataset, sample_id: int) -> Tensor:
+        if self.split == "train":
+            broken.write_bytes(whole[: len(whole) // 2])
+        return original(self, sample_id)
+
+    monkeypatch.setattr(Dataset, "read", read)
+    with pytest.raises(BadInput, match=rf"{broken}.*--skip-corrupt.*with others \(--skip-corrupt\) it begins anew"):
+        make(out, data=str(data), views=2, batch_size=5)
+    monkeypatch.undo()
+    capsys.readouterr()
+    cache = make(out, data=str(data), views=1, batch_size=5, skip_corrupt=True)
+    assert cache.num_samples == 23
+    assert "begins anew, as dataset changed and no view was finished" in capsys.readouterr().err
+    broken.unlink()
+    assert files(out) == files(make(data=str(data), views=1, batch_size=5).path)
+    broken.write_bytes(whole)  # mended after all; a view is finished now
+    before = files(out)
+    with pytest.raises(BadInput, match=r"differs in dataset \(.*; choose another --out or remove it"):
+        make(out, data=str(data))
+    assert files(out) == before
+    shutil.rmtree(out)
+    assert make(out, data=str(data)).num_samples == 24
+
+
+def test_a_teacher_is_exchanged_only_where_nothing_was_finished(make, tmp_path, changed):
+    """A cache that was only begun is nobody's."""
+    for name in (view_file(0), view_file(1), view_file(2)):
+        (changed / name).unlink()
+    with pytest.raises(BadInput, match=r"differs in teachers .*; choose another --out or remove it"):
+        make(changed, image_size=48)
+    (changed / VAL).unlink()
+    assert make(changed, image_size=48).header["teachers"][0]["image_size"] == 48
+
+
+def test_what_is_cut_short_is_made_again(changed, make, capsys):
+    """Without deleting it first, as the message says; what belongs elsewhere is not touched."""
+    whole = files(changed)
+    for name in (VAL, view_file(1)):
+        (changed / name).write_bytes(whole[name][:-10])
+        with pytest.raises(BadInput, match=f"{name}.*truncated or damaged"):
+            TeacherCache.open(changed).verify()
+        make(changed)
+        assert f"{name}: expected a safetensors file, got one that is truncated or damaged" in capsys.readouterr().err
+        assert files(changed) == whole
+    shutil.copy(changed / view_file(0), changed / view_file(1))
+    with pytest.raises(BadInput, match=f"{view_file(1)}: belongs to another cache or view.*; delete it and run"):
+        make(changed)
+    (changed / view_file(1)).unlink()
+    make(changed)
+    assert files(changed) == whole
+
+
 def test_more_classes_than_there_are_cannot_be_kept(make, tmp_path):
     with pytest.raises(BadInput, match=r"topk: expected at most the 2 classes of .*, got 3"):
         make(tmp_path / "cache", topk=3)
@@ -550,8 +802,12 @@ def test_more_classes_than_there_are_cannot_be_kept(make, tmp_path):
 
 def test_a_folder_with_other_things_is_left_alone(make, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BadInput, match="expected an empty or new folder or a cache, it holds other files"):
+    with pytest.raises(
+        BadInput, match="expected an empty or new folder or a cache, it holds other files; choose another"
+    ):
         make(tmp_path)
+    with pytest.raises(BadInput, match=r"out: expected a folder, could not read .*thesis.txt \(Not a directory\)"):
+        make(tmp_path / "thesis.txt")
     assert files(tmp_path) == {"thesis.txt": b"years of work"}
 
 

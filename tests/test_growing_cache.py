@@ -1,0 +1,211 @@
+"""A cache grows while runs use it, is moved or made anew: a run goes on with the views that it began with."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastofa import recipes
+from fastofa.checkpoint import checkpoints
+from fastofa.config import TrainConfig
+from fastofa.dataset import open_dataset
+from fastofa.distributed import World
+from fastofa.epochs import Epochs
+from fastofa.errors import BadInput
+from fastofa.evaluate import EvaluateConfig, evaluate
+from fastofa.files import load_tensors, save_tensors
+from fastofa.precompute import PrecomputeConfig, precompute
+from fastofa.run import Run, open_run
+from fastofa.teacher_cache import VAL, TeacherCache, view_file
+from fastofa.train import train
+from runs import newest, same_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def grow(photos: Path, photo_cache: TeacherCache, tmp_path: Path) -> Callable[[int], Path]:
+    """grow(n) -> a copy of the photographs' cache, once for a test, with n views."""
+
+    def grown(views: int) -> Path:
+        if not (tmp_path / "cache").exists():
+            shutil.copytree(photo_cache.path, tmp_path / "cache")
+        teacher = str(photo_cache.path.parent / "teacher")
+        return precompute(PrecomputeConfig(str(photos), teacher, tmp_path / "cache", views, topk=2, workers=0)).path
+
+    return grown
+
+
+def back(run: Path, steps: int = 3) -> None:
+    """The run as it was before its newest checkpoint."""
+    newest(run).unlink()
+    assert load_tensors(newest(run))[1]["step"] == 3 * steps
+
+
+def test_a_run_goes_on_with_the_views_it_began_with(on_photos, grow, capsys):
+    """Four epochs of two views. The cache gets two more meanwhile: the same weights as if it had not."""
+    given = {"epochs": 4, "checkpoint_every": 3, "keep": 2, "eval_every": 4}
+    straight, grown = on_photos("straight", **given), on_photos("grown", cache=grow(2), **given)
+    train(straight)
+    train(grown)
+    back(grown.out)
+    grow(4)
+    capsys.readouterr()
+    train(dataclasses.replace(grown, resume=True))
+    assert "cache: 4 views by now; this run replays the 2 it began with" in capsys.readouterr().err
+    same_run(grown.out, straight.out)
+    assert len(open_run(grown.out).answers) == 2
+
+
+def test_an_unfinished_cache_serves_what_it_has(on_photos, grow, capsys):
+    """A run replays the three finished views of four, and says so; to its end, though the fourth is there by then."""
+    cache = grow(4)
+    fourth = (cache / view_file(3)).read_bytes()
+    (cache / view_file(3)).unlink()
+    config = on_photos(cache=cache, epochs=5, checkpoint_every=3, keep=9, eval_every=5)
+    train(config)
+    assert f"cache {cache}: 3 of 4 views are finished; this run replays 3 to its end" in capsys.readouterr().err
+    assert open_run(config.out).answers == TeacherCache.open(cache).digests(3)
+    (cache / view_file(3)).write_bytes(fourth)
+    back(config.out, 4)
+    train(dataclasses.replace(config, resume=True))
+    assert len(open_run(config.out).answers) == 3
+
+
+def test_views_that_no_epoch_shows_may_change(on_photos, grow, capsys):
+    """A run of one epoch needs one view."""
+    cache = grow(2)
+    config = on_photos(cache=cache, epochs=1)
+    train(config)
+    assert len(open_run(config.out).answers) == 1
+    (cache / view_file(1)).unlink()
+    capsys.readouterr()
+    train(dataclasses.replace(config, resume=True))
+    assert "replays" not in capsys.readouterr().err
+
+
+def test_what_is_not_what_the_run_began_with_is_refused(on_photos, grow):
+    """A view with other answers, a view less, no cache at all: each is named, and nothing is written."""
+    cache = grow(2)
+    config = on_photos(cache=cache, checkpoint_every=3)
+    train(config)
+    resumed, before = dataclasses.replace(config, resume=True), (config.out / "config.json").read_bytes()
+    kept = (cache / view_file(1)).read_bytes()
+    tensors, said = load_tensors(cache / view_file(1))
+    tensors["log_probs"][0] -= 0.5
+    save_tensors(cache / view_file(1), tensors, said)
+    with pytest.raises(
+        BadInput, match=r"cache: .* does not hold the answers of .*cache that the run began with \(views 1 d"
+    ):
+        train(resumed)
+    (cache / view_file(1)).unlink()
+    with pytest.raises(BadInput, match="expected 2 views, 1 of 2 are finished; run `fastofa precompute` again"):
+        train(resumed)
+    assert (config.out / "config.json").read_bytes() == before
+    grow(2)  # as the line says
+    assert (cache / view_file(1)).read_bytes() == kept
+    train(resumed)
+    with pytest.raises(BadInput, match=r"these differ: .*cache: None here, .*cache there"):
+        train(dataclasses.replace(resumed, cache=None, method="scratch"))
+
+
+def test_resume_compares_the_validation_images(on_photos, photos, photo_cache, tmp_path):
+    """Labels, too; the training images are the same."""
+    data = Path(shutil.copytree(photos, tmp_path / "photos"))
+    config = on_photos(data=str(data), cache=None, method="scratch", epochs=1)
+    train(config)
+    val = data / "val"
+    (val / "china" / "000.jpg").rename(val / "flower" / "100.jpg")
+    with pytest.raises(BadInput, match=f"these differ: data: {data} has other validation images than {data} had then"):
+        train(dataclasses.replace(config, resume=True))
+    (val / "flower" / "100.jpg").rename(val / "china" / "000.jpg")
+    train(dataclasses.replace(config, resume=True))
+
+
+def test_a_run_knows_its_places_from_any_folder(on_photos, grow, photos, monkeypatch, tmp_path):
+    """Begun with relative paths; evaluated from elsewhere, agreement with the teacher included."""
+    grow(2)
+    shutil.copytree(photos, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    config: TrainConfig = on_photos(data="photos", cache=Path("cache"), out=Path("run"), epochs=1)
+    train(config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = open_run(tmp_path / "run")
+    assert (run.data, run.cache) == (str(tmp_path / "photos"), tmp_path / "cache")
+    assert (run.config.data, run.config.cache) == ("photos", Path("cache"))
+    assert evaluate(EvaluateConfig(tmp_path / "run", str(photos), workers=0)).agreement is not None
+    monkeypatch.chdir(tmp_path)
+    train(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [("digits:100", "digits:100"), ("cifar100:c", "cifar100:{}/c"), ("c", "{}/c"), ("a:b", "{}/a:b"), ("gone", "gone")],
+)
+def test_where_a_runs_data_lies(data, found, tmp_path):
+    """Built-in names stay as they are, though there be a folder of the number's name."""
+    for name in ("100", "c", "a:b"):
+        (tmp_path / name).mkdir()
+    config = recipes.digits(data=data, student="test_resnet", out=tmp_path)
+    assert Run(tmp_path, config, ("a",), 0, "", folder=str(tmp_path)).data == found.format(tmp_path)
+
+
+@pytest.mark.parametrize("state", ["made anew", "cut short", "grown", "moved"])
+def test_evaluate_takes_the_answers_that_the_run_began_with(
+    on_photos, grow, photo_cache, photos, capsys, state, tmp_path
+):
+    """Of a cache with other answers to the same images, with fewer views or gone, a line says why there is none."""
+    config = on_photos(cache=grow(2))
+    train(config)
+    cache = tmp_path / "cache"
+    if state == "made anew":
+        shutil.rmtree(cache)
+        teacher = str(photo_cache.path.parent / "teacher")
+        precompute(PrecomputeConfig(str(photos), teacher, cache, 2, topk=2, seed=1, workers=0))
+    elif state == "cut short":
+        (cache / view_file(1)).unlink()
+    elif state == "grown":
+        grow(3)
+    else:
+        cache.rename(tmp_path / "other")
+    capsys.readouterr()
+    found = evaluate(EvaluateConfig(config.out, str(photos), workers=0))
+    said = capsys.readouterr().err
+    assert (found.agreement is not None) is (state == "grown")
+    expected = {
+        "made anew": f"no agreement with the teacher: {cache} does not hold the answers that the run began with",
+        "cut short": "no agreement with the teacher: .*expected 2 views, 1 of 2 are finished",
+        "grown": "",
+        "moved": f"no agreement with the teacher: {cache}: expected a teacher cache",
+    }[state]
+    assert all(part in said for part in expected.split(".*"))
+
+
+def test_a_caches_fault_is_not_blamed_on_the_learning_rate(on_photos, grow):
+    """Found when the view is opened, at the start or in the middle; after it the run goes on from its checkpoint."""
+    cache = grow(2)
+    kept = (cache / view_file(1)).read_bytes()
+    tensors, said = load_tensors(cache / view_file(1))
+    tensors["log_probs"][4, 0] = float("nan")
+    save_tensors(cache / view_file(1), tensors, said)
+    config = on_photos(cache=cache, checkpoint_every=3)
+    with pytest.raises(
+        BadInput, match=rf"{view_file(1)}: expected finite log_probs, got \[nan, .*\] for sample 4; delete"
+    ):
+        train(config)
+    assert len(checkpoints(config.out)) == 1
+    (cache / view_file(1)).write_bytes(kept)
+    (cache / VAL).write_bytes((cache / VAL).read_bytes()[:-1])
+    with pytest.raises(BadInput, match=f"{VAL}: .*truncated or damaged"):
+        train(dataclasses.replace(config, resume=True))
+
+
+def test_ranks_take_the_views_that_all_of_them_see(on_photos, grow, monkeypatch):
+    """One may be finished between two ranks' looks at the cache."""
+    monkeypatch.setattr(World, "sum", lambda _, mine: mine + torch.tensor([0, 2]))  # the other rank sees two
+    epochs = Epochs(on_photos(cache=grow(3), epochs=5), open_dataset(on_photos().data), World(0, 2), CPU)
+    assert epochs.answers == TeacherCache.open(grow(3)).digests(2)
