@@ -10,7 +10,9 @@ from fastofa.config import TrainConfig
 from fastofa.environment import environment
 from fastofa.errors import BadInput
 from fastofa.files import read_json, write_json
+from fastofa.models import find_folder
 from fastofa.student import Student
+from fastofa.weights import Weights
 
 CONFIG, LAUNCHES = "config.json", "environment.json"
 
@@ -30,10 +32,13 @@ class Run:
     """Of the pages that the samples lie in, where the order goes by them; else empty."""
 
     def build_student(self, init: str | None = None) -> Student:
-        """The student as the configuration says, weights not loaded. Raises BadInput for what cannot be built."""
-        c = self.config
+        """The student as the configuration says, with the weights of `init` if any (see `create_model`), or of a run.
+
+        Raises BadInput for what cannot be built.
+        """
+        c, start = self.config, _weights_of_run(init)
         return Student(
-            c.student, len(self.classes), c.image_size, self.teacher_dim, c.exits, c.drop_path, c.mean, c.std, init
+            c.student, len(self.classes), c.image_size, self.teacher_dim, c.exits, c.drop_path, c.mean, c.std, start
         )
 
     def trained_student(self, best: bool = False) -> Student:
@@ -55,6 +60,20 @@ class Run:
                 "pages": self.pages,
             },
         )
+
+
+def is_run(path: Path) -> bool:
+    """Does the folder hold what `fastofa train` writes? A model's folder has a config.json, too."""
+    values = read_json(path / CONFIG) if (path / CONFIG).is_file() else None
+    return isinstance(values, dict) and "config" in values
+
+
+def _weights_of_run(init: str | None) -> str | Weights | None:
+    """Its student's, where `init` is a run's folder."""
+    folder = None if init in (None, "pretrained") else find_folder(init)
+    if folder is None:
+        return init
+    return Weights(str(folder), open_run(folder).trained_student().backbone.state_dict()) if is_run(folder) else init
 
 
 def open_run(path: Path) -> Run:
