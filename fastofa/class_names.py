@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from timm.data import ImageNetInfo
@@ -16,6 +17,8 @@ from timm.utils.misc import natural_key
 
 from fastofa.errors import BadInput
 from fastofa.progress import notice
+
+SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,9 @@ def match_classes(teacher: str, outputs: OutputNames, classes: Sequence[str]) ->
     """
     subset = None if outputs.names else infer_imagenet_subset({"num_classes": outputs.count})
     if subset is not None:
-        info = ImageNetInfo(subset)
-        names = info.label_names()
-        descriptions = {name: info.label_name_to_description(name) for name in names}
-        outputs = OutputNames(outputs.count, dict(enumerate(names)), descriptions)
+        outputs = OutputNames(outputs.count, dict(enumerate(ImageNetInfo(subset).label_names())))
+    if not outputs.descriptions and any(map(SYNSET.fullmatch, outputs.names.values())):
+        outputs = OutputNames(outputs.count, outputs.names, _lemmas(outputs.names.values()))
     named = list(outputs.names.items())
     words = [(output, word) for output, name in named for word in _words(outputs.descriptions.get(name, ""))]
     failures: list[tuple[int, str]] = []
@@ -65,6 +67,15 @@ def match_classes(teacher: str, outputs: OutputNames, classes: Sequence[str]) ->
     source = f"taken for those of {subset}" if subset else "named by label_names in its config.json"
     remedy = "correct label_names (without any, the order is taken to be the data's)" if same_count else "rename yours"
     raise BadInput(f"{expected}, {source}: {min(failures)[1]}; {train}, or {remedy}")
+
+
+def _lemmas(names: Iterable[str]) -> dict[str, str]:
+    """What timm knows of ImageNet's synsets: "n01440764" is "tench, Tinca tinca"."""
+    info, found = ImageNetInfo(), {}
+    for name in names:
+        with suppress(KeyError):
+            found[name] = info.label_name_to_description(name)
+    return found
 
 
 def _words(description: str) -> set[str]:
@@ -92,7 +103,7 @@ def _match(
     if lacking:
         return None, (len(lacking), f"it has no {_some(lacking)}")
     if doubtful:
-        return None, (len(doubtful), f"more than one could be {_some(doubtful)}")
+        return None, (0, f"more than one could be {_some(doubtful)}")
     return [outputs.pop() for outputs in matches], (0, "")
 
 

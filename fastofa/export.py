@@ -3,8 +3,8 @@
     fastofa export run student
     python -c 'import timm; model = timm.create_model("local-dir:student", pretrained=True)'
 
-The exits are left out. What was written is loaded back with timm: its logits are compared with the run's, and its answers
-to validation images that went through timm's own transform with the run's own evaluation.
+The exits are left out. What was written is loaded back with timm: its logits are compared with the run's, and its
+answers to validation images that went through timm's own transform with those of the run's own evaluation.
 """
 
 import json
@@ -30,7 +30,7 @@ from fastofa.run import Run, open_run
 from fastofa.student import Student
 from fastofa.views import center_views
 
-SAMPLE = 200  # validation images that are looked at
+SAMPLE = 100  # validation images that are looked at
 AT_ONCE = 50
 
 
@@ -118,7 +118,7 @@ def _compare_logits(student: Student, model: torch.nn.Module) -> None:
 
 @torch.inference_mode()
 def _compare_answers(sample: _Sample, model: Any) -> None:
-    """Pixels differ a little, as timm resizes before it crops; a wrong size, crop or normalisation shows in the top-1."""
+    """Pixels differ a little, as timm resizes before it crops; a wrong size, crop or normalisation costs accuracy."""
     transform: Any = create_transform(**resolve_model_data_config(model, use_test_size=True))
     device = choose_device("auto")
     model.to(device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastofa.errors import BadInput
 from fastofa.model_config import CHANNELS, ModelConfig, channels_message, check_arguments, read_model_config
 from fastofa.progress import notice
-from fastofa.weights import Weights, read_weights
+from fastofa.weights import SavedWeights, read_weights
 
 # The paper's two small Swin students, which timm has no name for: (timm's name, arguments).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,7 +63,7 @@ def create_model(
     num_classes: int | None,
     image_size: int | None = None,
     drop_path: float | None = None,
-    init: str | Weights | None = None,
+    init: str | SavedWeights | None = None,
 ) -> Any:
     """A timm model; models with a fixed input size are built for `image_size`.
 
@@ -83,7 +83,7 @@ def create_model(
         arguments["num_classes"] = num_classes
     weights = _weights_of(init, timm_name) if isinstance(init, str) and init != "pretrained" else init
     try:
-        if isinstance(weights, Weights):
+        if isinstance(weights, SavedWeights):
             return _build_with(weights, timm_name, arguments, "adopt" if num_classes is None else "restart")
         return timm.create_model(timm_name, pretrained=init is not None, **arguments)
     except (RuntimeError, AssertionError, TypeError, ValueError, KeyError) as error:
@@ -102,7 +102,7 @@ def create_model(
         ) from None
 
 
-def _weights_of(init: str, timm_name: str) -> Weights:
+def _weights_of(init: str, timm_name: str) -> SavedWeights:
     """Of a file, or of a folder with a model of this architecture."""
     folder = find_folder(init)
     if folder is None:
@@ -113,7 +113,7 @@ def _weights_of(init: str, timm_name: str) -> Weights:
     return read_weights(_weights_file(folder))
 
 
-def _build_with(weights: Weights, timm_name: str, arguments: dict[str, Any], other_classes: OtherClasses) -> Any:
+def _build_with(weights: SavedWeights, timm_name: str, arguments: dict[str, Any], other_classes: OtherClasses) -> Any:
     """The model with these weights. timm builds it and calls its loader, which is ours here: it is handed timm's own
     conversion of the publishers' checkpoints, and every weight must fit, where timm's would let some pass."""
 
@@ -126,7 +126,7 @@ def _build_with(weights: Weights, timm_name: str, arguments: dict[str, Any], oth
 
 def load_weights(
     model: Any,
-    weights: Weights,
+    weights: SavedWeights,
     convert: Callable[..., Any] | None = None,
     other_classes: OtherClasses = "refuse",
 ) -> None:

@@ -12,7 +12,7 @@ from fastofa.errors import BadInput
 from fastofa.files import read_json, write_json
 from fastofa.models import find_folder
 from fastofa.student import Student
-from fastofa.weights import Weights
+from fastofa.weights import SavedWeights
 
 CONFIG, LAUNCHES = "config.json", "environment.json"
 
@@ -68,12 +68,14 @@ def is_run(path: Path) -> bool:
     return isinstance(values, dict) and "config" in values
 
 
-def _weights_of_run(init: str | None) -> str | Weights | None:
+def _weights_of_run(init: str | None) -> str | SavedWeights | None:
     """Its student's, where `init` is a run's folder."""
     folder = None if init in (None, "pretrained") else find_folder(init)
     if folder is None:
         return init
-    return Weights(str(folder), open_run(folder).trained_student().backbone.state_dict()) if is_run(folder) else init
+    if not is_run(folder):
+        return init
+    return SavedWeights(str(folder), open_run(folder).trained_student().backbone.state_dict())
 
 
 def open_run(path: Path) -> Run:

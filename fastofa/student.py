@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastofa.errors import BadInput
 from fastofa.exits import ConvExit, TokenExit
 from fastofa.models import check_channels, create_model, first_line, input_size, normalization
-from fastofa.weights import Weights
+from fastofa.weights import SavedWeights
 
 REDUCTIONS = {4: 1, 8: 2, 16: 3, 32: 4}  # a stage's features are this much smaller than the picture
 ALL_STAGES = (1, 2, 3, 4)
@@ -64,7 +64,7 @@ class Student(nn.Module):
         drop_path: float | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
-        init: str | Weights | None = None,
+        init: str | SavedWeights | None = None,
     ) -> None:
         super().__init__()
         self.backbone = create_model(model_name, num_classes, image_size, drop_path, init)

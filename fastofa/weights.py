@@ -28,7 +28,7 @@ DEPTH = 8  # wrappers within wrappers
 
 
 @dataclass(frozen=True)
-class Weights:
+class SavedWeights:
     """What a file or a run holds."""
 
     source: str
@@ -77,13 +77,13 @@ class Weights:
 
         path = min(chosen, key=rank)
         if path and self.key is None:
-            others = [other or "those without a name" for other in sets if other != path]
-            choose = f"; {self.flag} takes another" if self.flag else "; save another as a file of its own"
-            notice(f"{self.source}: took the weights {path}" + (f", not {_some(others)}{choose}" if others else ""))
+            others = _some(other or "those without a name" for other in sets if other != path)
+            choose = f"{self.flag} takes another" if self.flag else "save another as a file of its own"
+            notice(f"{self.source}: took the weights called {path}{f', not {others}; {choose}' if others else ''}")
         return chosen[path]
 
 
-def read_weights(path: Path, key: str | None = None, flag: str = "") -> Weights:
+def read_weights(path: Path, key: str | None = None, flag: str = "") -> SavedWeights:
     """A .safetensors file, or any other through torch's weights-only reader.
 
     Raises:
@@ -101,7 +101,7 @@ def read_weights(path: Path, key: str | None = None, flag: str = "") -> Weights:
     contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(contents, dict):
         raise BadInput(f"{path}: expected a state_dict of tensors, got {type(contents).__name__}")
-    return Weights(str(path), contents, key, flag)
+    return SavedWeights(str(path), contents, key, flag)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
