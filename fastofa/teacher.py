@@ -131,12 +131,15 @@ def open_teacher(
         bf16=bf16,
         columns=None if columns == list(range(model.num_classes)) else tuple(columns),
     )
+    side = teacher.image_size
     try:
-        teacher.log_probs(torch.zeros(2, 3, teacher.image_size, teacher.image_size, dtype=torch.uint8, device=device))
-    except (RuntimeError, AssertionError, ValueError) as error:
+        found = teacher.log_probs(torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device))
+    except Exception as error:  # one that a strange config.json describes fails in many ways
         raise BadInput(
-            f"teacher {name}: does not run at {teacher.image_size} px ({first_line(error)}); give another --image-size"
+            f"teacher {name}: does not run at {side} px ({first_line(error)}); give another --image-size"
         ) from None
+    if found.shape != (2, len(classes)):
+        raise BadInput(f"teacher {name}: expected logits [images, classes], got {list(found.shape)} of two images")
     return teacher
 
 

@@ -477,6 +477,28 @@ def test_grey_teachers_are_named_as_such(tmp_path):
         open_teacher(NAME, NAMES, tmp_path / "model.safetensors")
 
 
+def test_a_model_of_feature_maps_is_no_teacher(tmp_path):
+    """timm's way to leave the pooling out, which a config.json can ask for."""
+    unpooled = timm.create_model(NAME, num_classes=7, global_pool="")
+    with pytest.raises(BadInput, match="does not run at 40 px|expected logits"):
+        open_teacher(named(unpooled, tmp_path, list(NAMES)), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"std": (0.2, 0.0, 0.2), "mean": (0.5, 0.5, 0.5)}, "std: expected three numbers above 0"),
+        ({"std": (0.2, math.nan, 0.2), "mean": (0.5, 0.5, 0.5)}, "std: expected three numbers above 0"),
+        ({"std": (0.2, 0.2, 0.2), "mean": (0.5, math.inf, 0.5)}, "mean: expected three numbers"),
+        ({"image_size": 0}, "image-size: expected at least 1 pixel"),
+        ({"teacher_checkpoint_key": "ema"}, "teacher-checkpoint-key: expected --teacher-checkpoint"),
+    ],
+)
+def test_impossible_arguments(given, message):
+    with pytest.raises(BadInput, match=message):
+        PrecomputeConfig("digits", "teacher", Path("cache"), 1, 1, **given)
+
+
 def test_crops_beyond_the_edges_end_there(folder, tmp_path):
     """VOLO's published 1.15 of the shorter side."""
     shutil.copytree(folder, tmp_path / "wide")
