@@ -4,6 +4,7 @@ A command's help begins with its module's docstring; `train` has its arguments i
 """
 
 import ast
+import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,7 +77,8 @@ class PrecomputeConfig:
     data: str
     """Data set: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or what `fastofa write` wrote."""
     teacher: str
-    """A timm model with its tag (convnext_tiny.in12k_ft_in1k), or a folder that `fastofa export` or timm wrote."""
+    """A timm model with its tag (convnext_tiny.in12k_ft_in1k), a folder that `fastofa train`, `fastofa export` or timm
+    wrote, or hf-hub:OWNER/NAME. Its classes are matched with the data's by name."""
     out: Path
     """Folder of the cache."""
     views: int
@@ -86,7 +88,10 @@ class PrecomputeConfig:
     """Classes kept of each answer, at 4 bytes a class. The mass they leave is spread over the other classes."""
     teacher_checkpoint: Path | None = None
     """The teacher's weights from a .safetensors or .pth file instead of timm's. A config.json beside it, if of the same
-    architecture, gives normalisation and input size."""
+    architecture, gives normalisation, input size and names of classes."""
+    teacher_checkpoint_key: str | None = None
+    """Which weights of that file, where it holds several: model, say, or model_ema. By default an average's; a line
+    says which."""
     image_size: int | None = None
     """Side of the teacher's input in pixels; by default its own."""
     mean: tuple[float, float, float] | None = None
@@ -135,8 +140,16 @@ class PrecomputeConfig:
             raise BadInput(f"views: expected at most {MOST_EPOCHS:,}, got {self.views}")
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"seed: expected a number from 0 to 2^63 - 1, got {self.seed}")
+        if self.image_size is not None and self.image_size < 1:
+            raise BadInput(f"image-size: expected at least 1 pixel, got {self.image_size}")
+        if self.teacher_checkpoint_key is not None and self.teacher_checkpoint is None:
+            raise BadInput("teacher-checkpoint-key: expected --teacher-checkpoint with it")
         if (self.mean is None) != (self.std is None):
             raise BadInput("expected both --mean and --std or neither")
+        if self.std is not None and not all(0 < value < math.inf for value in self.std):
+            raise BadInput(f"std: expected three numbers above 0, got {self.std}")
+        if self.mean is not None and not all(map(math.isfinite, self.mean)):
+            raise BadInput(f"mean: expected three numbers, got {self.mean}")
         if self.recipe:
             recipe(self.recipe)
 

@@ -32,7 +32,7 @@ from fastofa.pipelines import Pipeline, choose, open_pipeline
 from fastofa.progress import notice, progress_bar
 from fastofa.seen import save_seen
 from fastofa.table_checks import answers_fault
-from fastofa.teacher import Teacher, open_teacher
+from fastofa.teacher import Teacher, check_answers, open_teacher, report_accuracy
 from fastofa.teacher_cache import (
     HEADER,
     PARTIAL,
@@ -71,13 +71,14 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
     bf16 = choose_bf16(config.precision, device)
     teacher = open_teacher(
         config.teacher,
-        len(train.classes),
+        train.classes,
         config.teacher_checkpoint,
         config.image_size,
         config.mean,
         config.std,
         device,
         bf16,
+        config.teacher_checkpoint_key,
     )
     header: dict[str, Any] = {
         "dataset": {"spec": config.data, "train": train.fingerprint, "val": val.fingerprint},
@@ -197,7 +198,8 @@ class _Job:
             found = self._ask(dataset, pipeline, views, VAL, bar, task)
         self._commit(VAL, found._asdict(), VAL)
         correct = found.classes[:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
-        notice(f"teacher {self.teacher.name}: {correct.float().mean():.2%} top-1 on {len(dataset)} validation images")
+        top1 = float(correct.float().mean())
+        report_accuracy(self.teacher.name, top1, len(dataset.classes), len(dataset))
 
     def write_views(self, todo: list[int], dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy) -> None:
         if not todo:
@@ -226,7 +228,11 @@ class _Job:
         saved_at = time.monotonic()
         with self.keeping(table, parts, partial):
             for batch in pipeline.epoch(views, order, start=done):
-                parts.append(answers(self.teacher.log_probs(batch.images), self.header["topk"]))
+                found = answers(self.teacher.log_probs(batch.images), self.header["topk"])
+                seen = [dataset.names[i] for i in batch.sample_ids.tolist()]
+                where = f"view {table}" if isinstance(table, int) else "the validation view"
+                check_answers(self.teacher.name, found.log_probs, where, seen)
+                parts.append(found)
                 bar.advance(task, len(batch.labels))
                 if self.interrupt.signum is not None:
                     raise Stopped(f"saved in {self.out}; run the same command again to go on", self.interrupt.signum)

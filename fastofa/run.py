@@ -10,7 +10,9 @@ from fastofa.config import TrainConfig
 from fastofa.environment import environment
 from fastofa.errors import BadInput
 from fastofa.files import read_json, write_json
+from fastofa.models import find_folder
 from fastofa.student import Student
+from fastofa.weights import SavedWeights
 
 CONFIG, LAUNCHES = "config.json", "environment.json"
 MOST_FEATURES = 1 << 20  # of a teacher's last layer
@@ -35,10 +37,13 @@ class Run:
     """Where the run was started: relative paths of its configuration begin there."""
 
     def build_student(self, init: str | None = None) -> Student:
-        """The student as the configuration says, weights not loaded. Raises BadInput for what cannot be built."""
-        c = self.config
+        """The student as the configuration says, with the weights of `init` if any (see `create_model`), or of a run.
+
+        Raises BadInput for what cannot be built.
+        """
+        c, start = self.config, _weights_of_run(init)
         return Student(
-            c.student, len(self.classes), c.image_size, self.teacher_dim, c.exits, c.drop_path, c.mean, c.std, init
+            c.student, len(self.classes), c.image_size, self.teacher_dim, c.exits, c.drop_path, c.mean, c.std, start
         )
 
     def trained_student(self, best: bool = False) -> Student:
@@ -74,6 +79,22 @@ class Run:
         kind = "cifar100:" if self.config.data.startswith("cifar100:") else ""
         place = Path(self.folder, self.config.data.removeprefix(kind))
         return f"{kind}{place}" if place.exists() else self.config.data
+
+
+def is_run(path: Path) -> bool:
+    """Does the folder hold what `fastofa train` writes? A model's folder has a config.json, too."""
+    values = read_json(path / CONFIG) if (path / CONFIG).is_file() else None
+    return isinstance(values, dict) and "config" in values
+
+
+def _weights_of_run(init: str | None) -> str | SavedWeights | None:
+    """Its student's, where `init` is a run's folder."""
+    folder = None if init in (None, "pretrained") else find_folder(init)
+    if folder is None:
+        return init
+    if not is_run(folder):
+        return init
+    return SavedWeights(str(folder), open_run(folder).trained_student().backbone.state_dict())
 
 
 def open_run(path: Path) -> Run:

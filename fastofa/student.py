@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastofa.errors import BadInput
 from fastofa.exits import ConvExit, TokenExit
-from fastofa.models import create_model, first_line, input_size, normalization
+from fastofa.models import check_channels, create_model, first_line, input_size, normalization
+from fastofa.weights import SavedWeights
 
 REDUCTIONS = {4: 1, 8: 2, 16: 3, 32: 4}  # a stage's features are this much smaller than the picture
 ALL_STAGES = (1, 2, 3, 4)
@@ -40,9 +41,9 @@ class Student(nn.Module):
         image_size: S; None: the model's own.
         teacher_dim: width of the teacher's last features; a CNN's exits are as wide as the wider of both.
         stages: which stages get an exit, 1 to 4; () for a model without exits.
-        drop_path: stochastic depth of the backbone.
+        drop_path: stochastic depth of the backbone; None: the model's own, 0: none.
         mean, std: normalisation of the pixels; None: the model's own.
-        init: where the backbone's weights start: None for random, "pretrained" for timm's, or a file.
+        init: where the backbone's weights start, see `create_model`.
 
     Images are uint8 [B, 3, S, S] (normalised here) or floating and already normalised.
 
@@ -60,13 +61,14 @@ class Student(nn.Module):
         image_size: int | None = None,
         teacher_dim: int = 0,
         stages: tuple[int, ...] = ALL_STAGES,
-        drop_path: float = 0.0,
+        drop_path: float | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
-        init: str | None = None,
+        init: str | SavedWeights | None = None,
     ) -> None:
         super().__init__()
         self.backbone = create_model(model_name, num_classes, image_size, drop_path, init)
+        check_channels(self.backbone, f"student {model_name}")
         self.image_size = image_size or input_size(self.backbone)
         own_mean, own_std = normalization(self.backbone)
         self.register_buffer("mean", torch.tensor(mean or own_mean).view(1, 3, 1, 1), persistent=False)

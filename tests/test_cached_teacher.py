@@ -42,7 +42,7 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_o
     views, classes, log_probs = cache.targets(0)
     table = DeviceTargets(classes, log_probs, CPU, dense=topk == cache.num_classes)
     dataset = open_dataset(DATA)
-    teacher = open_teacher(str(teacher_folder), 10)
+    teacher = open_teacher(str(teacher_folder), tuple("0123456789"))
     order = epoch_order(len(dataset), seed=0, epoch=0, partner=views.partner)
     objective: Any = Objective(recipes.digits(data=DATA, student="test_resnet", out=Path("unused")), CPU)
 

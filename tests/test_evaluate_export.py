@@ -1,5 +1,6 @@
 """What a run is worth, computed again without fastofa; and its student in plain timm."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -275,25 +276,25 @@ def exported(request, tmp_path_factory) -> tuple[Run, Path, str, str]:
     given, name = MODELS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     run = make_run(folder / "run", **given)
-    return run, folder / "out", export(ExportConfig(run.path, folder / "out")), name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastofa.export.SAMPLE", 10)  # images: seconds
+        line = export(ExportConfig(run.path, folder / "out"))
+    return run, folder / "out", line, name
 
 
 def test_plain_timm_gives_the_runs_logits(exported):
-    """Both ways of loading, at the run's size, to 1e-5; drop-path and exits play no part."""
-    run, out, line, name = exported
+    """By the printed line, at the run's size, to 1e-5; drop-path and exits play no part."""
+    run, out, line, _ = exported
     student = run.trained_student()
     size = run.config.image_size
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     with torch.inference_mode():
         expected = student(images)[-1]
-    assert line.startswith(f'timm.create_model("{name}", checkpoint_path=')
-    by_file = eval(line, {"timm": timm})
-    by_folder = timm.create_model(f"local-dir:{out}", pretrained=True)
-    for model in (by_file, by_folder):
-        with torch.inference_mode():
-            got = model.eval()(tv.normalize(images / 255, list(MEAN), list(STD)))
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-        assert expected.std() > 0.01
+    assert line == f'timm.create_model("local-dir:{out}", pretrained=True)'
+    with torch.inference_mode():
+        got = eval(line, {"timm": timm}).eval()(tv.normalize(images / 255, list(MEAN), list(STD)))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.01
 
 
 def test_the_line_needs_only_name_file_and_classes_for_a_cnn(tmp_path):
@@ -343,7 +344,7 @@ def test_an_export_names_the_size_that_was_evaluated(tmp_path):
 def test_an_exported_model_is_a_teacher(exported):
     """At its own size, with its own crop and normalisation: the run's own log-probabilities."""
     run, out, _, name = exported
-    teacher = open_teacher(str(out), 10)
+    teacher = open_teacher(str(out), DIGITS)
     assert (teacher.name, teacher.image_size, teacher.crop) == (name, run.config.image_size, 0.8)
     images = torch.randint(0, 256, (2, 3, teacher.image_size, teacher.image_size), dtype=torch.uint8)
     with torch.inference_mode():
@@ -371,7 +372,7 @@ def test_export_refuses_and_leaves_nothing(photo_run, tmp_path, monkeypatch):
 
     def damaged(*arguments: Any, **given: Any) -> nn.Module:
         model = create_model(*arguments, **given)
-        if "checkpoint_path" in given:
+        if str(arguments[0]).startswith("local-dir:"):
             model.get_classifier().bias.data += 1
         return model
 
@@ -379,6 +380,47 @@ def test_export_refuses_and_leaves_nothing(photo_run, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="timm's logits differ from the run's by up to 1"):
         export(ExportConfig(photo_run.path, tmp_path / "out"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "taken"]
+
+
+def test_timms_own_transform_is_tried_on_the_runs_images(photo_run, tmp_path, capsys):
+    """Image files go the way of timm's users, and are answered as in the run's own evaluation."""
+    evaluated = evaluate(EvaluateConfig(photo_run.path, photo_run.config.data, workers=0))
+    export(ExportConfig(photo_run.path, tmp_path / "out"))
+    said = capsys.readouterr().err
+    assert f"on 12 validation images, in the run {evaluated.top1:.2%}; " in said
+    assert float(said.rpartition("; ")[2].partition("%")[0]) > 80  # of the answers are the same
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    data = timm.data.resolve_model_data_config(model)
+    assert (data["interpolation"], data["crop_mode"], data["crop_pct"]) == ("bilinear", "center", 0.8)
+
+
+def test_a_lost_normalisation_is_refused(photo_run, tmp_path, monkeypatch):
+    """Ready tensors would not show it: labels are what the run answers, so its accuracy is 100%."""
+    own_answers, save = fastofa.export._own_answers, fastofa.export.save_for_hf
+
+    def right_answers(*arguments: Any) -> Any:
+        sample = own_answers(*arguments)
+        return dataclasses.replace(sample, labels=sample.answers)
+
+    def forgetful(model: nn.Module, folder: str, data_config: dict[str, Any], **given: Any) -> None:
+        save(model, folder, data_config={**data_config, "mean": (5.0, 0.0, -5.0), "std": (0.01, 1, 9)}, **given)
+
+    monkeypatch.setattr(fastofa.export, "_own_answers", right_answers)
+    export(ExportConfig(photo_run.path, tmp_path / "right"))
+    monkeypatch.setattr(fastofa.export, "save_for_hf", forgetful)
+    with pytest.raises(BadInput, match=r"through timm's own transform top-1 is \d+\.\d+% on 12 .*nothing was written"):
+        export(ExportConfig(photo_run.path, tmp_path / "wrong"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["right", "run"]
+
+
+def test_without_its_images_an_export_is_compared_on_tensors(photo_run, tmp_path, capsys):
+    """And says so; they may lie on another machine, or be others by now."""
+    for data, reason in (("nowhere", "there is no such folder"), ("digits", "digits has other classes now")):
+        run = make_run(tmp_path / data, photo_run.classes, data=data)
+        export(ExportConfig(run.path, tmp_path / f"{data}-out"))
+        said = capsys.readouterr().err
+        assert "compared with the run on made-up images only" in said
+        assert reason in said
 
 
 def test_the_export_command_prints_the_line(photo_run, tmp_path, capsys):

@@ -14,14 +14,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"clock", "confusion", "environment", "errors", "exits", "interrupt", "kernels", "memory", "progress", "threads"},
     {"beton", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
-    {"views"},
+    {"class_names", "model_config", "views", "weights"},
     {"config", "dataset", "models", "pipelines", "table_checks"},
     {
-        "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache",
+        "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher_cache",
         "written",
     },
     {"arguments", "curves", "epochs", "losses", "run", "schedule", "seen"},
-    {"report", "step"},
+    {"report", "step", "teacher"},
     {"plan"},
     {"cache", "doctor", "evaluate", "export", "precompute", "train", "write"},
     {"demo"},

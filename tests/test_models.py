@@ -5,12 +5,14 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import huggingface_hub.errors
 import pytest
 import safetensors.torch
 import timm
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from fastofa.errors import BadInput
 from fastofa.models import (
+    check_channels,
     create_model,
     input_size,
     load_weights,
@@ -29,6 +32,7 @@ from fastofa.models import (
     resolve,
     weights_sha256,
 )
+from fastofa.weights import read_weights
 
 NAME, CLASSES = "test_resnet", 10  # timm's own small models, made for tests
 
@@ -52,6 +56,10 @@ def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> st
         function(*arguments, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def load_file(model: nn.Module, path: Path) -> None:
+    load_weights(model, read_weights(path))
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -81,7 +89,7 @@ def test_unknown_model_has_suggestions(name: str, near: str) -> None:
     assert near in text.partition("near it")[2]
 
 
-@pytest.mark.parametrize("name", ["", "../../etc/passwd", "hf-hub:timm/resnet18", "local-dir:x", "timm/resnet18", "§"])
+@pytest.mark.parametrize("name", ["", "../../etc/passwd", "hf-hub:timm/resnet18", "local-dir:x", "timm/no_such", "§"])
 def test_what_is_no_name_is_refused(name: str) -> None:
     """Nor does a name reach out to the network or the disk."""
     assert "unknown model" in refusal(create_model, name, CLASSES)
@@ -218,7 +226,7 @@ def test_weights_come_back(source: Any, tmp_path: Path, save: Callable[[nn.Modul
     path, model = save(source, tmp_path), other()
     assert not equal(model, source)
     assert weights_sha256(model) != weights_sha256(source)
-    load_weights(model, path)
+    load_file(model, path)
     assert equal(model, source)
     assert weights_sha256(model) == weights_sha256(source)
 
@@ -235,7 +243,7 @@ def test_missing_unexpected_and_reshaped_keys(source: Any, tmp_path: Path, suffi
 
     def refused(weights: dict[str, Tensor]) -> str:
         (safetensors.torch.save_file if suffix == "safetensors" else torch.save)(weights, path)
-        text = refusal(load_weights, model, path)
+        text = refusal(load_file, model, path)
         assert text.startswith(str(path))
         assert weights_sha256(model) == before
         return text
@@ -269,7 +277,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(source: Any, tmp_path: Path, 
         path.write_bytes(pickle.dumps(weights))
     else:
         torch.save(weights, path, _use_new_zipfile_serialization=kind == "torch")
-    text = refusal(load_weights, other(), path)
+    text = refusal(load_file, other(), path)
     assert str(path) in text
     assert "a pickle" in text or "weights-only" in text
     assert not witness.exists()
@@ -278,7 +286,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(source: Any, tmp_path: Path, 
 def test_what_a_checkpoint_asks_for_is_named(source: Any, tmp_path: Path) -> None:
     """A whole model instead of its weights, the usual mistake."""
     torch.save(source, tmp_path / "model.pth")
-    text = refusal(load_weights, other(), tmp_path / "model.pth")
+    text = refusal(load_file, other(), tmp_path / "model.pth")
     assert "timm.models.resnet.ResNet" in text
     assert "state_dict" in text
 
@@ -286,9 +294,9 @@ def test_what_a_checkpoint_asks_for_is_named(source: Any, tmp_path: Path) -> Non
 def test_safetensors_under_another_name_and_the_reverse(source: Any, tmp_path: Path) -> None:
     """The suffix says how a file is read; a pickle named .safetensors is never opened as one."""
     shutil.copy(save_state_dict(source, tmp_path), tmp_path / "pickle.safetensors")
-    assert "a pickle" in refusal(load_weights, other(), tmp_path / "pickle.safetensors")
+    assert "a pickle" in refusal(load_file, other(), tmp_path / "pickle.safetensors")
     shutil.copy(save_safetensors(source, tmp_path), tmp_path / "model.pt")
-    assert "safetensors" in refusal(load_weights, other(), tmp_path / "model.pt")
+    assert "safetensors" in refusal(load_file, other(), tmp_path / "model.pt")
 
 
 def test_damaged_and_missing_weights(source: Any, tmp_path: Path) -> None:
@@ -308,9 +316,9 @@ def test_damaged_and_missing_weights(source: Any, tmp_path: Path) -> None:
             b"PK\x03\x04",
         ):
             path.write_bytes(content)
-            assert str(path) in refusal(load_weights, other(), path)
+            assert str(path) in refusal(load_file, other(), path)
     for path in (tmp_path, tmp_path / "none.pth", tmp_path / "none.safetensors"):
-        assert str(path) in refusal(load_weights, other(), path)
+        assert str(path) in refusal(load_file, other(), path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -324,18 +332,18 @@ def test_a_damaged_pickle_never_shows_a_traceback(source: Any, tmp_path: Path) -
     for _ in range(300):
         position, change = (int(torch.randint(*r, (), generator=generator)) for r in ((start, end), (1, 256)))
         path.write_bytes(whole[:position] + bytes([whole[position] ^ change]) + whole[position + 1 :])
-        refusal(load_weights, source, path)  # for want of the other keys, if nothing else
+        refusal(load_file, source, path)  # for want of the other keys, if nothing else
 
 
 @pytest.mark.parametrize("value", [[1, 2], 3, "text", {"epoch": 3}, {0: 1}, {"state_dict": [1]}])
 def test_what_is_no_state_dict(tmp_path: Path, value: Any) -> None:
     torch.save(value, tmp_path / "model.pth")
-    assert "state_dict" in refusal(load_weights, other(), tmp_path / "model.pth")
+    assert "state_dict" in refusal(load_file, other(), tmp_path / "model.pth")
 
 
 def test_keys_that_are_no_names(tmp_path: Path) -> None:
     torch.save({0: torch.zeros(1)}, tmp_path / "model.pth")
-    refusal(load_weights, other(), tmp_path / "model.pth")
+    refusal(load_file, other(), tmp_path / "model.pth")
 
 
 # --- Where a new model's weights start --------------------------------------------------------------------------------
@@ -400,7 +408,7 @@ def test_folder_as_timm_writes_it(source: Any, tmp_path: Path) -> None:
     assert equal(model, source)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.eval()(images), source(images))
-    assert config["label_names"] == list("abcdefghij")
+    assert list(config.label_names.values()) == list("abcdefghij")
     assert (input_size(model), normalization(model)) == (input_size(source), normalization(source))
 
 
@@ -471,3 +479,126 @@ def test_models_are_timms(source: Any) -> None:
     """Nothing is wrapped: what is created is what timm creates."""
     assert type(source) is type(timm.create_model(NAME, num_classes=CLASSES))
     assert parameter_count(source) == parameter_count(timm.create_model(NAME, num_classes=CLASSES))
+
+
+# --- What people have -------------------------------------------------------------------------------------------------
+
+
+def officially(swin: bool, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as Microsoft's Swin and Facebook's ConvNeXt repositories have them, whose classifier is no `head.fc`."""
+    renamed = {}
+    for name, value in weights.items():
+        if swin:
+            name = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
+        else:
+            name = re.sub(r"stages\.(\d)\.downsample\.(\d)", r"downsample_layers.\1.\2", name)
+            name = re.sub(r"stem\.(\d)", r"downsample_layers.0.\1", name)
+            name = re.sub(r"stages\.(\d)\.blocks\.(\d)", r"stages.\1.\2", name).replace("head.norm", "norm")
+            for theirs, timms in (("dwconv", "conv_dw"), ("pwconv1", "mlp.fc1"), ("pwconv2", "mlp.fc2")):
+                name = name.replace(timms, theirs)
+        renamed[name.replace("head.fc", "head")] = value
+    indices = {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.int64)}
+    return {**renamed, **(indices if swin else {})}
+
+
+@pytest.mark.parametrize("name", ["swin_pico_patch4_window7_224", "test_convnext"])
+def test_a_checkpoint_from_its_publishers_repository(tmp_path: Path, name: str, capsys: Any) -> None:
+    """timm's own conversion is used; the classifier is kept, exchanged for one of another size, or decides the size."""
+    source = create_model(name, 5, 64)
+    torch.save({"model": officially("swin" in name, source.state_dict())}, tmp_path / "official.pth")
+    path = str(tmp_path / "official.pth")
+    assert equal(create_model(name, 5, 64, init=path), source)
+    assert equal(create_model(name, None, 64, init=path), source)
+    other = create_model(name, 7, 64, init=path)
+    theirs = source.state_dict()
+    assert {k for k, v in other.state_dict().items() if not torch.equal(v, theirs[k])} == {
+        "head.fc.weight",
+        "head.fc.bias",
+    }
+    assert capsys.readouterr().err.splitlines() == [f"{path}: took the weights called model"] * 3
+
+
+def test_weights_without_a_classifier_start_a_student(source: Any, tmp_path: Path, capsys: Any) -> None:
+    """Those of self-supervised training, say; a line tells it. Anything else that is missing is refused."""
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(without(source.state_dict(), "fc.weight", "fc.bias"), path)
+    model = create_model(NAME, CLASSES, init=str(path))
+    assert {k for k, v in model.state_dict().items() if not torch.equal(v, source.state_dict()[k])} <= {
+        "fc.weight",
+        "fc.bias",
+    }
+    assert capsys.readouterr().err == f"{path}: has no classifier fc, it starts at random\n"
+    assert "missing fc.bias, fc.weight" in refusal(load_file, other(), path)
+
+
+def test_old_files_do_not_count_batches(source: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({k: v for k, v in source.state_dict().items() if "num_batches" not in k}, path)
+    model = other()
+    load_file(model, path)
+    assert torch.equal(model.fc.weight, source.fc.weight)
+
+
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
+def test_init_from_a_folder(source: Any, tmp_path: Path, form: str) -> None:
+    """With model.safetensors or, as timm writes by default, pytorch_model.bin; of this architecture only."""
+    for safe in (True, False):
+        folder = tmp_path / str(safe)
+        save_for_hf(source, str(folder), safe_serialization=safe)
+        assert equal(create_model(NAME, CLASSES, init=form.format(folder)), source)
+        assert equal(open_model_folder(folder)[0], source)
+        text = refusal(create_model, "test_vit", CLASSES, init=form.format(folder))
+        assert f"{folder}: expected the weights of a test_vit, it holds a test_resnet" in text
+    assert "config.json" in refusal(create_model, NAME, CLASSES, init=form.format(tmp_path))
+    assert "there is none" in refusal(create_model, NAME, CLASSES, init=f"local-dir:{tmp_path}/none")
+
+
+def test_a_model_of_the_hub(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are fetched and then treated like any folder's: weights as safetensors or as torch's own."""
+    fetched: list[str] = []
+
+    def hub(model_id: str, filename: str, **_: Any) -> str:
+        fetched.append(f"{model_id}/{filename}")
+        if not (tmp_path / filename).exists():
+            raise huggingface_hub.errors.EntryNotFoundError("404")
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", hub)
+    save_for_hf(source, str(tmp_path))
+    assert equal(create_model(NAME, CLASSES, init="hf-hub:owner/model@main"), source)
+    assert fetched == [f"owner/model/{name}" for name in ("config.json", "model.safetensors", "pytorch_model.bin")]
+    (tmp_path / "config.json").unlink()
+    assert "could not get hf-hub:owner/model (404); without" in refusal(
+        create_model, NAME, CLASSES, init="hf-hub:owner/model"
+    )
+
+
+def test_the_hubs_own_way_to_name_timms_models() -> None:
+    assert resolve("timm/resnet18.a1_in1k") == resolve("resnet18.a1_in1k")
+
+
+def test_one_channel(tmp_path: Path) -> None:
+    """fastofa reads RGB: a model of grey images is named as that, not as a size that does not fit."""
+    grey = timm.create_model(NAME, num_classes=CLASSES, in_chans=1)
+    expected = "takes images of 1 channel, expected 3: fastofa reads every image as RGB"
+    safetensors.torch.save_file(grey.state_dict(), tmp_path / "grey.safetensors")
+    assert expected in refusal(create_model, NAME, CLASSES, init=str(tmp_path / "grey.safetensors"))
+    save_for_hf(grey, str(tmp_path / "folder"), safe_serialization=True)
+    assert expected in refusal(open_model_folder, tmp_path / "folder")
+    assert expected in refusal(create_model, NAME, CLASSES, init=str(tmp_path / "folder"))
+    assert expected in refusal(check_channels, grey, "student x")
+
+
+def test_drop_path_of_zero_switches_a_models_own_off() -> None:
+    """Nothing given leaves it. A model that has none takes a zero."""
+
+    def rates(**given: Any) -> list[float]:
+        return [m.drop_prob for m in create_model("swin_pico_patch4_window7_224", 3, 64, **given).modules()
+                if type(m).__name__ == "DropPath"]  # fmt: skip
+
+    assert max(rates()) == pytest.approx(0.1)  # timm's default
+    assert max(rates(drop_path=0.2)) == pytest.approx(0.2)
+    assert max(rates(drop_path=0.0), default=0) == 0
+    assert "drop_path_rate" not in resolve(NAME)[1]
+    with torch.device("meta"):
+        assert create_model("vgg11", 3, drop_path=0.0).num_classes == 3

@@ -1,7 +1,9 @@
 """The teacher answers as plain timm does, with its own normalisation and size, from every form of weights."""
 
 import argparse
+import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -19,10 +21,13 @@ from fastofa.checkpoint import save_checkpoint
 from fastofa.config import TrainConfig
 from fastofa.errors import BadInput
 from fastofa.export import ExportConfig, export
+from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.run import Run
-from fastofa.teacher import Teacher, open_teacher
+from fastofa.teacher import Teacher, check_answers, open_teacher, report_accuracy
 
 NAME, CLASSES, SIZE = "test_efficientnet", 7, 40
+NAMES = tuple("abcdefg")  # of the data's classes
+TEN = tuple("0123456789")
 MEAN, STD = (0.1, 0.4, 0.7), (0.15, 0.25, 0.35)  # nobody else's
 
 
@@ -74,7 +79,7 @@ def assert_answers(teacher: Teacher, model: nn.Module, mean: tuple[float, ...], 
 
 def test_a_folder_of_timm_answers_as_timm_does(folder, model):
     """Own normalisation and size from its config.json; in eval mode, whatever the model was saved in."""
-    teacher = open_teacher(str(folder), CLASSES)
+    teacher = open_teacher(str(folder), NAMES)
     assert (teacher.name, teacher.image_size, teacher.crop, teacher.bf16) == (NAME, SIZE, 0.9, False)
     assert_answers(teacher, model, MEAN, STD)
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -86,11 +91,11 @@ def test_a_transformer_of_fixed_size_is_built_for_the_size_it_was_saved_with(tmp
     """Its position embeddings fit no other; the model's own 224 px are not used."""
     vit = lively(timm.create_model("deit_tiny_patch16_224", num_classes=CLASSES, img_size=48, depth=2))
     save_for_hf(vit, str(tmp_path), safe_serialization=True, data_config={"input_size": (3, 48, 48), "mean": MEAN})
-    teacher = open_teacher(str(tmp_path), CLASSES)
+    teacher = open_teacher(str(tmp_path), NAMES)
     assert teacher.image_size == 48
     assert_answers(teacher, vit, MEAN, vit.pretrained_cfg["std"])
     with pytest.raises(BadInput, match=r"does not run at 64 px .*give another --image-size"):
-        open_teacher(str(tmp_path), CLASSES, image_size=64)
+        open_teacher(str(tmp_path), NAMES, image_size=64)
 
 
 def test_an_exported_run_is_a_teacher(tmp_path):
@@ -111,7 +116,7 @@ def test_an_exported_run_is_a_teacher(tmp_path):
     run.save()
     save_checkpoint(config.out, 0, student, torch.optim.SGD(student.parameters(), lr=0.1), None, {}, keep=1)
     export(ExportConfig(config.out, tmp_path / "out"))
-    teacher = open_teacher(str(tmp_path / "out"), CLASSES)
+    teacher = open_teacher(str(tmp_path / "out"), NAMES)
     assert (teacher.image_size, teacher.crop) == (32, 0.8)
     assert_answers(teacher, student.backbone, MEAN, STD)
 
@@ -119,7 +124,7 @@ def test_an_exported_run_is_a_teacher(tmp_path):
 def test_overrides(folder, model):
     """Size, mean and std given by hand go before the teacher's own; the description says what was used."""
     mean, std = (0.2, 0.2, 0.2), (0.5, 0.4, 0.3)
-    teacher = open_teacher(str(folder), CLASSES, image_size=56, mean=mean, std=std)
+    teacher = open_teacher(str(folder), NAMES, image_size=56, mean=mean, std=std)
     assert_answers(teacher, model, mean, std)
     described = teacher.describe()
     assert {k: described[k] for k in ("image_size", "mean", "std")} == {
@@ -130,7 +135,7 @@ def test_overrides(folder, model):
 
 
 def test_bf16_answers_are_fp32_and_near(folder):
-    exact, rough = open_teacher(str(folder), CLASSES), open_teacher(str(folder), CLASSES, bf16=True)
+    exact, rough = open_teacher(str(folder), NAMES), open_teacher(str(folder), NAMES, bf16=True)
     images = pictures(SIZE)
     a, b = exact.log_probs(images), rough.log_probs(images)
     assert b.dtype == torch.float32
@@ -168,7 +173,7 @@ FORMS = ["safetensors", "plain", "timm's trainer", "timm's trainer with EMA", "D
 @pytest.mark.parametrize("form", FORMS)
 def test_a_checkpoint_in_any_form(form, tmp_path, model):
     """The same weights, so the same answers and the same sha256; normalisation and crop are timm's for the model."""
-    teacher = open_teacher(NAME, CLASSES, write(form, model, tmp_path), image_size=SIZE)
+    teacher = open_teacher(NAME, NAMES, write(form, model, tmp_path), image_size=SIZE)
     own = model.pretrained_cfg
     assert_answers(teacher, model, own["mean"], own["std"])
     assert teacher.crop == own["crop_pct"]
@@ -177,12 +182,12 @@ def test_a_checkpoint_in_any_form(form, tmp_path, model):
 
 def sha256_of(model: nn.Module, folder: Path) -> str:
     save_for_hf(model, str(folder / "reference"), safe_serialization=True)
-    return open_teacher(str(folder / "reference"), CLASSES, image_size=SIZE).describe()["sha256"]
+    return open_teacher(str(folder / "reference"), NAMES, image_size=SIZE).describe()["sha256"]
 
 
 def test_sha256_is_of_the_weights(folder, model, tmp_path):
     """One number changed in one weight, or in one buffer, and it is another; the description is JSON."""
-    described = open_teacher(str(folder), CLASSES).describe()
+    described = open_teacher(str(folder), NAMES).describe()
     assert json.loads(json.dumps(described)) == described
     assert described["sha256"] == sha256_of(model, tmp_path)
     assert described["num_features"] == model.num_features
@@ -199,7 +204,7 @@ def test_config_json_beside_a_checkpoint_counts_if_it_is_of_the_same_architectur
     own = model.pretrained_cfg
 
     def settings() -> tuple:
-        teacher = open_teacher(NAME, CLASSES, weights)
+        teacher = open_teacher(NAME, NAMES, weights)
         return teacher.image_size, teacher.mean, teacher.std, teacher.crop
 
     timms = (own["input_size"][-1], tuple(own["mean"]), tuple(own["std"]), own["crop_pct"])
@@ -214,13 +219,13 @@ def test_config_json_beside_a_checkpoint_counts_if_it_is_of_the_same_architectur
         (tmp_path / "config.json").write_text(json.dumps(content))
         assert settings() == expected
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert open_teacher(NAME, CLASSES, weights, image_size=56).image_size == 56
+    assert open_teacher(NAME, NAMES, weights, image_size=56).image_size == 56
 
 
 def test_a_fixed_size_checkpoint_is_built_for_the_size_in_its_config_json(tmp_path):
     vit = lively(timm.create_model("deit_tiny_patch16_224", num_classes=CLASSES, img_size=48))
     save_for_hf(vit, str(tmp_path), safe_serialization=True, data_config={"input_size": (3, 48, 48)})
-    teacher = open_teacher("deit_tiny_patch16_224.fb_in1k", CLASSES, tmp_path / "model.safetensors")
+    teacher = open_teacher("deit_tiny_patch16_224.fb_in1k", NAMES, tmp_path / "model.safetensors")
     assert teacher.image_size == 48
     assert_answers(teacher, vit, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
 
@@ -229,29 +234,28 @@ def test_a_fixed_size_checkpoint_is_built_for_the_size_in_its_config_json(tmp_pa
 
 
 def test_another_number_of_classes_is_refused(folder):
-    with pytest.raises(
-        BadInput, match=rf"teacher {NAME}: expected 10 classes as in the data set, it has {CLASSES}; .*--method scratch"
-    ):
-        open_teacher(str(folder), 10)
-    with pytest.raises(BadInput, match=r"model.safetensors: does not fit the model, expected .* \(10"):
-        open_teacher(NAME, 10, folder / "model.safetensors")
+    expected = f"expected 10 classes as in the data set, it has {CLASSES}, without names; .*--method scratch"
+    with pytest.raises(BadInput, match=f"teacher {folder}: {expected}"):
+        open_teacher(str(folder), TEN)
+    with pytest.raises(BadInput, match=f"teacher {NAME}: {expected}"):
+        open_teacher(NAME, TEN, folder / "model.safetensors")
 
 
 def test_weights_of_another_architecture_are_refused(folder):
     with pytest.raises(BadInput, match=r"model.safetensors: does not fit the model, missing .*unexpected .* more"):
-        open_teacher("test_resnet", CLASSES, folder / "model.safetensors")
+        open_teacher("test_resnet", NAMES, folder / "model.safetensors")
 
 
 def test_a_missing_or_damaged_file_is_refused(folder, tmp_path):
     with pytest.raises(BadInput, match=r"none.pth: expected a file with weights, found none"):
-        open_teacher(NAME, CLASSES, tmp_path / "none.pth")
+        open_teacher(NAME, NAMES, tmp_path / "none.pth")
     for name, message in (
         ("a.safetensors", "expected safetensors, got a file that is damaged"),
         ("a.pth", "it is damaged"),
     ):
         (tmp_path / name).write_bytes((folder / "model.safetensors").read_bytes()[:1000])
         with pytest.raises(BadInput, match=message):
-            open_teacher(NAME, CLASSES, tmp_path / name)
+            open_teacher(NAME, NAMES, tmp_path / name)
 
 
 class Exploit:
@@ -265,22 +269,22 @@ class Exploit:
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     torch.save({"state_dict": Exploit(tmp_path / "ran")}, tmp_path / "evil.pth")
     with pytest.raises(BadInput, match=r"weights-only reader refused it, it asks for .*save a plain state_dict"):
-        open_teacher(NAME, CLASSES, tmp_path / "evil.pth")
+        open_teacher(NAME, NAMES, tmp_path / "evil.pth")
     (tmp_path / "evil.pth").rename(tmp_path / "evil.safetensors")
     with pytest.raises(BadInput, match="expected safetensors, got a file that is a pickle"):
-        open_teacher(NAME, CLASSES, tmp_path / "evil.safetensors")
+        open_teacher(NAME, NAMES, tmp_path / "evil.safetensors")
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_folder_that_is_no_model_is_refused(folder, tmp_path):
     with pytest.raises(BadInput, match=r"could not read .*config.json"):
-        open_teacher(str(tmp_path), CLASSES)
+        open_teacher(str(tmp_path), NAMES)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BadInput, match=r"config.json: expected timm's model configuration, it lacks 'architecture'"):
-        open_teacher(str(tmp_path), CLASSES)
+        open_teacher(str(tmp_path), NAMES)
     shutil.copy(folder / "config.json", tmp_path)
     with pytest.raises(BadInput, match=r"model.safetensors: expected a file with weights, found none"):
-        open_teacher(str(tmp_path), CLASSES)
+        open_teacher(str(tmp_path), NAMES)
 
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), LocalEntryNotFoundError("cannot reach the Hub")])
@@ -296,7 +300,7 @@ def test_timms_weights_without_a_network_are_refused(monkeypatch, error):
     with pytest.raises(
         BadInput, match=rf"could not get the weights of test_resnet.r160_in1k \({error}\); .*a local file"
     ):
-        open_teacher("test_resnet.r160_in1k", 1000)
+        open_teacher("test_resnet.r160_in1k", TEN)
     assert 1 <= len(asked) <= 2
 
 
@@ -305,12 +309,207 @@ def test_nothing_is_fetched_for_local_weights(monkeypatch, folder, tmp_path, mod
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", no_network)
-    open_teacher(str(folder), CLASSES)
-    open_teacher(f"{NAME}.r160_in1k", CLASSES, write("plain", model, tmp_path))
+    open_teacher(str(folder), NAMES)
+    open_teacher(f"{NAME}.r160_in1k", NAMES, write("plain", model, tmp_path))
+
+
+# --- Its classes and the data's ---------------------------------------------------------------------------------------
+
+
+def named(model: nn.Module, folder: Path, names: list[str]) -> str:
+    config = {"label_names": names}
+    save_for_hf(model, str(folder), config, safe_serialization=True, data_config={"input_size": (3, SIZE, SIZE)})
+    return str(folder)
+
+
+def test_answers_are_in_the_datas_order(model, tmp_path, capsys):
+    """Column by column, by name; the cache remembers it, as other answers have the same weights."""
+    images, own = pictures(SIZE), model.pretrained_cfg
+    expected = by_hand(model, images, own["mean"], own["std"])
+    plain = open_teacher(named(model, tmp_path, list("abcdefg")), NAMES)
+    mixed = open_teacher(named(model, tmp_path, list("gfcdeba")), NAMES)
+    order = [6, 5, 2, 3, 4, 1, 0]
+    torch.testing.assert_close(plain.log_probs(images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed.log_probs(images), expected[:, order], rtol=1e-4, atol=1e-4)
+    assert mixed.describe() == {**plain.describe(), "columns": order}
+    assert "in another order (g, f, c and 4 more) than the data's (a, b, c and 4 more)" in capsys.readouterr().err
+
+
+def test_of_more_classes_the_datas_are_kept(model, tmp_path):
+    """Probabilities given that it is one of them: what a student that knows no others can learn."""
+    images, own = pictures(SIZE), model.pretrained_cfg
+    teacher = open_teacher(named(model, tmp_path, list("abcdefg")), ("f", "b"))
+    probs = by_hand(model, images, own["mean"], own["std"]).exp()[:, [5, 1]]
+    torch.testing.assert_close(
+        teacher.log_probs(images).exp(), probs / probs.sum(1, keepdim=True), rtol=1e-3, atol=1e-4
+    )
+    with pytest.raises(BadInput, match=f"teacher {tmp_path}: expected 3 classes .* it has 7, .*: it has no x, y; "):
+        open_teacher(str(tmp_path), ("f", "x", "y"))
+
+
+def test_a_checkpoint_of_imagenet_for_two_of_its_classes(tmp_path, capsys):
+    """As many classes as the file has, of which the data's synsets are kept."""
+    thousand = lively(timm.create_model(NAME, num_classes=1000))
+    teacher = open_teacher(
+        f"timm/{NAME}", ("n01440764", "n02085620"), write("plain", thousand, tmp_path), image_size=SIZE
+    )
+    assert teacher.columns == (0, 151)
+    assert "kept 2 of the 1,000 classes of imagenet-1k" in capsys.readouterr().err
+
+
+def test_names_beside_a_checkpoint_count_too(model, tmp_path):
+    named(model, tmp_path, list("gfcdeba"))
+    assert open_teacher(NAME, NAMES, tmp_path / "model.safetensors").columns == (6, 5, 2, 3, 4, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("top1", "classes", "near"),
+    [(0.1, 10, True), (0.19, 10, True), (0.21, 10, False), (0.5, 2, True), (0.7, 2, False), (0.0015, 1000, True)],
+)
+def test_near_chance_is_said(capsys, top1, classes, near):
+    report_accuracy("t", top1, classes, 599)
+    said = capsys.readouterr().err
+    assert said.startswith(f"teacher t: {top1:.2%} top-1 on 599 validation images")
+    assert ("near chance" in said) is near
+
+
+# --- A run as a teacher, or as the beginning of another ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Of a CNN with exits, not exported."""
+    config = TrainConfig(
+        data="d", student=NAME, out=tmp_path_factory.mktemp("run"), recipe="digits", image_size=32, eval_crop=0.8,
+        mean=MEAN, std=STD,
+    )  # fmt: skip
+    run = Run(config.out, config, NAMES, teacher_dim=0, fingerprint="")
+    student = run.build_student()
+    lively(student)
+    run.save()
+    save_checkpoint(config.out, 0, student, torch.optim.SGD(student.parameters(), lr=0.1), None, {}, keep=1)
+    return run
+
+
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
+def test_a_run_is_a_teacher_as_its_export_would_be(run, tmp_path, form):
+    teacher = open_teacher(form.format(run.path), NAMES[::-1])
+    export(ExportConfig(run.path, tmp_path / "out"))
+    assert teacher.describe() == open_teacher(str(tmp_path / "out"), NAMES[::-1]).describe()
+    assert (teacher.image_size, teacher.crop, teacher.columns) == (32, 0.8, (6, 5, 4, 3, 2, 1, 0))
+
+
+def test_a_checkpoint_of_a_run_is_one_too(run, capsys):
+    """Exits and optimiser are left out."""
+    (path,) = (run.path / "checkpoints").iterdir()
+    teacher = open_teacher(NAME, NAMES, path, image_size=32, mean=MEAN, std=STD)
+    assert_answers(teacher, run.trained_student().backbone, MEAN, STD)
+    assert f"{path}: took the weights called student.backbone\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
+def test_a_run_is_where_another_student_starts(run, tmp_path, form):
+    """With other classes all but the classifier; another architecture is refused."""
+    trained = run.trained_student().backbone.state_dict()
+    same = run.build_student(init=form.format(run.path)).backbone.state_dict()
+    assert all(torch.equal(same[name], value) for name, value in trained.items())
+    fewer = dataclasses.replace(run, classes=NAMES[:3]).build_student(init=form.format(run.path)).backbone.state_dict()
+    changed = {name for name, value in trained.items() if not torch.equal(fewer[name], value)}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, student="test_resnet"))
+    with pytest.raises(BadInput, match=f"{run.path}: does not fit the model, missing"):
+        other.build_student(init=str(run.path))
+
+
+def test_a_folder_is_no_checkpoint(run):
+    with pytest.raises(BadInput, match=f"expected a file, got the folder {run.path}; give it as --teacher"):
+        open_teacher(NAME, NAMES, run.path)
+
+
+def test_which_of_several_weights(model, tmp_path, capsys):
+    """An average unless told otherwise; the line names the flag."""
+    path = write("timm's trainer with EMA", model, tmp_path)
+    open_teacher(NAME, NAMES, path)
+    assert "took the weights called state_dict_ema, not state_dict; --teacher-checkpoint-key takes another" in (
+        capsys.readouterr().err
+    )
+    zeros = open_teacher(NAME, NAMES, path, checkpoint_key="state_dict")
+    assert not any(parameter.any() for parameter in zeros.model.parameters())
+    with pytest.raises(BadInput, match="expected weights called ema, it holds state_dict, state_dict_ema"):
+        open_teacher(NAME, NAMES, path, checkpoint_key="ema")
+
+
+# --- Answers that are none --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(math.nan, "NaN for 0000"), (1e6, "minus infinity for .*lower --topk")],
+)
+def test_a_teacher_without_answers_is_refused_at_the_first_batch(tmp_path, value, message):
+    """Damaged weights, and a certainty that float16 cannot keep: with teacher, view and image."""
+    model = lively(timm.create_model(NAME, num_classes=10))
+    with torch.no_grad():
+        model.classifier.weight.mul_(value)
+    folder = named(model, tmp_path / "teacher", list(TEN))
+    config = PrecomputeConfig("digits:100", folder, tmp_path / "cache", views=1, topk=10)
+    with pytest.raises(BadInput, match=rf"teacher {NAME}: .*in the validation view it answers {message}"):
+        precompute(config)
+    assert not (tmp_path / "cache" / "val.safetensors").exists()
+
+
+def test_the_view_is_named(capsys):
+    log_probs = torch.zeros(3, 2)
+    check_answers("t", log_probs, "view 7", ["a", "b", "c"])
+    log_probs[1, 0] = math.inf
+    with pytest.raises(
+        BadInput, match=r"teacher t: .* in view 7 it answers minus infinity for b \(1 of these 3 images\)"
+    ):
+        check_answers("t", -log_probs, "view 7", ["a", "b", "c"])
+
+
+def test_grey_teachers_are_named_as_such(tmp_path):
+    grey = timm.create_model(NAME, num_classes=7, in_chans=1)
+    save_for_hf(grey, str(tmp_path), safe_serialization=True)
+    with pytest.raises(BadInput, match="takes images of 1 channel, expected 3"):
+        open_teacher(str(tmp_path), NAMES)
+    with pytest.raises(BadInput, match="takes images of 1 channel, expected 3"):
+        open_teacher(NAME, NAMES, tmp_path / "model.safetensors")
+
+
+def test_a_model_of_feature_maps_is_no_teacher(tmp_path):
+    """timm's way to leave the pooling out, which a config.json can ask for."""
+    unpooled = timm.create_model(NAME, num_classes=7, global_pool="")
+    with pytest.raises(BadInput, match="does not run at 40 px|expected logits"):
+        open_teacher(named(unpooled, tmp_path, list(NAMES)), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"std": (0.2, 0.0, 0.2), "mean": (0.5, 0.5, 0.5)}, "std: expected three numbers above 0"),
+        ({"std": (0.2, math.nan, 0.2), "mean": (0.5, 0.5, 0.5)}, "std: expected three numbers above 0"),
+        ({"std": (0.2, 0.2, 0.2), "mean": (0.5, math.inf, 0.5)}, "mean: expected three numbers"),
+        ({"image_size": 0}, "image-size: expected at least 1 pixel"),
+        ({"teacher_checkpoint_key": "ema"}, "teacher-checkpoint-key: expected --teacher-checkpoint"),
+    ],
+)
+def test_impossible_arguments(given, message):
+    with pytest.raises(BadInput, match=message):
+        PrecomputeConfig("digits", "teacher", Path("cache"), 1, 1, **given)
+
+
+def test_crops_beyond_the_edges_end_there(folder, tmp_path):
+    """VOLO's published 1.15 of the shorter side."""
+    shutil.copytree(folder, tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["crop_pct"] = 1.15
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(config))
+    assert open_teacher(str(tmp_path / "wide"), NAMES).crop == 1.0
 
 
 def test_unknown_teachers_are_refused():
     with pytest.raises(BadInput, match=r"unknown model 'test_resnetx': .*near it: test_resnet"):
-        open_teacher("test_resnetx", CLASSES)
+        open_teacher("test_resnetx", NAMES)
     with pytest.raises(BadInput, match=r"unknown model 'test_resnet.no_such_tag'"):
-        open_teacher("test_resnet.no_such_tag", CLASSES)
+        open_teacher("test_resnet.no_such_tag", NAMES)

@@ -211,7 +211,7 @@ def test_opening_reads_what_was_written(photo_cache, teacher_of_2):
     cache = TeacherCache.open(photo_cache.path)
     assert (cache.views, cache.num_samples, cache.num_classes, cache.topk) == (3, 24, 2, 2)
     assert cache.policy == ViewPolicy()
-    assert cache.teacher_dim == open_teacher(str(teacher_of_2), 2).model.num_features
+    assert cache.teacher_dim == open_teacher(str(teacher_of_2), ("china", "flower")).model.num_features
     cache.verify()
     for view in (-1, 3):
         with pytest.raises(BadInput, match=f"expected a view from 0 to 2, got {view}"):
@@ -264,7 +264,7 @@ def assert_same_answers(got: Targets, expected: Tensor) -> None:
 def test_the_answers_are_the_teachers_on_those_pictures(photo_cache, digit_cache, photos, teacher_of_2, teacher_of_10):
     """Every view of both data sets, made again with Pillow, torchvision's transforms and the teacher alone."""
     for cache, spec, folder in ((photo_cache, str(photos), teacher_of_2), (digit_cache, "digits:100", teacher_of_10)):
-        dataset, teacher = open_dataset(spec), open_teacher(str(folder), cache.num_classes)
+        dataset, teacher = open_dataset(spec), open_teacher(str(folder), open_dataset(spec).classes)
         tables = []
         for view in range(cache.views):
             views, classes, log_probs = cache.targets(view)
@@ -276,7 +276,7 @@ def test_the_answers_are_the_teachers_on_those_pictures(photo_cache, digit_cache
 
 def test_validation_answers_are_of_the_teachers_own_centre_crops(photo_cache, photos, teacher_of_2):
     """Row by row, and so its accuracy is the share of right best classes."""
-    val, teacher = open_dataset(str(photos), "val"), open_teacher(str(teacher_of_2), 2)
+    val, teacher = open_dataset(str(photos), "val"), open_teacher(str(teacher_of_2), ("china", "flower"))
     expected = teacher.log_probs(pixels(val, center_views(val.sizes, 0.9)))
     got = photo_cache.val_targets()
     assert_same_answers(got, expected)
@@ -316,7 +316,7 @@ def test_every_column_is_stored_and_read(full_cache, photos):
 
 def test_answers_to_mixed_pictures_are_the_teachers(full_cache, photos, teacher_of_2):
     """Each row's answer is to that row's own mixture, though they were asked for pair by pair."""
-    dataset, teacher = open_dataset(str(photos)), open_teacher(str(teacher_of_2), 2)
+    dataset, teacher = open_dataset(str(photos)), open_teacher(str(teacher_of_2), ("china", "flower"))
     for view in range(2):
         views, classes, log_probs = full_cache.targets(view)
         (batch,) = open_pipeline("torchvision", dataset, SIZE, len(dataset)).epoch(views, np.arange(len(dataset)))

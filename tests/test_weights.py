@@ -1,0 +1,132 @@
+"""Weights are found in whatever people save them in, and it is said which were taken."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from fastofa.errors import BadInput
+from fastofa.weights import SavedWeights, read_weights
+
+
+def network(value: float) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    for tensor in model.state_dict().values():
+        tensor.fill_(value)
+    return model
+
+
+OWN = network(1).state_dict()
+OTHER = network(2).state_dict()
+
+
+def under(prefix: str, weights: dict[str, Any] = OWN) -> dict[str, Any]:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def found(contents: dict[str, Any], key: str | None = None) -> float:
+    """1 if the set OWN was found whole, 2 if OTHER."""
+    tensors = SavedWeights("file", contents, key).of_model(OWN)
+    assert tensors.keys() == OWN.keys()
+    (value,) = {float(v) for tensor in tensors.values() for v in tensor.flatten()}
+    return value
+
+
+@pytest.mark.parametrize("name", ["net", "model", "state_dict", "state_dict_ema", "model_ema", "teacher", "my weights"])
+def test_a_wrapped_state_dict(name, capsys):
+    """Whatever it is called, beside whatever else a trainer saves."""
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(9)}}, "param_groups": [{"lr": 0.1}]}
+    assert found({"epoch": 3, "rng": torch.zeros(5), "optimizer": optimizer, name: OWN}) == 1
+    assert capsys.readouterr().err == f"file: took the weights called {name}\n"
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_that_say_nothing(prefix, capsys):
+    assert found(under(prefix)) == 1
+    assert found({"model": under(prefix)}) == 1
+    assert capsys.readouterr().err == "file: took the weights called model\n"
+
+
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "student.", "net.", "module.model.", "student.backbone."])
+def test_prefixes_of_wrapping_modules(prefix, capsys):
+    """What lies beside them (projectors, a criterion) is left out, and it is said which were taken."""
+    assert found({**under(prefix), "criterion.weight": torch.zeros(4), "exits.0.bias": torch.zeros(1)}) == 1
+    called = prefix.removeprefix("module.").rstrip(".")
+    assert capsys.readouterr().err == f"file: took the weights called {called}\n"
+
+
+def test_a_prefix_that_the_model_has_itself_stays():
+    model = nn.ModuleDict({"backbone": network(1), "head": nn.Linear(1, 1)})
+    own = model.state_dict()
+    assert SavedWeights("file", own).of_model(own).keys() == own.keys()
+    assert SavedWeights("file", under("module.", own)).of_model(own).keys() == own.keys()
+
+
+def test_pytorchs_own_average():
+    """Its counter is no weight."""
+    assert found(AveragedModel(network(1)).state_dict()) == 1
+
+
+@pytest.mark.parametrize(
+    ("contents", "taken", "left"),
+    [
+        ({"state_dict": OTHER, "state_dict_ema": OWN}, "state_dict_ema", "state_dict"),
+        ({"model": OTHER, "model_ema": under("module.")}, "model_ema", "model"),
+        ({"student": under("backbone.", OTHER), "teacher": under("backbone.")}, "teacher.backbone", "student.backbone"),
+        ({**under("student.backbone.", OTHER), **under("ema.backbone.")}, "ema.backbone", "student.backbone"),
+        ({"first": {"x": torch.zeros(99)}, "second": OWN}, "second", "first"),
+        ({"ema": {"x": torch.zeros(99)}, "net": OWN}, "net", "ema"),
+    ],
+)
+def test_of_several_the_fitting_one_then_the_average(contents, taken, left, capsys):
+    """Unless another is asked for."""
+    assert found(contents) == 1
+    said = capsys.readouterr().err
+    assert said == f"file: took the weights called {taken}, not {left}; save another as a file of its own\n"
+    assert found(contents, key=taken) == 1
+    assert found(contents, key=taken.partition(".")[0]) == 1
+    assert capsys.readouterr().err == ""
+    if left not in ("first", "ema"):
+        assert found(contents, key=left) == 2
+    with pytest.raises(BadInput, match=rf"file: expected weights called nothing, it holds .*{left}"):
+        found(contents, key="nothing")
+
+
+def test_the_flag_that_chooses_is_named(capsys):
+    SavedWeights("f", {"model": OWN, "model_ema": OWN}, flag="--teacher-checkpoint-key").of_model(OWN)
+    assert capsys.readouterr().err.endswith("not model; --teacher-checkpoint-key takes another\n")
+
+
+@pytest.mark.parametrize("contents", [{"epoch": 3}, {0: torch.zeros(1)}, {"a": {"b": [1]}}, {"a": {0: {}}}])
+def test_no_weights_at_all(contents):
+    with pytest.raises(BadInput, match="file: expected a state_dict of tensors, found none under"):
+        SavedWeights("file", contents).of_model(OWN)
+
+
+def test_wrappers_without_an_end():
+    nested: dict[str, Any] = dict(OWN)
+    for _ in range(500):
+        nested = {"model": nested}
+    with pytest.raises(BadInput, match="expected a state_dict of tensors"):
+        SavedWeights("file", nested).of_model(OWN)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_is_no_file_is_not_opened(tmp_path, suffix):
+    """A pipe would be waited for without an end."""
+    path = tmp_path / f"x.{suffix}"
+    os.mkfifo(path)
+    cases: dict[Path, str] = {path: "a pipe"}
+    (tmp_path / f"loop.{suffix}").symlink_to(tmp_path / f"loop.{suffix}")
+    (tmp_path / f"folder.{suffix}").mkdir()
+    cases[tmp_path / f"loop.{suffix}"] = "symbolic links"
+    cases[tmp_path / f"folder.{suffix}"] = "a folder"
+    cases[tmp_path / f"none.{suffix}"] = "found none"
+    cases[path / "below"] = "Not a directory"
+    for place, reason in cases.items():
+        with pytest.raises(BadInput, match=rf"expected a file with weights, .*{reason}"):
+            read_weights(place)
