@@ -114,7 +114,9 @@ def test_kernels_depend_on_torch_and_triton_only():
 
 
 def test_pipelines_depend_on_these_only():
-    assert parts("pipelines") <= {"views", "rand_augment", "kernels", "errors", "files", "images", "progress", "beton"}
+    assert parts("pipelines") <= {
+        *("views", "rand_augment", "kernels", "errors", "files", "images", "interrupt", "progress", "beton")
+    }
 
 
 def test_commands_do_not_import_each_other():
