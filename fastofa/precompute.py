@@ -8,6 +8,7 @@ The same command goes on where it stopped. A larger --views adds views to a fini
 
 import hashlib
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastofa.config import changed_policy
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
 from fastofa.errors import BadInput
+from fastofa.files import filling
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.pipelines import Pipeline, choose, open_pipeline
 from fastofa.progress import notice, progress_bar
@@ -137,6 +139,11 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         BadInput: see the fields of the configuration; a cache with other arguments in the same place.
         Stopped: by Ctrl-C or SIGTERM, after saving.
     """
+    with filling(config.out):
+        return _precompute(config)
+
+
+def _precompute(config: PrecomputeConfig) -> TeacherCache:
     train = open_dataset(config.data, "train", config.skip_corrupt)
     val = open_dataset(config.data, "val", config.skip_corrupt)
     if config.topk > len(train.classes):
@@ -178,8 +185,7 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         if not (config.out / view_file(0)).exists():  # later, the pictures could be others than those of the answers
             save_seen(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
         job.write_views(train, train_pipeline, policy)
-    for left in config.out.glob(f"*{PARTIAL}*"):  # by a process that was killed
-        left.unlink()
+        (config.out / PARTIAL).unlink(missing_ok=True)  # of a process that was killed
     return TeacherCache.open(config.out)
 
 
@@ -257,14 +263,15 @@ class _Job:
         done = sum(len(part.classes) for part in parts)
         bar.advance(task, done)
         saved_at = time.monotonic()
-        for batch in pipeline.epoch(views, order, start=done):
-            parts.append(answers(self.teacher.log_probs(batch.images), self.header["topk"]))
-            bar.advance(task, len(batch.labels))
-            if self.interrupt.signum is not None or time.monotonic() - saved_at > SAVE_EVERY_S:
-                write_table(self.out / PARTIAL, _joined(parts)._asdict(), self.header, partial)
-                saved_at = time.monotonic()
-            if self.interrupt.signum is not None:
-                raise Stopped(f"saved in {self.out}; run the same command again to go on", self.interrupt.signum)
+        with closing(pipeline.epoch(views, order, start=done)) as batches:
+            for batch in batches:
+                parts.append(answers(self.teacher.log_probs(batch.images), self.header["topk"]))
+                bar.advance(task, len(batch.labels))
+                if self.interrupt.signum is not None or time.monotonic() - saved_at > SAVE_EVERY_S:
+                    write_table(self.out / PARTIAL, _joined(parts)._asdict(), self.header, partial)
+                    saved_at = time.monotonic()
+                if self.interrupt.signum is not None:
+                    raise Stopped(f"saved in {self.out}; run the same command again to go on", self.interrupt.signum)
         in_order, place = _joined(parts), np.argsort(order)
         return Targets(*(torch.from_numpy(values.numpy()[place]) for values in in_order))
 

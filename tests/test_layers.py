@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module imports from lower layers only, not from its own.
 LAYERS = [
     {"clock", "confusion", "environment", "errors", "exits", "interrupt", "kernels", "memory", "progress", "threads"},
+    {"locks"},
     {"beton", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
     {"views"},
     {"config", "dataset", "models", "pipelines"},
