@@ -15,6 +15,8 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
+from fastofa.errors import escaped
+from fastofa.progress import plain
 from fastofa.teacher_cache import TeacherCache
 
 
@@ -55,9 +57,9 @@ def main(argv: list[str]) -> None:
     cache = TeacherCache.open(config.cache)
     if config.action == "verify":
         cache.verify()
-        print(f"{config.cache}: {cache.views} views and the validation answers are as they were written")
+        print(escaped(f"{config.cache}: {cache.views} views and the validation answers are as they were written"))
         return
-    table = Table(show_header=False, title=str(config.cache), title_justify="left")
+    table = Table(show_header=False, title=plain(str(config.cache)), title_justify="left")
     for name, value in info(cache).items():
-        table.add_row(name, value)
+        table.add_row(name, plain(value))
     Console().print(table)

@@ -17,6 +17,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fastofa.progress import plain
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -137,5 +139,5 @@ def main(argv: list[str]) -> None:
     table.add_column(overflow="fold")
     for finding in examine():
         mark = "[green]yes[/green]" if finding.present else "[yellow]no[/yellow]"
-        table.add_row(finding.part, mark, finding.detail)
+        table.add_row(finding.part, mark, plain(finding.detail))
     Console().print(table, soft_wrap=False)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 from rich import filesize
-from rich.progress import Progress, TaskID
+from rich.progress import TaskID
 from torch import Tensor
 
 from fastofa.config import changed_policy
@@ -28,7 +28,7 @@ from fastofa.errors import BadInput
 from fastofa.files import filling
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.pipelines import Pipeline, choose, open_pipeline
-from fastofa.progress import notice, progress_bar
+from fastofa.progress import Bar, notice, progress_bar
 from fastofa.recipes import default_policy, recipe
 from fastofa.seen import save_seen
 from fastofa.teacher import Teacher, open_teacher
@@ -251,9 +251,10 @@ class _Job:
                 found = self._ask(dataset, pipeline, views, view, bar, task)
                 columns = {name: torch.from_numpy(column) for name, column in views.columns().items()}
                 self._commit(view_file(view), {**columns, **found._asdict()}, view)
+                bar.done(task, f"view {view + 1} of {total} done")
 
     def _ask(
-        self, dataset: Dataset, pipeline: Pipeline, views: Views, table: int | str, bar: Progress, task: TaskID
+        self, dataset: Dataset, pipeline: Pipeline, views: Views, table: int | str, bar: Bar, task: TaskID
     ) -> Targets:
         """The teacher's answers for every row of a table, in sample order."""
         # As a disk reads the file, and a picture that is mixed with another is read once.

@@ -28,6 +28,7 @@ from torch import Tensor
 from fastofa.dataset import Dataset
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, read_json, save_tensors, write_json
+from fastofa.progress import track
 from fastofa.views import ViewPolicy, Views
 
 SCHEMAS = (1, 2)  # 1: views of crop and flip. 2: of more, which a reader of schema 1 would not replay
@@ -115,7 +116,8 @@ class TeacherCache:
 
     def verify(self) -> None:
         """Read every file and compare its checksum and its origin. Raises BadInput at the first that does not fit."""
-        for view in range(self.views):
+        title, total = f"verifying {self.path}", self.views * self.num_samples
+        for view in track(range(self.views), total, title, lambda _: self.num_samples):
             self.targets(view)
         self.val_targets()
 

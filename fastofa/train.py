@@ -341,7 +341,8 @@ class Job:
             values["top1"], values["top5"] = accuracy(best, self.val_set.labels)
             if self.log:
                 self._keep(best, values)
-            self.bar.update(self.task, note=f"epoch {epoch + 1}/{c.epochs} top-1 {values['top1']:.2%}")
+        top1 = f" top-1 {values['top1']:.2%}" if "top1" in values else ""
+        self.bar.done(self.task, f"epoch {epoch + 1}/{c.epochs}{top1}")
         if self.log:
             self.log.add("epoch", self.step.steps, values)
             if time.monotonic() - self.reported > REPORT_EVERY_S or self.step.steps == self.last_step:
