@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastofa.arguments import CacheConfig
+from fastofa.errors import escaped
+from fastofa.progress import plain
 from fastofa.teacher_cache import TeacherCache
 
 SHOWN = 10  # names of classes
@@ -48,9 +50,9 @@ def main(config: CacheConfig) -> None:
     cache = TeacherCache.open(config.cache)
     if config.action == "verify":
         cache.verify()
-        print(f"{config.cache}: {cache.finished} views and the validation answers are as they were written")
+        print(escaped(f"{config.cache}: {cache.finished} views and the validation answers are as they were written"))
         return
-    table = Table(show_header=False, title=str(config.cache), title_justify="left")
+    table = Table(show_header=False, title=plain(str(config.cache)), title_justify="left")
     for name, value in info(cache).items():
-        table.add_row(name, value)
+        table.add_row(name, plain(value))
     Console().print(table)

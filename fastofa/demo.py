@@ -25,6 +25,7 @@ from fastofa.dataset import open_dataset
 from fastofa.errors import BadInput
 from fastofa.export import ExportConfig, export
 from fastofa.files import write_json
+from fastofa.locks import writing
 from fastofa.metrics import accuracy
 from fastofa.pipelines import open_pipeline
 from fastofa.precompute import PrecomputeConfig, precompute
@@ -45,6 +46,11 @@ MARKER = "demo.json"
 
 def demo(out: Path) -> dict[str, Result]:
     """Raises BadInput if `out` holds something else."""
+    with writing(out):
+        return _demo(out)
+
+
+def _demo(out: Path) -> dict[str, Result]:
     if out.exists():
         if not (out / MARKER).exists():
             raise BadInput(f"{out}: exists and is no earlier demo; choose another --out")

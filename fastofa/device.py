@@ -1,6 +1,7 @@
 """Where to compute, and how precisely."""
 
 import os
+import shutil
 
 import torch
 
@@ -38,8 +39,16 @@ def choose_bf16(precision: str, device: torch.device) -> bool:
 
 
 def choose_compile(compile_: str, device: torch.device) -> bool:
-    """ "auto" is on with a GPU and off on a CPU."""
-    return compile_ == "on" or (compile_ == "auto" and device.type == "cuda")
+    """ "auto" is on with a GPU and off on a CPU. Raises BadInput where it is on and there is no compiler for it."""
+    chosen = compile_ == "on" or (compile_ == "auto" and device.type == "cuda")
+    # What torch.compile looks for: on a CPU to build C++, with a GPU to build what launches Triton's kernels.
+    given = os.environ.get("CXX" if device.type == "cpu" else "CC")
+    names = [given] if given else ["g++"] if device.type == "cpu" else ["gcc", "clang"]
+    if chosen and not any(map(shutil.which, names)):
+        raise BadInput(
+            f"compile: expected a compiler ({' or '.join(names)}), found none; apt-get install g++, or --compile off"
+        )
+    return chosen
 
 
 def choose_workers(workers: int | None, processes: int = 1) -> int:

@@ -9,7 +9,7 @@ NCCL, those on the CPU by gloo. With one process nothing here does anything.
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -102,6 +102,8 @@ def join(timeout_s: int) -> World:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's own, which outlives the ranks: those that died left their addresses in it.
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    global _store
+    _store = store
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank, local_size, timeout)
@@ -117,15 +119,31 @@ def was_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+_store: dist.Store | None = None  # that of `join`
+REFUSED = "refused"
+
+
 @contextmanager
 def contact() -> Iterator[None]:
-    """Turns the many errors of a broken connection into LostContact."""
+    """Turns the many errors of a broken connection into LostContact.
+
+    Or into BadInput, where that is why another rank left: to start again would be of no use.
+    """
     try:
         yield
+    except BadInput:
+        if _store is not None:
+            with suppress(RuntimeError):
+                _store.set(REFUSED, os.environ["RANK"])
+        raise
     except RuntimeError as error:
         text = str(error)
         if not (isinstance(error, dist.DistError) or any(name in text for name in ("gloo", "Gloo", "NCCL"))):
             raise
+        with suppress(RuntimeError):
+            if _store is not None and _store.check([REFUSED]):
+                other = _store.get(REFUSED).decode()
+                raise BadInput(f"rank {os.environ['RANK']}: stops, as rank {other} refused its input") from None
         reason = " ".join(text.split())[:120]
         raise LostContact(
             f"rank {os.environ.get('RANK')}: lost the other ranks ({reason}); start the same command again with "

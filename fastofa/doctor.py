@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastofa.arguments import DoctorConfig
+from fastofa.progress import plain
 
 
 @dataclass(frozen=True)
@@ -132,5 +133,5 @@ def main(_: DoctorConfig) -> None:
     table.add_column(overflow="fold")
     for finding in examine():
         mark = "[green]yes[/green]" if finding.present else "[yellow]no[/yellow]"
-        table.add_row(finding.part, mark, finding.detail)
+        table.add_row(finding.part, mark, plain(finding.detail))
     Console().print(table, soft_wrap=False)

@@ -8,5 +8,17 @@ class BadInput(Exception):
     """
 
 
-class LostContact(Exception):
-    """Another rank is gone; nothing more can be computed together. Commands print it and exit with code 1."""
+class Failed(Exception):
+    """The machine or another process gave out: one line, with what to do. Commands print it and exit with code 1."""
+
+
+class LostContact(Failed):
+    """Another rank is gone; nothing more can be computed together."""
+
+
+def escaped(text: str) -> str:
+    """One line that a terminal shows as it is: control characters, and those that turn or hide text, are spelled out.
+
+    A name on the disk may hold any of them, an escape sequence or a second line, say.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

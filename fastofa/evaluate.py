@@ -18,7 +18,7 @@ from fastofa.errors import BadInput
 from fastofa.files import write_json
 from fastofa.metrics import accuracy, predict
 from fastofa.pipelines import open_pipeline
-from fastofa.progress import notice
+from fastofa.progress import notice, plain
 from fastofa.run import Run, open_run
 from fastofa.teacher_cache import Targets, TeacherCache, agreement
 
@@ -83,7 +83,7 @@ def _teacher_answers(run: Run, dataset: Dataset) -> Targets | None:
 
 def main(config: EvaluateConfig) -> None:
     found = evaluate(config)
-    table = Table(title=f"{config.run} on {found.images:,} images of {config.data}", title_justify="left")
+    table = Table(title=plain(f"{config.run} on {found.images:,} images of {config.data}"), title_justify="left")
     for name in ("top-1", "top-5", "teacher's top-1", "agreement"):
         table.add_column(name, justify="right")
     values = (found.top1, found.top5, found.teacher_top1, found.agreement)

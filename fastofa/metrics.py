@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,14 @@ def predict(
     student.eval()
     best = torch.zeros(len(dataset), min(5, len(dataset.classes)), dtype=torch.int64)
     order = np.arange(len(dataset))[world.rank :: world.size]
-    batches = pipeline.epoch(center_views(dataset.sizes, crop), order)
     found = []
-    for batch in track(batches, len(order), title, lambda batch: len(batch.labels)):
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
-            logits = student.classify(batch.images)
-            if flip:
-                logits = logits + student.classify(batch.images.flip(-1))
-        found.append((batch.sample_ids, logits.topk(best.shape[1], dim=-1).indices))
+    with closing(pipeline.epoch(center_views(dataset.sizes, crop), order)) as batches:
+        for batch in track(batches, len(order), title, lambda batch: len(batch.labels)):
+            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+                logits = student.classify(batch.images)
+                if flip:
+                    logits = logits + student.classify(batch.images.flip(-1))
+            found.append((batch.sample_ids, logits.topk(best.shape[1], dim=-1).indices))
     for sample_ids, classes in found:  # only now: the device is waited for once
         best[sample_ids.cpu()] = classes.cpu()
     student.train(training)

@@ -5,6 +5,7 @@ fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_f
 
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -76,7 +77,8 @@ def measure(step: Step, pipeline: Pipeline, epochs: Epochs, val_images: int) -> 
 
 
 def _step_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray) -> float:
-    parts = list(islice(pipeline.epoch(views, order), step.config.accumulate))
+    with closing(pipeline.epoch(views, order)) as batches:
+        parts = list(islice(batches, step.config.accumulate))
     lr = step.config.lr * 1e-3  # an untrained student may not bear the full one
 
     def take(steps: int) -> float:
@@ -93,23 +95,26 @@ def _step_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray) 
 
 def _loader_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray) -> float:
     """After the first batch, which waits for the workers to start."""
-    batches = iter(pipeline.epoch(views, order))
-    next(batches)
-    began, images = time.perf_counter(), 0
-    for batch in batches:
-        images += len(batch.labels)
-        if time.perf_counter() - began > SECONDS:
-            break
+    with closing(pipeline.epoch(views, order)) as batches:
+        next(batches)
+        began, images = time.perf_counter(), 0
+        for batch in batches:
+            images += len(batch.labels)
+            if time.perf_counter() - began > SECONDS:
+                break
+        seconds = time.perf_counter() - began
     if not images:  # a data set of one batch: time it from the start
         began = time.perf_counter()
         images = sum(len(batch.labels) for batch in pipeline.epoch(views, order))
-    return step.world.size * images / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+    return step.world.size * images / seconds
 
 
 @torch.inference_mode()
 def _evaluation_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray) -> float:
     pipeline.image_size = step.config.eval_size or step.student.image_size
-    batch = next(iter(pipeline.epoch(views, order)))
+    with closing(pipeline.epoch(views, order)) as batches:
+        batch = next(batches)
     step.student.eval()
 
     def take(calls: int) -> float:

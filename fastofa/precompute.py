@@ -10,7 +10,7 @@ the views that they began with. With a smaller one there is nothing to do.
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from rich import filesize
-from rich.progress import Progress, TaskID
+from rich.progress import TaskID
 from torch import Tensor
 
 from fastofa.arguments import PrecomputeConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
 from fastofa.errors import BadInput
-from fastofa.files import read_info
+from fastofa.files import filling, read_info
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.pipelines import Pipeline, choose, open_pipeline
-from fastofa.progress import notice, progress_bar
+from fastofa.progress import Bar, notice, progress_bar
 from fastofa.seen import save_seen
 from fastofa.table_checks import answers_fault
 from fastofa.teacher import Teacher, check_answers, open_teacher, report_accuracy
@@ -61,7 +61,12 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         BadInput: see the fields of the configuration; a cache with other arguments in the same place.
         Stopped: by Ctrl-C or SIGTERM, after saving.
     """
-    _check_place(config.out)
+    with filling(config.out):
+        _check_place(config.out)
+        return _precompute(config)
+
+
+def _precompute(config: PrecomputeConfig) -> TeacherCache:
     train = open_dataset(config.data, "train", config.skip_corrupt)
     val = open_dataset(config.data, "val", config.skip_corrupt)
     if config.topk > len(train.classes):
@@ -214,9 +219,10 @@ class _Job:
                 found = self._ask(dataset, pipeline, views, view, bar, task)
                 columns = {name: torch.from_numpy(column) for name, column in views.columns().items()}
                 self._commit(view_file(view), {**columns, **found._asdict()}, view)
+                bar.done(task, f"view {view + 1} of {total} done")
 
     def _ask(
-        self, dataset: Dataset, pipeline: Pipeline, views: Views, table: int | str, bar: Progress, task: TaskID
+        self, dataset: Dataset, pipeline: Pipeline, views: Views, table: int | str, bar: Bar, task: TaskID
     ) -> Targets:
         """The teacher's answers for every row of a table, in sample order."""
         # As a disk reads the file, and a picture that is mixed with another is read once.
@@ -226,8 +232,8 @@ class _Job:
         done = sum(len(part.classes) for part in parts)
         bar.advance(task, done)
         saved_at = time.monotonic()
-        with self.keeping(table, parts, partial):
-            for batch in pipeline.epoch(views, order, start=done):
+        with self.keeping(table, parts, partial), closing(pipeline.epoch(views, order, start=done)) as batches:
+            for batch in batches:
                 found = answers(self.teacher.log_probs(batch.images), self.header["topk"])
                 seen = [dataset.names[i] for i in batch.sample_ids.tolist()]
                 where = f"view {table}" if isinstance(table, int) else "the validation view"

@@ -6,6 +6,7 @@ A view is the same region of a picture in every form of the data and through eve
 a pack stores fewer pixels, decoders round otherwise. How much that is, is told when a run begins.
 """
 
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,4 +78,5 @@ def compare_seen(cache: Path, pipeline: Pipeline, views: Views) -> Difference | 
 def _pictures(pipeline: Pipeline, views: Views) -> Tensor:
     """uint8 [8, 3, S, S], of fewer samples fewer."""
     rows = np.linspace(0, len(views) - 1, min(PICTURES, len(views))).astype(np.int64)
-    return torch.cat([batch.images.cpu() for batch in pipeline.epoch(views, rows)])
+    with closing(pipeline.epoch(views, rows)) as batches:
+        return torch.cat([batch.images.cpu() for batch in batches])

@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import math
 import time
+from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, get_args
@@ -28,10 +30,11 @@ from fastofa.device import choose_device, choose_workers
 from fastofa.distributed import Vote, World, check_same, check_shared, contact, is_main_process, join, was_restarted
 from fastofa.epochs import Epochs
 from fastofa.errors import BadInput
+from fastofa.files import filling
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.memory import memory_bytes
 from fastofa.metrics import MetricsLog, accuracy, import_wandb, predict, read_metrics, save_predictions
-from fastofa.pipelines import open_pipeline
+from fastofa.pipelines import Batch, open_pipeline
 from fastofa.progress import notice, progress_bar
 from fastofa.recipes import not_replayed
 from fastofa.report import write_report
@@ -69,23 +72,27 @@ def train(config: TrainConfig) -> Result:
         world = join(config.timeout_s)
         resume = config.resume or was_restarted()
         config = dataclasses.replace(config, resume=bool(world.agree_on(int(resume))))  # their counts may differ
-        job = open_job(config, world)
-        job.load()
-        if world.is_main:
-            job.run.save()
-        world.barrier()
-        check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
-        if world.is_main:
-            notice(plan.summary(config, job.epochs.steps))
-        if job.pixels is not None:
-            notice(f"pixels of {PICTURES} pictures, compared with {config.cache}: {job.pixels}")
-        if world.is_main and (missing := not_replayed(config.recipe, job.epochs.policy)):
-            notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws them")
-        job.run_epochs()
-        result = job.result()
-        del job
+        with filling(config.out) if world.is_main else nullcontext():
+            result = _train(config, world)
         world.leave()
     return dataclasses.replace(result, seconds=time.monotonic() - began)
+
+
+def _train(config: TrainConfig, world: World) -> Result:
+    job = open_job(config, world)
+    job.load()
+    if world.is_main:
+        job.run.save()
+    world.barrier()
+    check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
+    if world.is_main:
+        notice(plan.summary(config, job.epochs.steps))
+    if job.pixels is not None:
+        notice(f"pixels of {PICTURES} pictures, compared with {config.cache}: {job.pixels}")
+    if world.is_main and (missing := not_replayed(config.recipe, job.epochs.policy)):
+        notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws them")
+    job.run_epochs()
+    return job.result()
 
 
 def plan_run(config: TrainConfig) -> None:
@@ -221,6 +228,7 @@ class Job:
         self.vote = Vote(world)
         self.reported = time.monotonic()
         self.sizes_seen: set[int] = set()
+        self.loading: Generator[Batch, None, None] | None = None
         self.pixels: Difference | None = None
         self.clock = Clock()
         self.logged = Clock()  # as it was at the last log
@@ -259,6 +267,8 @@ class Job:
                     position = 0
                 self.vote.finish()
             finally:
+                if self.loading is not None:
+                    self.loading.close()
                 if self.log:
                     self.log.close()
         self.world.barrier()
@@ -269,7 +279,7 @@ class Job:
         self.step.targets = shown.targets
         self.step.student.train()
         size = self.train_pipeline.image_size = image_size(c, epoch, self.step.student.image_size)
-        batches = self.train_pipeline.epoch(shown.views, shown.order, start=position * self.epochs.share)
+        batches = self.loading = self.train_pipeline.epoch(shown.views, shown.order, start=position * self.epochs.share)
         before = dataclasses.replace(self.clock)
         self.clock.start()
         while parts := self.clock.waiting_for(lambda: list(islice(batches, c.accumulate))):
@@ -351,7 +361,8 @@ class Job:
             values["top1"], values["top5"] = accuracy(best, self.val_set.labels)
             if self.log:
                 self._keep(best, values)
-            self.bar.update(self.task, note=f"epoch {epoch + 1}/{c.epochs} top-1 {values['top1']:.2%}")
+        top1 = f" top-1 {values['top1']:.2%}" if "top1" in values else ""
+        self.bar.done(self.task, f"epoch {epoch + 1}/{c.epochs}{top1}")
         if self.log:
             self.log.add("epoch", self.step.steps, values)
             if time.monotonic() - self.reported > REPORT_EVERY_S or self.step.steps == self.last_step:

@@ -28,8 +28,9 @@ from fastofa.beton import MOST_BYTES, MOST_PIXELS, PAGE, Picture, write_beton
 from fastofa.dataset import FORMS, Dataset, open_dataset
 from fastofa.device import choose_workers
 from fastofa.errors import BadInput
-from fastofa.files import new_folder
+from fastofa.files import new_folder, reason, remove_leftovers, temporary_name
 from fastofa.images import resize
+from fastofa.locks import writing
 from fastofa.progress import notice, track
 from fastofa.threads import in_order
 from fastofa.written import (
@@ -132,14 +133,21 @@ def _write_pack(config: WriteConfig, sources: list[Dataset]) -> None:
 
 
 def _write_beton(config: WriteConfig, sources: list[Dataset]) -> None:
+    with writing(config.out):
+        _fill_beton(config, sources)
+
+
+def _fill_beton(config: WriteConfig, sources: list[Dataset]) -> None:
+    if config.out.exists():  # by now
+        raise BadInput(f"{config.out}: exists already; choose another place or remove it")
     index = _index(config, sources, raw=config.raw)
     files: dict[Path, Path] = {}  # by their later names
     try:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         for source in sources:
             largest = _largest(config, source)
             final = beton_path(config.out, source.split)
-            files[final] = temporary = final.with_name(f".{final.name}.tmp")
+            remove_leftovers(final, locked=True)
+            files[final] = temporary = temporary_name(final)
             order = _shuffled(len(source)) if source.split == "train" else np.arange(len(source))
             pictures = _pictures(config, source, index, order)
             write_beton(temporary, pictures, order, source.labels, config.raw, largest)
@@ -148,7 +156,7 @@ def _write_beton(config: WriteConfig, sources: list[Dataset]) -> None:
         for final in sorted(files, key=lambda path: path == config.out):  # by the last one it is whole
             os.replace(files[final], final)
     except OSError as error:
-        raise BadInput(f"could not write {config.out}: {error}; free space or choose another place") from None
+        raise BadInput(f"could not write {config.out}: {reason(error)}") from None
     finally:
         for temporary in files.values():
             temporary.unlink(missing_ok=True)

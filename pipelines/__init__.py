@@ -7,7 +7,7 @@ for batch in pipeline.epoch(views, order, start=0):
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -38,8 +38,11 @@ class Pipeline(Protocol):
     image_size: int
     """Side of the pictures it makes; may be changed between two epochs."""
 
-    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
-        """Batches of `order` (sample ids) from position `start` on; the last one may be smaller."""
+    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Batch, None, None]:
+        """Batches of `order` (sample ids) from position `start` on; the last one may be smaller.
+
+        Threads or processes may work for it until it is at its end or closed.
+        """
         ...
 
 

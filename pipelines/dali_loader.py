@@ -8,7 +8,7 @@ the output differ a little, and the mean of a picture the more, the smaller it i
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Pipeline:
         self.sizes = dataset.stored_sizes
         self.labels = torch.from_numpy(dataset.labels).to(self.device)
 
-    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Batch, None, None]:
         coming = deque((rows, with_partners(views, rows)) for rows in batches(views, order, start, self.batch_size))
         while coming:
             dali = self._build(views, [needed for _, needed in coming])

@@ -1,6 +1,6 @@
 """The data set as uint8 in device memory; crop, resize, flip and augmentation there."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Pipeline:
         self.pixels = pixels.to(self.device)  # uint8 [N, H, W, 3]; on a CPU an array or a pack itself, not a copy
         self.labels = torch.from_numpy(dataset.labels).to(self.device)
 
-    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Batch, None, None]:
         for rows in batches(views, order, start, self.batch_size):
             needed = with_partners(views, rows)
             images = augment(self._crops(views.take(needed), needed % len(self.sizes)), views, needed, len(rows))

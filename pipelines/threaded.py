@@ -5,8 +5,8 @@ What a thread does should let go of Python's lock: decoding, resizing and copyin
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from threading import Event
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastofa.images import crop_resize_one
+from fastofa.interrupt import PATIENCE_S, waiting
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.pipelines.read_ahead import read_ahead
@@ -43,10 +44,20 @@ class _Coming(NamedTuple):
     parts: list[Future[None]]
 
     def wait(self) -> Filled:
-        """Raises what a thread raised."""
-        for part in self.parts:
-            part.result()
+        """Raises what a thread raised; Stopped by a signal while one does not answer."""
+        with waiting():
+            for part in self.parts:
+                part.result()
         return self.batch
+
+
+def _end(pool: ThreadPoolExecutor, running: Iterable[Future[None]]) -> bool:
+    """End the threads; False if one is still at work (the disk does not answer), which is left behind."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    done = not wait(running, timeout=PATIENCE_S).not_done
+    if done:
+        pool.shutdown()
+    return done
 
 
 class Threaded(ABC):
@@ -63,7 +74,7 @@ class Threaded(ABC):
     def picture(self, sample_id: int) -> Tensor:
         """uint8 [3, H, W], as it is stored. Called by threads."""
 
-    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Batch, None, None]:
         with closing(self.filled(views, order, start)) as made:
             for batch in made:
                 yield self._finish(views, batch)
@@ -84,17 +95,20 @@ class Threaded(ABC):
                     asked.popleft().result()  # raises what the thread raised
                 coming.append(self._begin(pool, threads, views, rows))
                 if len(coming) > AHEAD:
-                    yield coming.popleft().wait()
+                    made = coming[0].wait()
+                    coming.popleft()
+                    yield made
             while coming:
-                yield coming.popleft().wait()
+                made = coming[0].wait()
+                coming.popleft()
+                yield made
             stop.set()
             for call in asked:
                 call.result()
         finally:
             stop.set()
-            reader.shutdown(cancel_futures=True)
-            asking.close()
-            pool.shutdown(cancel_futures=True)
+            if _end(reader, asked) and _end(pool, [part for batch in coming for part in batch.parts]):
+                asking.close()
 
     def _begin(self, pool: ThreadPoolExecutor, threads: int, views: Views, rows: np.ndarray) -> _Coming:
         """Have uint8 [M, H, W, 3] filled with the pictures of `rows` and of partners that are not among them."""

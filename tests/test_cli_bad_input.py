@@ -5,6 +5,7 @@ No traceback, and nothing half-written: the folders hold afterwards what they he
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,9 +30,10 @@ from fastofa import cli
 from fastofa.arguments import CONFIGS
 from fastofa.cli import COMMANDS
 from fastofa.config import TrainConfig
-from fastofa.errors import LostContact
+from fastofa.errors import Failed, LostContact
 from fastofa.files import load_tensors, save_tensors
 from fastofa.metrics import read_metrics
+from fastofa.progress import notice
 from fastofa.teacher_cache import HEADER, VAL, view_file
 from runs import same_run
 
@@ -60,11 +63,15 @@ def make_teacher(folder: Path, classes: int) -> None:
 
 def fastofa(argv: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command, run in this process."""
+    return run_here(argv.split())
+
+
+def run_here(argv: list[str]) -> tuple[int, str, str]:
     out, error = io.StringIO(), io.StringIO()
     code: Any = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:
-            cli.main(argv.split())
+            cli.main(argv)
         except SystemExit as end:
             code = end.code
     return code, out.getvalue(), error.getvalue()
@@ -308,6 +315,122 @@ def test_another_rank_that_is_gone_is_one_line_too(monkeypatch):
 
     monkeypatch.setattr("fastofa.train.main", lose)
     assert fastofa(f"{TRAIN} --out new") == (1, "", "fastofa: rank 1: lost the other ranks\n")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        f"{TRAIN} --out s3://bucket/run", f"{TRAIN} --out=gs://bucket/run", f"{TRAIN} --out new --init https://x/w.pth",
+        f"{TRAIN} --out new --cache file:///cache", f"{PRECOMPUTE} --out new --data S3://photos", "cache info hdfs://c",
+        f"{PRECOMPUTE} --out new --teacher-checkpoint http://x/w", "write cifar100:gs://c x.pack", "demo --out s3://b",
+        "write digits s3://b/x.beton", "export s3://b/run new", "export run s3://b", "evaluate gs://b --data digits",
+    ],
+)  # fmt: skip
+def test_no_path_is_a_url(here, argv):
+    """Which would become a local folder `s3:`."""
+    (url,) = [part.partition("=")[2] or part.removeprefix("cifar100:") for part in argv.split() if "://" in part]
+    refused(argv, f"expected a path on this machine, got the URL {url}; mount it, or copy")
+
+
+def test_names_do_not_give_orders_to_the_terminal(copied, capsys):
+    """An escape sequence, a second line, text that runs the other way, a byte that is no letter."""
+    name = "x\x1b]0;title\x07\n\u202efastofa: error: forged\udcff[red]"
+    Path(name).mkdir()
+    shown = r"x\x1b]0;title\x07\n\u202efastofa: error: forged\udcff[red]"
+    code, _, error = run_here(["cache", "verify", name])
+    assert code == 2
+    assert_one_line(error, f"{shown}: expected a teacher cache")
+    shutil.copytree("cache", name, dirs_exist_ok=True)
+    code, out, _ = run_here(["cache", "info", name])
+    assert code == 0
+    assert "".join(out.splitlines()[0].split()) == "".join(shown.split())
+    assert "\x1b" not in out
+    notice(f"left out {name}")
+    assert capsys.readouterr().err == f"left out {shown}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
+            1,
+            "memory ran out (CUDA...--accumulate",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "memory ran out...lower --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "memory ran out...--workers"),
+        (MemoryError(), 1, "memory ran out (MemoryError); lower --batch-size"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "memory ran out"),
+        (OSError(errno.EMFILE, "Too many open files", "x.jpg"), 2, "too many open files...ulimit -n"),
+        (PermissionError(errno.EACCES, "Permission denied", "photos/train"), 2, "photos/train: Permission denied"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "a"), 2, "a: Too many levels of symbolic links"),
+        (RuntimeError("fatal error: Python.h: No such file"), 2, "compile: expected Python's headers...--compile off"),
+        (Failed("a process that decodes images ended"), 1, "a process that decodes images ended"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_machine_lacks_is_one_line(monkeypatch, error, code, message):
+    """Wherever it is noticed."""
+
+    def fail(config: TrainConfig) -> None:
+        raise error
+
+    monkeypatch.setattr("fastofa.train.main", fail)
+    found, out, said = fastofa(f"{TRAIN} --out new")
+    assert (found, out) == (code, "")
+    assert_one_line(said.replace("fastofa: ", "fastofa: error: ") if code == 1 else said, message)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("fastofa.train.main", lambda _: {}["a fault"])
+    code, _, error = fastofa(f"{TRAIN} --out new")
+    assert code == 1
+    assert error.startswith("Traceback")
+    assert error.endswith("KeyError: 'a fault'\n")
+
+
+STUCK = """
+import sys, threading
+from fastofa import cli, doctor
+def main(config):
+    threading.Thread(target=threading.Event().wait).start()
+    raise {error}
+doctor.main = main
+sys.argv = ["fastofa", "doctor"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("KeyError('a fault')", 1), ("cli.BadInput('no')", 2)])
+def test_a_command_ends_though_a_thread_does_not(error, code):
+    """One that waits for a disk, say."""
+    command = [sys.executable, "-c", STUCK.format(error=error)]
+    ended = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    assert ended.returncode == code
+    assert ended.stderr.splitlines()[-1] == {1: "KeyError: 'a fault'", 2: "fastofa: error: no"}[code]
+
+
+IMPORTING = """
+import os, signal, sys, types
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fastofa.train":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                for _ in range(10**6): pass
+            except KeyboardInterrupt:
+                raise ImportError("what some libraries make of it")
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fastofa.cli import main
+sys.argv = ["fastofa", *"train --data d --student s --recipe digits --out o".split()]
+main()
+"""
+
+
+def test_ctrl_c_while_it_imports():
+    ended = subprocess.run([sys.executable, "-c", IMPORTING], timeout=60, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "fastofa: interrupted; nothing more was saved\n")
 
 
 # --- Damaged and edited files -----------------------------------------------------------------------------------------

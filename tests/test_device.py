@@ -65,3 +65,19 @@ def test_the_processes_of_a_host_share_its_cores(monkeypatch, cores, processes, 
     assert choose_workers(None, processes) == expected
     assert choose_workers(5, processes) == 5
     assert choose_workers(0, processes) == 0
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path):
+    """Slim images have none. With a GPU Triton needs one, too."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for device, compiler in (("cpu", r"\(g\+\+\)"), ("cuda", r"\(gcc or clang\)")):
+        with pytest.raises(BadInput, match=f"compile: expected a compiler {compiler}.*--compile off"):
+            choose_compile("on", torch.device(device))
+        assert not choose_compile("off", torch.device(device))
+    assert not choose_compile("auto", torch.device("cpu"))
+    (tmp_path / "c++").write_text("")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", "c++")
+    assert choose_compile("on", torch.device("cpu"))

@@ -474,15 +474,15 @@ def test_a_folder_that_is_not_shared_is_told():
 class Torchrun:
     """`torchrun --no-python ... fastofa train ...` with two processes of this environment, in a group of its own."""
 
-    def __init__(self, config: TrainConfig, restarts: int) -> None:
+    def __init__(self, config: TrainConfig, restarts: int, command: Path = BIN / "fastofa") -> None:
         self.log = config.out.with_suffix(".log")
         meet = ["--master-addr", "127.0.0.1", "--master-port", free_port()]
-        command = [BIN / "torchrun", "--no-python", "--nproc-per-node", "2", "--max-restarts", restarts, *meet]
+        torchrun = [BIN / "torchrun", "--no-python", "--nproc-per-node", "2", "--max-restarts", restarts, *meet]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [*map(str, command), str(BIN / "fastofa"), *command_line("train", config)],
-                stdout=log, stderr=log, env=environment, start_new_session=True,
+                [*map(str, torchrun), str(command), *command_line("train", config)],
+                stdout=log, stderr=log, env=environment, start_new_session=True, cwd=command.parent,
             )  # fmt: skip
 
     def __enter__(self) -> "Torchrun":
@@ -528,3 +528,31 @@ def test_under_torchrun_a_run_is_stopped_goes_on_loses_a_rank_and_finishes(confi
     assert launches[1]["step"] == step < launches[2]["step"]
     assert "top-1" in started.log.read_text().splitlines()[-1]
     assert_near(c.out, config("long").out)
+
+
+@pytest.mark.slow
+def test_torchrun_stops_at_once_where_a_rank_refuses_its_input(config, tmp_path):
+    """Though it may start them again; here rank 1 alone does, and a script stands between torchrun and the ranks."""
+    write(WriteConfig("digits:100", tmp_path / "x.beton", raw=True))
+    (tmp_path / "elsewhere").mkdir()
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\n[ $RANK = 0 ] || cd elsewhere\n{BIN / "fastofa"} "$@"\nexit $?\n')
+    script.chmod(0o755)
+    c = config("stops", data="x.beton", method="scratch", cache=None, pipeline="auto")
+    with Torchrun(c, restarts=3, command=script) as started:
+        assert started.process.wait(PATIENCE_S) not in (0, None)
+    said = started.log.read_text()
+    assert said.count("fastofa: error: x.beton does not exist; `fastofa write DATA x.beton` makes it\n") == 1, said
+    assert said.count("fastofa: error: ") <= 2, said  # rank 0 may be ended before it can say why it stops
+    assert not (c.out / "config.json").exists()
+
+
+def test_a_rank_whose_other_left_for_its_input_leaves_for_it_too(monkeypatch):
+    """With exit code 2, which stops its torchrun, on whatever node."""
+    monkeypatch.setattr("fastofa.distributed._store", torch.distributed.HashStore())
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(BadInput, match="no such data"), contact():
+        raise BadInput("no such data")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(BadInput, match="rank 0: stops, as rank 1 refused its input"), contact():
+        raise RuntimeError("gloo: Connection closed by peer")

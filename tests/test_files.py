@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,8 +28,10 @@ from fastofa.files import (
     load_tensors,
     map_file,
     new_folder,
+    read_file,
     read_json,
     save_tensors,
+    temporary_name,
     write_atomic,
     write_json,
 )
@@ -38,6 +41,7 @@ DTYPES = [
     *(torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.bool),
 ]
+NOBODY = 2**22 + 1  # larger than any process's number
 INFO = {"views": 3, "eps": 1.5, "name": "é ∀ \n", "list": [1, None, True], "nested": {"b": 1, "a": []}}
 
 
@@ -171,7 +175,7 @@ def test_readers_see_old_or_new_never_a_part(tmp_path: Path) -> None:
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    """The old file stays; what the killed process left is overwritten by the next write."""
+    """The old file stays; what the killed process left is removed by the next write."""
     path = tmp_path / "file.bin"
     write_atomic(path, b"old")
     code = (
@@ -188,6 +192,80 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
+def test_what_others_are_writing_is_left_alone(tmp_path: Path) -> None:
+    """The next writer removes what dead processes of this host left of this file, and what is old; nothing else."""
+    path, here = tmp_path / "file.bin", temporary_name(tmp_path / "file.bin").name.split("-")[1]
+    left = [f".file.bin.{NOBODY}-{here}-0123abcd.tmp", ".file.bin.1-00ff-0123abcd.tmp"]
+    kept = [
+        f".file.bin.{os.getppid()}-{here}-0123abcd.tmp",  # alive
+        ".file.bin.2-00ff-0123abcd.tmp",  # of another host, just now
+        f".file.bin.more.{NOBODY}-{here}-0123abcd.tmp",
+        ".file.bin.tmp",
+    ]
+    for name in (*left, *kept):
+        (tmp_path / name).write_text("")
+    os.utime(tmp_path / left[1], (0, 0))
+    write_atomic(path, b"new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "file.bin"])
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where somebody guesses the name: his file keeps what it holds."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    names = {temporary_name(tmp_path / "file.bin").name for _ in range(20)}
+    assert len(names) == 20
+    monkeypatch.setattr(fastofa.files.secrets, "token_hex", lambda _: "guessed")
+    temporary_name(tmp_path / "file.bin").symlink_to(victim)
+    with pytest.raises(BadInput, match="File exists"):
+        write_atomic(tmp_path / "file.bin", b"new")
+    assert victim.read_text() == "precious"
+
+
+def test_a_link_in_the_files_place_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "file.bin").symlink_to("victim")
+    write_atomic(tmp_path / "file.bin", b"new")
+    assert ((tmp_path / "victim").read_text(), (tmp_path / "file.bin").read_text()) == ("precious", "new")
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "free space"), (errno.EACCES, "allow you"), (errno.EROFS, "may be written"),
+        (errno.ENOENT, "another place"), (errno.EMFILE, "ulimit -n"),
+    ],
+)  # fmt: skip
+def test_the_remedy_belongs_to_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, remedy: str
+) -> None:
+    monkeypatch.setattr(os, "fsync", failing(code))
+    with pytest.raises(BadInput, match=f"{os.strerror(code)}; .*{remedy}") as error:
+        write_atomic(tmp_path / "file.bin", b"new")
+    assert ("free space" in str(error.value)) == (code == errno.ENOSPC)
+
+
+# --- What is no file --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", [read_json, load_tensors, map_file, read_file], ids=lambda read: read.__name__)
+def test_only_files_are_opened(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    """A pipe would be waited for without an end, a device can give bytes without an end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("none")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(tmp_path / "socket"))
+    for name, message in {
+        "pipe": "expected a file, got a pipe", "socket": "got a socket", "loop": "symbolic links",
+        "nowhere": "does not exist", ".": "got a folder", "pipe/below": "Not a directory", "/dev/zero": "got a device",
+        "\0": "null",
+    }.items():  # fmt: skip
+        with pytest.raises(BadInput, match=message) as error:
+            read(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +278,11 @@ def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="not valid JSON") as error:
             read_json(path)
         one_line(error, path)
-    with pytest.raises(BadInput, match="No such file"):
+    path.write_text("[" * 100_000)
+    with pytest.raises(BadInput, match="nested too deep") as error:
+        read_json(path)
+    one_line(error, path)
+    with pytest.raises(BadInput, match="does not exist"):
         read_json(tmp_path / "none.json")
 
 
@@ -209,8 +291,10 @@ def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
 
 def test_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "a" / "cache"
-    (tmp_path / "a" / ".cache.tmp").mkdir(parents=True)
-    (tmp_path / "a" / ".cache.tmp" / "left by a killed process").write_text("")
+    left = [tmp_path / "a" / name for name in (f".cache.{NOBODY}-0000-12ab.tmp", f".cache.{os.getpid()}-00-12ab.tmp")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "left by a killed process").write_text("")
     with new_folder(target) as folder:
         (folder / "cache.json").write_text("{}")
         assert not target.exists()
@@ -229,8 +313,9 @@ def test_folder_of_a_failed_command_is_gone(tmp_path: Path, error: BaseException
 
 def test_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(BadInput, match="exists already"), new_folder(tmp_path):
-        raise AssertionError("must not get here")
+    for path in (tmp_path, Path("."), Path("/")):
+        with pytest.raises(BadInput, match="exists already"), new_folder(path):
+            raise AssertionError("must not get here")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -418,7 +503,16 @@ def test_a_renamed_torch_checkpoint_is_named_as_a_pickle(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "metadata", [None, {"format": "pt"}, {"fastofa": "not json"}, {"fastofa": '{"info": {}}'}, {"fastofa": "[]"}]
+    "metadata",
+    [
+        {"fastofa": "[" * 100_000},
+        {"fastofa": '{"sha256": "", "info": []}'},
+        None,
+        {"format": "pt"},
+        {"fastofa": "not json"},
+        {"fastofa": '{"info": {}}'},
+        {"fastofa": "[]"},
+    ],
 )
 def test_a_foreign_safetensors_file_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "x.safetensors"

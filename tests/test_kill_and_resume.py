@@ -34,7 +34,7 @@ from fastofa.dataset import open_dataset
 from fastofa.files import load_tensors
 from fastofa.metrics import FILE as METRICS
 from fastofa.metrics import read_metrics
-from fastofa.pipelines import torchvision_loader
+from fastofa.pipelines import workers
 from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.run import open_run
 from fastofa.teacher_cache import HEADER, PARTIAL
@@ -331,9 +331,9 @@ def test_train_with_decoding_processes_survives_kills(folder, teacher, tmp_path)
 
 @pytest.mark.parametrize("parent_is_here", [True, False])
 def test_a_decoding_process_that_finds_its_parent_gone_ends(parent_is_here):
-    """Killed before PyTorch's own watch begins, which then takes the process that adopted the worker for the parent."""
+    """Killed before the system was told to end the worker with it."""
     parent = os.getpid() if parent_is_here else os.getppid()
-    process = multiprocessing.get_context("fork").Process(target=torchvision_loader._begin, args=(parent, 0))
+    process = multiprocessing.get_context("fork").Process(target=workers._begin, args=(parent,))
     process.start()
     process.join(30)
     assert process.exitcode == (0 if parent_is_here else 1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import multiprocessing
 import os
 import shutil
 import signal
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from fastofa import pipelines
 from fastofa.dataset import Dataset, from_array, open_dataset
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, Failed
+from fastofa.interrupt import Interrupt, Stopped
 from fastofa.kernels import crop_resize
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.pipelines.augment import augment, shares, with_partners
@@ -138,7 +138,6 @@ def same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
 # --- Replay -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("workers", [0, 1, 4])
 @pytest.mark.parametrize("batch_size", [7, 64])
 @pytest.mark.parametrize(
@@ -329,7 +328,6 @@ def test_the_augmentation_equals_timms_picture_by_picture(request, source, name)
         assert (error > 0).float().mean() < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize(
     ("source", "name", "workers"),
     [
@@ -547,13 +545,13 @@ def test_a_file_that_went_bad_is_named(
     dataset = open_dataset(str(tmp_path / "data"))
     damage(dataset.path(17))
     pipeline = open_pipeline("torchvision", dataset, 32, batch_size=6, workers=workers)
-    before = set(multiprocessing.active_children())
+    before = children()
     epoch = pipeline.epoch(draw(dataset), np.arange(len(dataset)))
     assert [len(next(epoch).images), len(next(epoch).images)] == [6, 6]  # samples 0..11 are whole
     with pytest.raises(BadInput, match=message.format(name=dataset.names[17])) as error:
         next(epoch)
     assert "\n" not in str(error.value)  # no worker's traceback
-    assert set(multiprocessing.active_children()) <= before  # or they would keep the process from ending
+    assert children() <= before
 
 
 def test_a_damaged_picture_of_a_beton_is_named(photos: Path, tmp_path: Path):
@@ -653,18 +651,71 @@ def test_without_dali_one_line_says_how_to_get_it(mixed, monkeypatch):
         open_pipeline("dali", mixed, 32, 8)
 
 
-def test_workers_leave_interrupts_to_the_main_process(mixed):
-    """Ctrl-C reaches all processes of a terminal; a worker that dies of it would hide the main process's own ending."""
+def children() -> set[int]:
+    files = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(child) for file in files for child in file.read_text().split()}
+
+
+def test_workers_leave_signals_to_the_main_process(mixed):
+    """Both reach all processes of a group; a worker that dies of one would hide the main process's own ending."""
     order = np.arange(len(mixed))
-    before = set(multiprocessing.active_children())
+    before = children()
     epoch = open_pipeline("torchvision", mixed, 32, batch_size=2, workers=2).epoch(draw(mixed), order)
-    batches = [next(epoch), next(epoch)]  # one of each worker
-    workers = set(multiprocessing.active_children()) - before
+    batches = [next(epoch)]
+    workers = children() - before
     assert len(workers) == 2
     for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker, signal.SIGINT)
+        os.kill(worker, signal.SIGTERM)
     batches += list(epoch)
     assert list(by_sample(batches)) == order.tolist()
+    assert children() <= before
+
+
+def test_a_worker_that_is_killed_is_one_line(mixed):
+    """As the kernel does it where memory runs out."""
+    before = children()
+    epoch = open_pipeline("torchvision", mixed, 32, batch_size=2, workers=2).epoch(draw(mixed), np.arange(24))
+    next(epoch)
+    os.kill((children() - before).pop(), signal.SIGKILL)
+    with pytest.raises(Failed, match=r"^a process that decodes .*killed by signal 9.* --workers \(0: none\)[^\n]+$"):
+        list(epoch)
+    assert children() <= before
+
+
+def test_batches_take_nothing_of_dev_shm(mixed):
+    """Of which a container has 64 MB."""
+    epoch = open_pipeline("torchvision", mixed, 160, batch_size=8, workers=2).epoch(draw(mixed), np.arange(24))
+    next(epoch)
+    (worker, *_) = children()
+    lines = Path(f"/proc/{worker}/maps").read_text().splitlines()
+    maps = [line.split(maxsplit=5)[5] for line in lines if "rw-s" in line]
+    epoch.close()
+    assert "/dev/zero (deleted)" in [name.strip() for name in maps]  # how Linux calls shared memory without a file
+    assert not [name for name in maps if "/dev/shm" in name]
+
+
+@pytest.mark.parametrize(("name", "source"), [("torchvision", "mixed"), ("ffcv", "beton")])
+def test_a_picture_that_never_comes_does_not_outlast_a_signal(request, monkeypatch, name, source):
+    """A disk that does not answer."""
+    dataset, stuck = request.getfixturevalue(source), threading.Event()
+
+    def never(_: Dataset, sample_id: int, *__: object) -> None:
+        stuck.wait(20)
+        raise BadInput(f"sample {sample_id}")
+
+    monkeypatch.setattr(Dataset, "unpack" if name == "ffcv" else "read", never)
+    for module in ("interrupt", "pipelines.threaded"):
+        monkeypatch.setattr(f"fastofa.{module}.PATIENCE_S", 0.1)
+    before = children()
+    epoch = open_pipeline(name, dataset, 32, batch_size=2, workers=2).epoch(draw(dataset), np.arange(8))
+    with Interrupt():
+        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        with pytest.raises(Stopped, match="waited for images") as stopped:
+            next(epoch)
+    stuck.set()
+    assert stopped.value.signum == signal.SIGTERM
+    assert children() <= before
 
 
 def test_auto_takes_what_fits_the_data_and_says_why(digits, mixed, packed, beton, capsys):
@@ -716,9 +767,9 @@ def test_early_exits_leave_no_thread_and_no_memory(request, name):
         leave()
     limit = time.monotonic() + 10
     while count_threads() > threads and time.monotonic() < limit:
-        time.sleep(0.01)  # those that feed a DataLoader's queues end a moment later
+        time.sleep(0.01)  # those of DALI end a moment later
     assert count_threads() <= threads
-    assert not multiprocessing.active_children()
+    assert not children()
     for _ in range(0 if name == "torchvision" else 50):
         assert sum(len(batch.labels) for batch in pipeline.epoch(views, order)) == 24
     assert resident() - memory < 5

@@ -639,7 +639,6 @@ def test_other_arguments_do_not_go_on_with_a_cache(changed, make, teacher_of_10,
     assert files(changed) == before
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_workers_do_not_show_in_the_answers(photo_cache, make):
     """Every file byte for byte, with two decoding processes instead of none."""
     assert files(make(workers=2).path) == files(photo_cache.path)

@@ -1,0 +1,106 @@
+"""A place has one writer at a time; the second is told who is there, and a killed one stops nobody."""
+
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastofa.errors import BadInput
+from fastofa.files import filling, new_folder
+from fastofa.locks import writing
+
+HOLD = (
+    "import sys; from pathlib import Path; from fastofa.locks import writing\n"
+    "with writing(Path(sys.argv[1]), inside=True):\n    print('held', flush=True); input()"
+)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_second_writer_is_told_who_the_first_is(tmp_path: Path, inside: bool) -> None:
+    out = tmp_path / "a" / "out"
+    who = rf"out: another fastofa \(pid {os.getpid()} on {socket.gethostname()}\) is writing there; wait"
+    with writing(out, inside):
+        with pytest.raises(BadInput, match=who), writing(out, inside):
+            raise AssertionError("must not get here")
+        with writing(tmp_path / "a" / "other", inside):
+            pass
+    assert files(tmp_path) == []  # nothing was written, nothing is left
+    with writing(out, inside):
+        out.mkdir(exist_ok=True)
+        (out / "file").write_text("")
+    assert files(out) == ["file"]
+
+
+def test_a_killed_holder_stops_nobody(tmp_path: Path) -> None:
+    """Nor does what it left half-written stay."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(BadInput, match=rf"pid {process.pid} on"), writing(out, inside=True):
+        raise AssertionError("must not get here")
+    process.kill()
+    process.communicate()
+    (out / "checkpoints").mkdir()
+    for name in (f".config.json.{process.pid}-00-12ab.tmp", "checkpoints/.step-1.safetensors.1-00-12ab.tmp", "kept"):
+        (out / name).write_text("")
+    with filling(out):
+        assert files(out) == [".lock", "checkpoints", "kept"]
+    assert files(out) == ["checkpoints", "kept"]
+
+
+def test_where_the_file_system_has_no_locks_the_named_holder_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of this host that lives, or one of another host, which only its file's removal ends."""
+
+    def flock(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock, here = tmp_path / ".lock", socket.gethostname()
+    for holder in ("", "nonsense", f"{2**22 + 1} {here}"):
+        lock.write_text(holder)
+        with writing(tmp_path, inside=True):
+            assert lock.read_text() == f"{os.getpid()} {here}\n"
+    for holder in (f"{os.getppid()} {here}", "1 elsewhere"):
+        lock.write_text(holder)
+        with pytest.raises(BadInput, match=rf"if it is gone, remove {lock}"), writing(tmp_path, inside=True):
+            raise AssertionError("must not get here")
+        assert lock.read_text() == holder
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    for place, cause in (("file/out", "Not a directory"), ("loop", "Not a directory"), ("file", "Not a directory")):
+        with pytest.raises(BadInput, match=f"{place}: cannot be written .*{cause}"), writing(tmp_path / place, True):
+            raise AssertionError("must not get here")
+
+
+def test_a_lock_that_is_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".lock").symlink_to("victim")
+    with pytest.raises(BadInput, match="cannot be written"), writing(tmp_path, inside=True):
+        raise AssertionError("must not get here")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    with new_folder(path), pytest.raises(BadInput, match="another fastofa"), new_folder(path):
+        raise AssertionError("must not get here")
+    with pytest.raises(BadInput, match="exists already"), new_folder(path):
+        raise AssertionError("must not get here")
