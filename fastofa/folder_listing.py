@@ -159,7 +159,7 @@ def _class_folders(top: Path, root: Path) -> tuple[dict[str, tuple[int, int]], l
             left.append(_Left(LOOP, entry.name))
         else:
             classes[entry.name] = identity
-    return classes, left
+    return dict(sorted(classes.items())), left
 
 
 def _folders_above(top: Path) -> set[tuple[int, int]]:

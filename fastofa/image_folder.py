@@ -42,7 +42,7 @@ def open_image_folder(spec: str, split: str, skip_corrupt: bool = False) -> Data
     bad: dict[int, str] = {}
     if len(_unknown(known, skip_corrupt)):
         with making(paths):
-            known, index = read_index(paths, files)
+            known, index = read_index(paths, files, again=True)
             if len(_unknown(known, skip_corrupt)):
                 bad = _look(root, names, known, unreadable, skip_corrupt)
                 index = write_index(paths, files, known)
