@@ -1,5 +1,6 @@
 """The command line: `fastofa COMMAND ...`. Each command is a module with `main(argv)`, imported only when asked for."""
 
+import getpass
 import os
 import sys
 from importlib import import_module
@@ -35,6 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     # Before torch is imported. OpenMP threads that wait by spinning make a busy machine many times slower, threads that
     # sleep at once a quiet one by a third: they spin for some microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name, whom torch cannot be imported by
+        os.environ["USER"] = str(os.getuid())
     code = 0
     try:
         import_module(f"fastofa.{argv[0]}").main(argv[1:])

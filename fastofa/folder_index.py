@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fastofa.content import DIGEST, sample
+from fastofa.distributed import is_main_process
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
 from fastofa.names import Names
@@ -123,7 +124,8 @@ def making(paths: list[Path]) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            notice(f"another process is making the index of these images; waiting for it ({paths[0].parent})")
+            if is_main_process():
+                notice(f"another process is making the index of these images; waiting for it ({paths[0].parent})")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass

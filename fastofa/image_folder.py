@@ -50,7 +50,7 @@ def open_image_folder(spec: str, split: str, skip_corrupt: bool = False) -> Data
         _refuse(root, names, bad)
     if is_main_process():
         for i, reason in known.skipped.items():
-            notice(f"left out: {root / names[i]} ({reason})")
+            notice(f"left out: {root / names[i]}: {reason}")
         if known.skipped:
             notice(f"{root}: left out {len(known.skipped)} unreadable images")
 
