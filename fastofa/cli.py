@@ -4,6 +4,7 @@ Each command is a module with `main(config)`, imported only when its arguments w
 """
 
 import errno
+import getpass
 import os
 import re
 import signal
@@ -70,6 +71,10 @@ def _main(argv: list[str], own: bool) -> int:
     # Before torch is imported. OpenMP threads that wait by spinning make a busy machine many times slower, threads that
     # sleep at once a quiet one by a third: they spin for some microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name, as whom torch cannot be imported
+        os.environ["USER"] = str(os.getuid())
     try:
         _run(argv, own)
     except BadInput as error:

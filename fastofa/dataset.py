@@ -9,6 +9,8 @@ open_dataset("photos.beton")        the same in FFCV's format, with photos.val.b
 """
 
 import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +22,7 @@ from torch import Tensor
 from fastofa.beton import PAGE
 from fastofa.errors import BadInput
 from fastofa.images import decode, read_image
+from fastofa.names import Names
 
 Split = Literal["train", "val"]
 FORMS = (".pack", ".beton")  # what `fastofa write` writes
@@ -32,14 +35,14 @@ class Dataset:
     spec: str
     split: str
     classes: tuple[str, ...]
-    names: list[str]
+    names: Sequence[str]
     """Of each sample: the path below the split's folder, or the name inside the archive."""
     labels: np.ndarray
     """int64 [N]."""
     sizes: np.ndarray
     """int64 [N, 2]: height and width of the original picture in pixels, EXIF orientation applied."""
     fingerprint: str
-    """sha256 over names, byte sizes and labels of the originals."""
+    """sha256 over names, byte sizes, labels and a sample of the content (see fastofa.content) of the originals."""
     pixels: np.ndarray | None = None
     """uint8 [N, H, W, 3] when the whole data set is one array, of a pack one mapped from its file; else None."""
     root: Path | None = None
@@ -86,7 +89,8 @@ class Dataset:
             return torch.from_numpy(self.pixels[sample_id]).permute(2, 0, 1)
         if self.spans is None:
             image = read_image(self.path(sample_id))
-            return self._checked(sample_id, image, f"as in the index; delete {self.index} to read the folder anew")
+            again = f"delete {self.index} to read the folder anew" if self.index else "start again"
+            return self._checked(sample_id, image, f"as when the folder was read; {again}")
         return self.unpack(sample_id, bytearray(self.stored_bytes(sample_id)))
 
     def stored_bytes(self, sample_id: int) -> bytes:
@@ -135,9 +139,17 @@ def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) 
     if split not in ("train", "val"):
         raise BadInput(f"unknown split {split!r}: expected train or val")
     name, _, rest = spec.partition(":")
-    if name == "digits":
+    is_digits, is_cifar100 = name == "digits" and "/" not in rest, name == "cifar100" and rest != ""
+    is_folder = _is_folder(spec)
+    if is_folder and (is_digits or is_cifar100):
+        other = "rename the folder for the built-in one" if rest else f"{name}: for the built-in one"
+        raise BadInput(
+            f"{spec}: expected one data set of this name, got two, the built-in one and the folder "
+            f"{os.path.abspath(spec)}; give {os.path.join('.', spec)} for the folder, or {other}"
+        )
+    if is_digits:
         return _digits(spec, split, rest)
-    if name == "cifar100" and rest:
+    if is_cifar100:
         from fastofa.cifar import open_cifar100
 
         return open_cifar100(spec, split, Path(rest))
@@ -145,7 +157,7 @@ def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) 
         from fastofa.written import open_written
 
         return open_written(Path(spec), split)
-    if Path(spec).is_dir():
+    if is_folder:
         from fastofa.image_folder import open_image_folder
 
         return open_image_folder(spec, split, skip_corrupt)
@@ -164,16 +176,25 @@ def from_array(
     labels = np.asarray(labels, dtype=np.int64)[order]
     pixels = np.ascontiguousarray(pixels[order])
     sizes = np.tile(np.array(pixels.shape[1:3], dtype=np.int64), (len(names), 1))
-    fingerprint = fingerprint_of(names, np.full(len(names), pixels[0].nbytes), labels)
+    fingerprint = fingerprint_of(names, np.full(len(names), pixels[0].nbytes), labels, pixels)
     return Dataset(spec, split, classes, names, labels, sizes, fingerprint, pixels)
 
 
-def fingerprint_of(names: list[str], byte_sizes: np.ndarray, labels: np.ndarray) -> str:
-    """sha256 over names, byte sizes and labels, in sample order."""
-    digest = hashlib.sha256("\n".join(names).encode())
+def fingerprint_of(names: Sequence[str], byte_sizes: np.ndarray, labels: np.ndarray, content: np.ndarray) -> str:
+    """sha256 over names, byte sizes, labels and content in sample order; `content` is uint8, of any shape."""
+    digest = hashlib.sha256(Names.of(names).text)
     digest.update(np.asarray(byte_sizes, dtype="<i8").tobytes())
     digest.update(np.asarray(labels, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(content, dtype=np.uint8).data)
     return digest.hexdigest()
+
+
+def _is_folder(spec: str) -> bool:
+    """Raises BadInput where that cannot be known: a folder above it may not be read, the name is too long."""
+    try:
+        return Path(spec).is_dir()
+    except OSError as error:
+        raise BadInput(f"could not open {spec}: {error.strerror}; give this user access or another path") from None
 
 
 def _digits(spec: str, split: str, count: str) -> Dataset:

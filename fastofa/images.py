@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from fastofa.errors import BadInput
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 
 
 def read_image(path: Path) -> Tensor:

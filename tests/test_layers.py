@@ -12,10 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A module imports from lower layers only, not from its own.
 LAYERS = [
-    {"clock", "confusion", "environment", "errors", "exits", "interrupt", "kernels", "memory", "threads", "torchrun"},
+    {
+        "clock", "confusion", "environment", "errors", "exits", "interrupt", "kernels", "memory", "names", "threads",
+        "torchrun",
+    },
     {"locks", "progress"},
-    {"beton", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
-    {"class_names", "model_config", "views", "weights"},
+    {"beton", "content", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
+    {"class_names", "folder_index", "folder_listing", "model_config", "views", "weights"},
     {"config", "dataset", "models", "pipelines", "table_checks"},
     {
         "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher_cache",
