@@ -11,7 +11,7 @@ from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset
 from fastofa.distributed import World
 from fastofa.errors import BadInput
-from fastofa.recipes import default_policy
+from fastofa.recipes import default_policy, sized
 from fastofa.teacher_cache import DeviceTargets, TeacherCache
 from fastofa.views import Views, draw_views, epoch_order, epoch_rows, join_views
 
@@ -27,6 +27,8 @@ class Epoch:
 
 class Epochs:
     """The epochs of a run on one rank; with a cache epoch e shows view e modulo its views, else views drawn for it.
+
+    `config` is the one given, with what it leaves open chosen by the data set's size.
 
     Raises:
         BadInput: batches that ranks, mixed pairs or the data set do not allow; a cache that does not fit.
@@ -51,17 +53,18 @@ class Epochs:
                 f"`fastofa write {config.data} NAME.beton{' --raw' * dataset.raw}` makes a file that has pages"
             )
         rows = epoch_rows(self.policy, len(dataset))
-        self._check_batches(rows)
+        whole = {"ranks": world.size, "parts": config.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
+        self.config = config = sized(config, len(dataset), rows, math.prod(whole.values()))
+        self._check_batches(rows, whole)
         self.share = config.batch_size // world.size  # images that a rank takes a step
         self.steps = rows // config.batch_size  # of an epoch
         self.loaded: Epoch | None = None
         self.shown: list[int] = []  # the views that are loaded
 
-    def _check_batches(self, rows: int) -> None:
+    def _check_batches(self, rows: int, whole: dict[str, int]) -> None:
         c = self.config
         if rows < c.batch_size:
             raise BadInput(f"batch-size: expected at most the {rows} training images of {c.data}, got {c.batch_size}")
-        whole = {"ranks": self.world.size, "parts": c.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
         if c.batch_size % math.prod(whole.values()):
             reasons = " x ".join(f"{count} {what}" for what, count in whole.items() if count > 1)
             raise BadInput(

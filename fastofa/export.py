@@ -27,7 +27,7 @@ def export(config: ExportConfig) -> str:
         BadInput: no run, no checkpoint, a folder that exists already, a full disk.
     """
     run = open_run(config.run)
-    student = run.trained_student(config.weights == "best")
+    student = run.trained_student(config.weights)
     size = student.image_size
     with new_folder(config.out) as folder:
         save_for_hf(

@@ -29,7 +29,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def resolve(name: str, image_size: int | None = None, drop_path: float = 0.0) -> tuple[str, dict[str, Any]]:
+def resolve(name: str, image_size: int | None = None, drop_path: float | None = None) -> tuple[str, dict[str, Any]]:
     """timm's own name and the arguments that build the model.
 
     Raises:
@@ -48,7 +48,7 @@ def resolve(name: str, image_size: int | None = None, drop_path: float = 0.0) ->
         raise BadInput(f"unknown model {name!r}: {first_line(error)}; see timm.list_pretrained()") from None
     if image_size is not None and config is not None and config.fixed_input_size:
         arguments["img_size"] = image_size
-    if drop_path:
+    if drop_path is not None:
         arguments["drop_path_rate"] = drop_path
     return name, arguments
 
@@ -57,7 +57,7 @@ def create_model(
     name: str,
     num_classes: int | None,
     image_size: int | None = None,
-    drop_path: float = 0.0,
+    drop_path: float | None = None,
     init: str | None = None,
 ) -> Any:
     """A timm model; models with a fixed input size are built for `image_size`.
@@ -66,7 +66,7 @@ def create_model(
         name: see `resolve`.
         num_classes: of the classifier; None: the published model's.
         image_size: side of the input in pixels; None: the model's own.
-        drop_path: stochastic depth.
+        drop_path: stochastic depth; None: the model's own.
         init: None for random weights, "pretrained" for timm's published ones, or a .safetensors or .pth file. A
             classifier of another size starts at random.
 

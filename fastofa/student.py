@@ -40,7 +40,7 @@ class Student(nn.Module):
         image_size: S; None: the model's own.
         teacher_dim: width of the teacher's last features; a CNN's exits are as wide as the wider of both.
         stages: which stages get an exit, 1 to 4; () for a model without exits.
-        drop_path: stochastic depth of the backbone.
+        drop_path: stochastic depth of the backbone; None: the model's own.
         mean, std: normalisation of the pixels; None: the model's own.
         init: where the backbone's weights start: None for random, "pretrained" for timm's, or a file.
 
@@ -60,7 +60,7 @@ class Student(nn.Module):
         image_size: int | None = None,
         teacher_dim: int = 0,
         stages: tuple[int, ...] = ALL_STAGES,
-        drop_path: float = 0.0,
+        drop_path: float | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         init: str | None = None,
