@@ -24,6 +24,8 @@ from fastofa.progress import notice, track
 from fastofa.views import center_views
 
 FILE, DAMAGED, PREDICTIONS = "metrics.jsonl", "metrics.damaged.jsonl", "val_predictions.safetensors"
+ACCURACY = {"top1", "top5"}
+OF_BOTH = {"top1_raw", "top5_raw", "top1_ema", "top5_ema"}  # besides, where there is a moving average
 Row = dict[str, Any]
 
 
@@ -151,9 +153,13 @@ def _row(line: bytes) -> Row | None:
         return None
     whole = all(type(row.get(name)) is int and row[name] >= 0 for name in ("step", "epoch"))
     numbers = all(type(value) in (int, float) and math.isfinite(value) for name, value in row.items() if name != "kind")
-    shares = all(0 <= row[name] <= 1 for name in row if name.startswith("top")) if numbers else False
-    needed = ("loss" in row) if row["kind"] == "step" else ("top1" in row) == ("top5" in row)
-    return row if whole and numbers and shares and needed else None
+    if not (whole and numbers):
+        return None
+    shares = {name: value for name, value in row.items() if name.startswith("top")}
+    if not all(0 <= value <= 1 for value in shares.values()):
+        return None
+    complete = "loss" in row if row["kind"] == "step" else shares.keys() in (set(), ACCURACY, ACCURACY | OF_BOTH)
+    return row if complete else None
 
 
 def _no_number(name: str) -> None:

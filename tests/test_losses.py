@@ -227,7 +227,12 @@ def test_the_whole_objective_takes_shares_of_any_floating_type(dtype, impl):
         arguments = (labels, targets.classes, targets.log_probs, [1.3] * 3)
         moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
         return distillation_loss(
-            z.to(device), *moved, smoothing=0.1, partner_labels=partner_labels.to(device), mix=share.to(device), impl=impl
+            z.to(device),
+            *moved,
+            smoothing=0.1,
+            partner_labels=partner_labels.to(device),
+            mix=share.to(device),
+            impl=impl,
         )[0]
 
     got = loss(logits, mix, impl)
