@@ -295,7 +295,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is UnionType:
         return any(_fits(value, part) for part in parts)
     if get_origin(hint) is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):
             return False
         parts = parts[:1] * len(value) if parts[1:] == (...,) else parts
         return len(value) == len(parts) and all(map(_fits, value, parts))

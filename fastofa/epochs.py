@@ -46,15 +46,15 @@ class Epochs:
             raise BadInput(
                 f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch"
             )
+        rows = epoch_rows(self.policy, len(dataset))
+        whole = {"ranks": world.size, "parts": config.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
+        self.config = config = sized(config, len(dataset), rows, math.prod(whole.values()))
         self.pages = dataset.pages if config.order == "pages" else None
         if config.order == "pages" and self.pages is None:
             raise BadInput(
                 f"order: expected random for {config.data}, got pages; "
                 f"`fastofa write {config.data} NAME.beton{' --raw' * dataset.raw}` makes a file that has pages"
             )
-        rows = epoch_rows(self.policy, len(dataset))
-        whole = {"ranks": world.size, "parts": config.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
-        self.config = config = sized(config, len(dataset), rows, math.prod(whole.values()))
         self._check_batches(rows, whole)
         self.share = config.batch_size // world.size  # images that a rank takes a step
         self.steps = rows // config.batch_size  # of an epoch

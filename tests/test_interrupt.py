@@ -232,7 +232,7 @@ def _stuck(reached: Path) -> None:
         reached.touch()
         time.sleep(600)
 
-    fastofa.train.predict = predict  # type: ignore[assignment]
+    fastofa.train.predict_each = predict  # type: ignore[assignment]
 
 
 @pytest.mark.slow
