@@ -40,12 +40,8 @@ class Epochs:
         if self.cache is not None:
             self.policy = config.policy(self.cache.policy)
             self.cache.check(dataset, self.policy)
-        elif config.method == "scratch":
-            self.policy = config.policy(default_policy(config.data, config.recipe))
         else:
-            raise BadInput(
-                f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch"
-            )
+            self.policy = config.policy(default_policy(config.data, config.recipe))
         rows = epoch_rows(self.policy, len(dataset))
         whole = {"ranks": world.size, "parts": config.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
         self.config = config = sized(config, len(dataset), rows, math.prod(whole.values()))
@@ -64,7 +60,10 @@ class Epochs:
     def _check_batches(self, rows: int, whole: dict[str, int]) -> None:
         c = self.config
         if rows < c.batch_size:
-            raise BadInput(f"batch-size: expected at most the {rows} training images of {c.data}, got {c.batch_size}")
+            raise BadInput(
+                f"batch-size: expected at most the {rows} training images of {c.data}, got {c.batch_size}; give less, "
+                "or None for one that suits them"
+            )
         if c.batch_size % math.prod(whole.values()):
             reasons = " x ".join(f"{count} {what}" for what, count in whole.items() if count > 1)
             raise BadInput(

@@ -137,11 +137,10 @@ def _pictures(
         caption = f"{config.schedule.capitalize()} schedule, at most {lr.max():.3g}."
         add("lr", "Learning rate", caption, plot_steps, steps, "lr", "learning rate")
     if logged("grad_norm").size:
-        own = OWN_CLIP.get(config.optimizer, np.inf)
-        level = min(config.clip or np.inf, own)
+        own = OWN_CLIP.get(config.optimizer)
+        level = min((limit for limit in (config.clip, own) if limit is not None), default=None)
         by_itself = f", as {config.optimizer} does by itself" if level == own else ""
-        caption = f"Before clipping at {level:g}{by_itself}, the dashed line." if level < np.inf else "Not clipped."
-        level = level if level < np.inf else None
+        caption = "Not clipped." if level is None else f"Before clipping at {level:g}{by_itself}, the dashed line."
         add("norm", "Gradient norm", caption, plot_steps, steps, "grad_norm", "norm", level=level)
     if (speed := logged("images_per_second")).size:
         resumed = [launch["step"] for launch in launches if launch.get("step")]

@@ -139,11 +139,6 @@ class Step:
         self.sums = torch.zeros(len(SUMS), device=self.device)
         self.summed = 0
 
-    @property
-    def trained(self) -> Student:
-        """What is evaluated: the moving average where there is one."""
-        return self.student if self.ema is None else self.ema.module
-
 
 def _random_state(seed: int, step: int, rank: int) -> int:
     """A state of the random generators for each step and rank, so that a resumed run needs none saved.

@@ -86,6 +86,12 @@ def train(config: TrainConfig) -> Result:
         check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
         if world.is_main:
             notice(plan.summary(job.config, job.epochs.steps))
+            chosen = [name for name in SIZED if getattr(config, name) is None]
+            if chosen:
+                flags = " ".join(f"--{name.replace('_', '-')} {getattr(job.config, name):g}" for name in chosen)
+                notice(f"by the number of training images: {flags}")
+            if job.step.compiled:
+                notice("the first step at each image size is compiled, which can take minutes")
             for caution in cautions(job.config, job.epochs.steps):
                 notice(caution)
         if job.pixels is not None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+import fastofa.plan
 import fastofa.step
 import fastofa.train
 from fastofa import recipes
@@ -42,7 +44,7 @@ from fastofa.schedule import learning_rate
 from fastofa.step import SUMS
 from fastofa.student import Student
 from fastofa.teacher_cache import Targets, TeacherCache
-from fastofa.train import Result, train
+from fastofa.train import Result, main, train
 from fastofa.views import draw_views, epoch_order, epoch_rows, join_views
 from fastofa.write import WriteConfig, write
 from runs import make_cache, newest, same_run
@@ -650,6 +652,84 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(on_photos, give
     with pytest.raises(BadInput, match=message):
         train(config)
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device": "cuda:99"}, "device 'cuda:99': expected auto, cpu, or a GPU"),
+        ({"sync_bn": True, "device": "cpu"}, "sync-bn: expected GPUs"),
+        ({"optimizer": "apex_sgd", "device": "cpu"}, "optimizer apex_.*: expected a GPU"),
+        ({"cache": None}, "method ofa: expected --cache"),
+        ({"cache": Path("nowhere")}, "nowhere: expected a teacher cache"),
+        ({"student": "test_resnetx"}, "unknown model 'test_resnetx'"),
+        ({"init": "nowhere.pth"}, "nowhere.pth: expected a file with weights, found none"),
+        ({"pipeline": "pytorch"}, "unknown pipeline 'pytorch': expected auto or one of resident, "),
+        ({"workers": -1}, "workers: expected at least 0, got -1"),
+        ({"accumulate": 3}, r"batch-size: expected a multiple of 3 \(1 ranks x 3 parts\), got 8"),
+        ({"wandb": "mine"}, "wandb: expected Weights & Biases; pip install wandb"),
+        ({"out": "begun"}, "holds a run already; go on with it by --resume or choose another --out"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_data_are_indexed(on_photos, tmp_path, monkeypatch, given, message):
+    """Which takes many minutes where there are many pictures."""
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(fastofa.train, "open_dataset", lambda *_: pytest.fail("opened the data"))
+    config = on_photos(**{**given, **({"out": tmp_path / given["out"]} if "out" in given else {})})
+    with pytest.raises(BadInput, match=message):
+        train(config)
+
+
+def test_a_plan_says_what_it_is_timing_and_writes_nothing(on_photos, monkeypatch, capsys):
+    monkeypatch.setattr(fastofa.plan, "SECONDS", 0.01)
+    config = on_photos(plan=True, ema=0.9, image_size=64, start_size=32, growth=(0.0, 1.0))
+    main(config)
+    said = capsys.readouterr()
+    assert [line for line in said.err.splitlines() if line.startswith("plan: ")] == [
+        "plan: timing training steps at 32 px",
+        "plan: timing pipeline at 32 px",
+        "plan: timing training steps at 64 px",
+        "plan: timing pipeline at 64 px",
+        "plan: timing evaluation",
+    ]
+    assert "what it would cost here" in said.out
+    assert "no run was begun" in said.out
+    assert not config.out.exists()
+
+
+def test_unreadable_pictures_of_both_splits_are_left_out_where_that_was_asked_for(photos, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data, ignore=shutil.ignore_patterns(".fastofa"))
+    for name in ("train/china/003.jpg", "val/flower/001.jpg"):
+        (data / name).write_bytes((data / name).read_bytes()[:500])
+    config = recipes.photos(
+        data=str(data), student="test_efficientnet", method="scratch", out=tmp_path / "run", image_size=SIZE, epochs=1,
+        workers=0, skip_corrupt=True,
+    )  # fmt: skip
+    train(config)
+    said = capsys.readouterr().err
+    assert "003.jpg" in said
+    assert "001.jpg" in said
+    assert len(load_tensors(tmp_path / "run" / "val_predictions.safetensors")[0]["labels"]) == 11
+
+
+def test_what_the_data_decide_is_kept_and_goes_on(photos, photo_cache, tmp_path, capsys):
+    """24 pictures: batches of 8; the learning rate by their root, the warm-up by the epochs."""
+    config = recipes.photos(
+        data=str(photos), cache=photo_cache.path, student="test_efficientnet", out=tmp_path / "run", image_size=SIZE,
+        epochs=2, workers=0,
+    )  # fmt: skip
+    train(config)
+    kept = open_run(config.out).config
+    assert (kept.epochs, kept.batch_size, kept.lr, kept.warmup_epochs) == (2, 8, 2.5e-4, 0.1)
+    said = "by the number of training images: --batch-size 8 --lr 0.00025 --warmup-epochs 0.1"
+    assert said in capsys.readouterr().err
+    newest(config.out).unlink()
+    train(dataclasses.replace(config, resume=True))
+    with pytest.raises(BadInput, match="these differ: batch_size: 4 here, 8 there"):
+        train(dataclasses.replace(config, resume=True, batch_size=4, lr=2.5e-4))
 
 
 def test_another_run_is_not_overwritten(on_photos):
