@@ -25,6 +25,13 @@ class Epoch:
     """The teacher's answers, on the device; None where nothing is learned from it."""
 
 
+def check_whole(batch_size: int, whole: dict[str, int]) -> None:
+    """Raises BadInput for a batch that cannot be divided into all of these."""
+    if batch_size % math.prod(whole.values()):
+        reasons = " x ".join(f"{count} {what}" for what, count in whole.items() if count > 1)
+        raise BadInput(f"batch-size: expected a multiple of {math.prod(whole.values())} ({reasons}), got {batch_size}")
+
+
 class Epochs:
     """The epochs of a run on one rank; with a cache epoch e shows view e modulo its views, else views drawn for it.
 
@@ -64,11 +71,7 @@ class Epochs:
                 f"batch-size: expected at most the {rows} training images of {c.data}, got {c.batch_size}; give less, "
                 "or None for one that suits them"
             )
-        if c.batch_size % math.prod(whole.values()):
-            reasons = " x ".join(f"{count} {what}" for what, count in whole.items() if count > 1)
-            raise BadInput(
-                f"batch-size: expected a multiple of {math.prod(whole.values())} ({reasons}), got {c.batch_size}"
-            )
+        check_whole(c.batch_size, whole)
 
     @property
     def pages_fingerprint(self) -> str:

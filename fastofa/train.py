@@ -25,7 +25,7 @@ from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device, choose_workers
 from fastofa.distributed import Vote, World, check_same, check_shared, contact, is_main_process, join, was_restarted
-from fastofa.epochs import Epochs
+from fastofa.epochs import Epochs, check_whole
 from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.memory import memory_bytes
@@ -161,12 +161,8 @@ def _check_early(config: TrainConfig, world: World) -> torch.device:
         raise BadInput(f"unknown pipeline {config.pipeline!r}: expected auto or one of {', '.join(PIPELINES)}")
     if config.workers is not None and config.workers < 0:
         raise BadInput(f"workers: expected at least 0, got {config.workers}")
-    parts = world.size * config.accumulate
-    if config.batch_size is not None and config.batch_size % parts:
-        raise BadInput(
-            f"batch-size: expected a multiple of {parts} ({world.size} ranks x {config.accumulate} parts), got "
-            f"{config.batch_size}"
-        )
+    if config.batch_size is not None:
+        check_whole(config.batch_size, {"ranks": world.size, "parts": config.accumulate})
     return device
 
 
