@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastofa.config import MOST_EPOCHS, TrainConfig, changed_policy
+from fastofa.config import MOST_EPOCHS, TrainConfig, Weights, changed_policy
 from fastofa.errors import BadInput
-from fastofa.recipes import default_policy, recipe
+from fastofa.recipes import default_policy, default_recipe, recipe
 from fastofa.views import ViewPolicy
 
 FLAGS = {".pack": ("size",), ".beton": ("max_size", "quality", "raw")}  # of `write`, by the form that takes them
@@ -173,9 +173,10 @@ class EvaluateConfig:
     """Folder that `fastofa train` wrote."""
     data: str
     """Data set whose validation split is used."""
-    weights: Literal["last", "best"] = "last"
+    weights: Weights = "last"
     """last: as they are at the end (or where the run is); best: as they were at the run's best evaluation, which
-    flatters if it is the same data again."""
+    flatters if it is the same data again. Of a run with --ema both take the weights or their average, whichever had the
+    better top-1 in the run; raw, ema, best-raw and best-ema say which."""
     batch_size: int = 256
     """Images at once."""
     device: str = "auto"
@@ -194,8 +195,9 @@ class ExportConfig:
     """Folder that `fastofa train` wrote."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """New folder for the model."""
-    weights: Literal["last", "best"] = "last"
-    """As they are at the end, or as they were at the run's best evaluation."""
+    weights: Weights = "last"
+    """last: as they are at the end; best: as they were at the run's best evaluation. Of a run with --ema both take the
+    weights or their average, whichever had the better top-1 in the run; raw, ema, best-raw and best-ema say which."""
 
 
 @dataclass(frozen=True)
@@ -246,9 +248,12 @@ def _docstring(command: str) -> str | None:
 
 
 def _recipe_defaults(argv: list[str]) -> TrainConfig:
-    """Of the recipe that the arguments name; the others change it. Raises BadInput without a known recipe."""
-    name = "digits" if {"-h", "--help"} & set(argv) else ""
-    for argument, value in zip(argv, [*argv, ""][1:], strict=True):
-        if argument == "--recipe" or argument.startswith("--recipe="):
-            name = argument.partition("=")[2] or value
+    """Of the recipe that the arguments name, or that suits their data. Raises BadInput for an unknown recipe."""
+    given = {"--recipe": "", "--data": ""}
+    for argument, following in zip(argv, [*argv, ""][1:], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag in given:
+            given[flag] = value if equals else following
+    named = any(argument.partition("=")[0] == "--recipe" for argument in argv)
+    name = given["--recipe"] if named else default_recipe(given["--data"])
     return recipe(name)(data=tyro.MISSING, student=tyro.MISSING, out=tyro.MISSING)

@@ -1,7 +1,8 @@
 """A checkpoint is one safetensors file: student with exits, optimiser, EMA and position. No pickle.
 
     RUN/checkpoints/step-00001000.safetensors   student.NAME, ema.NAME, optimizer.PARAMETER.KEY; the newest few are kept
-    RUN/checkpoints/best.safetensors            student.NAME: the weights of the best evaluation
+    RUN/checkpoints/best.safetensors            student.NAME: the weights of the best evaluation, with its figures
+    RUN/checkpoints/best-ema.safetensors        the same of the moving average, where there is one
 
 Random numbers need no state: every step has its own (see step.py).
 """
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastofa.config import Weights
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
 from fastofa.progress import notice
 
-FOLDER, BEST = "checkpoints", "best.safetensors"
+FOLDER, BEST, BEST_EMA = "checkpoints", "best.safetensors", "best-ema.safetensors"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -53,15 +55,27 @@ def save_checkpoint(
         superseded.unlink(missing_ok=True)
 
 
-def save_best(run: Path, student: nn.Module, info: dict[str, Any]) -> None:
-    """Keep the weights that were just evaluated as the best ones; `info` is JSON."""
-    save_tensors(run / FOLDER / BEST, {f"student.{name}": value for name, value in student.state_dict().items()}, info)
+def save_best(run: Path, student: nn.Module, info: dict[str, Any], file: str = BEST) -> None:
+    """Keep the weights that were just evaluated as the best ones; `info` is JSON: step, top1 and more of them."""
+    save_tensors(run / FOLDER / file, {f"student.{name}": value for name, value in student.state_dict().items()}, info)
 
 
-def forget_best_after(run: Path, step: int) -> None:
-    """Best weights of a step that a resumed run has not reached: it may not come by them again."""
-    if (run / FOLDER / BEST).exists() and load_tensors(run / FOLDER / BEST)[1]["step"] > step:
-        (run / FOLDER / BEST).unlink()
+def best_until(run: Path, step: int, file: str = BEST) -> float:
+    """Top-1 of the best weights that are kept; -1 where there are none.
+
+    Those of a later step than `step`, which a resumed run may not come by again, and damaged ones are removed.
+    """
+    path = run / FOLDER / file
+    if not path.exists():
+        return -1
+    try:
+        info = load_tensors(path)[1]
+        if info["step"] <= step:
+            return float(info["top1"])
+    except (BadInput, KeyError, TypeError, ValueError) as error:
+        notice(f"{path}: could not be read and is removed, the next evaluation's weights take its place ({error})")
+    path.unlink(missing_ok=True)
+    return -1
 
 
 def load_newest(
@@ -109,21 +123,49 @@ def _restore(
     return info["step"], info["position"]
 
 
-def load_student(run: Path, student: nn.Module, best: bool = False) -> dict[str, Any]:
-    """Only the weights to evaluate or export: the newest (of the moving average, if any) or the best evaluation's.
+def load_student(run: Path, student: nn.Module, weights: Weights = "last") -> dict[str, Any]:
+    """Only the weights to evaluate or export; returns what their file says of itself.
 
-    Returns what the file says of itself. Raises BadInput: there is none, or it is damaged or does not fit.
+    Args:
+        weights: raw or ema, of the newest checkpoint; best-raw or best-ema, of the best evaluation; last: the average
+            where there is one; best: what had the better top-1.
+
+    Raises:
+        BadInput: there is none, it is damaged, does not fit or is not finite.
     """
-    found = [run / FOLDER / BEST] if best else checkpoints(run)
-    if best and not found[0].exists():
-        raise BadInput(f"{run}: no evaluation yet, so no best weights; use --weights last, or train on with --resume")
-    if not found:
-        raise BadInput(f"{run}: no checkpoint yet; run `fastofa train` with --resume until it saves one")
-    tensors, info = load_tensors(found[0])
-    prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "student."
-    _check_keys(found[0], prefix, student.state_dict(), tensors)
-    student.load_state_dict(_under(prefix, tensors))
+    path, prefix, tensors, info = _find(run, weights)
+    _check_keys(path, prefix, student.state_dict(), tensors)
+    found = _under(prefix, tensors)
+    if odd := sorted(name for name, value in found.items() if not bool(value.isfinite().all())):
+        raise BadInput(
+            f"{path}: expected finite weights, these are not: {_some(odd)}; the run diverged, train anew with a lower "
+            "--lr or --clip"
+        )
+    student.load_state_dict(found)
     return info
+
+
+def _find(run: Path, weights: Weights) -> tuple[Path, str, dict[str, Tensor], dict[str, Any]]:
+    """The file, the prefix of the names in it, its tensors and what it says of itself."""
+    if weights in ("last", "raw", "ema"):
+        newest = checkpoints(run)[:1]
+        if not newest:
+            raise BadInput(f"{run}: no checkpoint yet; run `fastofa train` with --resume until it saves one")
+        tensors, info = load_tensors(newest[0])
+        averaged = any(name.startswith("ema.") for name in tensors)
+        if weights == "ema" and not averaged:
+            raise BadInput(f"{run}: expected a moving average for --weights ema, the run has none; use --weights raw")
+        return newest[0], "ema." if averaged and weights != "raw" else "student.", tensors, info
+    files = {"best": (BEST_EMA, BEST), "best-ema": (BEST_EMA,), "best-raw": (BEST,)}[weights]
+    found = [run / FOLDER / file for file in files if (run / FOLDER / file).exists()]
+    if not found:
+        other = "use --weights last, or train on with --resume"
+        if weights == "best-ema" and (run / FOLDER / BEST).exists():
+            raise BadInput(f"{run}: expected a moving average for --weights best-ema, the run has none; {other}")
+        raise BadInput(f"{run}: no evaluation yet, so no best weights; {other}")
+    opened = [(path, *load_tensors(path)) for path in found]
+    path, tensors, info = max(opened, key=lambda file: float(file[2].get("top1", 0)))  # of equal ones the average
+    return path, "student.", tensors, info
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

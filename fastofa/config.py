@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from fastofa.errors import BadInput
 from fastofa.views import ViewPolicy
@@ -12,7 +14,16 @@ from fastofa.views import ViewPolicy
 MOST_EPOCHS = 1_000_000
 Method = Literal["ofa", "kd", "scratch"]
 Order = Literal["auto", "random", "pages"]
+Weights = Literal["last", "best", "raw", "ema", "best-raw", "best-ema"]
 Optimizer = Literal["sgd", "adamw", "lamb", "apex_sgd", "apex_adam", "apex_lamb"]
+
+# None until the data set is opened and `recipes.sized` chooses by its size: no code after that sees a None.
+if TYPE_CHECKING:
+    SizedInt: TypeAlias = int
+    SizedFloat: TypeAlias = float
+else:
+    SizedInt, SizedFloat = int | None, float | None
+SIZED = ("epochs", "batch_size", "lr", "warmup_epochs")
 
 
 @dataclass(frozen=True)
@@ -26,8 +37,9 @@ class TrainConfig:
     out: Path
     """Folder of the run: config.json, metrics.jsonl, checkpoints, report.html, curves.png, TensorBoard events."""
     recipe: str
-    """Where the defaults below come from (those shown are of digits): digits, imagenet_fast, imagenet_cnn,
-    imagenet_vit_mlp, imagenet_stronger, cifar_cnn, cifar_vit_mlp."""
+    """Where the defaults below come from: photos (your own images), digits, imagenet_fast, imagenet_cnn,
+    imagenet_vit_mlp, imagenet_stronger, cifar_cnn, cifar_vit_mlp. Without this flag: digits for the digits, cifar_cnn
+    for cifar100:DIR, photos for all other data. The help shows the defaults of the recipe that is named beside it."""
     cache: Path | None = None
     """Teacher cache made by `fastofa precompute`; only --method scratch can do without."""
     resume: bool = False
@@ -35,6 +47,8 @@ class TrainConfig:
     restarted does so by itself."""
     plan: bool = False
     """Only say what the run would cost (steps timed here, hours, disk); write nothing."""
+    skip_corrupt: bool = False
+    """Decode every file of both splits first, list the unreadable ones and leave them out for good."""
 
     method: Method = "ofa"
     """ofa: every stage's exit and the final logits learn from the teacher; kd: the final logits only; scratch: labels
@@ -42,8 +56,8 @@ class TrainConfig:
     stages: tuple[int, ...] = (1, 2, 3, 4)
     """Stages of the student that get an exit (ofa)."""
     eps: tuple[float, ...] = (1.0,)
-    """Target enhancement: one value, or one per exit and one for the final logits. Above 1 boosts the target class
-    (published: 1.5 for DeiT-T -> ResNet-18 on ImageNet, 1.0 on CIFAR)."""
+    """Target enhancement: one value, or one for each of --stages, in their order, and one for the final logits. Above 1
+    boosts the target class (published: 1.5 for DeiT-T -> ResNet-18 on ImageNet, 1.0 on CIFAR)."""
     temperature: float = 1.0
     """Divides the student's and the teacher's logits."""
     variant: Literal["official", "paper"] = "official"
@@ -59,10 +73,12 @@ class TrainConfig:
     smoothing: float = 0.0
     """Label smoothing."""
 
-    epochs: int = 100
-    """Passes over the training set; epoch e replays view e modulo the cache's views."""
-    batch_size: int = 512
-    """Images a step, over all ranks. The learning rate belongs to it: change both together."""
+    epochs: SizedInt = 100
+    """Passes over the training set; epoch e replays view e modulo the cache's views. None: by the number of training
+    images, 30 to 300 (with --init 30 to 100)."""
+    batch_size: SizedInt = 512
+    """Images a step, over all ranks. The learning rate belongs to it: change both together. None: by the number of
+    training images, 8 to 128."""
     accumulate: int = 1
     """Parts a rank's share of a step is computed in, one after the other, where memory is short."""
     image_size: int | None = None
@@ -84,9 +100,10 @@ class TrainConfig:
     the next 64, so that a disk reads long stretches. auto: pages where the .beton is larger than the machine's memory;
     a run keeps the order it began with."""
     init: str | None = None
-    """Where the student's weights start: nothing for random, "pretrained" for timm's published ones, or a file."""
-    drop_path: float = 0.0
-    """Stochastic depth of the student."""
+    """Where the student's weights start: nothing for random, "pretrained" for timm's published ones, a .safetensors or
+    .pth file, or a folder that `fastofa export` or timm wrote."""
+    drop_path: float | None = None
+    """Stochastic depth of the student. None: the model's own, which for some is not 0."""
     mean: tuple[float, float, float] | None = None
     """Normalisation of the pixels; by default the student's own."""
     std: tuple[float, float, float] | None = None
@@ -101,8 +118,8 @@ class TrainConfig:
     optimizer: Optimizer = "sgd"
     """sgd and adamw are torch's fused ones, lamb is timm's; apex_* are NVIDIA apex's, where it is built (see `fastofa
     doctor`). Biases, norms and position embeddings are exempt from weight decay."""
-    lr: float = 0.1
-    """Learning rate after warm-up."""
+    lr: SizedFloat = 0.1
+    """Learning rate after warm-up. None: 1e-3, with --init 1e-4, times the root of batch size / 128."""
     min_lr: float = 0.0
     """Learning rate at the end."""
     weight_decay: float = 1e-4
@@ -113,14 +130,15 @@ class TrainConfig:
     """step: epochs between two decays."""
     decay_rate: float = 0.1
     """step: factor of each decay."""
-    warmup_epochs: float = 0
-    """Epochs in which the learning rate rises linearly."""
+    warmup_epochs: SizedFloat = 0
+    """Epochs in which the learning rate rises linearly. None: a twentieth of the epochs."""
     warmup_lr: float = 1e-6
     """Learning rate at the first step of the warm-up."""
     clip: float | None = None
-    """Largest gradient norm."""
+    """Largest gradient norm; None: not clipped, but lamb clips at 1 by itself."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, which is then what is evaluated and exported."""
+    """Decay of an exponential moving average of the weights; None: no average. Both the weights and their average are
+    evaluated and kept; `evaluate` and `export` take the better of them, unless told otherwise by --weights."""
 
     device: str = "auto"
     """auto, cuda, cuda:1, cpu."""
@@ -148,7 +166,7 @@ class TrainConfig:
     eval_every: int = 1
     """Epochs between two evaluations; the last epoch always has one."""
     checkpoint_every: int = 1000
-    """Steps between two checkpoints; there is one at the end and at an interruption, too."""
+    """Steps between two checkpoints; there is one before each evaluation and at an interruption, too."""
     keep: int = 2
     """Newest checkpoints that are kept, besides the weights of the best evaluation."""
     wandb: str | None = None
@@ -160,8 +178,11 @@ class TrainConfig:
                 raise BadInput(f"{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
 
         for name, hint in get_type_hints(TrainConfig).items():
+            value = getattr(self, name)
             if get_origin(hint) is Literal:
-                need(getattr(self, name) in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
+                need(value in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
+            numbers = value if isinstance(value, tuple) else (value,)
+            need(not any(isinstance(v, float) and math.isinf(v) for v in numbers), name, "finite numbers")
         need(set(self.kernels) <= {"loss", "exits"}, "kernels", "some of loss exits")
         for name in (
             "epochs",
@@ -173,22 +194,26 @@ class TrainConfig:
             "keep",
             "timeout_s",
         ):
-            need(getattr(self, name) >= 1, name, "at least 1")
+            need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         rates, weights = ("lr", "min_lr", "warmup_lr"), ("gt_weight", "kd_weight", "ofa_weight")
         for name in (*rates, *weights, "weight_decay", "warmup_epochs"):
-            need(getattr(self, name) >= 0, name, "a number of at least 0")
+            need(getattr(self, name) is None or getattr(self, name) >= 0, name, "a number of at least 0")
         for name in ("smoothing", "drop_path"):
-            need(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1")
+            need(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "a number from 0 to below 1")
         for name in ("temperature", "decay_epochs", "decay_rate"):
             need(getattr(self, name) > 0, name, "a number above 0")
         need(0 < self.eval_crop <= 1, "eval_crop", "a number above 0 and at most 1")
-        need(self.clip is None or self.clip > 0, "clip", "a number above 0")
-        need(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1")
+        need(self.clip is None or self.clip > 0, "clip", "a number above 0, or None for no clipping")
+        need(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1, or None for no average")
+        for name in ("data", "student", "init", "wandb"):
+            need(getattr(self, name) != "", name, "a name")
         for name in ("image_size", "start_size", "eval_size"):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1 pixel")
         need(0 <= self.growth[0] <= self.growth[1] <= 1, "growth", "two rising numbers from 0 to 1")
         need(0 <= self.seed < 2**63, "seed", "a number from 0 to 2^63 - 1")
-        need(self.epochs <= MOST_EPOCHS, "epochs", f"at most {MOST_EPOCHS:,}")
+        need(self.epochs is None or self.epochs <= MOST_EPOCHS, "epochs", f"at most {MOST_EPOCHS:,}")
+        if self.start_size is not None and self.image_size is not None:
+            need(self.start_size <= self.image_size, "start_size", f"at most the full {self.image_size} pixels")
         need(not self.cuda_graphs or self.compile != "off", "compile", "on or auto with --cuda-graphs")
         need(not self.cuda_graphs or self.accumulate == 1, "accumulate", "1 with --cuda-graphs")
         need(
@@ -206,6 +231,14 @@ class TrainConfig:
         """The stages that get an exit: none unless the method uses them."""
         return tuple(sorted(self.stages)) if self.method == "ofa" else ()
 
+    @property
+    def head_eps(self) -> tuple[float, ...]:
+        """Of each exit in the order of `exits`, then of the final logits; `eps` itself is in the order of `stages`."""
+        if len(self.eps) == 1:
+            return self.eps * (len(self.exits) + 1)
+        of_stage = dict(zip(self.stages, self.eps, strict=False))
+        return (*(of_stage[stage] for stage in self.exits), self.eps[-1])
+
     def policy(self, default: ViewPolicy) -> ViewPolicy:
         """The view policy asked for, `default` where nothing was."""
         return changed_policy(default, scale=self.scale, ratio=self.ratio, flip=self.flip)
@@ -215,15 +248,21 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
-        """Raises BadInput if the file was written by a newer version or edited."""
-        fields = {field.name: field.default for field in dataclasses.fields(cls)}
-        needed = {name for name, default in fields.items() if default is dataclasses.MISSING}
-        if odd := sorted((set(values) - set(fields)) | (needed - set(values))):
+        """Raises BadInput if the file was written by another version or edited."""
+        if not isinstance(values, dict):
+            raise BadInput(f"config.json: expected an object as config, got {_text(values)}")
+        hints = get_type_hints(cls)
+        if odd := sorted(set(values) ^ set(hints)):
             raise BadInput(
                 f"config.json: expected the fields of this version of fastofa, these differ: {', '.join(odd)}; export "
                 "the run with the version that made it, or train anew"
             )
-        values = {**fields, "order": "random", **values}  # an older version had fewer, and one order
+        for name, hint in hints.items():
+            if not _fits(values[name], hint):
+                raise BadInput(
+                    f"config.json: expected {_words(hint)} as {name}, got {_text(values[name])}; it was edited or "
+                    "damaged, put its own value back"
+                )
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         cache = values["cache"]
         return cls(**{**values, "out": Path(values["out"]), "cache": None if cache is None else Path(cache)})
@@ -234,6 +273,7 @@ class TrainConfig:
             "out",
             "resume",
             "plan",
+            "skip_corrupt",
             "device",
             "compile",
             "kernels",
@@ -245,6 +285,46 @@ class TrainConfig:
         free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data", "cache"}
         mine, theirs = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
         return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if k not in free and mine[k] != theirs[k]]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is a value from JSON of this type? Paths are strings there, tuples lists; a float may be a whole number."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)  # which one is checked where the configuration is made
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        parts = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, str if hint is Path else hint)
+
+
+def _words(hint: Any) -> str:
+    """A type as one would say it."""
+    names = {
+        str: "text",
+        Path: "text",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        NoneType: "null",
+    }
+    if get_origin(hint) is UnionType:
+        return " or ".join(map(_words, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "a list" if ... in get_args(hint) else f"a list of {len(get_args(hint))} numbers"
+    return "text" if get_origin(hint) is Literal else names[hint]
+
+
+def _text(value: Any) -> str:
+    """A value of a file in a message: its beginning."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def changed_policy(policy: ViewPolicy, **given: Any) -> ViewPolicy:

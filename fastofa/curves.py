@@ -74,7 +74,13 @@ def plot_loss(axes: Any, rows: list[Row]) -> None:
 
 
 def plot_accuracy(axes: Any, rows: list[Row]) -> None:
-    _plot_top1(axes, rows)
+    if any("top1_ema" in row for row in rows):
+        both = [row for row in rows if "top1_ema" in row]
+        _plot_top1(axes, both, "weights", "top1_raw")
+        _plot_top1(axes, both, "moving average", "top1_ema")
+        axes.legend(frameon=False, loc="lower right")
+    else:
+        _plot_top1(axes, rows)
     if rows:
         place = (rows[-1]["epoch"] + 1, 100 * rows[-1]["top1"])
         axes.annotate(f"{place[1]:.2f}", place, (-2, 5), textcoords="offset points", ha="right")
@@ -120,8 +126,8 @@ def _groups(values: np.ndarray) -> Any:
     return groups
 
 
-def _plot_top1(axes: Any, epochs: list[Row], label: str | None = None) -> None:
-    x, y = [row["epoch"] + 1 for row in epochs], [100 * row["top1"] for row in epochs]
+def _plot_top1(axes: Any, epochs: list[Row], label: str | None = None, name: str = "top1") -> None:
+    x, y = [row["epoch"] + 1 for row in epochs], [100 * row[name] for row in epochs]
     color = COLORS[len(axes.lines) % len(COLORS)]  # a line is a run
     axes.plot(x, y, marker=_marker(epochs), color=color, label=label)
     axes.set(title="validation accuracy", xlabel="epoch", ylabel="top-1 (%)")

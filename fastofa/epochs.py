@@ -12,7 +12,7 @@ from fastofa.dataset import Dataset
 from fastofa.distributed import World
 from fastofa.errors import BadInput
 from fastofa.progress import notice
-from fastofa.recipes import default_policy
+from fastofa.recipes import default_policy, sized
 from fastofa.teacher_cache import DeviceTargets, TeacherCache
 from fastofa.views import Views, draw_views, epoch_order, epoch_rows, join_views
 
@@ -26,8 +26,17 @@ class Epoch:
     """The teacher's answers, on the device; None where nothing is learned from it."""
 
 
+def check_whole(batch_size: int, whole: dict[str, int]) -> None:
+    """Raises BadInput for a batch that cannot be divided into all of these."""
+    if batch_size % math.prod(whole.values()):
+        reasons = " x ".join(f"{count} {what}" for what, count in whole.items() if count > 1)
+        raise BadInput(f"batch-size: expected a multiple of {math.prod(whole.values())} ({reasons}), got {batch_size}")
+
+
 class Epochs:
     """The epochs of a run on one rank; with a cache epoch e shows view e modulo its views, else views drawn for it.
+
+    `config` is the one given, with what it leaves open chosen by the data set's size.
 
     Args:
         views: of the cache, that the run began with; 0 for one that begins, with as many as are finished.
@@ -44,12 +53,11 @@ class Epochs:
         if self.cache is not None:
             self.policy = config.policy(self.cache.policy)
             self.cache.check(dataset, self.policy)
-        elif config.method == "scratch":
-            self.policy = config.policy(default_policy(config.data, config.recipe))
         else:
-            raise BadInput(
-                f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch"
-            )
+            self.policy = config.policy(default_policy(config.data, config.recipe))
+        rows = epoch_rows(self.policy, len(dataset))
+        whole = {"ranks": world.size, "parts": config.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
+        self.config = config = sized(config, len(dataset), rows, math.prod(whole.values()))
         self.answers = () if self.cache is None else self._replayed(self.cache, views)
         """A digest of each view that the run replays."""
         self.pages = dataset.pages if config.order == "pages" else None
@@ -58,8 +66,7 @@ class Epochs:
                 f"order: expected random for {config.data}, got pages; "
                 f"`fastofa write {config.data} NAME.beton{' --raw' * dataset.raw}` makes a file that has pages"
             )
-        rows = epoch_rows(self.policy, len(dataset))
-        self._check_batches(rows)
+        self._check_batches(rows, whole)
         self.share = config.batch_size // world.size  # images that a rank takes a step
         self.steps = rows // config.batch_size  # of an epoch
         self.loaded: Epoch | None = None
@@ -79,16 +86,14 @@ class Epochs:
             notice(f"cache {cache.path}: {cache.finished} views are finished; this run replays {count} to its end")
         return cache.digests(count)
 
-    def _check_batches(self, rows: int) -> None:
+    def _check_batches(self, rows: int, whole: dict[str, int]) -> None:
         c = self.config
         if rows < c.batch_size:
-            raise BadInput(f"batch-size: expected at most the {rows} training images of {c.data}, got {c.batch_size}")
-        whole = {"ranks": self.world.size, "parts": c.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
-        if c.batch_size % math.prod(whole.values()):
-            reasons = " x ".join(f"{count} {what}" for what, count in whole.items() if count > 1)
             raise BadInput(
-                f"batch-size: expected a multiple of {math.prod(whole.values())} ({reasons}), got {c.batch_size}"
+                f"batch-size: expected at most the {rows} training images of {c.data}, got {c.batch_size}; give less, "
+                "or None for one that suits them"
             )
+        check_whole(c.batch_size, whole)
 
     @property
     def pages_fingerprint(self) -> str:

@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             f"({', '.join(run.classes[:3])}, ...), got {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)"
         )
     device = choose_device(config.device)
-    student = run.trained_student(config.weights == "best").to(device)
+    student = run.trained_student(config.weights).to(device)
     size = run.config.eval_size or student.image_size
     pipeline = open_pipeline(config.pipeline, dataset, size, config.batch_size, device, choose_workers(config.workers))
     bf16 = choose_bf16(run.config.precision, device)

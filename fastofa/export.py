@@ -41,7 +41,7 @@ def export(config: ExportConfig) -> str:
         BadInput: no run, no checkpoint, a folder that exists already, a full disk.
     """
     run = open_run(config.run)
-    student = run.trained_student(config.weights == "best")
+    student = run.trained_student(config.weights)
     size, eval_size = student.image_size, run.config.eval_size or student.image_size
     try:
         sample = _own_answers(run, student, eval_size)

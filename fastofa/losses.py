@@ -26,10 +26,8 @@ class Objective:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config = config
-        heads = len(config.exits) + 1
-        eps = config.eps if len(config.eps) == heads else config.eps * heads
         # A tensor made once: a list would be copied to the device, and waited for, at every step.
-        self.eps = torch.tensor(eps, device=device)
+        self.eps = torch.tensor(config.head_eps, device=device)
         self.impl = "triton" if "loss" in config.kernels else None
         self.binary = BinaryCrossEntropy(smoothing=config.smoothing) if config.gt_loss == "bce" else None
 
@@ -65,4 +63,5 @@ class Objective:
             return cross_entropy(final, labels, partner_labels, mix, smoothing)
         if partner_labels is None or mix is None:
             return self.binary(final, labels)  # which smooths them
-        return self.binary(final, mixed_labels(labels, partner_labels, mix, final.shape[1], smoothing))
+        target = mixed_labels(labels, partner_labels, mix, final.shape[1], smoothing)
+        return self.binary(final, target.to(final.dtype))

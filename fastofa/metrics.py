@@ -4,8 +4,10 @@ import hashlib
 import importlib
 import json
 import math
+import shutil
 import threading
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,15 @@ from fastofa.distributed import World
 from fastofa.errors import BadInput
 from fastofa.files import save_tensors, write_atomic
 from fastofa.pipelines import Pipeline
-from fastofa.progress import track
+from fastofa.progress import notice, track
 from fastofa.views import center_views
 
-FILE, PREDICTIONS = "metrics.jsonl", "val_predictions.safetensors"
+FILE, DAMAGED, PREDICTIONS = "metrics.jsonl", "metrics.damaged.jsonl", "val_predictions.safetensors"
+ACCURACY = {"top1", "top5"}
+OF_BOTH = {"top1_raw", "top5_raw", "top1_ema", "top5_ema"}  # besides, where there is a moving average
+Row = dict[str, Any]
 
 
-@torch.inference_mode()
 def predict(
     student: Any,
     pipeline: Pipeline,
@@ -35,30 +39,62 @@ def predict(
     flip: bool = False,
     world: World | None = None,
 ) -> np.ndarray:
-    """The five best classes of the student's last head on the central crops, int64 [N, min(5, C)], best first.
+    """As `predict_each`, of one student."""
+    return predict_each([student], pipeline, dataset, crop, bf16, title, flip, world)[0]
+
+
+@torch.inference_mode()
+def predict_each(
+    students: Sequence[Any],
+    pipeline: Pipeline,
+    dataset: Dataset,
+    crop: float,
+    bf16: bool,
+    title: str = "",
+    flip: bool = False,
+    world: World | None = None,
+) -> list[np.ndarray]:
+    """Of each student the five best classes of its last head on the central crops, int64 [N, min(5, C)], best first.
+
+    The pictures are read once for all of them.
 
     Args:
         crop: side of the central square, as a share of the picture's shorter side.
         flip: take the mean of the logits of each picture and of its mirror image.
         world: each rank looks at its share of the pictures; all get the answers of all.
+
+    Raises:
+        BadInput: a student's logits are not finite, so that none of them is the greatest.
     """
     world = world or World()
-    training = student.training
-    student.eval()
-    best = torch.zeros(len(dataset), min(5, len(dataset.classes)), dtype=torch.int64)
+    training = [student.training for student in students]
+    for student in students:
+        student.eval()
+    # The last column counts the logits that are not finite.
+    best = [torch.zeros(len(dataset), min(5, len(dataset.classes)) + 1, dtype=torch.int64) for _ in students]
     order = np.arange(len(dataset))[world.rank :: world.size]
     found = []
     with closing(pipeline.epoch(center_views(dataset.sizes, crop), order)) as batches:
         for batch in track(batches, len(order), title, lambda batch: len(batch.labels)):
-            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
-                logits = student.classify(batch.images)
-                if flip:
-                    logits = logits + student.classify(batch.images.flip(-1))
-            found.append((batch.sample_ids, logits.topk(best.shape[1], dim=-1).indices))
-    for sample_ids, classes in found:  # only now: the device is waited for once
-        best[sample_ids.cpu()] = classes.cpu()
-    student.train(training)
-    return world.sum(best).numpy()
+            for student, answers in zip(students, best, strict=True):
+                with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+                    logits = student.classify(batch.images)
+                    if flip:
+                        logits = logits + student.classify(batch.images.flip(-1))
+                classes = logits.topk(answers.shape[1] - 1, dim=-1).indices
+                odd = (~logits.isfinite()).sum(dim=-1, keepdim=True)
+                found.append((answers, batch.sample_ids, torch.cat([classes, odd], dim=1)))
+    for answers, sample_ids, rows in found:  # only now: the device is waited for once
+        answers[sample_ids.cpu()] = rows.cpu()
+    for student, was_training in zip(students, training, strict=True):
+        student.train(was_training)
+    best = [world.sum(answers) for answers in best]
+    if odd_images := max(int((answers[:, -1] > 0).sum()) for answers in best):
+        raise BadInput(
+            f"the student answers NaN or infinity to {odd_images:,} of {len(dataset):,} validation images, so it has "
+            "no accuracy: it diverged; train anew with a lower --lr or --clip"
+        )
+    return [answers[:, :-1].numpy() for answers in best]
 
 
 def save_predictions(run: Path, best: np.ndarray, labels: np.ndarray, info: dict[str, Any]) -> None:
@@ -73,56 +109,137 @@ def accuracy(best: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return float(hits[:, 0].mean()), float(hits.any(axis=1).mean())
 
 
-def read_metrics(run: Path, until: float = math.inf) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl up to a step; a last line cut off by a kill is left out."""
-    rows = []
-    for line in (run / FILE).read_text().splitlines() if (run / FILE).exists() else []:
-        try:
-            row = json.loads(line)
-            wanted = row["step"] <= until
-        except (ValueError, KeyError, TypeError):
-            break
-        if wanted:
-            rows.append(row)
-    return rows
+# --- The log ----------------------------------------------------------------------------------------------------------
+
+
+def read_metrics(run: Path, until: float = math.inf) -> list[Row]:
+    """Rows of metrics.jsonl up to a step; lines that cannot be read are left out."""
+    return [row for row, _ in _read_log(run)[0] if row["step"] <= until]
+
+
+def damaged_lines(run: Path) -> int:
+    """Lines of metrics.jsonl that cannot be read."""
+    return len(_read_log(run)[1])
+
+
+def _read_log(run: Path) -> tuple[list[tuple[Row, bytes]], list[bytes]]:
+    """The rows, each with its line, in the order of their steps; and the lines that are no rows.
+
+    Steps rise from line to line. Where they do not, as few lines as possible are at fault: a damaged number costs its
+    own line and none after it. A last line that a kill cut off is neither.
+    """
+    try:
+        data = (run / FILE).read_bytes()
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        raise BadInput(f"could not read {run / FILE}: {error.strerror or error}") from None
+    *lines, last = data.split(b"\n")
+    if _row(last) is not None:
+        lines.append(last)
+    rows = {i: row for i, row in enumerate(map(_row, lines)) if row is not None}
+    places = list(rows)
+    rise = {places[i] for i in _longest_rise([(row["step"], row["kind"] == "epoch") for row in rows.values()])}
+    return [(rows[i], lines[i]) for i in sorted(rise)], [line for i, line in enumerate(lines) if i not in rise]
+
+
+def _row(line: bytes) -> Row | None:
+    """A line's object if it is what `MetricsLog.add` writes, else None."""
+    try:
+        row = json.loads(line.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or row.get("kind") not in ("step", "epoch"):
+        return None
+    whole = all(type(row.get(name)) is int and row[name] >= 0 for name in ("step", "epoch"))
+    numbers = all(type(value) in (int, float) and math.isfinite(value) for name, value in row.items() if name != "kind")
+    if not (whole and numbers):
+        return None
+    shares = {name: value for name, value in row.items() if name.startswith("top")}
+    if not all(0 <= value <= 1 for value in shares.values()):
+        return None
+    complete = "loss" in row if row["kind"] == "step" else shares.keys() in (set(), ACCURACY, ACCURACY | OF_BOTH)
+    return row if complete else None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _longest_rise(keys: Sequence[Any]) -> list[int]:
+    """Positions of a longest strictly rising subsequence (patience sorting)."""
+    least: list[Any] = []  # of the rises of each length, the least last key
+    ends: list[int] = []  # and its position
+    before: list[int] = []  # the position before each one in its rise; -1: none
+    for i, key in enumerate(keys):
+        length = bisect_left(least, key)
+        before.append(ends[length - 1] if length else -1)
+        least[length : length + 1], ends[length : length + 1] = [key], [i]
+    rise, at = [], ends[-1] if ends else -1
+    while at >= 0:
+        rise.append(at)
+        at = before[at]
+    return rise[::-1]
 
 
 class MetricsLog:
     """Appends to a run's log; opened at a step, it forgets what was logged after it (a killed run's last steps).
 
-    With `wandb`, the name of a Weights & Biases project, every row goes there, too.
+    Lines that cannot be read are moved to metrics.damaged.jsonl. Every row goes to TensorBoard, too, and to `page`, a
+    page of Weights & Biases; where they fail, it says so once and goes on without them.
     """
 
-    def __init__(self, run: Path, step: int, wandb: str | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import
-
-        self.wandb = None if wandb is None else _open_wandb(run, wandb)
-        kept = read_metrics(run, step)
-        write_atomic(run / FILE, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.run, self.hook = run, threading.excepthook
+    def __init__(self, run: Path, step: int, page: Any = None) -> None:
+        self.run, self.page, self.hook = run, page, threading.excepthook
+        good, damaged = _read_log(run)
+        if damaged:
+            aside = (run / DAMAGED).read_bytes() if (run / DAMAGED).exists() else b""
+            write_atomic(run / DAMAGED, aside + b"".join(line + b"\n" for line in damaged))
+            notice(f"{run / FILE}: {len(damaged)} of its lines could not be read and are kept aside in {run / DAMAGED}")
+        write_atomic(run / FILE, b"".join(line + b"\n" for row, line in good if row["step"] <= step))
         threading.excepthook = self._in_thread
         with _told(run):
             self.file = open(run / FILE, "a")  # noqa: SIM115 (closed by close)
+        self.board: Any = None
+        with self._optional("TensorBoard"):
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
-    def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def add(self, kind: str, step: int, values: Row) -> None:
         """One row: {"kind": "step" or "epoch", "step": ..., values}."""
         with _told(self.run):
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self.file.flush()
-            for name, value in values.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
-        if self.wandb:
-            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        if self.board is not None:
+            with self._optional("TensorBoard"):
+                for name, value in values.items():
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
+        if self.page is not None:
+            with self._optional("Weights & Biases"):
+                self.page.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         """Never fails: every row is written already, or `add` has told why not."""
-        for writer in (self.file, self.board):
-            with suppress(OSError):
-                writer.close()
-        if self.wandb:
-            self.wandb.finish()
+        closings: list[Callable[[], Any]] = [self.file.close]
+        closings += [self.board.close] if self.board is not None else []
+        closings += [self.page.finish] if self.page is not None else []
+        for close in closings:
+            with suppress(Exception):
+                close()
         threading.excepthook = self.hook
+
+    @contextmanager
+    def _optional(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the many kinds of others' libraries
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            notice(f"{name}: could not be written to ({reason}); the run goes on without it, {FILE} has every row")
+            if name == "TensorBoard":
+                self.board = None
+            else:
+                self.page = None
 
     def _in_thread(self, args: threading.ExceptHookArgs) -> None:
         """TensorBoard writes in a thread; where that fails the next `add` tells it, in one line."""
@@ -138,12 +255,21 @@ def import_wandb() -> Any:
         raise BadInput("wandb: expected Weights & Biases; pip install wandb, or leave --wandb out") from None
 
 
-def _open_wandb(run: Path, project: str) -> Any:
-    """A resumed run goes on in the same page. Raises BadInput if it cannot begin, without its login, say."""
+def open_wandb(run: Path, project: str) -> Any:
+    """The run's page; a resumed run goes on in the same one.
+
+    Raises:
+        BadInput: it cannot begin, without its login, say; the run's folder is then as it was.
+    """
     key = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    library, existed = import_wandb(), run.exists()
+    with _told(run):
+        run.mkdir(parents=True, exist_ok=True)  # or it would write its files elsewhere
     try:
-        return import_wandb().init(project=project, name=run.name, id=key, resume="allow", dir=str(run))
+        return library.init(project=project, name=run.name, id=key, resume="allow", dir=str(run))
     except Exception as error:  # its many kinds
+        if not existed:
+            shutil.rmtree(run, ignore_errors=True)
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"wandb: could not begin ({reason}); `wandb login`, or leave --wandb out") from None
 

@@ -10,6 +10,10 @@ from torch import nn
 from fastofa.config import TrainConfig
 from fastofa.errors import BadInput
 
+OWN_CLIP = {
+    "lamb": 1.0,
+    "apex_lamb": 1.0,
+}  # the largest gradient norm that an optimiser lets pass, whatever --clip says
 APEX = {"apex_sgd": "fusedsgd", "apex_adam": "fusedadamw", "apex_lamb": "fusedlamb"}  # timm's names for them
 
 
@@ -23,15 +27,18 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     """
     name: str = config.optimizer
     arguments: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.9}
+    check_optimizer(name, next(model.parameters()).device)
     if name in APEX:
-        _need_apex(next(model.parameters()).device)
         name = APEX[name]
     elif name != "lamb":  # which torch has no fused form of; timm's updates all tensors at once
         arguments["fused"] = True
     return create_optimizer_v2(model, opt=name, **arguments)
 
 
-def _need_apex(device: torch.device) -> None:
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Raises BadInput for an apex_* optimiser without a GPU or without NVIDIA's apex."""
+    if name not in APEX:
+        return
     remedy = "use sgd, adamw or lamb, which need nothing, or see `fastofa doctor`"
     if device.type != "cuda":
         raise BadInput(f"optimizer apex_*: expected a GPU, the student is on {device}; {remedy}")

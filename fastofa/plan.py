@@ -18,6 +18,7 @@ from rich.table import Table
 from fastofa.config import TrainConfig
 from fastofa.epochs import Epochs
 from fastofa.pipelines import Pipeline
+from fastofa.progress import notice
 from fastofa.schedule import image_size
 from fastofa.step import Step
 from fastofa.views import Views
@@ -60,20 +61,29 @@ def measure(step: Step, pipeline: Pipeline, epochs: Epochs, val_images: int) -> 
     config, full, first = step.config, step.student.image_size, epochs.load(0)
     step.targets, views, order = first.targets, first.views, first.order
     rates = []
+    compiles = " (the first is compiled, which can take minutes)" if step.compiled else ""
     for size, count in sorted(Counter(image_size(config, epoch, full) for epoch in range(config.epochs)).items()):
         pipeline.image_size = size
-        rates.append(
-            Rates(size, count, _step_rate(step, pipeline, views, order), _loader_rate(step, pipeline, views, order))
-        )
+        _say(step, f"timing training steps at {size} px{compiles}")
+        taken = _step_rate(step, pipeline, views, order)
+        _say(step, f"timing pipeline at {size} px")
+        rates.append(Rates(size, count, taken, _loader_rate(step, pipeline, views, order)))
+    _say(step, "timing evaluation")
     evaluations = -(-config.epochs // config.eval_every)
+    models = 1 if step.ema is None else 2  # the weights and their average are evaluated, on the same pictures
     return Plan(
         rates=rates,
         images=len(order) * step.world.size,
         evaluated=evaluations * val_images * (2 if config.eval_flip else 1),
-        evaluation=min(_evaluation_rate(step, pipeline, views, order), rates[-1].loader),
+        evaluation=min(_evaluation_rate(step, pipeline, views, order) / models, rates[-1].loader),
         run_bytes=_run_bytes(step),
         cache_bytes=0 if epochs.cache is None else sum(f.stat().st_size for f in epochs.cache.path.iterdir()),
     )
+
+
+def _say(step: Step, what: str) -> None:
+    if step.world.is_main:
+        notice(f"plan: {what}")
 
 
 def _step_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray) -> float:

@@ -7,6 +7,7 @@ Batch sizes are those of the published 8 GPUs together. VIEWS has the augmentati
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,27 @@ from fastofa.errors import BadInput
 from fastofa.views import ViewPolicy
 
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+
+def photos(**given: Any) -> TrainConfig:
+    """One's own photographs, a few hundred or a million: AdamW, and the rest by the data set's size (`sized`).
+
+    Weight decay, clipping and smoothing are those of the published Transformer recipes below, which CNNs bear, too.
+    """
+    values: dict[str, Any] = {
+        "epochs": None,
+        "batch_size": None,
+        "image_size": 224,
+        "optimizer": "adamw",
+        "lr": None,
+        "weight_decay": 0.05,
+        "warmup_epochs": None,
+        "clip": 5.0,
+        "smoothing": 0.1,
+        "eval_every": 5,
+        "log_every": 10,
+    }
+    return TrainConfig(**{"recipe": "photos", **values, **given})
 
 
 def digits(**given: Any) -> TrainConfig:
@@ -151,6 +173,7 @@ def imagenet_fast(epochs: int = 16, **given: Any) -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[..., TrainConfig]] = {
+    "photos": photos,
     "digits": digits,
     "imagenet_fast": imagenet_fast,
     "imagenet_cnn": imagenet_cnn,
@@ -176,6 +199,39 @@ def recipe(name: str) -> Callable[..., TrainConfig]:
         found = f"got {name!r}" if name else "got none"
         raise BadInput(f"recipe: expected --recipe with one of {', '.join(RECIPES)}, {found}")
     return RECIPES[name]
+
+
+def default_recipe(data: str) -> str:
+    """The recipe's name where none was given."""
+    return {"digits": "digits", "cifar100": "cifar_cnn"}.get(data.partition(":")[0], "photos")
+
+
+def sized(config: TrainConfig, images: int, rows: int, multiple: int) -> TrainConfig:
+    """`config` with what it leaves open (None) chosen by the size of the training set.
+
+    Batch: the power of two that makes at least 8 steps an epoch, 8 to 128. Epochs: 3 million images in all, 30 to 300
+    epochs (DeiT trains for 300); with --init 300,000, 30 to 100 (Swin and ConvNeXt are fine-tuned for 30, BiT with
+    256,000 images). Learning rate: AdamW's usual 1e-3, a tenth to fine-tune, at 128 images a step, and with the root of
+    the batch size for others, as suits Adam (Malladi et al. 2022). Warm-up: a twentieth of the epochs (DeiT a sixtieth,
+    Swin a fifteenth).
+
+    Args:
+        images, rows: training images, and those of them that an epoch shows.
+        multiple: of which the batch size has to be one.
+    """
+    batch, fine_tuned = config.batch_size, config.init is not None
+    if batch is None:
+        eighth = 2 ** int(math.log2(max(rows // 8, 1)))
+        batch = max(min(max(eighth, 8), 128, rows) // multiple, 1) * multiple
+    shown, most, lr = (300_000, 100, 1e-4) if fine_tuned else (3_000_000, 300, 1e-3)
+    epochs = min(max(shown // max(images, 1), 30), most) if config.epochs is None else config.epochs
+    return dataclasses.replace(
+        config,
+        batch_size=batch,
+        epochs=epochs,
+        lr=float(f"{lr * math.sqrt(batch / 128):.2g}") if config.lr is None else config.lr,
+        warmup_epochs=epochs / 20 if config.warmup_epochs is None else config.warmup_epochs,
+    )
 
 
 def default_policy(data: str, recipe: str = "") -> ViewPolicy:

@@ -16,12 +16,13 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fastofa import __version__
-from fastofa.config import TrainConfig
+from fastofa.config import SIZED, TrainConfig
 from fastofa.confusion import ClassResult, Pair, confusion, pairs, worst_classes, worst_pairs
 from fastofa.curves import Row, column, draw_svg, group_size, plot_accuracy, plot_loss, plot_steps, split_rows
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, read_json, write_atomic
-from fastofa.metrics import PREDICTIONS, read_metrics
+from fastofa.metrics import PREDICTIONS, damaged_lines, read_metrics
+from fastofa.optim import OWN_CLIP
 from fastofa.recipes import recipe
 from fastofa.run import LAUNCHES, Run, open_run
 
@@ -50,7 +51,8 @@ def write_report(run: Path) -> Path:
         epochs=epochs,
         best=max(epochs, key=lambda row: row["top1"], default=None),  # of equal ones the first
         pace=pace,
-        not_finite=[row["step"] for row in steps if not np.isfinite(row.get("loss") or 0)],
+        averaged=any("top1_ema" in row for row in epochs),
+        damaged=damaged_lines(run),
         pictures=_pictures(opened.config, steps, epochs, pace, launches),
         rows_a_point=group_size(steps),
         mistakes=_mistakes(opened),
@@ -125,13 +127,21 @@ def _pictures(
         add("loss", "Training loss", f"From {loss[0]:.3g} to {loss[-1]:.3g}.", plot_loss, steps)
     if epochs:
         caption = f"Top-1 from {_percent(epochs[0]['top1'])} to {_percent(epochs[-1]['top1'])}."
+        if "top1_ema" in epochs[-1]:
+            caption = "Top-1 of the weights and of their moving average, at the end " + " and ".join(
+                _percent(epochs[-1][name]) for name in ("top1_raw", "top1_ema")
+            )
+            caption += "."
         add("accuracy", "Validation accuracy", caption, plot_accuracy, epochs)
     if (lr := logged("lr")).size:
         caption = f"{config.schedule.capitalize()} schedule, at most {lr.max():.3g}."
         add("lr", "Learning rate", caption, plot_steps, steps, "lr", "learning rate")
     if logged("grad_norm").size:
-        caption = "Not clipped." if config.clip is None else f"Before clipping at {config.clip:g}, the dashed line."
-        add("norm", "Gradient norm", caption, plot_steps, steps, "grad_norm", "norm", level=config.clip)
+        own = OWN_CLIP.get(config.optimizer)
+        level = min((limit for limit in (config.clip, own) if limit is not None), default=None)
+        by_itself = f", as {config.optimizer} does by itself" if level == own else ""
+        caption = "Not clipped." if level is None else f"Before clipping at {level:g}{by_itself}, the dashed line."
+        add("norm", "Gradient norm", caption, plot_steps, steps, "grad_norm", "norm", level=level)
     if (speed := logged("images_per_second")).size:
         resumed = [launch["step"] for launch in launches if launch.get("step")]
         caption = f"Median {np.median(speed):,.0f} images/s."
@@ -200,7 +210,8 @@ class _Setting:
 def _settings(config: TrainConfig) -> list[_Setting]:
     default = recipe(config.recipe)(data=config.data, student=config.student, out=config.out)
     names = [field.name for field in dataclasses.fields(config)]
-    return [_Setting(name, getattr(config, name), getattr(default, name)) for name in names]
+    by_size = {name: "by the data's size" for name in SIZED if getattr(default, name) is None}
+    return [_Setting(name, getattr(config, name), by_size.get(name, getattr(default, name))) for name in names]
 
 
 def _launches(run: Path) -> list[dict[str, Any]]:

@@ -5,11 +5,12 @@ from datetime import datetime
 from pathlib import Path
 
 from fastofa import __version__
-from fastofa.checkpoint import load_student
-from fastofa.config import TrainConfig
+from fastofa.checkpoint import checkpoints, load_student
+from fastofa.config import TrainConfig, Weights
 from fastofa.environment import environment
 from fastofa.errors import BadInput
 from fastofa.files import read_json, write_json
+from fastofa.metrics import read_metrics
 from fastofa.models import find_folder
 from fastofa.student import Student
 from fastofa.weights import SavedWeights
@@ -46,11 +47,19 @@ class Run:
             c.student, len(self.classes), c.image_size, self.teacher_dim, c.exits, c.drop_path, c.mean, c.std, start
         )
 
-    def trained_student(self, best: bool = False) -> Student:
-        """The student in eval mode with the newest weights (the moving average's, if any) or the best ones."""
+    def trained_student(self, weights: Weights = "last") -> Student:
+        """The student in eval mode. Where there is a moving average, "last" is the better of both by top-1 in the
+        newest evaluation, the average before the first."""
         student = self.build_student()
-        load_student(self.path, student, best)
+        load_student(self.path, student, self._better() if weights == "last" else weights)
         return student.eval()
+
+    def _better(self) -> Weights:
+        if self.config.ema is None or not checkpoints(self.path):
+            return "last"
+        until = int(checkpoints(self.path)[0].stem.partition("-")[2])
+        evaluated = [row for row in read_metrics(self.path, until) if "top1_ema" in row]
+        return "raw" if evaluated and evaluated[-1]["top1_raw"] > evaluated[-1]["top1_ema"] else "ema"
 
     def save(self) -> None:
         write_json(

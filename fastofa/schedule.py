@@ -22,6 +22,30 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(step / last, 1)))
 
 
+def cautions(config: TrainConfig, steps_per_epoch: int) -> list[str]:
+    """What in the configuration comes too late for a run of this length, with what to do, in a line each."""
+    c, found = config, []
+    steps = c.epochs * steps_per_epoch
+    if c.warmup_epochs >= c.epochs:
+        found.append(
+            f"warmup-epochs {c.warmup_epochs:g}: the run has {c.epochs} epochs, so the learning rate never reaches "
+            f"--lr {c.lr:g}; --warmup-epochs {c.epochs / 20:g} would suit it"
+        )
+    if c.schedule == "step" and c.decay_epochs >= c.epochs:
+        found.append(
+            f"decay-epochs {c.decay_epochs:g}: the run has {c.epochs} epochs, so the learning rate never falls; "
+            f"--decay-epochs {c.epochs * 0.3:g} would suit it"
+        )
+    if c.ema is not None and steps < 2 / (1 - c.ema):
+        shorter = max(1 - 10 / steps, 0.5)
+        found.append(
+            f"ema {c.ema:g}: the average is over {1 / (1 - c.ema):,.0f} steps, the run has {steps:,}, so it holds much "
+            f"of the initial weights to the end; --ema {shorter:.3g} would suit it (weights and average are both "
+            "evaluated)"
+        )
+    return found
+
+
 def image_size(config: TrainConfig, epoch: int, full: int) -> int:
     """Side of an epoch's pictures: from start_size to `full` in steps of 32 pixels, linearly over config.growth."""
     if config.start_size is None:

@@ -22,13 +22,26 @@ from fastofa.errors import BadInput
 from fastofa.fused_depthwise import use_depthwise_kernel
 from fastofa.kernels.choice import interpreted
 from fastofa.losses import PARTS, Objective
-from fastofa.optim import create_optimizer, set_learning_rate
+from fastofa.optim import check_optimizer, create_optimizer, set_learning_rate
 from fastofa.pipelines import Batch
 from fastofa.student import Student
 from fastofa.teacher_cache import DeviceTargets, Targets
 
 SUMS = (*PARTS, "grad_norm")
 MOST_SIZES = 64  # of pictures that one run compiles for
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Raises BadInput for what the device cannot do."""
+    if config.kernels and device.type != "cuda" and not interpreted():
+        raise BadInput(
+            f"kernels: expected a GPU for {' '.join(config.kernels)}, the student is on the CPU; leave it out"
+        )
+    if config.sync_bn and device.type != "cuda":
+        raise BadInput("sync-bn: expected GPUs, the student is on the CPU; leave it out")
+    if config.sync_bn and choose_compile(config.compile, device):
+        raise BadInput("sync-bn: expected --compile off, PyTorch's synchronised batch norm cannot be compiled as one")
+    check_optimizer(config.optimizer, device)
 
 
 class Program(nn.Module):
@@ -61,18 +74,9 @@ class Step:
 
     def __init__(self, student: Student, config: TrainConfig, device: torch.device, world: World | None = None) -> None:
         self.config, self.device, self.world = config, device, world or World()
-        if config.kernels and device.type != "cuda" and not interpreted():
-            raise BadInput(
-                f"kernels: expected a GPU for {' '.join(config.kernels)}, the student is on the CPU; leave it out"
-            )
+        check_device(config, device)
         student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.sync_bn and device.type != "cuda":
-            raise BadInput("sync-bn: expected GPUs, the student is on the CPU; leave it out")
-        compiled = choose_compile(config.compile, device)
-        if config.sync_bn and compiled:
-            raise BadInput(
-                "sync-bn: expected --compile off, PyTorch's synchronised batch norm cannot be compiled as one"
-            )
+        self.compiled = choose_compile(config.compile, device)
         if config.sync_bn and self.world.size > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         if "exits" in config.kernels:
@@ -83,7 +87,7 @@ class Step:
         self.ema = None if config.ema is None else ModelEmaV3(student, decay=config.ema)
         program = Program(student, config, device)
         self.bf16 = program.bf16
-        if compiled:
+        if self.compiled:
             torch._dynamo.config.recompile_limit = MOST_SIZES
             program.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
@@ -134,11 +138,6 @@ class Step:
     def reset_sums(self) -> None:
         self.sums = torch.zeros(len(SUMS), device=self.device)
         self.summed = 0
-
-    @property
-    def trained(self) -> Student:
-        """What is evaluated: the moving average where there is one."""
-        return self.student if self.ema is None else self.ema.module
 
 
 def _random_state(seed: int, step: int, rank: int) -> int:

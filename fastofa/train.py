@@ -16,32 +16,42 @@ from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 
 from fastofa import checkpoint, plan
 from fastofa.clock import Clock
-from fastofa.config import Order, TrainConfig
+from fastofa.config import SIZED, Order, TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device, choose_workers
 from fastofa.distributed import Vote, World, check_same, check_shared, contact, is_main_process, join, was_restarted
-from fastofa.epochs import Epochs
+from fastofa.epochs import Epochs, check_whole
 from fastofa.errors import BadInput
 from fastofa.files import filling
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.memory import memory_bytes
-from fastofa.metrics import MetricsLog, accuracy, import_wandb, predict, read_metrics, save_predictions
-from fastofa.pipelines import Batch, open_pipeline
+from fastofa.metrics import (
+    MetricsLog,
+    accuracy,
+    import_wandb,
+    open_wandb,
+    predict_each,
+    read_metrics,
+    save_predictions,
+)
+from fastofa.models import resolve
+from fastofa.pipelines import PIPELINES, Batch, open_pipeline
 from fastofa.progress import notice, progress_bar
 from fastofa.recipes import not_replayed
 from fastofa.report import write_report
 from fastofa.run import CONFIG, Run, log_launch, open_run
-from fastofa.schedule import image_size, learning_rate
+from fastofa.schedule import cautions, image_size, learning_rate
 from fastofa.seen import PICTURES, Difference, compare_seen
-from fastofa.step import SUMS, Step
+from fastofa.step import SUMS, Step, check_device
+from fastofa.teacher_cache import TeacherCache
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 REPORT_EVERY_S = 60  # seconds, at least, between two drawings of a run that goes on
@@ -82,11 +92,19 @@ def _train(config: TrainConfig, world: World) -> Result:
     job = open_job(config, world)
     job.load()
     if world.is_main:
-        job.run.save()
+        job.begin()
     world.barrier()
     check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
     if world.is_main:
-        notice(plan.summary(config, job.epochs.steps))
+        notice(plan.summary(job.config, job.epochs.steps))
+        chosen = [name for name in SIZED if getattr(config, name) is None]
+        if chosen:
+            flags = " ".join(f"--{name.replace('_', '-')} {getattr(job.config, name):g}" for name in chosen)
+            notice(f"by the number of training images: {flags}")
+        if job.step.compiled:
+            notice("the first step at each image size is compiled, which can take minutes")
+        for caution in cautions(job.config, job.epochs.steps):
+            notice(caution)
     if job.pixels is not None:
         notice(f"pixels of {PICTURES} pictures, compared with {config.cache}: {job.pixels}")
     if world.is_main and (missing := not_replayed(config.recipe, job.epochs.policy)):
@@ -102,20 +120,23 @@ def plan_run(config: TrainConfig) -> None:
         job = open_job(config, world)
         estimate = plan.measure(job.step, job.train_pipeline, job.epochs, len(job.val_set))
         if world.is_main:
-            plan.show(estimate, config)
+            plan.show(estimate, job.config)
         del job
         world.leave()
 
 
 def open_job(config: TrainConfig, world: World) -> "Job":
     """Everything that a run needs, built and checked; nothing is written."""
+    device = _check_early(config, world)
+    if config.resume and (config.out / CONFIG).exists():  # what the data's size chose stays as the run began
+        begun = open_run(config.out).config
+        open_ = [name for name in SIZED if getattr(config, name) is None]
+        config = dataclasses.replace(config, **{name: getattr(begun, name) for name in open_})
     with world.without_haste():  # the first opening of a folder opens every image
-        train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
-    if world.local_size > 1 and ":" in config.device:
-        raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
-    device = choose_device(config.device, world.local_rank)
+        train_set, val_set = (open_dataset(config.data, split, config.skip_corrupt) for split in ("train", "val"))
     config = dataclasses.replace(config, order=_choose_order(config, train_set, world))
     epochs = Epochs(config, train_set, world, device, _views_begun_with(config, world))
+    config = epochs.config
     data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
     run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.answers, val, pages)
     answers = hashlib.sha256("".join(epochs.answers).encode()).hexdigest()
@@ -128,10 +149,43 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         check_same(world, digest, place)
     if world.is_main and not config.plan:
         _check_place(run)
-        if config.wandb is not None:
-            import_wandb()
     world.barrier()
     return Job(run, train_set, val_set, epochs, world, device)
+
+
+def _check_early(config: TrainConfig, world: World) -> torch.device:
+    """The device; raises BadInput for what is known to be wrong before the data are indexed, which may take long."""
+    if world.local_size > 1 and ":" in config.device:
+        raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
+    device = choose_device(config.device, world.local_rank)
+    check_device(config, device)
+    if not config.plan:
+        _check_vacant(config)
+        if config.wandb is not None:
+            import_wandb()
+    if config.cache is not None:
+        TeacherCache.open(config.cache)
+    elif config.method != "scratch":
+        raise BadInput(f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch")
+    resolve(config.student, config.image_size)
+    if config.init not in (None, "pretrained") and ":" not in config.init and not Path(config.init).exists():
+        raise BadInput(f"{config.init}: expected a file with weights, found none")
+    if config.pipeline not in ("auto", *PIPELINES):
+        raise BadInput(f"unknown pipeline {config.pipeline!r}: expected auto or one of {', '.join(PIPELINES)}")
+    if config.workers is not None and config.workers < 0:
+        raise BadInput(f"workers: expected at least 0, got {config.workers}")
+    if config.batch_size is not None:
+        check_whole(config.batch_size, {"ranks": world.size, "parts": config.accumulate})
+    return device
+
+
+def _check_vacant(config: TrainConfig) -> None:
+    """Raises BadInput if a run lies there that this one does not go on with."""
+    if not (config.out / CONFIG).exists():
+        if checkpoint.checkpoints(config.out):
+            raise BadInput(f"{config.out}: holds checkpoints of a run without its {CONFIG}; choose another --out")
+    elif not config.resume:
+        raise BadInput(f"{config.out}: holds a run already; go on with it by --resume or choose another --out")
 
 
 def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:
@@ -167,11 +221,7 @@ def _views_begun_with(config: TrainConfig, world: World) -> int:
 def _check_place(run: Run) -> None:
     """Raises BadInput if another run lies there."""
     if not (run.path / CONFIG).exists():
-        if checkpoint.checkpoints(run.path):
-            raise BadInput(f"{run.path}: holds checkpoints of a run without its {CONFIG}; choose another --out")
         return
-    if not run.config.resume:
-        raise BadInput(f"{run.path}: holds a run already; go on with it by --resume or choose another --out")
     found = open_run(run.path)
     different = run.config.differences(found.config)
     if run.fingerprint != found.fingerprint:
@@ -230,6 +280,8 @@ class Job:
         self.sizes_seen: set[int] = set()
         self.loading: Generator[Batch, None, None] | None = None
         self.pixels: Difference | None = None
+        self.page: Any = None  # of Weights & Biases
+        self.report_failed = False
         self.clock = Clock()
         self.logged = Clock()  # as it was at the last log
 
@@ -239,21 +291,33 @@ class Job:
             self._restore()
         elif self.config.resume and self.world.is_main:
             notice(f"{self.run.path}: no checkpoint yet, starting from the beginning")
+        if self.config.init is not None and not self.step.is_finite():
+            raise BadInput(f"{self.config.init}: expected finite weights, some are NaN or infinite")
         if self.step.steps < self.last_step:
             self.epochs.load(self.step.steps // self.epochs.steps)
         if self.world.is_main and (cache := self.epochs.cache) is not None:
             self.pixels = compare_seen(cache.path, self.train_pipeline, cache.targets(0)[0])
+
+    def begin(self) -> None:
+        """The first that is written, once nothing can be wrong any more."""
+        if self.config.wandb is not None:
+            self.page = open_wandb(self.run.path, self.config.wandb)
+        self.run.save()
 
     def run_epochs(self) -> None:
         c, main = self.config, self.world.is_main
         first, position = divmod(self.step.steps, self.epochs.steps)
         if main:
             log_launch(self.run.path, self.step.steps, self.world.size, self.pixels and self.pixels.mean)
-            checkpoint.forget_best_after(self.run.path, self.step.steps)
-        self.best = max(
-            (row["top1"] for row in read_metrics(self.run.path, self.step.steps) if "top1" in row), default=-1
-        )
-        self.log = MetricsLog(self.run.path, self.step.steps, c.wandb) if main else None
+            self.best = {
+                file: checkpoint.best_until(self.run.path, self.step.steps, file)
+                for file in (checkpoint.BEST, checkpoint.BEST_EMA)
+            }
+        self.log = MetricsLog(self.run.path, self.step.steps, self.page) if main else None
+        rows = read_metrics(self.run.path, self.step.steps) if main else []
+        ended = any(row["kind"] == "epoch" and row["step"] == self.step.steps for row in rows)
+        # A checkpoint is saved before its epoch is evaluated: a run that ended in between evaluates now.
+        owed = bool(self.world.agree_on(int(position == 0 and first > 0 and not ended)))
         with Interrupt() as self.interrupt, progress_bar(shown=main) as self.bar:
             self.task = self.bar.add_task(
                 f"train {c.student}",
@@ -262,6 +326,8 @@ class Job:
                 note="",
             )
             try:
+                if owed:
+                    self._log_epoch(first - 1)
                 for epoch in range(first, c.epochs):
                     self._epoch(epoch, position)
                     position = 0
@@ -294,7 +360,11 @@ class Job:
             self._after_step(epoch)
 
     def _after_step(self, epoch: int) -> None:
-        """What is due at this step, the training clock stopped: log, evaluate, save, stop. All ranks decide alike."""
+        """What is due at this step, the training clock stopped: log, save, stop, evaluate. All ranks decide alike.
+
+        Saved before it is evaluated, a step is lost neither to an evaluation that fails nor to one that a cluster's
+        grace is too short for; and what is evaluated is finite.
+        """
         c, step = self.config, self.step.steps
         log, end, save = step % c.log_every == 0, step % self.epochs.steps == 0, step % c.checkpoint_every == 0
         stop = self.vote(self.interrupt.signum or 0)
@@ -308,9 +378,7 @@ class Job:
             self._log_step(epoch, [value / self.step.summed for value in sums])
             self.step.reset_sums()
             sums = self.step.sums.tolist()
-        if end:
-            self._log_epoch(epoch)
-        if save or stop or step == self.last_step:
+        if save or stop or (end and self._is_evaluated(epoch)):
             self._save(sums)
         if stop and step < self.last_step:
             self.vote.finish()
@@ -322,14 +390,19 @@ class Job:
                 "on",
                 stop,
             )
+        if end:
+            self._log_epoch(epoch)
         self.clock.start()
+
+    def _is_evaluated(self, epoch: int) -> bool:
+        return (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
 
     def _refuse_infinity(self, what: str) -> None:
         step, saved = self.step.steps, checkpoint.checkpoints(self.run.path)
-        good = f"go on from {saved[0]} by --resume" if saved else "start anew (there is no checkpoint yet)"
+        again = f"; or try once more from {saved[0]} by --resume" if saved else ""
         raise BadInput(
-            f"{what} no longer finite between steps {step - self.step.summed} and {step}; lower --lr or set "
-            f"--clip, then {good}"
+            f"{what} no longer finite between steps {step - self.step.summed} and {step}; begin anew with a lower "
+            f"--lr or --clip and another --out{again}"
         )
 
     def _log_step(self, epoch: int, means: list[float]) -> None:
@@ -347,20 +420,8 @@ class Job:
     def _log_epoch(self, epoch: int) -> None:
         c = self.config
         values: dict[str, Any] = {"epoch": epoch, **self._speed(since=Clock())}
-        if (epoch + 1) % c.eval_every == 0 or epoch + 1 == c.epochs:
-            self.world.average_statistics(self.step.trained)
-            best = predict(
-                self.step.trained,
-                self.val_pipeline,
-                self.val_set,
-                c.eval_crop,
-                self.step.bf16,
-                flip=c.eval_flip,
-                world=self.world,
-            )
-            values["top1"], values["top5"] = accuracy(best, self.val_set.labels)
-            if self.log:
-                self._keep(best, values)
+        if self._is_evaluated(epoch):
+            values |= self._evaluate(epoch)
         top1 = f" top-1 {values['top1']:.2%}" if "top1" in values else ""
         self.bar.done(self.task, f"epoch {epoch + 1}/{c.epochs}{top1}")
         if self.log:
@@ -368,13 +429,37 @@ class Job:
             if time.monotonic() - self.reported > REPORT_EVERY_S or self.step.steps == self.last_step:
                 self._report()
 
-    def _keep(self, predicted: np.ndarray, values: dict[str, float]) -> None:
-        """The answers of the last evaluation, and the weights of the best one."""
-        info = {"step": self.step.steps, **values}
-        save_predictions(self.run.path, predicted, self.val_set.labels, info)
-        if values["top1"] > self.best:
-            self.best = values["top1"]
-            checkpoint.save_best(self.run.path, self.step.trained, info)
+    def _evaluate(self, epoch: int) -> dict[str, float]:
+        """Top-1 and top-5; where there is a moving average those of the better, and of the weights and of the average.
+
+        Keeps the answers, and the weights if they are the best so far.
+        """
+        c, step = self.config, self.step
+        students = {"raw": step.student} if step.ema is None else {"raw": step.student, "ema": step.ema.module}
+        answers = predict_each(
+            list(students.values()),
+            self.val_pipeline,
+            self.val_set,
+            c.eval_crop,
+            step.bf16,
+            flip=c.eval_flip,
+            world=self.world,
+        )
+        found = {name: accuracy(best, self.val_set.labels) for name, best in zip(students, answers, strict=True)}
+        better = max(reversed(found), key=lambda name: found[name][0])  # of equal ones the average
+        values = dict(zip(("top1", "top5"), found[better], strict=True))
+        if len(found) > 1:
+            values |= {f"top{k}_{name}": found[name][i] for i, k in enumerate((1, 5)) for name in found}
+        if self.log:
+            info = {"step": step.steps, "epoch": epoch}
+            best = dict(zip(students, answers, strict=True))[better]
+            save_predictions(self.run.path, best, self.val_set.labels, {**info, **values})
+            for name, file in (("raw", checkpoint.BEST), ("ema", checkpoint.BEST_EMA)):
+                if name in found and found[name][0] > self.best[file]:
+                    self.best[file] = found[name][0]
+                    kept = {**info, "top1": found[name][0], "top5": found[name][1]}
+                    checkpoint.save_best(self.run.path, students[name], kept, file)
+        return values
 
     def _speed(self, since: Clock) -> dict[str, float]:
         """Of the training steps since a reading of the clock; nothing where none was counted."""
@@ -385,8 +470,15 @@ class Job:
         return {"images_per_second": steps * self.config.batch_size / seconds, "loader_share": waited / seconds}
 
     def _report(self) -> None:
-        draw_curves(self.run.path)
-        write_report(self.run.path)
+        """Curves and report, without which a run goes on as well."""
+        try:
+            draw_curves(self.run.path)
+            write_report(self.run.path)
+        except Exception as error:  # of files, of matplotlib, of jinja
+            if not self.report_failed:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                notice(f"{self.run.path}: no new report and curves ({reason}); the run goes on")
+            self.report_failed = True
         self.reported = time.monotonic()
 
     def _save(self, sums: list[float]) -> None:

@@ -136,9 +136,11 @@ def gradient_scale(logits: Tensor) -> int:
 
 
 def mixed_labels(labels: Tensor, partner_labels: Tensor, mix: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """fp32 [B, C]: `mix` of a picture's own label, the rest of its partner's, smoothed (timm's mixup_target)."""
+    """[B, C], fp32 (float64 for a float64 `mix`): `mix` of an image's own label, the rest of its partner's, smoothed
+    (timm's mixup_target)."""
+    mix = mix.to(torch.promote_types(mix.dtype, torch.float32))
     both = mix.new_full((len(labels), num_classes), smoothing / num_classes)
-    own, others = (share.float()[:, None] * (1 - smoothing) for share in (mix, 1 - mix))
+    own, others = (share[:, None] * (1 - smoothing) for share in (mix, 1 - mix))
     return both.scatter_add(1, labels[:, None], own).scatter_add(1, partner_labels[:, None], others)
 
 
@@ -157,7 +159,8 @@ def cross_entropy(
         return logits.sum()
     if partner_labels is None or mix is None:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    return F.cross_entropy(logits, mixed_labels(labels, partner_labels, mix, logits.shape[1], smoothing))
+    target = mixed_labels(labels, partner_labels, mix, logits.shape[1], smoothing)
+    return F.cross_entropy(logits, target.to(logits.dtype))
 
 
 def cross_entropy_gradient(
@@ -167,7 +170,7 @@ def cross_entropy_gradient(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if partner_labels is None or mix is None:
         partner_labels, mix = labels, torch.ones_like(labels, dtype=logits.dtype)
-    target = mixed_labels(labels, partner_labels, mix, logits.shape[1], smoothing)
+    target = mixed_labels(labels, partner_labels, mix, logits.shape[1], smoothing).to(logits.dtype)
     return (logits.softmax(dim=-1) - target) / max(len(labels), 1)
 
 

@@ -16,6 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fastofa.checkpoint import (
+    BEST,
+    BEST_EMA,
     _restore_optimizer,
     checkpoints,
     load_newest,
@@ -23,7 +25,7 @@ from fastofa.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from fastofa.config import TrainConfig
+from fastofa.config import TrainConfig, Weights
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
 from fastofa.optim import create_optimizer
@@ -374,7 +376,7 @@ def test_the_best_weights_are_loaded_where_they_are_asked_for(tmp_path):
     training.steps(1, 2)
     training.save(tmp_path, 3)
     student = Cnn()
-    assert load_student(tmp_path, student, best=True) == {"step": 1, "top1": 0.5}
+    assert load_student(tmp_path, student, "best") == {"step": 1, "top1": 0.5}
     assert_same(student.state_dict(), best)
     assert load_student(tmp_path, student)["step"] == 3
     assert_same(student.state_dict(), training.ema.module.state_dict())
@@ -383,7 +385,50 @@ def test_the_best_weights_are_loaded_where_they_are_asked_for(tmp_path):
 def test_without_an_evaluation_there_are_no_best_weights(tmp_path):
     Training("sgd").save(tmp_path, 3)
     with pytest.raises(BadInput, match="no evaluation yet, so no best weights"):
-        load_student(tmp_path, Cnn(), best=True)
+        load_student(tmp_path, Cnn(), "best")
+
+
+def test_weights_and_their_average_are_loaded_where_they_are_asked_for(tmp_path):
+    """Of the newest checkpoint and of the best evaluations; best alone is whichever had the better top-1."""
+    training = Training("sgd")
+    assert training.ema is not None
+    saved: dict[Weights, dict[str, Tensor]] = {}
+    for step, top1, file, name in ((1, 0.5, BEST, "best-raw"), (2, 0.6, BEST_EMA, "best-ema")):
+        training.steps(step, 1)
+        model = training.model if file == BEST else training.ema.module
+        save_best(tmp_path, model, {"step": step, "top1": top1}, file)
+        saved[name] = copy.deepcopy(model.state_dict())  # type: ignore[index]
+    training.steps(2, 2)
+    training.save(tmp_path, 4)
+    saved |= {"raw": training.model.state_dict(), "ema": training.ema.module.state_dict(), "best": saved["best-ema"]}
+    student = Cnn()
+    for weights, expected in saved.items():
+        load_student(tmp_path, student, weights)
+        assert_same(student.state_dict(), expected)
+    save_best(tmp_path, training.model, {"step": 4, "top1": 0.7})
+    load_student(tmp_path, student, "best")
+    assert_same(student.state_dict(), saved["raw"])
+
+    other = tmp_path / "without an average"
+    alone = Training("sgd", ema=False)
+    alone.save(other, 1)
+    save_best(other, alone.model, {"step": 1, "top1": 0.5})
+    for averaged in ("ema", "best-ema"):
+        with pytest.raises(BadInput, match=f"expected a moving average for --weights {averaged}, the run has none"):
+            load_student(other, student, averaged)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_not_finite_are_not_loaded(tmp_path):
+    """Those of a run that diverged, saved by whatever."""
+    training = Training("sgd", ema=False)
+    with torch.no_grad():
+        training.model[0].weight[0, 0, 0, 0] = torch.nan
+    training.save(tmp_path, 1)
+    student = Cnn()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(BadInput, match=r"expected finite weights, these are not: 0.weight; the run diverged"):
+        load_student(tmp_path, student)
+    assert_same(student.state_dict(), before)
 
 
 # --- The file ---------------------------------------------------------------------------------------------------------

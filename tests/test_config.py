@@ -16,7 +16,7 @@ from fastofa import recipes
 from fastofa.arguments import parse
 from fastofa.config import TrainConfig
 from fastofa.errors import BadInput
-from fastofa.recipes import CIFAR_MEAN, CIFAR_STD, RECIPES, default_policy, not_replayed, recipe
+from fastofa.recipes import CIFAR_MEAN, CIFAR_STD, RECIPES, default_policy, not_replayed, recipe, sized
 from fastofa.views import ViewPolicy
 
 NAN = math.nan
@@ -56,6 +56,9 @@ WRONG = [
     *[("stages", value, "expected some of 1 2 3 4") for value in ((0,), (1, 5), (2, 2))],
     ("stages", (), r"expected at least one stage \(or --method kd\)"),
     *[("eps", value, "expected 1 or 5 numbers above 0") for value in ((), (1.0, 1.0), (0.0,), (NAN,), (1.0,) * 6)],
+    *[(name, "", "expected a name") for name in ("data", "student", "init", "wandb")],
+    *[(name, math.inf, "expected finite numbers") for name in ("lr", "clip", "gt_weight", "temperature")],
+    ("growth", (0.5, math.inf), "expected finite numbers"),
     ("method", "OFA", "expected one of ofa, kd, scratch"),
     ("variant", "mine", "expected one of official, paper"),
     ("gt_loss", "CE", "expected one of ce, bce"),
@@ -82,7 +85,7 @@ def test_every_number_and_choice_is_checked():
         f.name for f in dataclasses.fields(TrainConfig) if any(t in str(f.type) for t in ("int", "float", "Lit"))
     }
     elsewhere = {"scale", "ratio", "flip", "mean", "std", "workers"}  # workers: open_pipeline refuses them
-    assert {name for name, *_ in WRONG} | elsewhere == numeric | {"method"}
+    assert {name for name, *_ in WRONG} | elsewhere == numeric | {"method", "data", "student", "init", "wandb"}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,7 @@ def test_every_number_and_choice_is_checked():
         ({"flip": 1.5}, "view policy: expected flip between 0 and 1, got 1.5"),
         ({"method": "kd", "eps": (1.0, 1.2)}, "eps: expected 1 or 1 numbers above 0"),
         ({"stages": (1, 4), "eps": (1.0, 1.2)}, "eps: expected 1 or 3 numbers above 0"),
+        ({"start_size": 64, "image_size": 32}, "start-size: expected at most the full 32 pixels, got 64"),
     ],
 )
 def test_values_that_do_not_fit_each_other_are_refused(values, message):
@@ -110,6 +114,8 @@ def test_values_that_do_not_fit_each_other_are_refused(values, message):
         {"stages": (), "method": "kd"},
         {"stages": (4, 1), "eps": (1.0, 1.2, 1.4)},
         {"lr": 0.0, "weight_decay": 0, "gt_weight": 0, "warmup_epochs": 0.5},
+        {"drop_path": 0.0},
+        {"epochs": None, "batch_size": None, "lr": None, "warmup_epochs": None},
         {"smoothing": 0.0, "drop_path": 0.99, "eval_crop": 1.0, "ema": 0.5, "clip": 0.1},
         {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "flip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)},
         {"epochs": 1, "batch_size": 1, "image_size": 1, "seed": 0, "decay_rate": 1.0, "workers": 0},
@@ -174,12 +180,34 @@ def test_json_of_another_version_or_edited_is_refused():
     values = config().to_json()
     with pytest.raises(BadInput, match=r"config.json: .* these differ: student; "):
         TrainConfig.from_json({k: v for k, v in values.items() if k != "student"})
-    older = {k: v for k, v in values.items() if k not in ("wandb", "order")}  # a version that had not these fields yet
-    assert TrainConfig.from_json(older) == config(order="random")
     with pytest.raises(BadInput, match=r"config.json: .* these differ: momentum; "):
         TrainConfig.from_json({**values, "momentum": 0.9})
     with pytest.raises(BadInput, match="lr: expected a number of at least 0, got -1"):
         TrainConfig.from_json({**values, "lr": -1})
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
+def test_json_of_another_type_is_refused(name):
+    """In one line with the field's name; whatever else is there is taken, or refused for what it says."""
+    values = config().to_json()
+
+    def said(value: Any) -> str:
+        try:
+            TrainConfig.from_json({**values, name: value})
+        except BadInput as error:
+            return str(error)
+        return ""
+
+    others = (None, True, 7, 1e400, "text", [], [None], ["1", "2"], [1, "x"], {}, {"a": 1}, [[1]])
+    refusals = [text for value in others if (text := said(value))]
+    assert len(refusals) >= 9
+    for text in refusals:
+        assert name.replace("_", "-") in text.replace("_", "-")
+        assert "\n" not in text
+    assert len(said({"a": "x" * 9999})) < 300
+    for odd in (None, [], "text", 1):
+        with pytest.raises(BadInput, match="expected an object as config, got"):
+            TrainConfig.from_json(odd)  # type: ignore[arg-type]
 
 
 def test_differences_are_what_makes_it_another_run():
@@ -189,7 +217,7 @@ def test_differences_are_what_makes_it_another_run():
         "out": Path("elsewhere"), "resume": True, "device": "cuda", "compile": "on", "pipeline": "torchvision",
         "workers": 3, "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "data": "moved", "plan": True,
         "cuda_graphs": True, "grad_compression": "bf16", "timeout_s": 9, "accumulate": 2, "keep": 1, "wandb": "mine",
-        "cache": Path("c"), "kernels": ("loss",),
+        "cache": Path("c"), "kernels": ("loss",), "skip_corrupt": True,
     }  # fmt: skip
     for name, value in free.items():
         assert mine.differences(dataclasses.replace(mine, **{name: value})) == []
@@ -219,11 +247,11 @@ def test_differences_are_what_makes_it_another_run():
 # As published, batch sizes of 8 GPUs together: epochs, batch, optimiser, lr, least lr, weight decay, schedule, warm-up
 # epochs, label smoothing, clip, EMA, label loss, drop-path, evaluation crop. Then what views do not hold.
 PUBLISHED = {
-    "imagenet_cnn": (100, 8 * 64, "sgd", 0.1, 1e-6, 1e-4, "step", 3, 0.1, None, None, "ce", 0, 0.875),
-    "imagenet_vit_mlp": (300, 8 * 128, "adamw", 5e-4, 1e-6, 0.05, "cosine", 20, 0.1, 5, 0.99996, "ce", 0, 0.875),
+    "imagenet_cnn": (100, 8 * 64, "sgd", 0.1, 1e-6, 1e-4, "step", 3, 0.1, None, None, "ce", None, 0.875),
+    "imagenet_vit_mlp": (300, 8 * 128, "adamw", 5e-4, 1e-6, 0.05, "cosine", 20, 0.1, 5, 0.99996, "ce", None, 0.875),
     "imagenet_stronger": (300, 8 * 256, "lamb", 5e-3, 1e-6, 0.02, "cosine", 5, 0, None, 0.9998, "bce", 0.05, 0.95),
-    "cifar_cnn": (300, 8 * 128, "sgd", 0.05, 1e-3, 2e-3, "cosine", 3, 0.1, None, None, "ce", 0, 1.0),
-    "cifar_vit_mlp": (300, 8 * 128, "adamw", 5e-4, 1e-5, 0.05, "cosine", 20, 0.1, 5, None, "ce", 0, 1.0),
+    "cifar_cnn": (300, 8 * 128, "sgd", 0.05, 1e-3, 2e-3, "cosine", 3, 0.1, None, None, "ce", None, 1.0),
+    "cifar_vit_mlp": (300, 8 * 128, "adamw", 5e-4, 1e-5, 0.05, "cosine", 20, 0.1, 5, None, "ce", None, 1.0),
 }
 COLUMNS = (
     "epochs", "batch_size", "optimizer", "lr", "min_lr", "weight_decay", "schedule", "warmup_epochs", "smoothing",
@@ -232,7 +260,7 @@ COLUMNS = (
 
 
 def test_the_recipes_are_these():
-    assert set(RECIPES) == {"digits", "imagenet_fast", *PUBLISHED}
+    assert set(RECIPES) == {"photos", "digits", "imagenet_fast", *PUBLISHED}
     assert all(RECIPES[name] is getattr(recipes, name) for name in RECIPES)
 
 
@@ -262,7 +290,7 @@ def test_imagenet_fast_has_ffcvs_values(epochs):
     assert (c.schedule, c.lr, c.min_lr, c.warmup_epochs) == ("linear", 0.5, 0, 2)
     assert c.warmup_lr == pytest.approx(1e-4 * c.lr)
     assert c.recipe == "imagenet_fast"
-    assert (c.clip, c.ema, c.gt_loss, c.drop_path) == (None, None, "ce", 0)
+    assert (c.clip, c.ema, c.gt_loss, c.drop_path) == (None, None, "ce", None)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -351,9 +379,75 @@ def test_without_other_flags_it_is_the_recipe(name):
         (["--recipe", "imagenet"], "got 'imagenet'"),
         (["--recipe=imagenet"], "got 'imagenet'"),
         (["--recipe"], "got none"),
-        ([], "got none"),
     ],
 )
-def test_without_a_known_recipe_it_is_bad_input(arguments, message):
+def test_an_unknown_recipe_is_bad_input(arguments, message):
     with pytest.raises(BadInput, match=message):
         parse("train", [*ARGUMENTS, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("photos", "photos"), ("digits", "digits"), ("digits:50", "digits"), ("cifar100:dir", "cifar_cnn")],
+)
+def test_without_a_recipe_it_is_the_one_that_suits_the_data(data, name, capsys):
+    """As the help says; and nothing else that is wrong is hidden by it."""
+    expected = recipe(name)(data=data, student="resnet18", out=Path("run"))
+    assert parse("train", ["--data", data, "--student", "resnet18", "--out", "run"]) == expected
+    assert parse("train", [f"--data={data}", "--student", "resnet18", "--out", "run"]) == expected
+    with pytest.raises(SystemExit) as ended:
+        parse("train", ["--data", data, "--help"])
+    assert ended.value.code == 0
+    assert f"(default: {name})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_shows_the_values_of_the_recipe_that_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse("train", ["--help", "--recipe", "imagenet_fast"])
+    said = " ".join(capsys.readouterr().out.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    assert "(default: imagenet_fast)" in said
+    assert "Side of the pictures in the first epochs, for students that take any" in said
+    assert "--epochs {None}|INT" in said
+    assert "(default: 16)" in said
+
+
+# --- By the data set's size -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "fresh", "tuned"),
+    [  # epochs, batch size, learning rate, warm-up epochs
+        (200, (300, 16, 3.5e-4, 15), (100, 16, 3.5e-5, 5)),
+        (1_198, (300, 128, 1e-3, 15), (100, 128, 1e-4, 5)),
+        (20_000, (150, 128, 1e-3, 7.5), (30, 128, 1e-4, 1.5)),
+        (1_281_167, (30, 128, 1e-3, 1.5), (30, 128, 1e-4, 1.5)),
+    ],
+)
+def test_photos_by_the_data_sets_size(images, fresh, tuned):
+    for init, expected in ((None, fresh), ("pretrained", tuned)):
+        c = sized(recipes.photos(data="d", student="s", out=Path("o"), init=init), images, images, 1)
+        assert (c.epochs, c.batch_size, c.lr, c.warmup_epochs) == expected
+        assert (c.image_size, c.optimizer, c.recipe) == (224, "adamw", "photos")
+
+
+@given(st.integers(1, 3000), st.sampled_from([1, 2, 3, 8, 24]), st.integers(1, 3))
+def test_any_size_gives_steps_that_fit(images, multiple, repeats):
+    """Where it is possible at all: at least a step an epoch, in whole parts, few images or many."""
+    rows = images // repeats * repeats
+    c = sized(recipes.photos(data="d", student="s", out=Path("o")), images, rows, multiple)
+    assert c.batch_size % multiple == 0
+    if rows >= max(multiple, 1):
+        assert 1 <= c.batch_size <= rows
+    if rows >= 64 and multiple <= 8:
+        assert rows // c.batch_size >= 8
+    assert 30 <= c.epochs <= 300
+    assert 0 < c.warmup_epochs < c.epochs
+    assert 0 < c.lr <= 1e-3
+
+
+def test_what_was_given_stays_whatever_the_size():
+    given = {"epochs": 7, "batch_size": 50, "lr": 0.0, "warmup_epochs": 0}
+    c = recipes.photos(data="d", student="s", out=Path("o"), **given)
+    assert sized(c, 10**6, 10**6, 8) == c
+    half = sized(recipes.photos(data="d", student="s", out=Path("o"), batch_size=32), 10**6, 10**6, 1)
+    assert half.lr == 5e-4  # with the root of the batch size

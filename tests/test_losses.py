@@ -12,6 +12,7 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from fastofa.config import TrainConfig
+from fastofa.kernels import distillation_loss
 from fastofa.kernels.reference import heavier, mixed_labels
 from fastofa.losses import PARTS, Objective
 from fastofa.teacher_cache import Targets, answers
@@ -47,7 +48,10 @@ def truth(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | Non
     p = ((1 - known.sum(1)).clamp(min=0) / (C - K))[:, None].repeat(1, C)
     p = p.scatter(1, targets.classes.long(), known) ** (1 / c.temperature)
     p = p / p.sum(1, keepdim=True)
-    eps = c.eps * len(z) if len(c.eps) == 1 else c.eps
+    eps = c.eps * len(z)
+    if len(c.eps) > 1:  # the first belongs to the stage that was written first; heads come in the order of stages
+        eps = [power for _, power in sorted(zip(c.stages, c.eps, strict=False))] if c.exits else []
+        eps = [*eps, c.eps[-1]]
     heads = []
     for head, power in zip(z, eps, strict=True):
         w = (p + m) ** power - m if c.variant == "official" else torch.where(m > 0, (1 + p) ** power, p)
@@ -182,6 +186,61 @@ def test_mixed_labels_are_timms(gt_loss, smoothing):
     hard = objective(logits, target.argmax(dim=1), targets)
     assert torch.equal(got[2:], hard[2:])
     torch.testing.assert_close(got[0], got[1:].sum())
+
+
+def test_eps_belongs_to_the_stage_it_was_written_with():
+    """--stages 4 1 --eps 1.1 1.9 1.5: 1.9 for stage 1, whose head comes first."""
+    logits, labels, targets = case(3)
+    written = Objective(config(stages=(4, 1), eps=(1.1, 1.9, 1.5)), torch.device("cpu"))
+    in_order = Objective(config(stages=(1, 4), eps=(1.9, 1.1, 1.5)), torch.device("cpu"))
+    assert written.eps.tolist() == pytest.approx([1.9, 1.1, 1.5])
+    assert torch.equal(written(logits, labels, targets), in_order(logits, labels, targets))
+    assert config(stages=(4, 2, 1), eps=(1.0,)).head_eps == (1.0,) * 4
+    assert config(method="kd", stages=(4, 1), eps=(1.2,)).head_eps == (1.2,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gt_loss", ["ce", "bce"])
+def test_a_share_of_any_floating_type(gt_loss, dtype):
+    """The same loss as for these shares in fp32, in fp32; for float64 logits in float64."""
+    logits, labels, targets = case(5)
+    partner_labels, mix = mixed_case()
+    mix = mix.to(dtype)
+    objective = Objective(config(gt_loss=gt_loss, smoothing=0.1), torch.device("cpu"))
+    got = objective(logits, labels, targets, partner_labels, mix)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, objective(logits, labels, targets, partner_labels, mix.float()))
+    shares = mixed_labels(labels, partner_labels, mix, C, 0.1)
+    assert shares.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(B, dtype=shares.dtype))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_whole_objective_takes_shares_of_any_floating_type(dtype, impl):
+    logits, labels, targets = case(3)
+    partner_labels, mix = mixed_case()
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    mix = mix.to(dtype)
+
+    def loss(z: Tensor, share: Tensor, impl: str) -> Tensor:
+        arguments = (labels, targets.classes, targets.log_probs, [1.3] * 3)
+        moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+        return distillation_loss(
+            z.to(device),
+            *moved,
+            smoothing=0.1,
+            partner_labels=partner_labels.to(device),
+            mix=share.to(device),
+            impl=impl,
+        )[0]
+
+    got = loss(logits, mix, impl)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.cpu(), loss(logits, mix.float(), "torch").cpu())
+    exact = loss(logits.double(), mix, "torch")
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact.float(), got, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gt_loss", ["ce", "bce"])

@@ -1,16 +1,21 @@
 """The log of a run, on the disk and at Weights & Biases; what a student answers, and to whom that is told."""
 
 import json
+import math
+import random
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastofa import metrics
 from fastofa.errors import BadInput
-from fastofa.metrics import MetricsLog, read_metrics
+from fastofa.metrics import MetricsLog, _longest_rise, damaged_lines, read_metrics
 from fastofa.train import train
 
 
@@ -49,7 +54,11 @@ def write(run: Path, *lines: str) -> None:
 
 
 def row(step: int, **values: Any) -> str:
-    return json.dumps({"kind": "step", "step": step, **values}) + "\n"
+    return json.dumps({"kind": "step", "step": step, "epoch": 0, "loss": 1.0, **values}) + "\n"
+
+
+def evaluated(step: int, **values: Any) -> str:
+    return json.dumps({"kind": "epoch", "step": step, "epoch": 0, "top1": 0.5, "top5": 0.75, **values}) + "\n"
 
 
 def test_rows_are_read_up_to_a_step(tmp_path):
@@ -67,9 +76,95 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
 def test_a_log_opened_at_a_step_forgets_what_came_after(tmp_path):
     write(tmp_path, row(1, loss=0.5), row(5), row(10)[:-4])
     log = MetricsLog(tmp_path, 1)
-    log.add("step", 2, {"loss": 0.25})
+    log.add("step", 2, {"epoch": 0, "loss": 0.25})
     log.close()
     assert (tmp_path / "metrics.jsonl").read_text() == row(1, loss=0.5) + row(2, loss=0.25)
+    assert not (tmp_path / "metrics.damaged.jsonl").exists()
+
+
+BAD = {
+    "bad UTF-8": b'{"kind": "step", "step": 3, "epoch": 0, "loss": 1.0, "x\xff": 1}',
+    "no JSON": b'{"kind": "step", "step": 3, "epoch": 0, "loss" 1.0}',
+    "deep JSON": b"[" * 100_000,
+    "a list": b"[1, 2]",
+    "another kind": row(3).strip().replace("step", "stap", 1).encode(),
+    "no step": b'{"kind": "step", "stdp": 3, "epoch": 0, "loss": 1.0}',
+    "no epoch": b'{"kind": "step", "step": 3, "loss": 1.0}',
+    "no loss": b'{"kind": "step", "step": 3, "epoch": 0, "los3": 1.0}',
+    "a step in text": row(3).strip().replace("3", '"3"', 1).encode(),
+    "half a step": row(3).strip().replace("3", "3.5", 1).encode(),
+    "a step that is true": row(3).strip().replace("3", "true", 1).encode(),
+    "NaN": row(3, loss=math.nan).strip().encode(),
+    "infinity": row(3, loss=math.inf).strip().encode(),
+    "a value in text": row(3, lr="0.1").strip().encode(),
+    "an accuracy above 1": evaluated(3, top1=8.5).strip().encode(),
+    "half an accuracy": b'{"kind": "epoch", "step": 3, "epoch": 0, "top1": 0.5, "top4": 0.5}',
+    "a step again": row(1).strip().encode(),
+    "a step from before": row(0).strip().encode(),
+    "a step far ahead": row(90).strip().encode(),
+    "an empty line": b"",
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_a_damaged_line_is_kept_aside_and_costs_no_other(tmp_path, bad, capsys):
+    """Read without it, whatever is wrong with it; when the run goes on it is moved, byte for byte, and reported."""
+    good = [row(1), row(2), evaluated(2), row(4), row(5)]
+    before, after = "".join(good[:3]).encode(), "".join(good[3:]).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(before + bad + b"\n" + after)
+    (tmp_path / "metrics.damaged.jsonl").write_bytes(b"an older one\n")
+    assert read_metrics(tmp_path) == [json.loads(line) for line in good]
+    assert damaged_lines(tmp_path) == 1
+    MetricsLog(tmp_path, 5).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before + after
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == b"an older one\n" + bad + b"\n"
+    assert "1 of its lines could not be read and are kept aside in" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_costs_two_lines_at_most(tmp_path):
+    """Any bit of the file: the newline between two lines takes both along, everything else its own line."""
+    lines = [row(1, lr=0.1), evaluated(1), row(2, lr=0.2), row(3, lr=0.3), evaluated(3)]
+    whole = "".join(lines).encode()
+    rows = [json.loads(line) for line in lines]
+    rng = random.Random(0)
+    for bit in rng.sample(range(8 * len(whole)), 300):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "metrics.jsonl").write_bytes(damaged)
+        found = read_metrics(tmp_path)
+        assert sum(r in found for r in rows) >= 3
+        assert [r["step"] for r in found] == sorted(r["step"] for r in found)
+
+
+def test_a_last_line_without_its_newline_is_read(tmp_path):
+    write(tmp_path, row(1), row(5).strip())
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 5]
+    MetricsLog(tmp_path, 5).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == row(1) + row(5)
+
+
+@given(st.lists(st.integers(0, 12), max_size=12))
+def test_as_few_lines_as_possible_are_at_fault(keys):
+    """By trying every subset."""
+    rise = _longest_rise(keys)
+    chosen = [keys[i] for i in rise]
+    assert rise == sorted(rise)
+    assert all(a < b for a, b in pairwise(chosen))
+    longest = [0] * len(keys)
+    for i, key in enumerate(keys):
+        longest[i] = 1 + max((longest[j] for j in range(i) if keys[j] < key), default=0)
+    assert len(rise) == max(longest, default=0)
+
+
+def test_tensorboard_that_fails_is_told_once_and_the_log_goes_on(tmp_path, monkeypatch, capsys):
+    log = MetricsLog(tmp_path, 0)
+    monkeypatch.setattr(log.board, "add_scalar", lambda *_: 1 / 0)
+    for step in (1, 2):
+        log.add("step", step, {"epoch": 0, "loss": 0.5})
+    log.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard: could not be written to (division by zero); the run goes on without it") == 1
 
 
 # --- Weights & Biases -------------------------------------------------------------------------------------------------
@@ -119,14 +214,29 @@ def test_without_the_library_it_says_what_to_install_and_writes_nothing(on_photo
     assert not config.out.exists()
 
 
-def test_without_a_login_it_says_so_in_one_line(tmp_path, wandb, monkeypatch):
-    def init(**_: Any) -> None:
+def test_without_a_login_it_says_so_in_one_line_and_leaves_nothing(on_photos, wandb, monkeypatch):
+    config = on_photos(wandb="mine")
+
+    def init(**given: Any) -> None:
+        (Path(given["dir"]) / "wandb").mkdir()  # as the library does before it asks
         raise RuntimeError("api_key not configured (no-tty).\n  call wandb.login(key=[your_api_key])")
 
     monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(BadInput, match=r"^wandb: could not begin \(api_key not .*\); `wandb login`") as error:
-        MetricsLog(tmp_path, 0, "mine")
+        train(config)
     assert "\n" not in str(error.value)
+    assert not config.out.exists()
+
+
+def test_a_page_that_fails_does_not_end_the_run(on_photos, wandb, monkeypatch, capsys):
+    def log(_: dict[str, Any], step: int) -> None:
+        raise OSError(f"no network at step {step}")
+
+    monkeypatch.setattr(wandb, "log", log)
+    config = on_photos(epochs=1, wandb="mine")
+    train(config)
+    assert len(read_metrics(config.out)) == 4
+    assert "Weights & Biases: could not be written to (no network at step 1); the run" in capsys.readouterr().err
 
 
 def test_nobody_is_told_unless_asked(on_photos, monkeypatch):

@@ -1,5 +1,6 @@
 """report.html says what the run's files say, whatever they hold or lack, and nothing in it is anybody else's code."""
 
+import inspect
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import confusion_matrix
+from timm.optim import Lamb
 
 from fastofa import recipes
 from fastofa.confusion import confusion, pairs, worst_classes, worst_pairs
@@ -388,15 +390,59 @@ def test_a_run_killed_while_it_wrote_a_line(tmp_path):
     assert "2 of 3 epochs so far." in page.text
 
 
-def test_a_loss_that_is_not_finite_is_told(tmp_path):
+def test_lines_that_cannot_be_read_are_told(tmp_path):
     rows = log_of(2)
-    rows[1]["loss"], rows[6]["loss"] = float("nan"), float("inf")
     page = report(make_run(tmp_path / "run", rows=rows))
-    assert "The loss was not finite in the log of steps 2, 6: curves have gaps there." in page.text
+    assert "could not be read" not in page.text
+    rows[1]["loss"] = float("nan")  # which JSON has no number for
+    page = report(make_run(tmp_path / "run", rows=rows))
+    assert "A line of metrics.jsonl could not be read: curves and tables lack it." in page.text
     assert "Curve: Training loss. From 9 to 1.12." in page.attributes("aria-label")
-    rows = [{**row, "loss": float("nan")} for row in rows]
+    del rows[4]["step"]
     page = report(make_run(tmp_path / "run", rows=rows))
-    assert "steps 1, 2, 3, 4, 5, …: curves" in page.text
+    assert "2 lines of metrics.jsonl could not be read: curves and tables lack them." in page.text
+
+
+def test_lamb_clips_by_itself(tmp_path):
+    """At timm's default of 1, which a smaller --clip goes below and a larger one does not change."""
+    assert inspect.signature(Lamb).parameters["max_grad_norm"].default == 1
+    for optimizer, clip, said in (
+        ("lamb", None, "at 1, as lamb does by itself, the dashed line."),
+        ("lamb", 5.0, "at 1, as lamb does by itself, the dashed line."),
+        ("lamb", 0.5, "at 0.5, the dashed line."),
+        ("apex_lamb", None, "at 1, as apex_lamb does by itself, the dashed line."),
+        ("adamw", None, None),
+    ):
+        page = report(make_run(tmp_path / "run", rows=log_of(1), optimizer=optimizer, clip=clip))
+        caption = "Not clipped." if said is None else f"Before clipping {said}"
+        assert f"Curve: Gradient norm. {caption}" in page.attributes("aria-label")
+
+
+def test_weights_and_their_moving_average(tmp_path):
+    """Both in the curve and in the table; the headline is the better one's, and says which."""
+    rows = log_of(2)
+    for row, raw, ema in zip([row for row in rows if row["kind"] == "epoch"], (0.5, 0.6), (0.1, 0.7), strict=True):
+        row |= {"top1": max(raw, ema), "top1_raw": raw, "top1_ema": ema, "top5_raw": 0.9, "top5_ema": 0.9}
+    page = report(make_run(tmp_path / "run", rows=rows, ema=0.9))
+    assert page.facts["Top-1"] == "70.00%after epoch 2, their moving average"
+    assert [row[-2:] for row in page.rows[""]] == [
+        ["weights' top-1", "average's top-1"], ["50.00%", "10.00%"], ["60.00%", "70.00%"],
+    ]  # fmt: skip
+    caption = "Top-1 of the weights and of their moving average, at the end 60.00% and 70.00%."
+    assert f"Curve: Validation accuracy. {caption}" in page.attributes("aria-label")
+    rows[-1]["top1_ema"] = 0.2
+    assert report(make_run(tmp_path / "run", rows=rows, ema=0.9)).facts["Top-1"].endswith("epoch 2, the weights")
+
+
+def test_what_the_recipe_left_to_the_datas_size(tmp_path):
+    run = tmp_path / "run"
+    values = {"data": "photos", "student": "test_resnet", "out": run, "epochs": 30, "lr": 1e-3, "warmup_epochs": 1.5}
+    Run(run, recipes.photos(**values, batch_size=64), DIGITS, 64, "fingerprint").save()
+    changed = report(run).rows["What differs from recipe photos"][1:]
+    assert changed == [
+        [flag, value, "by the data's size"]
+        for flag, value in (("--epochs", "30"), ("--batch-size", "64"), ("--lr", "0.001"), ("--warmup-epochs", "1.5"))
+    ]
 
 
 def test_labels_only(tmp_path):

@@ -5,24 +5,31 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastofa
 import fastofa.train
-from fastofa.checkpoint import BEST, FOLDER, checkpoints, forget_best_after
+from fastofa.checkpoint import BEST, BEST_EMA, FOLDER, best_until, checkpoints
+from fastofa.config import Weights
 from fastofa.errors import BadInput
+from fastofa.evaluate import EvaluateConfig, evaluate
 from fastofa.files import load_tensors
+from fastofa.interrupt import Stopped
 from fastofa.losses import Objective
 from fastofa.metrics import read_metrics
 from fastofa.run import open_run
 from fastofa.step import Step
+from fastofa.student import Student
 from fastofa.train import train
 from runs import newest, same_run
 
@@ -67,33 +74,131 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_to_the_same_weights(on_p
 
 def test_the_best_evaluations_weights_are_kept(on_photos, monkeypatch):
     """The first of equally good ones, also where a run that goes on is worse from then on."""
-    hits, evaluated = iter([3, 6, 4, 6, 5, 2]), []
+    hits = iter(
+        [(3, 1), (6, 2), (4, 7), (6, 7), (4, 7), (5, 2)]
+    )  # of the weights, of their average; the last two after resuming
+    evaluated: list[list[dict[str, Tensor]]] = []
 
-    def predict(student: nn.Module, pipeline: Any, dataset: Any, *_: Any, **__: Any) -> np.ndarray:
-        evaluated.append(copy.deepcopy(student.state_dict()))
-        right, wrong = dataset.labels, 1 - dataset.labels
-        first = np.where(np.arange(len(right)) < next(hits), right, wrong)
-        return np.stack([first, 1 - first], axis=1)
+    def predict_each(students: list[nn.Module], pipeline: Any, dataset: Any, *_: Any, **__: Any) -> list[np.ndarray]:
+        evaluated.append([copy.deepcopy(student.state_dict()) for student in students])
+        right, found = dataset.labels, next(hits)
+        first = [np.where(np.arange(len(right)) < count, right, 1 - right) for count in found]
+        return [np.stack([best, 1 - best], axis=1) for best in first]
 
-    monkeypatch.setattr(fastofa.train, "predict", predict)
-    config = on_photos(epochs=4, ema=0.5, checkpoint_every=9)
+    monkeypatch.setattr(fastofa.train, "predict_each", predict_each)
+    config = on_photos(epochs=4, ema=0.5)
     train(config)
-    assert [row["top1"] for row in rows(config.out, "epoch")] == pytest.approx([3 / 12, 6 / 12, 4 / 12, 6 / 12])
+    epochs = rows(config.out, "epoch")
+    for name, expected in (("top1_raw", [3, 6, 4, 6]), ("top1_ema", [1, 2, 7, 7]), ("top1", [3, 6, 7, 7])):
+        assert [row[name] for row in epochs] == pytest.approx([count / 12 for count in expected])
 
-    def assert_second_is_best() -> None:
-        weights, info = load_tensors(config.out / FOLDER / BEST)
-        assert (info["step"], info["epoch"], info["top1"]) == (6, 1, 0.5)
-        student = open_run(config.out).trained_student(best=True).state_dict()
-        for name, value in evaluated[1].items():
-            assert torch.equal(weights[f"student.{name}"], value)
-            assert torch.equal(student[name], value)
-        assert not torch.equal(evaluated[1]["backbone.classifier.weight"], evaluated[3]["backbone.classifier.weight"])
+    def assert_best(weights: Weights, file: str, student: dict[str, Tensor], top1: float, epoch: int) -> None:
+        tensors, info = load_tensors(config.out / FOLDER / file)
+        assert (info["step"], info["epoch"], info["top1"]) == (3 * epoch + 3, epoch, pytest.approx(top1))
+        loaded = open_run(config.out).trained_student(weights).state_dict()
+        for name, value in student.items():
+            assert torch.equal(tensors[f"student.{name}"], value)
+            assert torch.equal(loaded[name], value)
 
-    assert_second_is_best()
+    def assert_both_are_best() -> None:
+        assert_best("best-raw", BEST, evaluated[1][0], 6 / 12, 1)
+        assert_best("best-ema", BEST_EMA, evaluated[2][1], 7 / 12, 2)
+        assert_best("best", BEST_EMA, evaluated[2][1], 7 / 12, 2)
+
+    assert_both_are_best()
     newest(config.out).unlink()
-    train(on_photos(epochs=4, ema=0.5, checkpoint_every=9, resume=True))
+    (config.out / "metrics.jsonl").unlink()  # the best are known without it
+    train(on_photos(epochs=4, ema=0.5, resume=True))
     assert rows(config.out, "epoch")[-1]["top1"] == pytest.approx(5 / 12)
-    assert_second_is_best()
+    assert_both_are_best()
+
+
+def test_last_is_the_better_of_weights_and_average(on_photos, monkeypatch):
+    """By the newest evaluation: an average that is longer than the run is still near the initial weights."""
+    config = on_photos(epochs=1, ema=0.9999)
+    result = train(config)
+    (row,) = rows(config.out, "epoch")
+    assert result.top1 == row["top1"] == max(row["top1_raw"], row["top1_ema"])
+    tensors, _ = load_tensors(newest(config.out))
+    log = config.out / "metrics.jsonl"
+    text = log.read_text()
+    for raw, ema, part in ((0.75, 0.5, "student"), (0.5, 0.75, "ema"), (0.5, 0.5, "ema")):
+        changed = {**row, "top1": max(raw, ema), "top1_raw": raw, "top1_ema": ema}
+        log.write_text(text.replace(json.dumps(row), json.dumps(changed)))
+        weights = open_run(config.out).trained_student().state_dict()
+        assert all(torch.equal(value, tensors[f"{part}.{name}"]) for name, value in weights.items())
+    log.unlink()
+    weights = open_run(config.out).trained_student().state_dict()
+    assert all(torch.equal(value, tensors[f"ema.{name}"]) for name, value in weights.items())
+
+
+def test_an_average_longer_than_the_run_and_a_warm_up_too_are_told(on_photos, capsys):
+    train(on_photos(epochs=1, ema=0.9999, warmup_epochs=20))
+    said = capsys.readouterr().err
+    assert "ema 0.9999: the average is over 10,000 steps, the run has 3" in said
+    assert "warmup-epochs 20: the run has 1 epochs" in said
+
+
+# --- Order of saving --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_ended_between_saving_and_evaluating_evaluates_then(on_photos, monkeypatch):
+    """In the middle and at the end; log, best weights and answers are those of a run that was not interrupted."""
+    straight = on_photos("straight", ema=0.5)
+    train(straight)
+    config = on_photos("run", ema=0.5)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastofa.train, "predict_each", fail)
+        for resume in (False, True):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                train(dataclasses.replace(config, resume=resume))
+            assert newest(config.out).name == "step-00000003.safetensors"
+            assert not (config.out / FOLDER / BEST).exists()
+    original = fastofa.train.save_predictions
+    calls = iter([original, fail])
+    monkeypatch.setattr(fastofa.train, "save_predictions", lambda *arguments: next(calls)(*arguments))
+    with pytest.raises(RuntimeError, match="out of memory"):  # in the last one
+        train(dataclasses.replace(config, resume=True))
+    monkeypatch.setattr(fastofa.train, "save_predictions", original)
+    train(dataclasses.replace(config, resume=True))
+    same_run(config.out, straight.out)
+    answers = [load_tensors(c.out / "val_predictions.safetensors")[0]["best"] for c in (config, straight)]
+    assert torch.equal(*answers)
+
+
+def test_a_signal_at_an_epochs_end_does_not_wait_for_the_evaluation(on_photos, monkeypatch):
+    straight = on_photos("straight")
+    train(straight)
+    config = on_photos("run")
+    original = Step.__call__
+
+    def step(self: Step, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.steps == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", step)
+        patch.setattr(fastofa.train, "predict_each", lambda *_, **__: pytest.fail("evaluated"))
+        with pytest.raises(Stopped, match="saved step 3 of 6"):
+            train(config)
+    train(dataclasses.replace(config, resume=True))
+    same_run(config.out, straight.out)
+
+
+def test_a_report_that_fails_does_not_end_the_run(on_photos, monkeypatch, capsys):
+    monkeypatch.undo()  # on_photos draws no report
+    monkeypatch.setattr(fastofa.train, "draw_curves", lambda _: 1 / 0)
+    monkeypatch.setattr(fastofa.train, "REPORT_EVERY_S", 0)
+    config = on_photos()
+    train(config)
+    assert len(rows(config.out, "epoch")) == 2
+    said = capsys.readouterr().err
+    assert said.count("no new report and curves (division by zero); the run goes on") == 1
 
 
 def test_predictions_are_those_of_the_last_evaluation(on_photos):
@@ -139,8 +244,8 @@ def test_a_number_that_is_not_finite_ends_the_run_before_it_is_saved(on_photos, 
         train(config)
     good = config.out / "checkpoints" / "step-00000004.safetensors"
     assert str(error.value) == (
-        f"the {what} is no longer finite between steps 3 and 6; lower --lr or set --clip, then go on from {good} by "
-        "--resume"
+        f"the {what} is no longer finite between steps 3 and 6; begin anew with a lower --lr or --clip and another "
+        f"--out; or try once more from {good} by --resume"
     )
     assert newest(config.out) == good
     tensors, info = load_tensors(good)
@@ -163,9 +268,9 @@ def test_weights_that_are_not_finite_are_not_saved(on_photos, monkeypatch):
 
     monkeypatch.setattr(Step, "__call__", spoil)
     config = on_photos("run", epochs=3, log_every=3, checkpoint_every=2, keep=1)
-    with pytest.raises(BadInput, match=r"the weights are no longer finite .* go on from .*step-00000002"):
+    with pytest.raises(BadInput, match=r"the weights are no longer finite .* from .*step-00000003"):
         train(config)
-    assert newest(config.out).name == "step-00000002.safetensors"
+    assert newest(config.out).name == "step-00000003.safetensors"
 
 
 def test_a_damaged_checkpoint_of_a_discarded_future_does_not_displace_a_whole_one(on_photos):
@@ -189,22 +294,76 @@ def test_checkpoints_without_their_configuration_are_not_taken_over(on_photos):
             train(dataclasses.replace(config, resume=resume))
 
 
-def test_best_weights_of_a_future_that_was_given_up_are_forgotten(on_photos):
-    """On a GPU the run may not come by them again; here it does."""
-    config = on_photos("run", epochs=3, checkpoint_every=1, keep=9)
+def test_best_weights_of_a_future_that_was_given_up_are_forgotten(on_photos, capsys):
+    """On a GPU the run may not come by them again; here it does. Damaged ones are reported and do not stop it."""
+    config = on_photos("run", epochs=3, keep=9)
     train(config)
     best = config.out / FOLDER / BEST
-    step = load_tensors(best)[1]["step"]
-    forget_best_after(config.out, step)
-    assert best.exists()
-    forget_best_after(config.out, step - 1)
+    whole, info = best.read_bytes(), load_tensors(best)[1]
+    assert best_until(config.out, info["step"]) == info["top1"]
+    assert best_until(config.out, info["step"] - 1) == -1
     assert not best.exists()
+    assert best_until(config.out, 9) == -1
+    best.write_bytes(whole[:-9])
+    assert best_until(config.out, 9) == -1
+    assert not best.exists()
+    assert "could not be read and is removed" in capsys.readouterr().err
 
 
 def test_without_a_checkpoint_it_says_so(on_photos, poison):
     poison(1, "loss")
-    with pytest.raises(BadInput, match=r"between steps 0 and 1; .*then start anew \(there is no checkpoint yet\)"):
+    with pytest.raises(BadInput, match=r"between steps 0 and 1; begin anew with a lower --lr or --clip and .* --out$"):
         train(on_photos())
+
+
+@pytest.mark.parametrize("part", ["student", "ema"])
+def test_weights_that_are_not_finite_are_not_evaluated(on_photos, monkeypatch, part):
+    """Nor kept as the best ones: top-1 of logits that are no numbers would be that of the first class."""
+    original = Step.__call__
+
+    def spoil(self: Step, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.steps == 3:
+            with torch.no_grad():
+                model = self.student if part == "student" else self.ema.module  # type: ignore[union-attr]
+                next(model.parameters()).fill_(torch.nan)
+
+    monkeypatch.setattr(Step, "__call__", spoil)
+    config = on_photos(ema=0.9, checkpoint_every=2)
+    with pytest.raises(BadInput, match="the weights are no longer finite"):
+        train(config)
+    assert [file.name for file in (config.out / FOLDER).iterdir()] == ["step-00000002.safetensors"]
+    assert not (config.out / "val_predictions.safetensors").exists()
+    assert rows(config.out, "epoch") == []
+
+
+def test_logits_that_are_not_finite_are_no_accuracy(on_photos, monkeypatch):
+    """Finite weights can overflow in the evaluation alone: the run ends, and so does `fastofa evaluate` on it."""
+    original = Student.classify
+
+    def overflow(self: Student, images: Tensor) -> Tensor:
+        logits = original(self, images)
+        logits[:2, 1] = torch.inf
+        return logits
+
+    monkeypatch.setattr(Student, "classify", overflow)
+    config = on_photos()
+    with pytest.raises(BadInput, match=r"the student answers NaN or infinity to \d+ of 12 validation images"):
+        train(config)
+    assert not (config.out / FOLDER / BEST).exists()
+    with pytest.raises(BadInput, match="it diverged; train anew with a lower --lr or --clip"):
+        evaluate(EvaluateConfig(config.out, config.data, workers=0))
+
+
+def test_weights_to_start_from_that_are_not_finite_are_refused(on_photos, tmp_path):
+    model = timm.create_model("test_efficientnet", num_classes=2)
+    with torch.no_grad():
+        model.classifier.bias[0] = torch.nan
+    save_file(model.state_dict(), tmp_path / "start.safetensors")
+    config = on_photos(init=str(tmp_path / "start.safetensors"))
+    with pytest.raises(BadInput, match=r"start.safetensors: expected finite weights"):
+        train(config)
+    assert not config.out.exists()
 
 
 # --- Where it was made ------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from torch import nn
 
 from fastofa import recipes
 from fastofa.config import TrainConfig
-from fastofa.recipes import RECIPES
-from fastofa.schedule import image_size, learning_rate
+from fastofa.recipes import RECIPES, sized
+from fastofa.schedule import cautions, image_size, learning_rate
 
 
 def config(**given: Any) -> TrainConfig:
@@ -44,7 +44,7 @@ def timm_rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "imagenet_fast"])
 def test_every_step_of_a_recipe_has_timms_rate(name):
-    c = RECIPES[name](data="digits", student="test_resnet", out=Path("run"))
+    c = sized(RECIPES[name](data="digits", student="test_resnet", out=Path("run")), 1000, 1000, 1)
     got = rates(c, 7)
     assert got == pytest.approx(timm_rates(c, 7), rel=1e-9, abs=1e-15)
     assert got[0] == pytest.approx(c.warmup_lr if c.warmup_epochs else c.lr)
@@ -167,3 +167,34 @@ def test_pictures_only_grow(epochs, start, full, growth):
     assert {size % 32 for size in got if size not in (start, full)} <= {0}
     assert all(size == full for epoch, size in enumerate(got) if epoch >= growth[1] * epochs)
     assert image_size(c, epochs, full) == full
+
+
+# --- What comes too late ----------------------------------------------------------------------------------------------
+
+
+def test_what_comes_too_late_for_a_run_is_told():
+    """A warm-up, decay or average of a long recipe in a short run; with a value that suits it, and is quiet then."""
+
+    def told(name: str, **given: Any) -> list[str]:
+        return cautions(RECIPES[name](data="d", student="s", out=Path("o"), **given), steps_per_epoch=18)
+
+    (warmup, average) = told("imagenet_vit_mlp", epochs=4)
+    assert warmup == (
+        "warmup-epochs 20: the run has 4 epochs, so the learning rate never reaches --lr 0.0005; --warmup-epochs 0.2 "
+        "would suit it"
+    )
+    assert average.startswith("ema 0.99996: the average is over 25,000 steps, the run has 72, so it holds much of the ")
+    assert "; --ema 0.861 would suit it" in average
+    assert told("imagenet_vit_mlp", epochs=4, warmup_epochs=0.2, ema=0.861) == []
+    (decay,) = told("imagenet_cnn", epochs=20)
+    assert decay.startswith(
+        "decay-epochs 30: the run has 20 epochs, so the learning rate never falls; --decay-epochs 6 "
+    )
+    assert told("imagenet_cnn", epochs=20, decay_epochs=6.0) == []
+    assert [told(name) for name in ("digits", "imagenet_fast", "imagenet_cnn", "cifar_cnn", "cifar_vit_mlp")] == [
+        []
+    ] * 5
+    steps = 1000  # 2 / (1 - 0.998)
+    at_the_edge = RECIPES["digits"](data="d", student="s", out=Path("o"), epochs=10, ema=0.998)
+    assert cautions(at_the_edge, steps // 10) == []
+    assert len(cautions(at_the_edge, steps // 10 - 1)) == 1

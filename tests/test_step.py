@@ -70,7 +70,7 @@ def test_parts_add_up_to_the_batch(batches, parts):
             made(pieces, lr=0.05)
         assert divided.sums.tolist() == pytest.approx(whole.sums.tolist(), rel=1e-6)
     assert (divided.steps, divided.summed) == (5, 1)
-    for a, b in ((whole.student, divided.student), (whole.trained, divided.trained)):
+    for a, b in ((whole.student, divided.student), (whole.ema.module, divided.ema.module)):
         for name, value in a.state_dict().items():
             torch.testing.assert_close(b.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
@@ -89,7 +89,7 @@ def test_the_loss_kernel_takes_the_same_steps(batches):
 
 def test_the_exits_kernel_is_in_student_and_average():
     made = make_step(kernels=("exits",), student="test_resnet", ema=0.9)
-    for model in (made.student, made.trained):
+    for model in (made.student, made.ema.module):
         assert any(isinstance(module, DepthwiseConv2d) for module in model.modules())
 
 
@@ -179,7 +179,7 @@ def test_the_step_asks_for_no_number(meta, student):
     made([plain, plain], lr=0.01)
     made([mixed], lr=0.01)
     assert made.steps == 2
-    assert {tensor.device for tensor in (made.sums, *made.parameters, *made.trained.buffers())} == {meta}
+    assert {tensor.device for tensor in (made.sums, *made.parameters, *made.ema.module.buffers())} == {meta}
 
 
 class Watched(TorchDispatchMode):

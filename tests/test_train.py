@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+import fastofa.plan
 import fastofa.step
 import fastofa.train
 from fastofa import recipes
@@ -42,7 +44,7 @@ from fastofa.schedule import learning_rate
 from fastofa.step import SUMS
 from fastofa.student import Student
 from fastofa.teacher_cache import Targets, TeacherCache
-from fastofa.train import Result, train
+from fastofa.train import Result, main, train
 from fastofa.views import draw_views, epoch_order, epoch_rows, join_views
 from fastofa.write import WriteConfig, write
 from runs import make_cache, newest, same_run
@@ -383,7 +385,7 @@ def test_a_log_row_is_the_mean_since_the_last(on_photos):
 
 
 def test_some_stages_only(on_photos, monkeypatch):
-    """Two exits, in stage order whatever order was given, each with its eps."""
+    """Two exits, in stage order whatever order was given, each with the eps that it was given with."""
     shapes, call = [], Objective.__call__
 
     def spy(self: Objective, logits: Tensor, *arguments: Any) -> Tensor:
@@ -394,7 +396,7 @@ def test_some_stages_only(on_photos, monkeypatch):
     config = on_photos(stages=(4, 2), eps=(1.1, 1.2, 1.3), epochs=1)
     train(config)
     assert {shape for shape, _ in shapes} == {(3, 8, 2)}
-    assert shapes[0][1] == pytest.approx([1.1, 1.2, 1.3])
+    assert shapes[0][1] == pytest.approx([1.2, 1.1, 1.3])
     student = open_run(config.out).trained_student()
     assert [stage.number for stage in student.stages] == [2, 4]
     assert rows(config.out, "step")[0]["ofa"] > 0
@@ -520,22 +522,22 @@ def test_the_seed_decides_weights_and_order(on_photos):
 
 
 def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
-    """The weights after each step, averaged from the first on; the average is evaluated, not the student."""
+    """The weights after each step, averaged from the first on; the student and the average are evaluated."""
     after_steps: list[dict[str, Tensor]] = []
-    evaluated: list[dict[str, Tensor]] = []
+    evaluated: list[list[dict[str, Tensor]]] = []
 
     def create(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         optimizer = create_optimizer(model, config)
         optimizer.register_step_post_hook(lambda *_: after_steps.append(copy.deepcopy(model.state_dict())))
         return optimizer
 
-    def predict(student: nn.Module, *arguments: Any, **given: Any) -> np.ndarray:
-        evaluated.append(copy.deepcopy(student.state_dict()))
-        return original(student, *arguments, **given)
+    def predict_each(students: list[nn.Module], *arguments: Any, **given: Any) -> list[np.ndarray]:
+        evaluated.append([copy.deepcopy(student.state_dict()) for student in students])
+        return original(students, *arguments, **given)
 
-    original = fastofa.train.predict
+    original = fastofa.train.predict_each
     monkeypatch.setattr(fastofa.step, "create_optimizer", create)
-    monkeypatch.setattr(fastofa.train, "predict", predict)
+    monkeypatch.setattr(fastofa.train, "predict_each", predict_each)
     config = on_photos(ema=0.7, lr=0.01)
     train(config)
 
@@ -546,22 +548,24 @@ def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
             expected = 0.7 * expected + 0.3 * weights[name].double()
         if value.is_floating_point():
             torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
-        assert torch.equal(value, evaluated[-1][name])
+        assert torch.equal(student[name], evaluated[-1][0][name])
+        assert torch.equal(value, evaluated[-1][1][name])
         assert torch.equal(student[name], after_steps[-1][name])
     assert not torch.equal(ema["backbone.classifier.weight"], student["backbone.classifier.weight"])
-    trained = open_run(config.out).trained_student().state_dict()
+    trained = open_run(config.out).trained_student("ema").state_dict()
     assert all(torch.equal(trained[name], value) for name, value in ema.items())
 
 
 def test_without_a_moving_average_the_student_itself_is_evaluated(on_photos, monkeypatch):
     evaluated = []
-    original = fastofa.train.predict
+    original = fastofa.train.predict_each
 
-    def predict(student, *arguments, **given):
+    def predict_each(students, *arguments, **given):
+        (student,) = students
         evaluated.append(copy.deepcopy(student.state_dict()))
-        return original(student, *arguments, **given)
+        return original(students, *arguments, **given)
 
-    monkeypatch.setattr(fastofa.train, "predict", predict)
+    monkeypatch.setattr(fastofa.train, "predict_each", predict_each)
     config = on_photos()
     train(config)
     weights = saved(config.out, "student")
@@ -612,12 +616,12 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(on_photos):
         optimizer="sgd", lr=1e18, clip=None, epochs=4, log_every=2, checkpoint_every=1, student="test_resnet"
     )
     with pytest.raises(
-        BadInput, match=r"the loss is no longer finite between steps (\d+) and (\d+); lower --lr"
+        BadInput, match=r"the loss is no longer finite between steps (\d+) and (\d+); begin anew with a lower --lr"
     ) as error:
         train(config)
     last = rows(config.out, "step")
     assert all(math.isfinite(row["loss"]) for row in last)
-    assert f"then go on from {newest(config.out)} by --resume" in str(error.value)
+    assert f"try once more from {newest(config.out)} by --resume" in str(error.value)
     tensors, info = load_tensors(newest(config.out))
     assert all(map(math.isfinite, info["position"]["sums"]))
     first, last = map(int, re.findall(r"steps (\d+) and (\d+)", str(error.value))[0])
@@ -648,6 +652,84 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(on_photos, give
     with pytest.raises(BadInput, match=message):
         train(config)
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device": "cuda:99"}, "device 'cuda:99': expected auto, cpu, or a GPU"),
+        ({"sync_bn": True, "device": "cpu"}, "sync-bn: expected GPUs"),
+        ({"optimizer": "apex_sgd", "device": "cpu"}, "optimizer apex_.*: expected a GPU"),
+        ({"cache": None}, "method ofa: expected --cache"),
+        ({"cache": Path("nowhere")}, "nowhere: expected a teacher cache"),
+        ({"student": "test_resnetx"}, "unknown model 'test_resnetx'"),
+        ({"init": "nowhere.pth"}, "nowhere.pth: expected a file with weights, found none"),
+        ({"pipeline": "pytorch"}, "unknown pipeline 'pytorch': expected auto or one of resident, "),
+        ({"workers": -1}, "workers: expected at least 0, got -1"),
+        ({"accumulate": 3}, r"batch-size: expected a multiple of 3 \(3 parts\), got 8"),
+        ({"wandb": "mine"}, "wandb: expected Weights & Biases; pip install wandb"),
+        ({"out": "begun"}, "holds a run already; go on with it by --resume or choose another --out"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_data_are_indexed(on_photos, tmp_path, monkeypatch, given, message):
+    """Which takes many minutes where there are many pictures."""
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(fastofa.train, "open_dataset", lambda *_: pytest.fail("opened the data"))
+    config = on_photos(**{**given, **({"out": tmp_path / given["out"]} if "out" in given else {})})
+    with pytest.raises(BadInput, match=message):
+        train(config)
+
+
+def test_a_plan_says_what_it_is_timing_and_writes_nothing(on_photos, monkeypatch, capsys):
+    monkeypatch.setattr(fastofa.plan, "SECONDS", 0.01)
+    config = on_photos(plan=True, ema=0.9, image_size=64, start_size=32, growth=(0.0, 1.0))
+    main(config)
+    said = capsys.readouterr()
+    assert [line for line in said.err.splitlines() if line.startswith("plan: ")] == [
+        "plan: timing training steps at 32 px",
+        "plan: timing pipeline at 32 px",
+        "plan: timing training steps at 64 px",
+        "plan: timing pipeline at 64 px",
+        "plan: timing evaluation",
+    ]
+    assert "what it would cost here" in said.out
+    assert "no run was begun" in said.out
+    assert not config.out.exists()
+
+
+def test_unreadable_pictures_of_both_splits_are_left_out_where_that_was_asked_for(photos, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data, ignore=shutil.ignore_patterns(".fastofa"))
+    for name in ("train/china/003.jpg", "val/flower/001.jpg"):
+        (data / name).write_bytes((data / name).read_bytes()[:500])
+    config = recipes.photos(
+        data=str(data), student="test_efficientnet", method="scratch", out=tmp_path / "run", image_size=SIZE, epochs=1,
+        workers=0, skip_corrupt=True,
+    )  # fmt: skip
+    train(config)
+    said = capsys.readouterr().err
+    assert "003.jpg" in said
+    assert "001.jpg" in said
+    assert len(load_tensors(tmp_path / "run" / "val_predictions.safetensors")[0]["labels"]) == 11
+
+
+def test_what_the_data_decide_is_kept_and_goes_on(photos, photo_cache, tmp_path, capsys):
+    """24 pictures: batches of 8; the learning rate by their root, the warm-up by the epochs."""
+    config = recipes.photos(
+        data=str(photos), cache=photo_cache.path, student="test_efficientnet", out=tmp_path / "run", image_size=SIZE,
+        epochs=2, workers=0,
+    )  # fmt: skip
+    train(config)
+    kept = open_run(config.out).config
+    assert (kept.epochs, kept.batch_size, kept.lr, kept.warmup_epochs) == (2, 8, 2.5e-4, 0.1)
+    said = "by the number of training images: --batch-size 8 --lr 0.00025 --warmup-epochs 0.1"
+    assert said in capsys.readouterr().err
+    newest(config.out).unlink()
+    train(dataclasses.replace(config, resume=True))
+    with pytest.raises(BadInput, match="these differ: batch_size: 4 here, 8 there"):
+        train(dataclasses.replace(config, resume=True, batch_size=4, lr=2.5e-4))
 
 
 def test_another_run_is_not_overwritten(on_photos):
@@ -778,16 +860,6 @@ def test_a_resumed_run_keeps_its_order_whatever_the_memory(on_beton, monkeypatch
         train(on_beton("resumed", memory, resume=True, order=other))
     train(on_beton("resumed", memory, resume=True, order="auto" if given == "auto" else began))
     same_run(config.out, straight.out)
-
-
-def test_a_run_of_an_older_version_goes_on_in_random_order(on_beton):
-    config = on_beton("run", epochs=1)
-    train(config)
-    run = json.loads((config.out / "config.json").read_text())
-    del run["config"]["order"], run["pages"]
-    (config.out / "config.json").write_text(json.dumps(run))
-    train(on_beton("run", 1, epochs=1, resume=True))
-    assert open_run(config.out).config.order == "random"
 
 
 def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_beton, photos, tmp_path):
