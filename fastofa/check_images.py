@@ -45,9 +45,9 @@ def _keeps_sides(data: bytearray) -> bool:
 
 
 def checked_size(path: Path, limits: Limits) -> tuple[int, int] | str:
-    """The same by decoding the whole image."""
+    """The same by decoding the whole image; one that shows signs of damage cannot be read."""
     try:
-        _, height, width = read_image(path, limits).shape
+        _, height, width = read_image(path, limits, strict=True).shape
     except BadInput as error:
         return str(error).removeprefix(f"unreadable image {path} (").rpartition("); ")[0]
     return height, width

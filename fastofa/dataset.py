@@ -9,7 +9,9 @@ open_dataset("photos.beton")        the same in FFCV's format, with photos.val.b
 """
 
 import hashlib
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +21,8 @@ from torch import Tensor
 
 from fastofa.beton import PAGE
 from fastofa.errors import BadInput
-from fastofa.images import decode, read_image
+from fastofa.images import DEFAULT, Limits, decode, read_image
+from fastofa.names import Names
 
 Split = Literal["train", "val"]
 FORMS = (".pack", ".beton")  # what `fastofa write` writes
@@ -32,14 +35,14 @@ class Dataset:
     spec: str
     split: str
     classes: tuple[str, ...]
-    names: list[str]
+    names: Sequence[str]
     """Of each sample: the path below the split's folder, or the name inside the archive."""
     labels: np.ndarray
     """int64 [N]."""
     sizes: np.ndarray
     """int64 [N, 2]: height and width of the original picture in pixels, EXIF orientation applied."""
     fingerprint: str
-    """sha256 over names, byte sizes and labels of the originals."""
+    """sha256 over names, byte sizes, labels and a sample of the content (see fastofa.content) of the originals."""
     pixels: np.ndarray | None = None
     """uint8 [N, H, W, 3] when the whole data set is one array, of a pack one mapped from its file; else None."""
     root: Path | None = None
@@ -56,6 +59,8 @@ class Dataset:
     """int64 [N, 2]: where in `file` each picture begins, and its bytes."""
     raw: bool = False
     """Of a .beton: the pictures are pixels, not JPEGs."""
+    limits: Limits = DEFAULT
+    """Which images are read."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,14 +85,19 @@ class Dataset:
             return None
         return self.spans[:, 0] // PAGE
 
-    def read(self, sample_id: int) -> Tensor:
-        """A picture, uint8 [3, H, W], of an array a view. Raises BadInput, naming one that is damaged."""
+    def read(self, sample_id: int, strict: bool = False) -> Tensor:
+        """An image, uint8 [3, H, W], of an array a view. Raises BadInput, naming one that is damaged.
+
+        Args:
+            strict: see `fastofa.images.read_image`.
+        """
         if self.pixels is not None:
             return torch.from_numpy(self.pixels[sample_id]).permute(2, 0, 1)
         if self.spans is None:
-            image = read_image(self.path(sample_id))
-            return self._checked(sample_id, image, f"as in the index; delete {self.index} to read the folder anew")
-        return self.unpack(sample_id, bytearray(self.stored_bytes(sample_id)))
+            image = read_image(self.path(sample_id), self.limits, strict)
+            again = f"delete {self.index} to read the folder anew" if self.index else "start again"
+            return self._checked(sample_id, image, f"as when the folder was read; {again}")
+        return self.unpack(sample_id, bytearray(self.stored_bytes(sample_id)), strict)
 
     def stored_bytes(self, sample_id: int) -> bytes:
         """Of a picture's file, or of its part of `file`; of data sets made of either."""
@@ -99,7 +109,7 @@ class Dataset:
             file.seek(begin)
             return file.read(count)
 
-    def unpack(self, sample_id: int, data: bytearray | np.ndarray) -> Tensor:
+    def unpack(self, sample_id: int, data: bytearray | np.ndarray, strict: bool = False) -> Tensor:
         """The same from a picture's bytes in a .beton; if they are pixels a view of them."""
         assert self.spans is not None
         if len(data) != self.spans[sample_id, 1]:
@@ -107,8 +117,11 @@ class Dataset:
         if self.raw:
             height, width = self.stored_sizes[sample_id].tolist()
             return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
-        image = decode(data, f"{self.names[sample_id]} in {self.file}")
-        return self._checked(sample_id, image, f"as {self.file} says of it; write that again")
+        name = f"{self.names[sample_id]} in {self.file}"
+        claim = replace(self.limits, max_pixels=int(self.stored_sizes[sample_id].prod()))  # more is damage
+        return self._checked(
+            sample_id, decode(data, name, claim, strict), f"as {self.file} says of it; write that again"
+        )
 
     def _checked(self, sample_id: int, image: Tensor, remedy: str) -> Tensor:
         """Raises BadInput if it has not the size that is known of it."""
@@ -121,13 +134,17 @@ class Dataset:
         return image
 
 
-def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) -> Dataset:
+def open_dataset(
+    spec: str, split: Split = "train", skip_corrupt: bool = False, check: bool = False, limits: Limits = DEFAULT
+) -> Dataset:
     """Open one split of a data set.
 
     Args:
         spec: see the top of this file.
         split: "train" or "val".
         skip_corrupt: decode every file once, list the unreadable ones and leave them out (folders only).
+        check: decode every file once and refuse unreadable ones (folders only; what was written has been checked).
+        limits: which images are taken (folders only).
 
     Raises:
         BadInput: unknown data set, missing folder, no or unreadable pictures.
@@ -135,6 +152,13 @@ def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) 
     if split not in ("train", "val"):
         raise BadInput(f"unknown split {split!r}: expected train or val")
     name, _, rest = spec.partition(":")
+    is_folder = _is_folder(spec)
+    if is_folder and (name == "digits" or (name == "cifar100" and rest)):
+        other = "rename the folder for the built-in one" if rest else f"{name}: for the built-in one"
+        raise BadInput(
+            f"{spec}: expected one data set of this name, got two, the built-in one and the folder "
+            f"{os.path.abspath(spec)}; give {os.path.join('.', spec)} for the folder, or {other}"
+        )
     if name == "digits":
         return _digits(spec, split, rest)
     if name == "cifar100" and rest:
@@ -145,10 +169,10 @@ def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) 
         from fastofa.written import open_written
 
         return open_written(Path(spec), split)
-    if Path(spec).is_dir():
+    if is_folder:
         from fastofa.image_folder import open_image_folder
 
-        return open_image_folder(spec, split, skip_corrupt)
+        return open_image_folder(spec, split, skip_corrupt, check, limits)
     raise BadInput(
         f"unknown data set {spec!r}: expected digits, digits:N, cifar100:DIR, a folder with train/ and val/, or a "
         f"{' or '.join(FORMS)} that `fastofa write` wrote; there is no such folder"
@@ -164,16 +188,25 @@ def from_array(
     labels = np.asarray(labels, dtype=np.int64)[order]
     pixels = np.ascontiguousarray(pixels[order])
     sizes = np.tile(np.array(pixels.shape[1:3], dtype=np.int64), (len(names), 1))
-    fingerprint = fingerprint_of(names, np.full(len(names), pixels[0].nbytes), labels)
+    fingerprint = fingerprint_of(names, np.full(len(names), pixels[0].nbytes), labels, pixels)
     return Dataset(spec, split, classes, names, labels, sizes, fingerprint, pixels)
 
 
-def fingerprint_of(names: list[str], byte_sizes: np.ndarray, labels: np.ndarray) -> str:
-    """sha256 over names, byte sizes and labels, in sample order."""
-    digest = hashlib.sha256("\n".join(names).encode())
+def fingerprint_of(names: Sequence[str], byte_sizes: np.ndarray, labels: np.ndarray, content: np.ndarray) -> str:
+    """sha256 over names, byte sizes, labels and content in sample order; `content` is uint8, of any shape."""
+    digest = hashlib.sha256(Names.of(names).text)
     digest.update(np.asarray(byte_sizes, dtype="<i8").tobytes())
     digest.update(np.asarray(labels, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(content, dtype=np.uint8).data)
     return digest.hexdigest()
+
+
+def _is_folder(spec: str) -> bool:
+    """Raises BadInput where that cannot be known: a folder above it may not be read, the name is too long."""
+    try:
+        return Path(spec).is_dir()
+    except OSError as error:
+        raise BadInput(f"could not open {spec}: {error.strerror}; give this user access or another path") from None
 
 
 def _digits(spec: str, split: str, count: str) -> Dataset:

@@ -8,7 +8,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -76,10 +76,8 @@ def _begin() -> None:
     if inherited is not None:  # of the process that this one was forked from, whose threads may have been decoding
         inherited.pointer.value = inherited.usual
         os.close(inherited.file)
-    try:
+    with suppress(AttributeError, ValueError):  # raised where it is not Linux: then nobody knows of messages
         _messages = _Messages()
-    except (AttributeError, ValueError):  # not Linux: its messages are printed as they come, and nobody knows of them
-        pass
 
 
 _messages: _Messages | None = None

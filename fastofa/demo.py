@@ -33,7 +33,7 @@ from fastofa.train import Result, train
 from fastofa.views import center_views
 
 TEACHER, STUDENT = "pvt_v2_b0", "test_resnet"
-ALL_LABELS, FEW_LABELS = "digits", "digits:100"
+ALL_LABELS, FEW_LABELS = "digits:", "digits:100"  # with the colon no folder of that name is in the way
 VIEWS, TOPK = 30, 5
 METHODS: dict[Method, str] = {
     "scratch": "labels only",

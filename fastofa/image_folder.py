@@ -1,198 +1,168 @@
-"""A folder of pictures: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg.
+"""A folder of images: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg.
 
-Names, byte sizes and labels come from the folder each time; picture sizes need every file opened, so they are read once
-and kept in a small index: DIR/.fastofa/SPLIT.safetensors, or below the user's cache folder where DIR is read-only.
+Names, byte sizes, labels and a sample of the content come from the folder each time; the sizes of the images need every
+file opened, so they are read once and kept in an index.
 """
 
-import hashlib
+import errno
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
+from fastofa.check_images import checked_size, header_size, in_parallel
+from fastofa.content import DIGEST, digests, sample
 from fastofa.dataset import Dataset, fingerprint_of
+from fastofa.distributed import is_main_process
 from fastofa.errors import BadInput
-from fastofa.files import load_tensors, save_tensors
-from fastofa.images import SUFFIXES, read_image
-from fastofa.progress import notice, track
+from fastofa.folder_index import Files, Known, index_paths, making, read_index, write_index
+from fastofa.folder_listing import Listing, list_images, remedy
+from fastofa.images import DEFAULT, Limits
+from fastofa.names import Names
+from fastofa.progress import notice
 
-ORIENTATION = 0x0112  # EXIF tag; 1 to 4 leave the sides as they are, 5 to 8 turn the picture by a quarter
-NOT_READ = (".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".heic", ".heif", ".avif", ".jxl")  # pictures, too
-NAMED = 5  # how many unreadable files an error names
+NAMED = 5  # how many unreadable files an error names; all are named before it
+BLOCK = 100_000  # files whose paths are held at a time
+NOT_THE_FILES = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)  # errors that do not mean damage
 
 
-def open_image_folder(spec: str, split: str, skip_corrupt: bool = False) -> Dataset:
+def open_image_folder(
+    spec: str, split: str, skip_corrupt: bool = False, check: bool = False, limits: Limits = DEFAULT
+) -> Dataset:
     """See `fastofa.dataset.open_dataset`."""
-    root = Path(spec) / split
-    classes, names, labels, byte_sizes = _list_files(Path(spec), root)
-    index = _index_path(Path(spec), split)
-    sizes, skipped, checked = _read_index(index, names, byte_sizes)
+    listing = list_images(Path(spec), split)
+    if is_main_process():
+        for remark in listing.remarks:
+            notice(remark)
+    root, names, byte_sizes = Path(spec) / split, listing.names, listing.byte_sizes
+    content, unreadable = _content(root, listing)
+    files, paths = Files(names, byte_sizes, content), index_paths(Path(spec), split)
+    check = check or skip_corrupt
+    known, index = read_index(paths, files)
+    known.limit(limits, skip_corrupt)
+    bad: dict[int, str] = {}
+    if len(_unknown(known, check)):
+        with making(paths):
+            known, index = read_index(paths, files)
+            known.limit(limits, skip_corrupt)
+            if len(_unknown(known, check)):
+                bad = _look(root, names, known, unreadable, skip_corrupt, check)
+                index = write_index(paths, files, known)
+    if bad:
+        _refuse(root, names, bad)
+    if is_main_process():
+        for i, reason in known.skipped.items():
+            notice(f"left out: {root / names[i]} ({reason})")
+        if known.skipped:
+            notice(f"{root}: left out {len(known.skipped)} unreadable images")
 
-    unknown = [i for i in range(len(names)) if sizes[i, 0] == 0 and names[i] not in skipped]
-    if skip_corrupt and not checked:
-        unknown = list(range(len(names)))
-    if unknown:
-        check = _checked_size if skip_corrupt else _header_size
-        results = _in_parallel(check, [root / names[i] for i in unknown], f"indexing {root}")
-        bad = {names[i]: found for i, found in zip(unknown, results, strict=True) if isinstance(found, str)}
-        if bad and not skip_corrupt:  # then all are decoded, to name every one at once
-            rest = [name for name in names if name not in bad and name not in skipped]
-            decoded = _in_parallel(_checked_size, [root / name for name in rest], f"decoding {root}")
-            bad |= {name: found for name, found in zip(rest, decoded, strict=True) if isinstance(found, str)}
-            bad = {name: bad[name] for name in names if name in bad}
-            listed = "; ".join(f"{root / name} ({reason})" for name, reason in list(bad.items())[:NAMED])
-            more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-            if more:
-                for name, reason in bad.items():
-                    notice(f"unreadable: {root / name} ({reason})")
-            raise BadInput(
-                f"{len(bad)} unreadable images: {listed}{more}; mend or remove them, or run `fastofa precompute` or "
-                "`fastofa write` with --skip-corrupt, which lists such files and leaves them out"
-            )
-        for i, found in zip(unknown, results, strict=True):
-            if not isinstance(found, str):
-                sizes[i] = found
-        skipped = skipped | bad
-        index = _write_index(
-            _index_path(Path(spec), split, to_write=True), names, byte_sizes, sizes, skipped, checked or skip_corrupt
-        )
-
-    if skipped:
-        notice(f"{root}: left out {len(skipped)} unreadable images: {', '.join(list(skipped)[:NAMED])}")
-    keep = np.array([i for i in range(len(names)) if names[i] not in skipped], dtype=np.int64)
-    if not len(keep):
-        raise BadInput(f"{root}: expected images, but all {len(names)} files are unreadable")
-    names = [names[i] for i in keep]
+    skipped = np.array(sorted(known.skipped), dtype=np.int64)
+    labels, sizes = listing.labels, known.sizes
+    reasons = tuple(f"{names[i]}: {known.skipped[i]}" for i in skipped.tolist())
+    if len(skipped):
+        names, labels, sizes = names.without(skipped), np.delete(labels, skipped), np.delete(sizes, skipped, axis=0)
+        byte_sizes = np.delete(byte_sizes, skipped)
+        _check_classes(root, listing, labels)
+        content, _ = _content(root, listing._replace(names=names, byte_sizes=byte_sizes, unreadable={}))
     return Dataset(
         spec=spec,
         split=split,
-        classes=classes,
+        classes=listing.classes,
         names=names,
-        labels=labels[keep],
-        sizes=sizes[keep],
-        fingerprint=fingerprint_of(names, byte_sizes[keep], labels[keep]),
+        labels=labels,
+        sizes=sizes,
+        fingerprint=fingerprint_of(names, byte_sizes, labels, content),
         root=root,
         index=index,
-        skipped=tuple(f"{name}: {reason}" for name, reason in skipped.items()),
+        skipped=reasons,
+        limits=known.limits,
     )
 
 
-def _list_files(top: Path, root: Path) -> tuple[tuple[str, ...], list[str], np.ndarray, np.ndarray]:
-    """Class names, and name, label and byte size of every picture, in sample order (class, then name)."""
-    if not root.is_dir():
-        raise BadInput(f"{top}: expected a folder with train/ and val/ and a folder per class in each, found no {root}")
-    classes = _class_names(root)
-    train = _class_names(top / "train") if (top / "train").is_dir() else classes
-    if not set(classes) <= set(train):
-        extra = sorted(set(classes) - set(train))[:NAMED]
-        raise BadInput(f"{root}: expected the classes of {top / 'train'}, found others: {', '.join(extra)}")
-    names, labels, byte_sizes, others = [], [], [], []
-    for label, name in enumerate(train):
-        found = []
-        folders = [root / name] if name in classes else []
-        while folders:
-            for entry in os.scandir(folders.pop()):
-                if entry.is_dir():
-                    folders.append(Path(entry.path))
-                elif entry.name.lower().endswith(SUFFIXES):
-                    size = entry.stat().st_size if entry.is_file() else 0  # a link that leads nowhere
-                    found.append((Path(entry.path).relative_to(root).as_posix(), size))
-                elif entry.name.lower().endswith(NOT_READ) and not entry.name.startswith("."):
-                    others.append(Path(entry.path).relative_to(root).as_posix())
-        if name in classes and not found:
-            raise BadInput(f"{root / name}: expected images ({', '.join(SUFFIXES)}), found none; add some or remove it")
-        for file, size in sorted(found):
-            names.append(file)
-            labels.append(label)
-            byte_sizes.append(size)
-    if others:
-        more = ", ..." if len(others) > NAMED else ""
-        kinds, listed = ", ".join(SUFFIXES), ", ".join(sorted(others)[:NAMED])
-        notice(f"{root}: left out {len(others)} of other kinds than {kinds}: {listed}{more}")
-    if not names:
-        raise BadInput(f"{root}: expected a folder per class with images ({', '.join(SUFFIXES)}), found no image")
-    try:
-        "\n".join(names).encode()
-    except UnicodeEncodeError as error:
-        name = names[error.object[: error.start].count("\n")]
-        raise BadInput(f"{root}: expected names in UTF-8, got {name!r}; rename it") from None
-    return tuple(train), names, np.array(labels, dtype=np.int64), np.array(byte_sizes, dtype=np.int64)
+def _content(root: Path, listing: Listing) -> tuple[np.ndarray, dict[int, str]]:
+    """Digests uint8 [n, 16] of the sample, zeros where unreadable; and which files are not readable, and why."""
+    places, unreadable = sample(len(listing.names)), dict(listing.unreadable)
+    content = np.zeros((len(places), DIGEST), dtype=np.uint8)
+    rows = [row for row, i in enumerate(places.tolist()) if i not in unreadable]
+    wanted = ((f"{root}/{listing.names[i]}", int(listing.byte_sizes[i])) for i in places[rows].tolist())
+    for row, found in zip(rows, digests(wanted), strict=True):
+        if isinstance(found, bytes):
+            content[row] = np.frombuffer(found, dtype=np.uint8)
+        else:
+            unreadable[int(places[row])] = found.strerror or str(found)
+    _check_access(root, listing.names, unreadable)
+    return content, unreadable
 
 
-def _class_names(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+def _unknown(known: Known, check: bool) -> np.ndarray:
+    """int64: places of the files that have to be opened."""
+    unknown = (known.sizes[:, 0] == 0) | (~known.decoded if check else False)
+    unknown[list(known.skipped)] = False
+    return np.flatnonzero(unknown)
 
 
-def _header_size(path: Path) -> tuple[int, int] | str:
-    """(height, width) of what `read_image` gives, or why it cannot be read; from the header where that settles it.
+def _look(
+    root: Path, names: Names, known: Known, unreadable: dict[int, str], skip_corrupt: bool, check: bool
+) -> dict[int, str]:
+    """Open the files of which the size is not known and note it; returns those that stand in the way, with reasons."""
+    bad: dict[int, str] = {}
 
-    Pillow and torchvision find the orientation in different places (XMP, a second picture in the file), so whatever
-    may be turned by a quarter, and whatever Pillow cannot open, is decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            (width, height), orientation = image.size, image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow raises many kinds for damaged files
-        return _checked_size(path)
-    return (height, width) if orientation in (1, 2, 3, 4) else _checked_size(path)
+    def look(places: np.ndarray, decoded: bool, title: str) -> None:
+        for begin in range(0, len(places), BLOCK):
+            block = places[begin : begin + BLOCK].tolist()
+            size_of = checked_size if decoded else header_size
+            found = in_parallel(size_of, [root / names[i] for i in block], known.limits, title)
+            bad.update({i: size for i, size in zip(block, found, strict=True) if isinstance(size, str)})
+            known.sizes[block] = [(0, 0) if isinstance(size, str) else size for size in found]
+        known.decoded[places] |= decoded
 
-
-def _checked_size(path: Path) -> tuple[int, int] | str:
-    """The same by decoding the whole picture."""
-    try:
-        _, height, width = read_image(path).shape
-    except BadInput as error:
-        if path.exists() and path.stat().st_size == 0:
-            return "empty file"
-        return str(error).replace(str(path), "file").partition("(")[2].partition(")")[0]
-    return height, width
-
-
-def _in_parallel(
-    check: Callable[[Path], tuple[int, int] | str], paths: list[Path], title: str
-) -> list[tuple[int, int] | str]:
-    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-        return list(track(pool.map(check, paths, chunksize=16), len(paths), title))
+    unknown = _unknown(known, check)
+    is_unreadable = np.isin(unknown, list(unreadable))
+    bad.update({i: unreadable[i] for i in unknown[is_unreadable].tolist()})
+    look(unknown[~is_unreadable], check, f"indexing {root}")
+    _check_access(root, names, bad)
+    if bad and not skip_corrupt:  # all are decoded, to name every one at once
+        rest = ~known.decoded
+        rest[[*bad, *known.skipped]] = False
+        look(np.flatnonzero(rest), True, f"decoding {root}")
+    if skip_corrupt:
+        known.skipped |= bad
+        return {}
+    return bad
 
 
-def _index_path(top: Path, split: str, to_write: bool = False) -> Path:
-    beside = top / ".fastofa" / f"{split}.safetensors"
-    if os.access(beside.parent if beside.parent.is_dir() else top, os.W_OK):
-        return beside
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = hashlib.sha256(str(top.resolve()).encode()).hexdigest()[:16]
-    cached = home / "fastofa" / key / f"{split}.safetensors"
-    return cached if to_write or cached.exists() or not beside.exists() else beside
+def _refuse(root: Path, names: Names, bad: dict[int, str]) -> None:
+    raise BadInput(
+        f"{len(bad)} unreadable images: {_named(root, names, bad)}; mend or remove them, or give `fastofa precompute`, "
+        "`fastofa write` or `fastofa train` --skip-corrupt, which names such files and leaves them out"
+    )
 
 
-def _read_index(path: Path, names: list[str], byte_sizes: np.ndarray) -> tuple[np.ndarray, dict[str, str], bool]:
-    """Sizes [N, 2] (0 where unknown), unreadable files with reasons, and whether every file was decoded."""
-    sizes = np.zeros((len(names), 2), dtype=np.int64)
-    if not path.exists():
-        return sizes, {}, False
-    try:
-        tensors, info = load_tensors(path)
-    except BadInput as error:
-        notice(f"{error}; reading the folder anew")
-        return sizes, {}, False
-    rows = {name: i for i, name in enumerate(info["names"])}
-    known_bytes, known_sizes = tensors["byte_sizes"].numpy(), tensors["sizes"].numpy()
-    same = [(i, rows[n]) for i, n in enumerate(names) if n in rows and known_bytes[rows[n]] == byte_sizes[i]]
-    if same:
-        here, there = np.array(same).T
-        sizes[here] = known_sizes[there]
-    unchanged = {names[i] for i, _ in same}
-    skipped = {name: reason for name, reason in info["skipped"].items() if name in unchanged}
-    return sizes, skipped, info["checked"] and len(same) == len(names)
+def _check_access(root: Path, names: Names, unreadable: dict[int, str]) -> None:
+    """Raises BadInput for files that cannot be opened although nothing is known to be wrong with them."""
+    for number in NOT_THE_FILES:
+        closed = {i: reason for i, reason in unreadable.items() if os.strerror(number) in reason}
+        if closed:
+            what = remedy(OSError(number, os.strerror(number)))
+            raise BadInput(f"could not open {len(closed)} images: {_named(root, names, closed)}; {what}")
 
 
-def _write_index(
-    path: Path, names: list[str], byte_sizes: np.ndarray, sizes: np.ndarray, skipped: dict[str, str], checked: bool
-) -> Path:
-    tensors = {"byte_sizes": torch.from_numpy(byte_sizes), "sizes": torch.from_numpy(sizes.astype(np.int32))}
-    save_tensors(path, tensors, {"names": names, "skipped": skipped, "checked": checked})
-    return path
+def _named(root: Path, names: Names, files: dict[int, str]) -> str:
+    """A few of the files with the reasons; where there are more, each of them was named before."""
+    lines = [f"{root / names[i]} ({files[i]})" for i in sorted(files)]
+    if len(lines) > NAMED and is_main_process():
+        for line in lines:
+            notice(f"unreadable: {line}")
+    return "; ".join(lines[:NAMED]) + (f" and {len(lines) - NAMED} more" if len(lines) > NAMED else "")
+
+
+def _check_classes(root: Path, listing: Listing, labels: np.ndarray) -> None:
+    """Raises BadInput if a class has lost all of its images."""
+    if not len(labels):
+        raise BadInput(f"{root}: expected images, but all {len(listing.names)} files are unreadable; mend some")
+    if len(lost := np.setdiff1d(listing.labels, labels)):
+        classes = [listing.classes[label] for label in lost[:NAMED].tolist()] + ["..."] * (len(lost) > NAMED)
+        raise BadInput(
+            f"{root}: all images of {len(lost)} classes are unreadable ({', '.join(classes)}); mend some of each, or "
+            "remove the folders of these classes"
+        )

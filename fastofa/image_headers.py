@@ -10,8 +10,9 @@ EXIF = b"Exif\0"
 FIRST = 64 << 10  # bytes, in which most headers end
 FOREIGN = {  # what else is found under an image's name
     b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"8BPS": "a Photoshop file", b"%PDF": "a PDF",
-    b"\0\0\x01\0": "an icon", b"\xff\x0a": "a JPEG XL", b"\0\0\0\x0cJXL ": "a JPEG XL", b"\xff\x4f\xff\x51": "a JPEG 2000",
-    b"\0\0\0\x0cjP  ": "a JPEG 2000", b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip file",
+    b"\0\0\x01\0": "an icon", b"\xff\x0a": "a JPEG XL", b"\0\0\0\x0cJXL ": "a JPEG XL",
+    b"\xff\x4f\xff\x51": "a JPEG 2000", b"\0\0\0\x0cjP  ": "a JPEG 2000",
+    b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip file",
 }  # fmt: skip
 BRANDS = {b"avif": "an AVIF", b"avis": "an AVIF"}  # of files that begin with an ftyp box; HEIC has many
 
@@ -38,7 +39,7 @@ def read_header(data: bytes | bytearray | np.ndarray) -> Header:
         ValueError: it is of no kind that is read.
     """
     try:
-        return _header(bytes(memoryview(data)[:FIRST]))
+        return _header(bytes(data[:FIRST]))
     except Short:
         if len(data) <= FIRST:
             raise
@@ -58,7 +59,9 @@ def _header(data: bytes) -> Header:
             return Header("GIF", height, width, False)
     except (IndexError, struct.error):
         raise Short("truncated") from None
-    raise ValueError(f"it is {_foreign(data)}, expected a JPEG, PNG or WebP; convert it")
+    if not data:
+        raise ValueError("empty file")
+    raise ValueError(f"it is {_foreign(data)}, expected a JPEG, PNG or WebP")
 
 
 def _jpeg(data: bytes) -> Header:
@@ -108,8 +111,6 @@ def _webp(start: bytes) -> Header:
 
 
 def _foreign(start: bytes) -> str:
-    if not start:
-        return "an empty file"
     if start[4:8] == b"ftyp":
         return BRANDS.get(start[8:12], "a HEIC or video")
     if start[:64].lstrip().lower().startswith((b"<!doctype html", b"<html")):

@@ -25,7 +25,7 @@ from fastofa.image_headers import Header, read_header
 from fastofa.image_integrity import damage
 from fastofa.progress import notice
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 REMEDY = (
     "mend or remove it, or give `fastofa precompute`, `fastofa write` or `fastofa train` --skip-corrupt, which lists "
     "such files and leaves them out"
@@ -38,12 +38,18 @@ class Limits:
 
     max_pixels: int = 200_000_000
     """By the header, so that a small file cannot claim all memory."""
-    strict: bool = False
-    """An image that its decoder warns of, or whose data show damage, is unreadable. Else it is named once."""
+    allow_warnings: bool = False
+    """Where every image is checked: also those that the decoder warns of, or whose data show damage."""
 
 
-def read_image(path: Path, limits: Limits = Limits()) -> Tensor:
+DEFAULT = Limits()
+
+
+def read_image(path: Path, limits: Limits = DEFAULT, strict: bool = False) -> Tensor:
     """uint8 [3, H, W]: grey, palette, RGBA, CMYK and 16-bit images become RGB, EXIF orientation is applied.
+
+    Args:
+        strict: an image that decodes, but with signs of damage, is unreadable, too; else it is named once.
 
     Raises:
         BadInput: naming the file that is missing, truncated, animated, too large or no image.
@@ -52,10 +58,10 @@ def read_image(path: Path, limits: Limits = Limits()) -> Tensor:
         data = read_file(path)
     except OSError as error:
         raise _unreadable(str(path), error.strerror or str(error)) from None
-    return decode(data, str(path), limits)
+    return decode(data, str(path), limits, strict)
 
 
-def decode(data: bytearray | np.ndarray, name: str, limits: Limits = Limits()) -> Tensor:
+def decode(data: bytearray | np.ndarray, name: str, limits: Limits = DEFAULT, strict: bool = False) -> Tensor:
     """The same from the bytes of a file."""
     try:
         header = read_header(data)
@@ -72,7 +78,7 @@ def decode(data: bytearray | np.ndarray, name: str, limits: Limits = Limits()) -
         raise _unreadable(name, reason) from None
     if header.kind != "JPEG":  # libpng warns of colour profiles and the like
         warning = ""
-    if limits.strict and (reason := warning or damage(header.kind, data)):
+    if strict and not limits.allow_warnings and (reason := warning or damage(header.kind, data)):
         raise _unreadable(name, f"{reason}; --allow-warnings takes it as it decodes")
     if warning:
         _name_once(name, warning)
@@ -91,16 +97,16 @@ def check_pixels(header: Header, limits: Limits) -> None:
     """Raises ValueError if an image claims more than are taken."""
     if header.height * header.width > limits.max_pixels:
         raise ValueError(
-            f"it claims {header.height:,} x {header.width:,} pixels, more than {limits.max_pixels / 1e6:g} million; "
-            "--max-pixels takes larger ones"
+            f"it claims {header.height:,} x {header.width:,}, more than {limits.max_pixels:,} pixels"
+            + ("; --max-pixels takes larger ones" if limits.max_pixels >= DEFAULT.max_pixels else "")
         )
 
 
 def _check_still(data: bytearray | np.ndarray) -> None:
     """Raises ValueError for a GIF of several frames, of which a decoder would make one array."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            animated = image.is_animated  # type: ignore[attr-defined]
+        with Image.open(io.BytesIO(bytes(data))) as image:
+            animated = getattr(image, "is_animated", False)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(str(error)) from None
     if animated:

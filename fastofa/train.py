@@ -101,7 +101,7 @@ def plan_run(config: TrainConfig) -> None:
 
 def open_job(config: TrainConfig, world: World) -> "Job":
     """Everything that a run needs, built and checked; nothing is written."""
-    with world.main_first():  # it may write an index of the pictures
+    with world.without_haste():  # the first opening of a folder opens every image
         train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
     if world.local_size > 1 and ":" in config.device:
         raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")

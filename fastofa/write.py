@@ -55,9 +55,6 @@ def write(config: WriteConfig) -> None:
         BadInput: unreadable pictures, each named; a place that is taken; a full disk; with `verify`, damage.
     """
     sources = _open_splits(config)
-    for source in sources:
-        for line in source.skipped:
-            notice(f"left out: {source.root}/{line}")
     there = config.out.exists()
     if there and not config.verify:
         raise BadInput(f"{config.out}: exists already; choose another place, remove it, or check it by --verify")
@@ -163,7 +160,7 @@ def _index(config: WriteConfig, sources: list[Dataset], **form: Any) -> dict[str
     """What lies beside the pictures; their checksums and the files' are added while they are written."""
     parts = {
         source.split: {
-            "fingerprint": source.fingerprint, "names": source.names, "sizes": source.sizes.tolist(),
+            "fingerprint": source.fingerprint, "names": list(source.names), "sizes": source.sizes.tolist(),
             "crc32": [0] * len(source),
         }
         for source in sources

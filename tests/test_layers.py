@@ -12,9 +12,12 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. A module imports from lower layers only, not from its own.
 LAYERS = [
-    {"clock", "confusion", "environment", "errors", "exits", "interrupt", "kernels", "memory", "progress", "threads"},
-    {"beton", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
-    {"views"},
+    {
+        "clock", "confusion", "decoder_messages", "environment", "errors", "exits", "image_headers", "image_integrity",
+        "interrupt", "kernels", "memory", "names", "progress", "threads",
+    },
+    {"beton", "content", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
+    {"check_images", "folder_index", "folder_listing", "views"},
     {"config", "dataset", "models", "pipelines"},
     {
         "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache",
