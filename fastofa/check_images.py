@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from fastofa.errors import BadInput
-from fastofa.image_headers import FIRST, Short, read_header
-from fastofa.images import Limits, check_pixels, read_file, read_image
+from fastofa.image_headers import FIRST, Limits, Short, check_pixels, read_header
+from fastofa.images import read_file, read_image
 from fastofa.progress import track
 
 ORIENTATION = 0x0112  # EXIF tag; 1 to 4 leave the sides as they are, 5 to 8 turn the image by a quarter

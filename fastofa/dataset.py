@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fastofa.beton import PAGE
 from fastofa.errors import BadInput
-from fastofa.images import DEFAULT, Limits, decode, read_image
+from fastofa.image_headers import DEFAULT, Limits
+from fastofa.images import decode, read_image
 from fastofa.names import Names
 
 Split = Literal["train", "val"]

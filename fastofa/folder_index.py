@@ -20,7 +20,7 @@ import torch
 from fastofa.content import DIGEST, sample
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
-from fastofa.images import DEFAULT, Limits
+from fastofa.image_headers import DEFAULT, Limits
 from fastofa.names import Names
 from fastofa.progress import notice
 

@@ -17,7 +17,7 @@ from fastofa.distributed import is_main_process
 from fastofa.errors import BadInput
 from fastofa.folder_index import Files, Known, index_paths, making, read_index, write_index
 from fastofa.folder_listing import Listing, list_images, remedy
-from fastofa.images import DEFAULT, Limits
+from fastofa.image_headers import DEFAULT, Limits
 from fastofa.names import Names
 from fastofa.progress import notice
 

@@ -1,9 +1,12 @@
-"""What an image file is and how large, from its first bytes."""
+"""What an image file is and how large, from its first bytes; and which images are taken."""
 
 import struct
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
+from fastofa.errors import BadInput
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EXIF = b"Exif\0"
@@ -25,6 +28,35 @@ class Header(NamedTuple):
     width: int
     may_turn: bool
     """It has EXIF data, whose orientation may exchange the sides."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which images are taken."""
+
+    max_pixels: int = 200_000_000
+    """By the header, so that a small file cannot claim all memory."""
+    allow_warnings: bool = False
+    """Where every image is checked: also those that the decoder warns of, or whose data show damage."""
+
+
+DEFAULT = Limits()
+
+
+def given_limits(millions: float, allow_warnings: bool) -> Limits:
+    """As the flags give them. Raises BadInput."""
+    if not 0 < millions < 1e6:
+        raise BadInput(f"max-pixels: expected a number of millions above 0, as 200, got {millions:g}")
+    return Limits(round(millions * 1e6), allow_warnings)
+
+
+def check_pixels(header: "Header", limits: Limits) -> None:
+    """Raises ValueError if an image claims more than are taken."""
+    if header.height * header.width > limits.max_pixels:
+        remedy = "; --max-pixels takes larger ones" if limits.max_pixels >= DEFAULT.max_pixels else ""
+        raise ValueError(
+            f"it claims {header.height:,} x {header.width:,}, more than {limits.max_pixels:,} pixels{remedy}"
+        )
 
 
 class Short(ValueError):

@@ -8,7 +8,6 @@ import mmap
 import os
 import stat
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from fastofa.decoder_messages import with_messages
 from fastofa.errors import BadInput
-from fastofa.image_headers import Header, read_header
+from fastofa.image_headers import DEFAULT, Limits, check_pixels, read_header
 from fastofa.image_integrity import damage
 from fastofa.progress import notice
 
@@ -30,19 +29,6 @@ REMEDY = (
     "mend or remove it, or give `fastofa precompute`, `fastofa write` or `fastofa train` --skip-corrupt, which lists "
     "such files and leaves them out"
 )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Which images are taken."""
-
-    max_pixels: int = 200_000_000
-    """By the header, so that a small file cannot claim all memory."""
-    allow_warnings: bool = False
-    """Where every image is checked: also those that the decoder warns of, or whose data show damage."""
-
-
-DEFAULT = Limits()
 
 
 def read_image(path: Path, limits: Limits = DEFAULT, strict: bool = False) -> Tensor:
@@ -91,15 +77,6 @@ def read_file(path: Path, most: int = -1) -> bytearray:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(0, "not a regular file")
         return bytearray(file.read(most))
-
-
-def check_pixels(header: Header, limits: Limits) -> None:
-    """Raises ValueError if an image claims more than are taken."""
-    if header.height * header.width > limits.max_pixels:
-        raise ValueError(
-            f"it claims {header.height:,} x {header.width:,}, more than {limits.max_pixels:,} pixels"
-            + ("; --max-pixels takes larger ones" if limits.max_pixels >= DEFAULT.max_pixels else "")
-        )
 
 
 def _check_still(data: bytearray | np.ndarray) -> None:

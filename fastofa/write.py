@@ -74,7 +74,7 @@ def _open_splits(config: WriteConfig) -> list[Dataset]:
     sources, problems = [], []
     for split in _splits(config.data):
         try:
-            sources.append(open_dataset(config.data, split, config.skip_corrupt))
+            sources.append(open_dataset(config.data, split, config.skip_corrupt, limits=config.limits()))
         except BadInput as error:
             problems.append(str(error))
     if problems:
@@ -223,13 +223,18 @@ def _pictures(config: WriteConfig, source: Dataset, index: dict[str, Any], order
         raise BadInput(f"nothing was written: {len(bad)} unreadable images in {source.spec}, the first: {bad[0]}")
 
 
+def _checked(config: WriteConfig, source: Dataset, i: int) -> Tensor:
+    """An image; one that shows signs of damage is unreadable. With --skip-corrupt they were all looked at before."""
+    return source.read(i, strict=not config.skip_corrupt)
+
+
 def _packed(config: WriteConfig, source: Dataset, i: int) -> Picture:
     size = config.size or SIZE
-    return _pixels(resize(source.read(i), size, size))
+    return _pixels(resize(_checked(config, source, i), size, size))
 
 
 def _encoded(config: WriteConfig, source: Dataset, i: int) -> Picture:
-    image = source.read(i)
+    image = _checked(config, source, i)
     height, width = _limited(config, *image.shape[1:])
     smaller = resize(image, height, width)
     if config.raw:

@@ -13,9 +13,10 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module imports from lower layers only, not from its own.
 LAYERS = [
     {
-        "clock", "confusion", "decoder_messages", "environment", "errors", "exits", "image_headers", "image_integrity",
-        "interrupt", "kernels", "memory", "names", "progress", "threads",
+        "clock", "confusion", "decoder_messages", "environment", "errors", "exits", "image_integrity", "interrupt",
+        "kernels", "memory", "names", "progress", "threads",
     },
+    {"image_headers"},
     {"beton", "content", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
     {"check_images", "folder_index", "folder_listing", "views"},
     {"config", "dataset", "models", "pipelines"},
