@@ -5,7 +5,8 @@ open_dataset("digits:100")          the same, with only 100 training pictures
 open_dataset("cifar100:DIR")        DIR holds cifar-100-python.tar.gz or the folder it unpacks to
 open_dataset("path/to/DIR")         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP)
 open_dataset("photos.pack")         any of these, as `fastofa write` wrote it: pixels of one size in one file
-open_dataset("photos.beton")        the same in FFCV's format, with photos.val.beton and photos.beton.json beside it
+open_dataset("photos.beton")        the same in FFCV's format, with photos.val.beton and photos.beton.safetensors
+open_dataset("train.beton")         the same as FFCV's own writer wrote it, with val.beton beside it
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from fastofa.names import Names
 
 Split = Literal["train", "val"]
 FORMS = (".pack", ".beton")  # what `fastofa write` writes
+FFCV = (".beton", ".ffcv")  # what FFCV's own writer writes
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Dataset:
     """int64 [N, 2]: height and width of the pictures in `file`."""
     spans: np.ndarray | None = None
     """int64 [N, 2]: where in `file` each picture begins, and its bytes."""
-    raw: bool = False
-    """Of a .beton: the pictures are pixels, not JPEGs."""
+    is_raw: np.ndarray | None = None
+    """bool [N]: which images of a .beton are pixels; the others are JPEGs."""
     limits: Limits = DEFAULT
     """Which images are read."""
 
@@ -77,12 +79,17 @@ class Dataset:
         return self.sizes if self.stored is None else self.stored
 
     @property
+    def raw(self) -> bool:
+        """A .beton of pixels only."""
+        return self.is_raw is not None and bool(self.is_raw.all())
+
+    @property
     def pages(self) -> np.ndarray | None:
         """int64 [N]: the page of 8 MiB of `file` in which each picture begins, where a page is a random sample.
 
-        None where pictures are files, or lie in the order of samples, class by class.
+        None where images are files, or lie in the order of samples, class by class, or as FFCV's writer laid them.
         """
-        if self.spans is None or (np.diff(self.spans[:, 0]) > 0).all():
+        if self.spans is None or self.index is None or (np.diff(self.spans[:, 0]) > 0).all():
             return None
         return self.spans[:, 0] // PAGE
 
@@ -115,7 +122,7 @@ class Dataset:
         assert self.spans is not None
         if len(data) != self.spans[sample_id, 1]:
             raise BadInput(f"image {self.names[sample_id]} in {self.file} is cut short; write that again")
-        if self.raw:
+        if self.is_raw is not None and self.is_raw[sample_id]:
             height, width = self.stored_sizes[sample_id].tolist()
             return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
         name = f"{self.names[sample_id]} in {self.file}"
@@ -145,7 +152,7 @@ def open_dataset(
         split: "train" or "val".
         skip_corrupt: decode every file once, list the unreadable ones and leave them out (folders only).
         check: decode every file once and refuse unreadable ones (folders only; what was written has been checked).
-        limits: which images are taken (folders only).
+        limits: which images are taken.
 
     Raises:
         BadInput: unknown data set, missing folder, no or unreadable pictures.
@@ -166,10 +173,10 @@ def open_dataset(
         from fastofa.cifar import open_cifar100
 
         return open_cifar100(spec, split, Path(rest))
-    if Path(spec).suffix in FORMS:
+    if Path(spec).suffix in FORMS + FFCV:
         from fastofa.written import open_written
 
-        return open_written(Path(spec), split)
+        return open_written(Path(spec), split, limits)
     if is_folder:
         from fastofa.image_folder import open_image_folder
 

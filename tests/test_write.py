@@ -1,7 +1,6 @@
 """`fastofa write`: the same data set in another form, whole or not at all, and nothing unreadable passes in silence."""
 
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -26,7 +25,7 @@ from fastofa.images import read_image, resize
 from fastofa.train import train
 from fastofa.views import epoch_order
 from fastofa.write import WriteConfig, write
-from fastofa.written import index_path, verify
+from fastofa.written import index_path, read_index, verify
 from runs import make_cache
 
 FORMS = {
@@ -128,8 +127,7 @@ def test_a_pack_holds_whole_pictures_of_one_size(photos: Path, pack: Path):
     assert labels.tolist() == [*sources[0].labels, *sources[1].labels]
     expected = [resize(read_image(s.path(i)), 128, 128).permute(1, 2, 0) for s in sources for i in range(len(s))]
     assert np.array_equal(images, torch.stack(expected))
-    index = json.loads((pack / "dataset.json").read_text())
-    assert index["classes"] == ["china", "flower"]
+    assert read_index(pack).classes == ("china", "flower")
 
 
 @pytest.mark.parametrize("form", ["raw", "small raw", "jpeg", "small jpeg"])
@@ -490,13 +488,13 @@ def test_what_is_not_whole_does_not_open(form: str, photos: Path, tmp_path: Path
             assert str(path.parent) in str(error.value)
             file.write_bytes(whole)
     index = index_path(path)
-    index.write_text(index.read_text().replace("china", "chine"))
+    index.write_bytes(index.read_bytes().replace(b"china", b"chine"))
     with pytest.raises(BadInput, match="its checksum does not match"):
         open_dataset(str(path))
 
 
 def test_verify_tells_another_form_than_asked_for(photos: Path, pack: Path, beton: Path):
-    with pytest.raises(BadInput, match=r"pack: expected pictures of 256 pixels, as asked for, got 128"):
+    with pytest.raises(BadInput, match=r"pack: expected images of 256 pixels, as asked for, got 128"):
         write(WriteConfig(str(photos), pack, size=256, verify=True))
     with pytest.raises(BadInput, match=r"beton: expected pixels, as asked for by --raw, got JPEGs"):
         write(WriteConfig(str(photos), beton, raw=True, verify=True))
@@ -533,7 +531,7 @@ def test_refuses_what_makes_no_sense(out, options, message):
 
 def test_it_may_be_moved_and_renamed(beton: Path, pack: Path, tmp_path: Path):
     shutil.copytree(pack, tmp_path / "other.pack")
-    for file, name in zip(files(beton), ("other.beton", "other.val.beton", "other.beton.json"), strict=True):
+    for file, name in zip(files(beton), ("other.beton", "other.val.beton", "other.beton.safetensors"), strict=True):
         shutil.copy(file, tmp_path / name)
     for name in ("other.pack", "other.beton"):
         verify(tmp_path / name, workers=1)
@@ -553,6 +551,9 @@ def test_names_that_are_not_there(tmp_path: Path):
             open_dataset(str(tmp_path / name))
     (tmp_path / "x.pack").mkdir()
     (tmp_path / "x.beton").write_bytes(b"another program's")
-    for name in ("x.pack", "x.beton"):
-        with pytest.raises(BadInput, match=r"expected .*\.json with it"):
-            open_dataset(str(tmp_path / name))
+    with pytest.raises(BadInput, match=r"expected .*\.safetensors with it"):
+        open_dataset(str(tmp_path / "x.pack"))
+    with pytest.raises(
+        BadInput, match=r"x\.beton: expected a file of FFCV.* but it is cut short, or is no"
+    ):
+        open_dataset(str(tmp_path / "x.beton"))
