@@ -45,8 +45,8 @@ class Known:
     """bool [N]: all of the image was decoded, not only its header."""
     skipped: dict[int, str]
     """By place: unreadable files that --skip-corrupt leaves out, and why."""
-    limits: Limits = DEFAULT
-    """Within which that is so."""
+    limits: Limits | None = None
+    """Within which that is so; None where nothing is known."""
 
     @classmethod
     def nothing(cls, count: int) -> "Known":
@@ -55,10 +55,11 @@ class Known:
     def limit(self, limits: Limits, skip_corrupt: bool) -> None:
         """Forget what is otherwise within these. What one command was told to take, later ones take as well, unless
         they are to leave out again what is unreadable."""
+        before = self.limits or limits
         if not skip_corrupt:
-            most, allow = max(limits.max_pixels, self.limits.max_pixels), self.limits.allow_warnings
-            limits = Limits(most, limits.allow_warnings or allow)
-        elif limits != self.limits:
+            most, allow = max(limits.max_pixels, before.max_pixels), limits.allow_warnings or before.allow_warnings
+            limits = Limits(most, allow)
+        elif limits != before:
             self.skipped, self.decoded[:] = {}, False
         self.limits = limits
 
@@ -105,7 +106,7 @@ def write_index(paths: list[Path], files: Files, known: Known) -> Path | None:
         "decoded": torch.from_numpy(known.decoded),
         "skipped": torch.tensor(skipped, dtype=torch.int64),
         "reasons": torch.tensor(np.frombuffer(reasons, dtype=np.uint8)),
-        "limits": torch.tensor(astuple(known.limits)),
+        "limits": torch.tensor(astuple(known.limits or DEFAULT)),
     }
     refused = []
     for path in paths:

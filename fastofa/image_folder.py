@@ -75,7 +75,7 @@ def open_image_folder(
         root=root,
         index=index,
         skipped=reasons,
-        limits=known.limits,
+        limits=known.limits or DEFAULT,
     )
 
 
@@ -111,10 +111,10 @@ def _look(
         for begin in range(0, len(places), BLOCK):
             block = places[begin : begin + BLOCK].tolist()
             size_of = checked_size if decoded else header_size
-            found = in_parallel(size_of, [root / names[i] for i in block], known.limits, title)
+            found = in_parallel(size_of, [root / names[i] for i in block], known.limits or DEFAULT, title)
             bad.update({i: size for i, size in zip(block, found, strict=True) if isinstance(size, str)})
             known.sizes[block] = [(0, 0) if isinstance(size, str) else size for size in found]
-        known.decoded[places] |= decoded
+            known.decoded[block] |= [decoded and not isinstance(size, str) for size in found]
 
     unknown = _unknown(known, check)
     is_unreadable = np.isin(unknown, list(unreadable))
