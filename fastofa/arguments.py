@@ -35,7 +35,8 @@ class WriteConfig:
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
     """Data set: a folder with train/ and val/, or any other that --data takes."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """Where to: NAME.pack, a folder, or NAME.beton, with NAME.val.beton and NAME.beton.json beside it."""
+    """Where to: NAME.pack, a folder, or NAME.beton, with NAME.val.beton and NAME.beton.safetensors
+    beside it."""
     size: int | None = None
     """.pack: side in pixels, a multiple of 8 from 32 to 512, by default 256. The whole picture is squeezed to a square;
     its crops have their shape again."""

@@ -62,6 +62,8 @@ class Dataset:
     """int64 [N, 2]: where in `file` each picture begins, and its bytes."""
     is_raw: np.ndarray | None = None
     """bool [N]: which images of a .beton are pixels; the others are JPEGs."""
+    shuffled: bool = True
+    """Where the images in `file` do not lie in the order of samples, they lie in random order."""
     limits: Limits = DEFAULT
     """Which images are read."""
 
@@ -89,7 +91,7 @@ class Dataset:
 
         None where images are files, or lie in the order of samples, class by class, or as FFCV's writer laid them.
         """
-        if self.spans is None or self.index is None or (np.diff(self.spans[:, 0]) > 0).all():
+        if self.spans is None or not self.shuffled or (np.diff(self.spans[:, 0]) > 0).all():
             return None
         return self.spans[:, 0] // PAGE
 

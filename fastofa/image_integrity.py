@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torchvision.io import decode_webp
 
-SPARE = 6  # bytes at the end of a WebP's data that need not be there; libwebp writes up to 3
+# Bytes at the end of a WebP's data that need not be there. Of lossy ones libwebp writes up to 3; lossless ones may be
+# decoded without more than that, if their last pixels are the ones that missing bits stand for.
+SPARE = {b"VP8 ": 6, b"VP8L": 32}
 
 
 def damage(kind: str, data: bytearray | np.ndarray) -> str:
@@ -42,12 +44,15 @@ def _webp(data: bytes) -> str:
         name, count = struct.unpack_from("<4sI", data, at)
         frame = data[at + 8 : at + 8 + count]
         at += 8 + count + count % 2
-    shorter = [frame[:-SPARE]]
+    spare = SPARE.get(name, 0)
+    shorter = [frame[:-spare]]
     if name == b"VP8 ":  # of two parts; the first ends where the header says
         tag = int.from_bytes(frame[:3], "little")
-        first = (tag >> 5) - SPARE
+        first = (tag >> 5) - spare
         if first > 0:
-            shorter.append((first << 5 | tag & 31).to_bytes(3, "little") + frame[3 : 10 + first] + frame[16 + first :])
+            shorter.append(
+                (first << 5 | tag & 31).to_bytes(3, "little") + frame[3 : 10 + first] + frame[10 + first + spare :]
+            )
     return "not all of its data belong to the image" if any(_decodes(name, part) for part in shorter) else ""
 
 

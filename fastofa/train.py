@@ -27,6 +27,7 @@ from fastofa.device import choose_device, choose_workers
 from fastofa.distributed import Vote, World, check_same, check_shared, contact, is_main_process, join, was_restarted
 from fastofa.epochs import Epochs
 from fastofa.errors import BadInput
+from fastofa.image_headers import given_limits
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.memory import memory_bytes
 from fastofa.metrics import MetricsLog, accuracy, import_wandb, predict, read_metrics, save_predictions
@@ -102,7 +103,8 @@ def plan_run(config: TrainConfig) -> None:
 def open_job(config: TrainConfig, world: World) -> "Job":
     """Everything that a run needs, built and checked; nothing is written."""
     with world.without_haste():  # the first opening of a folder opens every image
-        train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
+        limits = given_limits(config.max_pixels, config.allow_warnings)
+        train_set, val_set = (open_dataset(config.data, split, limits=limits) for split in ("train", "val"))
     if world.local_size > 1 and ":" in config.device:
         raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
     device = choose_device(config.device, world.local_rank)

@@ -290,6 +290,7 @@ def _open_foreign(path: Path, split: str, limits: Limits) -> Dataset:
         stored=layout.sizes[order],
         spans=spans,
         is_raw=layout.is_raw[order],
+        shuffled=False,
         limits=limits,
     )
 
