@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastofa.errors import BadInput
+from fastofa.image_headers import given_limits
 from fastofa.views import ViewPolicy
 
 MOST_EPOCHS = 1_000_000
@@ -166,6 +167,7 @@ class TrainConfig:
         for name, hint in get_type_hints(TrainConfig).items():
             if get_origin(hint) is Literal:
                 need(getattr(self, name) in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
+        given_limits(self.max_pixels, self.allow_warnings)
         need(set(self.kernels) <= {"loss", "exits"}, "kernels", "some of loss exits")
         for name in (
             "epochs",
