@@ -46,7 +46,7 @@ DEFAULT = Limits()
 def given_limits(millions: float, allow_warnings: bool) -> Limits:
     """As the flags give them. Raises BadInput."""
     if not 0 < millions < 1e6:
-        raise BadInput(f"max-pixels: expected a number of millions above 0, as 200, got {millions:g}")
+        raise BadInput(f"max-pixels: expected a number of millions above 0, as 200, got {millions}")
     return Limits(round(millions * 1e6), allow_warnings)
 
 
