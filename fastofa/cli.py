@@ -3,6 +3,7 @@
 Each command is a module with `main(config)`, imported only when its arguments were parsed: torch takes seconds.
 """
 
+import getpass
 import os
 import sys
 from importlib import import_module
@@ -39,6 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     # Before torch is imported. OpenMP threads that wait by spinning make a busy machine many times slower, threads that
     # sleep at once a quiet one by a third: they spin for some microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name, whom torch cannot be imported by
+        os.environ["USER"] = str(os.getuid())
     code = 0
     try:
         config = parse(argv[0], argv[1:])

@@ -1,9 +1,13 @@
 """What is in the files of a data set, by a sample of their bytes.
 
-Of each file the first, middle and last 4 kB are read; of more than 10,000 files, every so manieth one. A file that
-was exchanged for one of as many bytes is noticed so. Not noticed is what lies between these parts (in an image whose
-compressed bytes differ at all that is rare, an uncompressed one may differ in its middle only), nor a change to files
-outside the sample: an exchange of two of a million files is found once in a hundred times, one of all always.
+Of each file the first, middle and last 4 kB are read, at each opening; of more than 10,000 files, of 10,000 that are
+evenly spread over all. So a file that was exchanged for another one of the same size is noticed. What is not noticed: a
+change between these parts only, and a change to files outside the sample (an exchange of two of a million files is
+found once in fifty times, of all files always).
+
+10,000 files take 0.9 s where the system holds them in memory and 1.5 to 1.9 s from a local disk, of 40 kB each, on two
+busy cores (0.3 and 0.7 s of them computing): so 100,000 would take 9 s and 15 to 19 s, and 14 million take no longer
+than 10,000.
 """
 
 import hashlib

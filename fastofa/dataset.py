@@ -162,16 +162,17 @@ def open_dataset(
     if split not in ("train", "val"):
         raise BadInput(f"unknown split {split!r}: expected train or val")
     name, _, rest = spec.partition(":")
+    is_digits, is_cifar100 = name == "digits" and "/" not in rest, name == "cifar100" and rest != ""
     is_folder = _is_folder(spec)
-    if is_folder and (name == "digits" or (name == "cifar100" and rest)):
+    if is_folder and (is_digits or is_cifar100):
         other = "rename the folder for the built-in one" if rest else f"{name}: for the built-in one"
         raise BadInput(
             f"{spec}: expected one data set of this name, got two, the built-in one and the folder "
             f"{os.path.abspath(spec)}; give {os.path.join('.', spec)} for the folder, or {other}"
         )
-    if name == "digits":
+    if is_digits:
         return _digits(spec, split, rest)
-    if name == "cifar100" and rest:
+    if is_cifar100:
         from fastofa.cifar import open_cifar100
 
         return open_cifar100(spec, split, Path(rest))

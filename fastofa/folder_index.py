@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fastofa.content import DIGEST, sample
+from fastofa.distributed import is_main_process
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
 from fastofa.image_headers import DEFAULT, Limits
@@ -76,8 +77,8 @@ def index_paths(top: Path, split: str) -> list[Path]:
     return [place / f"{split}.safetensors" for place in places if not (place.is_symlink() or str(place)[0] == "~")]
 
 
-def read_index(paths: list[Path], files: Files) -> tuple[Known, Path | None]:
-    """What the first whole index says of these files, and where it is; a damaged one is reported."""
+def read_index(paths: list[Path], files: Files, again: bool = False) -> tuple[Known, Path | None]:
+    """What the first whole index says of these files, and where it is; a damaged one is reported, but not `again`."""
     for path in paths:
         try:
             if not stat.S_ISREG(os.lstat(path).st_mode):
@@ -86,11 +87,15 @@ def read_index(paths: list[Path], files: Files) -> tuple[Known, Path | None]:
         except FileNotFoundError:
             continue
         except OSError as error:
-            notice(f"could not read {path}: {error.strerror}; reading the folder anew")
-        except (BadInput, RecursionError) as error:
-            notice(f"{error}; reading the folder anew")
+            problem = f"could not read {path}: {error.strerror}"
+        except RecursionError:
+            problem = f"{path}: expected an index of images, got JSON of too many levels"
+        except BadInput as error:
+            problem = str(error)
         else:
             return _recognise(files, there, known), path
+        if not again:
+            notice(f"{problem}; reading the folder anew")
     return Known.nothing(len(files.names)), None
 
 
@@ -134,7 +139,8 @@ def making(paths: list[Path]) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            notice(f"another process is making the index of these images; waiting for it ({paths[0].parent})")
+            if is_main_process():
+                notice(f"another process is making the index of these images; waiting for it ({paths[0].parent})")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass
@@ -181,6 +187,8 @@ def _load(path: Path) -> tuple[Files, Known]:
 
 def _recognise(files: Files, there: Files, known: Known) -> Known:
     """Of these files, what is known of those that are still the same by name, size and content."""
+    if files.names == there.names and all(map(np.array_equal, files[1:], there[1:])):
+        return known
     found = Known.nothing(len(files.names))
     place = files.names.places_in(there.names)
     here = np.flatnonzero(place >= 0)

@@ -37,7 +37,7 @@ BACKUP = re.compile(r".*~|~\$.*|#.*#|.*\.(bak|orig|tmp|swp)", re.IGNORECASE | re
 _SPECIAL = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 _LINKS = {errno.ENOENT: "a link that leads nowhere", errno.ELOOP: "a link that leads in a circle"}
 HIDDEN, LEFTOVER, OUTSIDE = "hidden", "of the system or an editor", "outside the class folders"
-LOOP, BROKEN = "links to a folder that is taken already or lies above", "links that lead nowhere"
+LOOP, BROKEN = "leading back to a folder that lies above or is taken already", "leading nowhere"
 
 
 class Listing(NamedTuple):
@@ -159,7 +159,7 @@ def _class_folders(top: Path, root: Path) -> tuple[dict[str, tuple[int, int]], l
             left.append(_Left(LOOP, entry.name))
         else:
             classes[entry.name] = identity
-    return classes, left
+    return dict(sorted(classes.items())), left
 
 
 def _folders_above(top: Path) -> set[tuple[int, int]]:

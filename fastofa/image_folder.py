@@ -43,7 +43,7 @@ def open_image_folder(
     bad: dict[int, str] = {}
     if len(_unknown(known, check)):
         with making(paths):
-            known, index = read_index(paths, files)
+            known, index = read_index(paths, files, again=True)
             known.limit(limits, skip_corrupt)
             if len(_unknown(known, check)):
                 bad = _look(root, names, known, unreadable, skip_corrupt, check)
@@ -52,7 +52,7 @@ def open_image_folder(
         _refuse(root, names, bad)
     if is_main_process():
         for i, reason in known.skipped.items():
-            notice(f"left out: {root / names[i]} ({reason})")
+            notice(f"left out: {root / names[i]}: {reason}")
         if known.skipped:
             notice(f"{root}: left out {len(known.skipped)} unreadable images")
 

@@ -1,9 +1,13 @@
 """Data sets: one order everywhere, sizes as the pictures are read, an index that is kept and mended, clear refusals."""
 
+import contextlib
+import errno
 import io
+import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 import struct
 import tarfile
 import zlib
@@ -13,13 +17,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
+import fastofa.content
+import fastofa.folder_index
 import fastofa.image_folder
-from fastofa.dataset import Dataset, fingerprint_of, open_dataset
+from fastofa.dataset import Dataset, fingerprint_of, from_array, open_dataset
 from fastofa.errors import BadInput
+from fastofa.files import load_tensors, save_tensors
+from fastofa.image_headers import Limits
 from fastofa.images import read_image
+from fastofa.names import Names
 
 ORIENTATION = 0x0112
 
@@ -51,16 +62,94 @@ def test_unknown_specs_and_splits(tmp_path: Path) -> None:
 
 def test_fingerprint_covers_names_bytes_labels_and_order() -> None:
     names, sizes, labels = ["a", "b", "c"], np.array([1, 2, 3]), np.array([0, 0, 1])
+    content = np.arange(6, dtype=np.uint8).reshape(3, 2)
     prints = {
-        fingerprint_of(names, sizes, labels),
-        fingerprint_of(["a", "b", "d"], sizes, labels),
-        fingerprint_of(["b", "a", "c"], sizes, labels),
-        fingerprint_of(names, np.array([1, 2, 4]), labels),
-        fingerprint_of(names, sizes, np.array([0, 1, 1])),
-        fingerprint_of(names[:2], sizes[:2], labels[:2]),
+        fingerprint_of(names, sizes, labels, content),
+        fingerprint_of(["a", "b", "d"], sizes, labels, content),
+        fingerprint_of(["b", "a", "c"], sizes, labels, content),
+        fingerprint_of(names, np.array([1, 2, 4]), labels, content),
+        fingerprint_of(names, sizes, np.array([0, 1, 1]), content),
+        fingerprint_of(names, sizes, labels, content[::-1]),
+        fingerprint_of(names[:2], sizes[:2], labels[:2], content[:2]),
     }
-    assert len(prints) == 6
-    assert fingerprint_of(names, sizes.astype(np.int32), labels.astype(">i8")) in prints  # whatever holds the numbers
+    assert len(prints) == 7
+    # Whatever holds the names and numbers.
+    assert fingerprint_of(Names.of(names), sizes.astype(np.int32), labels.astype(">i8"), content) in prints
+
+
+def test_fingerprint_of_an_array_covers_its_pixels(digits: Dataset) -> None:
+    assert digits.pixels is not None
+    prints = set()
+    for change in (0, 1):
+        pixels = digits.pixels.copy()
+        pixels[50, 3, 3, 0] ^= change
+        prints.add(from_array("digits", "train", digits.classes, list(digits.names), digits.labels, pixels).fingerprint)
+    assert len(prints) == 2
+    assert digits.fingerprint in prints
+
+
+@pytest.mark.parametrize("spec", ["digits", "digits:100", "cifar100:data"])
+def test_a_folder_named_like_a_built_in_data_set_is_refused_with_both_spellings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    """Neither user gets the other one's data; what the message says works."""
+    monkeypatch.chdir(tmp_path)
+    save_random(tmp_path / spec / "train" / "a" / "1.png", 8, 8)
+    text = refusal(spec)
+    assert str(tmp_path / spec) in text
+    assert f"give ./{spec} for the folder" in text
+    for given in (f"./{spec}", str(tmp_path / spec), *([f"{spec}/"] if "digits" in spec else [])):
+        assert open_dataset(given).names == ["a/1.png"]
+    if spec == "digits":
+        assert "digits: for the built-in one" in text
+        assert len(open_dataset("digits:")) == 1198
+    elif spec == "digits:100":
+        (tmp_path / spec).rename(tmp_path / "other")
+        assert len(open_dataset(spec)) == 100
+
+
+def test_a_path_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    """A name that is too long, a link to itself, a NUL."""
+    (tmp_path / "loop").symlink_to("loop")
+    assert "File name too long" in refusal(tmp_path / ("x" * 300))
+    assert "unknown data set" in refusal(tmp_path / "loop")
+    assert "unknown data set" in refusal("a\0b")
+
+
+# --- Names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_a_list_of_strings() -> None:
+    """With whatever a file name may hold."""
+    names = ["a/1.jpg", "b c/ü 2.jpg", "", "b/[bold]\n\x1b.jpg", "a/1.jpg"]
+    found = Names.of(names)
+    assert (len(found), list(found), found[1], found[-1], found[1:3]) == (5, names, names[1], names[-1], names[1:3])
+    assert found == names
+    assert names == found
+    assert found == Names.of(names)
+    assert found != names[:4]
+    assert found.index(names[3]) == 3
+    assert names[3] in found
+    assert "c" not in found
+    assert found[np.int64(1)] == names[1]
+    assert found.without(np.array([0, 3])) == [names[1], names[2], names[4]]
+    assert list(Names.of([])) == []
+    for i in (5, -6):
+        with pytest.raises(IndexError):
+            found[i]
+    with pytest.raises(ValueError, match="NUL"):
+        Names(b"a\0b")
+
+
+def test_names_are_found_in_others() -> None:
+    """Also more of them than are decoded at once, and none in none."""
+    numbers = np.random.default_rng(0).permutation(70_000)
+    names, others = [f"{i}" for i in numbers], [f"{i}" for i in range(0, 140_000, 2)]
+    places = Names.of(names).places_in(Names.of(others))
+    assert places.tolist() == [i // 2 if i % 2 == 0 else -1 for i in numbers]
+    assert Names.of(names).places_in(Names.of(names)).tolist() == list(range(70_000))
+    assert Names.of(["a"]).places_in(Names.of([])).tolist() == [-1]
+    assert Names.of([]).places_in(Names.of(["a"])).tolist() == []
 
 
 # --- Digits -----------------------------------------------------------------------------------------------------------
@@ -131,13 +220,13 @@ def folder(photos: Path, tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the pictures whose header is read, as it happens."""
     names: list[str] = []
-    original = fastofa.image_folder._header_size
+    original = fastofa.image_folder.header_size
 
-    def count(path: Path) -> tuple[int, int] | str:
+    def count(path: Path, limits: Limits) -> tuple[int, int] | str:
         names.append(path.name)
-        return original(path)
+        return original(path, limits)
 
-    monkeypatch.setattr(fastofa.image_folder, "_header_size", count)
+    monkeypatch.setattr(fastofa.image_folder, "header_size", count)
     return names
 
 
@@ -276,17 +365,63 @@ def test_index_is_written_and_used_again(folder: Path, opened: list[str]) -> Non
     assert_same(again, first)
 
 
-def test_index_is_really_what_is_read(folder: Path) -> None:
-    """Pictures damaged in place, as long as before, are not noticed: names and lengths are what it goes by."""
+def exchange(a: Path, b: Path) -> None:
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+
+
+def test_files_of_one_length_that_were_exchanged_are_noticed(folder: Path, opened: list[str]) -> None:
+    """By their content: the fingerprint changes, and the index does not give one the size of the other."""
+    pair = folder / "train" / "china" / "003.png", folder / "train" / "flower" / "009.png"
+    for path, (height, width) in zip(pair, ((20, 30), (30, 20)), strict=True):
+        save_random(path, height, width)
+        path.write_bytes(path.read_bytes().ljust(3000, b"\0"))
     first = open_dataset(str(folder))
-    for path in (folder / "train").rglob("*.jpg"):
-        damage_in_place(path)
+    opened.clear()
+    exchange(*pair)
+    second = open_dataset(str(folder))
+    assert sorted(opened) == ["003.png", "009.png"]
+    assert second.names == first.names
+    rows = [first.names.index(path.relative_to(folder / "train").as_posix()) for path in pair]
+    assert second.sizes[rows].tolist() == first.sizes[rows[::-1]].tolist() == [[30, 20], [20, 30]]
+    assert second.fingerprint != first.fingerprint
+    exchange(*pair)
     assert_same(open_dataset(str(folder)), first)
+
+
+@pytest.mark.parametrize("at", ["first", "middle", "last", "between"])
+def test_what_the_fingerprint_sees_of_a_large_file(folder: Path, at: str) -> None:
+    """The first, middle and last 4 kB, and nothing between them."""
+    path = folder / "train" / "china" / "000.jpg"
+    path.write_bytes(path.read_bytes().ljust(40_000, b"\0"))
+    before = open_dataset(str(folder))
+    data = bytearray(path.read_bytes())
+    data[{"first": 4095, "middle": 20_000, "last": 36_000, "between": 12_000}[at]] ^= 1
+    path.write_bytes(data)
+    try:
+        after = open_dataset(str(folder)).fingerprint
+    except BadInput:  # the change made it unreadable
+        after = ""
+    assert (after == before.fingerprint) == (at == "between")
+
+
+def test_of_many_files_a_sample_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spread over all; the index knows the others by name and length only."""
+    monkeypatch.setattr(fastofa.content, "FILES", 6)
+    assert fastofa.content.sample(24).tolist() == [0, 4, 8, 12, 16, 20]
+    assert fastofa.content.sample(6).tolist() == [0, 1, 2, 3, 4, 5]
+    first = open_dataset(str(folder))
+    paths = [first.path(i) for i in range(24)]
+    damage_in_place(paths[5])
+    assert_same(open_dataset(str(folder)), first)
+    damage_in_place(paths[8])
+    assert str(paths[8]) in refusal(folder)
 
 
 def test_splits_have_their_own_index(folder: Path) -> None:
     open_dataset(str(folder)), open_dataset(str(folder), "val")
-    assert sorted(os.listdir(folder / ".fastofa")) == ["train.safetensors", "val.safetensors"]
+    assert {path.name for path in (folder / ".fastofa").glob("[!.]*")} == {"train.safetensors", "val.safetensors"}
     assert len(open_dataset(str(folder))) == 24
     assert len(open_dataset(str(folder), "val")) == 12
 
@@ -331,6 +466,176 @@ def test_damaged_index_is_told_and_made_anew(
     assert len(opened) == 24
     assert_same(again, first)
     assert index_of(folder).read_bytes() == whole
+
+
+IN_ITS_PLACE: dict[str, Callable[[Path], object]] = {
+    "folder": lambda path: path.mkdir(),
+    "fifo": lambda path: os.mkfifo(path),
+    "another": lambda path: safetensors.torch.save_file({"weight": torch.zeros(3)}, path),
+    "fastofa's": lambda path: save_tensors(path, {"classes": torch.zeros(3)}, {"view": 0}),
+    "deep": lambda path: path.write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000),
+    "deep_info": lambda path: safetensors.torch.save_file(
+        {"a": torch.zeros(1)}, path, {"fastofa": "[" * 100_000 + "]" * 100_000}
+    ),
+}
+CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "dtype": lambda tensors: tensors.update(sizes=tensors["sizes"].float()),
+    "bf16": lambda tensors: tensors.update(sizes=tensors["sizes"].bfloat16()),
+    "shape": lambda tensors: tensors.update(sizes=tensors["sizes"].T.contiguous()),
+    "rows": lambda tensors: tensors.update(byte_sizes=tensors["byte_sizes"][:-1].clone()),
+    "missing": lambda tensors: tensors.pop("content"),
+    "more": lambda tensors: tensors.update(weight=torch.zeros(1)),
+    "negative": lambda tensors: tensors["sizes"].neg_(),
+    "names": lambda tensors: tensors["names"].fill_(1),
+    "scalar": lambda tensors: tensors.update(names=torch.tensor(0, dtype=torch.uint8)),
+    "place": lambda tensors: tensors.update(
+        skipped=torch.tensor([24]), reasons=torch.tensor([65, 0], dtype=torch.uint8)
+    ),
+    "reason": lambda tensors: tensors.update(
+        skipped=torch.tensor([2]), reasons=torch.tensor([255, 0], dtype=torch.uint8)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*IN_ITS_PLACE, *CHANGES])
+def test_whatever_lies_in_the_place_of_the_index(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """Is reported, and the folder is read anew; the checksum of a made-up index may well be right."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = open_dataset(str(folder))
+    tensors = load_tensors(index_of(folder))[0]
+    index_of(folder).unlink()
+    if kind in CHANGES:
+        CHANGES[kind](tensors)
+        save_tensors(index_of(folder), tensors, {})
+    else:
+        IN_ITS_PLACE[kind](index_of(folder))
+    capsys.readouterr()
+    assert_same(open_dataset(str(folder)), first)
+    said = capsys.readouterr().err
+    assert said.count(str(index_of(folder))) == said.count("reading the folder anew") == 1
+    assert_same(open_dataset(str(folder)), first)
+
+
+def test_a_planted_link_is_not_followed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the place of the index nor of its folder: what it leads to stays as it is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "train.safetensors").write_text("precious")
+    (folder / ".fastofa").symlink_to(mine)
+    assert open_dataset(str(folder)).index is not None
+    (folder / ".fastofa").unlink()
+    (folder / ".fastofa").mkdir()
+    index_of(folder).symlink_to(mine / "train.safetensors")
+    (folder / ".fastofa" / ".lock").symlink_to(mine / "lock")
+    assert_same(open_dataset(str(folder)), open_dataset(str(folder)))
+    assert files_below(mine) == {str(mine / "train.safetensors"): b"precious"}
+
+
+@pytest.mark.parametrize("kind", ["no home", "home is a file", "disk is full"])
+def test_without_a_place_for_the_index_all_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, opened: list[str], kind: str
+) -> None:
+    """A container: data that cannot be written, a user who has no home; said once."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (folder / ".fastofa").write_text("a file where the folder would be")
+    if kind == "no home":
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is without HOME and a passwd entry
+    elif kind == "home is a file":
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path))
+
+        def full(path: Path, *_: Any) -> None:
+            raise BadInput(f"could not write {path}: No space left on device")
+
+        monkeypatch.setattr(fastofa.folder_index, "save_tensors", full)
+    for _ in range(2):
+        opened.clear()
+        data = open_dataset(str(folder))
+        said = capsys.readouterr().err
+        assert said.count("the sizes of the images cannot be kept and are read again each time") == 1
+        assert data.index is None
+        assert len(opened) == len(data) == 24
+    damaged = data.path(3)
+    save_random(damaged, 5, 5)
+    with pytest.raises(BadInput, match=r"003\.jpg is 5 x 5 pixels, expected .*; start again"):
+        data.read(3)
+
+
+def _open(folder: str, start: Any, results: Any) -> None:
+    start.wait()
+    try:
+        data = open_dataset(folder)
+        results.put((data.fingerprint, data.sizes.tolist()))
+    except BaseException as error:
+        results.put(repr(error))
+
+
+def test_six_that_start_together(folder: Path) -> None:
+    """Without an index at first: all open the same data."""
+    context = multiprocessing.get_context("fork")
+    first = open_dataset(str(folder))
+    for _ in range(2):
+        shutil.rmtree(folder / ".fastofa")
+        start, results = context.Event(), context.Queue()
+        processes = [context.Process(target=_open, args=(str(folder), start, results)) for _ in range(6)]
+        for process in processes:
+            process.start()
+        start.set()
+        found = [results.get(timeout=300) for _ in processes]
+        for process in processes:
+            process.join()
+        assert found == [(first.fingerprint, first.sizes.tolist())] * 6
+
+
+def test_who_comes_second_waits_and_takes_the_index_of_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, opened: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one still works: it holds the lock. What it leaves serves the second, which opens no image."""
+    first = open_dataset(str(folder))
+    whole = index_of(folder).read_bytes()
+    index_of(folder).unlink()
+    opened.clear()
+    flock, asked = fastofa.folder_index.fcntl.flock, []
+
+    def held(file: int, how: int) -> None:
+        asked.append(how)
+        if len(asked) == 1:
+            raise BlockingIOError
+        index_of(folder).write_bytes(whole)  # it is done
+        flock(file, how)
+
+    monkeypatch.setattr(fastofa.folder_index.fcntl, "flock", held)
+    assert_same(open_dataset(str(folder)), first)
+    assert len(asked) == 2
+    assert opened == []
+    assert "another process is making the index of these images; waiting for it" in capsys.readouterr().err
+
+
+def test_an_index_of_a_few_hundred_thousand_files(tmp_path: Path) -> None:
+    """Their names do not fit into a safetensors header, where they once were (3 million did not)."""
+    count = 200_000
+    names = [f"n{i % 500:08d}/n{i % 500:08d}_{i:08d}_{'x' * 20}.JPEG" for i in range(count)]
+    rng = np.random.default_rng(0)
+    content = np.zeros((fastofa.content.FILES, fastofa.content.DIGEST), dtype=np.uint8)
+    files = fastofa.folder_index.Files(Names.of(names), rng.integers(1, 10**6, count), content)
+    known = fastofa.folder_index.Known(rng.integers(1, 5000, (count, 2)), rng.random(count) < 0.5, {})
+    known.skipped[7], known.sizes[7] = "empty file", 0
+    path = fastofa.folder_index.write_index([tmp_path / "train.safetensors"], files, known)
+    assert path is not None
+    assert struct.unpack("<Q", path.read_bytes()[:8])[0] < 2000
+    found, _ = fastofa.folder_index.read_index([path], files)
+    assert (found.sizes == known.sizes).all()
+    assert (found.decoded == known.decoded).all()
+    assert found.skipped == known.skipped
+    fewer = files._replace(names=files.names.without(np.array([3])), byte_sizes=np.delete(files.byte_sizes, 3))
+    found, _ = fastofa.folder_index.read_index([path], fewer)
+    assert (found.sizes == np.delete(known.sizes, 3, axis=0)).all()
+    assert found.skipped == {6: "empty file"}
 
 
 def make_read_only(monkeypatch: pytest.MonkeyPatch, top: Path) -> None:
@@ -480,13 +785,63 @@ def test_unreadable_picture_is_named(folder: Path, content: bytes) -> None:
     assert str(path) in text
     assert "--skip-corrupt" in text
     assert ("empty file" in text) == (content == b"")
-    assert not index_of(folder).exists()
 
 
-def test_link_that_leads_nowhere_is_named(folder: Path) -> None:
+def test_after_a_refusal_only_the_mended_picture_is_read(folder: Path, opened: list[str]) -> None:
+    """What was found about the others is kept: to decode a million of them again takes an hour."""
+    path = folder / "train" / "flower" / "004.jpg"
+    whole = path.read_bytes()
+    cut(path)
+    path.write_bytes(b"nonsense")
+    for expected in (24, 1):
+        opened.clear()
+        assert refusal(folder).startswith("1 unreadable image")
+        assert len(opened) == expected
+    path.write_bytes(whole)
+    opened.clear()
+    data = open_dataset(str(folder))
+    assert opened == ["004.jpg"]
+    shutil.rmtree(folder / ".fastofa")
+    assert_same(open_dataset(str(folder)), data)
+
+
+def special(path: Path, kind: str) -> None:
+    """Something that is no file, the opening of which may wait for ever."""
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        here = os.getcwd()
+        os.chdir(path.parent)  # a socket's path has at most 108 bytes
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
+        os.chdir(here)
+    else:
+        path.symlink_to({"nowhere": "none.jpg", "circle": path.name, "device": "/dev/zero"}[kind])
+
+
+SPECIAL = {
+    "fifo": "a FIFO, not a file", "socket": "a socket, not a file", "device": "a device, not a file",
+    "nowhere": "a link that leads nowhere", "circle": "a link that leads in a circle",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_file_is_named_and_never_opened(folder: Path, kind: str) -> None:
     path = folder / "train" / "flower" / "lost.jpg"
-    path.symlink_to(folder / "none.jpg")
-    assert str(path) in refusal(folder)
+    special(path, kind)
+    text = refusal(folder)
+    assert f"1 unreadable images: {path} ({SPECIAL[kind]})" in text
+    for _ in range(2):
+        data = open_dataset(str(folder), skip_corrupt=True)
+        assert data.skipped == (f"flower/lost.jpg: {SPECIAL[kind]}",)
+        assert len(data) == 24
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "circle"])
+def test_a_class_that_is_a_broken_link_is_refused(folder: Path, kind: str) -> None:
+    """It must not vanish: the labels of all classes behind it would be others."""
+    special(folder / "train" / "dog", kind)
+    assert refusal(folder) == (f"{folder}/train/dog: expected a class folder, got {SPECIAL[kind]}; mend or remove it")
 
 
 @pytest.mark.parametrize("name", ["flower/\udce9.jpg", "caf\udce9/1.jpg"])
@@ -524,16 +879,164 @@ def test_where_one_is_unreadable_all_are_decoded_to_name_every_one(folder: Path,
     assert text.index(str(bad[0])) < text.index(str(bad[1]))
 
 
-def test_pictures_of_other_kinds_are_told(folder: Path, capsys) -> None:
-    """But not what is no picture, nor what is hidden."""
+def add(folder: Path, *names: str) -> None:
+    """Copies of a real image under other names in the training split."""
+    for name in names:
+        path = folder / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "train" / "flower" / "004.jpg", path)
+
+
+def test_what_is_not_taken_is_counted_by_kind_and_reported_once(folder: Path, capsys) -> None:
     open_dataset(str(folder))
-    assert "left out" not in capsys.readouterr().err
-    for name in ("b.GIF", "a.tif", "notes.txt", ".c.bmp"):
-        (folder / "train" / "flower" / name).touch()
-    dataset = open_dataset(str(folder))
-    assert len(dataset) == 24
-    expected = f"{folder}/train: left out 2 of other kinds than .jpg, .jpeg, .png, .webp: flower/a.tif, flower/b.GIF\n"
-    assert capsys.readouterr().err == expected
+    assert capsys.readouterr().err == ""
+    add(folder, "flower/b.GIF", "flower/d/c.gif", "flower/a.tif", "flower/notes.txt", "flower/.c.bmp", "flower/plain",
+        "flower/e.jpg_large", "china/1.gif", "loose.jpg", "flower/x.jpg~")  # fmt: skip
+    (folder / "train" / "flower" / "broken").symlink_to("none")
+    for _ in range(2):
+        assert len(open_dataset(str(folder))) == 24
+        assert capsys.readouterr().err == (
+            f"{folder}/train: left out 11 files and folders: 3 .gif (china/1.gif, flower/b.GIF, ...), "
+            "1 .jpg_large (flower/e.jpg_large), 1 .tif (flower/a.tif), 1 .txt (flower/notes.txt), 1 hidden "
+            "(flower/.c.bmp), 1 leading nowhere (flower/broken), 1 of the system or an editor (flower/x.jpg~), "
+            "1 outside the class folders (loose.jpg), 1 without suffix (flower/plain); images end in .jpg, .jpeg, "
+            ".jpe, .jfif, .png, .webp\n"
+        )
+    open_dataset(str(folder), "val")
+    assert capsys.readouterr().err == ""
+
+
+def test_every_suffix_of_jpeg_is_taken(folder: Path, capsys) -> None:
+    add(folder, "flower/a.jfif", "flower/b.JPE", "flower/c.JPEG")
+    data = open_dataset(str(folder))
+    assert {"flower/a.jfif", "flower/b.JPE", "flower/c.JPEG"} <= set(data.names)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".hidden", ".ipynb_checkpoints", ".Trash-1000", "__MACOSX", "lost+found", "@eaDir", "$RECYCLE.BIN",
+        "System Volume Information", "#recycle", "flower~", "flower.bak", "__pycache__", "Thumbs.db", "desktop.ini",
+    ],
+)  # fmt: skip
+def test_leftovers_are_no_class_and_no_sample(folder: Path, capsys, name: str) -> None:
+    """Whether they lie beside the classes or in one; nothing in them is looked at."""
+    before = open_dataset(str(folder))
+    add(folder, f"{name}/a.jpg", f"flower/{name}/b.jpg")
+    assert_same(open_dataset(str(folder)), before)
+    assert f"left out 2 files and folders: 2 {'hidden' if name[0] == '.' else 'of the system or an editor'}" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", ["._004.jpg", ".004.jpg", "#004.jpg#", "~$004.jpg"])
+def test_leftover_files_are_no_samples(folder: Path, name: str) -> None:
+    before = open_dataset(str(folder))
+    add(folder, f"flower/{name}")
+    assert_same(open_dataset(str(folder)), before)
+
+
+def test_images_in_folders_below_a_class_are_taken_and_reported(folder: Path, capsys) -> None:
+    add(folder, "flower/b/1.jpg", "flower/a/deep/1.jpg")
+    data = open_dataset(str(folder))
+    assert data.names[12:14] == ["flower/000.jpg", "flower/001.jpg"]
+    assert data.names[-2:] == ["flower/a/deep/1.jpg", "flower/b/1.jpg"]
+    assert capsys.readouterr().err == (
+        f"{folder}/train: 2 images lie in folders below their class folder, such as flower/a/deep/1.jpg, which counts "
+        "as flower\n"
+    )
+
+
+# --- Links that lead in circles ---------------------------------------------------------------------------------------
+
+LOOPS = {  # link: where it leads, in DIR/train
+    "train": ".", "china/up": "..", "china/top": "../..", "flower/self": ".", "china/slash": "/", "china/flower":
+    "../flower", "china/val": "../../val", "val": "../val",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("link", LOOPS)
+@pytest.mark.parametrize("split_is_link", [False, True])
+def test_a_link_back_takes_no_image_twice(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], link: str, split_is_link: bool
+) -> None:
+    """`ln -s` typed twice leaves train/train; a link to a folder above or to another class would mix the labels."""
+    if split_is_link:
+        (tmp_path / "links").mkdir()
+        for split in ("train", "val"):
+            (tmp_path / "links" / split).symlink_to(folder / split)
+    top = tmp_path / "links" if split_is_link else folder
+    before = open_dataset(str(top))
+    (folder / "train" / link).symlink_to(LOOPS[link])
+    assert_same(open_dataset(str(top)), before)
+    assert f"left out 1 files and folders: 1 leading back to a folder that lies above or is taken already ({link})" in (
+        capsys.readouterr().err
+    )
+
+
+def test_folders_that_lead_to_each_other_are_entered_once(folder: Path, tmp_path: Path) -> None:
+    """Ten that each lead to all: every way through them would take for ever."""
+    for i in range(10):
+        shared = tmp_path / "shared" / str(i)
+        shared.mkdir(parents=True)
+        shutil.copy(folder / "train" / "flower" / "004.jpg", shared / f"{i}.jpg")
+        for j in range(10):
+            (shared / f"to{j}").symlink_to(f"../{j}")
+    (folder / "train" / "flower" / "more").symlink_to(tmp_path / "shared" / "0")
+    data = open_dataset(str(folder))
+    assert sorted(Path(name).name for name in data.names[24:]) == [f"{i}.jpg" for i in range(10)]
+
+
+def test_two_classes_that_are_one_folder_are_reported(folder: Path, capsys) -> None:
+    (folder / "train" / "rose").symlink_to("flower")
+    data = open_dataset(str(folder))
+    assert np.bincount(data.labels).tolist() == [12, 12, 12]
+    assert "rose is the same folder as flower; its images count for both classes" in capsys.readouterr().err
+
+
+# --- What may not be opened -------------------------------------------------------------------------------------------
+
+
+def refuse_to_open(monkeypatch: pytest.MonkeyPatch, path: Path, number: int) -> None:
+    """Tests may run as root, to whom nothing is closed."""
+    system_open = os.open
+
+    def refuse(place: Any, *arguments: Any, **options: Any) -> int:
+        if Path(place) == path:
+            raise OSError(number, os.strerror(number), str(place))
+        return system_open(place, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
+def test_a_file_that_may_not_be_opened_is_not_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, skip_corrupt: bool
+) -> None:
+    """It would be left out for good although nothing is wrong with it."""
+    path = folder / "train" / "flower" / "004.jpg"
+    with monkeypatch.context() as patch:
+        refuse_to_open(patch, path, number)
+        text = refusal(folder, skip_corrupt=skip_corrupt)
+    assert text.startswith(f"could not open 1 images: {path} ({os.strerror(number)}); ")
+    assert ("chmod" in text, "ulimit -n" in text) == (number == errno.EACCES, number == errno.EMFILE)
+    assert len(open_dataset(str(folder))) == 24
+
+
+def test_a_class_folder_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path) == str(folder / "train" / "flower"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert refusal(folder) == (
+        f"could not list {folder}/train/flower: Permission denied; let this user read it (`chmod a+rX`) or remove it"
+    )
 
 
 # --- --skip-corrupt ---------------------------------------------------------------------------------------------------
@@ -558,6 +1061,28 @@ def test_skip_corrupt_finds_lists_and_leaves_out(folder: Path, capsys: pytest.Ca
     assert all(name in notice for name in bad)
 
 
+def test_skip_corrupt_names_every_file_each_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = sorted((folder / "train" / "china").iterdir())[:8]
+    for path in bad:
+        path.write_bytes(b"")
+    for flag in (True, False):
+        open_dataset(str(folder), skip_corrupt=flag)
+        said = capsys.readouterr().err.splitlines()
+        assert said[:-1] == [f"left out: {path}: empty file" for path in bad]
+        assert said[-1] == f"{folder}/train: left out 8 unreadable images"
+
+
+def test_a_class_whose_images_are_all_unreadable(folder: Path) -> None:
+    """Would be a class that is never seen."""
+    for path in (folder / "train" / "flower").iterdir():
+        cut(path)
+    for _ in range(2):
+        text = refusal(folder, skip_corrupt=True)
+        assert "all images of 1 classes are unreadable (flower)" in text
+    shutil.rmtree(folder / "train" / "flower")
+    assert open_dataset(str(folder), skip_corrupt=True).classes == ("china",)
+
+
 def test_skipped_pictures_are_as_if_they_were_not_there(folder: Path, tmp_path: Path) -> None:
     """The fingerprint is that of the folder without them."""
     cut(folder / "train" / "china" / "002.jpg")
@@ -571,7 +1096,9 @@ def test_skip_corrupt_decodes_once(folder: Path, monkeypatch: pytest.MonkeyPatch
     open_dataset(str(folder))
     cut(folder / "train" / "china" / "002.jpg")
     decoded = []
-    monkeypatch.setattr(fastofa.image_folder, "read_image", lambda path: (decoded.append(path), read_image(path))[1])
+    monkeypatch.setattr(
+        "fastofa.check_images.read_image", lambda path, *_, **__: (decoded.append(path), read_image(path))[1]
+    )
     first = open_dataset(str(folder), skip_corrupt=True)
     assert len(decoded) == 24
     for flag in (True, False):
@@ -765,13 +1292,20 @@ def test_inconsistent_cifar100(tmp_path: Path, change: dict[str, Any]) -> None:
 
 
 def test_changed_byte_in_the_cifar100_archive(tmp_path: Path) -> None:
-    """Wherever it is, although most of the archive's bytes are pixels that any value would do for."""
+    """Wherever it is, although most of the archive's bytes are pixels that any value would do for.
+
+    But one may fall on the bits that fill up the last byte of what is compressed, which mean nothing.
+    """
     pack(write_cifar(tmp_path))
+    first = open_dataset(f"cifar100:{tmp_path}")
     archive = tmp_path / "cifar-100-python.tar.gz"
-    whole = archive.read_bytes()
+    whole, same = archive.read_bytes(), 0
     for position in np.random.default_rng(0).integers(64, len(whole), 60):
         archive.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
-        assert str(tmp_path) in refusal(f"cifar100:{tmp_path}")
+        with contextlib.suppress(BadInput):
+            assert_same(open_dataset(f"cifar100:{tmp_path}"), first)
+            same += 1
+    assert same <= 1
 
 
 def test_cifar10_is_not_cifar100(tmp_path: Path) -> None:
