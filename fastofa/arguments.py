@@ -14,6 +14,7 @@ import tyro
 
 from fastofa.config import MOST_EPOCHS, TrainConfig, Weights, changed_policy
 from fastofa.errors import BadInput
+from fastofa.image_headers import Limits, given_limits
 from fastofa.recipes import default_policy, default_recipe, recipe
 from fastofa.views import ViewPolicy
 
@@ -35,10 +36,11 @@ class WriteConfig:
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
     """Data set: a folder with train/ and val/, or any other that --data takes."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """Where to: NAME.pack, a folder, or NAME.beton, with NAME.val.beton and NAME.beton.json beside it."""
-    size: Literal[128, 160, 192, 256] | None = None
-    """.pack: side in pixels, by default 256. The whole picture is squeezed to a square; its crops have their shape
-    again."""
+    """Where to: NAME.pack, a folder, or NAME.beton, with NAME.val.beton and NAME.beton.safetensors
+    beside it."""
+    size: int | None = None
+    """.pack: side in pixels, a multiple of 8 from 32 to 512, by default 256. The whole picture is squeezed to a square;
+    its crops have their shape again."""
     max_size: int | None = None
     """.beton: the longer side in pixels at most; larger pictures are made smaller. By default all stay as they are."""
     quality: int | None = None
@@ -48,6 +50,10 @@ class WriteConfig:
     """.beton: pixels instead of JPEGs: larger, and faster to read."""
     skip_corrupt: bool = False
     """Decode every file first, list the unreadable ones and leave them out for good."""
+    allow_warnings: bool = False
+    """Take images that decode with signs of damage, too, as they decode."""
+    max_pixels: float = 200
+    """Millions of pixels of an image at most, by its header; larger ones are unreadable."""
     verify: bool = False
     """Compare every byte with the checksums and decode every picture; where OUT is there already, write nothing."""
     workers: int | None = None
@@ -60,6 +66,9 @@ class WriteConfig:
         for name in FLAGS[other]:
             if getattr(self, name):
                 raise BadInput(f"--{name.replace('_', '-')}: expected OUT{other}, got {self.out}")
+        if self.size is not None and (self.size % 8 or not 32 <= self.size <= 512):
+            raise BadInput(f"size: expected a multiple of 8 from 32 to 512, got {self.size}")
+        self.limits()
         if self.max_size is not None and self.max_size < 1:
             raise BadInput(f"max-size: expected at least 1 pixel, got {self.max_size}")
         if self.quality is not None and not 1 <= self.quality <= 100:
@@ -68,6 +77,10 @@ class WriteConfig:
             raise BadInput(f"quality: expected none with --raw, whose pixels are not compressed, got {self.quality}")
         if self.workers is not None and self.workers < 1:
             raise BadInput(f"workers: expected at least 1, got {self.workers}")
+
+    def limits(self) -> Limits:
+        """Which images are taken."""
+        return given_limits(self.max_pixels, self.allow_warnings)
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,11 @@ class PrecomputeConfig:
     seed: int = 0
     """Of the views."""
     skip_corrupt: bool = False
-    """Decode every file first, list the unreadable ones and leave them out for good."""
+    """Decode every file first, list the unreadable ones and leave them out for good. Without it they are refused."""
+    allow_warnings: bool = False
+    """Take images that decode with signs of damage, too, as they decode."""
+    max_pixels: float = 200
+    """Millions of pixels of an image at most, by its header; larger ones are unreadable."""
     batch_size: int = 256
     """Pictures the teacher sees at once."""
     device: str = "auto"
@@ -150,8 +167,13 @@ class PrecomputeConfig:
             raise BadInput(f"std: expected three numbers above 0, got {self.std}")
         if self.mean is not None and not all(map(math.isfinite, self.mean)):
             raise BadInput(f"mean: expected three numbers, got {self.mean}")
+        self.limits()
         if self.recipe:
             recipe(self.recipe)
+
+    def limits(self) -> Limits:
+        """Which images are taken."""
+        return given_limits(self.max_pixels, self.allow_warnings)
 
     def policy(self) -> ViewPolicy:
         """What to draw. Raises BadInput for impossible values."""

@@ -12,8 +12,10 @@ import numpy as np
 
 from fastofa.dataset import Dataset, from_array
 from fastofa.errors import BadInput
+from fastofa.images import read_file
 
 ARCHIVE, FOLDER = "cifar-100-python.tar.gz", "cifar-100-python"
+MOST_BYTES = 1 << 30  # unpacked; CIFAR-100 has 186 MB
 PLAIN = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -50,11 +52,14 @@ def open_cifar100(spec: str, split: str, folder: Path) -> Dataset:
 def _load(folder: Path, member: str) -> dict[str, Any]:
     try:
         if (folder / FOLDER / member).exists():
-            data = (folder / FOLDER / member).read_bytes()
+            data = bytes(read_file(folder / FOLDER / member))
         elif (folder / member).exists():
-            data = (folder / member).read_bytes()
+            data = bytes(read_file(folder / member))
         else:
-            unpacked = gzip.decompress((folder / ARCHIVE).read_bytes())  # whole: the checksum comes last
+            with gzip.open(io.BytesIO(read_file(folder / ARCHIVE))) as whole:
+                unpacked = whole.read(MOST_BYTES)  # to its end, where its checksum is
+                if whole.read(1):
+                    raise OSError(0, f"more than {MOST_BYTES:,} bytes")
             with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
                 file = archive.extractfile(f"{FOLDER}/{member}")
                 assert file is not None

@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from fastofa.errors import BadInput
+from fastofa.image_headers import given_limits
 from fastofa.views import ViewPolicy
 
 MOST_EPOCHS = 1_000_000
@@ -159,6 +160,10 @@ class TrainConfig:
     """Seconds that ranks wait for one another before they give up (and torchrun, if told so, restarts them)."""
     pipeline: str = "auto"
     """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
+    allow_warnings: bool = False
+    """With --skip-corrupt: take images that decode with signs of damage, too. Without it they are named and taken."""
+    max_pixels: float = 200
+    """Millions of pixels of an image at most, by its header; larger ones are unreadable."""
     workers: int | None = None
     """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
     log_every: int = 50
@@ -183,6 +188,7 @@ class TrainConfig:
                 need(value in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
             numbers = value if isinstance(value, tuple) else (value,)
             need(not any(isinstance(v, float) and math.isinf(v) for v in numbers), name, "finite numbers")
+        given_limits(self.max_pixels, self.allow_warnings)
         need(set(self.kernels) <= {"loss", "exits"}, "kernels", "some of loss exits")
         for name in (
             "epochs",
@@ -283,6 +289,7 @@ class TrainConfig:
             "accumulate",
         }
         free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data", "cache"}
+        free |= {"allow_warnings", "max_pixels"}  # which images they take is the data's fingerprint
         mine, theirs = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
         return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if k not in free and mine[k] != theirs[k]]
 

@@ -38,12 +38,17 @@ def digest(path: str, size: int) -> bytes | OSError:
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            begins = (0, (size - PART) // 2, size - PART) if size > 3 * PART else (0, PART, 2 * PART)
-            parts = b"".join(os.pread(file, PART, begin) for begin in begins)
+            return digest_of(file, 0, size)
         finally:
             os.close(file)
     except OSError as error:
         return error
+
+
+def digest_of(file: int, begin: int, size: int) -> bytes:
+    """Of the parts of `size` bytes of an open file."""
+    places = (0, (size - PART) // 2, size - PART) if size > 3 * PART else (0, PART, 2 * PART)
+    parts = b"".join(os.pread(file, min(PART, size - place), begin + place) for place in places if place < size)
     return hashlib.blake2b(parts, digest_size=DIGEST).digest()
 
 

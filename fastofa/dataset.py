@@ -5,13 +5,14 @@ open_dataset("digits:100")          the same, with only 100 training pictures
 open_dataset("cifar100:DIR")        DIR holds cifar-100-python.tar.gz or the folder it unpacks to
 open_dataset("path/to/DIR")         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP)
 open_dataset("photos.pack")         any of these, as `fastofa write` wrote it: pixels of one size in one file
-open_dataset("photos.beton")        the same in FFCV's format, with photos.val.beton and photos.beton.json beside it
+open_dataset("photos.beton")        the same in FFCV's format, with photos.val.beton and photos.beton.safetensors
+open_dataset("train.beton")         the same as FFCV's own writer wrote it, with val.beton beside it
 """
 
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +22,13 @@ from torch import Tensor
 
 from fastofa.beton import PAGE
 from fastofa.errors import BadInput
+from fastofa.image_headers import DEFAULT, Limits
 from fastofa.images import decode, read_image
 from fastofa.names import Names
 
 Split = Literal["train", "val"]
 FORMS = (".pack", ".beton")  # what `fastofa write` writes
+FFCV = (".beton", ".ffcv")  # what FFCV's own writer writes
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,12 @@ class Dataset:
     """int64 [N, 2]: height and width of the pictures in `file`."""
     spans: np.ndarray | None = None
     """int64 [N, 2]: where in `file` each picture begins, and its bytes."""
-    raw: bool = False
-    """Of a .beton: the pictures are pixels, not JPEGs."""
+    is_raw: np.ndarray | None = None
+    """bool [N]: which images of a .beton are pixels; the others are JPEGs."""
+    shuffled: bool = True
+    """Where the images in `file` do not lie in the order of samples, they lie in random order."""
+    limits: Limits = DEFAULT
+    """Which images are read."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,24 +81,33 @@ class Dataset:
         return self.sizes if self.stored is None else self.stored
 
     @property
+    def raw(self) -> bool:
+        """A .beton of pixels only."""
+        return self.is_raw is not None and bool(self.is_raw.all())
+
+    @property
     def pages(self) -> np.ndarray | None:
         """int64 [N]: the page of 8 MiB of `file` in which each picture begins, where a page is a random sample.
 
-        None where pictures are files, or lie in the order of samples, class by class.
+        None where images are files, or lie in the order of samples, class by class, or as FFCV's writer laid them.
         """
-        if self.spans is None or (np.diff(self.spans[:, 0]) > 0).all():
+        if self.spans is None or not self.shuffled or (np.diff(self.spans[:, 0]) > 0).all():
             return None
         return self.spans[:, 0] // PAGE
 
-    def read(self, sample_id: int) -> Tensor:
-        """A picture, uint8 [3, H, W], of an array a view. Raises BadInput, naming one that is damaged."""
+    def read(self, sample_id: int, strict: bool = False) -> Tensor:
+        """An image, uint8 [3, H, W], of an array a view. Raises BadInput, naming one that is damaged.
+
+        Args:
+            strict: see `fastofa.images.read_image`.
+        """
         if self.pixels is not None:
             return torch.from_numpy(self.pixels[sample_id]).permute(2, 0, 1)
         if self.spans is None:
-            image = read_image(self.path(sample_id))
+            image = read_image(self.path(sample_id), self.limits, strict)
             again = f"delete {self.index} to read the folder anew" if self.index else "start again"
             return self._checked(sample_id, image, f"as when the folder was read; {again}")
-        return self.unpack(sample_id, bytearray(self.stored_bytes(sample_id)))
+        return self.unpack(sample_id, bytearray(self.stored_bytes(sample_id)), strict)
 
     def stored_bytes(self, sample_id: int) -> bytes:
         """Of a picture's file, or of its part of `file`; of data sets made of either."""
@@ -103,16 +119,19 @@ class Dataset:
             file.seek(begin)
             return file.read(count)
 
-    def unpack(self, sample_id: int, data: bytearray | np.ndarray) -> Tensor:
+    def unpack(self, sample_id: int, data: bytearray | np.ndarray, strict: bool = False) -> Tensor:
         """The same from a picture's bytes in a .beton; if they are pixels a view of them."""
         assert self.spans is not None
         if len(data) != self.spans[sample_id, 1]:
             raise BadInput(f"image {self.names[sample_id]} in {self.file} is cut short; write that again")
-        if self.raw:
+        if self.is_raw is not None and self.is_raw[sample_id]:
             height, width = self.stored_sizes[sample_id].tolist()
             return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
-        image = decode(data, f"{self.names[sample_id]} in {self.file}")
-        return self._checked(sample_id, image, f"as {self.file} says of it; write that again")
+        name = f"{self.names[sample_id]} in {self.file}"
+        claim = replace(self.limits, max_pixels=int(self.stored_sizes[sample_id].prod()))  # more is damage
+        return self._checked(
+            sample_id, decode(data, name, claim, strict), f"as {self.file} says of it; write that again"
+        )
 
     def _checked(self, sample_id: int, image: Tensor, remedy: str) -> Tensor:
         """Raises BadInput if it has not the size that is known of it."""
@@ -125,13 +144,17 @@ class Dataset:
         return image
 
 
-def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) -> Dataset:
+def open_dataset(
+    spec: str, split: Split = "train", skip_corrupt: bool = False, check: bool = False, limits: Limits = DEFAULT
+) -> Dataset:
     """Open one split of a data set.
 
     Args:
         spec: see the top of this file.
         split: "train" or "val".
         skip_corrupt: decode every file once, list the unreadable ones and leave them out (folders only).
+        check: decode every file once and refuse unreadable ones (folders only; what was written has been checked).
+        limits: which images are taken.
 
     Raises:
         BadInput: unknown data set, missing folder, no or unreadable pictures.
@@ -153,14 +176,14 @@ def open_dataset(spec: str, split: Split = "train", skip_corrupt: bool = False) 
         from fastofa.cifar import open_cifar100
 
         return open_cifar100(spec, split, Path(rest))
-    if Path(spec).suffix in FORMS:
+    if Path(spec).suffix in FORMS + FFCV:
         from fastofa.written import open_written
 
-        return open_written(Path(spec), split)
+        return open_written(Path(spec), split, limits)
     if is_folder:
         from fastofa.image_folder import open_image_folder
 
-        return open_image_folder(spec, split, skip_corrupt)
+        return open_image_folder(spec, split, skip_corrupt, check, limits)
     raise BadInput(
         f"unknown data set {spec!r}: expected digits, digits:N, cifar100:DIR, a folder with train/ and val/, or a "
         f"{' or '.join(FORMS)} that `fastofa write` wrote; there is no such folder"

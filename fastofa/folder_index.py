@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from fastofa.content import DIGEST, sample
 from fastofa.distributed import is_main_process
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
+from fastofa.image_headers import DEFAULT, Limits
 from fastofa.names import Names
 from fastofa.progress import notice
 
@@ -45,10 +46,23 @@ class Known:
     """bool [N]: all of the image was decoded, not only its header."""
     skipped: dict[int, str]
     """By place: unreadable files that --skip-corrupt leaves out, and why."""
+    limits: Limits | None = None
+    """Within which that is so; None where nothing is known."""
 
     @classmethod
     def nothing(cls, count: int) -> "Known":
         return cls(np.zeros((count, 2), dtype=np.int64), np.zeros(count, dtype=bool), {})
+
+    def limit(self, limits: Limits, skip_corrupt: bool) -> None:
+        """Forget what is otherwise within these. What one command was told to take, later ones take as well, unless
+        they are to leave out again what is unreadable."""
+        before = self.limits or limits
+        if not skip_corrupt:
+            most, allow = max(limits.max_pixels, before.max_pixels), limits.allow_warnings or before.allow_warnings
+            limits = Limits(most, allow)
+        elif limits != before:
+            self.skipped, self.decoded[:] = {}, False
+        self.limits = limits
 
 
 def index_paths(top: Path, split: str) -> list[Path]:
@@ -97,6 +111,7 @@ def write_index(paths: list[Path], files: Files, known: Known) -> Path | None:
         "decoded": torch.from_numpy(known.decoded),
         "skipped": torch.tensor(skipped, dtype=torch.int64),
         "reasons": torch.tensor(np.frombuffer(reasons, dtype=np.uint8)),
+        "limits": torch.tensor(astuple(known.limits or DEFAULT)),
     }
     refused = []
     for path in paths:
@@ -156,13 +171,15 @@ def _load(path: Path) -> tuple[Files, Known]:
             "names": ("uint8", (len(names.text),)), "byte_sizes": ("int64", (count,)),
             "content": ("uint8", (len(sample(count)), DIGEST)), "sizes": ("int32", (count, 2)),
             "decoded": ("bool", (count,)), "skipped": ("int64", (len(reasons),)),
-            "reasons": ("uint8", (len(reasons.text),)),
+            "reasons": ("uint8", (len(reasons.text),)), "limits": ("int64", (2,)),
         }  # fmt: skip
         if {name: (str(column.dtype), column.shape) for name, column in columns.items()} != expected:
             raise ValueError
         if (sizes < 0).any() or (skipped < 0).any() or (skipped >= count).any():
             raise ValueError
-        known = Known(sizes.astype(np.int64), columns["decoded"], dict(zip(skipped.tolist(), reasons, strict=True)))
+        most, allow = columns["limits"].tolist()
+        left = dict(zip(skipped.tolist(), reasons, strict=True))
+        known = Known(sizes.astype(np.int64), columns["decoded"], left, Limits(most, bool(allow)))
     except (KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: expected an index of images, got another safetensors file") from None
     return Files(names, columns["byte_sizes"], columns["content"]), known
@@ -182,6 +199,7 @@ def _recognise(files: Files, there: Files, known: Known) -> Known:
     here = np.delete(here, both[changed])
     found.sizes[here] = known.sizes[place[here]]
     found.decoded[here] = known.decoded[place[here]]
+    found.limits = known.limits
     if known.skipped:
         back = np.full(len(there.names), -1)
         back[place[here]] = here

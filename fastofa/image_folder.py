@@ -6,30 +6,29 @@ file opened, so they are read once and kept in an index.
 
 import errno
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from fastofa.check_images import checked_size, header_size, in_parallel
 from fastofa.content import DIGEST, digests, sample
 from fastofa.dataset import Dataset, fingerprint_of
 from fastofa.distributed import is_main_process
 from fastofa.errors import BadInput
 from fastofa.folder_index import Files, Known, index_paths, making, read_index, write_index
 from fastofa.folder_listing import Listing, list_images, remedy
-from fastofa.images import read_image
+from fastofa.image_headers import DEFAULT, Limits
 from fastofa.names import Names
-from fastofa.progress import notice, track
+from fastofa.progress import notice
 
-ORIENTATION = 0x0112  # EXIF tag; 1 to 4 leave the sides as they are, 5 to 8 turn the image by a quarter
 NAMED = 5  # how many unreadable files an error names; all are named before it
 BLOCK = 100_000  # files whose paths are held at a time
 NOT_THE_FILES = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)  # errors that do not mean damage
 
 
-def open_image_folder(spec: str, split: str, skip_corrupt: bool = False) -> Dataset:
+def open_image_folder(
+    spec: str, split: str, skip_corrupt: bool = False, check: bool = False, limits: Limits = DEFAULT
+) -> Dataset:
     """See `fastofa.dataset.open_dataset`."""
     listing = list_images(Path(spec), split)
     if is_main_process():
@@ -38,13 +37,16 @@ def open_image_folder(spec: str, split: str, skip_corrupt: bool = False) -> Data
     root, names, byte_sizes = Path(spec) / split, listing.names, listing.byte_sizes
     content, unreadable = _content(root, listing)
     files, paths = Files(names, byte_sizes, content), index_paths(Path(spec), split)
+    check = check or skip_corrupt
     known, index = read_index(paths, files)
+    known.limit(limits, skip_corrupt)
     bad: dict[int, str] = {}
-    if len(_unknown(known, skip_corrupt)):
+    if len(_unknown(known, check)):
         with making(paths):
             known, index = read_index(paths, files, again=True)
-            if len(_unknown(known, skip_corrupt)):
-                bad = _look(root, names, known, unreadable, skip_corrupt)
+            known.limit(limits, skip_corrupt)
+            if len(_unknown(known, check)):
+                bad = _look(root, names, known, unreadable, skip_corrupt, check)
                 index = write_index(paths, files, known)
     if bad:
         _refuse(root, names, bad)
@@ -73,6 +75,7 @@ def open_image_folder(spec: str, split: str, skip_corrupt: bool = False) -> Data
         root=root,
         index=index,
         skipped=reasons,
+        limits=known.limits or DEFAULT,
     )
 
 
@@ -91,34 +94,37 @@ def _content(root: Path, listing: Listing) -> tuple[np.ndarray, dict[int, str]]:
     return content, unreadable
 
 
-def _unknown(known: Known, skip_corrupt: bool) -> np.ndarray:
+def _unknown(known: Known, check: bool) -> np.ndarray:
     """int64: places of the files that have to be opened."""
-    unknown = (known.sizes[:, 0] == 0) | (~known.decoded if skip_corrupt else False)
+    unknown = (known.sizes[:, 0] == 0) | (~known.decoded if check else False)
     unknown[list(known.skipped)] = False
     return np.flatnonzero(unknown)
 
 
-def _look(root: Path, names: Names, known: Known, unreadable: dict[int, str], skip_corrupt: bool) -> dict[int, str]:
+def _look(
+    root: Path, names: Names, known: Known, unreadable: dict[int, str], skip_corrupt: bool, check: bool
+) -> dict[int, str]:
     """Open the files of which the size is not known and note it; returns those that stand in the way, with reasons."""
     bad: dict[int, str] = {}
 
-    def look(places: np.ndarray, check: Callable[[Path], tuple[int, int] | str], title: str) -> None:
+    def look(places: np.ndarray, decoded: bool, title: str) -> None:
         for begin in range(0, len(places), BLOCK):
             block = places[begin : begin + BLOCK].tolist()
-            found = _in_parallel(check, [root / names[i] for i in block], title)
+            size_of = checked_size if decoded else header_size
+            found = in_parallel(size_of, [root / names[i] for i in block], known.limits or DEFAULT, title)
             bad.update({i: size for i, size in zip(block, found, strict=True) if isinstance(size, str)})
             known.sizes[block] = [(0, 0) if isinstance(size, str) else size for size in found]
-        known.decoded[places] |= check is _checked_size
+            known.decoded[block] |= [decoded and not isinstance(size, str) for size in found]
 
-    unknown = _unknown(known, skip_corrupt)
+    unknown = _unknown(known, check)
     is_unreadable = np.isin(unknown, list(unreadable))
     bad.update({i: unreadable[i] for i in unknown[is_unreadable].tolist()})
-    look(unknown[~is_unreadable], _checked_size if skip_corrupt else _header_size, f"indexing {root}")
+    look(unknown[~is_unreadable], check, f"indexing {root}")
     _check_access(root, names, bad)
     if bad and not skip_corrupt:  # all are decoded, to name every one at once
         rest = ~known.decoded
         rest[[*bad, *known.skipped]] = False
-        look(np.flatnonzero(rest), _checked_size, f"decoding {root}")
+        look(np.flatnonzero(rest), True, f"decoding {root}")
     if skip_corrupt:
         known.skipped |= bad
         return {}
@@ -127,8 +133,8 @@ def _look(root: Path, names: Names, known: Known, unreadable: dict[int, str], sk
 
 def _refuse(root: Path, names: Names, bad: dict[int, str]) -> None:
     raise BadInput(
-        f"{len(bad)} unreadable images: {_named(root, names, bad)}; mend or remove them, or run `fastofa precompute` "
-        "or `fastofa write` with --skip-corrupt, which names such files and leaves them out"
+        f"{len(bad)} unreadable images: {_named(root, names, bad)}; mend or remove them, or give `fastofa precompute`, "
+        "`fastofa write` or `fastofa train` --skip-corrupt, which names such files and leaves them out"
     )
 
 
@@ -160,35 +166,3 @@ def _check_classes(root: Path, listing: Listing, labels: np.ndarray) -> None:
             f"{root}: all images of {len(lost)} classes are unreadable ({', '.join(classes)}); mend some of each, or "
             "remove the folders of these classes"
         )
-
-
-def _header_size(path: Path) -> tuple[int, int] | str:
-    """(height, width) of what `read_image` gives, or why it cannot be read; from the header where that settles it.
-
-    Pillow and torchvision find the orientation in different places (XMP, a second picture in the file), so whatever
-    may be turned by a quarter, and whatever Pillow cannot open, is decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            (width, height), orientation = image.size, image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow raises many kinds for damaged files
-        return _checked_size(path)
-    return (height, width) if orientation in (1, 2, 3, 4) else _checked_size(path)
-
-
-def _checked_size(path: Path) -> tuple[int, int] | str:
-    """The same by decoding the whole picture."""
-    try:
-        _, height, width = read_image(path).shape
-    except BadInput as error:
-        if path.exists() and path.stat().st_size == 0:
-            return "empty file"
-        return str(error).replace(str(path), "file").partition("(")[2].partition(")")[0]
-    return height, width
-
-
-def _in_parallel(
-    check: Callable[[Path], tuple[int, int] | str], paths: list[Path], title: str
-) -> list[tuple[int, int] | str]:
-    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-        return list(track(pool.map(check, paths, chunksize=16), len(paths), title))

@@ -67,8 +67,10 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
 
 
 def _precompute(config: PrecomputeConfig) -> TeacherCache:
-    train = open_dataset(config.data, "train", config.skip_corrupt)
-    val = open_dataset(config.data, "val", config.skip_corrupt)
+    train, val = (
+        open_dataset(config.data, split, config.skip_corrupt, check=True, limits=config.limits())
+        for split in ("train", "val")
+    )
     if config.topk > len(train.classes):
         raise BadInput(f"topk: expected at most the {len(train.classes)} classes of {config.data}, got {config.topk}")
     policy = config.policy()

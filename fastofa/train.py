@@ -31,6 +31,7 @@ from fastofa.distributed import Vote, World, check_same, check_shared, contact, 
 from fastofa.epochs import Epochs, check_whole
 from fastofa.errors import BadInput
 from fastofa.files import filling
+from fastofa.image_headers import given_limits
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.memory import memory_bytes
 from fastofa.metrics import (
@@ -133,7 +134,10 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         open_ = [name for name in SIZED if getattr(config, name) is None]
         config = dataclasses.replace(config, **{name: getattr(begun, name) for name in open_})
     with world.without_haste():  # the first opening of a folder opens every image
-        train_set, val_set = (open_dataset(config.data, split, config.skip_corrupt) for split in ("train", "val"))
+        limits = given_limits(config.max_pixels, config.allow_warnings)
+        train_set, val_set = (
+            open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
+        )
     config = dataclasses.replace(config, order=_choose_order(config, train_set, world))
     epochs = Epochs(config, train_set, world, device, _views_begun_with(config, world))
     config = epochs.config

@@ -15,7 +15,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -24,23 +24,28 @@ from torch import Tensor
 from torchvision.io import encode_jpeg
 
 from fastofa.arguments import WriteConfig
-from fastofa.beton import MOST_BYTES, MOST_PIXELS, PAGE, Picture, write_beton
-from fastofa.dataset import FORMS, Dataset, open_dataset
+from fastofa.beton import MOST_BYTES, MOST_PIXELS, PAGE, Picture, read_layout, write_beton
+from fastofa.dataset import FFCV, FORMS, Dataset, open_dataset
 from fastofa.device import choose_workers
 from fastofa.errors import BadInput
 from fastofa.files import new_folder, reason, remove_leftovers, temporary_name
 from fastofa.images import resize
 from fastofa.locks import writing
+from fastofa.names import Names
 from fastofa.progress import notice, track
 from fastofa.threads import in_order
 from fastofa.written import (
     IMAGES,
     LABELS,
+    File,
+    Index,
+    Part,
     beton_path,
-    between,
+    head_crc32,
     index_path,
     open_written,
     read_index,
+    splits_of,
     verify,
     write_index,
 )
@@ -75,7 +80,7 @@ def _open_splits(config: WriteConfig) -> list[Dataset]:
     sources, problems = [], []
     for split in _splits(config.data):
         try:
-            sources.append(open_dataset(config.data, split, config.skip_corrupt))
+            sources.append(open_dataset(config.data, split, config.skip_corrupt, limits=config.limits()))
         except BadInput as error:
             problems.append(str(error))
     if problems:
@@ -88,8 +93,9 @@ def _open_splits(config: WriteConfig) -> list[Dataset]:
 def _splits(data: str) -> list[Literal["train", "val"]]:
     """Both, but for a folder that has training pictures only."""
     found: list[Literal["train", "val"]] = ["train", "val"]
-    if Path(data).suffix in FORMS and Path(data).exists():
-        return [split for split in found if split in read_index(Path(data))["splits"]]
+    if Path(data).suffix in FORMS + FFCV and Path(data).exists():
+        there = splits_of(Path(data))
+        return [split for split in found if split in there]
     here = [split for split in found if (Path(data) / split).is_dir()]
     return here if "train" in here else found
 
@@ -97,15 +103,15 @@ def _splits(data: str) -> list[Literal["train", "val"]]:
 def _check_form(config: WriteConfig) -> None:
     """Raises BadInput if what lies there has another size or kind of pictures than was asked for."""
     index = read_index(config.out)
-    if config.size not in (None, index.get("size")):
-        raise BadInput(f"{config.out}: expected pictures of {config.size} pixels, as asked for, got {index['size']}")
-    if config.raw and not index["raw"]:
+    if config.size not in (None, index.size):
+        raise BadInput(f"{config.out}: expected images of {config.size} pixels, as asked for, got {index.size}")
+    if config.raw and not index.raw:
         raise BadInput(f"{config.out}: expected pixels, as asked for by --raw, got JPEGs")
 
 
 def _check_source(config: WriteConfig, sources: list[Dataset]) -> None:
     for source in sources:
-        if open_written(config.out, source.split).fingerprint != source.fingerprint:
+        if open_written(config.out, source.split, source.limits).fingerprint != source.fingerprint:
             raise BadInput(
                 f"{config.out}: is whole, but was not made from {config.data} as it is now ({source.split} differs); "
                 "write it again elsewhere"
@@ -116,7 +122,7 @@ def _write_pack(config: WriteConfig, sources: list[Dataset]) -> None:
     size, total = config.size or SIZE, sum(map(len, sources))
     _check_space(config.out, total * size * size * 3)
     with new_folder(config.out) as folder:
-        index = _index(config, sources, size=size)
+        index = _index(config, sources, size)
         with open(folder / IMAGES, "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (total, size, size, 3)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -125,7 +131,9 @@ def _write_pack(config: WriteConfig, sources: list[Dataset]) -> None:
                     file.write(picture.data)
         np.save(folder / LABELS, np.concatenate([source.labels for source in sources]))
         for name in (IMAGES, LABELS):
-            _add_file(index, folder / name, name)
+            count = (folder / name).stat().st_size
+            head = count - (total * size * size * 3 if name == IMAGES else 0)
+            index.files[name] = File(count, head_crc32(folder / name, head))
         write_index(folder / index_path(config.out).name, index)
 
 
@@ -137,7 +145,7 @@ def _write_beton(config: WriteConfig, sources: list[Dataset]) -> None:
 def _fill_beton(config: WriteConfig, sources: list[Dataset]) -> None:
     if config.out.exists():  # by now
         raise BadInput(f"{config.out}: exists already; choose another place or remove it")
-    index = _index(config, sources, raw=config.raw)
+    index = _index(config, sources, None)
     files: dict[Path, Path] = {}  # by their later names
     try:
         for source in sources:
@@ -148,7 +156,7 @@ def _fill_beton(config: WriteConfig, sources: list[Dataset]) -> None:
             order = _shuffled(len(source)) if source.split == "train" else np.arange(len(source))
             pictures = _pictures(config, source, index, order)
             write_beton(temporary, pictures, order, source.labels, config.raw, largest)
-            _add_file(index, temporary, source.split)
+            index.files[source.split] = File(temporary.stat().st_size, read_layout(temporary).crc32)
         write_index(index_path(config.out), index)
         for final in sorted(files, key=lambda path: path == config.out):  # by the last one it is whole
             os.replace(files[final], final)
@@ -164,20 +172,13 @@ def _shuffled(count: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(count)
 
 
-def _index(config: WriteConfig, sources: list[Dataset], **form: Any) -> dict[str, Any]:
-    """What lies beside the pictures; their checksums and the files' are added while they are written."""
+def _index(config: WriteConfig, sources: list[Dataset], size: int | None) -> Index:
+    """What lies beside the images; their checksums and the files' are added while they are written."""
     parts = {
-        source.split: {
-            "fingerprint": source.fingerprint, "names": list(source.names), "sizes": source.sizes.tolist(),
-            "crc32": [0] * len(source),
-        }
+        source.split: Part(source.fingerprint, Names.of(source.names), source.sizes, np.zeros(len(source), np.int64))
         for source in sources
-    }  # fmt: skip
-    return {"source": config.data, "classes": sources[0].classes, **form, "splits": parts, "files": {}}
-
-
-def _add_file(index: dict[str, Any], path: Path, name: str) -> None:
-    index["files"][name] = {"bytes": path.stat().st_size, "crc32": between(path)}
+    }
+    return Index(config.data, sources[0].classes, size, config.raw, parts, {})
 
 
 def _largest(config: WriteConfig, source: Dataset) -> int:
@@ -203,13 +204,13 @@ def _check_space(out: Path, need: int) -> None:
         )
 
 
-def _pictures(config: WriteConfig, source: Dataset, index: dict[str, Any], order: np.ndarray) -> Iterator[Picture]:
+def _pictures(config: WriteConfig, source: Dataset, index: Index, order: np.ndarray) -> Iterator[Picture]:
     """The pictures in this order of samples, decoded in threads; notes their checksums in the index.
 
     Raises:
         BadInput: at the end, if some are unreadable; each has been named.
     """
-    checksums, bad = index["splits"][source.split]["crc32"], []
+    checksums, bad = index.splits[source.split].crc32, []
 
     def work(i: int) -> tuple[Picture, int] | str:
         try:
@@ -231,13 +232,18 @@ def _pictures(config: WriteConfig, source: Dataset, index: dict[str, Any], order
         raise BadInput(f"nothing was written: {len(bad)} unreadable images in {source.spec}, the first: {bad[0]}")
 
 
+def _checked(config: WriteConfig, source: Dataset, i: int) -> Tensor:
+    """An image; one that shows signs of damage is unreadable. With --skip-corrupt they were all looked at before."""
+    return source.read(i, strict=not config.skip_corrupt)
+
+
 def _packed(config: WriteConfig, source: Dataset, i: int) -> Picture:
     size = config.size or SIZE
-    return _pixels(resize(source.read(i), size, size))
+    return _pixels(resize(_checked(config, source, i), size, size))
 
 
 def _encoded(config: WriteConfig, source: Dataset, i: int) -> Picture:
-    image = source.read(i)
+    image = _checked(config, source, i)
     height, width = _limited(config, *image.shape[1:])
     smaller = resize(image, height, width)
     if config.raw:
@@ -262,7 +268,7 @@ def _limited(config: WriteConfig, height: int, width: int) -> tuple[int, int]:
 
 def _upright_jpeg(source: Dataset, i: int, image: Tensor) -> bytes | None:
     """As it is stored, if it is a JPEG of three colours that needs no turning and takes less than its pixels."""
-    if source.pixels is not None or source.raw:
+    if source.pixels is not None or (source.is_raw is not None and source.is_raw[i]):
         return None
     data = source.stored_bytes(i)
     try:
@@ -276,10 +282,8 @@ def _upright_jpeg(source: Dataset, i: int, image: Tensor) -> bytes | None:
 def main(config: WriteConfig) -> None:
     write(config)
     index = read_index(config.out)
-    counts = ", ".join(f"{split} {len(part['names']):,}" for split, part in index["splits"].items())
-    size = sum(file["bytes"] for file in index["files"].values())
+    counts = ", ".join(f"{split} {len(part.names):,}" for split, part in index.splits.items())
+    size = sum(file.bytes for file in index.files.values())
     checked = ", as it was written" if config.verify else ""
-    kind = f"{index['size']} px" if "size" in index else "pixels" if index["raw"] else "JPEGs"
-    print(
-        f"{config.out}: {counts} images of {len(index['classes'])} classes, {kind}, {filesize.decimal(size)}{checked}"
-    )
+    kind = f"{index.size} px" if index.size else "pixels" if index.raw else "JPEGs"
+    print(f"{config.out}: {counts} images of {len(index.classes)} classes, {kind}, {filesize.decimal(size)}{checked}")

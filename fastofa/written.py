@@ -1,50 +1,115 @@
 """The forms that `fastofa write` gives a data set, opened and checked.
 
 photos.pack/     images.npy uint8 [N, S, S, 3] and labels.npy int64 [N], first the training split, then the other;
-                 dataset.json
-photos.beton     the training split in FFCV's format; photos.val.beton the validation split; photos.beton.json
+                 dataset.safetensors
+photos.beton     the training split in FFCV's format; photos.val.beton the validation split; photos.beton.safetensors
 
-The .json is the index: of every picture its name, the original's height and width and a checksum, the class names and
-the fingerprint of the source. So a data set is the same one in every form, and a cache made from one serves the others.
+The .safetensors is the index: of every image its name, the original's height and width and a checksum, the class names
+and the fingerprint of the source. So a data set is the same one in every form, and a cache made from one serves the
+others. Whatever is read when a data set is opened is compared with a checksum; images are when they are verified.
+
+A file that FFCV's own writer wrote has no index: there, numbers are the names.
 """
 
-import hashlib
-import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from fastofa.beton import read_layout
-from fastofa.dataset import Dataset
+from fastofa.beton import filled_gap, read_layout
+from fastofa.content import DIGEST, digest_of, sample
+from fastofa.dataset import FFCV, Dataset, fingerprint_of
 from fastofa.errors import BadInput
-from fastofa.files import map_file, write_atomic
+from fastofa.files import load_tensors, map_file, save_tensors
+from fastofa.image_headers import Limits
+from fastofa.names import Names
 from fastofa.progress import notice, track
 from fastofa.threads import in_order
 
-SCHEMA = 1
+SCHEMA = 2
 IMAGES, LABELS = "images.npy", "labels.npy"
-NAMED = 5  # how many damaged pictures an error names; the others are listed before it
+NAMED = 5  # how many damaged images an error names; the others are listed before it
+MOST_CLASSES = 1_000_000  # of a file without class names
+
+
+@dataclass
+class Part:
+    """What the index says of the N samples of a split."""
+
+    fingerprint: str
+    names: Names
+    sizes: np.ndarray
+    """int64 [N, 2]: height and width of the originals."""
+    crc32: np.ndarray
+    """int64 [N]: of each image as it is stored."""
+
+
+@dataclass
+class File:
+    """What the index says of a file."""
+
+    bytes: int
+    crc32: int
+    """Of all that belongs to no image."""
+
+
+@dataclass
+class Index:
+    source: str
+    """--data of the command that wrote it."""
+    classes: tuple[str, ...]
+    size: int | None
+    """Of a pack: height and width of its images."""
+    raw: bool
+    """Of a .beton: pixels, not JPEGs."""
+    splits: dict[str, Part]
+    files: dict[str, File]
+    """Of a pack by their names, of a .beton by their splits."""
 
 
 def index_path(path: Path) -> Path:
-    return path / "dataset.json" if path.suffix == ".pack" else path.with_name(f"{path.name}.json")
+    return path / "dataset.safetensors" if path.suffix == ".pack" else path.with_name(f"{path.name}.safetensors")
 
 
 def beton_path(path: Path, split: str) -> Path:
     """The file of one split; `path` is the training split's."""
-    return path if split == "train" else path.with_suffix(f".{split}.beton")
+    return path if split == "train" else path.with_suffix(f".{split}{path.suffix}")
 
 
-def write_index(path: Path, index: dict[str, Any]) -> None:
-    """JSON, whose last entry is the sha256 of what stands before it."""
-    body = json.dumps({"schema": SCHEMA, **index})[:-1].encode()
-    write_atomic(path, body + _seal(body))
+def is_foreign(path: Path) -> bool:
+    """Did FFCV's own writer write it? Raises BadInput for what is no such file."""
+    return path.suffix in FFCV and not index_path(path).exists() and path.exists() and not read_layout(path).ours
 
 
-def read_index(path: Path) -> dict[str, Any]:
+def splits_of(path: Path) -> list[str]:
+    """Which splits a written data set has. Raises BadInput."""
+    if is_foreign(path):
+        return ["train", "val"] if _foreign_val(path) else ["train"]
+    return list(read_index(path).splits)
+
+
+# --- The index --------------------------------------------------------------------------------------------------------
+
+
+def write_index(path: Path, index: Index) -> None:
+    info = {
+        "schema": SCHEMA, "source": index.source, "classes": index.classes, "size": index.size, "raw": index.raw,
+        "splits": {split: part.fingerprint for split, part in index.splits.items()},
+        "files": {name: astuple(file) for name, file in index.files.items()},
+    }  # fmt: skip
+    tensors = {}
+    for split, part in index.splits.items():
+        tensors[f"{split}.names"] = torch.tensor(np.frombuffer(part.names.text, dtype=np.uint8))
+        tensors[f"{split}.sizes"] = torch.from_numpy(part.sizes.astype(np.int32))
+        tensors[f"{split}.crc32"] = torch.from_numpy(part.crc32)
+    save_tensors(path, tensors, info)
+
+
+def read_index(path: Path) -> Index:
     """Of a .pack or .beton. Raises BadInput if it is missing, damaged or of another version."""
     if not path.exists():
         raise BadInput(f"{path} does not exist; `fastofa write DATA {path}` makes it")
@@ -56,79 +121,108 @@ def read_index(path: Path) -> dict[str, Any]:
         raise BadInput(
             f"{path}: expected {found} with it, as `fastofa write` makes them; move all its files or write it again"
         )
+    tensors, info = load_tensors(found)
     try:
-        text = found.read_bytes()
-    except OSError as error:
-        raise BadInput(f"could not read {found}: {error.strerror}") from None
-    body = text[: -len(_seal(b""))]
-    if text != body + _seal(body):
-        raise BadInput(f"{found}: its checksum does not match, it was edited or damaged; write {path} again")
-    index = json.loads(text)
-    if index["schema"] != SCHEMA:
-        raise BadInput(f"{found}: expected schema {SCHEMA}, got {index['schema']}; write {path} again by this version")
-    return index
+        if info["schema"] != SCHEMA:
+            raise BadInput(
+                f"{found}: expected schema {SCHEMA}, got {info['schema']}; write {path} again by this version"
+            )
+        columns = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return Index(
+            source=info["source"],
+            classes=tuple(info["classes"]),
+            size=info["size"],
+            raw=info["raw"],
+            splits={split: _part(columns, split, fingerprint) for split, fingerprint in info["splits"].items()},
+            files={name: File(*file) for name, file in info["files"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BadInput(f"{found}: expected an index that `fastofa write` wrote, got another file") from None
 
 
-def _seal(body: bytes) -> bytes:
-    return f', "sha256": "{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
+def _part(columns: dict[str, np.ndarray], split: str, fingerprint: str) -> Part:
+    """Raises KeyError or ValueError for what write_index does not write."""
+    names, sizes = Names(columns[f"{split}.names"].tobytes()), columns[f"{split}.sizes"]
+    crc32 = columns[f"{split}.crc32"]
+    if sizes.shape != (len(names), 2) or crc32.shape != (len(names),) or (sizes < 1).any():
+        raise ValueError
+    return Part(fingerprint, names, sizes.astype(np.int64), crc32.astype(np.int64))
 
 
-def open_written(path: Path, split: str) -> Dataset:
+# --- Opening ----------------------------------------------------------------------------------------------------------
+
+
+def open_written(path: Path, split: str, limits: Limits) -> Dataset:
     """See `fastofa.dataset.open_dataset`. Raises BadInput: missing, damaged, or without this split."""
+    if is_foreign(path):
+        return _open_foreign(path, split, limits)
     index = read_index(path)
-    if split not in index["splits"]:
-        raise BadInput(f"{path}: expected the split {split}, it holds {', '.join(index['splits'])} only")
-    part = index["splits"][split]
+    if split not in index.splits:
+        raise BadInput(f"{path}: expected the split {split}, it holds {', '.join(index.splits)} only")
+    part = index.splits[split]
     form = _open_pack if path.suffix == ".pack" else _open_beton
     dataset = Dataset(
         spec=str(path),
         split=split,
-        classes=tuple(index["classes"]),
-        names=part["names"],
-        sizes=np.array(part["sizes"], dtype=np.int64).reshape(-1, 2),
-        fingerprint=part["fingerprint"],
+        classes=index.classes,
+        names=part.names,
+        sizes=part.sizes,
+        fingerprint=part.fingerprint,
         index=index_path(path),
+        limits=limits,
         **form(path, split, index),
     )
-    if not len(dataset.names) == len(dataset.labels) == len(dataset.stored_sizes) or not (
+    if not 0 < len(dataset.names) == len(dataset.labels) == len(dataset.stored_sizes) or not (
         0 <= dataset.labels.min() <= dataset.labels.max() < len(dataset.classes)
     ):
-        raise BadInput(f"{path}: its files are not of one writing, or damaged; remove them and write again")
+        raise BadInput(f"{path}: its files are not of one writing; remove them and write it again")
     return dataset
 
 
-def _open_pack(path: Path, split: str, index: dict[str, Any]) -> dict[str, Any]:
+def _open_pack(path: Path, split: str, index: Index) -> dict[str, Any]:
     for name in (IMAGES, LABELS):
-        _check_size(path / name, index["files"][name]["bytes"])
-    try:
-        file = np.load(path / IMAGES, mmap_mode="r")
-        pixels = np.frombuffer(map_file(path / IMAGES), file.dtype, file.size, file.offset).reshape(file.shape)
-        labels = np.load(path / LABELS)
-        if between(path / LABELS) != index["files"][LABELS]["crc32"]:
-            raise ValueError("its checksum does not match")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: {IMAGES} or {LABELS} is damaged ({error}); remove it and write it again") from None
-    counts = {name: len(part["names"]) for name, part in index["splits"].items()}
-    size = index["size"]
-    if pixels.dtype != np.uint8 or pixels.shape != (sum(counts.values()), size, size, 3):
-        raise BadInput(f"{path / IMAGES}: expected uint8 {[sum(counts.values()), size, size, 3]}; write {path} again")
+        _check(path / name, index.files[name], _head(path, name, index))
+    counts = {name: len(part.names) for name, part in index.splits.items()}
     first = 0 if split == "train" else counts.get("train", 0)
     rows = slice(first, first + counts[split])
+    spans = _pack_spans(path, index)
+    size = index.size or 0
+    pixels = np.frombuffer(map_file(path / IMAGES), np.uint8, offset=int(spans[0, 0]))
+    # What the checksum says was written is not parsed again: of N int64 the last 8 N bytes.
+    labels = np.frombuffer((path / LABELS).read_bytes()[-8 * len(spans) :], "<i8")
     return {
         "labels": labels[rows].astype(np.int64),
-        "pixels": pixels[rows],
+        "pixels": pixels.reshape(-1, size, size, 3)[rows],
         "file": path / IMAGES,
         "stored": np.full((counts[split], 2), size, dtype=np.int64),
-        "spans": _rows(file)[rows],
+        "spans": spans[rows],
     }
 
 
-def _open_beton(path: Path, split: str, index: dict[str, Any]) -> dict[str, Any]:
+def _pack_spans(path: Path, index: Index) -> np.ndarray:
+    """int64 [N, 2]: where the images of both splits begin, and their bytes: they fill the end of the file."""
+    size, count = index.size, sum(len(part.names) for part in index.splits.values())
+    if not isinstance(size, int) or index.files[IMAGES].bytes < count * size * size * 3:
+        raise BadInput(f"{index_path(path)}: expected an index that `fastofa write` wrote, got another file")
+    each = size * size * 3
+    begin = index.files[IMAGES].bytes - count * each
+    return np.stack([begin + each * np.arange(count), np.full(count, each)], axis=1)
+
+
+def _head(path: Path, name: str, index: Index) -> int:
+    """How many bytes of a pack's file belong to no image."""
+    return int(_pack_spans(path, index)[0, 0]) if name == IMAGES else index.files[name].bytes
+
+
+def _open_beton(path: Path, split: str, index: Index) -> dict[str, Any]:
     file = beton_path(path, split)
-    _check_size(file, index["files"][split]["bytes"])
+    expected = index.files[split]
+    _check_size(file, expected.bytes)
     layout = read_layout(file)
+    if layout.crc32 != expected.crc32:
+        raise BadInput(f"{file}: the checksum of its tables does not match, it is damaged; write {path} again")
     return {
-        "labels": layout.labels, "file": file, "stored": layout.sizes, "spans": layout.spans, "raw": layout.raw,
+        "labels": layout.labels, "file": file, "stored": layout.sizes, "spans": layout.spans, "is_raw": layout.is_raw,
     }  # fmt: skip
 
 
@@ -141,22 +235,106 @@ def _check_size(file: Path, expected: int) -> None:
         )
 
 
+def _check(file: Path, expected: File, head: int) -> None:
+    """Raises BadInput unless a pack's file has its size and its first bytes their checksum."""
+    _check_size(file, expected.bytes)
+    if head_crc32(file, head) != expected.crc32:
+        raise BadInput(f"{file}: its checksum does not match, it is damaged; remove it and write it again")
+
+
+def head_crc32(file: Path, count: int) -> int:
+    """Of the first bytes of a file."""
+    try:
+        with open(file, "rb") as handle:
+            return zlib.crc32(handle.read(count))
+    except OSError as error:
+        raise BadInput(f"could not read {file}: {error.strerror}") from None
+
+
+# --- What FFCV's own writer wrote -------------------------------------------------------------------------------------
+
+
+def _open_foreign(path: Path, split: str, limits: Limits) -> Dataset:
+    """Samples by label, then number; classes are the numbers up to the largest label of either split."""
+    val = _foreign_val(path)
+    if split == "val" and val is None:
+        places = " or ".join(map(str, _val_names(path)))
+        raise BadInput(f"{path}: expected its validation split beside it as {places}, found none")
+    layouts = {name: read_layout(file) for name, file in (("train", path), ("val", val)) if file is not None}
+    for name, layout in layouts.items():
+        if layout.labels.min() < 0 or layout.labels.max() >= MOST_CLASSES:
+            raise BadInput(
+                f"{path}: expected labels from 0 to {MOST_CLASSES - 1:,}, got {layout.labels.min()} to "
+                f"{layout.labels.max()} ({name}); write it again with such labels"
+            )
+    file, layout = (path if split == "train" else val), layouts[split]
+    assert file is not None
+    order = np.argsort(layout.labels, kind="stable")
+    if (large := np.flatnonzero(layout.sizes.prod(axis=1) > limits.max_pixels)).size:
+        height, width = layout.sizes[large[0]].tolist()
+        raise BadInput(
+            f"{file}: sample {large[0]} claims {height:,} x {width:,}, more than {limits.max_pixels:,} pixels; "
+            "--max-pixels takes larger ones"
+        )
+    names, labels, spans = Names.of(f"{i:08d}" for i in order.tolist()), layout.labels[order], layout.spans[order]
+    notice(f"{file}: written by FFCV, samples and classes have numbers for names")
+    return Dataset(
+        spec=str(path),
+        split=split,
+        classes=tuple(str(i) for i in range(max(int(one.labels.max()) for one in layouts.values()) + 1)),
+        names=names,
+        labels=labels,
+        sizes=layout.sizes[order],
+        fingerprint=fingerprint_of(names, spans[:, 1], labels, _content(file, spans)),
+        file=file,
+        stored=layout.sizes[order],
+        spans=spans,
+        is_raw=layout.is_raw[order],
+        shuffled=False,
+        limits=limits,
+    )
+
+
+def _val_names(path: Path) -> list[Path]:
+    """Under which the validation split is looked for, beside the training split's file."""
+    names = [beton_path(path, "val")]
+    if "train" in path.name:
+        names.append(path.with_name(path.name.replace("train", "val")))
+    return names
+
+
+def _foreign_val(path: Path) -> Path | None:
+    return next((name for name in _val_names(path) if name.is_file()), None)
+
+
+def _content(file: Path, spans: np.ndarray) -> np.ndarray:
+    """uint8 [n, 16]: digests of a sample of the images."""
+    chosen = spans[sample(len(spans))].tolist()
+    found = np.zeros((len(chosen), DIGEST), np.uint8)
+    with open(file, "rb") as handle:
+        for row, (begin, count) in zip(found, chosen, strict=True):
+            row[:] = np.frombuffer(digest_of(handle.fileno(), begin, count), np.uint8)
+    return found
+
+
+# --- Verifying --------------------------------------------------------------------------------------------------------
+
+
 def verify(path: Path, workers: int) -> None:
-    """Compare every byte with the checksums and decode every picture.
+    """Compare every byte with the checksums and decode every image.
 
     Raises:
-        BadInput: naming the pictures and files that are damaged.
+        BadInput: naming the images and files that are damaged.
     """
     index = read_index(path)
+    datasets = {split: open_written(path, split, Limits(1 << 62)) for split in index.splits}
     bad = []
-    for name, file in index["files"].items():
-        found = path / name if path.suffix == ".pack" else beton_path(path, name)
-        _check_size(found, file["bytes"])
-        if between(found) != file["crc32"]:
-            bad.append(f"{found} (its header or table)")
-    for split, part in index["splits"].items() if not bad else ():
-        for name, reason in _damaged_pictures(open_written(path, split), part["crc32"], workers):
-            bad.append(f"{split}/{name} ({reason})")
+    for split, part in index.splits.items():
+        for name, why in _damaged_images(datasets[split], part.crc32, workers):
+            bad.append(f"{split}/{name} ({why})")
+        file = beton_path(path, split)
+        if path.suffix != ".pack" and (place := filled_gap(file)) is not None:
+            bad.append(f"{file} (not empty between its images, after byte {place:,})")
     if bad:
         for line in bad[NAMED:]:
             notice(f"damaged: {line}")
@@ -164,7 +342,7 @@ def verify(path: Path, workers: int) -> None:
         raise BadInput(f"{path}: {len(bad)} damaged: {'; '.join(bad[:NAMED])}{more}; remove it and write it again")
 
 
-def _damaged_pictures(dataset: Dataset, expected: list[int], workers: int) -> Iterator[tuple[str, str]]:
+def _damaged_images(dataset: Dataset, expected: np.ndarray, workers: int) -> Iterator[tuple[str, str]]:
     def check(i: int) -> str | None:
         if zlib.crc32(dataset.stored_bytes(i)) != expected[i]:
             return "its checksum does not match"
@@ -180,34 +358,3 @@ def _damaged_pictures(dataset: Dataset, expected: list[int], workers: int) -> It
     for i, reason in zip(order, track(found, len(dataset), f"verifying {dataset.spec} {dataset.split}"), strict=True):
         if reason:
             yield dataset.names[i], reason
-
-
-def between(path: Path) -> int:
-    """crc32 of all bytes of a file that belong to no picture. Raises BadInput where it is not known which do."""
-    spans, crc, done = _spans(path), 0, 0
-    with open(path, "rb") as file:
-        for at, count in [*spans[np.argsort(spans[:, 0])].tolist(), [path.stat().st_size, 0]]:
-            if at > done:
-                file.seek(done)
-                crc = zlib.crc32(file.read(at - done), crc)
-            done = at + count
-    return crc
-
-
-def _spans(path: Path) -> np.ndarray:
-    """int64 [N, 2]: where the pictures of a file begin, and their bytes."""
-    if path.suffix != ".npy":
-        return read_layout(path).spans
-    try:
-        array = np.load(path, mmap_mode="r")
-    except ValueError as error:
-        raise BadInput(f"{path} is damaged ({error}); remove it and write it again") from None
-    if array.ndim == 1:  # labels
-        return np.zeros((0, 2), dtype=np.int64)
-    return _rows(array)
-
-
-def _rows(array: np.memmap) -> np.ndarray:
-    """int64 [N, 2]: where in its file each row of an array begins, and its bytes."""
-    each = array[0].nbytes
-    return np.stack([array.offset + each * np.arange(len(array)), np.full(len(array), each)], axis=1)

@@ -104,7 +104,9 @@ class Pipeline:
 
     def _run(self, dali: Any, views: Views, rows: np.ndarray) -> Tensor:
         """uint8 [M, 3, S, S] on the device. Raises RuntimeError: DALI cannot read this batch, or one after it."""
-        images, files, shapes = dali.run()
+        # Bound to the stream that reads them: DALI takes their memory back when the tensor is gone, which it is while
+        # kernels still wait to read it; it must not be used again before that stream has done so.
+        images, files, shapes = dali.run(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
         images = to_torch_tensor(images.as_tensor(), copy=False).permute(0, 3, 1, 2)
         is_cut = np.array([_is_cut(np.asarray(file)) for file in files])
         is_other = (np.asarray(shapes.as_tensor())[:, :2] != self.sizes[rows % len(self.sizes)]).any(axis=1)

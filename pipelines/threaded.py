@@ -24,6 +24,7 @@ from fastofa.pipelines.request import Request
 from fastofa.views import Views, batches
 
 AHEAD = 2  # batches that are made while another is used
+QUEUED = 4  # batches that wait for a GPU; of steps that are one launch each, a CPU queues a thousand, all in memory
 
 
 class Filled(NamedTuple):
@@ -69,6 +70,7 @@ class Threaded(ABC):
         self.image_size, self.batch_size, self.normalize = request.image_size, request.batch_size, request.normalize
         self.labels = torch.from_numpy(request.dataset.labels).to(self.device)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.queued: deque[torch.cuda.Event] = deque()
 
     @abstractmethod
     def picture(self, sample_id: int) -> Tensor:
@@ -153,4 +155,7 @@ class Threaded(ABC):
         student.wait_stream(self.stream)
         for tensor in sent:
             tensor.record_stream(student)
+        self.queued.append(student.record_event())
+        if len(self.queued) > QUEUED:
+            self.queued.popleft().synchronize()
         return sent

@@ -33,6 +33,7 @@ WRONG = [
     *[(name, value, "expected at least 1") for name in ("epochs", "batch_size", "eval_every") for value in (0, -3)],
     *[(name, 0, "expected at least 1") for name in ("accumulate", "log_every", "checkpoint_every", "keep")],
     ("timeout_s", 0, "expected at least 1"),
+    *[("max_pixels", value, "expected a number of millions above 0") for value in (0, -1.0, NAN)],
     *[
         (name, value, "expected a number of at least 0")
         for value in (-0.1, NAN)
@@ -217,7 +218,7 @@ def test_differences_are_what_makes_it_another_run():
         "out": Path("elsewhere"), "resume": True, "device": "cuda", "compile": "on", "pipeline": "torchvision",
         "workers": 3, "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "data": "moved", "plan": True,
         "cuda_graphs": True, "grad_compression": "bf16", "timeout_s": 9, "accumulate": 2, "keep": 1, "wandb": "mine",
-        "cache": Path("c"), "kernels": ("loss",), "skip_corrupt": True,
+        "cache": Path("c"), "kernels": ("loss",), "skip_corrupt": True, "allow_warnings": True, "max_pixels": 300,
     }  # fmt: skip
     for name, value in free.items():
         assert mine.differences(dataclasses.replace(mine, **{name: value})) == []

@@ -28,6 +28,7 @@ import fastofa.image_folder
 from fastofa.dataset import Dataset, fingerprint_of, from_array, open_dataset
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
+from fastofa.image_headers import Limits
 from fastofa.images import read_image
 from fastofa.names import Names
 
@@ -219,13 +220,13 @@ def folder(photos: Path, tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the pictures whose header is read, as it happens."""
     names: list[str] = []
-    original = fastofa.image_folder._header_size
+    original = fastofa.image_folder.header_size
 
-    def count(path: Path) -> tuple[int, int] | str:
+    def count(path: Path, limits: Limits) -> tuple[int, int] | str:
         names.append(path.name)
-        return original(path)
+        return original(path, limits)
 
-    monkeypatch.setattr(fastofa.image_folder, "_header_size", count)
+    monkeypatch.setattr(fastofa.image_folder, "header_size", count)
     return names
 
 
@@ -1095,7 +1096,9 @@ def test_skip_corrupt_decodes_once(folder: Path, monkeypatch: pytest.MonkeyPatch
     open_dataset(str(folder))
     cut(folder / "train" / "china" / "002.jpg")
     decoded = []
-    monkeypatch.setattr(fastofa.image_folder, "read_image", lambda path: (decoded.append(path), read_image(path))[1])
+    monkeypatch.setattr(
+        "fastofa.check_images.read_image", lambda path, *_, **__: (decoded.append(path), read_image(path))[1]
+    )
     first = open_dataset(str(folder), skip_corrupt=True)
     assert len(decoded) == 24
     for flag in (True, False):

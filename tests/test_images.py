@@ -1,9 +1,12 @@
 """Pictures of every kind become upright uint8 RGB as Pillow sees them; what is no picture is refused by name."""
 
+import io
+import os
 import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fastofa.check_images import checked_size, header_size
 from fastofa.errors import BadInput
-from fastofa.images import SUFFIXES, crop_resize_one, read_image
+from fastofa.image_headers import DEFAULT, Limits
+from fastofa.images import SUFFIXES, crop_resize_one, decode, read_image
 
 HEIGHT, WIDTH = 67, 101
 ORIENTATION = 0x0112
@@ -203,6 +208,219 @@ def test_animation(tmp_path: Path, photo: Image.Image, name: str) -> None:
     frames = [photo.rotate(90), photo.rotate(180)]
     photo.save(tmp_path / name, format="WEBP" if name.endswith("webp") else "GIF", save_all=True, append_images=frames)
     assert "nimated" in refusal(tmp_path / name)
+
+
+# --- Damage that a decoder makes something of -------------------------------------------------------------------------
+
+
+def as_bytes(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def holed(jpeg: bytes) -> bytes:
+    """Without some bytes of its pixels: libjpeg makes a half-grey image of it, and warns."""
+    middle = len(jpeg) // 2
+    return jpeg[:middle] + jpeg[middle + 300 :]
+
+
+def adobe_rgb(photo: Image.Image) -> bytes:
+    """Stored as red, green and blue, which an APP14 segment says."""
+    return as_bytes(photo, "JPEG", keep_rgb=True)
+
+
+def with_thumbnail(photo: Image.Image) -> bytes:
+    """A JPEG in the EXIF data of another."""
+    thumbnail = as_bytes(photo.resize((16, 12)), "JPEG")
+    exif = b"Exif\0\0II*\0\x08\0\0\0\0\0\x0e\0\0\0" + struct.pack("<HHHII", 1, 0x0201, 4, 1, 32) + thumbnail
+    return as_bytes(photo, "JPEG", exif=exif)
+
+
+def with_chunk(png: bytes, name: bytes, data: bytes) -> bytes:
+    """A chunk more before the pixels."""
+    at = png.index(b"IDAT") - 4
+    return png[:at] + struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) + png[at:]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda photo: as_bytes(photo, "JPEG", quality=10),
+        lambda photo: as_bytes(photo, "JPEG", quality=100, subsampling=0),
+        lambda photo: as_bytes(photo, "JPEG", progressive=True),
+        lambda photo: as_bytes(photo, "JPEG", optimize=True, restart_marker_blocks=12),
+        lambda photo: as_bytes(photo, "JPEG", progressive=True, restart_marker_rows=1),
+        lambda photo: as_bytes(photo.convert("CMYK"), "JPEG"),
+        lambda photo: as_bytes(photo.convert("L"), "JPEG"),
+        adobe_rgb,
+        with_thumbnail,
+        lambda photo: as_bytes(photo, "JPEG", comment="x" * 60_000, icc_profile=bytes(90_000)),
+        lambda photo: as_bytes(photo, "JPEG") + b"what a camera adds" * 9,
+        lambda photo: as_bytes(photo, "MPO", save_all=True, append_images=[photo.rotate(180)]),
+        lambda photo: as_bytes(photo.quantize(16), "PNG"),
+        lambda photo: as_bytes(photo, "PNG", save_all=True, append_images=[photo.rotate(180)]),
+        lambda photo: with_chunk(as_bytes(photo, "PNG"), b"iCCP", b"odd\0\0" + zlib.compress(b"no profile")),
+        lambda photo: as_bytes(photo, "PNG") + b"more",
+        lambda photo: as_bytes(photo, "WEBP", quality=5),
+        lambda photo: as_bytes(photo, "WEBP", quality=99, method=6),
+        lambda photo: as_bytes(photo, "WEBP", lossless=True),
+        lambda photo: as_bytes(with_alpha(photo), "WEBP"),
+        lambda photo: as_bytes(photo, "WEBP", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0", icc_profile=bytes(301)),
+        lambda photo: as_bytes(photo.crop((0, 0, 1, 1)), "WEBP"),
+        lambda photo: as_bytes(photo.crop((0, 0, 1, 1)), "JPEG"),
+        lambda photo: as_bytes(photo.convert("P"), "GIF"),
+    ],
+)
+def test_no_false_alarm(tmp_path: Path, photo: Image.Image, capfd, make: Callable[[Image.Image], bytes]) -> None:
+    (tmp_path / "a.jpg").write_bytes(make(photo))
+    image = read_image(tmp_path / "a.jpg", strict=True)
+    assert header_size(tmp_path / "a.jpg", DEFAULT) == tuple(image.shape[1:])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_warning_belongs_to_its_file(tmp_path: Path, photo: Image.Image, capfd) -> None:
+    """It is refused where images are checked, unless warnings are allowed; elsewhere it is named, once."""
+    path = tmp_path / "half_grey.jpg"
+    path.write_bytes(holed(as_bytes(photo.resize((300, 200)), "JPEG")))
+    with pytest.raises(BadInput, match=r"half_grey\.jpg \(Corrupt JPEG data: .*; --allow-warnings takes it"):
+        read_image(path, strict=True)
+    reason = checked_size(path, DEFAULT)
+    assert reason == "Corrupt JPEG data: premature end of data segment; --allow-warnings takes it as it decodes"
+    assert capfd.readouterr().err == ""
+    image = read_image(path, Limits(allow_warnings=True), strict=True)
+    assert torch.equal(read_image(path), image)
+    line = capfd.readouterr().err.strip()
+    assert line.startswith(f"image {path}: Corrupt JPEG data: ")
+    assert "\n" not in line
+
+
+def test_threads_tell_whose_warning_it_is(photo: Image.Image, capfd) -> None:
+    good = as_bytes(photo.resize((120, 100)), "JPEG")
+    files = [holed(good) if i % 7 == 3 else good for i in range(140)]
+
+    def warned(i: int) -> bool:
+        try:
+            decode(bytearray(files[i]), f"{i}", strict=True)
+        except BadInput as error:
+            return "Corrupt JPEG data" in str(error)
+        return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(warned, range(140))) == [i % 7 == 3 for i in range(140)]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_forked_process_hears_its_own_decoder(photo: Image.Image) -> None:
+    """Also one that is forked while a thread decodes."""
+    bad = holed(as_bytes(photo.resize((300, 200)), "JPEG"))
+    with ThreadPoolExecutor(1) as pool:
+        busy = [pool.submit(decode, bytearray(as_bytes(photo, "JPEG")), "a") for _ in range(20)]
+        if not (child := os.fork()):
+            try:
+                decode(bytearray(bad), "b", strict=True)
+            except BadInput as error:
+                os._exit(3 if "Corrupt JPEG data" in str(error) else 1)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert all(one.result().shape == (3, HEIGHT, WIDTH) for one in busy)
+
+
+def test_data_of_a_webp_that_belong_to_no_pixel(photo: Image.Image) -> None:
+    """A flipped bit is followed by other pixels, which take other bytes: of 60 places nearly all show."""
+    data, found = as_bytes(photo.resize((200, 160)), "WEBP"), 0
+    places = range(60, len(data) - 200, (len(data) - 260) // 60)
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 16
+        try:
+            decode(damaged, "x", strict=True)
+        except BadInput:
+            found += 1
+    assert found >= 0.9 * len(places)
+
+
+def test_a_png_is_refused_for_any_flipped_bit(photo: Image.Image) -> None:
+    """Also of the parts that libpng only warns of, as the orientation."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    data = as_bytes(photo.crop((0, 0, 9, 5)), "PNG", exif=exif)
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        with pytest.raises(BadInput, match="unreadable image x"):
+            decode(damaged, "x", strict=True)
+
+
+# --- What a header claims ---------------------------------------------------------------------------------------------
+
+
+def claiming(photo: Image.Image, kind: str, side: int) -> bytes:
+    """A small file whose header says that it is large."""
+    if kind == "PNG":
+        data = bytearray(as_bytes(photo, "PNG"))
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "JPEG":
+        data = bytearray(as_bytes(photo, "JPEG"))
+        at = data.index(b"\xff\xc0")
+        data[at + 5 : at + 9] = struct.pack(">HH", side, side)
+    elif kind == "GIF":
+        data = bytearray(as_bytes(photo.convert("P"), "GIF"))
+        data[6:10] = struct.pack("<HH", side, side)
+    elif kind == "WEBP lossless":
+        data = bytearray(as_bytes(photo, "WEBP", lossless=True))
+        data[21:25] = struct.pack("<I", (side - 1) | (side - 1) << 14)
+    else:
+        data = bytearray(as_bytes(photo, "WEBP"))
+        data[26:30] = struct.pack("<HH", side, side)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "side"), [("JPEG", 30_000), ("PNG", 1 << 30), ("WEBP", 16_383), ("WEBP lossless", 16_384), ("GIF", 65_535)]
+)
+def test_a_claim_of_too_many_pixels(tmp_path: Path, photo: Image.Image, monkeypatch, kind: str, side: int) -> None:
+    """It is answered from the header; nothing is decoded."""
+    path = tmp_path / "bomb.jpg"
+    path.write_bytes(claiming(photo, kind, side))
+    monkeypatch.setattr("fastofa.images.decode_image", lambda *_, **__: pytest.fail("decoded"))
+    claim = f"it claims {side:,} x {side:,}, more than 200,000,000 pixels; --max-pixels takes larger ones"
+    assert claim in refusal(path)
+    assert header_size(path, DEFAULT) == checked_size(path, DEFAULT) == claim
+    assert header_size(path, Limits(max_pixels=side * side)) == (side, side)
+
+
+def test_the_largest_size_that_is_taken(tmp_path: Path, photo: Image.Image) -> None:
+    photo.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", Limits(max_pixels=HEIGHT * WIDTH)).shape == (3, HEIGHT, WIDTH)
+    with pytest.raises(BadInput, match="it claims 67 x 101, more than 6,766 pixels"):
+        read_image(tmp_path / "a.png", Limits(max_pixels=HEIGHT * WIDTH - 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"BM\x36\x75", "a BMP"),
+        (b"II*\0\x08\0", "a TIFF"),
+        (b"\0\0\0\x1cftypavif", "an AVIF"),
+        (b"\0\0\0\x1cftypheic", "a HEIC or video"),
+        (b"\r\n<!DOCTYPE HTML>", "a web page"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"version https://git-lfs", "no image"),
+    ],
+)
+def test_what_it_really_is(tmp_path: Path, content: bytes, what: str) -> None:
+    """As downloads often are not what their name says."""
+    (tmp_path / "a.jpg").write_bytes(content + bytes(80))
+    assert f"(it is {what}, expected a JPEG, PNG or WebP)" in refusal(tmp_path / "a.jpg")
+    assert header_size(tmp_path / "a.jpg", DEFAULT) == f"it is {what}, expected a JPEG, PNG or WebP"
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    assert "not a regular file" in refusal(tmp_path / "a.jpg")
+    assert header_size(tmp_path / "a.jpg", DEFAULT) == "not a regular file"
 
 
 # --- crop_resize_one --------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module imports from lower layers only, not from its own.
 LAYERS = [
     {
-        "clock", "confusion", "environment", "errors", "exits", "interrupt", "kernels", "memory", "names", "threads",
-        "torchrun",
+        "clock", "confusion", "decoder_messages", "environment", "errors", "exits", "image_integrity", "interrupt",
+        "kernels", "memory", "names", "threads", "torchrun",
     },
     {"locks", "progress"},
+    {"image_headers"},
     {"beton", "content", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
-    {"class_names", "folder_index", "folder_listing", "model_config", "views", "weights"},
+    {"check_images", "class_names", "folder_index", "folder_listing", "model_config", "views", "weights"},
     {"config", "dataset", "models", "pipelines", "table_checks"},
     {
         "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher_cache",

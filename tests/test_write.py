@@ -1,7 +1,6 @@
 """`fastofa write`: the same data set in another form, whole or not at all, and nothing unreadable passes in silence."""
 
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -19,14 +18,17 @@ import torch
 from PIL import Image
 
 import fastofa.write
+from fastofa.beton import FIELD, HEADER, OURS, RECORD, SPAN, Picture, write_beton
 from fastofa.cli import main
 from fastofa.dataset import open_dataset
 from fastofa.errors import BadInput
+from fastofa.files import save_tensors
+from fastofa.image_headers import Limits
 from fastofa.images import read_image, resize
 from fastofa.train import train
 from fastofa.views import epoch_order
 from fastofa.write import WriteConfig, write
-from fastofa.written import index_path, verify
+from fastofa.written import index_path, read_index, verify
 from runs import make_cache
 
 FORMS = {
@@ -128,8 +130,7 @@ def test_a_pack_holds_whole_pictures_of_one_size(photos: Path, pack: Path):
     assert labels.tolist() == [*sources[0].labels, *sources[1].labels]
     expected = [resize(read_image(s.path(i)), 128, 128).permute(1, 2, 0) for s in sources for i in range(len(s))]
     assert np.array_equal(images, torch.stack(expected))
-    index = json.loads((pack / "dataset.json").read_text())
-    assert index["classes"] == ["china", "flower"]
+    assert read_index(pack).classes == ("china", "flower")
 
 
 @pytest.mark.parametrize("form", ["raw", "small raw", "jpeg", "small jpeg"])
@@ -319,13 +320,77 @@ def test_skip_corrupt_leaves_them_out_each_by_name(motley, tmp_path: Path, capsy
     root, good, bad = motley
     main(["write", str(root), str(tmp_path / out), "--skip-corrupt", "--verify"])
     error = capsys.readouterr().err
-    assert all(f"left out: {root}/train/china/{name}: " in error for name in bad)
+    assert all(f"left out: {root}/train/china/{name} (" in error for name in bad)
     found, source = open_dataset(str(tmp_path / out)), open_dataset(str(root))
     assert found.fingerprint == source.fingerprint
     assert {f"china/{name}" for name in good} < set(found.names)
     assert not {f"china/{name}" for name in bad} & set(found.names)
     wide = found.names.index("china/wide.jpg")
     assert found.sizes[wide].tolist() == [40, 20000]
+
+
+def half_grey(path: Path) -> None:
+    """Take some bytes out of a JPEG's pixels, which libjpeg only warns of."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + data[len(data) // 2 + 200 :])
+
+
+@pytest.fixture
+def warned(photos: Path, tmp_path: Path) -> Path:
+    """The photos, one of which decodes with a warning."""
+    root = shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
+    half_grey(root / "train/flower/003.jpg")
+    return root
+
+
+@pytest.mark.parametrize("out", ["x.pack", "x.beton"])
+def test_an_image_with_signs_of_damage(warned: Path, tmp_path: Path, capfd, out: str):
+    """Stops the job, is left out, or is taken: as the flags say."""
+    reason = r"train/flower/003\.jpg \(Corrupt JPEG data: .*; --allow-warnings takes it"
+    with pytest.raises(BadInput, match=r"nothing was written: 1 unreadable .*" + reason):
+        write(WriteConfig(str(warned), tmp_path / out))
+    write(WriteConfig(str(warned), tmp_path / out, allow_warnings=True))
+    assert len(open_dataset(str(tmp_path / out))) == 24
+    lines = capfd.readouterr().err.splitlines()
+    assert all("train/flower/003.jpg" in line for line in lines if "Corrupt JPEG data" in line)
+    write(WriteConfig(str(warned), tmp_path / f"less-{out}", skip_corrupt=True))
+    assert len(open_dataset(str(tmp_path / f"less-{out}"))) == 23
+    assert len(open_dataset(str(warned))) == 23
+    assert "left out: " in capfd.readouterr().err
+
+
+def test_every_image_is_checked_once_and_the_index_remembers_it(warned: Path, monkeypatch):
+    with pytest.raises(BadInput, match=r"1 unreadable images: .*train/flower/003\.jpg \(Corrupt JPEG data"):
+        open_dataset(str(warned), check=True)
+    assert len(open_dataset(str(warned))) == 24  # training names it when it is read
+    assert len(open_dataset(str(warned), check=True, limits=Limits(allow_warnings=True))) == 24
+    monkeypatch.setattr("fastofa.check_images.read_image", lambda *_, **__: pytest.fail("decoded again"))
+    assert len(open_dataset(str(warned), check=True)) == 24  # what one command was told to take, the next one takes
+    monkeypatch.undo()
+    assert len(open_dataset(str(warned), skip_corrupt=True)) == 23
+    assert len(open_dataset(str(warned), check=True)) == 23
+    assert len(open_dataset(str(warned), skip_corrupt=True, limits=Limits(allow_warnings=True))) == 24
+
+
+def test_a_limit_of_pixels(photos: Path, tmp_path: Path):
+    """By the header, of a folder and of a file of FFCV; raised by a flag, which the index remembers."""
+    (tmp_path / "data/train/a").mkdir(parents=True)
+    (tmp_path / "data/train/a/0.png").write_bytes(wide_png(30_000))
+    shutil.copy(photos / "train/china/000.jpg", tmp_path / "data/train/a")
+    for name in ("x.pack", "x.beton"):
+        with pytest.raises(BadInput, match=r"a/0\.png \(it claims 1 x 30,000, more than 20,000 pixels"):
+            write(WriteConfig(str(tmp_path / "data"), tmp_path / name, max_pixels=0.02))
+    write(WriteConfig(str(tmp_path / "data"), tmp_path / "x.pack", max_pixels=0.03))
+    assert len(open_dataset(str(tmp_path / "data"), limits=Limits(20_000))) == 2
+    write(WriteConfig(str(tmp_path / "data"), tmp_path / "y.pack", max_pixels=0.02, skip_corrupt=True))
+    assert len(open_dataset(str(tmp_path / "y.pack"))) == 1
+
+
+@pytest.mark.parametrize("size", [32, 40, 512])
+def test_a_pack_of_any_size(tmp_path: Path, size: int):
+    write(WriteConfig("digits:10", tmp_path / "x.pack", size=size))
+    assert open_dataset(str(tmp_path / "x.pack")).pixels.shape == (10, size, size, 3)
+    shutil.rmtree(tmp_path / "x.pack")
 
 
 def test_a_picture_too_large_for_a_beton_is_named(tmp_path: Path):
@@ -477,6 +542,165 @@ def test_verify_finds_any_flipped_byte(form: str, pack: Path, beton: Path, tmp_p
     assert f"1 damaged: train/{dataset.names[17]} (its checksum does not match" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["jpeg", "raw"])
+def test_the_tables_of_a_beton_are_compared_when_it_is_opened(form: str, photos: Path, tmp_path: Path):
+    """Labels, sizes, places: any byte of them, and any header whatever it claims, in one line and little memory."""
+    path = written(form, photos, tmp_path)
+    whole = bytearray(path.read_bytes())
+    spans_at = int(np.frombuffer(whole[:24], HEADER)[0]["spans_at"])
+    records_at = HEADER.itemsize + 2 * FIELD.itemsize
+    rng = random.Random(form)
+    places = [*range(24), records_at + 16, *(records_at + rng.randrange(24 * RECORD.itemsize) for _ in range(30))]
+    for place in [*places, *(spans_at + rng.randrange(24 * SPAN.itemsize) for _ in range(30))]:
+        damaged = whole.copy()
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(BadInput) as error:
+            open_dataset(str(path))
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+
+
+def test_the_sizes_of_raw_images_exchanged(photos: Path, tmp_path: Path):
+    """Height and width flipped or made larger, also where there is no checksum: never another memory's bytes."""
+    path = written("raw", photos, tmp_path)
+    index_path(path).unlink()
+    whole = bytearray(path.read_bytes())
+    at = whole.index(OURS)
+    whole[at : at + len(OURS)] = bytes(len(OURS))  # as FFCV writes it
+    path.write_bytes(whole)
+    assert len(open_dataset(str(path))) == 24
+    records_at = HEADER.itemsize + 2 * FIELD.itemsize
+    for width, height in ((65535, 65535), (0, 5), (1, 1)):
+        damaged = whole.copy()
+        damaged[records_at + 1 : records_at + 5] = struct.pack("<HH", width, height)
+        path.write_bytes(damaged)
+        with pytest.raises(BadInput, match="the sizes of its images do not fit their bytes, it is damaged"):
+            open_dataset(str(path))
+
+
+def test_a_pack_whose_labels_are_another_kind(pack: Path, tmp_path: Path):
+    """A pickle, another shape, a header that claims a lot: compared with the checksum before it is parsed."""
+    shutil.copytree(pack, tmp_path / "x.pack")
+    labels = tmp_path / "x.pack/labels.npy"
+    whole = labels.read_bytes()
+    for change in (
+        whole.replace(b"'<i8'", b"'|O8'"), whole.replace(b"(36,)", b"(9e9)"), b"\x93NUMPY" + b"\xff" * 1000,
+        whole.replace(b"False", b"True "),
+    ):  # fmt: skip
+        labels.write_bytes(change[: len(whole)].ljust(len(whole), b"\0"))
+        with pytest.raises(BadInput, match=r"labels\.npy: its checksum does not match, it is damaged"):
+            open_dataset(str(tmp_path / "x.pack"))
+
+
+def test_another_file_in_the_index_place(beton: Path, pack: Path, tmp_path: Path):
+    for source in (beton, pack):
+        for file in files(source):
+            place = tmp_path / source.name / file.name if source.suffix == ".pack" else tmp_path / file.name
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy(file, place)
+        path = tmp_path / source.name
+        for tensors, info in (
+            ({}, {}),
+            ({}, {"schema": 2}),
+            ({"a": torch.zeros(3)}, {"schema": 2, "splits": {"train": 3}, "files": [], "classes": 4, "source": 5}),
+        ):
+            save_tensors(index_path(path), tensors, info)
+            with pytest.raises(BadInput, match="expected an index that `fastofa write` wrote, got another file"):
+                open_dataset(str(path))
+        index_path(path).write_bytes(b"[" * 100_000)
+        with pytest.raises(BadInput, match=r"expected a safetensors file"):
+            open_dataset(str(path))
+
+
+# --- What FFCV's own writer wrote -------------------------------------------------------------------------------------
+
+
+def foreign(path: Path, labels: list[int], names: tuple[bytes, bytes] = (b"image", b"label")) -> Path:
+    """A file like one of FFCV's writer: without our mark and index, samples in any order."""
+    rng = np.random.default_rng(0)
+    pictures = [
+        Picture(np.full((8 + i, 9, 3), i, np.uint8).tobytes(), 8 + i, 9) for i in rng.permutation(len(labels)).tolist()
+    ]
+    order = np.array([picture.data[0] for picture in pictures])
+    write_beton(path, pictures, order, np.array(labels), raw=True, largest=9 * 30 * 3)
+    data = path.read_bytes().replace(OURS, bytes(len(OURS)))
+    for before, after in zip((b"image", b"label"), names, strict=True):
+        data = data.replace(before.ljust(16, b"\0"), after.ljust(16, b"\0"), 1)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("val", ["train.val.beton", "val.beton"])
+def test_a_file_that_fastofa_did_not_write(tmp_path: Path, capsys, val: str):
+    """Samples by label, then number; the classes of both splits; other names of the fields."""
+    path = foreign(tmp_path / "train.beton", [2, 0, 1, 0, 2], (b"photo", b"target"))
+    with pytest.raises(
+        BadInput, match=r"expected its validation split beside it as .*train\.val\.beton or .*/val\.beton"
+    ):
+        open_dataset(str(path), "val")
+    foreign(tmp_path / val, [3, 0])
+    train_set, val_set = open_dataset(str(path)), open_dataset(str(path), "val")
+    assert train_set.labels.tolist() == [0, 0, 1, 2, 2]
+    assert list(train_set.names) == [f"{i:08d}" for i in (1, 3, 2, 0, 4)]
+    assert train_set.classes == val_set.classes == ("0", "1", "2", "3")
+    for dataset in (train_set, val_set):
+        for i, name in enumerate(dataset.names):
+            image = dataset.read(i)
+            assert image.shape == (3, 8 + int(name), 9)
+            assert (image == int(name)).all()
+    assert train_set.pages is None
+    write(WriteConfig(str(path), tmp_path / "x.pack", size=32, verify=True))
+    assert open_dataset(str(tmp_path / "x.pack")).fingerprint == train_set.fingerprint
+    with pytest.raises(BadInput, match=r"sample \d claims \d+ x 9, more than 80 pixels; --max-pixels"):
+        open_dataset(str(path), limits=Limits(80))
+
+
+def test_a_file_of_ffcv_without_one_image_and_one_label(tmp_path: Path):
+    path = foreign(tmp_path / "a.beton", [0, 1])
+    whole = path.read_bytes()
+    for kind, words in ((0, "label (another kind)"), (2, "label (RGBImageField)"), (9, "an unknown kind")):
+        data = bytearray(whole)
+        data[HEADER.itemsize + FIELD.itemsize] = kind
+        path.write_bytes(data)
+        with pytest.raises(BadInput) as error:
+            open_dataset(str(path))
+        assert words in str(error.value)
+    for labels in ([-1, 0], [0, 10**12]):
+        with pytest.raises(BadInput, match="expected labels from 0 to 999,999"):
+            open_dataset(str(foreign(path, labels)))
+
+
+@pytest.mark.ffcv
+def test_what_its_own_writer_writes(photos: Path, tmp_path: Path):
+    """Other fields beside the two, pixels and JPEGs mixed, samples shuffled."""
+    from ffcv.fields import FloatField, IntField, JSONField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    source = open_dataset(str(photos))
+
+    class Samples:
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, i: int) -> tuple[Any, ...]:
+            return 0.5, int(source.labels[i]), source.read(i).permute(1, 2, 0).contiguous().numpy(), {"number": int(i)}
+
+    fields = {
+        "weight": FloatField(), "class": IntField(), "photo": RGBImageField("proportion", compress_probability=0.5),
+        "more": JSONField(),
+    }  # fmt: skip
+    path = tmp_path / "train.ffcv"
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(Samples(), shuffle_indices=True)
+    found = open_dataset(str(path))
+    assert 0 < found.is_raw.sum() < 24
+    assert found.labels.tolist() == source.labels.tolist()
+    # Which sample a number is, the writer decided: by their sizes.
+    for i in range(24):
+        same = [j for j in range(24) if source.read(j).shape == found.read(i).shape]
+        assert min((found.read(i).int() - source.read(j).int()).abs().float().mean() for j in same) < 4
+
+
 @pytest.mark.parametrize("form", ["pack", "jpeg"])
 def test_what_is_not_whole_does_not_open(form: str, photos: Path, tmp_path: Path):
     """Files that are cut short, missing, edited or of other data."""
@@ -490,13 +714,13 @@ def test_what_is_not_whole_does_not_open(form: str, photos: Path, tmp_path: Path
             assert str(path.parent) in str(error.value)
             file.write_bytes(whole)
     index = index_path(path)
-    index.write_text(index.read_text().replace("china", "chine"))
+    index.write_bytes(index.read_bytes().replace(b"china", b"chine"))
     with pytest.raises(BadInput, match="its checksum does not match"):
         open_dataset(str(path))
 
 
 def test_verify_tells_another_form_than_asked_for(photos: Path, pack: Path, beton: Path):
-    with pytest.raises(BadInput, match=r"pack: expected pictures of 256 pixels, as asked for, got 128"):
+    with pytest.raises(BadInput, match=r"pack: expected images of 256 pixels, as asked for, got 128"):
         write(WriteConfig(str(photos), pack, size=256, verify=True))
     with pytest.raises(BadInput, match=r"beton: expected pixels, as asked for by --raw, got JPEGs"):
         write(WriteConfig(str(photos), beton, raw=True, verify=True))
@@ -524,6 +748,11 @@ def test_verify_tells_data_that_changed_since(photos: Path, pack: Path, tmp_path
         ("x.beton", {"quality": 90, "raw": True}, "quality: expected none with --raw"),
         ("x.beton", {"max_size": 0}, "max-size: expected at least 1 pixel, got 0"),
         ("x.pack", {"workers": 0}, "workers: expected at least 1, got 0"),
+        ("x.pack", {"size": 24}, "size: expected a multiple of 8 from 32 to 512, got 24"),
+        ("x.pack", {"size": 100}, "size: expected a multiple of 8 from 32 to 512, got 100"),
+        ("x.pack", {"size": 520}, "size: expected a multiple of 8 from 32 to 512, got 520"),
+        ("x.pack", {"max_pixels": 0}, "max-pixels: expected a number of millions above 0, as 200, got 0"),
+        ("x.pack", {"max_pixels": float("nan")}, "max-pixels: expected a number of millions"),
     ],
 )
 def test_refuses_what_makes_no_sense(out, options, message):
@@ -533,7 +762,7 @@ def test_refuses_what_makes_no_sense(out, options, message):
 
 def test_it_may_be_moved_and_renamed(beton: Path, pack: Path, tmp_path: Path):
     shutil.copytree(pack, tmp_path / "other.pack")
-    for file, name in zip(files(beton), ("other.beton", "other.val.beton", "other.beton.json"), strict=True):
+    for file, name in zip(files(beton), ("other.beton", "other.val.beton", "other.beton.safetensors"), strict=True):
         shutil.copy(file, tmp_path / name)
     for name in ("other.pack", "other.beton"):
         verify(tmp_path / name, workers=1)
@@ -553,6 +782,7 @@ def test_names_that_are_not_there(tmp_path: Path):
             open_dataset(str(tmp_path / name))
     (tmp_path / "x.pack").mkdir()
     (tmp_path / "x.beton").write_bytes(b"another program's")
-    for name in ("x.pack", "x.beton"):
-        with pytest.raises(BadInput, match=r"expected .*\.json with it"):
-            open_dataset(str(tmp_path / name))
+    with pytest.raises(BadInput, match=r"expected .*\.safetensors with it"):
+        open_dataset(str(tmp_path / "x.pack"))
+    with pytest.raises(BadInput, match=r"x\.beton: expected a file of FFCV.* but it is cut short, or is no"):
+        open_dataset(str(tmp_path / "x.beton"))
