@@ -1,6 +1,8 @@
 """What several tests make, and ask of a run's folder."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,21 @@ from fastofa.teacher_cache import TeacherCache
 
 SIZE = 32  # px
 TIMES = {"images_per_second", "loader_share"}
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Models that are made here compute in float64.
+
+    For comparisons over several steps: in fp32 the last bits, which differ from processor to processor and between any
+    two ways to compute the same, grow at every step until the results have little in common.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCache:
