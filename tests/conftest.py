@@ -9,7 +9,7 @@ from typing import Any
 # Before torch is imported. One thread a process: tests run side by side, threads that wait for each other are slow,
 # and a sum over two threads has other last bits than over one.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # torch.compile's code is the same on every processor, and soon compiled
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # torch.compile writes the same code for every processor, and less of it
 os.environ.setdefault("TERM", "dumb")
 
 import numpy as np
@@ -17,10 +17,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
-from torchvision.transforms.v2.functional import _geometry
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU; read where they are defined
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU; read where triton is imported
+
+from torchvision.transforms.v2.functional import _geometry
 
 from fastofa import recipes
 from fastofa.config import TrainConfig
