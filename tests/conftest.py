@@ -2,28 +2,41 @@
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 # Before torch is imported. One thread a process: tests run side by side, threads that wait for each other are slow,
 # and a sum over two threads has other last bits than over one.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # torch.compile writes the same code for every processor, and less of it
 os.environ.setdefault("TERM", "dumb")
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU; read where they are defined
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU; read where triton is imported
+
+from torchvision.transforms.v2.functional import _geometry
 
 from fastofa import recipes
 from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.teacher_cache import TeacherCache
-from runs import make_cache
+from runs import float64, make_cache
+
+# The same examples everywhere, and on a machine that is slow or busy, too.
+settings.register_profile(
+    "anywhere", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("anywhere")
+# On a processor without AVX2 torchvision resizes in floats, which rounds otherwise than torch's kernel for uint8, whose
+# bits are the same on every processor. What tests compare with fastofa's pixels is always that kernel's.
+_geometry._do_native_uint8_resize_on_cpu = lambda _: True
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +54,12 @@ def _library(request: pytest.FixtureRequest) -> None:
         if request.node.get_closest_marker(marker):
             how = f"needs {module}; `fastofa doctor` says how to get it, or: make test EXTRAS=test,ffcv,dali"
             pytest.importorskip(module, reason=how, exc_type=ImportError)
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    with float64():
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """What several tests make, and ask of a run's folder."""
 
 import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,21 @@ from fastofa.teacher_cache import TeacherCache
 
 SIZE = 32  # px
 TIMES = {"images_per_second", "loader_share"}
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Models that are made here compute in float64.
+
+    For comparisons over several steps: in fp32 the last bits, which differ from processor to processor and between any
+    two ways to compute the same, grow at every step until the results have little in common.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCache:
@@ -41,6 +59,12 @@ def command_line(command: str, config: Any) -> list[str]:
         elif value is not None:
             argv += [flag, *map(str, value if isinstance(value, tuple) else [value])]
     return argv
+
+
+def children() -> set[int]:
+    """The processes that this one has started."""
+    files = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(child) for file in files for child in file.read_text().split()}
 
 
 def newest(run: Path) -> Path:

@@ -1,6 +1,7 @@
 """What a run is worth, computed again without fastofa; and its student in plain timm."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -36,6 +37,7 @@ from runs import newest
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.3, 0.25, 0.2)
 DIGITS = tuple("0123456789")
+TIES = 2.1 / 599  # of two classes that are as good to the last bits, each processor may choose another
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -116,11 +118,12 @@ def test_the_figures_are_those_of_a_loop_written_by_hand(digit_cache, tmp_path, 
     best = predict_by_hand(plain_student(run, "ema" if ema else "student"), pixels(val, 32, 0.8))
     teacher = digit_cache.val_targets().classes[:, 0].long().numpy()
     assert found.images == 599
-    assert found.top1 == pytest.approx((best[:, 0] == val.labels).mean(), abs=1.1 / 599)
-    assert found.top5 == pytest.approx((best[:, :5] == val.labels[:, None]).any(1).mean(), abs=1.1 / 599)
-    assert found.agreement == pytest.approx((best[:, 0] == teacher).mean(), abs=1.1 / 599)
+    assert found.top1 == pytest.approx((best[:, 0] == val.labels).mean(), abs=TIES)
+    assert found.top5 == pytest.approx((best[:, :5] == val.labels[:, None]).any(1).mean(), abs=TIES)
+    assert found.agreement == pytest.approx((best[:, 0] == teacher).mean(), abs=TIES)
     assert found.teacher_top1 == pytest.approx((teacher == val.labels).mean())
-    assert len({found.top1, found.top5, found.agreement, found.teacher_top1}) == 4
+    figures = sorted([found.top1, found.top5, found.agreement, found.teacher_top1])
+    assert min(b - a for a, b in itertools.pairwise(figures)) > TIES
     assert json.loads((run.path / "evaluation.json").read_text()) == {
         "data": "digits:100",
         "weights": "last",
@@ -139,10 +142,10 @@ def test_mirror_images_and_larger_pictures_count_where_the_run_says_so(tmp_path)
             logits = [model(tv.normalize(shown / 255, list(MEAN), list(STD))) for shown in (images, images.flip(-1))]
         best = (sum(logits) / 2 if flip else logits[0]).argsort(dim=1, descending=True).numpy()
         got = evaluate(EvaluateConfig(run.path, "digits:100"))
-        assert got.top1 == pytest.approx((best[:, 0] == val.labels).mean(), abs=1.1 / 599)
-        assert got.top5 == pytest.approx((best[:, :5] == val.labels[:, None]).any(1).mean(), abs=1.1 / 599)
+        assert got.top1 == pytest.approx((best[:, 0] == val.labels).mean(), abs=TIES)
+        assert got.top5 == pytest.approx((best[:, :5] == val.labels[:, None]).any(1).mean(), abs=TIES)
         found.append((got.top1, got.top5))
-    assert len(set(found)) == 3
+    assert min(max(abs(x - y) for x, y in zip(a, b, strict=True)) for a, b in itertools.combinations(found, 2)) > TIES
 
 
 def test_predictions_are_the_mean_of_picture_and_mirror_image(digits):
@@ -161,7 +164,7 @@ def test_predictions_are_the_mean_of_picture_and_mirror_image(digits):
         alone = student.backbone(images)
     expected = logits.argsort(dim=1, descending=True)[:, :5].numpy()
     np.testing.assert_array_equal(got[0], got[1])
-    assert (got[0] == expected).mean() > 0.99  # but for ties
+    assert (got[0] == expected).mean() > 0.98  # but for ties
     assert (got[0] == alone.argsort(dim=1, descending=True)[:, :5].numpy()).mean() < 0.9
 
 
@@ -175,7 +178,7 @@ def test_the_best_weights_are_evaluated_and_exported_where_they_are_asked_for(tm
     assert found["last"] != found["best"]
     val = open_dataset("digits:100", "val")
     hits = predict_by_hand(best.eval().backbone, pixels(val, 32, 0.8))[:, 0] == val.labels
-    assert found["best"].top1 == pytest.approx(hits.mean(), abs=1.1 / 599)
+    assert found["best"].top1 == pytest.approx(hits.mean(), abs=TIES)
     export(ExportConfig(run.path, tmp_path / "out", weights="best"))
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in best.backbone.state_dict().items())

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: the state is saved, the last line says how to go on, and going on leads to the same bytes."""
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import re
@@ -25,7 +26,6 @@ from fastofa import cli, recipes
 from fastofa.files import load_tensors
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.losses import Objective
-from fastofa.metrics import read_metrics
 from fastofa.precompute import PrecomputeConfig, precompute
 from fastofa.teacher import Teacher
 from fastofa.teacher_cache import PARTIAL, TeacherCache, view_file
@@ -90,11 +90,45 @@ def _command(argv: list[str], error: Path, ready: Connection, before: Callable[[
 
 
 def until(reached: Callable[[], Any], command: Command | None = None) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 900  # which only what hangs uses up
     while not reached():
         assert time.monotonic() < end, "waited in vain"
         assert command is None or command.process.exitcode is None, command.error.read_text()
         time.sleep(0.005)
+
+
+def _hold(reached: Path, call: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, whose call with this number waits until the file `reached`, which it writes, is removed."""
+    number = itertools.count(1)
+
+    def held(*args: Any, **options: Any) -> Any:
+        if next(number) == call:
+            reached.touch()
+            while reached.exists():
+                time.sleep(0.005)
+        return original(*args, **options)
+
+    return held
+
+
+def _held_in_training(reached: Path) -> None:
+    """Before the sixth of twenty steps."""
+    Objective.__call__ = _hold(reached, 6, Objective.__call__)  # type: ignore[method-assign]
+
+
+def _held_in_precompute(reached: Path) -> None:
+    """In the middle of the second view: after the teacher's own trial, 60 batches of validation and 10 of a view."""
+    Teacher.log_probs = _hold(reached, 1 + 60 + 10 + 5, Teacher.log_probs)  # type: ignore[method-assign]
+
+
+def interrupt(command: Command, signum: int, to: str = "process") -> set[int]:
+    """Signal a command that is held where it is, then let it go on; returns its decoding processes."""
+    reached = command.error.with_suffix(".reached")
+    until(reached.exists, command)
+    children = command.children()
+    os.killpg(command.pid, signum) if to == "group" else os.kill(command.pid, signum)
+    reached.unlink()
+    return children
 
 
 def alive(pid: int) -> bool:
@@ -160,17 +194,16 @@ def test_train_stops_and_goes_on_to_the_same_weights(cache, run, tmp_path, signu
     """To the process alone, or as a terminal and a cluster do it: to its decoding processes, too."""
     pipeline = "torchvision" if to == "group" else "resident"
     config = train_config(cache, tmp_path / "run", pipeline=pipeline)
-    command = Command(command_line("train", config), tmp_path / "stderr")
-    until(lambda: read_metrics(config.out) and (to == "process" or len(command.children()) == 2), command)
-    children = command.children()
-    os.killpg(command.pid, signum) if to == "group" else os.kill(command.pid, signum)
+    command = Command(command_line("train", config), tmp_path / "stderr", _held_in_training)
+    children = interrupt(command, signum, to)
+    assert len(children) == (2 if to == "group" else 0)
     assert command.wait() == 128 + signum, command.error.read_text()
     place = re.escape(str(config.out))
     said = re.fullmatch(
         rf"fastofa: saved step (\d+) of 20 in {place}; run the same command with --resume to go on", command.last_line()
     )
     assert said, command.last_line()
-    assert load_tensors(newest(config.out))[1]["step"] == int(said[1]) < 20
+    assert load_tensors(newest(config.out))[1]["step"] == int(said[1]) == 6
     until(lambda: not any(map(alive, children)))
 
     resumed = Command([*command_line("train", config), "--resume"], tmp_path / "stderr")
@@ -185,15 +218,13 @@ def test_precompute_stops_and_goes_on_to_the_same_bytes(teacher, cache, tmp_path
     """To the process alone, or to its decoding processes, too. The rows of the view it was at are kept."""
     pipeline = "torchvision" if to == "group" else "resident"
     config = precompute_config(teacher, tmp_path / "cache", pipeline=pipeline)
-    command = Command(command_line("precompute", config), tmp_path / "stderr")
-    first = config.out / view_file(0)
-    until(lambda: first.exists() and (to == "process" or len(command.children()) == 2), command)
-    children = command.children()
-    os.killpg(command.pid, signum) if to == "group" else os.kill(command.pid, signum)
+    command = Command(command_line("precompute", config), tmp_path / "stderr", _held_in_precompute)
+    children = interrupt(command, signum, to)
+    assert len(children) == (2 if to == "group" else 0)
     assert command.wait() == 128 + signum, command.error.read_text()
     assert command.last_line() == f"fastofa: saved in {config.out}; run the same command again to go on"
-    assert 0 < len(load_tensors(config.out / PARTIAL)[0]["classes"]) <= IMAGES
-    assert not (config.out / view_file(config.views - 1)).exists()
+    assert 0 < len(load_tensors(config.out / PARTIAL)[0]["classes"]) < IMAGES
+    assert [(config.out / view_file(view)).exists() for view in (0, 1)] == [True, False]
     until(lambda: not any(map(alive, children)))
 
     resumed = Command(command_line("precompute", config), tmp_path / "stderr")
@@ -226,11 +257,15 @@ def test_decoding_processes_ignore_signals_from_their_first_moment(cache, run, t
 
 
 def _stuck(reached: Path) -> None:
-    """Evaluation, between two safe points, takes for ever."""
+    """Evaluation, between two safe points, takes for ever; it removes the file `reached` when a signal was noted."""
 
     def predict(*_: Any, **__: Any) -> None:
+        handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
         reached.touch()
-        time.sleep(600)
+        while True:
+            time.sleep(0.005)
+            if handlers != [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]:
+                reached.unlink(missing_ok=True)
 
     fastofa.train.predict_each = predict  # type: ignore[assignment]
 
@@ -241,11 +276,13 @@ def test_a_second_signal_ends_it_at_once(cache, run, tmp_path, signum):
     """The first one waits for a safe point that does not come. What was saved before is whole."""
     config = train_config(cache, tmp_path / "run", pipeline="resident")
     command = Command(command_line("train", config), tmp_path / "stderr", _stuck)
-    until((tmp_path / "stderr.reached").exists, command)
+    reached = tmp_path / "stderr.reached"
+    until(reached.exists, command)
     os.kill(command.pid, signum)
-    assert command.wait(0.5) is None
+    until(lambda: not reached.exists(), command)
+    assert command.wait(0.1) is None
     os.kill(command.pid, signum)
-    code = command.wait(60)
+    code = command.wait()
     if signum == signal.SIGINT:
         assert code == 130
         assert command.last_line() == "fastofa: interrupted; nothing more was saved"
@@ -275,7 +312,7 @@ def test_before_the_work_begins_there_is_nothing_to_save(cache, tmp_path):
     command = Command(command_line("train", config), tmp_path / "stderr", _slow_start)
     until((tmp_path / "stderr.reached").exists, command)
     os.kill(command.pid, signal.SIGINT)
-    assert command.wait(60) == 130
+    assert command.wait() == 130
     assert command.error.read_text() == "fastofa: interrupted; nothing more was saved\n"
     assert not config.out.exists()
 
@@ -284,13 +321,17 @@ def test_before_the_work_begins_there_is_nothing_to_save(cache, tmp_path):
 def test_a_whole_process_from_its_start(cache, run, tmp_path):
     """No forked server: Python, the command line, a signal, and the exit code that a shell sees."""
     config = train_config(cache, tmp_path / "run", pipeline="resident")
-    fastofa_command = [sys.executable, "-c", "from fastofa.cli import main; main()"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    reached = tmp_path / "reached"
+    code = "import sys, pathlib, test_interrupt; from fastofa.cli import main\n"
+    code += "test_interrupt._held_in_training(pathlib.Path(sys.argv.pop(1))); main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*fastofa_command, *command_line("train", config)], stderr=subprocess.PIPE, text=True, env=one_thread
-    )
-    until(lambda: read_metrics(config.out) or process.poll() is not None)
+        [sys.executable, "-c", code, str(reached), *command_line("train", config)],
+        stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    until(lambda: reached.exists() or process.poll() is not None)
     process.send_signal(signal.SIGINT)
+    reached.unlink()
     error = process.communicate()[1]
     assert process.returncode == 130, error
     assert error.splitlines()[-1].endswith("run the same command with --resume to go on")

@@ -42,6 +42,7 @@ from fastofa.views import (
     pixel_boxes,
 )
 from fastofa.write import WriteConfig, write
+from runs import children
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DALI = pytest.param("dali", marks=pytest.mark.dali)
@@ -651,11 +652,6 @@ def test_without_dali_one_line_says_how_to_get_it(mixed, monkeypatch):
         open_pipeline("dali", mixed, 32, 8)
 
 
-def children() -> set[int]:
-    files = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return {int(child) for file in files for child in file.read_text().split()}
-
-
 def test_workers_leave_signals_to_the_main_process(mixed):
     """Both reach all processes of a group; a worker that dies of one would hide the main process's own ending."""
     order = np.arange(len(mixed))
@@ -743,7 +739,7 @@ def test_a_pack_is_resident_where_it_is_small_and_fits(packed, monkeypatch, caps
 
 @pytest.mark.parametrize("name", ["packed", "torchvision", "resident", "ffcv", DALI])
 def test_early_exits_leave_no_thread_and_no_memory(request, name):
-    """Thirty epochs left after a batch, and fifty whole ones."""
+    """Thirty epochs left after a batch, and sixty whole ones."""
     dataset = source_of(name, request)
     views, order = draw(dataset), np.arange(24)
     pipeline = open_pipeline(name, dataset, 64, batch_size=4, workers=2)
@@ -762,17 +758,21 @@ def test_early_exits_leave_no_thread_and_no_memory(request, name):
     for _ in range(3):
         leave()
         list(pipeline.epoch(views, order))
-    threads, memory = count_threads(), resident()
+    threads = count_threads()
     for _ in range(30):
         leave()
-    limit = time.monotonic() + 10
+    limit = time.monotonic() + 900
     while count_threads() > threads and time.monotonic() < limit:
         time.sleep(0.01)  # those of DALI end a moment later
     assert count_threads() <= threads
     assert not children()
-    for _ in range(0 if name == "torchvision" else 50):
-        assert sum(len(batch.labels) for batch in pipeline.epoch(views, order)) == 24
-    assert resident() - memory < 5
+    grown = []
+    for _ in range(0 if name == "torchvision" else 3):
+        before = resident()
+        for _ in range(20):
+            assert sum(len(batch.labels) for batch in pipeline.epoch(views, order)) == 24
+        grown.append(resident() - before)
+    assert min(grown, default=0) < 2  # MB; a leak grows every time, threads' own memory does not
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

@@ -455,8 +455,7 @@ HYBRIDS = """
     swiftformer_xs vit_tiny_r_s16_p8_224 botnet26t_256 mobilenetv4_hybrid_medium
 """
 LARGE = """
-    vgg11 convmixer_768_32 swin_tiny_patch4_window7_224 beit_base_patch16_224 mixer_b16_224
-    vitamin_small_224 maxvit_pico_rw_256 coatnet_nano_rw_224 mvitv2_small_cls
+    vgg11 convmixer_768_32 beit_base_patch16_224 vitamin_small_224 mvitv2_small_cls
 """
 SWEEP = " ".join([CNNS, TRANSFORMERS, MLPS, HYBRIDS]).split()
 SIZES = {"inception_v3": 96, "ghostnetv2_100": 64, "efficientformerv2_s0": 64, "efficientformer_l1": 224}  # others: 32

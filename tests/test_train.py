@@ -222,6 +222,7 @@ def dense_loss(c: TrainConfig, logits: Tensor, labels: Tensor, classes: Tensor, 
     return torch.stack([c.gt_weight * gt + c.kd_weight * kd + c.ofa_weight * ofa, gt, kd, ofa])
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_an_ofa_run_equals_a_loop_written_by_hand(digit_cache, gradients, tmp_path):
     """Pixels by torchvision's transforms, dense float loss, clipping and Nesterov SGD by formula, two views replayed.
 
@@ -295,6 +296,7 @@ def test_gradients_are_clipped_to_their_norm(on_photos, gradients):
     assert logged[0] == pytest.approx(free[0], rel=1e-5)  # as they were before clipping
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_parts_of_a_step_do_not_change_it(digit_cache, tmp_path, monkeypatch):
     """Losses to 1e-6 in one, two or five parts, for a student without batch norm; a part is what is computed at once.
 
@@ -577,6 +579,7 @@ def test_without_a_moving_average_the_student_itself_is_evaluated(on_photos, mon
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_float64")
 def test_the_step_is_one_graph(on_photos, monkeypatch):
     """Student, exits and loss trace without a break and only once; the compiled run has the eager run's losses."""
     graphs = []
@@ -595,6 +598,7 @@ def test_the_step_is_one_graph(on_photos, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_float64")
 def test_compiled_for_the_cpu(on_photos, monkeypatch):
     """torch.compile's own backend, half a minute for the smallest Transformer: the first losses are the eager run's."""
     monkeypatch.setitem(VARIANTS, "tiny_vit", ("test_vit", {"depth": 1, "embed_dim": 32, "num_heads": 1}))

@@ -22,11 +22,12 @@ BIN = Path(sys.executable).parent
 ADDRESS = "10.77.0."  # of host 1 and 2
 RUN = [
     *("--data", "digits:100", "--student", "test_vit", "--recipe", "digits", "--pipeline", "resident"),
-    *("--optimizer", "sgd", "--lr", "0.05", "--epochs", "40", "--eval-every", "20", "--batch-size", "20"),
-    *("--log-every", "1", "--checkpoint-every", "5", "--timeout-s", "5"),
+    # In fp32 the figures of two ways to compute the same stay together for so many small steps only.
+    *("--optimizer", "sgd", "--lr", "0.002", "--epochs", "40", "--eval-every", "20", "--batch-size", "20"),
+    *("--log-every", "1", "--checkpoint-every", "5", "--timeout-s", "15"),
 ]
 STEPS = 40 * 5
-PATIENCE_S = 150
+PATIENCE_S = 900
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +69,7 @@ def cache(tmp_path: Path) -> Path:
 
 def start(host: str, number: int, folder: Path) -> subprocess.Popen:
     """torchrun with one process on a host; host 1 keeps the meeting point."""
-    rendezvous = f"is_host={int(number == 1)},join_timeout=60,last_call_timeout=2"
+    rendezvous = f"is_host={int(number == 1)},join_timeout={PATIENCE_S},last_call_timeout=2"
     command = [
         *("ip", "netns", "exec", host, BIN / "torchrun", "--no-python", "--nnodes", "2", "--nproc-per-node", "1"),
         *("--max-restarts", "5", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESS}1:29500", "--rdzv-id", "two"),
@@ -83,6 +84,10 @@ def start(host: str, number: int, folder: Path) -> subprocess.Popen:
     }
     log = open(folder / f"host{number}.log", "w")  # noqa: SIM115 (lives as long as the process)
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def said(folder: Path) -> list[str]:
+    return [(folder / f"host{number}.log").read_text() for number in (1, 2)]
 
 
 def rows(run: Path) -> list[dict]:
@@ -112,7 +117,10 @@ def test_a_host_is_cut_off_and_returns_and_the_run_finishes_as_on_one_host(hosts
     try:
         wait_for_step(tmp_path / "run", STEPS // 4)
         ip("-n", hosts[1], "link", "set", "v2", "down")
-        time.sleep(8)  # longer than the ranks wait for each other
+        patience = time.monotonic() + PATIENCE_S
+        while not any("lost the other ranks" in log for log in said(tmp_path)):
+            assert time.monotonic() < patience, said(tmp_path)
+            time.sleep(0.2)
         reached = max(row["step"] for row in rows(tmp_path / "run"))
         ip("-n", hosts[1], "link", "set", "v2", "up")
         codes = [process.wait(PATIENCE_S) for process in both]
@@ -120,7 +128,7 @@ def test_a_host_is_cut_off_and_returns_and_the_run_finishes_as_on_one_host(hosts
         for process in both:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    logs = [(tmp_path / f"host{number}.log").read_text() for number in (1, 2)]
+    logs = said(tmp_path)
     assert codes == [0, 0], logs
     assert reached < STEPS, "the cable was cut too late"
     launches = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -130,8 +138,8 @@ def test_a_host_is_cut_off_and_returns_and_the_run_finishes_as_on_one_host(hosts
 
     found, expected = rows(tmp_path / "run"), rows(tmp_path / "alone")
     assert found[-1]["step"] == expected[-1]["step"] == STEPS
-    assert found[-1]["top1"] == pytest.approx(expected[-1]["top1"], abs=0.02)
+    assert found[-1]["top1"] == pytest.approx(expected[-1]["top1"], abs=0.01)
     losses, others = ({row["step"]: row["loss"] for row in r if row["kind"] == "step"} for r in (found, expected))
     assert losses.keys() == others.keys()  # each step once in the log, though some were taken twice
-    assert max(abs(losses[step] / others[step] - 1) for step in others) < 1e-4
+    assert max(abs(losses[step] / others[step] - 1) for step in others) < 1e-3
     print(f"top-1 {found[-1]['top1']:.4f} on two hosts, {expected[-1]['top1']:.4f} on one; cut after step {reached}")

@@ -1,0 +1,326 @@
+"""Files that were damaged or edited: a line that names them, or the same result as before. Never anything else.
+
+Each case is a seed; a failure lists them, and `damage_bytes(data, seed)` makes the very file again.
+"""
+
+import dataclasses
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bench.damage import damage_bytes
+from damage import complaint, damage_json, refused
+from fastofa import recipes
+from fastofa.dataset import open_dataset
+from fastofa.export import ExportConfig, export
+from fastofa.files import load_tensors, save_tensors
+from fastofa.precompute import PrecomputeConfig, precompute
+from fastofa.run import open_run
+from fastofa.teacher import open_teacher
+from fastofa.teacher_cache import HEADER, VAL, TeacherCache, view_file
+from fastofa.train import train
+from fastofa.write import WriteConfig, write
+from fastofa.written import verify
+
+DATA, CLASSES, SIZE = "digits:20", 10, 32
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the bit and of the same kind."""
+    if isinstance(a, Tensor | np.ndarray):
+        x, y = np.asarray(a), np.asarray(b)
+        return a.dtype == b.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def regions(file: Path) -> list[slice]:
+    """Where a file says what is in it: its beginning, and of a .beton also its records and the table at its end."""
+    data = file.read_bytes()
+    if file.suffix == ".safetensors":
+        return [slice(0, 8 + int.from_bytes(data[:8], "little"))]
+    if file.suffix == ".beton":
+        return [slice(0, 60), slice(2106, 2106 + 24 * 12), slice(len(data) - 24 * 12, len(data))]
+    return [slice(0, min(200, len(data)))]
+
+
+def fuzz(file: Path, use: Callable[[], Any], anywhere: int, in_regions: int = 0) -> None:
+    """Damage the file by so many seeds: `use()` names it or its folder, or returns what it does of the whole file."""
+    whole, expected = file.read_bytes(), use()
+    cases = [(seed, slice(0, len(whole))) for seed in range(anywhere)]
+    cases += [(seed, region) for region in regions(file) for seed in range(in_regions)]
+    wrong, found = [], 0
+
+    def case() -> str:
+        nonlocal found
+        named, result = refused(use, file.parent)
+        found += named
+        return "" if named or same(result, expected) else "silent, and the result is another"
+
+    for seed, region in cases:
+        kind, data = damage_bytes(whole[region], seed)
+        file.write_bytes(whole[: region.start] + data + whole[region.stop :])
+        if said := complaint(case):
+            wrong.append(f"seed {seed} of bytes {region.start} to {region.stop} ({kind}): {said}")
+    file.write_bytes(whole)
+    assert same(use(), expected)
+    assert wrong == [], f"{file.name}: {len(wrong)} of {len(cases)}\n" + "\n".join(wrong)
+    assert found > len(cases) / 3  # else nothing was tried
+
+
+# --- Teacher cache ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a teacher, exported; its answers as a cache; photographs in both written forms."""
+    folder = tmp_path_factory.mktemp("made")
+    given: dict[str, Any] = {"epochs": 2, "batch_size": 10, "eval_every": 2, "checkpoint_every": 2, "ema": 0.9}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastofa.train.Job._report", lambda _: None)
+        train(recipes.digits(data=DATA, student="test_vit", method="scratch", out=folder / "run", **given))
+    export(ExportConfig(folder / "run", folder / "teacher"))
+    teacher = str(folder / "teacher")
+    precompute(PrecomputeConfig(DATA, teacher, folder / "cache", views=2, topk=4, recipe="imagenet_vit_mlp"))
+    write(WriteConfig(str(photos), folder / "x.pack", size=64))
+    write(WriteConfig(str(photos), folder / "x.beton", max_size=64))
+    write(WriteConfig(str(photos), folder / "raw.beton", raw=True, max_size=64))
+    return folder
+
+
+@pytest.fixture
+def cache(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "cache", tmp_path / "cache"))
+
+
+def all_of(path: Path) -> dict[str, Any]:
+    """Everything that training takes from a cache."""
+    opened = TeacherCache.open(path)
+    opened.verify()
+    numbers = {name: getattr(opened, name) for name in ("views", "num_samples", "num_classes", "topk", "teacher_dim")}
+    tables = [opened.targets(view) for view in range(opened.views)]
+    return {
+        **numbers,
+        "policy": dataclasses.asdict(opened.policy),
+        "views_": [views.columns() for views, _, _ in tables],
+        "answers": [(classes, log_probs) for _, classes, log_probs in tables],
+        "val": tuple(opened.val_targets()),
+    }
+
+
+@pytest.mark.parametrize("name", [view_file(0), VAL, HEADER])
+def test_a_cache_with_damaged_bytes(cache, name):
+    fuzz(cache / name, lambda: all_of(cache), anywhere=20, in_regions=20)
+
+
+def test_a_cache_whose_header_was_edited(cache):
+    """It is refused, or says the same of all that training takes."""
+    text, expected, wrong = (cache / HEADER).read_text(), all_of(cache), []
+
+    def case() -> str:
+        named, result = refused(lambda: all_of(cache), cache)
+        return "" if named or same(result, expected) else "silent, and the result is another"
+
+    for seed in range(60):
+        kind, edited = damage_json(text, seed)
+        (cache / HEADER).write_text(edited)
+        if said := complaint(case):
+            wrong.append(f"seed {seed} ({kind}): {said}")
+    assert wrong == [], "\n".join(wrong)
+
+
+DTYPES = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.bool]
+
+
+def edit_tensors(tensors: dict[str, Tensor], seed: int) -> tuple[str, dict[str, Tensor]]:
+    """One of them of another type, shape or value, missing, or one too many."""
+    rng = random.Random(seed)
+    name = rng.choice(sorted(tensors))
+    tensor = tensors[name]
+    kind = rng.choice(["dtype", "shape", "value", "missing", "additional"])
+    if kind == "dtype":
+        changed = tensor.to(torch.float32).to(rng.choice([d for d in DTYPES if d != tensor.dtype]))
+    elif kind == "shape":
+        shapes = [tensor[:-1], tensor[:0], tensor.flatten(), tensor[None], torch.cat([tensor, tensor])]
+        changed = rng.choice([t.clone() for t in shapes if t.shape != tensor.shape])
+    elif kind == "value":
+        changed = tensor.clone()
+        flat = changed.view(-1).view(torch.uint8).numpy()  # the same memory
+        flat[rng.randrange(len(flat))] ^= 1 << rng.randrange(8)
+    if kind == "missing":
+        return f"{name} missing", {k: v for k, v in tensors.items() if k != name}
+    if kind == "additional":
+        return "one too many", {**tensors, "x": tensor.clone()}
+    return f"{kind} of {name}", {**tensors, name: changed}
+
+
+def impossible(cache: dict[str, Any]) -> str:
+    """What no teacher can have answered and no policy can have drawn."""
+    for columns in cache["views_"]:
+        crop = columns["crop"].astype(int)
+        if crop.shape != (cache["num_samples"], 4) or (crop[:, :2] + crop[:, 2:] > 65535).any():
+            return "crops outside of the image"
+    for classes, log_probs in [*cache["answers"], cache["val"]]:
+        number, given = classes.to(torch.int64), log_probs.float()
+        if len(number) != len(given) or number.shape[1:] != (cache["topk"],) != given.shape[1:]:
+            return "answers of another shape"
+        if (number >= cache["num_classes"]).any() or any(len(set(row)) < len(row) for row in number.tolist()):
+            return "class numbers that are not those of K different classes"
+        if not (given.isfinite().all() and (given <= 0).all() and (given.exp().sum(1) < 1.01).all()):
+            return "log-probabilities that are none"
+    return ""
+
+
+@pytest.mark.parametrize("name", [view_file(1), VAL])
+def test_a_cache_with_edited_tables_and_right_checksums(cache, name):
+    """Whoever computes the checksum anew can write any answers, but only possible ones."""
+    tensors, info = load_tensors(cache / name)
+    wrong = []
+
+    def case() -> str:
+        named, result = refused(lambda: all_of(cache), cache)
+        return "" if named else impossible(result)
+
+    for seed in range(40):
+        kind, edited = edit_tensors(tensors, seed)
+        save_tensors(cache / name, edited, info)
+        if said := complaint(case):
+            wrong.append(f"seed {seed} ({kind}): {said}")
+    assert wrong == [], "\n".join(wrong)
+
+
+# --- Checkpoint and run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "run", tmp_path / "run"))
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return dict(open_run(run).trained_student().state_dict())
+
+
+def test_a_damaged_checkpoint(run):
+    newest = max((run / "checkpoints").glob("step-*.safetensors"))
+    fuzz(newest, lambda: weights(run), anywhere=20, in_regions=20)
+
+
+def test_a_checkpoint_with_edited_tensors_and_right_checksums(run):
+    """A student of the right shapes comes of it, or a line."""
+    newest = max((run / "checkpoints").glob("step-*.safetensors"))
+    tensors, info = load_tensors(newest)
+    shapes = {name: value.shape for name, value in weights(run).items()}
+    wrong = []
+
+    def case() -> str:
+        named, result = refused(lambda: weights(run), newest.parent)
+        return "" if named or {name: v.shape for name, v in result.items()} == shapes else "another student"
+
+    for seed in range(15):
+        kind, edited = edit_tensors(tensors, seed)
+        save_tensors(newest, edited, info)
+        if said := complaint(case):
+            wrong.append(f"seed {seed} ({kind}): {said}")
+    assert wrong == [], "\n".join(wrong)
+
+
+@pytest.mark.parametrize("bytes_too", [False, True])
+def test_an_edited_configuration_of_a_run(run, bytes_too):
+    """Text that anybody may change: it is a run's configuration, whose student can be built, or it is refused."""
+    file = run / "config.json"
+    text = file.read_text()
+    wrong = []
+
+    def build() -> int:
+        opened = open_run(run)
+        return opened.build_student().image_size
+
+    def case() -> str:
+        named, size = refused(build, run)
+        return "" if named or (type(size) is int and size > 0) else f"an image size of {size!r}"
+
+    for seed in range(60):
+        kind, edited = damage_bytes(text.encode(), seed) if bytes_too else damage_json(text, seed)
+        file.write_bytes(edited if isinstance(edited, bytes) else edited.encode())
+        if said := complaint(case):
+            wrong.append(f"seed {seed} ({kind}): {said}")
+    assert wrong == [], "\n".join(wrong)
+
+
+# --- Teacher ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bytes_too", [False, True])
+def test_an_edited_configuration_of_a_teacher(made, tmp_path, bytes_too):
+    """Text that anybody may change: a teacher that answers with log-probabilities comes of it, or a line."""
+    folder = Path(shutil.copytree(made / "teacher", tmp_path / "teacher"))
+    file = folder / "config.json"
+    text = file.read_text()
+    wrong = []
+
+    def answers() -> Tensor:
+        teacher = open_teacher(str(folder), CLASSES)
+        size = teacher.image_size
+        images = torch.arange(2 * 3 * size * size).view(2, 3, size, size).to(torch.uint8)
+        return teacher.log_probs(images)
+
+    def case() -> str:
+        named, found = refused(answers, folder)
+        if named:
+            return ""
+        fine = found.shape == (2, CLASSES) and found.isfinite().all() and found.exp().sum(1).sub(1).abs().max() < 1e-4
+        return "" if fine else f"answers {found}"
+
+    for seed in range(60):
+        kind, edited = damage_bytes(text.encode(), seed) if bytes_too else damage_json(text, seed)
+        file.write_bytes(edited if isinstance(edited, bytes) else edited.encode())
+        if said := complaint(case):
+            wrong.append(f"seed {seed} ({kind}): {said}")
+    assert wrong == [], "\n".join(wrong)
+
+
+# --- Written forms ----------------------------------------------------------------------------------------------------
+
+
+def all_images(path: Path) -> list[Any]:
+    """Everything in both splits, verified."""
+    verify(path, workers=1)
+    found = [open_dataset(str(path), split) for split in ("train", "val")]
+    images = [[dataset.read(i) for i in range(len(dataset))] for dataset in found]
+    return [*all_but_pixels(path), images]
+
+
+def all_but_pixels(path: Path) -> list[Any]:
+    """What is right without a verification: names, labels, sizes. Of the images only that they are images."""
+    found = [open_dataset(str(path), split) for split in ("train", "val")]
+    for dataset in found:
+        image = dataset.read(3)
+        assert image.dtype == torch.uint8
+        assert list(image.shape) == [3, *dataset.stored_sizes[3]]
+    return [(list(d.names), d.classes, d.labels, d.sizes, d.fingerprint) for d in found]
+
+
+@pytest.mark.parametrize("form", ["x.pack", "x.beton", "raw.beton"])
+def test_a_damaged_written_form(made, tmp_path, form):
+    """Each of its files: anywhere, by `--verify`; and without it never with other names, labels or sizes."""
+    path = tmp_path / form
+    if path.suffix == ".pack":
+        shutil.copytree(made / form, path)
+        files = sorted(path.iterdir())
+    else:
+        files = [Path(shutil.copy(file, tmp_path)) for file in sorted(made.glob(f"{path.stem}.*")) if file.is_file()]
+    assert len(files) >= 3
+    for file in files:
+        fuzz(file, lambda: all_images(path), anywhere=10)
+        fuzz(file, lambda: all_but_pixels(path), anywhere=0, in_regions=15)
