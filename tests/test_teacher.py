@@ -480,7 +480,7 @@ def test_grey_teachers_are_named_as_such(tmp_path):
 def test_a_model_of_feature_maps_is_no_teacher(tmp_path):
     """timm's way to leave the pooling out, which a config.json can ask for."""
     unpooled = timm.create_model(NAME, num_classes=7, global_pool="")
-    with pytest.raises(BadInput, match="does not run at 40 px|expected logits"):
+    with pytest.raises(BadInput, match=r"does not run at 40 px|expected logits"):
         open_teacher(named(unpooled, tmp_path, list(NAMES)), NAMES)
 
 
