@@ -519,7 +519,7 @@ def test_a_checkpoint_from_its_publishers_repository(tmp_path: Path, name: str, 
 
 
 def test_weights_without_a_classifier_start_a_student(source: Any, tmp_path: Path, capsys: Any) -> None:
-    """Those of self-supervised training, say; a line tells it. Anything else that is missing is refused."""
+    """Those of self-supervised training, say; a line says so. Anything else that is missing is refused."""
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(without(source.state_dict(), "fc.weight", "fc.bias"), path)
     model = create_model(NAME, CLASSES, init=str(path))
