@@ -270,7 +270,7 @@ def test_an_edited_configuration_of_a_teacher(made, tmp_path, bytes_too):
     wrong = []
 
     def answers() -> Tensor:
-        teacher = open_teacher(str(folder), CLASSES)
+        teacher = open_teacher(str(folder), tuple(map(str, range(CLASSES))))
         size = teacher.image_size
         images = torch.arange(2 * 3 * size * size).view(2, 3, size, size).to(torch.uint8)
         return teacher.log_probs(images)
