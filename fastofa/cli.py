@@ -39,12 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     # Before torch is imported. OpenMP threads that wait by spinning make a busy machine many times slower, threads that
     # sleep at once a quiet one by a third: they spin for some microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    code, is_main = 0, os.environ.get("RANK", "0") == "0"
+    code = 0
     try:
         config = parse(argv[0], argv[1:])
         if argv[0] != "train" and (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
-            if not is_main:
-                sys.exit(2)  # rank 0 says why
             raise BadInput(
                 f"{argv[0]}: expected one process, torchrun started {ranks} (WORLD_SIZE); start it without torchrun"
             )
@@ -53,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         code = _say(str(error), 2)
     except Stopped as stop:
         code = 128 + stop.signum
-        if is_main:  # all ranks stop together, one says so
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop together, one says so
             _say(str(stop), code)
     except LostContact as error:
         code = _say(str(error), 1)
