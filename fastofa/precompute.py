@@ -61,8 +61,8 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         BadInput: see the fields of the configuration; a cache with other arguments in the same place.
         Stopped: by Ctrl-C or SIGTERM, after saving.
     """
+    _check_place(config.out)
     with filling(config.out):
-        _check_place(config.out)
         return _precompute(config)
 
 
@@ -116,8 +116,7 @@ def _precompute(config: PrecomputeConfig) -> TeacherCache:
         job.write_views(todo, train, train_pipeline, policy)
     cache = TeacherCache.open(config.out)
     if cache.views == header["views"]:
-        for left in config.out.glob(f"*{PARTIAL}*"):  # by a process that was killed
-            left.unlink()
+        (config.out / PARTIAL).unlink(missing_ok=True)  # of a process that was killed
     return cache
 
 
