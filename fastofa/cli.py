@@ -48,7 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     """
     own = argv is None or torchrun.is_rank()
     argv = sys.argv[1:] if argv is None else argv
-<<<<<<< HEAD
     code = _main(argv, own)
     if code == 2 and torchrun.is_rank():
         torchrun.stop()
@@ -56,42 +55,6 @@ def main(argv: list[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
-=======
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        sys.exit(0 if argv else 2)
-    if argv[0] == "--version":
-        print(f"fastofa {__version__}")
-        return
-    if argv[0] not in COMMANDS:
-        sys.exit(_say(f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}", 2))
-    # Before torch is imported. OpenMP threads that wait by spinning make a busy machine many times slower, threads that
-    # sleep at once a quiet one by a third: they spin for some microseconds.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    code = 0
-    try:
-        config = parse(argv[0], argv[1:])
-        if argv[0] != "train" and (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
-            raise BadInput(
-                f"{argv[0]}: expected one process, torchrun started {ranks} (WORLD_SIZE); start it without torchrun"
-            )
-        import_module(f"fastofa.{argv[0]}").main(config)
-    except BadInput as error:
-        code = _say(str(error), 2)
-    except Stopped as stop:
-        code = 128 + stop.signum
-        if os.environ.get("RANK", "0") == "0":  # all ranks stop together, one says so
-            _say(str(stop), code)
-    except LostContact as error:
-        code = _say(str(error), 1)
-    except BrokenPipeError:  # `fastofa ... | head`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        code = _say("interrupted; nothing more was saved", 130)
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # a rank leaves at once: its connections can hang while Python ends
-        sys.stdout.flush()
-        sys.stderr.flush()
->>>>>>> h-cache
         os._exit(code)
     if code:
         sys.exit(code)
