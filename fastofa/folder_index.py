@@ -2,6 +2,10 @@
 
 DIR/.fastofa/SPLIT.safetensors, or below the user's cache folder where DIR cannot be written. It is a convenience: where
 it cannot be read it is made again, where it cannot be kept the images are opened each time.
+
+Of 14 million made-up names it has 642 MB. Once they are listed, the folder is opened in 12 s, in 2.9 GB at most (the
+listing has 0.7 of them, Python with its libraries 0.7); in 63 s and 4.5 GB where a thousandth of the files were removed
+since. That was on two cores of a machine with five times as much to do.
 """
 
 import fcntl

@@ -76,6 +76,9 @@ class Names(Sequence[str]):
         # By 64-bit hashes, whose seed is new in each process: among 14 million names two are alike once in 100,000
         # comparisons. A dictionary would take five times the memory.
         mine, theirs = (np.fromiter(map(hash, names), np.int64, len(names)) for names in (self, other))
-        order = np.argsort(theirs, kind="stable")
-        found = order[np.minimum(np.searchsorted(theirs, mine, sorter=order), len(other) - 1)]
-        return np.where(theirs[found] == mine, found, -1)
+        rows, others = np.argsort(mine), np.argsort(theirs)  # both sorted, so that memory is read in order
+        found = others[np.minimum(np.searchsorted(theirs[others], mine[rows]), len(other) - 1)]
+        is_same = theirs[found] == mine[rows]
+        places = np.full(len(self), -1)
+        places[rows[is_same]] = found[is_same]
+        return places

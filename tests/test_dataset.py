@@ -906,6 +906,22 @@ def test_what_is_not_taken_is_counted_by_kind_and_reported_once(folder: Path, ca
     assert capsys.readouterr().err == ""
 
 
+def test_names_may_hold_anything_that_is_utf8(folder: Path, capsys) -> None:
+    names = [
+        "flower/[bold] x.jpg",
+        "flower/a\nb.jpg",
+        "flower/\x1b[31m.jpg",
+        "flower/\u202egpj.jpg",
+        "flower/ü (1).jpg",
+    ]
+    add(folder, *names, "flower/[/red].bmp")
+    for _ in range(2):
+        data = open_dataset(str(folder))
+        assert set(names) <= set(data.names)
+        assert data.read(list(data.names).index(names[0])).ndim == 3
+        assert "[/red].bmp" in capsys.readouterr().err
+
+
 def test_every_suffix_of_jpeg_is_taken(folder: Path, capsys) -> None:
     add(folder, "flower/a.jfif", "flower/b.JPE", "flower/c.JPEG")
     data = open_dataset(str(folder))
