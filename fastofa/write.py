@@ -61,7 +61,7 @@ def write(config: WriteConfig) -> None:
         BadInput: unreadable pictures, each named; a place that is taken; a full disk; with `verify`, damage.
     """
     sources = _open_splits(config)
-    there = config.out.exists()
+    there = os.path.lexists(config.out)
     if there and not config.verify:
         raise BadInput(f"{config.out}: exists already; choose another place, remove it, or check it by --verify")
     if not there:
@@ -93,10 +93,10 @@ def _open_splits(config: WriteConfig) -> list[Dataset]:
 def _splits(data: str) -> list[Literal["train", "val"]]:
     """Both, but for a folder that has training pictures only."""
     found: list[Literal["train", "val"]] = ["train", "val"]
-    if Path(data).suffix in FORMS + FFCV and Path(data).exists():
+    if Path(data).suffix in FORMS + FFCV and os.path.exists(data):
         there = splits_of(Path(data))
         return [split for split in found if split in there]
-    here = [split for split in found if (Path(data) / split).is_dir()]
+    here = [split for split in found if os.path.isdir(os.path.join(data, split))]
     return here if "train" in here else found
 
 
@@ -196,7 +196,7 @@ def _largest(config: WriteConfig, source: Dataset) -> int:
 
 
 def _check_space(out: Path, need: int) -> None:
-    place = next(folder for folder in out.resolve().parents if folder.exists())
+    place = next(folder for folder in out.resolve().parents if os.path.exists(folder))
     if (free := shutil.disk_usage(place).free) < need:
         raise BadInput(
             f"{out}: needs {filesize.decimal(need)}, {filesize.decimal(free)} are free; free space, choose another "

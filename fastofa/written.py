@@ -11,6 +11,7 @@ others. Whatever is read when a data set is opened is compared with a checksum; 
 A file that FFCV's own writer wrote has no index: there, numbers are the names.
 """
 
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -82,7 +83,9 @@ def beton_path(path: Path, split: str) -> Path:
 
 def is_foreign(path: Path) -> bool:
     """Did FFCV's own writer write it? Raises BadInput for what is no such file."""
-    return path.suffix in FFCV and not index_path(path).exists() and path.exists() and not read_layout(path).ours
+    if path.suffix not in FFCV or os.path.lexists(index_path(path)) or not os.path.exists(path):
+        return False
+    return not read_layout(path).ours
 
 
 def splits_of(path: Path) -> list[str]:
@@ -111,12 +114,12 @@ def write_index(path: Path, index: Index) -> None:
 
 def read_index(path: Path) -> Index:
     """Of a .pack or .beton. Raises BadInput if it is missing, damaged or of another version."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise BadInput(f"{path} does not exist; `fastofa write DATA {path}` makes it")
     found = index_path(path)
-    if not found.exists():
+    if not os.path.exists(found):
         training = path.with_name(path.name.replace(".val.beton", ".beton"))
-        if training != path and index_path(training).exists():
+        if training != path and os.path.exists(index_path(training)):
             raise BadInput(f"{path}: expected {training} as --data, whose validation part this is")
         raise BadInput(
             f"{path}: expected {found} with it, as `fastofa write` makes them; move all its files or write it again"
@@ -227,7 +230,7 @@ def _open_beton(path: Path, split: str, index: Index) -> dict[str, Any]:
 
 
 def _check_size(file: Path, expected: int) -> None:
-    if not file.exists():
+    if not os.path.exists(file):
         raise BadInput(f"{file} is missing; remove what is left and write it again")
     if file.stat().st_size != expected:
         raise BadInput(
@@ -304,7 +307,7 @@ def _val_names(path: Path) -> list[Path]:
 
 
 def _foreign_val(path: Path) -> Path | None:
-    return next((name for name in _val_names(path) if name.is_file()), None)
+    return next((name for name in _val_names(path) if os.path.isfile(name)), None)
 
 
 def _content(file: Path, spans: np.ndarray) -> np.ndarray:
