@@ -80,7 +80,10 @@ class Bar(Progress):
     def _say(self, task_id: TaskID) -> None:
         """The same as the bar shows, but for the bar."""
         (task,) = (task for task in self.tasks if task.id == task_id)
-        speed, left = ImagesPerSecond().render(task).plain, TimeLeft(compact=True, elapsed_when_finished=True).render(task).plain
+        speed, left = (
+            ImagesPerSecond().render(task).plain,
+            TimeLeft(compact=True, elapsed_when_finished=True).render(task).plain,
+        )
         parts = (task.description, f"{task.percentage:.0f}%", speed, task.fields["note"], left)
         notice(", ".join(part for part in parts if part and "-:--" not in part))
         self.said_at = time.monotonic()
