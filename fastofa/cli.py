@@ -39,6 +39,14 @@ INTERRUPTED = "interrupted; nothing more was saved"
 # How libraries say that memory ran out, beside MemoryError and ENOMEM.
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
+REMEDIES = {
+    errno.EACCES: "its owner must allow you to use it, or choose another place",
+    errno.EPERM: "its owner must allow you to use it, or choose another place",
+    errno.ELOOP: "a link leads to itself: remove it",
+    errno.ENOSPC: "free space or choose another place",
+    errno.EDQUOT: "free space or choose another place",
+}
+
 
 def main(argv: list[str] | None = None) -> None:
     """Exit codes: 0; 1 after a failure of the machine, or with a traceback of ours; 2 after bad input (one line on
@@ -155,7 +163,8 @@ def _known(error: Exception) -> tuple[str, int] | None:
     if "Python.h" in text:
         return "compile: expected Python's headers, found none; apt-get install python3-dev, or --compile off", 2
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; expected a place that can be used", 2
+        remedy = REMEDIES.get(error.errno or 0, "mend it or choose another place")
+        return f"{error.filename}: {error.strerror}; {remedy}", 2
     return None
 
 

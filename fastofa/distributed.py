@@ -8,10 +8,11 @@ NCCL, those on the CPU by gloo. With one process nothing here does anything.
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def was_restarted() -> bool:
 
 
 _store: dist.Store | None = None  # that of `join`
-REFUSED = "refused"
+REFUSED, STORE_S = "refused", 5
 
 
 @contextmanager
@@ -134,23 +135,35 @@ def contact() -> Iterator[None]:
     try:
         yield
     except BadInput:
-        if _store is not None:
-            with suppress(RuntimeError):
-                _store.set(REFUSED, os.environ["RANK"])
+        _in_store(lambda store: store.set(REFUSED, os.environ["RANK"]))
         raise
     except RuntimeError as error:
         text = str(error)
         if not (isinstance(error, dist.DistError) or any(name in text for name in ("gloo", "Gloo", "NCCL"))):
             raise
-        with suppress(RuntimeError):
-            if _store is not None and _store.check([REFUSED]):
-                other = _store.get(REFUSED).decode()
-                raise BadInput(f"rank {os.environ['RANK']}: stops, as rank {other} refused its input") from None
+        other = _in_store(lambda store: store.get(REFUSED).decode() if store.check([REFUSED]) else "")
+        if other:
+            raise BadInput(f"rank {os.environ['RANK']}: stops, as rank {other} refused its input") from None
         reason = " ".join(text.split())[:120]
         raise LostContact(
             f"rank {os.environ.get('RANK')}: lost the other ranks ({reason}); start the same command again with "
             "--resume, or let torchrun do so by --max-restarts"
         ) from None
+
+
+def _in_store(ask: Callable[[dist.Store], Any]) -> Any:
+    """Its answer; None where the store is gone, or its host does not answer within seconds."""
+    answers = []
+
+    def work(store: dist.Store) -> None:
+        with suppress(RuntimeError):
+            answers.append(ask(store))
+
+    if _store is not None:
+        thread = Thread(target=work, args=(_store,), daemon=True)
+        thread.start()
+        thread.join(STORE_S)
+    return answers[0] if answers else None
 
 
 class Vote:

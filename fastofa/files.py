@@ -57,9 +57,9 @@ def regular_file(path: Path) -> Path:
     """
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise BadInput(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except FileNotFoundError as error:
+        raise BadInput(f"could not read {path}: it does not exist ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise BadInput(f"could not read {path}: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_ISREG(mode):
         return path

@@ -258,7 +258,7 @@ def test_only_files_are_opened(tmp_path: Path, read: Callable[[Path], Any]) -> N
         listening.bind(os.path.relpath(tmp_path / "socket"))
     for name, message in {
         "pipe": "expected a file, got a pipe", "socket": "got a socket", "loop": "symbolic links",
-        "nowhere": "does not exist", ".": "got a folder", "pipe/below": "Not a directory", "/dev/zero": "got a device",
+        "nowhere": "No such file", ".": "got a folder", "pipe/below": "Not a directory", "/dev/zero": "got a device",
         "\0": "null",
     }.items():  # fmt: skip
         with pytest.raises(BadInput, match=message) as error:
@@ -282,7 +282,7 @@ def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nested too deep") as error:
         read_json(path)
     one_line(error, path)
-    with pytest.raises(BadInput, match="does not exist"):
+    with pytest.raises(BadInput, match="No such file"):
         read_json(tmp_path / "none.json")
 
 
