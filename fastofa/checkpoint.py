@@ -134,7 +134,9 @@ def load_student(run: Path, student: nn.Module, weights: Weights = "last") -> di
         BadInput: there is none, it is damaged, does not fit or is not finite.
     """
     path, prefix, tensors, info = _find(run, weights)
-    _check_keys(path, prefix, student.state_dict(), tensors)
+    for part in dict.fromkeys((prefix, "ema.", "student.")):
+        if part == prefix or _under(part, tensors):
+            _check_keys(path, part, student.state_dict(), tensors)
     found = _under(prefix, tensors)
     if odd := sorted(name for name, value in found.items() if not bool(value.isfinite().all())):
         raise BadInput(

@@ -158,10 +158,7 @@ REFUSED = {
     "evaluate's data": ("evaluate run --data digit", "unknown data set 'digit': expected digits, digits:N"),
     "digits by count": (f"{TRAIN} --out new --data digits:15", "expected N a multiple of 10 from 10 to...got '15'"),
     "recipe": (f"{TRAIN} --out new --recipe imagenet", "recipe...expected...imagenet_cnn...imagenet"),
-    "no recipe": (
-        "train --data digits:20 --student test_resnet --out new",
-        "recipe...expected...digits, imagenet_fast",
-    ),
+    "no recipe, no cache": ("train --data digits:20 --student test_resnet --out new", "method ofa: expected --cache"),
     "train's pipeline": (f"{TRAIN} --out new --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or one of res"),
     "precompute's pipeline": (f"{PRECOMPUTE} --out new --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or"),
     "evaluate's pipeline": ("evaluate run --data digits --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or"),

@@ -53,14 +53,14 @@ def flip_a_bit(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit])
 def test_a_run_goes_on_from_before_a_damaged_checkpoint_to_the_same_weights(on_photos, damage, capsys):
-    """Step 4 of 6 is damaged, step 2 is whole: it says so and ends as if nothing had been. Pictures grow meanwhile."""
+    """Step 4 of 6 is damaged, step 3 is whole: it says so and ends as if nothing had been. Pictures grow meanwhile."""
     given = {
         "checkpoint_every": 2, "keep": 3, "log_every": 3, "ema": 0.9, "drop_path": 0.2, "image_size": 64,
         "start_size": 32, "growth": (0.0, 1.0),
     }  # fmt: skip
     straight = on_photos("straight", **given)
     train(straight)
-    assert [load_tensors(file)[1]["step"] for file in checkpoints(straight.out)] == [6, 4, 2]
+    assert [load_tensors(file)[1]["step"] for file in checkpoints(straight.out)] == [6, 4, 3]
     resumed = on_photos("resumed", resume=True, **given)
     shutil.copytree(straight.out, resumed.out)
     newest(resumed.out).unlink()
