@@ -41,6 +41,8 @@ def open_cifar100(spec: str, split: str, folder: Path) -> Dataset:
     try:
         classes = tuple(meta["fine_label_names"])
         names, labels = data["filenames"], np.asarray(data["fine_labels"], dtype=np.int64)
+        if not all(isinstance(name, str) for name in (*classes, *names)):
+            raise TypeError("names that are text")
         pixels = np.asarray(data["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{folder}: expected CIFAR-100's python archive, got one that lacks {error}") from None

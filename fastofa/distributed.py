@@ -112,11 +112,6 @@ def join(timeout_s: int) -> World:
     return World(rank, size, local_rank, local_size, timeout)
 
 
-def is_main_process() -> bool:
-    """Is this rank 0, or on its own?"""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def was_restarted() -> bool:
     """Did torchrun start this process in place of one that failed?"""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

@@ -22,7 +22,7 @@ from timm.models import save_for_hf
 from fastofa.arguments import ExportConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, escaped
 from fastofa.files import new_folder
 from fastofa.images import crop_resize_one
 from fastofa.progress import notice
@@ -135,4 +135,5 @@ def _compare_answers(sample: _Sample, model: Any) -> None:
 
 
 def main(config: ExportConfig) -> None:
-    print(f"{config.out}: load it with\n{export(config)}")
+    line = export(config)
+    print(escaped(f"{config.out}: load it with"), escaped(line), sep="\n")

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastofa import torchrun
 from fastofa.content import DIGEST, sample
-from fastofa.distributed import is_main_process
 from fastofa.errors import BadInput
 from fastofa.files import load_tensors, save_tensors
 from fastofa.image_headers import DEFAULT, Limits
@@ -143,7 +143,7 @@ def making(paths: list[Path]) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if is_main_process():
+            if torchrun.is_main():
                 notice(f"another process is making the index of these images; waiting for it ({paths[0].parent})")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fastofa import torchrun
 from fastofa.check_images import checked_size, header_size, in_parallel
 from fastofa.content import DIGEST, digests, sample
 from fastofa.dataset import Dataset, fingerprint_of
-from fastofa.distributed import is_main_process
 from fastofa.errors import BadInput
 from fastofa.folder_index import Files, Known, index_paths, making, read_index, write_index
 from fastofa.folder_listing import Listing, list_images, remedy
@@ -31,7 +31,7 @@ def open_image_folder(
 ) -> Dataset:
     """See `fastofa.dataset.open_dataset`."""
     listing = list_images(Path(spec), split)
-    if is_main_process():
+    if torchrun.is_main():
         for remark in listing.remarks:
             notice(remark)
     root, names, byte_sizes = Path(spec) / split, listing.names, listing.byte_sizes
@@ -50,7 +50,7 @@ def open_image_folder(
                 index = write_index(paths, files, known)
     if bad:
         _refuse(root, names, bad)
-    if is_main_process():
+    if torchrun.is_main():
         for i, reason in known.skipped.items():
             notice(f"left out: {root / names[i]}: {reason}")
         if known.skipped:
@@ -150,7 +150,7 @@ def _check_access(root: Path, names: Names, unreadable: dict[int, str]) -> None:
 def _named(root: Path, names: Names, files: dict[int, str]) -> str:
     """A few of the files with the reasons; where there are more, each of them was named before."""
     lines = [f"{root / names[i]} ({files[i]})" for i in sorted(files)]
-    if len(lines) > NAMED and is_main_process():
+    if len(lines) > NAMED and torchrun.is_main():
         for line in lines:
             notice(f"unreadable: {line}")
     return "; ".join(lines[:NAMED]) + (f" and {len(lines) - NAMED} more" if len(lines) > NAMED else "")

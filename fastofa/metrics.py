@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import shutil
 import threading
 from bisect import bisect_left
@@ -18,7 +19,7 @@ import torch
 from fastofa.dataset import Dataset
 from fastofa.distributed import World
 from fastofa.errors import BadInput
-from fastofa.files import save_tensors, write_atomic
+from fastofa.files import read_file, reason, save_tensors, write_atomic
 from fastofa.pipelines import Pipeline
 from fastofa.progress import notice, track
 from fastofa.views import center_views
@@ -128,12 +129,9 @@ def _read_log(run: Path) -> tuple[list[tuple[Row, bytes]], list[bytes]]:
     Steps rise from line to line. Where they do not, as few lines as possible are at fault: a damaged number costs its
     own line and none after it. A last line that a kill cut off is neither.
     """
-    try:
-        data = (run / FILE).read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(run / FILE):
         return [], []
-    except OSError as error:
-        raise BadInput(f"could not read {run / FILE}: {error.strerror or error}") from None
+    data = read_file(run / FILE)
     *lines, last = data.split(b"\n")
     if _row(last) is not None:
         lines.append(last)
@@ -279,6 +277,4 @@ def _told(run: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadInput(
-            f"could not write to {run}: {error.strerror or error}; free space, then go on with --resume"
-        ) from None
+        raise BadInput(f"could not write to {run}: {reason(error)}, then go on with --resume") from None

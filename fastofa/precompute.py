@@ -25,7 +25,7 @@ from torch import Tensor
 from fastofa.arguments import PrecomputeConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, escaped
 from fastofa.files import filling, read_info
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.pipelines import Pipeline, choose, open_pipeline
@@ -306,6 +306,8 @@ def main(config: PrecomputeConfig) -> None:
     cache = precompute(config)
     size = sum(file.stat().st_size for file in cache.path.iterdir())
     print(
-        f"{cache.path}: {cache.finished} views of {cache.num_samples:,} images, top {cache.topk} of "
-        f"{cache.num_classes} classes, {filesize.decimal(size)}"
+        escaped(
+            f"{cache.path}: {cache.finished} views of {cache.num_samples:,} images, top {cache.topk} of "
+            f"{cache.num_classes} classes, {filesize.decimal(size)}"
+        )
     )

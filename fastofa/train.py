@@ -21,15 +21,15 @@ from typing import Any, get_args
 
 import torch
 
-from fastofa import checkpoint, plan
+from fastofa import checkpoint, plan, torchrun
 from fastofa.clock import Clock
 from fastofa.config import SIZED, Order, TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device, choose_workers
-from fastofa.distributed import Vote, World, check_same, check_shared, contact, is_main_process, join, was_restarted
+from fastofa.distributed import Vote, World, check_same, check_shared, contact, join, was_restarted
 from fastofa.epochs import Epochs, check_whole
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, escaped
 from fastofa.files import filling
 from fastofa.image_headers import given_limits
 from fastofa.interrupt import Interrupt, Stopped
@@ -519,9 +519,11 @@ def main(config: TrainConfig) -> None:
         plan_run(config)
         return
     result = train(config)
-    if not is_main_process():
+    if not torchrun.is_main():
         return
     print(
-        f"{config.out}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, {result.images_per_second:,.0f} images/s, "
-        f"{result.seconds:,.0f} s"
+        escaped(
+            f"{config.out}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
+            f"{result.images_per_second:,.0f} images/s, {result.seconds:,.0f} s"
+        )
     )

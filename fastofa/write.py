@@ -27,7 +27,7 @@ from fastofa.arguments import WriteConfig
 from fastofa.beton import MOST_BYTES, MOST_PIXELS, PAGE, Picture, read_layout, write_beton
 from fastofa.dataset import FFCV, FORMS, Dataset, open_dataset
 from fastofa.device import choose_workers
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, escaped
 from fastofa.files import new_folder, reason, remove_leftovers, temporary_name
 from fastofa.images import resize
 from fastofa.locks import writing
@@ -286,4 +286,5 @@ def main(config: WriteConfig) -> None:
     size = sum(file.bytes for file in index.files.values())
     checked = ", as it was written" if config.verify else ""
     kind = f"{index.size} px" if index.size else "pixels" if index.raw else "JPEGs"
-    print(f"{config.out}: {counts} images of {len(index.classes)} classes, {kind}, {filesize.decimal(size)}{checked}")
+    what = f"{counts} images of {len(index.classes)} classes, {kind}, {filesize.decimal(size)}"
+    print(escaped(f"{config.out}: {what}{checked}"))

@@ -6,7 +6,6 @@ for batch in pipeline.epoch(views, order, start=0):
 """
 
 import functools
-import os
 from collections.abc import Generator, Sequence
 from importlib import import_module
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fastofa import torchrun
 from fastofa.errors import BadInput
 from fastofa.pipelines.batch import Batch
 from fastofa.pipelines.request import Request
@@ -100,7 +100,7 @@ def choose(dataset: Any, device: torch.device) -> tuple[str, str]:
 @functools.cache
 def _say(line: str) -> None:
     """Once, on the first of several ranks."""
-    if os.environ.get("RANK", "0") == "0":
+    if torchrun.is_main():
         notice(line)
 
 

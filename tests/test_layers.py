@@ -120,7 +120,16 @@ def test_kernels_depend_on_torch_and_triton_only():
 
 def test_pipelines_depend_on_these_only():
     assert parts("pipelines") <= {
-        *("views", "rand_augment", "kernels", "errors", "files", "images", "interrupt", "progress", "beton")
+        "views",
+        "rand_augment",
+        "kernels",
+        "errors",
+        "files",
+        "images",
+        "interrupt",
+        "progress",
+        "beton",
+        "torchrun",
     }
 
 
