@@ -260,16 +260,17 @@ def open_wandb(run: Path, project: str) -> Any:
         BadInput: it cannot begin, without its login, say; the run's folder is then as it was.
     """
     key = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-    library, existed = import_wandb(), run.exists()
+    library, files = import_wandb(), run / "wandb"
+    existed = files.exists()
     with _told(run):
         run.mkdir(parents=True, exist_ok=True)  # or it would write its files elsewhere
     try:
         return library.init(project=project, name=run.name, id=key, resume="allow", dir=str(run))
     except Exception as error:  # its many kinds
         if not existed:
-            shutil.rmtree(run, ignore_errors=True)
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"wandb: could not begin ({reason}); `wandb login`, or leave --wandb out") from None
+            shutil.rmtree(files, ignore_errors=True)
+        cause = " ".join(str(error).split())[:200]
+        raise BadInput(f"wandb: could not begin ({cause}); `wandb login`, or leave --wandb out") from None
 
 
 @contextmanager
