@@ -93,11 +93,14 @@ def photo_cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Teach
 
 
 @pytest.fixture
-def on_photos(
-    photos: Path, photo_cache: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., TrainConfig]:
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is half of a short run's time."""
+    monkeypatch.setattr("fastofa.train.Job._report", lambda _: None)
+
+
+@pytest.fixture
+def on_photos(photos: Path, photo_cache: TeacherCache, tmp_path: Path, no_report: None) -> Callable[..., TrainConfig]:
     """on_photos(name, ...) -> configuration of a run on 24 photographs: 3 steps of 8 an epoch, 2 epochs, no picture."""
-    monkeypatch.setattr("fastofa.train.Job._report", lambda _: None)  # half of such a run's time
 
     def config(name: str = "run", **given: Any) -> TrainConfig:
         values = {

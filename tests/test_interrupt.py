@@ -44,6 +44,10 @@ CONTEXT.set_forkserver_preload(
         "pytest",
     ]
 )
+# A terminal and a cluster signal the decoding processes, too.
+TO = pytest.mark.parametrize(
+    ("signum", "to"), [(signal.SIGINT, "group"), (signal.SIGTERM, "group"), (signal.SIGTERM, "process")]
+)
 SIGNALS = pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 DATA, IMAGES = "digits:100", 100
 
@@ -188,8 +192,7 @@ def same_cache(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-@SIGNALS
-@pytest.mark.parametrize("to", ["process", "group"])
+@TO
 def test_train_stops_and_goes_on_to_the_same_weights(cache, run, tmp_path, signum, to):
     """To the process alone, or as a terminal and a cluster do it: to its decoding processes, too."""
     pipeline = "torchvision" if to == "group" else "resident"
@@ -212,8 +215,7 @@ def test_train_stops_and_goes_on_to_the_same_weights(cache, run, tmp_path, signu
 
 
 @pytest.mark.slow
-@SIGNALS
-@pytest.mark.parametrize("to", ["process", "group"])
+@TO
 def test_precompute_stops_and_goes_on_to_the_same_bytes(teacher, cache, tmp_path, signum, to):
     """To the process alone, or to its decoding processes, too. The rows of the view it was at are kept."""
     pipeline = "torchvision" if to == "group" else "resident"

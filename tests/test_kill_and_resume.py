@@ -45,7 +45,7 @@ from runs import children, newest, same_run
 
 pytestmark = pytest.mark.slow
 
-KILLS, IN_A_ROW = 30, 5
+KILLS, IN_A_ROW = 20, 5
 FAR = 10**9
 # A forked server that has everything imported makes a new process a matter of milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -267,7 +267,7 @@ def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher
     assert len(found) >= KILLS
     assert len(at_work) >= KILLS // 2
     assert len(resumable) >= KILLS // 3
-    assert len(set(found)) >= 6
+    assert len(set(found)) >= 4
 
 
 def test_precompute_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):

@@ -739,7 +739,7 @@ def test_a_pack_is_resident_where_it_is_small_and_fits(packed, monkeypatch, caps
 
 @pytest.mark.parametrize("name", ["packed", "torchvision", "resident", "ffcv", DALI])
 def test_early_exits_leave_no_thread_and_no_memory(request, name):
-    """Thirty epochs left after a batch, and sixty whole ones."""
+    """Fifteen epochs left after a batch, and sixty whole ones."""
     dataset = source_of(name, request)
     views, order = draw(dataset), np.arange(24)
     pipeline = open_pipeline(name, dataset, 64, batch_size=4, workers=2)
@@ -759,7 +759,7 @@ def test_early_exits_leave_no_thread_and_no_memory(request, name):
         leave()
         list(pipeline.epoch(views, order))
     threads = count_threads()
-    for _ in range(30):
+    for _ in range(15):
         leave()
     limit = time.monotonic() + 900
     while count_threads() > threads and time.monotonic() < limit:

@@ -222,7 +222,7 @@ def dense_loss(c: TrainConfig, logits: Tensor, labels: Tensor, classes: Tensor, 
     return torch.stack([c.gt_weight * gt + c.kd_weight * kd + c.ofa_weight * ofa, gt, kd, ofa])
 
 
-@pytest.mark.usefixtures("in_float64")
+@pytest.mark.usefixtures("in_float64", "no_report")
 def test_an_ofa_run_equals_a_loop_written_by_hand(digit_cache, gradients, tmp_path):
     """Pixels by torchvision's transforms, dense float loss, clipping and Nesterov SGD by formula, two views replayed.
 
@@ -296,7 +296,7 @@ def test_gradients_are_clipped_to_their_norm(on_photos, gradients):
     assert logged[0] == pytest.approx(free[0], rel=1e-5)  # as they were before clipping
 
 
-@pytest.mark.usefixtures("in_float64")
+@pytest.mark.usefixtures("in_float64", "no_report")
 def test_parts_of_a_step_do_not_change_it(digit_cache, tmp_path, monkeypatch):
     """Losses to 1e-6 in one, two or five parts, for a student without batch norm; a part is what is computed at once.
 
@@ -768,34 +768,35 @@ def test_what_a_recipe_lacks_is_said_at_the_start(on_photos, capsys):
         assert (missing in capsys.readouterr().err) is said
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("name", ["imagenet_vit_mlp", "imagenet_stronger"])
 def test_views_that_mix_reach_the_loss(name, digit_cache, tmp_path, monkeypatch):
     """Epoch by epoch: the teacher's answers to these very pictures, partners' labels and shares; repeated, too."""
     views, teacher = 6, str(digit_cache.path.parent / "teacher")
-    cache = precompute(PrecomputeConfig("digits:100", teacher, tmp_path / "cache", views, topk=10, recipe=name))
+    cache = precompute(PrecomputeConfig("digits:50", teacher, tmp_path / "cache", views, topk=10, recipe=name))
     seen: list[tuple[Tensor, Tensor, Targets, Tensor, Tensor]] = []
     monkeypatch.setattr(
         Objective, "__call__", lambda self, logits, *given: (seen.append(given), logits.sum() * torch.ones(4))[1]
     )
-    config = {"data": "digits:100", "student": "test_resnet", "cache": cache.path, "image_size": SIZE, "epochs": 5}
+    config = {"data": "digits:50", "student": "test_resnet", "cache": cache.path, "image_size": SIZE, "epochs": 5}
     train(recipes.RECIPES[name](**config, out=tmp_path / "run", batch_size=16, optimizer="adamw", compile="off"))
 
     repeats, seed = cache.policy.repeats, 0
-    length = epoch_rows(cache.policy, 100) // 16 * 16
+    length = epoch_rows(cache.policy, 50) // 16 * 16
     assert len(seen) == 5 * length // 16
-    labels = torch.from_numpy(open_dataset("digits:100").labels)
+    labels = torch.from_numpy(open_dataset("digits:50").labels)
     for epoch in range(5):
         first = epoch // repeats * repeats % views
         tables = [cache.targets(view) for view in range(first, first + repeats)]
         table = join_views([t[0] for t in tables])
-        order = epoch_order(100, seed, epoch, partner=table.partner, repeats=repeats)[:length]
+        order = epoch_order(50, seed, epoch, partner=table.partner, repeats=repeats)[:length]
         log_probs = torch.stack([t[2] for t in tables]).float().log_softmax(dim=-1).flatten(0, 1)[order]
         classes = torch.stack([t[1].long() for t in tables]).flatten(0, 1)[order]
         given = seen[epoch * length // 16 :][: length // 16]
-        assert torch.equal(torch.cat([g[0] for g in given]), labels[order % 100])
+        assert torch.equal(torch.cat([g[0] for g in given]), labels[order % 50])
         assert torch.equal(torch.cat([g[1].classes for g in given]).long(), classes)
         torch.testing.assert_close(torch.cat([g[1].log_probs for g in given]), log_probs)
-        assert torch.equal(torch.cat([g[2] for g in given]), labels[table.partner[order] % 100])
+        assert torch.equal(torch.cat([g[2] for g in given]), labels[table.partner[order] % 50])
         assert np.array_equal(torch.cat([g[3] for g in given]).numpy(), shares(table, order, SIZE))
 
 
@@ -808,6 +809,7 @@ def test_batches_that_tear_pairs_apart_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
     """Without a cache, too, which would say so itself."""
     given: dict[str, Any] = {"student": "test_resnet", "method": "scratch", "out": tmp_path / "run", "epochs": 1}
@@ -900,6 +902,7 @@ def test_only_a_beton_is_read_by_pages(on_beton, photos, tmp_path):
 # --- After a review ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_goes_on_with_a_moved_cache_but_not_with_one_made_anew(digit_cache, tmp_path):
     """The answers count, not their place."""
     config = recipes.digits(

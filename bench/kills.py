@@ -1,0 +1,334 @@
+"""Kill commands at random moments: does each end, leave nothing running, and go on to the same result?
+
+    python -m bench.kills --count 60
+    python -m bench.kills --count 10 --only precompute torchrun --seed 1
+
+SIGINT, SIGTERM and SIGKILL hit `train`, `precompute`, `write`, `evaluate` and a `torchrun` of two ranks, all with
+`--workers 2`, between their start and their end: the process itself, its whole group as a terminal or a cluster does
+it, or one of its decoding processes or ranks. Then the same command runs again (a training with --resume), now and
+then killed once more. Printed is a line for each kill and a table; the exit code is 1 where a command
+
+- hung: it was still there 20 s after the signal,
+- left processes: they were still there 20 s after its end,
+- showed a traceback, or
+- came to another result than undisturbed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torchvision.io import write_png
+
+from bench.record import markdown_table
+from fastofa.dataset import open_dataset
+from fastofa.files import load_tensors
+
+ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
+PATIENCE_S = 20.0
+MARK = "FASTOFA_KILLS"  # in the environment of every process that a command starts
+SPEEDS = {"images_per_second", "loader_share"}
+TRAIN = (
+    "train --recipe digits --data images --cache cache --student test_resnet --epochs 3 --batch-size 20 --workers 2 "
+    "--pipeline torchvision --log-every 1 --checkpoint-every 3 --ema 0.9"
+)
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    line: str
+    """Of `fastofa`, its place called OUT."""
+    again: str
+    """What is added when it runs once more in the same place."""
+    result: Callable[[Path], str]
+    """sha256 of what came of it."""
+    source: str = ""
+    """What its place is a copy of; else it is new."""
+    ranks: int = 1
+
+    def argv(self, out: Path, again: bool) -> list[str]:
+        words = [str(out) if word == "OUT" else word for word in f"{self.line} {self.again if again else ''}".split()]
+        if self.ranks == 1:
+            return [str(BIN / "fastofa"), *words]
+        meet = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+        ranks = ["--no-python", "--nproc-per-node", str(self.ranks), "--max-restarts", "0", *meet]
+        return [str(BIN / "torchrun"), *ranks, str(BIN / "fastofa"), *words]
+
+
+def trained(run: Path) -> str:
+    """Weights, average and optimiser at the end, the best weights, and the log without its speeds."""
+    digest = hashlib.sha256()
+    for file in (max((run / "checkpoints").glob("step-*.safetensors")), run / "checkpoints" / "best.safetensors"):
+        tensors, _ = load_tensors(file)
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        digest.update(repr(sorted((k, v) for k, v in json.loads(line).items() if k not in SPEEDS)).encode())
+    return digest.hexdigest()
+
+
+def files(*patterns: str) -> Callable[[Path], str]:
+    """The bytes of the files with such names, in the folder or beside the file of that name."""
+
+    def result(out: Path) -> str:
+        digest = hashlib.sha256()
+        for pattern in patterns:
+            found = sorted(out.glob(pattern) if out.is_dir() else out.parent.glob(f"{out.stem}{pattern}"))
+            assert found, f"{out}: expected {pattern}, found none"
+            for file in found:
+                digest.update(file.name.replace(out.stem, "").encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    return result
+
+
+COMMANDS = (
+    Command("train", f"{TRAIN} --out OUT", "--resume", trained),
+    Command(
+        "precompute",
+        "precompute --data images --teacher teacher --views 4 --topk 5 --batch-size 20 --workers 2 --out OUT",
+        "",
+        files("*.safetensors", "*.png"),
+    ),
+    Command("write", "write images OUT --max-size 48 --workers 2", "", files(".beton", ".val.beton")),
+    Command("evaluate", "evaluate OUT --data images --batch-size 20 --workers 2", "", files("evaluation.json"), "run"),
+    Command("torchrun", f"{TRAIN} --out OUT", "--resume", trained, ranks=2),
+)
+
+
+def prepare(folder: Path) -> None:
+    """What the commands work on: 200 images for training, 100 for validation, a teacher, its cache and a run."""
+    for split, count in (("train", 200), ("val", 100)):
+        dataset = open_dataset("digits:200", split)
+        step = len(dataset) // count
+        for i in range(0, count * step, step):
+            place = folder / "images" / split / dataset.classes[dataset.labels[i]]
+            place.mkdir(parents=True, exist_ok=True)
+            write_png(dataset.read(i).repeat_interleave(8, 1).repeat_interleave(8, 2), str(place / f"{i:04d}.png"))
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=10)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    save_for_hf(model, str(folder / "teacher"), safe_serialization=True, data_config={"input_size": (3, 64, 64)})
+    for line in (COMMANDS[1].line.replace("OUT", "cache"), f"{TRAIN} --out run"):
+        done = subprocess.run([BIN / "fastofa", *line.split()], cwd=folder, env=_environment("0"), capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+
+
+# --- Processes --------------------------------------------------------------------------------------------------------
+
+
+def _environment(mark: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    single = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return {**os.environ, "PYTHONPATH": path, **single, MARK: mark}
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Started:
+    """A command that runs; everything that it started, and its children started, can be found."""
+
+    def __init__(self, argv: list[str], folder: Path, mark: str) -> None:
+        self.mark, self.log = mark, folder / f"{mark}.log"
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                argv, cwd=folder, env=_environment(mark), stdout=log, stderr=log, start_new_session=True
+            )
+
+    def processes(self) -> list[int]:
+        """All that are there, but for those that ended and were not yet asked for their exit code."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={self.mark}\0".encode() in (place / "environ").read_bytes() + b"\0":
+                    state = (place / "stat").read_text().rpartition(")")[2].split()[0]
+                    found += [int(place.name)] if state not in "ZX" else []
+            except OSError:  # it is gone, or somebody else's
+                continue
+        return sorted(found)
+
+    def ended(self, seconds: float) -> bool:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def remove(self) -> None:
+        for pid in self.processes():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+
+# --- Kills ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """Of a command."""
+
+    kills: int = 0
+    slowest_s: float = 0.0
+    hung: int = 0
+    left: int = 0
+    tracebacks: int = 0
+    finished: int = 0
+    other: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def row(self, name: str) -> list[str]:
+        numbers = (self.kills, self.hung, self.left, self.tracebacks, self.finished, self.other)
+        return [name, *map(str, numbers), f"{self.slowest_s:.1f}"]
+
+
+HEADER = ["command", "kills", "hung", "left processes", "tracebacks", "finished after", "other result", "slowest end s"]
+
+
+def strike(started: Started, command: Command, rng: random.Random) -> str | None:
+    """Send a signal; says which, and to whom. None if the command had ended."""
+    signum = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    main = started.process.pid
+    others = [pid for pid in started.processes() if pid != main]
+    # Of torchrun itself SIGKILL would leave the ranks without anybody to end them.
+    targets = ["group"] if signum != signal.SIGKILL else ["another"]
+    targets += ["process"] if command.ranks == 1 or signum != signal.SIGKILL else []
+    target = rng.choice(targets)
+    if target == "another" and not others:
+        target, signum = "process", signal.SIGTERM if command.ranks > 1 else signum
+    if started.process.poll() is not None:
+        return None
+    try:
+        if target == "group":
+            os.killpg(main, signum)
+        else:
+            os.kill(rng.choice(others) if target == "another" else main, signum)
+    except ProcessLookupError:
+        return None
+    whom = {"group": "its group", "process": "the process", "another": "one of its processes"}[target]
+    return f"{signal.Signals(signum).name} to {whom}"
+
+
+def kill_once(started: Started, command: Command, seconds: float, rng: random.Random, tally: Tally) -> str | None:
+    """Wait for a moment of its undisturbed time, strike, watch it end; a line of what happened, None if too late."""
+    moment = rng.uniform(rng.choice([0.02, 0.6]), 1) * seconds  # half of them after the imports
+    if started.ended(moment) or (said := strike(started, command, rng)) is None:
+        return None
+    struck = time.monotonic()
+    tally.kills += 1
+    faults = []
+    if not started.ended(PATIENCE_S):
+        faults.append("hung")
+        tally.hung += 1
+    took = time.monotonic() - struck
+    tally.slowest_s = max(tally.slowest_s, took)
+    while (left := started.processes()) and time.monotonic() - struck - took < PATIENCE_S and not faults:
+        time.sleep(0.1)
+    if left and not faults:
+        faults.append(f"left {len(left)} processes")
+        tally.left += 1
+    started.remove()
+    if command.ranks == 1 and "Traceback" in started.log.read_text():  # torchrun shows its own
+        faults.append("showed a traceback")
+        tally.tracebacks += 1
+    line = f"{said} after {moment:.1f} s: ended in {took:.1f} s with {started.process.returncode}"
+    if faults:
+        said_last = started.log.read_text()[-1000:]
+        tally.faults.append(f"{command.name}, {line}: {', '.join(faults)}\n{said_last}")
+    return line + (f": {', '.join(faults)}".upper() if faults else "")
+
+
+def run(command: Command, folder: Path, number: int, count: int, rng: random.Random, tally: Tally, known: dict) -> None:
+    """One place: killed once or more, then finished and compared with the undisturbed result."""
+    suffix = ".beton" if command.name == "write" else ""
+    out = folder / f"{command.name}-{number}{suffix}"
+    if command.source:
+        shutil.copytree(folder / command.source, out)
+    turn, kill = 0, True
+    while True:
+        started = Started(command.argv(out, turn > 0 and out.exists()), folder, f"{os.getpid()}-{number}-{turn}")
+        turn += 1
+        kill = kill and tally.kills < count
+        if kill and (line := kill_once(started, command, known[command.name][1], rng, tally)):
+            print(f"{command.name:11} {line}", flush=True)
+            kill = rng.random() < 0.3
+            continue
+        if started.ended(60 * PATIENCE_S) and started.process.returncode == 0:
+            tally.finished += 1
+            if command.result(out) != known[command.name][0]:
+                tally.other += 1
+                tally.faults.append(f"{command.name}: {out} is not what it is undisturbed")
+        else:
+            tally.other += 1
+            tail = started.log.read_text()[-300:]
+            tally.faults.append(f"{command.name}: run again it ended with {started.process.returncode}: {tail}")
+        started.remove()
+        shutil.rmtree(out, ignore_errors=True) if out.is_dir() else None
+        return
+
+
+def undisturbed(command: Command, folder: Path) -> tuple[str, float]:
+    """What comes of it, and the seconds that it takes."""
+    out = folder / f"{command.name}-undisturbed{'.beton' if command.name == 'write' else ''}"
+    if command.source:
+        shutil.copytree(folder / command.source, out)
+    began = time.monotonic()
+    started = Started(command.argv(out, False), folder, f"{os.getpid()}-{command.name}")
+    code = started.process.wait()
+    assert code == 0, started.log.read_text()
+    seconds = time.monotonic() - began
+    print(f"{command.name:11} undisturbed: {seconds:.1f} s", flush=True)
+    return command.result(out), seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=60, help="kills, shared out over the commands")
+    parser.add_argument("--only", nargs="+", choices=[c.name for c in COMMANDS], help="these commands")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    chosen = [c for c in COMMANDS if not args.only or c.name in args.only]
+    tallies = {c.name: Tally() for c in chosen}
+    with tempfile.TemporaryDirectory(prefix="kills-") as place:
+        folder = Path(place)
+        prepare(folder)
+        known = {c.name: undisturbed(c, folder) for c in chosen}
+        for number, command in enumerate(chosen):
+            count = args.count // len(chosen) + (number < args.count % len(chosen))
+            rng, attempt = random.Random(f"{args.seed} {command.name}"), 0
+            while tallies[command.name].kills < count:
+                run(command, folder, attempt, count, rng, tallies[command.name], known)
+                attempt += 1
+    print(f"\n{markdown_table(HEADER, [tally.row(name) for name, tally in tallies.items()])}")
+    faults = [fault for tally in tallies.values() for fault in tally.faults]
+    print("".join(f"\n{fault}" for fault in faults))
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
