@@ -88,7 +88,7 @@ def test_the_optimisers_are_what_they_are_called(name, kind, expected):
 
 @pytest.mark.parametrize(("name", "plain"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
 def test_fused_optimisers_step_as_plain_ones_do(name, plain):
-    """Twenty steps of the same gradients over channels-last weights, with a rate that changes: equal to 1e-6."""
+    """Twenty steps of the same gradients over channels-last weights, with a rate that changes: equal to 1e-5."""
     models = [Student("test_efficientnet", 10, 32).to(memory_format=torch.channels_last) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     c = config(optimizer=name, lr=0.03, weight_decay=0.02)
@@ -105,7 +105,7 @@ def test_fused_optimisers_step_as_plain_ones_do(name, plain):
             set_learning_rate(optimizer, 0.03 / (1 + step))
             optimizer.step()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 # --- NVIDIA's apex ----------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def in_parts(batch: Batch, parts: int) -> list[Batch]:
 # --- Parts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("parts", [2, 5])
 def test_parts_add_up_to_the_batch(batches, parts):
     """Losses of every step to 1e-6, and so the gradient's norm and the weights, clipped and averaged."""
