@@ -128,9 +128,10 @@ class TrainConfig:
     """Of the student's arithmetic; the loss is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of student, exits and loss as one program. auto: on with a GPU, off on a CPU."""
-    kernels: tuple[Literal["loss", "exits"], ...] = ()
+    kernels: tuple[Literal["loss", "exits", "stem", "norms"], ...] = ()
     """Triton kernels to use, on a GPU: loss (all of the objective), exits (their depthwise convolutions, and those of a
-    MobileNet). By default none, as nobody has measured yet that they are faster (`python -m bench.bench_kernels`)."""
+    MobileNet), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
+    and the residual after them). By default none, as nobody has measured yet that they are faster (`python -m bench.bench_kernels`)."""
     cuda_graphs: bool = False
     """Replay the compiled program as CUDA graphs: less to launch, which helps small students and small batches."""
     sync_bn: bool = False
@@ -162,7 +163,7 @@ class TrainConfig:
         for name, hint in get_type_hints(TrainConfig).items():
             if get_origin(hint) is Literal:
                 need(getattr(self, name) in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
-        need(set(self.kernels) <= {"loss", "exits"}, "kernels", "some of loss exits")
+        need(set(self.kernels) <= {"loss", "exits", "stem", "norms"}, "kernels", "some of loss exits stem norms")
         for name in (
             "epochs",
             "batch_size",

@@ -20,6 +20,7 @@ from fastofa.device import choose_bf16, choose_compile
 from fastofa.distributed import World
 from fastofa.errors import BadInput
 from fastofa.fused_depthwise import use_depthwise_kernel
+from fastofa.fused_norms import use_norm_kernels, use_stem_kernels
 from fastofa.kernels.choice import interpreted
 from fastofa.losses import PARTS, Objective
 from fastofa.optim import create_optimizer, set_learning_rate
@@ -77,6 +78,10 @@ class Step:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         if "exits" in config.kernels:
             use_depthwise_kernel(student)
+        if "stem" in config.kernels:
+            use_stem_kernels(student)
+        if "norms" in config.kernels:
+            use_norm_kernels(student)
         self.student = student
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)

@@ -172,9 +172,7 @@ def norm_act_pool_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the operator of that name in norm_act.py."""
-    dy, x, greatest, places = (
-        t.contiguous(memory_format=torch.channels_last) for t in (dy, x, greatest, places)
-    )
+    dy, x, greatest, places = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x, greatest, places))
     count = x.numel() // x.shape[1]
     _, found, dweight, dbias = coefficients(dy, greatest, None, mean, var, weight, bias, eps, "relu", count)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

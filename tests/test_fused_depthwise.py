@@ -49,12 +49,12 @@ def step(model: nn.Module, images: Tensor, training: bool, dtype: torch.dtype | 
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """To `tolerance` of each tensor's greatest number, or of 0.1: before a batch norm, a bias's gradient is 0."""
+    """To `tolerance` of each tensor's greatest number, or of 0.5: before a batch norm, a bias's gradient is 0."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name].dtype == value.dtype, name
         error = (got[name] - value).abs().max().item()
-        assert error <= tolerance * max(value.abs().max().item(), 0.1), (name, error)
+        assert error <= tolerance * max(value.abs().max().item(), 0.5), (name, error)
 
 
 def make_exit() -> nn.Module:

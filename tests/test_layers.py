@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"clock", "confusion", "environment", "errors", "exits", "interrupt", "kernels", "memory", "progress", "threads"},
     {"beton", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
-    {"views"},
+    {"fused_norms", "views"},
     {"config", "dataset", "models", "pipelines"},
     {
         "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache",

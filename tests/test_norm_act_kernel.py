@@ -134,7 +134,9 @@ def test_the_maximum_over_several_tiles_strips_and_images(monkeypatch):
 def test_ties_are_pytorchs(pool):
     """x of three different values: whole windows are equal, and the first of the greatest gets the gradient."""
     case = make_case(2, 8, 7, 6)
-    case["x"] = torch.randint(-1, 2, case["x"].shape, device=DEVICE).float().contiguous(memory_format=torch.channels_last)
+    case["x"] = (
+        torch.randint(-1, 2, case["x"].shape, device=DEVICE).float().contiguous(memory_format=torch.channels_last)
+    )
     case["bias"] += 0.5
     check(case, pool=pool, **({} if pool else {"activation": "relu"}))
 
