@@ -29,8 +29,16 @@ from torch import Tensor
 from bench import machine
 from bench.record import RESULTS, markdown_table, write_record
 from bench.timing import captured, timed_ms, wait
-from fastofa.kernels import crop_resize, depthwise_conv3x3, ofa_loss
-from fastofa.kernels.choice import HAS_TRITON
+from fastofa.kernels import (
+    crop_resize,
+    depthwise_conv3x3,
+    norm_act,
+    norm_act_pool,
+    ofa_loss,
+    reference,
+    strided_conv2d,
+)
+from fastofa.kernels.choice import HAS_TRITON, can_run_triton
 from fastofa.kernels.ofa_loss import ofa_loss_op
 from fastofa.kernels.reference import dense_probs, ofa_loss_dense
 
@@ -59,6 +67,8 @@ class Case:
     inputs: int = 1
     """How many different ones there are."""
     skipped: dict[str, str] = field(default_factory=dict)
+    by_norm: bool = False
+    """Differences are of whole tensors' norms: where rounding decides what a ReLU passes, single numbers may differ."""
 
 
 def rotate(make: Callable[[int], Any], bytes_each: float, device: torch.device) -> list[Any]:
@@ -275,7 +285,224 @@ def _on(inputs: list[Any], function: Callable[..., Any]) -> Call:
     return lambda i: function(*inputs[i % len(inputs)])
 
 
-KERNELS = {"loss": loss_cases, "crop": crop_cases, "depthwise": depthwise_cases}
+# --- Batch norms and stems --------------------------------------------------------------------------------------------
+
+# Channels, side, batch, residual and activation: a ResNet-18 at batch 1,024, a ResNet-50 at 256, a MobileNetV2 at 512.
+NORMS = [
+    (64, 56, 1024, True, "relu"), (64, 56, 1024, False, "relu"), (128, 28, 1024, True, "relu"),
+    (512, 7, 1024, True, "relu"), (256, 56, 256, True, "relu"), (96, 112, 512, False, "relu6"),
+    (144, 56, 512, False, "relu6"),
+]  # fmt: skip
+
+
+def norm_cases(device: torch.device, quick: bool, images: int | None = None) -> Iterator[Case]:
+    """Forward and backward of training with everything between two convolutions; then each of the kernels by itself.
+
+    `images`: the batch, in place of each size's own.
+    """
+    gpu = device.type == "cuda"
+    for channels, side, batch, residual, activation in NORMS[: 1 if quick and not gpu else None]:
+        batch = images or (batch if gpu else 2)
+        for work in ("training", "statistics", "apply", "sums", "gradient"):
+            yield norm_case(device, work, batch, channels, side if gpu else side // 8, residual, activation)
+
+
+def norm_case(
+    device: torch.device, work: str, batch: int, channels: int, side: int, residual: bool, activation: str
+) -> Case:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    act = torch.nn.functional.relu if activation == "relu" else torch.nn.functional.relu6
+    maps = {"training": 8 + 3 * residual, "statistics": 1, "apply": 2, "sums": 2, "gradient": 3}[work]
+    maps += residual * {"apply": 1, "sums": 2}.get(work, 0)
+    weight, bias, running_mean, running_var = torch.rand(4, channels, device=device) + 0.5
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (3, batch, side, side, channels)
+        found = torch.randn(shape, generator=generator, device=device, dtype=dtype).permute(0, 1, 4, 2, 3)
+        x, other, dy = found.unbind()
+        mean, var = reference.channel_statistics(x[:2])
+        return x.requires_grad_(), other.requires_grad_(residual), dy, mean, var
+
+    inputs = rotate(make, batch * side * side * channels * dtype.itemsize * maps / 2, device)
+    given = (weight.requires_grad_(), bias.requires_grad_())
+
+    def training(x: Tensor, other: Tensor, dy: Tensor, forward: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        y = forward(x, other)
+        return (y, *torch.autograd.grad(y, [x, *[other] * residual, *given], dy))
+
+    def eager(x: Tensor, other: Tensor) -> Tensor:
+        y = torch.nn.functional.batch_norm(x, running_mean, running_var, *given, True, 0.1, 1e-5)
+        return act(y + other if residual else y)
+
+    def triton(x: Tensor, other: Tensor) -> Tensor:
+        running = (running_mean, running_var, True, 0.1, 1e-5)
+        return norm_act(x, *given, *running, activation, other if residual else None, impl="triton")
+
+    size = f"{work}: C={channels}, {side} px, B={batch}, {activation}{', residual' if residual else ''}"
+    moved = batch * side * side * channels * dtype.itemsize * maps
+    candidates: dict[str, Call] = {}
+    if work == "training":
+        compiled = torch.compile(eager, dynamic=False)
+        candidates = {
+            BASELINE: _on(inputs, lambda x, other, dy, *_: training(x, other, dy, eager)),
+            "twin, compiled": _on(inputs, lambda x, other, dy, *_: training(x, other, dy, compiled)),
+        }
+        if can_run_triton(weight):
+            candidates["triton"] = _on(inputs, lambda x, other, dy, *_: training(x, other, dy, triton))
+        return Case(
+            "norm", size, moved, batch, candidates, tuple(candidates)[1:], 0.03, inputs=len(inputs), by_norm=True
+        )
+
+    def part(impl: str) -> Callable[..., Any]:
+        from fastofa.kernels import triton_norm_act as kernels
+
+        def run(x: Tensor, other: Tensor, dy: Tensor, mean: Tensor, var: Tensor) -> Any:
+            x, other, w, b = (t.detach() for t in (x, other, *given))
+            if work == "statistics":
+                return kernels.statistics(x) if impl == "triton" else reference.channel_statistics(x)
+            if work == "apply":
+                args = (x, mean, var, w, b)
+                if impl == "triton":
+                    return kernels.norm_act(*args, other if residual else None, 1e-5, activation)
+                return reference.norm_act(*args, 1e-5, activation, other if residual else None)
+            if impl != "triton":
+                found = reference.norm_act_gradients(
+                    dy, x, other if residual else None, mean, var, w, b, 1e-5, activation
+                )
+                return found[0] if work == "gradient" else found[2:]
+            if work == "sums":
+                y = other if residual else None
+                return kernels.coefficients(dy, x, y, mean, var, w, b, 1e-5, activation, x.numel() // channels)[2:]
+            return kernels.gradient_of_x(dy, x, mean, var, w, b, ones, 1e-5, None if residual else activation)
+
+        return run
+
+    ones = torch.ones(3, channels, device=device)
+    if can_run_triton(weight):
+        candidates = {BASELINE: _on(inputs, part("triton"))}  # nothing to hold it against: its share of a copy counts
+    return Case("norm", size, moved, batch, candidates, inputs=len(inputs))
+
+
+def stem_cases(device: torch.device, quick: bool, images: int | None = None) -> Iterator[Case]:
+    """A ResNet's stem: convolution of the pixels; batch norm, ReLU and maximum after it. And other convolutions."""
+    gpu = device.type == "cuda"
+    for name, kernel, stride, padding, width, batch in (
+        ("ResNet", 7, 2, 3, 64, 1024), ("MobileNetV2", 3, 2, 1, 32, 512), ("DeiT-T", 16, 16, 0, 192, 1024),
+    ):  # fmt: skip
+        yield stem_case(device, name, kernel, stride, padding, width, images or (batch if gpu else 2))
+    for work in ("training", "forward", "backward"):
+        yield pool_case(device, work, images or (1024 if gpu else 2), 64, 112 if gpu else 12)
+
+
+def stem_case(device: torch.device, name: str, kernel: int, stride: int, padding: int, width: int, batch: int) -> Case:
+    """From uint8 to the convolution's result, and the gradient of its weights, compiled, as a step has them."""
+    gpu = device.type == "cuda"
+    dtype, side = torch.bfloat16 if gpu else torch.float32, 224 if gpu else 32
+    weight = torch.randn(width, 3, kernel, kernel, device=device).requires_grad_()
+    out = (side + 2 * padding - kernel) // stride + 1
+
+    def make(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        images = torch.randint(0, 256, (batch, side, side, 3), generator=generator, device=device, dtype=torch.uint8)
+        dy = torch.randn(batch, out, out, width, generator=generator, device=device, dtype=dtype)
+        return images.permute(0, 3, 1, 2), dy.permute(0, 3, 1, 2)
+
+    moved = batch * (2 * side * side * 3 + 2 * out * out * width * dtype.itemsize)
+    inputs = rotate(make, moved, device)
+
+    def forward(conv: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def run(images: Tensor, weight: Tensor) -> Tensor:
+            pixels = ((images.float() / 255 - 0.45) / 0.22).to(dtype)
+            return conv(pixels, weight.to(dtype), None, stride=stride, padding=padding)
+
+        return run
+
+    def call(function: Callable[[Tensor, Tensor], Tensor]) -> Call:
+        def run(images: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+            y = function(images, weight)
+            return y, *torch.autograd.grad(y, weight, dy)
+
+        return _on(inputs, run)
+
+    library = forward(torch.nn.functional.conv2d)
+    candidates = {
+        BASELINE: call(library),
+        "library, compiled": call(torch.compile(library, dynamic=False)),
+        "squares, compiled": call(torch.compile(forward(strided_conv2d), dynamic=False)),
+        "squares of 12, compiled": call(
+            torch.compile(forward(lambda *a, **k: strided_conv2d(*a, **k, multiple=4)), dynamic=False)
+        ),
+    }
+    size = f"{name} {kernel}x{kernel}/{stride} to {width}, {side} px, B={batch}"
+    return Case("stem", size, moved, batch, candidates, tuple(candidates)[1:], inputs=len(inputs), by_norm=True)
+
+
+def pool_case(device: torch.device, work: str, batch: int, channels: int, side: int) -> Case:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    out = (side + 1) // 2
+    weight, bias, running_mean, running_var = torch.rand(4, channels, device=device) + 0.5
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(seed)
+        x, dy = (
+            torch.randn(batch, n, n, channels, generator=generator, device=device, dtype=dtype).permute(0, 3, 1, 2)
+            for n in (side, out)
+        )
+        return (x.requires_grad_(), dy, *reference.channel_statistics(x[:2].detach()))
+
+    whole, pooled = (batch * n * n * channels for n in (side, out))
+    moved = {  # in and out, of the kernels; places are bytes
+        "training": (5 * whole + 5 * pooled) * dtype.itemsize + 2 * pooled,
+        "forward": (whole + 2 * pooled) * dtype.itemsize + pooled,
+        "backward": (2 * whole + 3 * pooled) * dtype.itemsize + pooled,
+    }[work]
+    inputs = rotate(make, moved / 2, device)
+    given = (weight.requires_grad_(), bias.requires_grad_())
+
+    def eager(x: Tensor) -> Tensor:
+        y = torch.nn.functional.batch_norm(x, running_mean, running_var, *given, True, 0.1, 1e-5)
+        return torch.nn.functional.max_pool2d(torch.nn.functional.relu(y), 3, 2, 1)
+
+    def call(function: Callable[[Tensor], Tensor]) -> Call:
+        def run(x: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+            y = function(x)
+            return y, *torch.autograd.grad(y, given, dy)  # where equal values are, ways differ in dx
+
+        def whole(x: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+            y = function(x)
+            return y, *torch.autograd.grad(y, [*given, x], dy)[:2]
+
+        return _on(inputs, whole if work == "training" else run)
+
+    size = f"norm and maximum, {work}: C={channels}, {side} px, B={batch}"
+    candidates: dict[str, Call] = {}
+    if work == "training":
+        candidates = {BASELINE: call(eager), "twin, compiled": call(torch.compile(eager, dynamic=False))}
+        if can_run_triton(weight):
+            running = (running_mean, running_var, True, 0.1, 1e-5)
+            candidates["triton"] = call(lambda x: norm_act_pool(x, *given, *running, impl="triton"))
+        return Case(
+            "stem", size, moved, batch, candidates, tuple(candidates)[1:], 0.03, inputs=len(inputs), by_norm=True
+        )
+    if can_run_triton(weight):
+        from fastofa.kernels import triton_norm_act_pool as kernels
+
+        w, b = weight.detach(), bias.detach()
+        kept = [kernels.norm_act_pool(x.detach(), mean, var, w, b, 1e-5) for x, _, mean, var in inputs]
+
+        def part(i: int) -> Any:
+            x, dy, mean, var = inputs[i % len(inputs)]
+            if work == "forward":
+                return kernels.norm_act_pool(x.detach(), mean, var, w, b, 1e-5)
+            _, greatest, places = kept[i % len(inputs)]
+            return kernels.norm_act_pool_backward(dy, x.detach(), greatest, places, mean, var, w, b, 1e-5)
+
+        candidates = {BASELINE: part}
+    return Case("stem", size, moved, batch, candidates, inputs=len(inputs))
+
+
+KERNELS = {"loss": loss_cases, "crop": crop_cases, "depthwise": depthwise_cases, "norm": norm_cases, "stem": stem_cases}
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
@@ -294,9 +521,10 @@ def gate(case: Case) -> dict[str, str]:
             continue
         if name in case.compare:
             for ours, twins in zip(got, expected, strict=True):
-                difference = (ours - twins).abs().max() / twins.abs().max()
+                difference = (ours - twins).norm(p=2 if case.by_norm else torch.inf)
+                difference /= twins.norm(p=2 if case.by_norm else torch.inf)
                 if not difference <= case.tolerance:
-                    red[name] = f"differs from its twin by {difference:.1%} of the greatest number"
+                    red[name] = f"differs from its twin by {difference:.1%}"
     return red
 
 
@@ -306,6 +534,8 @@ def _flat(result: Any) -> list[Tensor]:
 
 def measure(case: Case, device: torch.device, rounds: int, copy_gb_s: float) -> list[dict[str, Any]]:
     """A row per candidate; all take turns."""
+    if not case.candidates:
+        return []
     red = gate(case)
     ready = {name: call for name, call in case.candidates.items() if name not in red}
     gpu = device.type == "cuda"
@@ -391,13 +621,14 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for name in args.only:
         for case in KERNELS[name](device, args.quick):
-            rows += measure(case, device, args.rounds, copy)
+            found = measure(case, device, args.rounds, copy)
+            print(table(found), flush=True)
+            rows += found
             result = {"copy_gb_per_second": copy, "rounds": args.rounds, "baseline": BASELINE, "rows": rows}
             write_record(f"kernels_{'gpu' if gpu else 'cpu'}", result, args.out)  # each time: a later case may crash
             torch._dynamo.reset()
             gc.collect()
             wait(device)
-    print(table(rows))
     return int(any("red" in row for row in rows))
 
 

@@ -131,7 +131,8 @@ class TrainConfig:
     kernels: tuple[Literal["loss", "exits", "stem", "norms"], ...] = ()
     """Triton kernels to use, on a GPU: loss (all of the objective), exits (their depthwise convolutions, and those of a
     MobileNet), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
-    and the residual after them). By default none, as nobody has measured yet that they are faster (`python -m bench.bench_kernels`)."""
+    and the residual after them). By default none, as nobody has measured yet that they are faster
+    (`python -m bench.bench_kernels`)."""
     cuda_graphs: bool = False
     """Replay the compiled program as CUDA graphs: less to launch, which helps small students and small batches."""
     sync_bn: bool = False

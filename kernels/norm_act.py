@@ -302,8 +302,8 @@ norm_act_op.register_autograd(_backward, setup_context=_save)
 def norm_act_pool_op(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, C, OH, OW], channels last: the result; the value of x it comes from; which of the nine that is, uint8, 9 where
-    the result is 0 and no gradient passes."""
+    """[B, C, OH, OW], channels last: the result; the value of x it comes from; which of the nine that is, uint8,
+    9 where the result is 0 and no gradient passes."""
     from fastofa.kernels import triton_norm_act_pool
 
     with torch.cuda.device_of(x):

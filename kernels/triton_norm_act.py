@@ -144,7 +144,7 @@ def _apply_kernel(
 
 # --- Backward ---------------------------------------------------------------------------------------------------------
 
-# With g the gradient before the activation:  dx = a g + b (x - mean) + c,  and a, b, c come from two sums of each channel.
+# With g the gradient before the activation,  dx = a g + b (x - mean) + c;  a, b, c come from two sums of a channel.
 
 
 @triton.jit
@@ -337,11 +337,25 @@ def norm_act_backward(
     """As the operator of that name in norm_act.py."""
     dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
     given = (mean, var, weight, bias)
-    gradient, found, dweight, dbias = coefficients(dy, x, y, *given, eps, activation, x.numel() // x.shape[1])
+    masked, found, dweight, dbias = coefficients(dy, x, y, *given, eps, activation, x.numel() // x.shape[1])
     known = y is not None  # what the activation stops is already left out
+    dx = gradient_of_x(masked, x, *given, found, eps, None if known else activation)
+    return dx, masked if known and activation is not None else x.new_empty(0), dweight, dbias
+
+
+def gradient_of_x(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    found: Tensor,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """The second pass backward: dx, from the coefficients [3, C] of the first."""
     dx = torch.empty_like(x)
     grid, sizes, constants = _common(x, PROGRAMS)
-    _gradient_kernel[grid](
-        gradient, x, *given, found, dx, *sizes, eps, ACTIVATION=None if known else activation, **constants
-    )
-    return dx, gradient if known and activation is not None else x.new_empty(0), dweight, dbias
+    _gradient_kernel[grid](dy, x, mean, var, weight, bias, found, dx, *sizes, eps, ACTIVATION=activation, **constants)
+    return dx

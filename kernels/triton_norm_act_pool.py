@@ -50,12 +50,12 @@ def _forward_kernel(
 ):  # fmt: skip
     """y, greatest, places [B, OH, OW, C]. A row of x with an odd number is part of two rows of them."""
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
-    columns, channels, first, last, number, _ = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
+    columns, channels, first, last, image, _ = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
     inside = (columns < out_width) & (channels < C)
     mean, scale, shift = _affine(means, variances, weight, bias, channels, eps, C)
     sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
 
-    for number in range(number, tl.minimum(number + images, batch)):
+    for number in range(image, tl.minimum(image + images, batch)):
         source = x + tl.cast(number, tl.int64) * height * width * C
         target = tl.cast(number, tl.int64) * out_height * out_width * C
         above, above_place = _best_of_row(source, 2 * first - 1, 2 * columns, channels, height, width, sign, C)
@@ -106,13 +106,13 @@ def _gradient_kernel(
 ):  # fmt: skip
     """dx [B, H, W, C] = a g + b (x - mean) + c: four neighbours of it, p q above r s, from four of dy."""
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
-    columns, channels, first, last, number, _ = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
+    columns, channels, first, last, image, _ = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
     mean = _per_channel(means, channels, C)
     a = _per_channel(coefficients, channels, C)
     b = _per_channel(coefficients + C, channels, C)
     c = _per_channel(coefficients + 2 * C, channels, C)
 
-    for number in range(number, tl.minimum(number + images, batch)):
+    for number in range(image, tl.minimum(image + images, batch)):
         source = tl.cast(number, tl.int64) * out_height * out_width * C
         target = tl.cast(number, tl.int64) * height * width * C
         d0, at0 = _read_slope(dy, places, source, first, columns, channels, out_height, out_width, C)
