@@ -31,14 +31,14 @@ class NormAct2d(nn.BatchNorm2d):
         if residual is not None:
             dtype = torch.promote_types(input.dtype, residual.dtype)
             input, residual = input.to(dtype), residual.to(dtype)
-        return norm_act(input, *_arguments(self), self.activation, residual, _impl(input))
+        return norm_act(input, **_arguments(self, input), activation=self.activation, residual=residual)
 
 
 class NormActPool2d(nn.BatchNorm2d):
     """A batch norm, ReLU, and the 3x3 maximum with stride 2."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return norm_act_pool(input, *_arguments(self), _impl(input))
+        return norm_act_pool(input, **_arguments(self, input))
 
 
 class StridedConv2d(nn.Conv2d):
@@ -55,7 +55,7 @@ class FusedBasicBlock(BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))  # type: ignore[misc]
         return self.bn2(self.conv2(x), shortcut)
 
 
@@ -65,7 +65,7 @@ class FusedBottleneck(Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
-        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))  # type: ignore[misc]
         return self.bn3(self.conv3(x), shortcut)
 
 
@@ -76,19 +76,16 @@ class FusedInvertedResidual(InvertedResidual):
         shortcut = x
         if self.conv_s2d is not None:
             x = self.bn_s2d(self.conv_s2d(x))
-        x = self.se(self.aa(self.bn2(self.conv_dw(self.bn1(self.conv_pw(x))))))
+        x = self.se(self.aa(self.bn2(self.conv_dw(self.bn1(self.conv_pw(x))))))  # type: ignore[misc]
         return self.bn3(self.conv_pwl(x), shortcut)
 
 
-def _arguments(norm: nn.BatchNorm2d) -> tuple[Any, ...]:
-    """From the weight to eps; one more batch is counted."""
+def _arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
+    """And one more batch is counted."""
     if norm.training:
         cast(Tensor, norm.num_batches_tracked).add_(1)
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
-
-
-def _impl(x: Tensor) -> str:
-    return "triton" if can_run_triton(x) else "torch"
+    names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+    return {name: getattr(norm, name) for name in names} | {"impl": "triton" if can_run_triton(x) else "torch"}
 
 
 # --- Into a model -----------------------------------------------------------------------------------------------------
@@ -144,7 +141,8 @@ def use_stem_kernels(module: nn.Module) -> int:
             and type(block.act1) is nn.ReLU
         ):
             block.bn1.__class__ = NormActPool2d
-            block.act1.__class__ = block.maxpool.__class__ = nn.Identity
+            for absorbed in (block.act1, block.maxpool):
+                cast(nn.Module, absorbed).__class__ = nn.Identity
             switched += 1
     return switched
 
@@ -179,6 +177,6 @@ def _is_of_pixels(conv: nn.Module) -> bool:
         and conv.groups == 1
         and conv.stride[0] == conv.stride[1] >= 2
         and conv.kernel_size[0] == conv.kernel_size[1] >= conv.stride[0]
-        and conv.padding in ((p, p) for p in range(conv.kernel_size[0]))
+        and conv.padding in [(p, p) for p in range(conv.kernel_size[0])]
         and (conv.padding_mode, conv.dilation) == ("zeros", (1, 1))
     )

@@ -223,13 +223,20 @@ def norm_act_op(
 
 @norm_act_op.register_kernel("cpu")
 def _(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *options: Any
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
 ) -> Tensor:
     if _interpreted(x):
         from fastofa.kernels import triton_norm_act
 
-        return triton_norm_act.norm_act(x, mean, var, weight, bias, residual, *options)
-    y = reference.norm_act(x, mean, var, weight, bias, *options, residual)
+        return triton_norm_act.norm_act(x, mean, var, weight, bias, residual, eps, activation)
+    y = reference.norm_act(x, mean, var, weight, bias, eps, activation, residual)
     return _channels_last(y.shape, y).copy_(y)
 
 
