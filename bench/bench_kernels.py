@@ -14,7 +14,6 @@ Shapes: H heads, B batch, C classes or channels, K teacher's classes, S side.
 """
 
 import argparse
-import gc
 import statistics
 import sys
 import traceback
@@ -29,6 +28,7 @@ from torch import Tensor
 from bench import machine
 from bench.record import RESULTS, markdown_table, write_record
 from bench.timing import captured, timed_ms, wait
+from bench.turns import wait_for_turn
 from fastofa.kernels import (
     crop_resize,
     depthwise_conv3x3,
@@ -532,11 +532,11 @@ def _flat(result: Any) -> list[Tensor]:
     return [t.detach().float() for t in (result if isinstance(result, tuple) else (result,))]
 
 
-def measure(case: Case, device: torch.device, rounds: int, copy_gb_s: float) -> list[dict[str, Any]]:
-    """A row per candidate; all take turns."""
-    if not case.candidates:
-        return []
-    red = gate(case)
+def measure(
+    case: Case, device: torch.device, rounds: int, copy_gb_s: float, red: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """A row per candidate; all take turns, but those that `gate` has found wrong."""
+    red = gate(case) if red is None else red
     ready = {name: call for name, call in case.candidates.items() if name not in red}
     gpu = device.type == "cuda"
     calls = max(8, case.inputs) if gpu else 1
@@ -617,18 +617,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not gpu:
         print("no GPU here: the plain-PyTorch twins are timed, eager and compiled; no Triton kernel runs")
+    cases = [case for name in args.only for case in KERNELS[name](device, args.quick)]
+    torch._dynamo.config.recompile_limit = len(cases)  # sizes of one function, which falls back to eager beyond it
+    checked = [gate(case) for case in cases]  # compiles
+    wait(device)
+    wait_for_turn()
     copy = machine.measure(device, torch.bfloat16 if gpu else torch.float32).gb_per_second
     rows = []
-    for name in args.only:
-        for case in KERNELS[name](device, args.quick):
-            found = measure(case, device, args.rounds, copy)
-            print(table(found), flush=True)
-            rows += found
-            result = {"copy_gb_per_second": copy, "rounds": args.rounds, "baseline": BASELINE, "rows": rows}
-            write_record(f"kernels_{'gpu' if gpu else 'cpu'}", result, args.out)  # each time: a later case may crash
-            torch._dynamo.reset()
-            gc.collect()
-            wait(device)
+    for case, red in zip(cases, checked, strict=True):
+        rows += measure(case, device, args.rounds, copy, red)
+        result = {"copy_gb_per_second": copy, "rounds": args.rounds, "baseline": BASELINE, "rows": rows}
+        write_record(f"kernels_{'gpu' if gpu else 'cpu'}", result, args.out)  # each time: a later case may crash
+    print(table(rows))
     return int(any("red" in row for row in rows))
 
 

@@ -29,6 +29,7 @@ from bench.photographs import SIZES, write_folder
 from bench.record import RESULTS, markdown_table, write_record
 from bench.sources import write_form
 from bench.timing import wait
+from bench.turns import wait_for_turn
 from fastofa.dataset import open_dataset
 from fastofa.device import choose_workers
 
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         forms = {"folder", *(WAYS[way].form for way in names)}
         sources = {form: write_form(form, data, Path(temporary)) for form in sorted(forms)}
         pictures = describe(sources["folder"])
+        wait_for_turn()
         for _ in range(args.rounds):
             for size, workers, way in itertools.product(args.image_sizes, args.workers, names):
                 task = Task(way, sources, size, args.batch_size, workers, args.calls, device)

@@ -5,6 +5,8 @@
     python -m bench.bench_train --students resnet18 resnet50 deit_tiny_patch16_224 resmlp_12_224 mobilenetv2_100 \
         --teachers swin_tiny_patch4_window7_224 deit_tiny_patch16_224 mixer_b16_224 --batch-size 1024
                                                                   on a GPU (by default 224 px, batch 256)
+    python -m bench.bench_train --rows "+ cached teacher" "plain training" --profile
+                                                                  some rows, and where the first one's time goes
     writes bench/results/train_{cpu,gpu}.json, which bench.plot draws
 
 Synthetic uint8 batches in device memory, except in the rows with a loader: what is measured is the step. From
@@ -14,9 +16,11 @@ Synthetic uint8 batches in device memory, except in the rows with a loader: what
 import argparse
 import dataclasses
 import gc
+import os
 import statistics
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +28,13 @@ from typing import Any
 
 import torch
 
-from bench import machine, roofline
+from bench import machine, profile_step, roofline
 from bench.loader_step import LoaderStep
 from bench.loader_ways import installed
 from bench.record import RESULTS, markdown_table, write_record
 from bench.steps import Job, TakeStep, Way, official_step, open_step, timm_step
 from bench.timing import interleaved_ms, median_ratio
+from bench.turns import VARIABLE, wait_for_turn
 from fastofa.step import Step
 
 
@@ -54,6 +59,7 @@ CHANNELS_LAST = replace(BF16, channels_last=True)
 COMPILED = replace(CHANNELS_LAST, compile="on")
 CACHED = replace(COMPILED, online_teacher=False)
 
+PATIENCE = 8  # times that a row is tried while other jobs have the device's memory
 NEEDS_GPU = "Triton kernels need a GPU"
 OFFICIAL, OFFICIAL_FP16, TIMM = "official way, fp32", "official way, fp16 AMP", "timm, online logit distillation"
 LADDER = (
@@ -105,42 +111,78 @@ def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[Way, St
 
 
 def warm_up(
-    job: Job, precision: str, loaders: bool, folder: Path
+    rows: list[Row], job: Job, precision: str, loaders: bool, folder: Path
 ) -> tuple[dict[str, TakeStep], dict[str, dict[str, str]]]:
-    """The rows that run here, compiled and warm; and of the others why not."""
+    """The rows that run here, compiled and warm; and of the others why not.
+
+    What compiles does so before the job's turn, beside other jobs; cuDNN chooses its algorithms in the turn, by timing
+    them. The published code compiles nothing and takes much memory: it waits for the turn.
+    """
     steps: dict[str, TakeStep] = {}
     missing: dict[str, dict[str, str]] = {}
     opened: dict[Way, Step] = {}
-    calls = 4 if job.device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third
-    for row in LADDER:
+
+    def warm(row: Row) -> None:
         if reason := skip_reason(row, job.device, precision == "bf16", loaders):
             missing[row.name] = {"skipped": reason}
-            continue
+            return
+        began = time.monotonic()
         try:
-            step = build(row, job, precision, folder, opened)
-            interleaved_ms({row.name: step}, job.device, rounds=0, calls=0, warmup=calls)
-            steps[row.name] = step
+            steps[row.name] = step = build(row, job, precision, folder, opened)
+            _take(step, job.device)
+            print(f"{row.name}: compiled and warm in {time.monotonic() - began:.0f} s", flush=True)
         except torch.OutOfMemoryError:
             missing[row.name] = {"skipped": f"does not fit in the GPU's memory at batch {job.batch_size}"}
             torch.cuda.empty_cache()
         except Exception as error:  # of a compiler, say: the other rows are still worth their time
             traceback.print_exc()
             missing[row.name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+    first = [row for row in rows if row.name not in (OFFICIAL, OFFICIAL_FP16)]
+    # A CUDA graph keeps the algorithms that it was recorded with.
+    torch.backends.cudnn.benchmark = any(row.way is not None and row.way.cuda_graphs for row in first)
+    for row in first:
+        warm(row)
+    wait_for_turn()
+    torch.backends.cudnn.benchmark = True
+    for row in rows:
+        if row not in first:
+            warm(row)
+    steps = {row.name: steps[row.name] for row in rows if row.name not in missing}
+    for step in steps.values():
+        _take(step, job.device)
     return steps, missing
 
 
-def climb(job: Job, rounds: int, calls: int, loaders: bool, folder: Path) -> dict[str, Any]:
-    """All rows for one student and teacher."""
-    peak = machine.best(job.device)
-    precision = "bf16" if peak.dtype == "bfloat16" else "fp32"
-    steps, missing = warm_up(job, precision, loaders, folder)
+def _take(step: TakeStep, device: torch.device) -> None:
+    """Until it is warm; again where other jobs have the memory just now."""
+    calls = 3 if device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third
+    for attempt in range(PATIENCE):
+        try:
+            interleaved_ms({"": step}, device, rounds=0, calls=0, warmup=calls)
+            return
+        except torch.OutOfMemoryError:
+            if VARIABLE not in os.environ or attempt == PATIENCE - 1:
+                raise
+            torch.cuda.empty_cache()
+            time.sleep(5)
+
+
+def climb(
+    job: Job, rows: list[Row], rounds: int, calls: int, loaders: bool, folder: Path, profiled: bool
+) -> dict[str, Any]:
+    """These rows for one student and teacher."""
+    gpu = job.device.type == "cuda"
+    precision = "bf16" if gpu or machine.best(job.device).dtype == "bfloat16" else "fp32"
+    steps, missing = warm_up(rows, job, precision, loaders, folder)
+    peak = machine.measure(job.device, torch.bfloat16 if precision == "bf16" else torch.float32)
     times = interleaved_ms(steps, job.device, rounds, calls, warmup=0)
     floors = {
         exits: roofline.floor_ms(job.student, job.image_size, job.batch_size, job.num_classes, exits, peak)
         for exits in (True, False)
     }
     found: list[dict[str, Any]] = []
-    for row in LADDER:
+    for row in rows:
         if row.name in missing:
             found.append({"row": row.name, "idea": row.idea, **missing[row.name]})
             continue
@@ -157,6 +199,8 @@ def climb(job: Job, rounds: int, calls: int, loaders: bool, folder: Path) -> dic
                 "rounds_ms": times[row.name],
             }
         )
+    ran = [row for row in rows if row.name in steps]
+    top = profile_step.kernels(steps[ran[0].name], job.device, 2, peak) if profiled and ran else None
     return {
         "student": job.student,
         "teacher": job.teacher,
@@ -164,6 +208,7 @@ def climb(job: Job, rounds: int, calls: int, loaders: bool, folder: Path) -> dic
         "machine": dataclasses.asdict(peak),
         "floor_ms": {"with_exits": floors[True], "without": floors[False]},
         "rows": found,
+        **({"profile": {"row": ran[0].name, "kernels": top}} if top else {}),
     }
 
 
@@ -189,25 +234,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=224 if gpu else 64)
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 32)
     parser.add_argument("--num-classes", type=int, default=1000)
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in LADDER], metavar="ROW", help="only these")
+    parser.add_argument("--profile", action="store_true", help="which kernels the first row's time goes to")
     parser.add_argument("--loaders", action="store_true", help="rows with a real loader, too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=20 if gpu else 2, help="steps a round")
+    parser.add_argument("--name", default="train", help="of the record")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
-    # What the published code's PyTorch 1.10 did by itself, and what train.py and `fastofa train` both switch on.
+    # What the published code's PyTorch 1.10 did by itself; it and `fastofa train` let cuDNN benchmark, too (warm_up).
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes", "rounds", "calls")}
     jobs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for student in args.students:
             for teacher in args.teachers:
                 job = Job(student, teacher, args.image_size, args.batch_size, args.num_classes, device)
-                jobs.append(climb(job, args.rounds, args.calls, args.loaders, Path(folder)))
+                rows = [row for row in LADDER if not args.rows or row.name in args.rows]
+                jobs.append(climb(job, rows, args.rounds, args.calls, args.loaders, Path(folder), args.profile))
                 print(table(jobs[-1]), flush=True)
                 # Each time: what comes after may run into a time limit.
                 write_record(
-                    f"train_{'gpu' if gpu else 'cpu'}", {**settings, "baseline": OFFICIAL, "jobs": jobs}, args.out
+                    f"{args.name}_{'gpu' if gpu else 'cpu'}", {**settings, "baseline": OFFICIAL, "jobs": jobs}, args.out
                 )
                 torch.compiler.reset()
                 gc.collect()

@@ -1,11 +1,13 @@
-"""Everything that wants a GPU, in one call of less than nine minutes: for whoever has one for half an hour.
+"""Everything that wants a GPU, in one call: for whoever has one for a quarter of an hour.
 
-    python -m bench.gpu                       writes bench/results/gpu/*.json and *.log, a table of what happened last
-    python -m bench.gpu --only ladder tests
-    python -m bench.gpu --dry-run             every part at a tiny size, on any machine: does it run at all?
+    python -m bench.gpu                       in 7 minutes; writes bench/results/gpu/*.json and *.log
+    python -m bench.gpu --only resnet18 tests
+    python -m bench.gpu --minutes 4           what does not fit is left out, the least worth first, and named
+    python -m bench.gpu --dry-run             every job at a tiny size, on any machine and without a time limit
 
-Needs the checkout and its Python libraries, nothing installed. Every part is a process with a time limit of its own, so
-that one that fails or hangs costs no more than itself. Ends with 1 if one did, with 2 without a GPU.
+Needs the checkout and its Python libraries, nothing installed. Every job is a process. All compile side by side, since
+a GPU idles while a compiler runs; then each measures alone, in the order of JOBS. Tests run while the jobs compile.
+Exit code 1 if a job failed or was left out, 2 without a GPU.
 """
 
 import argparse
@@ -14,129 +16,191 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
+
+from bench.turns import VARIABLE
 
 ROOT = Path(__file__).parent.parent
-TOTAL_S = 530  # of all parts
+COMPILING = 0.6  # share of the time after which the turns begin even if some jobs still compile
+ALONE_S = 90.0  # that a job may take to measure
+COMPILE_PROCESSES = "5"  # of each job
 
 
 @dataclass(frozen=True)
-class Part:
-    """A command and its limit."""
+class Job:
+    """A command, run at full size or, in a dry run, at a tiny one."""
 
     name: str
     arguments: tuple[str, ...]
-    limit_s: int
     tiny: tuple[str, ...]
-    """The arguments of a dry run."""
+    takes_turns: bool = True
+    """Does it wait for its turn? Else it runs while the others compile."""
 
 
-TINY = ("--image-size", "32", "--batch-size", "4", "--num-classes", "10")
-TINY_MODELS = ("--students", "test_resnet", "--teachers", "test_vit")
+def ladder(name: str, student: str, teacher: str, batch: int, *rows: str, profile: bool = True) -> Job:
+    """Rows of the ladder for one student."""
+    common = ("bench.bench_train", "--name", name, "--rows", *rows)
+    full = (*common, "--students", student, "--teachers", teacher, "--batch-size", str(batch), "--rounds", "3")
+    return Job(
+        name,
+        (*full, "--calls", "8", *["--profile"] * profile),
+        (
+            *common, "--students", "test_resnet", "--teachers", "test_vit", "--image-size", "32", "--batch-size", "4",
+            "--num-classes", "10", "--rounds", "1", "--calls", "1", *["--profile"] * profile,
+        ),
+    )  # fmt: skip
+
+
+SWIN = "swin_tiny_patch4_window7_224"
+CACHED, PLAIN = "+ cached teacher", "plain training"
+LOADERS = ("packed", "resident", "packed, gather only", "ffcv", "torchvision", "dali")
 
 # In order of worth: what comes last is what a slow machine loses.
-PARTS = (
-    Part("tests", ("pytest", "-m", "gpu or kernel", "-p", "no:cacheprovider"), 100, ("pytest", "-m", "gpu")),
-    Part(
-        "ladder",
-        ("bench.bench_train", "--rounds", "3", "--loaders"),
-        220,
-        ("bench.bench_train", *TINY_MODELS, *TINY, "--rounds", "1", "--calls", "1", "--loaders"),
+JOBS = (
+    Job(
+        "tests",
+        ("pytest", "-m", "gpu or kernel", "-p", "no:cacheprovider", "-n", "8"),
+        ("pytest", "-m", "gpu", "-p", "no:cacheprovider"),
+        takes_turns=False,
     ),
-    Part(
-        "profile",
-        ("bench.profile_step", "--students", "resnet18", "mobilenetv2_100", "resnet50"),
-        120,
-        ("bench.profile_step", "--students", "test_resnet", "--teacher", "test_vit", *TINY, "--calls", "1"),
-    ),
-    Part(
-        "kernels",
-        ("bench.bench_kernels", "--quick", "--rounds", "5"),
-        100,
-        ("bench.bench_kernels", "--quick", "--rounds", "1"),
-    ),
-    Part("roofline", ("bench.roofline",), 20, ("bench.roofline", "--students", "test_resnet", *TINY)),
-    Part(
-        "optimizers",
-        ("bench.optimizers",),
-        30,
-        ("bench.optimizers", "--student", "test_resnet", "--teacher", "test_vit", "--rounds", "1", "--calls", "1"),
-    ),
-    Part(
+    ladder("resnet18", "resnet18", SWIN, 1024, CACHED, PLAIN, "+ loss kernel"),
+    ladder("resnet18_exits", "resnet18", SWIN, 1024, "+ exits kernel", profile=False),
+    ladder("resnet50", "resnet50", SWIN, 256, CACHED, PLAIN),
+    ladder("mobilenetv2", "mobilenetv2_100", SWIN, 512, CACHED, PLAIN),
+    ladder("deit_tiny", "deit_tiny_patch16_224", "resnet50", 1024, CACHED, PLAIN),
+    Job(
         "loaders",
-        ("bench.bench_loader", "--count", "2048", "--rounds", "1", "--calls", "32"),
-        180,
+        ("bench.bench_loader", "--only", *LOADERS, "--count", "1024", "--rounds", "1", "--calls", "32"),
         (
-            "bench.bench_loader",
-            "--only",
-            "torchvision",
-            "resident",
-            "--image-sizes",
-            "32",
-            "--batch-size",
-            "4",
-            "--count",
-            "20",
-            "--rounds",
-            "1",
-            "--calls",
-            "2",
+            "bench.bench_loader", "--only", "torchvision", "resident", "--image-sizes", "32", "--batch-size", "4",
+            "--count", "20", "--rounds", "1", "--calls", "2",
         ),
     ),
-    Part(
-        "epoch",
-        ("bench.epoch", "--rounds", "2", "--calls", "10"),
-        60,
-        ("bench.epoch", "--student", "test_resnet", "--teacher", "test_vit", "--batch-size", "2", "--rounds", "1"),
+    Job(
+        "kernels",
+        ("bench.bench_kernels", "--quick", "--rounds", "3"),
+        ("bench.bench_kernels", "--quick", "--rounds", "1"),
     ),
-)
+    ladder(
+        "peers", "resnet18", SWIN, 1024, "+ compile", "timm, online logit distillation", "official way, fp32",
+        "official way, fp16 AMP", profile=False,
+    ),
+    ladder("graphs_64", "resnet18", SWIN, 64, CACHED, "+ CUDA graphs", profile=False),
+    ladder("resmlp_12", "resmlp_12_224", SWIN, 1024, CACHED, PLAIN),
+    Job(
+        "optimizers",
+        ("bench.optimizers",),
+        ("bench.optimizers", "--student", "test_resnet", "--teacher", "test_vit", "--rounds", "1", "--calls", "1"),
+    ),
+)  # fmt: skip
 
 
-def command(part: Part, dry_run: bool, out: Path) -> list[str]:
-    module, *arguments = part.tiny if dry_run else part.arguments
+@dataclass
+class Running:
+    """A job's process, its log, and what came of it."""
+
+    job: Job
+    turn: Path
+    process: subprocess.Popen[bytes]
+    began: float
+    measured_s: float = 0.0
+    status: str = ""
+    _tee: threading.Thread = field(init=False)
+
+    def ready(self) -> bool:
+        return self.turn.with_suffix(".ready").exists() or self.ended()
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def go(self) -> None:
+        self.turn.with_suffix(".go").touch()
+
+    def wait(self, until: float) -> None:
+        """Wait for the end, or stop it."""
+        began = time.monotonic()
+        try:
+            code = self.process.wait(max(until - began, 0.1))
+            self.status = "ok" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            self.stop("ran out of time")
+        self.measured_s = time.monotonic() - began
+
+    def stop(self, status: str) -> None:
+        """With its loaders' workers and compilers, which are in its session."""
+        self.status = status
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def command(job: Job, dry_run: bool, out: Path) -> list[str]:
+    module, *arguments = job.tiny if dry_run else job.arguments
     if module == "pytest":
         marked = sorted(
             str(f) for f in (ROOT / "tests").glob("test_*.py") if re.search(r"mark\.(gpu|kernel)", f.read_text())
         )
-        # Without a file to look into, pytest would collect all of them.
-        return (
-            [sys.executable, "-m", "pytest", *arguments, *marked] if marked else [sys.executable, "-c", "print('none')"]
-        )
-    records = ["--records", str(out)] if module == "bench.epoch" else []
-    return [sys.executable, "-m", module, *arguments, "--out", str(out), *records]
+        return [sys.executable, "-m", "pytest", *arguments, *marked]
+    return [sys.executable, "-m", module, *arguments, "--out", str(out)]
 
 
-def environment(dry_run: bool) -> dict[str, str]:
-    """Of the parts: this checkout's code, and in a dry run nothing compiled."""
+def start(job: Job, dry_run: bool, out: Path, turns: Path) -> Running:
+    """Its lines go to OUT/NAME.log and, behind its name, to the terminal as they come."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, **({"TORCHDYNAMO_DISABLE": "1"} if dry_run else {})}
+    own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": COMPILE_PROCESSES}
+    own |= {"TORCHDYNAMO_DISABLE": "1"} if dry_run else {}
+    own |= {VARIABLE: str(turns / job.name)} if job.takes_turns else {}
+    process = subprocess.Popen(
+        command(job, dry_run, out), cwd=ROOT, env={**os.environ, **own}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    running = Running(job, turns / job.name, process, time.monotonic())
+    assert process.stdout is not None
+    running._tee = threading.Thread(target=_tee, args=(process.stdout, out / f"{job.name}.log", job.name), daemon=True)
+    running._tee.start()
+    return running
 
 
-def run(part: Part, dry_run: bool, out: Path, limit_s: float) -> tuple[str, float]:
-    """Run a part to its end or its limit; "ok", "failed (CODE)" or "timed out", and the seconds it took."""
+def _tee(lines: IO[bytes], log: Path, name: str) -> None:
     began = time.monotonic()
-    log = out / f"{part.name}.log"
-    with log.open("w") as file:
-        # A session of its own, so that its loaders' workers end with it.
-        process = subprocess.Popen(
-            command(part, dry_run, out),
-            cwd=ROOT,
-            env=environment(dry_run),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=limit_s)
-            status = "ok" if code == 0 else f"failed ({code})"
-        except subprocess.TimeoutExpired:
-            status = "timed out"
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    print(f"\n--- {part.name}: {status}\n{_tail(log, 40 if status == 'ok' else 25)}", flush=True)
-    return status, time.monotonic() - began
+    with log.open("wb") as file:
+        for line in lines:
+            file.write(line)
+            file.flush()
+            text = line.decode(errors="replace").rstrip()
+            if text:
+                print(f"[{time.monotonic() - began:4.0f} s] {name}: {text}", flush=True)
+
+
+def run(jobs: list[Job], dry_run: bool, out: Path, seconds: float) -> list[Running]:
+    """All of them; what does not fit into the time is stopped and says so."""
+    began = time.monotonic()
+    until = began + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        running = [start(job, dry_run, out, Path(folder)) for job in jobs]
+        waiting = [r for r in running if r.job.takes_turns]
+        others = [r for r in running if not r.job.takes_turns]
+        while not all(r.ready() for r in running) and time.monotonic() < began + COMPILING * seconds:
+            time.sleep(0.1)
+        while waiting and time.monotonic() < until:
+            turn = next((r for r in waiting if r.ready()), None)
+            if turn is None:
+                time.sleep(0.1)
+                continue
+            waiting.remove(turn)
+            turn.go()
+            turn.wait(until if dry_run else min(until, time.monotonic() + ALONE_S))
+        for r in waiting:
+            r.stop("left out: no time")
+        for r in others:
+            r.wait(until)
+        for r in running:
+            r._tee.join(timeout=5)
+    return running
 
 
 def _has_gpu() -> bool:
@@ -145,34 +209,26 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _tail(log: Path, lines: int) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on any machine")
-    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on any machine, no time limit")
+    parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], help="these jobs")
+    parser.add_argument("--minutes", type=float, default=7, help="for all jobs together")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu", help="folder of the records")
     args = parser.parse_args(argv)
     if not args.dry_run and not _has_gpu():
-        print("expected a GPU that PyTorch can use, found none; --dry-run tries every part without", file=sys.stderr)
+        print("expected a GPU that PyTorch can use, found none; --dry-run tries every job without", file=sys.stderr)
         return 2
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    rows = []
-    for part in PARTS:
-        if args.only and part.name not in args.only:
-            continue
-        limit_s = min(part.limit_s, TOTAL_S - (time.monotonic() - began))
-        status, seconds = run(part, args.dry_run, out, limit_s) if limit_s > 1 else ("no time left", 0.0)
-        rows.append((part.name, status, seconds))
-    print(f"\n{'part':12} {'':14} {'s':>6}   records in {out}")
-    for name, status, seconds in rows:
-        print(f"{name:12} {status:14} {seconds:6.0f}")
-    print(f"{'all':12} {'':14} {time.monotonic() - began:6.0f}")
-    return int(any(status != "ok" for _, status, _ in rows))
+    chosen = [job for job in JOBS if not args.only or job.name in args.only]
+    running = run(chosen, args.dry_run, out, float("inf") if args.dry_run else args.minutes * 60)
+    print(f"\n{'job':16} {'':20} {'s alone':>8}   records in {out}")
+    for r in running:
+        print(f"{r.job.name:16} {r.status:20} {r.measured_s:8.0f}")
+    print(f"{'all':16} {'':20} {time.monotonic() - began:8.0f}")
+    return int(any(r.status != "ok" for r in running))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bench.record import RESULTS, markdown_table, write_record
 from bench.steps import Job
 from bench.timing import interleaved_ms, median_ratio
+from bench.turns import wait_for_turn
 from fastofa.student import ALL_STAGES
 
 STEPS = 10  # after which the weights are compared
@@ -119,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=50 if gpu else 3, help="updates a round")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
+    wait_for_turn()
     job = Job(args.student, args.teacher, 224, 1, args.num_classes, device)
     found = compare(job, args.rounds, args.calls)
     settings = {"student": args.student, "rounds": args.rounds, "baseline": "one by one, of each family"}

@@ -1,5 +1,9 @@
 """Made-up photographs with the statistics of real ones (1/f noise), in memory or as JPEGs."""
 
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +32,17 @@ def photographs(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def write_folder(out: Path, count: int, sizes: list[tuple[int, int]]) -> None:
-    """OUT/train/CLASS/NAME.jpg, of these (height, width) in turn."""
-    for i in range(count):
-        path = out / "train" / str(i % CLASSES) / f"{i:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (picture,) = photographs(1, *sizes[i % len(sizes)], seed=i)
-        write_jpeg(picture, str(path), quality=QUALITY)
+    """OUT/train/CLASS/NAME.jpg, of these (height, width) in turn; made by all cores."""
+    for label in range(min(CLASSES, count)):
+        (out / "train" / str(label)).mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"), torch.set_num_threads, (1,)) as pool:
+        for _ in pool.map(partial(_write, out, sizes), range(count), chunksize=16):
+            pass
+
+
+def _write(out: Path, sizes: list[tuple[int, int]], i: int) -> None:
+    (picture,) = photographs(1, *sizes[i % len(sizes)], seed=i)
+    write_jpeg(picture, str(out / "train" / str(i % CLASSES) / f"{i:05d}.jpg"), quality=QUALITY)
 
 
 def in_memory(count: int, side: int = SIDE) -> Dataset:

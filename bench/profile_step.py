@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,20 @@ def tabulate(found: Iterable[Sample], calls: int, peak: machine.Machine, update_
     return sorted(rows.values(), key=lambda row: -row["ms"])
 
 
+def kernels(
+    take: Callable[[], object], device: torch.device, calls: int, peak: machine.Machine, update_bytes: float = math.nan
+) -> list[dict[str, Any]]:
+    """The table of a step that is warm; `update_bytes`, of the optimiser's update, are not in the trace."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities, record_shapes=True) as profiler:
+        timed_ms(take, device, calls)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return tabulate(samples(events), calls, peak, update_bytes)
+
+
 def profile_step(job: Job, way: Way, calls: int) -> dict[str, Any]:
     """One student's table."""
     step, batch = open_step(job, way), job.batch()
@@ -197,25 +211,17 @@ def profile_step(job: Job, way: Way, calls: int) -> dict[str, Any]:
 
     for _ in range(3):
         take()
-    # Three rounds beside the profile, which slows a step down.
+    # Beside the profile, which slows a step down.
     rounds = [timed_ms(take, job.device, calls) for _ in range(3)]
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if job.device.type == "cuda" else [])]
-    with profile(activities=activities, record_shapes=True) as profiler:
-        profiled_ms = timed_ms(take, job.device, calls)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
     dtype = torch.bfloat16 if way.precision == "bf16" else torch.float32
     peak = machine.measure(job.device, dtype)
     weights = sum(p.numel() for p in step.parameters)
-    rows = tabulate(samples(events), calls, peak, 5 * 4 * weights)
+    rows = kernels(take, job.device, calls, peak, 5 * 4 * weights)
     return {
         "student": job.student,
         "way": dataclasses.asdict(way),
         "step_ms": sorted(rounds)[1],
         "rounds_ms": rounds,
-        "profiled_step_ms": profiled_ms,
         "machine": dataclasses.asdict(peak),
         "rows": rows,
     }

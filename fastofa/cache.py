@@ -6,26 +6,12 @@
 info: what it was made from. verify: read every file and compare its checksum.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
 from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
+from fastofa.arguments import CacheConfig
 from fastofa.teacher_cache import TeacherCache
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """info: what the cache was made from. verify: read every file and compare its checksum."""
-
-    action: tyro.conf.Positional[Literal["info", "verify"]]
-    """What to do."""
-    cache: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CACHE")]]
-    """Folder that `fastofa precompute` wrote."""
 
 
 def info(cache: TeacherCache) -> dict[str, str]:
@@ -50,8 +36,7 @@ def info(cache: TeacherCache) -> dict[str, str]:
     }
 
 
-def main(argv: list[str]) -> None:
-    config = tyro.cli(CacheConfig, args=argv, description=__doc__, prog="fastofa cache")
+def main(config: CacheConfig) -> None:
     cache = TeacherCache.open(config.cache)
     if config.action == "verify":
         cache.verify()

@@ -1,10 +1,14 @@
-"""The command line: `fastofa COMMAND ...`. Each command is a module with `main(argv)`, imported only when asked for."""
+"""The command line: `fastofa COMMAND ...`.
+
+Each command is a module with `main(config)`, imported only when its arguments were parsed: torch takes seconds.
+"""
 
 import os
 import sys
 from importlib import import_module
 
 from fastofa import __version__
+from fastofa.arguments import parse
 from fastofa.errors import BadInput, LostContact
 from fastofa.interrupt import Stopped
 
@@ -37,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     code = 0
     try:
-        import_module(f"fastofa.{argv[0]}").main(argv[1:])
+        config = parse(argv[0], argv[1:])
+        import_module(f"fastofa.{argv[0]}").main(config)
     except BadInput as error:
         code = _say(str(error), 2)
     except Stopped as stop:

@@ -8,18 +8,17 @@ The three students differ only in what they take from the teacher.
 
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from fastofa import recipes
+from fastofa.arguments import DemoConfig
 from fastofa.config import Method
 from fastofa.curves import draw_comparison
 from fastofa.dataset import open_dataset
@@ -42,14 +41,6 @@ METHODS: dict[Method, str] = {
     "ofa": "labels + OFA (four exits too)",
 }
 MARKER = "demo.json"
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Teach a small CNN handwritten digits with a Transformer: teacher, cache, students, table, curves, export."""
-
-    out: Path = Path("demo")
-    """Folder for everything; an earlier demo in it is replaced."""
 
 
 def demo(out: Path) -> dict[str, Result]:
@@ -122,5 +113,5 @@ def _print(results: dict[str, Result], answers_per_second: float, precompute_s: 
     Console().print(table)
 
 
-def main(argv: list[str]) -> None:
-    demo(tyro.cli(DemoConfig, args=argv, description=__doc__, prog="fastofa demo").out)
+def main(config: DemoConfig) -> None:
+    demo(config.out)

@@ -13,9 +13,10 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-import tyro
 from rich.console import Console
 from rich.table import Table
+
+from fastofa.arguments import DoctorConfig
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,6 @@ class Finding:
     present: bool
     detail: str
     """What was found, or what to do to get it."""
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """List what makes fastofa faster, whether it works here, and how to get what is missing. All is optional."""
 
 
 def examine() -> list[Finding]:
@@ -129,8 +125,7 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def main(argv: list[str]) -> None:
-    tyro.cli(DoctorConfig, args=argv, description=__doc__, prog="fastofa doctor")
+def main(_: DoctorConfig) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)

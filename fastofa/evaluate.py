@@ -7,13 +7,11 @@ Prints top-1, top-5 and agreement with the teacher, and writes them to RUN/evalu
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fastofa.arguments import EvaluateConfig
 from fastofa.dataset import open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
 from fastofa.errors import BadInput
@@ -23,27 +21,6 @@ from fastofa.pipelines import open_pipeline
 from fastofa.progress import notice
 from fastofa.run import Run, open_run
 from fastofa.teacher_cache import Targets, TeacherCache, agreement
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Top-1, top-5 and agreement with the teacher, also written to RUN/evaluation.json."""
-
-    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder that `fastofa train` wrote."""
-    data: str
-    """Data set whose validation split is used."""
-    weights: Literal["last", "best"] = "last"
-    """last: as they are at the end (or where the run is); best: as they were at the run's best evaluation, which
-    flatters if it is the same data again."""
-    batch_size: int = 256
-    """Images at once."""
-    device: str = "auto"
-    """auto, cuda, cuda:1, cpu."""
-    pipeline: str = "auto"
-    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
-    workers: int | None = None
-    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +78,7 @@ def _teacher_answers(run: Run, fingerprint: str) -> Targets | None:
     return None
 
 
-def main(argv: list[str]) -> None:
-    config = tyro.cli(EvaluateConfig, args=argv, description=__doc__, prog="fastofa evaluate")
+def main(config: EvaluateConfig) -> None:
     found = evaluate(config)
     table = Table(title=f"{config.run} on {found.images:,} images of {config.data}", title_justify="left")
     for name in ("top-1", "top-5", "teacher's top-1", "agreement"):

@@ -7,32 +7,17 @@ The exits are left out. What was written is loaded back with timm and its logits
 """
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
 
 import timm
 import torch
-import tyro
 from timm.models import save_for_hf
 
+from fastofa.arguments import ExportConfig
 from fastofa.errors import BadInput
 from fastofa.files import new_folder
 from fastofa.models import load_arguments
 from fastofa.run import open_run
 from fastofa.student import Student
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """OUT/model.safetensors and OUT/config.json, for timm.create_model and for `fastofa precompute --teacher OUT`."""
-
-    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder that `fastofa train` wrote."""
-    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """New folder for the model."""
-    weights: Literal["last", "best"] = "last"
-    """As they are at the end, or as they were at the run's best evaluation."""
 
 
 def export(config: ExportConfig) -> str:
@@ -75,6 +60,5 @@ def _compare(student: Student, model: torch.nn.Module) -> None:
         raise BadInput(f"export: timm's logits differ from the run's by up to {(expected - got).abs().max():.2g}")
 
 
-def main(argv: list[str]) -> None:
-    config = tyro.cli(ExportConfig, args=argv, description=__doc__, prog="fastofa export")
+def main(config: ExportConfig) -> None:
     print(f"{config.out}: load it with\n{export(config)}")

@@ -11,23 +11,21 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from rich import filesize
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from fastofa.config import changed_policy
+from fastofa.arguments import PrecomputeConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
 from fastofa.errors import BadInput
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.pipelines import Pipeline, choose, open_pipeline
 from fastofa.progress import notice, progress_bar
-from fastofa.recipes import default_policy, recipe
 from fastofa.seen import save_seen
 from fastofa.teacher import Teacher, open_teacher
 from fastofa.teacher_cache import (
@@ -48,86 +46,6 @@ from fastofa.teacher_cache import (
 from fastofa.views import ViewPolicy, Views, center_views, draw_views, pair_order
 
 SAVE_EVERY_S = 300  # seconds between two saves of an unfinished view
-
-
-@dataclass(frozen=True)
-class PrecomputeConfig:
-    """Write a teacher cache: V views of the training set, each with the teacher's top-K answer for every picture."""
-
-    data: str
-    """Data set: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or what `fastofa write` wrote."""
-    teacher: str
-    """A timm model with its tag (convnext_tiny.in12k_ft_in1k), or a folder that `fastofa export` or timm wrote."""
-    out: Path
-    """Folder of the cache."""
-    views: int
-    """Views of the training set. An epoch replays view (epoch modulo views): one for each is best, fewer are small."""
-    topk: int
-    """Classes kept of each answer, at 4 bytes a class. The mass they leave is spread over the other classes."""
-    teacher_checkpoint: Path | None = None
-    """The teacher's weights from a .safetensors or .pth file instead of timm's. A config.json beside it, if of the same
-    architecture, gives normalisation and input size."""
-    image_size: int | None = None
-    """Side of the teacher's input in pixels; by default its own."""
-    mean: tuple[float, float, float] | None = None
-    """Normalisation of the teacher's pixels; by default its own."""
-    std: tuple[float, float, float] | None = None
-    """Normalisation of the teacher's pixels; by default its own."""
-    scale: tuple[float, float] | None = None
-    """Share of the picture's area that a crop takes, from and to. By default 0.08 1 (digits: 0.6 1)."""
-    ratio: tuple[float, float] | None = None
-    """Width over height of a crop, from and to. By default 3/4 to 4/3."""
-    flip: float | None = None
-    """Probability of mirroring. By default 0.5 (digits: 0)."""
-    recipe: str = ""
-    """The training recipe whose published views are drawn; the flags above and the next five change them."""
-    auto_augment: str | None = None
-    """RandAugment in timm's notation, as rand-m9-mstd0.5-inc1. By default the recipe's, or none."""
-    mixup: float | None = None
-    """Alpha of mixup. By default the recipe's, or 0: none."""
-    cutmix: float | None = None
-    """Alpha of cutmix. By default the recipe's, or 0: none."""
-    erase: float | None = None
-    """Probability of random erasing. By default the recipe's, or 0."""
-    repeats: int | None = None
-    """Views of a sample that one epoch shows. By default the recipe's, or 1."""
-    seed: int = 0
-    """Of the views."""
-    skip_corrupt: bool = False
-    """Decode every file first, list the unreadable ones and leave them out for good."""
-    batch_size: int = 256
-    """Pictures the teacher sees at once."""
-    device: str = "auto"
-    """auto, cuda, cuda:1, cpu."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the teacher's arithmetic; log-softmax is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
-    pipeline: str = "auto"
-    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
-    workers: int | None = None
-    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
-
-    def __post_init__(self) -> None:
-        for name in ("views", "topk", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise BadInput(f"{name.replace('_', '-')}: expected at least 1, got {value}")
-        if self.seed < 0:
-            raise BadInput(f"seed: expected at least 0, got {self.seed}")
-        if (self.mean is None) != (self.std is None):
-            raise BadInput("expected both --mean and --std or neither")
-        if self.recipe:
-            recipe(self.recipe)
-
-    def policy(self) -> ViewPolicy:
-        """What to draw. Raises BadInput for impossible values."""
-        names = ("scale", "ratio", "flip", "auto_augment", "mixup", "cutmix", "erase", "repeats")
-        given = {name: getattr(self, name) for name in names}
-        policy = changed_policy(default_policy(self.data, self.recipe), **given)
-        if self.views % policy.repeats:
-            raise BadInput(
-                f"views: expected a multiple of {policy.repeats}, as repeated augmentation shows them, got {self.views}"
-            )
-        return policy
 
 
 def precompute(config: PrecomputeConfig) -> TeacherCache:
@@ -287,8 +205,7 @@ def _joined(parts: list[Targets]) -> Targets:
     return Targets(torch.cat([p.classes for p in parts]), torch.cat([p.log_probs for p in parts]))
 
 
-def main(argv: list[str]) -> None:
-    config = tyro.cli(PrecomputeConfig, args=argv, description=__doc__, prog="fastofa precompute")
+def main(config: PrecomputeConfig) -> None:
     cache = precompute(config)
     size = sum(file.stat().st_size for file in cache.path.iterdir())
     print(

@@ -17,7 +17,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-import tyro
 
 from fastofa import checkpoint, plan
 from fastofa.clock import Clock
@@ -33,7 +32,7 @@ from fastofa.memory import memory_bytes
 from fastofa.metrics import MetricsLog, accuracy, import_wandb, predict, read_metrics, save_predictions
 from fastofa.pipelines import open_pipeline
 from fastofa.progress import notice, progress_bar
-from fastofa.recipes import not_replayed, recipe
+from fastofa.recipes import not_replayed
 from fastofa.report import write_report
 from fastofa.run import CONFIG, Run, log_launch, open_run
 from fastofa.schedule import image_size, learning_rate
@@ -387,8 +386,7 @@ class Job:
         return Result(last["top1"], last["top5"], last.get("images_per_second", 0.0), 0.0)
 
 
-def main(argv: list[str]) -> None:
-    config = parse_config(argv)
+def main(config: TrainConfig) -> None:
     if config.plan:
         plan_run(config)
         return
@@ -399,13 +397,3 @@ def main(argv: list[str]) -> None:
         f"{config.out}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, {result.images_per_second:,.0f} images/s, "
         f"{result.seconds:,.0f} s"
     )
-
-
-def parse_config(argv: list[str]) -> TrainConfig:
-    """The recipe named in the arguments, changed by the other arguments. Raises BadInput without a known recipe."""
-    name = "digits" if {"-h", "--help"} & set(argv) else ""
-    for argument, value in zip(argv, [*argv, ""][1:], strict=True):
-        if argument == "--recipe" or argument.startswith("--recipe="):
-            name = argument.partition("=")[2] or value
-    defaults = recipe(name)(data=tyro.MISSING, student=tyro.MISSING, out=tyro.MISSING)
-    return tyro.cli(TrainConfig, args=argv, description=__doc__, default=defaults, prog="fastofa train")

@@ -14,17 +14,16 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import tyro
 from PIL import Image
 from rich import filesize
 from torch import Tensor
 from torchvision.io import encode_jpeg
 
+from fastofa.arguments import WriteConfig
 from fastofa.beton import MOST_BYTES, MOST_PIXELS, PAGE, Picture, write_beton
 from fastofa.dataset import FORMS, Dataset, open_dataset
 from fastofa.device import choose_workers
@@ -47,49 +46,6 @@ from fastofa.written import (
 
 SIZE, QUALITY = 256, 95
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-
-
-@dataclass(frozen=True)
-class WriteConfig:
-    """Write a data set as a .pack (pixels of one size) or as a .beton (FFCV's format), both splits."""
-
-    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
-    """Data set: a folder with train/ and val/, or any other that --data takes."""
-    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """Where to: NAME.pack, a folder, or NAME.beton, with NAME.val.beton and NAME.beton.json beside it."""
-    size: Literal[128, 160, 192, 256] | None = None
-    """.pack: side in pixels, by default 256. The whole picture is squeezed to a square; its crops have their shape
-    again."""
-    max_size: int | None = None
-    """.beton: the longer side in pixels at most; larger pictures are made smaller. By default all stay as they are."""
-    quality: int | None = None
-    """.beton: compress every picture at this JPEG quality, 1 to 100. By default JPEGs keep their bytes where nothing is
-    to change; others get 95."""
-    raw: bool = False
-    """.beton: pixels instead of JPEGs: larger, and faster to read."""
-    skip_corrupt: bool = False
-    """Decode every file first, list the unreadable ones and leave them out for good."""
-    verify: bool = False
-    """Compare every byte with the checksums and decode every picture; where OUT is there already, write nothing."""
-    workers: int | None = None
-    """Threads that decode; by default one per core, at most 16."""
-
-    def __post_init__(self) -> None:
-        if self.out.suffix not in FORMS:
-            raise BadInput(f"OUT: expected a name ending in {' or '.join(FORMS)}, got {self.out}")
-        pack = self.out.suffix == ".pack"
-        other = "beton" if pack else "pack"
-        for name in ("max_size", "quality", "raw") if pack else ("size",):
-            if getattr(self, name):
-                raise BadInput(f"--{name.replace('_', '-')}: expected OUT.{other}, got {self.out}")
-        if self.max_size is not None and self.max_size < 1:
-            raise BadInput(f"max-size: expected at least 1 pixel, got {self.max_size}")
-        if self.quality is not None and not 1 <= self.quality <= 100:
-            raise BadInput(f"quality: expected 1 to 100, got {self.quality}")
-        if self.quality is not None and self.raw:
-            raise BadInput(f"quality: expected none with --raw, whose pixels are not compressed, got {self.quality}")
-        if self.workers is not None and self.workers < 1:
-            raise BadInput(f"workers: expected at least 1, got {self.workers}")
 
 
 def write(config: WriteConfig) -> None:
@@ -312,8 +268,7 @@ def _upright_jpeg(source: Dataset, i: int, image: Tensor) -> bytes | None:
     return data if as_it_is and len(data) <= max(image.numel(), PAGE) else None
 
 
-def main(argv: list[str]) -> None:
-    config = tyro.cli(WriteConfig, args=argv, description=__doc__, prog="fastofa write")
+def main(config: WriteConfig) -> None:
     write(config)
     index = read_index(config.out)
     counts = ", ".join(f"{split} {len(part['names']):,}" for split, part in index["splits"].items())

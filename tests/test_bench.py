@@ -1,10 +1,11 @@
 """The benchmarks run, keep to their limits, and count right; what they measure is not judged here."""
 
+import argparse
+import importlib
 import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -44,22 +45,45 @@ FLOORS = {
 
 
 @pytest.mark.slow
-def test_every_part_of_the_gpu_run_at_a_tiny_size(tmp_path):
-    """Each record says where it was made, beside what, and how often."""
-    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(tmp_path)]
+def test_jobs_of_the_gpu_run_at_a_tiny_size(tmp_path):
+    """One of each kind. Each record says where it was made, beside what, and how often."""
+    chosen = ["resnet18", "loaders", "kernels", "optimizers"]
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--only", *chosen, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    records = {path.stem.partition("_")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert records.keys() == {"train", "profile", "kernels", "roofline", "optimizers", "loaders", "epoch"}
+    records = {path.stem.rpartition("_")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert records.keys() == set(chosen)
     for record in records.values():
         assert record["environment"].keys() >= {"date", "commit", "command", "cpu", "cores", "gpu", "torch", "timm"}
         assert record["result"]["baseline"]
         assert record["result"]["rounds"] >= 1
-    rows = records["train"]["result"]["jobs"][0]["rows"]
-    assert all(row.get("rounds_ms") or row["skipped"] for row in rows)
-    for name, draw, kind in (("ladder", plot_ladder.draw, "train"), ("loaders", plot_loaders.draw, "loaders")):
-        draw(records[kind], tmp_path / f"{name}.png")
+    (job,) = records["resnet18"]["result"]["jobs"]
+    assert all(row.get("rounds_ms") or row["skipped"] for row in job["rows"])
+    assert job["profile"]["kernels"][0]["ms"] > 0
+    for draw, name in ((plot_ladder.draw, "resnet18"), (plot_loaders.draw, "loaders")):
+        draw(records[name], tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("job", gpu.JOBS, ids=lambda job: job.name)
+def test_every_job_of_the_gpu_run_has_arguments_that_its_program_takes(job, monkeypatch):
+    """At full size, too, where nothing runs without a GPU."""
+    if job.arguments[0] == "pytest":
+        return
+    module = importlib.import_module(job.arguments[0])
+
+    def parse(parser, argv):
+        raise Parsed(vars(original(parser, argv)))
+
+    original = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    for arguments in (job.arguments, job.tiny):
+        with pytest.raises(Parsed):
+            module.main([*arguments[1:], "--out", "out"])
+
+
+class Parsed(Exception):
+    """In place of what follows."""
 
 
 @pytest.mark.slow
@@ -120,26 +144,33 @@ def test_nvimagecodec_decodes_the_crops_that_torchvision_does(tmp_path):
         assert (images.int() - batch.images.int()).abs().max() <= 1
 
 
-def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
-    def command(part, dry_run, out):
-        return [sys.executable, "-c", *part.arguments]
-
-    monkeypatch.setattr(gpu, "command", command)
+def test_jobs_take_turns_and_one_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
+    """All prepare at once; measuring goes in the order of worth, but nobody waits for one that is not ready."""
+    wait = "from bench.turns import wait_for_turn; wait_for_turn(); "
+    programs = {
+        "slow": f"import time; time.sleep(3); {wait}print('slow measured')",
+        "first": f"{wait}print('first measured')",
+        "fails": f"{wait}raise SystemExit(3)",
+        "early": "raise SystemExit(4)",
+        "last": f"{wait}import time; time.sleep(600)",
+        "after": f"{wait}print('after measured')",
+    }
+    monkeypatch.setattr(gpu, "command", lambda job, dry_run, out: [sys.executable, "-c", *job.arguments])
     monkeypatch.setattr(gpu, "_has_gpu", lambda: True)
-    parts = {"hangs": "import time; time.sleep(60)", "fails": "raise SystemExit(3)", "runs": "print('figures')"}
-    monkeypatch.setattr(
-        gpu, "PARTS", tuple(gpu.Part(n, (code,), 2 if n == "hangs" else 30, ()) for n, code in parts.items())
-    )
-    began = time.monotonic()
+    monkeypatch.setattr(gpu, "COMPILING", 0)
+    monkeypatch.setattr(gpu, "ALONE_S", 3)
+    monkeypatch.setattr(gpu, "JOBS", tuple(gpu.Job(name, (code,), ()) for name, code in programs.items()))
     assert gpu.main(["--out", str(tmp_path)]) == 1
-    assert time.monotonic() - began < 20
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in said[-4:-1]] == [["hangs", "timed"], ["fails", "failed"], ["runs", "ok"]]
-    assert (tmp_path / "runs.log").read_text() == "figures\n"
-
-
-def test_the_gpu_run_is_over_in_nine_minutes():
-    assert gpu.TOTAL_S <= 535
+    said = capsys.readouterr().out
+    status = {line[:16].strip(): line[17:37].strip() for line in said.splitlines()[-8:-1]}
+    assert status == {
+        "slow": "ok", "first": "ok", "fails": "failed (3)", "early": "failed (4)", "last": "ran out of time",
+        "after": "ok", "job": "",
+    }  # fmt: skip
+    assert said.index("first measured") < said.index("slow measured")
+    assert (tmp_path / "first.log").read_text() == "first measured\n"
+    assert gpu.main(["--out", str(tmp_path), "--only", "slow", "--minutes", "0.01"]) == 1
+    assert "left out: no time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("student", FLOORS)

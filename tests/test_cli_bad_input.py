@@ -14,7 +14,6 @@ import re
 import resource
 import shutil
 import signal
-from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from timm.models import save_for_hf
 
 from fastofa import cli
+from fastofa.arguments import CONFIGS
 from fastofa.cli import COMMANDS
 from fastofa.config import TrainConfig
 from fastofa.errors import LostContact
@@ -234,15 +234,11 @@ def test_refused_in_one_line(here, name):
 # --- The command line itself ------------------------------------------------------------------------------------------
 
 
-def config_class(command: str) -> type:
-    return getattr(import_module(f"fastofa.{command}"), f"{command.capitalize()}Config", None) or TrainConfig
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_flag(command):
     code, out, error = fastofa(f"{command} --help")
     assert (code, error) == (0, "")
-    for field in dataclasses.fields(config_class(command)):
+    for field in dataclasses.fields(CONFIGS[command]):
         positional = field.name.upper() in out or "{info,verify}" in out
         assert re.search(rf"--{field.name.replace('_', '-')}[ ,]", out) or positional, field.name
 
@@ -288,11 +284,11 @@ def test_arguments_that_cannot_be_read(here, argv):
 def test_another_rank_that_is_gone_is_one_line_too(monkeypatch):
     """Exit code 1, so that torchrun starts it again; no traceback, and no "error", since nothing here was wrong."""
 
-    def lose(argv: list[str]) -> None:
+    def lose(config: TrainConfig) -> None:
         raise LostContact("rank 1: lost the other ranks")
 
     monkeypatch.setattr("fastofa.train.main", lose)
-    assert fastofa("train") == (1, "", "fastofa: rank 1: lost the other ranks\n")
+    assert fastofa(f"{TRAIN} --out new") == (1, "", "fastofa: rank 1: lost the other ranks\n")
 
 
 # --- Damaged and edited files -----------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import ColorJitter
 
 from fastofa import recipes
+from fastofa.arguments import parse
 from fastofa.config import TrainConfig
 from fastofa.errors import BadInput
 from fastofa.recipes import CIFAR_MEAN, CIFAR_STD, RECIPES, default_policy, not_replayed, recipe
-from fastofa.train import parse_config
 from fastofa.views import ViewPolicy
 
 NAN = math.nan
@@ -334,7 +334,7 @@ ARGUMENTS = ["--data", "photos", "--student", "resnet18", "--out", "run"]
 def test_flags_change_the_recipe(form, first):
     """Whichever way and wherever the recipe is named; `--flag-with-dashes` and several values included."""
     flags = [*ARGUMENTS, "--lr", "0.3", "--batch-size", "64", "--cache", "c", "--eps", "1.5", "--stages", "1", "4"]
-    c = parse_config([*form, *flags] if first else [*flags, *form])
+    c = parse("train", [*form, *flags] if first else [*flags, *form])
     given = {"lr": 0.3, "batch_size": 64, "cache": Path("c"), "eps": (1.5,), "stages": (1, 4)}
     assert c == recipes.imagenet_cnn(data="photos", student="resnet18", out=Path("run"), **given)
 
@@ -342,7 +342,7 @@ def test_flags_change_the_recipe(form, first):
 @pytest.mark.parametrize("name", RECIPES)
 def test_without_other_flags_it_is_the_recipe(name):
     expected = recipe(name)(data="photos", student="resnet18", out=Path("run"))
-    assert parse_config([*ARGUMENTS, "--recipe", name]) == expected
+    assert parse("train", [*ARGUMENTS, "--recipe", name]) == expected
 
 
 @pytest.mark.parametrize(
@@ -356,4 +356,4 @@ def test_without_other_flags_it_is_the_recipe(name):
 )
 def test_without_a_known_recipe_it_is_bad_input(arguments, message):
     with pytest.raises(BadInput, match=message):
-        parse_config([*ARGUMENTS, *arguments])
+        parse("train", [*ARGUMENTS, *arguments])

@@ -151,7 +151,7 @@ def test_the_dali_that_is_named_fits_torchs_cuda(monkeypatch, cuda, package):
 def test_main_prints_a_table(capsys, monkeypatch, findings):
     """A row for each part with yes or no; returns normally whatever is missing."""
     monkeypatch.setattr(doctor, "examine", lambda: [*findings.values(), Finding("made up", False, "buy one")])
-    doctor.main([])
+    doctor.main(doctor.DoctorConfig())
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     for finding in findings.values():

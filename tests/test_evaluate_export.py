@@ -249,7 +249,7 @@ def test_evaluate_refuses_an_edited_run(photo_run, photos):
 
 
 def test_the_evaluate_command_prints_a_table(photo_run, photos, capsys):
-    fastofa.evaluate.main([str(photo_run.path), "--data", str(photos), "--workers", "0"])
+    fastofa.evaluate.main(EvaluateConfig(photo_run.path, str(photos), workers=0))
     found = json.loads((photo_run.path / "evaluation.json").read_text())
     printed = capsys.readouterr().out
     for text in ("top-1", "top-5", "teacher's", "agreement", f"{found['top1']:.2%}", "100.00%"):
@@ -382,7 +382,7 @@ def test_export_refuses_and_leaves_nothing(photo_run, tmp_path, monkeypatch):
 
 
 def test_the_export_command_prints_the_line(photo_run, tmp_path, capsys):
-    fastofa.export.main([str(photo_run.path), str(tmp_path / "out")])
+    fastofa.export.main(ExportConfig(photo_run.path, tmp_path / "out"))
     first, line = capsys.readouterr().out.splitlines()
     assert first == f"{tmp_path / 'out'}: load it with"
     assert eval(line, {"timm": timm}).num_classes == 2

@@ -1,0 +1,238 @@
+"""The arguments of every command, parsed without torch, so that a typo is answered at once.
+
+A command's help begins with its module's docstring; `train` has its arguments in config.py, as recipes fill them.
+"""
+
+import ast
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastofa.config import TrainConfig, changed_policy
+from fastofa.errors import BadInput
+from fastofa.recipes import default_policy, recipe
+from fastofa.views import ViewPolicy
+
+FLAGS = {".pack": ("size",), ".beton": ("max_size", "quality", "raw")}  # of `write`, by the form that takes them
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Teach a small CNN handwritten digits with a Transformer: teacher, cache, students, table, curves, export."""
+
+    out: Path = Path("demo")
+    """Folder for everything; an earlier demo in it is replaced."""
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """Write a data set as a .pack (pixels of one size) or as a .beton (FFCV's format), both splits."""
+
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+    """Data set: a folder with train/ and val/, or any other that --data takes."""
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+    """Where to: NAME.pack, a folder, or NAME.beton, with NAME.val.beton and NAME.beton.json beside it."""
+    size: Literal[128, 160, 192, 256] | None = None
+    """.pack: side in pixels, by default 256. The whole picture is squeezed to a square; its crops have their shape
+    again."""
+    max_size: int | None = None
+    """.beton: the longer side in pixels at most; larger pictures are made smaller. By default all stay as they are."""
+    quality: int | None = None
+    """.beton: compress every picture at this JPEG quality, 1 to 100. By default JPEGs keep their bytes where nothing is
+    to change; others get 95."""
+    raw: bool = False
+    """.beton: pixels instead of JPEGs: larger, and faster to read."""
+    skip_corrupt: bool = False
+    """Decode every file first, list the unreadable ones and leave them out for good."""
+    verify: bool = False
+    """Compare every byte with the checksums and decode every picture; where OUT is there already, write nothing."""
+    workers: int | None = None
+    """Threads that decode; by default one per core, at most 16."""
+
+    def __post_init__(self) -> None:
+        if self.out.suffix not in FLAGS:
+            raise BadInput(f"OUT: expected a name ending in {' or '.join(FLAGS)}, got {self.out}")
+        (other,) = FLAGS.keys() - {self.out.suffix}
+        for name in FLAGS[other]:
+            if getattr(self, name):
+                raise BadInput(f"--{name.replace('_', '-')}: expected OUT{other}, got {self.out}")
+        if self.max_size is not None and self.max_size < 1:
+            raise BadInput(f"max-size: expected at least 1 pixel, got {self.max_size}")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise BadInput(f"quality: expected 1 to 100, got {self.quality}")
+        if self.quality is not None and self.raw:
+            raise BadInput(f"quality: expected none with --raw, whose pixels are not compressed, got {self.quality}")
+        if self.workers is not None and self.workers < 1:
+            raise BadInput(f"workers: expected at least 1, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """Write a teacher cache: V views of the training set, each with the teacher's top-K answer for every picture."""
+
+    data: str
+    """Data set: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or what `fastofa write` wrote."""
+    teacher: str
+    """A timm model with its tag (convnext_tiny.in12k_ft_in1k), or a folder that `fastofa export` or timm wrote."""
+    out: Path
+    """Folder of the cache."""
+    views: int
+    """Views of the training set. An epoch replays view (epoch modulo views): one for each is best, fewer are small."""
+    topk: int
+    """Classes kept of each answer, at 4 bytes a class. The mass they leave is spread over the other classes."""
+    teacher_checkpoint: Path | None = None
+    """The teacher's weights from a .safetensors or .pth file instead of timm's. A config.json beside it, if of the same
+    architecture, gives normalisation and input size."""
+    image_size: int | None = None
+    """Side of the teacher's input in pixels; by default its own."""
+    mean: tuple[float, float, float] | None = None
+    """Normalisation of the teacher's pixels; by default its own."""
+    std: tuple[float, float, float] | None = None
+    """Normalisation of the teacher's pixels; by default its own."""
+    scale: tuple[float, float] | None = None
+    """Share of the picture's area that a crop takes, from and to. By default 0.08 1 (digits: 0.6 1)."""
+    ratio: tuple[float, float] | None = None
+    """Width over height of a crop, from and to. By default 3/4 to 4/3."""
+    flip: float | None = None
+    """Probability of mirroring. By default 0.5 (digits: 0)."""
+    recipe: str = ""
+    """The training recipe whose published views are drawn; the flags above and the next five change them."""
+    auto_augment: str | None = None
+    """RandAugment in timm's notation, as rand-m9-mstd0.5-inc1. By default the recipe's, or none."""
+    mixup: float | None = None
+    """Alpha of mixup. By default the recipe's, or 0: none."""
+    cutmix: float | None = None
+    """Alpha of cutmix. By default the recipe's, or 0: none."""
+    erase: float | None = None
+    """Probability of random erasing. By default the recipe's, or 0."""
+    repeats: int | None = None
+    """Views of a sample that one epoch shows. By default the recipe's, or 1."""
+    seed: int = 0
+    """Of the views."""
+    skip_corrupt: bool = False
+    """Decode every file first, list the unreadable ones and leave them out for good."""
+    batch_size: int = 256
+    """Pictures the teacher sees at once."""
+    device: str = "auto"
+    """auto, cuda, cuda:1, cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the teacher's arithmetic; log-softmax is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    pipeline: str = "auto"
+    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
+    workers: int | None = None
+    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
+
+    def __post_init__(self) -> None:
+        for name in ("views", "topk", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise BadInput(f"{name.replace('_', '-')}: expected at least 1, got {value}")
+        if self.seed < 0:
+            raise BadInput(f"seed: expected at least 0, got {self.seed}")
+        if (self.mean is None) != (self.std is None):
+            raise BadInput("expected both --mean and --std or neither")
+        if self.recipe:
+            recipe(self.recipe)
+
+    def policy(self) -> ViewPolicy:
+        """What to draw. Raises BadInput for impossible values."""
+        names = ("scale", "ratio", "flip", "auto_augment", "mixup", "cutmix", "erase", "repeats")
+        given = {name: getattr(self, name) for name in names}
+        policy = changed_policy(default_policy(self.data, self.recipe), **given)
+        if self.views % policy.repeats:
+            raise BadInput(
+                f"views: expected a multiple of {policy.repeats}, as repeated augmentation shows them, got {self.views}"
+            )
+        return policy
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Top-1, top-5 and agreement with the teacher, also written to RUN/evaluation.json."""
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """Folder that `fastofa train` wrote."""
+    data: str
+    """Data set whose validation split is used."""
+    weights: Literal["last", "best"] = "last"
+    """last: as they are at the end (or where the run is); best: as they were at the run's best evaluation, which
+    flatters if it is the same data again."""
+    batch_size: int = 256
+    """Images at once."""
+    device: str = "auto"
+    """auto, cuda, cuda:1, cpu."""
+    pipeline: str = "auto"
+    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
+    workers: int | None = None
+    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """OUT/model.safetensors and OUT/config.json, for timm.create_model and for `fastofa precompute --teacher OUT`."""
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """Folder that `fastofa train` wrote."""
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+    """New folder for the model."""
+    weights: Literal["last", "best"] = "last"
+    """As they are at the end, or as they were at the run's best evaluation."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """info: what the cache was made from. verify: read every file and compare its checksum."""
+
+    action: tyro.conf.Positional[Literal["info", "verify"]]
+    """What to do."""
+    cache: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CACHE")]]
+    """Folder that `fastofa precompute` wrote."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """List what makes fastofa faster, whether it works here, and how to get what is missing. All is optional."""
+
+
+CONFIGS: dict[str, type] = {
+    "demo": DemoConfig,
+    "write": WriteConfig,
+    "precompute": PrecomputeConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "cache": CacheConfig,
+    "doctor": DoctorConfig,
+}
+
+
+def parse(command: str, argv: list[str]) -> Any:
+    """The command's configuration. Ends the process after --help, and with code 2 after arguments it does not have.
+
+    Raises:
+        BadInput: a value that cannot be.
+    """
+    prog, description = f"fastofa {command}", _docstring(command)
+    if command == "train":
+        return tyro.cli(TrainConfig, args=argv, description=description, prog=prog, default=_recipe_defaults(argv))
+    return tyro.cli(CONFIGS[command], args=argv, description=description, prog=prog)
+
+
+def _docstring(command: str) -> str | None:
+    """Of the command's module, which is not imported: that takes seconds."""
+    spec = find_spec(f"fastofa.{command}")
+    assert spec is not None
+    assert spec.origin is not None
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text()))
+
+
+def _recipe_defaults(argv: list[str]) -> TrainConfig:
+    """Of the recipe that the arguments name; the others change it. Raises BadInput without a known recipe."""
+    name = "digits" if {"-h", "--help"} & set(argv) else ""
+    for argument, value in zip(argv, [*argv, ""][1:], strict=True):
+        if argument == "--recipe" or argument.startswith("--recipe="):
+            name = argument.partition("=")[2] or value
+    return recipe(name)(data=tyro.MISSING, student=tyro.MISSING, out=tyro.MISSING)
