@@ -14,11 +14,13 @@ Shapes: H heads, B batch, C classes or channels, K teacher's classes, S side.
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from torch import Tensor
 from bench import machine
 from bench.record import RESULTS, markdown_table, write_record
 from bench.timing import captured, timed_ms, wait
-from bench.turns import wait_for_turn
+from bench.turns import patiently, wait_for_turn
 from fastofa.kernels import (
     crop_resize,
     depthwise_conv3x3,
@@ -39,13 +41,31 @@ from fastofa.kernels import (
     strided_conv2d,
 )
 from fastofa.kernels.choice import HAS_TRITON, can_run_triton
-from fastofa.kernels.ofa_loss import ofa_loss_op
 from fastofa.kernels.reference import dense_probs, ofa_loss_dense
 
 HEADS, TOPK, BASELINE = 5, 16, "twin, eager"
 MOST_INPUTS_MB = 200  # of rotating inputs: four times an H100's L2 cache
 
 Call = Callable[[int], Any]
+
+
+class Inputs:
+    """Made from seeds 0, 1, ... when one is first asked for: those of all cases together do not fit in memory."""
+
+    def __init__(self, make: Callable[[int], Any], count: int) -> None:
+        self.make, self.count = make, count
+        self.made: list[Any] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Any:
+        if not self.made:
+            self.made = [self.make(seed) for seed in range(self.count)]
+        return self.made[number % self.count]
+
+    def free(self) -> None:
+        self.made = []
 
 
 @dataclass(frozen=True)
@@ -64,17 +84,17 @@ class Case:
     """Greatest difference to the twin, as a share of its greatest number."""
     waiting: tuple[str, ...] = ()
     """Candidates that wait for the device, so that no CUDA graph can be made of them."""
-    inputs: int = 1
-    """How many different ones there are."""
+    inputs: Inputs | None = None
+    """The different ones; None: one, which the candidates hold."""
     skipped: dict[str, str] = field(default_factory=dict)
     by_norm: bool = False
     """Differences are of whole tensors' norms: where rounding decides what a ReLU passes, single numbers may differ."""
 
 
-def rotate(make: Callable[[int], Any], bytes_each: float, device: torch.device) -> list[Any]:
-    """Inputs made from seeds 0, 1, ...: on a GPU as many as exceed its cache."""
+def rotate(make: Callable[[int], Any], bytes_each: float, device: torch.device) -> Inputs:
+    """On a GPU as many as exceed its cache."""
     count = max(2, int(MOST_INPUTS_MB * 1e6 // bytes_each) + 1) if device.type == "cuda" else 1
-    return [make(seed) for seed in range(min(count, 32))]
+    return Inputs(make, min(count, 32))
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------
@@ -112,7 +132,7 @@ def loss_case(device: torch.device, dtype: torch.dtype, num_classes: int, batch:
 
     def call(function: Callable[..., Tensor]) -> Call:
         def forward_and_gradient(i: int) -> tuple[Tensor, Tensor]:
-            logits, *rest = inputs[i % len(inputs)]
+            logits, *rest = inputs[i]
             losses = function(logits, *rest)
             return losses, torch.autograd.grad(losses.sum(), logits)[0]
 
@@ -125,11 +145,7 @@ def loss_case(device: torch.device, dtype: torch.dtype, num_classes: int, batch:
     liger: dict[str, Call] = {}
     if device.type == "cuda" and HAS_TRITON:
         candidates["triton"] = call(ours("triton"))
-        # What autograd adds is one more pass over the gradient, to multiply it by what comes in.
-        candidates["triton, without autograd"] = _on(
-            inputs, lambda *given: ofa_loss_op(*given, eps, 1.0, "official", True)
-        )
-        compared += ["triton", "triton, without autograd"]
+        compared += ["triton"]
         try:
             liger = {name: call(function) for name, function in liger_losses(num_classes).items()}
         except ImportError as error:
@@ -137,7 +153,7 @@ def loss_case(device: torch.device, dtype: torch.dtype, num_classes: int, batch:
     size = f"C={num_classes}, B={batch}, {HEADS} heads, {str(dtype).removeprefix('torch.')}"
     return Case(
         "loss", size, moved, batch, candidates | liger, tuple(compared),
-        waiting=tuple(liger), inputs=len(inputs), skipped=skipped,
+        waiting=tuple(liger), inputs=inputs, skipped=skipped,
     )  # fmt: skip
 
 
@@ -188,9 +204,10 @@ def crop_case(device: torch.device, dtype: torch.dtype, source: int, size: int, 
         return images.to(device), torch.cat([corner, sides], dim=1).to(device), flip.to(device)
 
     inputs = rotate(make, batch * source * source * 3, device)
-    needed = sum(box[:, 2:].prod(dim=1).sum().item() for _, box, _ in inputs) / len(inputs)
+    boxes_and_flips = [inputs[i][1:] for i in range(len(inputs))]
+    needed = sum(box[:, 2:].prod(dim=1).sum().item() for box, _ in boxes_and_flips) / len(inputs)
     moved = 3 * needed + batch * 3 * size * size * dtype.itemsize
-    lists = [(box.int().tolist(), flip.tolist()) for _, box, flip in inputs]
+    lists = [(box.int().tolist(), flip.tolist()) for box, flip in boxes_and_flips]
 
     def ours(impl: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda images, boxes, flip: crop_resize(
@@ -198,7 +215,7 @@ def crop_case(device: torch.device, dtype: torch.dtype, source: int, size: int, 
         )
 
     def torchvision(i: int) -> Tensor:
-        images, (boxes, flips) = inputs[i % len(inputs)][0], lists[i % len(inputs)]
+        images, (boxes, flips) = inputs[i][0], lists[i % len(inputs)]
         crops = []
         for image, box, flip in zip(images, boxes, flips, strict=True):
             crop = v2.resized_crop(image.permute(2, 0, 1), *box, size=[size, size], antialias=True)
@@ -278,11 +295,11 @@ def depthwise_case(device: torch.device, work: str, batch: int, channels: int, s
     if gpu and HAS_TRITON:
         functions["triton"] = triton
     candidates = {name: _on(inputs, function) for name, function in functions.items()}
-    return Case("depthwise", size, moved, batch, candidates, tuple(list(candidates)[1:]), inputs=len(inputs))
+    return Case("depthwise", size, moved, batch, candidates, tuple(list(candidates)[1:]), inputs=inputs)
 
 
-def _on(inputs: list[Any], function: Callable[..., Any]) -> Call:
-    return lambda i: function(*inputs[i % len(inputs)])
+def _on(inputs: Inputs, function: Callable[..., Any]) -> Call:
+    return lambda i: function(*inputs[i])
 
 
 # --- Batch norms and stems --------------------------------------------------------------------------------------------
@@ -350,38 +367,25 @@ def norm_case(
         }
         if can_run_triton(weight):
             candidates["triton"] = _on(inputs, lambda x, other, dy, *_: training(x, other, dy, triton))
-        return Case(
-            "norm", size, moved, batch, candidates, tuple(candidates)[1:], 0.03, inputs=len(inputs), by_norm=True
-        )
+        return Case("norm", size, moved, batch, candidates, tuple(candidates)[1:], 0.03, inputs=inputs, by_norm=True)
 
-    def part(impl: str) -> Callable[..., Any]:
+    def part(x: Tensor, other: Tensor, dy: Tensor, mean: Tensor, var: Tensor) -> Any:
         from fastofa.kernels import triton_norm_act as kernels
 
-        def run(x: Tensor, other: Tensor, dy: Tensor, mean: Tensor, var: Tensor) -> Any:
-            x, other, w, b = (t.detach() for t in (x, other, *given))
-            if work == "statistics":
-                return kernels.statistics(x) if impl == "triton" else reference.channel_statistics(x)
-            if work == "apply":
-                args = (x, mean, var, w, b)
-                if impl == "triton":
-                    return kernels.norm_act(*args, other if residual else None, 1e-5, activation)
-                return reference.norm_act(*args, 1e-5, activation, other if residual else None)
-            if impl != "triton":
-                found = reference.norm_act_gradients(
-                    dy, x, other if residual else None, mean, var, w, b, 1e-5, activation
-                )
-                return found[0] if work == "gradient" else found[2:]
-            if work == "sums":
-                y = other if residual else None
-                return kernels.coefficients(dy, x, y, mean, var, w, b, 1e-5, activation, x.numel() // channels)[2:]
-            return kernels.gradient_of_x(dy, x, mean, var, w, b, ones, 1e-5, None if residual else activation)
-
-        return run
+        x, other, w, b = (t.detach() for t in (x, other, *given))
+        y = other if residual else None
+        if work == "statistics":
+            return kernels.statistics(x)
+        if work == "apply":
+            return kernels.norm_act(x, mean, var, w, b, y, 1e-5, activation)
+        if work == "sums":
+            return kernels.coefficients(dy, x, y, mean, var, w, b, 1e-5, activation, x.numel() // channels)[2:]
+        return kernels.gradient_of_x(dy, x, mean, var, w, b, ones, 1e-5, None if residual else activation)
 
     ones = torch.ones(3, channels, device=device)
     if can_run_triton(weight):
-        candidates = {BASELINE: _on(inputs, part("triton"))}  # nothing to hold it against: its share of a copy counts
-    return Case("norm", size, moved, batch, candidates, inputs=len(inputs))
+        candidates = {"triton": _on(inputs, part)}  # nothing to hold it against: its share of a copy counts
+    return Case("norm", size, moved, batch, candidates, inputs=inputs)
 
 
 def stem_cases(device: torch.device, quick: bool, images: int | None = None) -> Iterator[Case]:
@@ -435,7 +439,7 @@ def stem_case(device: torch.device, name: str, kernel: int, stride: int, padding
         ),
     }
     size = f"{name} {kernel}x{kernel}/{stride} to {width}, {side} px, B={batch}"
-    return Case("stem", size, moved, batch, candidates, tuple(candidates)[1:], inputs=len(inputs), by_norm=True)
+    return Case("stem", size, moved, batch, candidates, tuple(candidates)[1:], inputs=inputs, by_norm=True)
 
 
 def pool_case(device: torch.device, work: str, batch: int, channels: int, side: int) -> Case:
@@ -449,7 +453,9 @@ def pool_case(device: torch.device, work: str, batch: int, channels: int, side: 
             torch.randn(batch, n, n, channels, generator=generator, device=device, dtype=dtype).permute(0, 3, 1, 2)
             for n in (side, out)
         )
-        return (x.requires_grad_(), dy, *reference.channel_statistics(x[:2].detach()))
+        mean, var = reference.channel_statistics(x[:2])
+        kept = kernels.norm_act_pool(x, mean, var, *weights, 1e-5)[1:] if work == "backward" else ()
+        return (x.requires_grad_(), dy, mean, var, *kept)
 
     whole, pooled = (batch * n * n * channels for n in (side, out))
     moved = {  # in and out, of the kernels; places are bytes
@@ -482,24 +488,19 @@ def pool_case(device: torch.device, work: str, batch: int, channels: int, side: 
         if can_run_triton(weight):
             running = (running_mean, running_var, True, 0.1, 1e-5)
             candidates["triton"] = call(lambda x: norm_act_pool(x, *given, *running, impl="triton"))
-        return Case(
-            "stem", size, moved, batch, candidates, tuple(candidates)[1:], 0.03, inputs=len(inputs), by_norm=True
-        )
+        return Case("stem", size, moved, batch, candidates, tuple(candidates)[1:], 0.03, inputs=inputs, by_norm=True)
     if can_run_triton(weight):
         from fastofa.kernels import triton_norm_act_pool as kernels
 
-        w, b = weight.detach(), bias.detach()
-        kept = [kernels.norm_act_pool(x.detach(), mean, var, w, b, 1e-5) for x, _, mean, var in inputs]
+        weights = weight.detach(), bias.detach()
 
-        def part(i: int) -> Any:
-            x, dy, mean, var = inputs[i % len(inputs)]
+        def part(x: Tensor, dy: Tensor, mean: Tensor, var: Tensor, *kept: Tensor) -> Any:
             if work == "forward":
-                return kernels.norm_act_pool(x.detach(), mean, var, w, b, 1e-5)
-            _, greatest, places = kept[i % len(inputs)]
-            return kernels.norm_act_pool_backward(dy, x.detach(), greatest, places, mean, var, w, b, 1e-5)
+                return kernels.norm_act_pool(x.detach(), mean, var, *weights, 1e-5)
+            return kernels.norm_act_pool_backward(dy, x.detach(), *kept, mean, var, *weights, 1e-5)
 
-        candidates = {BASELINE: part}
-    return Case("stem", size, moved, batch, candidates, inputs=len(inputs))
+        candidates = {"triton": _on(inputs, part)}
+    return Case("stem", size, moved, batch, candidates, inputs=inputs)
 
 
 KERNELS = {"loss": loss_cases, "crop": crop_cases, "depthwise": depthwise_cases, "norm": norm_cases, "stem": stem_cases}
@@ -509,23 +510,33 @@ KERNELS = {"loss": loss_cases, "crop": crop_cases, "depthwise": depthwise_cases,
 
 
 def gate(case: Case) -> dict[str, str]:
-    """Why candidates are not timed: their results are not the twin's, or they fail. The twin's own are the measure."""
-    expected = _flat(case.candidates[BASELINE](0))
+    """Why candidates are not timed: their results are not the twin's, which comes first, or they fail."""
+    expected = _flat(patiently(lambda: next(iter(case.candidates.values()))(0)))
     red = {}
-    for name in case.candidates:
+    for name, call in case.candidates.items():
         try:
-            got = _flat(case.candidates[name](0))
+            got = _flat(patiently(partial(call, 0)))
         except Exception as error:
             traceback.print_exc()
             red[name] = f"{type(error).__name__}: {error}"[:200]
             continue
         if name in case.compare:
             for ours, twins in zip(got, expected, strict=True):
+                measure = "its norm" if case.by_norm else "the greatest number"
                 difference = (ours - twins).norm(p=2 if case.by_norm else torch.inf)
                 difference /= twins.norm(p=2 if case.by_norm else torch.inf)
                 if not difference <= case.tolerance:
-                    red[name] = f"differs from its twin by {difference:.1%}"
+                    red[name] = (
+                        f"differs from its twin by {difference:.1%} of {measure}"
+                    )
     return red
+
+
+def free(case: Case) -> None:
+    if case.inputs is not None:
+        case.inputs.free()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _flat(result: Any) -> list[Tensor]:
@@ -539,7 +550,7 @@ def measure(
     red = gate(case) if red is None else red
     ready = {name: call for name, call in case.candidates.items() if name not in red}
     gpu = device.type == "cuda"
-    calls = max(8, case.inputs) if gpu else 1
+    calls = max(8, len(case.inputs or ())) if gpu else 1
 
     def one_by_one(call: Call, count: int) -> Callable[[], None]:
         def run() -> None:
@@ -574,7 +585,7 @@ def measure(
         row |= {
             "ms": ms, "p20_ms": low, "p80_ms": high, "gb_per_second": rate, "of_copy": rate / copy_gb_s,
             "items_per_second": case.items / ms * 1e3,
-            "times_baseline": statistics.median(times[BASELINE]) / ms,
+            "times_baseline": statistics.median(times[next(iter(times))]) / ms,
         }  # fmt: skip
         if launched[name]:
             row["launched_ms"] = statistics.median(launched[name])
@@ -617,15 +628,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not gpu:
         print("no GPU here: the plain-PyTorch twins are timed, eager and compiled; no Triton kernel runs")
-    cases = [case for name in args.only for case in KERNELS[name](device, args.quick)]
+    cases = [case for name in args.only for case in KERNELS[name](device, args.quick) if case.candidates]
     torch._dynamo.config.recompile_limit = len(cases)  # sizes of one function, which falls back to eager beyond it
-    checked = [gate(case) for case in cases]  # compiles
+    checked = []
+    for case in cases:
+        checked.append(gate(case))  # compiles
+        free(case)
     wait(device)
     wait_for_turn()
     copy = machine.measure(device, torch.bfloat16 if gpu else torch.float32).gb_per_second
     rows = []
     for case, red in zip(cases, checked, strict=True):
         rows += measure(case, device, args.rounds, copy, red)
+        free(case)
         result = {"copy_gb_per_second": copy, "rounds": args.rounds, "baseline": BASELINE, "rows": rows}
         write_record(f"kernels_{'gpu' if gpu else 'cpu'}", result, args.out)  # each time: a later case may crash
     print(table(rows))

@@ -7,10 +7,12 @@ exports do, too. What is not recognised stays as it is.
 Shapes: B batch, C channels.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from fastofa.fused_depthwise import ACTIVATIONS, is_plain_norm
 from fastofa.kernels import norm_act, norm_act_pool, strided_conv2d
 from fastofa.kernels.choice import can_run_triton
+
+FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "relu": F.relu, "relu6": F.relu6}
 
 # --- Modules ----------------------------------------------------------------------------------------------------------
 
@@ -28,6 +32,9 @@ class NormAct2d(nn.BatchNorm2d):
     activation: str | None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self.training:  # the library's way, in few passes without a compiler, too
+            y = super().forward(input)
+            return FUNCTIONS[self.activation](y if residual is None else y + residual)
         if residual is not None:
             dtype = torch.promote_types(input.dtype, residual.dtype)
             input, residual = input.to(dtype), residual.to(dtype)
@@ -38,6 +45,8 @@ class NormActPool2d(nn.BatchNorm2d):
     """A batch norm, ReLU, and the 3x3 maximum with stride 2."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return F.max_pool2d(F.relu(super().forward(input)), 3, 2, 1)
         return norm_act_pool(input, **_arguments(self, input))
 
 
@@ -81,9 +90,8 @@ class FusedInvertedResidual(InvertedResidual):
 
 
 def _arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
-    """And one more batch is counted."""
-    if norm.training:
-        cast(Tensor, norm.num_batches_tracked).add_(1)
+    """Of a batch in training, which is counted."""
+    cast(Tensor, norm.num_batches_tracked).add_(1)
     names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
     return {name: getattr(norm, name) for name in names} | {"impl": "triton" if can_run_triton(x) else "torch"}
 

@@ -19,13 +19,11 @@ from fastofa.config import TrainConfig
 from fastofa.device import choose_bf16, choose_compile
 from fastofa.distributed import World
 from fastofa.errors import BadInput
-from fastofa.fused_depthwise import use_depthwise_kernel
-from fastofa.fused_norms import use_norm_kernels, use_stem_kernels
-from fastofa.kernels.choice import interpreted
 from fastofa.losses import PARTS, Objective
 from fastofa.optim import create_optimizer, set_learning_rate
 from fastofa.pipelines import Batch
 from fastofa.student import Student
+from fastofa.student_kernels import use_kernels
 from fastofa.teacher_cache import DeviceTargets, Targets
 
 SUMS = (*PARTS, "grad_norm")
@@ -62,10 +60,6 @@ class Step:
 
     def __init__(self, student: Student, config: TrainConfig, device: torch.device, world: World | None = None) -> None:
         self.config, self.device, self.world = config, device, world or World()
-        if config.kernels and device.type != "cuda" and not interpreted():
-            raise BadInput(
-                f"kernels: expected a GPU for {' '.join(config.kernels)}, the student is on the CPU; leave it out"
-            )
         student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.sync_bn and device.type != "cuda":
             raise BadInput("sync-bn: expected GPUs, the student is on the CPU; leave it out")
@@ -76,12 +70,7 @@ class Step:
             )
         if config.sync_bn and self.world.size > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        if "exits" in config.kernels:
-            use_depthwise_kernel(student)
-        if "stem" in config.kernels:
-            use_stem_kernels(student)
-        if "norms" in config.kernels:
-            use_norm_kernels(student)
+        use_kernels(student, config.kernels, device, report=self.world.rank == 0)
         self.student = student
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)

@@ -13,8 +13,8 @@ from torch import Tensor
 IMPLEMENTATIONS = (None, "triton", "torch")
 HAS_TRITON = find_spec("triton") is not None
 
-# Kernels that `python -m bench.gpu` has found to be faster than their compiled twins: chosen on a GPU by impl=None.
-MEASURED_FASTER: frozenset[str] = frozenset()
+# Kernels that were measured to be faster than their compiled twins (docs/kernels.md): chosen on a GPU by impl=None.
+MEASURED_FASTER = frozenset({"crop_resize", "norm_act", "norm_act_pool"})
 
 
 def use_triton(kernel: str, impl: str | None, device: torch.device) -> bool:

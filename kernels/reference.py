@@ -127,11 +127,6 @@ def _shifted(logits: Tensor, temperature: float) -> Tensor:
     return z - z.amax(dim=-1, keepdim=True).detach()
 
 
-def gradient_scale(logits: Tensor) -> int:
-    """What the stored gradient is multiplied by: in fp16 a mean's gradient would be lost below 6e-8."""
-    return max(logits.shape[1], 1) if logits.dtype == torch.float16 else 1
-
-
 # --- Cross-entropy with the labels of mixed pictures ------------------------------------------------------------------
 
 

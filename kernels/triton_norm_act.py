@@ -218,9 +218,9 @@ def _gradient_kernel(
 
 # --- Launch -----------------------------------------------------------------------------------------------------------
 
-ELEMENTS = 2048  # of a tile: two reads of 16 bytes a thread
-SUMMING = 528  # programs at most where each leaves sums behind: four per multiprocessor of an H100
-PROGRAMS = 2112  # at most where none does
+# Of each kernel, the elements of a tile and the most programs: the best of a sweep on an H100 (docs/kernels.md).
+STATISTICS, APPLY = (2048, 1056), (4096, 8448)
+SUMS, GRADIENT = (2048, 528), (2048, 4224)
 BLOCK_P, SUMMED_CHANNELS = 128, 8  # of the small kernels that add up
 
 
@@ -234,13 +234,14 @@ class Tiling:
     """Of channels."""
 
 
-def tiling(rows: int, channels: int, programs: int) -> Tiling:
-    """Blocks of channels that reach least beyond the last one; of equals the widest."""
+def tiling(rows: int, channels: int, tile: tuple[int, int]) -> Tiling:
+    """Blocks of channels that reach least beyond the last one; of equals the widest. `tile`: STATISTICS or the like."""
+    elements, programs = tile
     if channels <= 32:
         block_c = max(triton.next_power_of_2(channels), 8)
     else:
         block_c = min((128, 64, 32, 16), key=lambda block: -(-channels // block) * block)
-    block_m, blocks = ELEMENTS // block_c, -(-channels // block_c)
+    block_m, blocks = elements // block_c, -(-channels // block_c)
     return Tiling(block_m, block_c, min(-(-rows // block_m), max(programs // blocks, 1)), blocks)
 
 
@@ -248,18 +249,18 @@ def _empty(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
 
-def _common(x: Tensor, programs: int) -> tuple[tuple[int], tuple[int, int], dict]:
+def _common(x: Tensor, tile: tuple[int, int]) -> tuple[tuple[int], tuple[int, int], dict]:
     """Grid, rows and P, and the constants of a kernel over all of x, channels last."""
     channels = x.shape[1]
     rows = x.numel() // channels
-    t = tiling(rows, channels, programs)
+    t = tiling(rows, channels, tile)
     return (t.parts * t.blocks,), (rows, t.parts), {"C": channels, "BLOCK_M": t.block_m, "BLOCK_C": t.block_c}
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, fp32 [C]."""
     x = x.contiguous(memory_format=torch.channels_last)
-    grid, (rows, parts), constants = _common(x, SUMMING)
+    grid, (rows, parts), constants = _common(x, STATISTICS)
     channels = x.shape[1]
     sums, mean, var = _empty(x, parts, 2, channels), _empty(x, channels), _empty(x, channels)
     _statistics_kernel[grid](x, sums, rows, parts, **constants)
@@ -283,7 +284,7 @@ def norm_act(
     x = x.contiguous(memory_format=torch.channels_last)
     other = x if residual is None else residual.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(x)
-    grid, sizes, constants = _common(x, PROGRAMS)
+    grid, sizes, constants = _common(x, APPLY)
     _apply_kernel[grid](
         x, other, mean, var, weight, bias, y, *sizes, eps,
         WITH_RESIDUAL=residual is not None, ACTIVATION=activation, **constants,
@@ -308,7 +309,7 @@ def coefficients(
     `y`: the result, after a residual.
     """
     channels = x.shape[1]
-    grid, (rows, parts), constants = _common(x, SUMMING)
+    grid, (rows, parts), constants = _common(x, SUMS)
     masked = torch.empty_like(x) if y is not None and activation is not None else dy
     sums = _empty(x, parts, 2, channels)
     _sums_kernel[grid](
@@ -356,6 +357,6 @@ def gradient_of_x(
 ) -> Tensor:
     """The second pass backward: dx, from the coefficients [3, C] of the first."""
     dx = torch.empty_like(x)
-    grid, sizes, constants = _common(x, PROGRAMS)
+    grid, sizes, constants = _common(x, GRADIENT)
     _gradient_kernel[grid](dy, x, mean, var, weight, bias, found, dx, *sizes, eps, ACTIVATION=activation, **constants)
     return dx

@@ -20,7 +20,7 @@ LAYERS = [
         "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher", "teacher_cache",
         "written",
     },
-    {"arguments", "curves", "epochs", "losses", "run", "schedule", "seen"},
+    {"arguments", "curves", "epochs", "losses", "run", "schedule", "seen", "student_kernels"},
     {"report", "step"},
     {"plan"},
     {"cache", "doctor", "evaluate", "export", "precompute", "train", "write"},

@@ -97,12 +97,11 @@ def test_every_size(C, B, H, W):
 @pytest.mark.kernel
 def test_many_programs_and_tiles(monkeypatch):
     """What one program does in the other tests is shared: rows over three programs, several tiles each."""
-    monkeypatch.setattr(triton_norm_act, "ELEMENTS", 256)
-    monkeypatch.setattr(triton_norm_act, "SUMMING", 6)
-    monkeypatch.setattr(triton_norm_act, "PROGRAMS", 4)
+    for kernel, programs in (("STATISTICS", 6), ("SUMS", 6), ("APPLY", 4), ("GRADIENT", 4)):
+        monkeypatch.setattr(triton_norm_act, kernel, (256, programs))
     monkeypatch.setattr(triton_norm_act, "BLOCK_P", 2)
-    assert tiling(70, 200, 6).parts == 1
-    assert tiling(70, 40, 6).parts == 2
+    assert tiling(70, 200, (256, 6)).parts == 1
+    assert tiling(70, 40, (256, 6)).parts == 2
     for C in (8, 40):
         check(make_case(2, C, 5, 7), activation="relu6", residual=True)
         check(make_case(2, C, 5, 7), activation="relu")
