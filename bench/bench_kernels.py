@@ -526,9 +526,7 @@ def gate(case: Case) -> dict[str, str]:
                 difference = (ours - twins).norm(p=2 if case.by_norm else torch.inf)
                 difference /= twins.norm(p=2 if case.by_norm else torch.inf)
                 if not difference <= case.tolerance:
-                    red[name] = (
-                        f"differs from its twin by {difference:.1%} of {measure}"
-                    )
+                    red[name] = f"differs from its twin by {difference:.1%} of {measure}"
     return red
 
 

@@ -1,6 +1,7 @@
 """Models whose batch norms and stems run the kernels, against the same models as made."""
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -26,27 +27,27 @@ def fused(model: nn.Module) -> nn.Module:
     return model
 
 
-# Student; its convolutions of pixels and its pooled stem; its batch norms that are switched, and those that stay.
-STUDENTS = [
-    ("resnet18", 2, 19, 0),
-    ("resnet50", 2, 52, 0),
-    ("resnet26d", 2, 30, 0),  # a stem of three convolutions
-    ("seresnet18", 2, 19, 0),  # attention before the residual
-    ("mobilenetv2_100", 1, 52, 0),
-    ("efficientnet_b0", 1, 16, 33),  # SiLU
-    ("regnety_002", 1, 44, 0),
-    ("vgg11_bn", 0, 8, 0),
-    ("convnext_atto", 1, 0, 0),
-    ("deit_tiny_patch16_224", 1, 0, 0),
+# Student and how it is made small; its convolutions of pixels and pooled stems; its batch norms that are switched, and
+# those that stay.
+RESNET: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "stem_width": 8}
+STUDENTS: list[tuple[str, dict[str, Any], int, int, int]] = [
+    ("resnet18", RESNET, 2, 12, 0),
+    ("resnet50", RESNET, 2, 16, 0),
+    ("resnet26d", RESNET, 2, 18, 0),  # a stem of three convolutions
+    ("seresnet18", RESNET, 2, 12, 0),  # attention before the residual
+    ("mobilenetv2_035", {}, 1, 52, 0),
+    ("test_efficientnet", {}, 1, 4, 9),  # SiLU
+    ("regnety_002", {}, 1, 44, 0),
+    ("vgg11_bn", {"mlp_ratio": 1 / 64}, 0, 8, 0),
+    ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, 1, 0, 0),
+    ("test_vit", {"img_size": 32}, 1, 0, 0),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "stems", "switched", "left"), STUDENTS)
-def test_timm_students_are_the_same(name, stems, switched, left):
+@pytest.mark.parametrize(("name", "options", "stems", "switched", "left"), STUDENTS)
+def test_timm_students_are_the_same(name, options, stems, switched, left):
     """Outputs, gradients, running statistics and names; in float64, which is the twins'."""
-    sized = {"img_size": 32} if "deit" in name else {}
-    model = randomize(timm.create_model(name, num_classes=5, **sized)).to("cpu", torch.float64)
+    model = randomize(timm.create_model(name, num_classes=5, **options)).to("cpu", torch.float64)
     model.eval()  # some drop classes' inputs
     other = copy.deepcopy(model)
     assert use_stem_kernels(other) == stems
@@ -76,7 +77,7 @@ def make_model() -> nn.Module:
 def test_with_kernels_the_results_are_the_same():
     """Also the exits' depthwise kernel beside them, whose batch norms it keeps."""
     torch.manual_seed(1)
-    model, images = make_model(), torch.randn(2, 3, 64, 64).to(DEVICE)
+    model, images = make_model(), torch.randn(2, 3, 32, 32).to(DEVICE)
     both = copy.deepcopy(model)
     use_depthwise_kernel(both)
     both = fused(both)
@@ -92,7 +93,7 @@ def test_with_kernels_the_results_are_the_same():
 @pytest.mark.kernel
 @pytest.mark.slow
 def test_compiles_without_a_graph_break():
-    model, images = make_model(), torch.randn(2, 3, 64, 64).to(DEVICE)
+    model, images = make_model(), torch.randn(2, 3, 32, 32).to(DEVICE)
     compiled = fused(model)
     compiled.compile(fullgraph=True, backend="aot_eager")
     assert_same(step(compiled, images, True), step(fused(model), images, True), 1e-4)
