@@ -8,7 +8,8 @@ from torch import Tensor
 from fastofa.kernels import channel_statistics, norm_act, norm_act_pool, reference, triton_norm_act
 from fastofa.kernels.triton_norm_act import tiling
 
-NOT_FINITE = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in the interpreter
+# The interpreter computes what lies outside of the maps, too.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Beyond the error that the twin makes in the same dtype, relative to the greatest number of the truth. The interpreter
 # cuts off where it stores bf16.
@@ -88,7 +89,7 @@ def test_equals_float64(dtype, residual, activation):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("C", [1, 3, 8, 24, 40, 200])
+@pytest.mark.parametrize("C", [1, 3, 8, 24, 72])
 @pytest.mark.parametrize(("B", "H", "W"), [(2, 1, 1), (1, 1, 4), (3, 5, 7)])
 def test_every_size(C, B, H, W):
     check(make_case(B, C, H, W), activation="relu", residual=True)
@@ -102,9 +103,8 @@ def test_many_programs_and_tiles(monkeypatch):
     monkeypatch.setattr(triton_norm_act, "BLOCK_P", 2)
     assert tiling(70, 200, (256, 6)).parts == 1
     assert tiling(70, 40, (256, 6)).parts == 2
-    for C in (8, 40):
-        check(make_case(2, C, 5, 7), activation="relu6", residual=True)
-        check(make_case(2, C, 5, 7), activation="relu")
+    check(make_case(2, 8, 5, 7), activation="relu6", residual=True)
+    check(make_case(2, 40, 5, 7), activation="relu")
 
 
 @pytest.mark.kernel
@@ -150,7 +150,6 @@ def test_a_mean_far_from_zero_costs_no_digits():
     torch.testing.assert_close((var.double(), mean.double()), expected, rtol=1e-5, atol=1e-4)
 
 
-@NOT_FINITE
 @pytest.mark.kernel
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("pool", [False, True])
@@ -216,13 +215,14 @@ def test_are_operators_of_pytorch():
     torch.library.opcheck(ops.norm_act, (x, mean, var, weight, bias, case["residual"].requires_grad_(), 1e-5, "relu"))
     torch.library.opcheck(ops.norm_act, (x, mean, var, weight, bias, None, 1e-5, None))
     torch.library.opcheck(ops.norm_act_pool, (x, mean, var, weight, bias, 1e-5))
+    quick = {"test_utils": ("test_schema", "test_faketensor")}  # the others are in the forward operators'
     x, weight, bias = (t.detach() for t in (x, weight, bias))
     y = case["residual"].detach()
-    torch.library.opcheck(ops.norm_act_backward, (y, x, y, mean, var, weight, bias, 1e-5, "relu6"))
-    torch.library.opcheck(ops.norm_act_backward, (y, x, None, mean, var, weight, bias, 1e-5, "relu"))
+    torch.library.opcheck(ops.norm_act_backward, (y, x, y, mean, var, weight, bias, 1e-5, "relu6"), **quick)
+    torch.library.opcheck(ops.norm_act_backward, (y, x, None, mean, var, weight, bias, 1e-5, "relu"), **quick)
     pooled, greatest, places = ops.norm_act_pool(x, mean, var, weight, bias, 1e-5)
     given = (pooled, x, greatest, places, mean, var, weight, bias, 1e-5)
-    torch.library.opcheck(ops.norm_act_pool_backward, given)
+    torch.library.opcheck(ops.norm_act_pool_backward, given, **quick)
 
 
 @pytest.mark.kernel
