@@ -229,7 +229,7 @@ def crop_case(device: torch.device, dtype: torch.dtype, source: int, size: int, 
     candidates["torchvision v2, one by one"] = torchvision
     name = f"{source} to {size} px, B={batch}, {str(dtype).removeprefix('torch.')}"
     compared, waiting = tuple(list(candidates)[1:]), ("torchvision v2, one by one",)
-    return Case("crop", name, moved, batch, candidates, compared, 0.03, waiting, len(inputs))
+    return Case("crop", name, moved, batch, candidates, compared, 0.03, waiting, inputs)
 
 
 # --- Depthwise convolution --------------------------------------------------------------------------------------------
@@ -497,7 +497,8 @@ def pool_case(device: torch.device, work: str, batch: int, channels: int, side: 
         def part(x: Tensor, dy: Tensor, mean: Tensor, var: Tensor, *kept: Tensor) -> Any:
             if work == "forward":
                 return kernels.norm_act_pool(x.detach(), mean, var, *weights, 1e-5)
-            return kernels.norm_act_pool_backward(dy, x.detach(), *kept, mean, var, *weights, 1e-5)
+            greatest, places = kept
+            return kernels.norm_act_pool_backward(dy, x.detach(), greatest, places, mean, var, *weights, 1e-5)
 
         candidates = {"triton": _on(inputs, part)}
     return Case("stem", size, moved, batch, candidates, inputs=inputs)
