@@ -16,7 +16,6 @@ Synthetic uint8 batches in device memory, except in the rows with a loader: what
 import argparse
 import dataclasses
 import gc
-import os
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from bench.loader_ways import installed
 from bench.record import RESULTS, markdown_table, write_record
 from bench.steps import Job, TakeStep, Way, official_step, open_step, timm_step
 from bench.timing import interleaved_ms, median_ratio
-from bench.turns import VARIABLE, wait_for_turn
+from bench.turns import is_out_of_memory, patiently, wait_for_turn
 from fastofa.step import Step
 
 
@@ -59,7 +58,7 @@ CHANNELS_LAST = replace(BF16, channels_last=True)
 COMPILED = replace(CHANNELS_LAST, compile="on")
 CACHED = replace(COMPILED, online_teacher=False)
 
-PATIENCE = 8  # times that a row is tried while other jobs have the device's memory
+ALL_KERNELS = ("loss", "exits", "stem", "norms")
 NEEDS_GPU = "Triton kernels need a GPU"
 OFFICIAL, OFFICIAL_FP16, TIMM = "official way, fp32", "official way, fp16 AMP", "timm, online logit distillation"
 LADDER = (
@@ -72,13 +71,23 @@ LADDER = (
     Row("+ cached teacher", "cached teacher", CACHED),
     Row("+ CUDA graphs", "compiler", replace(CACHED, cuda_graphs=True), gpu_only="CUDA graphs need CUDA"),
     Row("+ loss kernel", "kernel", replace(CACHED, kernels=("loss",)), gpu_only=NEEDS_GPU),
-    Row("+ exits kernel", "kernel", replace(CACHED, kernels=("loss", "exits")), gpu_only=NEEDS_GPU),
+    Row("+ exits kernel", "kernel", replace(CACHED, kernels=("exits",)), gpu_only=NEEDS_GPU),
+    Row("+ stem kernels", "kernel", replace(CACHED, kernels=("stem",)), gpu_only=NEEDS_GPU),
+    Row("+ norm kernels", "kernel", replace(CACHED, kernels=("norms",)), gpu_only=NEEDS_GPU),
+    Row("+ stem and norm kernels", "kernel", replace(CACHED, kernels=("stem", "norms")), gpu_only=NEEDS_GPU),
+    Row("+ all kernels", "kernel", replace(CACHED, kernels=ALL_KERNELS), gpu_only=NEEDS_GPU),
     Row("cached, resident loader", "with a loader", CACHED, loader="resident"),
     Row("cached, packed loader", "with a loader", CACHED, loader="packed"),
     Row("cached, ffcv loader", "with a loader", CACHED, loader="ffcv"),
     Row("cached, dali loader", "with a loader", CACHED, loader="dali"),
     Row("cached, torchvision loader", "with a loader", CACHED, loader="torchvision"),
     Row("plain training", "peer", replace(CACHED, method="scratch")),
+    Row(
+        "plain training, stem and norm kernels",
+        "kernel",
+        replace(CACHED, method="scratch", kernels=("stem", "norms")),
+        gpu_only=NEEDS_GPU,
+    ),
     Row("KD only, cached", "peer", replace(CACHED, method="kd")),
     Row(TIMM, "peer"),
 )
@@ -128,13 +137,14 @@ def warm_up(
             return
         began = time.monotonic()
         try:
-            steps[row.name] = step = build(row, job, precision, folder, opened)
+            steps[row.name] = step = patiently(lambda: build(row, job, precision, folder, opened))
             _take(step, job.device)
             print(f"{row.name}: compiled and warm in {time.monotonic() - began:.0f} s", flush=True)
-        except torch.OutOfMemoryError:
-            missing[row.name] = {"skipped": f"does not fit in the GPU's memory at batch {job.batch_size}"}
-            torch.cuda.empty_cache()
         except Exception as error:  # of a compiler, say: the other rows are still worth their time
+            if is_out_of_memory(error):
+                missing[row.name] = {"skipped": f"does not fit in the GPU's memory at batch {job.batch_size}"}
+                torch.cuda.empty_cache()
+                return
             traceback.print_exc()
             missing[row.name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
 
@@ -155,17 +165,9 @@ def warm_up(
 
 
 def _take(step: TakeStep, device: torch.device) -> None:
-    """Until it is warm; again where other jobs have the memory just now."""
+    """Until it is warm."""
     calls = 3 if device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third
-    for attempt in range(PATIENCE):
-        try:
-            interleaved_ms({"": step}, device, rounds=0, calls=0, warmup=calls)
-            return
-        except torch.OutOfMemoryError:
-            if VARIABLE not in os.environ or attempt == PATIENCE - 1:
-                raise
-            torch.cuda.empty_cache()
-            time.sleep(5)
+    patiently(lambda: interleaved_ms({"": step}, device, rounds=0, calls=0, warmup=calls))
 
 
 def climb(

@@ -5,8 +5,9 @@
     python -m bench.gpu --minutes 4           what does not fit is left out, the least worth first, and named
     python -m bench.gpu --dry-run             every job at a tiny size, on any machine and without a time limit
 
-Needs the checkout and its Python libraries, nothing installed. Every job is a process. All compile side by side, since
-a GPU idles while a compiler runs; then each measures alone, in the order of JOBS. Tests run while the jobs compile.
+Needs the checkout and its Python libraries, nothing installed; the tests need tyro and hypothesis, too, from any folder
+in PYTHONPATH. Every job is a process. All compile side by side, since a GPU idles while a compiler runs; then each
+measures alone, in the order of JOBS. Tests run while the jobs compile.
 Exit code 1 if a job failed or was left out, 2 without a GPU.
 """
 
@@ -69,7 +70,10 @@ JOBS = (
         takes_turns=False,
     ),
     ladder("resnet18", "resnet18", SWIN, 1024, CACHED, PLAIN, "+ loss kernel"),
-    ladder("resnet18_exits", "resnet18", SWIN, 1024, "+ exits kernel", profile=False),
+    # Two rows a job: what is warming up at the same time must fit into 80 GB, 13 GB a job at this size.
+    ladder("resnet18_kernels", "resnet18", SWIN, 1024, "+ all kernels", "plain training, stem and norm kernels"),
+    ladder("resnet18_stem", "resnet18", SWIN, 1024, "+ stem and norm kernels", "+ stem kernels"),
+    ladder("resnet18_exits", "resnet18", SWIN, 1024, "+ norm kernels", "+ exits kernel"),
     ladder("resnet50", "resnet50", SWIN, 256, CACHED, PLAIN),
     ladder("mobilenetv2", "mobilenetv2_100", SWIN, 512, CACHED, PLAIN),
     ladder("deit_tiny", "deit_tiny_patch16_224", "resnet50", 1024, CACHED, PLAIN),

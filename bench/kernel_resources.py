@@ -23,7 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.record import RESULTS, markdown_table, write_record
-from fastofa.kernels import triton_crop_resize, triton_depthwise, triton_ofa_loss
+from fastofa.kernels import (
+    triton_crop_resize,
+    triton_depthwise,
+    triton_norm_act,
+    triton_norm_act_pool,
+    triton_ofa_loss,
+)
 
 ARCHITECTURES = (80, 90)
 
@@ -50,29 +56,38 @@ class Case:
 
 
 def cases() -> list[Case]:
-    return [*loss_cases(), *crop_cases(), *depthwise_cases()]
+    return [*loss_cases(), *crop_cases(), *depthwise_cases(), *norm_cases(), *pool_cases()]
 
 
 def loss_cases() -> list[Case]:
     """All of the objective, bf16, five heads, the sixteen best classes; rows of whole 16 bytes, and others."""
     found = []
-    for num_classes, temperature in ((1000, 1.0), (1000, 4.0), (100, 1.0), (21841, 1.0)):
+    for num_classes, temperature, gradient in (
+        (1000, 1.0, False),
+        (1000, 1.0, True),
+        (1000, 4.0, True),
+        (100, 1.0, True),
+        (21841, 1.0, False),
+        (21841, 1.0, True),
+    ):
         block, block_k, num_warps = triton_ofa_loss.block_sizes(num_classes, 16)
         found.append(
             Case(
-                f"ofa_loss C={num_classes}" + (f" T={temperature:.0f}" if temperature != 1 else ""),
+                f"ofa_loss {'gradient ' * gradient}C={num_classes}"
+                + (f" T={temperature:.0f}" if temperature != 1 else ""),
                 triton_ofa_loss._loss_kernel,
                 pointers={
                     "logits": "*bf16", "labels": "*i64", "partners": "*i64", "mixes": "*fp32", "classes": "*i32",
-                    "log_probs": "*fp16", "eps": "*fp32", "row_losses": "*fp32", "gradient": "*bf16",
+                    "log_probs": "*fp16", "eps": "*fp32", "incoming": "*fp32", "row_losses": "*fp32",
+                    "gradient": "*bf16",
                 },
                 scalars={
                     "batch": "i32", "gt_weight": "fp32", "kd_weight": "fp32", "ofa_weight": "fp32", "smoothing": "fp32",
-                    "inverse_temperature": "fp32", "scale": "fp32",
+                    "inverse_temperature": "fp32",
                 },
                 constants={
                     "H": 5, "C": num_classes, "K": 16, "BLOCK": block, "BLOCK_K": block_k, "VECTOR": 8, "PAPER": False,
-                    "TEMPERED": temperature != 1, "WITH_LABELS": True, "MIXED": True, "GRADIENT": True,
+                    "TEMPERED": temperature != 1, "WITH_LABELS": True, "MIXED": True, "GRADIENT": gradient,
                 },
                 num_warps=num_warps,
                 max_registers=64,
@@ -134,6 +149,66 @@ def depthwise_cases() -> list[Case]:
                         max_registers=triton_depthwise.register_limit(kernel, stride) or 255,
                     )
                 )  # fmt: skip
+    return found
+
+
+def norm_cases() -> list[Case]:
+    """bf16, batch 1,024: a ResNet-18's first stage, and MobileNetV2's 144 channels, of which sixteen make a block."""
+    of_channels = dict.fromkeys(("means", "variances", "weight", "bias", "coefficients", "sums"), "*fp32")
+    found = []
+    for channels, rows in ((64, 1024 * 56 * 56), (144, 1024 * 56 * 56)):
+        for name, kernel, tile, constants in (
+            ("statistics", triton_norm_act._statistics_kernel, triton_norm_act.STATISTICS, {}),
+            ("apply", triton_norm_act._apply_kernel, triton_norm_act.APPLY, {"ACTIVATION": "relu"}),
+            ("apply, residual", triton_norm_act._apply_kernel, triton_norm_act.APPLY, {"ACTIVATION": "relu"}),
+            ("sums", triton_norm_act._sums_kernel, triton_norm_act.SUMS, {"ACTIVATION": "relu"}),
+            ("sums, residual", triton_norm_act._sums_kernel, triton_norm_act.SUMS, {"ACTIVATION": "relu"}),
+            ("gradient", triton_norm_act._gradient_kernel, triton_norm_act.GRADIENT, {"ACTIVATION": "relu"}),
+            ("gradient, residual", triton_norm_act._gradient_kernel, triton_norm_act.GRADIENT, {"ACTIVATION": None}),
+        ):
+            if channels == 144 and "residual" in name:
+                continue
+            tiles = triton_norm_act.tiling(rows, channels, tile)
+            constants = {"C": channels, "BLOCK_M": tiles.block_m, "BLOCK_C": tiles.block_c, **constants}
+            if "WITH_RESIDUAL" in kernel.arg_names:
+                constants["WITH_RESIDUAL"] = "residual" in name
+            maps = dict.fromkeys(("x", "residual", "dy", "y", "masked", "dx"), "*bf16")
+            found.append(
+                Case(
+                    f"norm {name} C={channels}",
+                    kernel,
+                    pointers={n: t for n, t in (maps | of_channels).items() if n in kernel.arg_names},
+                    scalars={
+                        n: t for n, t in {"rows": "i32", "parts": "i32", "eps": "fp32"}.items() if n in kernel.arg_names
+                    },
+                    constants=constants,
+                    max_registers=96,
+                )
+            )
+    return found
+
+
+def pool_cases() -> list[Case]:
+    """bf16, a ResNet's stem."""
+    tiles = triton_depthwise.tiling(1024, 112, 112, 64, 2)
+    maps = dict.fromkeys(("x", "y", "greatest", "dy", "dx"), "*bf16") | {"places": "*u8"}
+    maps |= dict.fromkeys(("means", "variances", "weight", "bias", "coefficients"), "*fp32")
+    found = []
+    for name, kernel in (
+        ("forward", triton_norm_act_pool._forward_kernel),
+        ("gradient", triton_norm_act_pool._gradient_kernel),
+    ):
+        scalars = dict.fromkeys(("batch", "images", "height", "width", "rows"), "i32") | {"eps": "fp32"}
+        found.append(
+            Case(
+                f"norm and maximum {name} C=64",
+                kernel,
+                pointers={n: t for n, t in maps.items() if n in kernel.arg_names},
+                scalars={n: t for n, t in scalars.items() if n in kernel.arg_names},
+                constants={"C": 64, "BLOCK_W": tiles.block_w, "BLOCK_C": tiles.block_c},
+                max_registers=128,
+            )
+        )
     return found
 
 

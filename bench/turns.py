@@ -8,9 +8,12 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "BENCH_TURN"
+PATIENCE = 8  # times that something is tried while other jobs have the device's memory
 
 
 def wait_for_turn() -> None:
@@ -24,3 +27,21 @@ def wait_for_turn() -> None:
     turn.with_suffix(".ready").touch()
     while not turn.with_suffix(".go").exists():
         time.sleep(0.05)
+
+
+def patiently(call: Callable[[], Any]) -> Any:
+    """What it returns; tried again where other jobs have the device's memory just now."""
+    for _ in range(PATIENCE - 1 if VARIABLE in os.environ else 0):
+        try:
+            return call()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        sys.modules["torch"].cuda.empty_cache()
+        time.sleep(5)
+    return call()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """PyTorch's own error, or that of a library which found no memory for its workspace."""
+    return "out of memory" in str(error) or "_STATUS_ALLOC_FAILED" in str(error)

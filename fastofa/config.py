@@ -147,9 +147,11 @@ class TrainConfig:
     """Of the student's arithmetic; the loss is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of student, exits and loss as one program. auto: on with a GPU, off on a CPU."""
-    kernels: tuple[Literal["loss", "exits"], ...] = ()
+    kernels: tuple[Literal["auto", "off", "loss", "exits", "stem", "norms"], ...] = ("auto",)
     """Triton kernels to use, on a GPU: loss (all of the objective), exits (their depthwise convolutions, and those of a
-    MobileNet). By default none, as nobody has measured yet that they are faster (`python -m bench.bench_kernels`)."""
+    MobileNet), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
+    and the residual after them). auto: exits, stem and norms on an H100 or H200, where they were measured to be faster,
+    and none elsewhere. off: none."""
     cuda_graphs: bool = False
     """Replay the compiled program as CUDA graphs: less to launch, which helps small students and small batches."""
     sync_bn: bool = False
@@ -189,7 +191,8 @@ class TrainConfig:
             numbers = value if isinstance(value, tuple) else (value,)
             need(not any(isinstance(v, float) and math.isinf(v) for v in numbers), name, "finite numbers")
         given_limits(self.max_pixels, self.allow_warnings)
-        need(set(self.kernels) <= {"loss", "exits"}, "kernels", "some of loss exits")
+        named = self.kernels in (("auto",), ("off",)) or set(self.kernels) <= {"loss", "exits", "stem", "norms"}
+        need(named, "kernels", "auto, off, or some of loss exits stem norms")
         for name in (
             "epochs",
             "batch_size",

@@ -14,8 +14,9 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedRes
 from torch import Tensor, nn
 
 from fastofa.exits import ConvExit
-from fastofa.kernels import depthwise_conv3x3
-from fastofa.kernels.choice import interpreted
+from fastofa.kernels import channel_statistics, depthwise_conv3x3
+from fastofa.kernels.choice import can_run_triton
+from fastofa.kernels.norm_act import update_running
 
 ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
@@ -36,8 +37,7 @@ class DepthwiseConv2d(nn.Conv2d):
         x, scale, shift, activation = input if isinstance(input, Folded) else Folded(input)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        fits = x.dtype != torch.float64 and (x.device.type == "cuda" or interpreted())
-        impl = "triton" if fits else "torch"
+        impl = "triton" if can_run_triton(x) else "torch"
         return depthwise_conv3x3(x, self.weight, self.stride[0], scale, shift, activation, impl)
 
 
@@ -55,15 +55,10 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance fp32 [C] over the batch; keeps the running ones."""
-        count = x.numel() // self.num_features
-        if count == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-        var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
-        with torch.no_grad():
-            momentum = cast(float, self.momentum)
-            cast(Tensor, self.running_mean).lerp_(mean, momentum)
-            cast(Tensor, self.running_var).lerp_(var * (count / (count - 1)), momentum)
-            cast(Tensor, self.num_batches_tracked).add_(1)
+        mean, var = channel_statistics(x, "triton" if can_run_triton(x) else "torch")
+        running = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        update_running(*running, mean.detach(), var.detach(), cast(float, self.momentum), x)
+        cast(Tensor, self.num_batches_tracked).add_(1)
         return mean, var
 
 
@@ -98,14 +93,17 @@ def _switch(conv: nn.Module, norm: nn.Module | None = None, activation: nn.Modul
     ):
         return False
     conv.__class__ = DepthwiseConv2d
-    if (
+    if norm is not None and is_plain_norm(norm) and activation is not None and type(activation) in ACTIVATIONS:
+        cast(FoldedBatchNorm2d, norm).activation = ACTIVATIONS[type(activation)]
+        norm.__class__, activation.__class__ = FoldedBatchNorm2d, nn.Identity
+    return True
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """A batch norm with weights and running statistics, of no other kind, and nothing dropped after it."""
+    return (
         isinstance(norm, nn.BatchNorm2d)
         and type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
         and (norm.affine, norm.track_running_stats, norm.momentum is None) == (True, True, False)
         and isinstance(getattr(norm, "drop", None), nn.Identity | None)
-        and activation is not None
-        and type(activation) in ACTIVATIONS
-    ):
-        cast(FoldedBatchNorm2d, norm).activation = ACTIVATIONS[type(activation)]
-        norm.__class__, activation.__class__ = FoldedBatchNorm2d, nn.Identity
-    return True
+    )

@@ -19,12 +19,11 @@ from fastofa.config import TrainConfig
 from fastofa.device import choose_bf16, choose_compile
 from fastofa.distributed import World
 from fastofa.errors import BadInput
-from fastofa.fused_depthwise import use_depthwise_kernel
-from fastofa.kernels.choice import interpreted
 from fastofa.losses import PARTS, Objective
 from fastofa.optim import check_optimizer, create_optimizer, set_learning_rate
 from fastofa.pipelines import Batch
 from fastofa.student import Student
+from fastofa.student_kernels import check_kernels, use_kernels
 from fastofa.teacher_cache import DeviceTargets, Targets
 
 SUMS = (*PARTS, "grad_norm")
@@ -33,10 +32,7 @@ MOST_SIZES = 64  # of pictures that one run compiles for
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
     """Raises BadInput for what the device cannot do."""
-    if config.kernels and device.type != "cuda" and not interpreted():
-        raise BadInput(
-            f"kernels: expected a GPU for {' '.join(config.kernels)}, the student is on the CPU; leave it out"
-        )
+    check_kernels(config.kernels, device)
     if config.sync_bn and device.type != "cuda":
         raise BadInput("sync-bn: expected GPUs, the student is on the CPU; leave it out")
     if config.sync_bn and choose_compile(config.compile, device):
@@ -79,8 +75,7 @@ class Step:
         self.compiled = choose_compile(config.compile, device)
         if config.sync_bn and self.world.size > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        if "exits" in config.kernels:
-            use_depthwise_kernel(student)
+        use_kernels(student, config.kernels, device, report=self.world.rank == 0)
         self.student = student
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)

@@ -5,6 +5,17 @@ from fastofa.kernels import crop_resize, depthwise_conv3x3, distillation_loss, o
 
 from fastofa.kernels.crop_resize import crop_resize
 from fastofa.kernels.depthwise import depthwise_conv3x3
+from fastofa.kernels.norm_act import channel_statistics, norm_act, norm_act_pool
 from fastofa.kernels.ofa_loss import distillation_loss, ofa_loss
+from fastofa.kernels.strided_conv import strided_conv2d
 
-__all__ = ["crop_resize", "depthwise_conv3x3", "distillation_loss", "ofa_loss"]
+__all__ = [
+    "channel_statistics",
+    "crop_resize",
+    "depthwise_conv3x3",
+    "distillation_loss",
+    "norm_act",
+    "norm_act_pool",
+    "ofa_loss",
+    "strided_conv2d",
+]

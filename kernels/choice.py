@@ -8,12 +8,13 @@ import os
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 IMPLEMENTATIONS = (None, "triton", "torch")
 HAS_TRITON = find_spec("triton") is not None
 
-# Kernels that `python -m bench.gpu` has found to be faster than their compiled twins: chosen on a GPU by impl=None.
-MEASURED_FASTER: frozenset[str] = frozenset()
+# Kernels that were measured to be faster than their compiled twins (docs/kernels.md): chosen on a GPU by impl=None.
+MEASURED_FASTER = frozenset({"crop_resize", "norm_act", "norm_act_pool"})
 
 
 def use_triton(kernel: str, impl: str | None, device: torch.device) -> bool:
@@ -36,3 +37,8 @@ def use_triton(kernel: str, impl: str | None, device: torch.device) -> bool:
 def interpreted() -> bool:
     """Do Triton kernels run in its interpreter, on a CPU?"""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def can_run_triton(x: Tensor) -> bool:
+    """Can Triton kernels, which know no float64, run on x?"""
+    return x.dtype != torch.float64 and (x.device.type == "cuda" or interpreted()) and HAS_TRITON

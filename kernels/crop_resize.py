@@ -51,10 +51,12 @@ def crop_resize(
         ValueError: shapes, dtypes, devices or numbers that do not fit, saying what was expected and what came.
     """
     _check(images, boxes, flip, size, ids, mean, std, dtype)
-    if not use_triton("crop_resize", impl, images.device):
+    triton = use_triton("crop_resize", impl, images.device)
+    too_large = images.shape[1] * images.shape[2] * 3 >= 2**31
+    if not triton or (too_large and impl is None):
         chosen = images if ids is None else images[ids]
         return reference.crop_resize(chosen, boxes, flip, size, mean, std, dtype, antialias)
-    if images.shape[1] * images.shape[2] * 3 >= 2**31:
+    if too_large:
         got = f"{images.shape[1]} x {images.shape[2]}"
         raise ValueError(f"images: expected less than 2^31 bytes each for 'triton', got {got} pixels; leave impl out")
     return crop_resize_op(images, boxes, flip, size, ids, mean, std, dtype, antialias)

@@ -36,7 +36,8 @@ def ofa_loss(
             The mass they leave is spread evenly over the other C - K classes.
         eps: exponent of the target enhancement, one number or one per head; 1 is soft-label cross-entropy.
         temperature: divides the student's logits and the teacher's (renormalised); no T^2 factor, as published.
-        impl: "triton", "torch" or None (choose). The kernel makes loss and gradient in one pass over the logits.
+        impl: "triton", "torch" or None (choose). The kernel reads the logits once for the loss and
+            once for the gradient.
         variant: "official" (the published code: every class to the power eps) or "paper" (only the target class).
 
     Returns:
@@ -49,8 +50,7 @@ def ofa_loss(
     if not use_triton("ofa_loss", impl, logits.device):
         return reference.head_losses(logits, labels, classes, log_probs, eps, temperature, variant)
     _check_triton(logits)
-    gradient = torch.is_grad_enabled() and logits.requires_grad
-    return ofa_loss_op(logits, labels, classes, log_probs, eps, temperature, variant, gradient)[0]
+    return ofa_loss_op(logits, labels, classes, log_probs, eps, temperature, variant)
 
 
 def distillation_loss(
@@ -97,10 +97,9 @@ def distillation_loss(
         total = gt_weight * gt + kd_weight * kd + ofa_weight * ofa
         return total, torch.stack([gt, kd, ofa]).detach()
     _check_triton(logits)
-    gradient = torch.is_grad_enabled() and logits.requires_grad
     weights = [gt_weight, kd_weight, ofa_weight]
-    losses, _ = distillation_loss_op(
-        logits, labels, classes, log_probs, eps, temperature, variant, gradient, weights, smoothing, partner_labels, mix
+    losses = distillation_loss_op(
+        logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix
     )
     return losses[0], losses[1:].detach()
 
@@ -175,8 +174,9 @@ def _check_triton(logits: Tensor) -> None:
 
 # --- The kernels as operators of PyTorch ------------------------------------------------------------------------------
 
-# Each gives the losses and, if asked, the gradient for an incoming gradient of 1 (times `reference.gradient_scale`), so
-# that the backward pass is one multiplication. On a CPU the operators are the twins.
+# Forward writes the losses only; backward reads the logits again and multiplies by what comes in before it writes their
+# gradient: three passes over memory, where storing a gradient to multiply it later takes four. On a CPU the operators
+# are the twins.
 
 
 @torch.library.custom_op("fastofa::ofa_loss", mutates_args=(), device_types="cuda")
@@ -188,26 +188,48 @@ def ofa_loss_op(
     eps: Tensor,
     temperature: float,
     variant: str,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Losses fp32 [H]; their gradient [H, B, C] in the logits' dtype, empty unless `gradient`."""
+) -> Tensor:
+    """Losses fp32 [H]."""
     from fastofa.kernels import triton_ofa_loss
 
     with torch.cuda.device_of(logits):
-        return triton_ofa_loss.losses_and_gradient(
-            logits, labels, classes, log_probs, eps, temperature, variant, gradient
-        )
+        return triton_ofa_loss.losses(logits, labels, classes, log_probs, eps, temperature, variant)
 
 
 @ofa_loss_op.register_kernel("cpu")
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *given, gradient = arguments
-    if interpreted() and logits.dtype != torch.float64:
+def _(logits: Tensor, *arguments: Any) -> Tensor:
+    if _interpreted(logits):
         from fastofa.kernels import triton_ofa_loss
 
-        return triton_ofa_loss.losses_and_gradient(logits, *arguments)
-    found = reference.head_gradients(logits, *given) if gradient else None
-    return reference.head_losses(logits, *given), _stored(found, logits)
+        return triton_ofa_loss.losses(logits, *arguments)
+    return reference.head_losses(logits, *arguments)
+
+
+@torch.library.custom_op("fastofa::ofa_loss_backward", mutates_args=(), device_types="cuda")
+def ofa_loss_backward_op(
+    incoming: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    log_probs: Tensor,
+    eps: Tensor,
+    temperature: float,
+    variant: str,
+) -> Tensor:
+    """The logits' gradient [H, B, C] in their dtype, given that of the losses [H]."""
+    from fastofa.kernels import triton_ofa_loss
+
+    with torch.cuda.device_of(logits):
+        return triton_ofa_loss.gradient(incoming, logits, labels, classes, log_probs, eps, temperature, variant)
+
+
+@ofa_loss_backward_op.register_kernel("cpu")
+def _(incoming: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
+    if _interpreted(logits):
+        from fastofa.kernels import triton_ofa_loss
+
+        return triton_ofa_loss.gradient(incoming, logits, *arguments)
+    return (reference.head_gradients(logits, *arguments) * incoming[:, None, None]).to(logits.dtype)
 
 
 @torch.library.custom_op("fastofa::distillation_loss", mutates_args=(), device_types="cuda")
@@ -219,82 +241,118 @@ def distillation_loss_op(
     eps: Tensor,
     temperature: float,
     variant: str,
-    gradient: bool,
     weights: Sequence[float],
     smoothing: float,
     partner_labels: Tensor | None,
     mix: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Total, gt, kd and ofa, fp32 [4]; the total's gradient [H, B, C] in the logits' dtype, empty unless `gradient`.
-
-    `weights`: of gt, kd and ofa.
-    """
+) -> Tensor:
+    """Total, gt, kd and ofa, fp32 [4]; only the total has a gradient. `weights`: of gt, kd and ofa."""
     from fastofa.kernels import triton_ofa_loss
 
-    given = (logits, labels, classes, log_probs, eps, temperature, variant, gradient)
+    given = (logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix)
     with torch.cuda.device_of(logits):
-        return triton_ofa_loss.losses_and_gradient(*given, weights, smoothing, partner_labels, mix)
+        return triton_ofa_loss.losses(*given)
 
 
 @distillation_loss_op.register_kernel("cpu")
-def _(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *teacher, gradient, weights, smoothing, partner_labels, mix = arguments
-    if interpreted() and logits.dtype != torch.float64:
+def _(logits: Tensor, labels: Tensor, *arguments: Any) -> Tensor:
+    if _interpreted(logits):
         from fastofa.kernels import triton_ofa_loss
 
-        return triton_ofa_loss.losses_and_gradient(logits, labels, *arguments)
-    of_labels = (logits[-1], labels, partner_labels, mix, smoothing)
-    hard = labels if partner_labels is None else reference.heavier(labels, partner_labels, mix)
-    heads = reference.head_losses(logits, hard, *teacher)
-    parts = torch.stack([reference.cross_entropy(*of_labels), heads[-1], heads[:-1].sum()])
-    losses = torch.cat([parts @ parts.new_tensor(weights)[:, None], parts])
-    if not gradient:
-        return losses, _stored(None, logits)
-    found = reference.head_gradients(logits, hard, *teacher)
+        return triton_ofa_loss.losses(logits, labels, *arguments)
+    *teacher, weights, smoothing, partner_labels, mix = arguments
+    heads = reference.head_losses(logits, _enhanced(labels, partner_labels, mix), *teacher)
+    gt = reference.cross_entropy(logits[-1], labels, partner_labels, mix, smoothing)
+    parts = torch.stack([gt, heads[-1], heads[:-1].sum()])
+    return torch.cat([parts @ parts.new_tensor(weights)[:, None], parts])
+
+
+@torch.library.custom_op("fastofa::distillation_loss_backward", mutates_args=(), device_types="cuda")
+def distillation_loss_backward_op(
+    incoming: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    log_probs: Tensor,
+    eps: Tensor,
+    temperature: float,
+    variant: str,
+    weights: Sequence[float],
+    smoothing: float,
+    partner_labels: Tensor | None,
+    mix: Tensor | None,
+) -> Tensor:
+    """The logits' gradient [H, B, C] in their dtype, given that of the total [1]."""
+    from fastofa.kernels import triton_ofa_loss
+
+    given = (logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix)
+    with torch.cuda.device_of(logits):
+        return triton_ofa_loss.gradient(incoming, *given)
+
+
+@distillation_loss_backward_op.register_kernel("cpu")
+def _(incoming: Tensor, logits: Tensor, labels: Tensor, *arguments: Any) -> Tensor:
+    if _interpreted(logits):
+        from fastofa.kernels import triton_ofa_loss
+
+        return triton_ofa_loss.gradient(incoming, logits, labels, *arguments)
+    *teacher, weights, smoothing, partner_labels, mix = arguments
+    found = reference.head_gradients(logits, _enhanced(labels, partner_labels, mix), *teacher)
     found *= found.new_tensor([weights[2]] * (len(logits) - 1) + [weights[1]])[:, None, None]
-    found[-1] += weights[0] * reference.cross_entropy_gradient(*of_labels)
-    return losses, _stored(found, logits)
+    of_labels = reference.cross_entropy_gradient(logits[-1], labels, partner_labels, mix, smoothing)
+    found[-1] += weights[0] * of_labels
+    return (found * incoming).to(logits.dtype)
 
 
-def _stored(gradient: Tensor | None, logits: Tensor) -> Tensor:
-    if gradient is None:
-        return logits.new_empty(0)
-    return (gradient * reference.gradient_scale(logits)).to(logits.dtype)
+def _interpreted(logits: Tensor) -> bool:
+    return interpreted() and logits.dtype != torch.float64
 
 
-def _fake(count: int, logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.new_empty(count, dtype=dtype), logits.new_empty(logits.shape if gradient else (0,))
+def _enhanced(labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None) -> Tensor:
+    """The class that the OFA loss enhances."""
+    if partner_labels is None or mix is None:
+        return labels
+    return reference.heavier(labels, partner_labels, mix)
+
+
+def _fake_losses(logits: Tensor, count: int) -> Tensor:
+    return logits.new_empty(count, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 @ofa_loss_op.register_fake
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _fake(len(logits), logits, gradient=arguments[6])
+def _(logits: Tensor, *arguments: Any) -> Tensor:
+    return _fake_losses(logits, len(logits))
 
 
 @distillation_loss_op.register_fake
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _fake(4, logits, gradient=arguments[6])
+def _(logits: Tensor, *arguments: Any) -> Tensor:
+    return _fake_losses(logits, 4)
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
+@ofa_loss_backward_op.register_fake
+@distillation_loss_backward_op.register_fake
+def _(incoming: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
 
 
-def _backward_of_heads(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return _scaled(gradient, incoming[:, None, None]), *([None] * 7)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Tensors and what else there is, each in its order."""
+    ctx.save_for_backward(*(each for each in inputs if isinstance(each, Tensor)))
+    ctx.given = [None if isinstance(each, Tensor) else (each,) for each in inputs]
 
 
-def _backward_of_total(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return _scaled(gradient, incoming[:1, None, None]), *([None] * 11)
+def _inputs(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if given is None else given[0] for given in ctx.given]
 
 
-def _scaled(gradient: Tensor, incoming: Tensor) -> Tensor:
-    """In fp32, in one pass over memory."""
-    return torch.mul(gradient, incoming / reference.gradient_scale(gradient), out=torch.empty_like(gradient))
+def _backward_of_heads(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    return ofa_loss_backward_op(incoming, *_inputs(ctx)), *([None] * 6)
 
 
-ofa_loss_op.register_autograd(_backward_of_heads, setup_context=_save_gradient)
-distillation_loss_op.register_autograd(_backward_of_total, setup_context=_save_gradient)
+def _backward_of_total(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    return distillation_loss_backward_op(incoming[:1], *_inputs(ctx)), *([None] * 10)
+
+
+ofa_loss_op.register_autograd(_backward_of_heads, setup_context=_save)
+distillation_loss_op.register_autograd(_backward_of_total, setup_context=_save)

@@ -127,11 +127,6 @@ def _shifted(logits: Tensor, temperature: float) -> Tensor:
     return z - z.amax(dim=-1, keepdim=True).detach()
 
 
-def gradient_scale(logits: Tensor) -> int:
-    """What the stored gradient is multiplied by: in fp16 a mean's gradient would be lost below 6e-8."""
-    return max(logits.shape[1], 1) if logits.dtype == torch.float16 else 1
-
-
 # --- Cross-entropy with the labels of mixed pictures ------------------------------------------------------------------
 
 
@@ -264,3 +259,110 @@ def _before_conv(x: Tensor, scale: Tensor | None, shift: Tensor | None, activati
     if activation is not None:
         z = F.relu(z) if activation == "relu" else F.relu6(z)
     return z.to(x.dtype)
+
+
+# --- Batch norm, residual, activation, maximum ------------------------------------------------------------------------
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] in fp32 or more."""
+    var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+def norm_act(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """In fp32 or more, rounded once. Given a batch's own statistics, autograd finds the whole gradient."""
+    z = (x.to(mean.dtype) - mean[:, None, None]) * (weight * torch.rsqrt(var + eps))[:, None, None]
+    z = z + bias[:, None, None]
+    if residual is not None:
+        z = z + residual
+    if activation is not None:
+        z = F.relu(z) if activation == "relu" else F.relu6(z)
+    return z.to(x.dtype)
+
+
+def norm_act_gradients(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of x, the residual, weight and bias (the last two in fp32 or more), in closed form, given a batch's statistics.
+
+    `y`: the result, where a residual was added.
+    """
+    inverse = torch.rsqrt(var + eps)
+    away = x.to(mean.dtype) - mean[:, None, None]
+    gradient = dy.to(mean.dtype)
+    if activation is not None:
+        value = away * (weight * inverse)[:, None, None] + bias[:, None, None] if y is None else y
+        gradient = gradient * ((value > 0) & (value < 6) if activation == "relu6" else value > 0)
+    dx, dweight, dbias = _norm_gradients(gradient, gradient * away, away, inverse, weight)
+    return dx.to(x.dtype), gradient.to(x.dtype), dweight, dbias
+
+
+def _norm_gradients(
+    gradient: Tensor, products: Tensor, away: Tensor, inverse: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, weight and bias, from the gradient before the activation, and its products with x - mean."""
+    dbias, dweight = gradient.sum(dim=(0, 2, 3)), products.sum(dim=(0, 2, 3)) * inverse
+    count = away.numel() // away.shape[1]
+    normalised = away * inverse[:, None, None]
+    centred = gradient - (dbias / count)[:, None, None] - normalised * (dweight / count)[:, None, None]
+    return centred * (weight * inverse)[:, None, None], dweight, dbias
+
+
+def norm_act_pool(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The maximum of what is not rounded yet, then rounded."""
+    z = norm_act(x.to(mean.dtype), mean, var, weight, bias, eps, "relu", None)
+    return F.max_pool2d(z, 3, stride=2, padding=1).to(x.dtype)
+
+
+def norm_act_pool_places(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, the value of x it comes from, and which of the nine that is: uint8, 9 where the result is 0."""
+    z = norm_act(x.to(mean.dtype), mean, var, weight, bias, eps, "relu", None)
+    y, index = F.max_pool2d(z, 3, stride=2, padding=1, return_indices=True)
+    greatest = x.flatten(2).gather(2, index.flatten(2)).view(y.shape)
+    top, left = (2 * torch.arange(n, device=x.device) - 1 for n in y.shape[2:])
+    place = 3 * (index // x.shape[3] - top[:, None]) + index % x.shape[3] - left
+    return y.to(x.dtype), greatest, torch.where(y > 0, place, 9).to(torch.uint8)
+
+
+def norm_act_pool_gradients(
+    dy: Tensor,
+    x: Tensor,
+    greatest: Tensor,
+    places: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, weight and bias (the last two in fp32 or more), in closed form."""
+    batch, channels, height, width = x.shape
+    place = places.long()
+    passes = place < 9
+    rows, columns = (2 * torch.arange(n, device=x.device) - 1 for n in dy.shape[2:])
+    index = torch.where(passes, (rows[:, None] + place // 3) * width + columns + place % 3, 0)
+    slope = dy.to(mean.dtype) * passes
+    gradient = slope.new_zeros(batch, channels, height * width).scatter_add(2, index.flatten(2), slope.flatten(2))
+    gradient, away = gradient.view(x.shape), x.to(mean.dtype) - mean[:, None, None]
+    dx, dweight, dbias = _norm_gradients(gradient, gradient * away, away, torch.rsqrt(var + eps), weight)
+    return dx.to(x.dtype), dweight, dbias

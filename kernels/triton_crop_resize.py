@@ -90,11 +90,11 @@ def _crop_resize_kernel(
             green += weight * tl.load(at + 1).to(tl.float32)
             blue += weight * tl.load(at + 2).to(tl.float32)
             weights += weight
-    red, green, blue = red / weights, green / weights, blue / weights
-
-    if ROUND:
+    if ROUND:  # exactly divided: what is next to a half would be rounded to the wrong side
+        red, green, blue = tl.div_rn(red, weights), tl.div_rn(green, weights), tl.div_rn(blue, weights)
         red, green, blue = _round(red), _round(green), _round(blue)
     else:
+        red, green, blue = red / weights, green / weights, blue / weights
         red = red * scale_r + shift_r
         green = green * scale_g + shift_g
         blue = blue * scale_b + shift_b

@@ -1,4 +1,4 @@
-"""The OFA loss in Triton: losses and gradient of one head and one sample from one read of its logits.
+"""The OFA loss in Triton: the loss of one head and one sample, or its gradient, from one read of its logits.
 
 A program has the row z of C logits of one (head, sample). In reference.py's closed form the loss needs max, sum and sum
 of exponentials of the row, and the logits of the teacher's K classes and of the label; the gradient is one formula for
@@ -11,13 +11,12 @@ Shapes: H heads, B batch, C classes, K classes kept of the teacher.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from fastofa.kernels.reference import gradient_scale
 
 # --- One row ----------------------------------------------------------------------------------------------------------
 
@@ -88,12 +87,15 @@ def _write_slope(gradient, at, mask, away, by_exp, by_tempered, given, inverse_t
 
 @triton.jit
 def _loss_kernel(
-    logits, labels, partners, mixes, classes, log_probs, eps, row_losses, gradient,
-    batch, gt_weight, kd_weight, ofa_weight, smoothing, inverse_temperature, scale,
+    logits, labels, partners, mixes, classes, log_probs, eps, incoming, row_losses, gradient,
+    batch, gt_weight, kd_weight, ofa_weight, smoothing, inverse_temperature,
     H: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
     PAPER: tl.constexpr, TEMPERED: tl.constexpr, WITH_LABELS: tl.constexpr, MIXED: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """row_losses fp32 [H (+ 1 with labels), B], unweighted; gradient [H, B, C] of the weighted sum, times `scale`."""
+    """row_losses fp32 [H (+ 1 with labels), B], unweighted; or, with GRADIENT, the logits' gradient [H, B, C].
+
+    `incoming`: the gradient that arrives at each head's mean [H] or, with labels, at the weighted sum [1].
+    """
     program = tl.program_id(0)
     head, row = program // batch, (program % batch).to(tl.int64)
     base = program.to(tl.int64) * C
@@ -196,16 +198,17 @@ def _loss_kernel(
     if label_known == 0:
         weight += label_weight - w0
         weighted_z += (label_weight - w0) * tl.where(label == own, z_own, z_partner)
-    loss = weight * tl.log(tempered) - weighted_z * inverse_temperature
-    tl.store(row_losses + program, tl.where(valid, loss, float("nan")))
-
     is_last = head == H - 1
-    if WITH_LABELS:  # noqa: SIM102
-        if is_last:
-            by_labels = smoothing / C * total_away + (1.0 - smoothing) * (mix * z_own + (1.0 - mix) * z_partner)
-            tl.store(row_losses + batch * H + row, tl.where(valid, tl.log(exponentials) - by_labels, float("nan")))
 
-    if GRADIENT:
+    if not GRADIENT:
+        loss = weight * tl.log(tempered) - weighted_z * inverse_temperature
+        tl.store(row_losses + program, tl.where(valid, loss, float("nan")))
+        if WITH_LABELS:  # noqa: SIM102
+            if is_last:
+                by_labels = smoothing / C * total_away + (1.0 - smoothing) * (mix * z_own + (1.0 - mix) * z_partner)
+                tl.store(row_losses + batch * H + row, tl.where(valid, tl.log(exponentials) - by_labels, float("nan")))
+    else:
+        scale = tl.load(incoming + (0 if WITH_LABELS else head)).to(tl.float32) / batch
         of_teacher = tl.where(is_last, kd_weight, ofa_weight) * inverse_temperature * scale
         of_label = 0.0
         if WITH_LABELS:
@@ -294,6 +297,8 @@ def _total_kernel(row_losses, losses, batch, gt_weight, kd_weight, ofa_weight, H
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
+TEACHERS = 6  # arguments between the logits and those of the labels
+
 
 def block_sizes(num_classes: int, topk: int) -> tuple[int, int, int]:
     """Logits and teacher's classes a program takes at a time, and its warps: 8 logits a thread, 16 in long rows."""
@@ -301,29 +306,50 @@ def block_sizes(num_classes: int, topk: int) -> tuple[int, int, int]:
     return block, min(triton.next_power_of_2(topk), 1024), min(block // 256, 8)
 
 
-def losses_and_gradient(
+def losses(logits: Tensor, *arguments: Any) -> Tensor:
+    """As the operators in ofa_loss.py: each head's loss [H] or, with all of the arguments, the objective's [4]."""
+    heads, batch = logits.shape[:2]
+    with_labels = len(arguments) > TEACHERS
+    found = logits.new_empty(4 if with_labels else heads, dtype=torch.float32)
+    if not batch:
+        return found.zero_()
+    row_losses = logits.new_empty(heads + with_labels, batch, dtype=torch.float32)
+    weights = _launch(logits, row_losses, row_losses, logits, False, *arguments)
+    if with_labels:
+        _total_kernel[(1,)](row_losses, found, batch, *weights, H=heads, BLOCK=1024)
+    else:
+        _heads_kernel[(heads,)](row_losses, found, batch, BLOCK=1024)
+    return found
+
+
+def gradient(incoming: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
+    """Of the logits, contiguous and in their dtype, given the gradient of the heads' losses [H] or of the total [1]."""
+    found = logits.new_empty(logits.shape)
+    if len(found[0]):
+        _launch(logits, incoming.contiguous(), incoming, found, True, *arguments)
+    return found
+
+
+def _launch(
     logits: Tensor,
+    incoming: Tensor,
+    row_losses: Tensor,
+    found: Tensor,
+    gradient: bool,
     labels: Tensor,
     classes: Tensor,
     log_probs: Tensor,
     eps: Tensor,
     temperature: float,
     variant: str,
-    gradient: bool,
     weights: Sequence[float] | None = None,
     smoothing: float = 0.0,
     partner_labels: Tensor | None = None,
     mix: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As the operators in ofa_loss.py: without `weights` each head's loss, with them all of the objective."""
+) -> Sequence[float]:
+    """One program a row; gives the weights of gt, kd and ofa."""
     heads, batch, num_classes = logits.shape
-    with_labels = weights is not None
     gt_kd_ofa = weights or (0.0, 1.0, 1.0)
-    losses = logits.new_empty(4 if with_labels else heads, dtype=torch.float32)
-    row_losses = logits.new_empty(heads + with_labels, batch, dtype=torch.float32)
-    found = logits.new_empty(logits.shape if gradient else (0,))
-    if not batch:
-        return losses.zero_(), found
     block, block_k, num_warps = block_sizes(num_classes, classes.shape[1])
     _loss_kernel[(heads * batch,)](
         logits.contiguous(),
@@ -333,13 +359,13 @@ def losses_and_gradient(
         classes.contiguous(),
         log_probs.contiguous(),
         eps.contiguous(),
+        incoming,
         row_losses,
         found,
         batch,
         *gt_kd_ofa,
         smoothing,
         1.0 / temperature,
-        gradient_scale(logits) / batch,
         H=heads,
         C=num_classes,
         K=classes.shape[1],
@@ -348,13 +374,9 @@ def losses_and_gradient(
         VECTOR=16 // logits.element_size(),
         PAPER=variant == "paper",
         TEMPERED=temperature != 1,
-        WITH_LABELS=with_labels,
+        WITH_LABELS=weights is not None,
         MIXED=mix is not None,
         GRADIENT=gradient,
         num_warps=num_warps,
     )
-    if with_labels:
-        _total_kernel[(1,)](row_losses, losses, batch, *gt_kd_ofa, H=heads, BLOCK=1024)
-    else:
-        _heads_kernel[(heads,)](row_losses, losses, batch, BLOCK=1024)
-    return losses, found
+    return gt_kd_ofa

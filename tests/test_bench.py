@@ -23,6 +23,7 @@ from bench import (
     plot_loaders,
     profile_step,
     roofline,
+    turns,
 )
 from bench.loader_step import stream
 from bench.photographs import write_folder
@@ -63,6 +64,28 @@ def test_jobs_of_the_gpu_run_at_a_tiny_size(tmp_path):
     for draw, name in ((plot_ladder.draw, "resnet18"), (plot_loaders.draw, "loaders")):
         draw(records[name], tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"]
+)
+def test_what_found_no_memory_beside_other_jobs_is_tried_again(message, monkeypatch):
+    monkeypatch.setattr(turns.time, "sleep", lambda seconds: None)
+    failures = [RuntimeError(message)] * 2
+
+    def call() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    with pytest.raises(RuntimeError, match="CUDA"):  # alone nobody gives memory back
+        turns.patiently(call)
+    monkeypatch.setenv(turns.VARIABLE, "turn")
+    failures[:] = [RuntimeError(message)] * 2
+    assert turns.patiently(call) == "done"
+    failures[:] = [RuntimeError("illegal memory access")]
+    with pytest.raises(RuntimeError, match="illegal"):
+        turns.patiently(call)
 
 
 @pytest.mark.parametrize("job", gpu.JOBS, ids=lambda job: job.name)

@@ -69,7 +69,8 @@ WRONG = [
     ("order", "sorted", "expected one of auto, random, pages"),
     ("precision", "fp16", "expected one of auto, bf16, fp32"),
     ("compile", "yes", "expected one of auto, on, off"),
-    ("kernels", ("crop",), "expected some of loss exits"),
+    ("kernels", ("crop",), "expected auto, off, or some of loss exits stem norms"),
+    ("kernels", ("auto", "loss"), "expected auto, off, or some of loss exits stem norms"),
 ]  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """The Triton kernel of crop_resize against float64 and torchvision: on a GPU if there is one, else interpreted."""
 
+import sys
+
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
@@ -186,6 +188,15 @@ def test_refuses_a_picture_whose_pixels_32_bits_cannot_number():
         ValueError, match=r"images: expected less than 2\^31 bytes each for 'triton', got 27000 x 27000"
     ):
         crop_resize(image, boxes, flip, 8, impl="triton")
+
+
+def test_such_a_picture_is_the_twins_by_default(monkeypatch):
+    module = sys.modules["fastofa.kernels.crop_resize"]
+    monkeypatch.setattr(module, "use_triton", lambda *_: True)
+    monkeypatch.setattr(module.reference, "crop_resize", lambda *_: "twin")
+    image = torch.zeros(1, 1, 1, 3, dtype=torch.uint8, device=DEVICE).expand(1, 27000, 27000, 3)
+    boxes, flip = torch.zeros(1, 4, device=DEVICE), torch.zeros(1, dtype=torch.bool, device=DEVICE)
+    assert crop_resize(image, boxes, flip, 8) == "twin"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")

@@ -19,13 +19,15 @@ LAYERS = [
     {"locks", "progress"},
     {"image_headers"},
     {"beton", "content", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
-    {"check_images", "class_names", "folder_index", "folder_listing", "model_config", "views", "weights"},
+    {
+        "check_images", "class_names", "folder_index", "folder_listing", "fused_norms", "model_config", "views", "weights",
+    },
     {"config", "dataset", "models", "pipelines", "table_checks"},
     {
         "checkpoint", "cifar", "image_folder", "metrics", "optim", "recipes", "student", "teacher_cache",
         "written",
     },
-    {"arguments", "curves", "epochs", "losses", "run", "schedule", "seen"},
+    {"arguments", "curves", "epochs", "losses", "run", "schedule", "seen", "student_kernels"},
     {"report", "step", "teacher"},
     {"plan"},
     {"cache", "doctor", "evaluate", "export", "precompute", "train", "write"},

@@ -77,6 +77,7 @@ def test_parts_add_up_to_the_batch(batches, parts):
 
 
 @pytest.mark.kernel
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes its steps on a CPU, in the interpreter")
 def test_the_loss_kernel_takes_the_same_steps(batches):
     """Losses, gradient's norm and weights to what fp32 leaves of another order of sums."""
     plain, kernel = (make_step(kernels=kernels) for kernels in ((), ("loss",)))

@@ -1,0 +1,387 @@
+"""Batch norm, an optional residual and an activation, channels last, as public functions: checks, then runs them.
+
+Shapes: B batch, C channels, H and W sides, N = B H W values a channel.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastofa.kernels import reference
+from fastofa.kernels.choice import interpreted, use_triton
+
+ACTIVATIONS = (None, "relu", "relu6")
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """act(batch_norm(x) + residual), computed in fp32 (float64 for float64) and rounded once.
+
+    Args:
+        x: [B, C, H, W] fp32, bf16, fp16 or float64, best in channels-last memory format: others are copied.
+        weight, bias: floating [C]; they may be fp32 beside a bf16 x.
+        running_mean, running_var: floating [C]; in training they are updated, otherwise used.
+        training: normalise by this batch's statistics.
+        momentum: share of this batch in the running statistics.
+        activation: None, "relu" or "relu6".
+        residual: as x; added before the activation.
+        impl: "triton", "torch" or None (choose). The kernels are for training: otherwise the twin runs.
+
+    Returns:
+        [B, C, H, W] in x's dtype, differentiable in x, weight, bias and residual.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit, saying what was expected and what came.
+    """
+    _check(x, training, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"residual: expected {x.dtype} {tuple(x.shape)} on {x.device}, "
+            f"got {residual.dtype} {tuple(residual.shape)} on {residual.device}"
+        )
+    triton = _use_triton("norm_act", impl, x)
+    if not training:
+        return reference.norm_act(x, running_mean, running_var, weight, bias, eps, activation, residual)
+    if not triton:
+        mean, var = reference.channel_statistics(x)
+        update_running(running_mean, running_var, mean, var, momentum, x)
+        return reference.norm_act(x, mean, var, weight, bias, eps, activation, residual)
+    mean, var = statistics_op(x.detach())
+    update_running(running_mean, running_var, mean, var, momentum, x)
+    return norm_act_op(x, mean, var, weight, bias, residual, eps, activation)
+
+
+def norm_act_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    impl: str | None = None,
+) -> Tensor:
+    """3x3 maximum with stride 2 and padding 1 of relu(batch_norm(x)): a ResNet's stem; arguments as `norm_act`'s.
+
+    Of equal values in x the first one gets the gradient. The kernels never store what is normalised.
+
+    Returns:
+        [B, C, ceil(H / 2), ceil(W / 2)] in x's dtype, differentiable in x, weight and bias.
+
+    Raises:
+        ValueError: as `norm_act`.
+    """
+    _check(x, training, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    triton = _use_triton("norm_act_pool", impl, x)
+    if not training:
+        return reference.norm_act_pool(x, running_mean, running_var, weight, bias, eps)
+    if not triton:
+        mean, var = reference.channel_statistics(x)
+        update_running(running_mean, running_var, mean, var, momentum, x)
+        return reference.norm_act_pool(x, mean, var, weight, bias, eps)
+    mean, var = statistics_op(x.detach())
+    update_running(running_mean, running_var, mean, var, momentum, x)
+    return norm_act_pool_op(x, mean, var, weight, bias, eps)[0]
+
+
+def channel_statistics(x: Tensor, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, fp32 (or float64) [C], differentiable in x [B, C, H, W].
+
+    Raises:
+        ValueError: fewer than two values a channel, and as `norm_act`.
+    """
+    _check(x, training=True)
+    if not _use_triton("norm_act", impl, x):
+        return reference.channel_statistics(x)
+    return statistics_op(x)
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, x: Tensor
+) -> None:
+    """As nn.BatchNorm2d keeps them: the variance unbiased."""
+    count = x.numel() // x.shape[1]
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
+def _check(x: Tensor, training: bool, **per_channel: Tensor) -> None:
+    if x.ndim != 4 or not x.is_floating_point() or not x.shape[1]:
+        raise ValueError(f"x: expected floating [B, C, H, W], got {x.dtype} {tuple(x.shape)}")
+    channels = x.shape[1]
+    if training and x.numel() // channels < 2:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    for name, tensor in per_channel.items():
+        if tensor.shape != (channels,) or not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected floating [{channels}], got {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device}, got {tensor.device}")
+
+
+def _use_triton(kernel: str, impl: str | None, x: Tensor) -> bool:
+    triton = use_triton(kernel, impl, x.device)
+    if triton and x.dtype == torch.float64:
+        if impl is None:
+            return False
+        raise ValueError("impl: expected fp32, bf16 or fp16 for 'triton', got torch.float64; leave impl out")
+    return triton
+
+
+# --- Statistics as an operator of PyTorch -----------------------------------------------------------------------------
+
+# On a CPU the operators are the twins.
+
+
+def _interpreted(x: Tensor) -> bool:
+    return interpreted() and x.dtype != torch.float64
+
+
+@torch.library.custom_op("fastofa::channel_statistics", mutates_args=(), device_types="cuda")
+def statistics_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, fp32 [C]."""
+    from fastofa.kernels import triton_norm_act
+
+    with torch.cuda.device_of(x):
+        return triton_norm_act.statistics(x)
+
+
+@statistics_op.register_kernel("cpu")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    if _interpreted(x):
+        from fastofa.kernels import triton_norm_act
+
+        return triton_norm_act.statistics(x)
+    return reference.channel_statistics(x)
+
+
+@statistics_op.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+
+def _vector(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _channels_last(shape: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _save_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[0])
+
+
+def _statistics_backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Tensor:
+    """One pass over x, which the compiler joins with what else is added to its gradient."""
+    x, mean = ctx.saved_tensors
+    away = x.to(mean.dtype) - mean[:, None, None]
+    count = x.numel() // x.shape[1]
+    return ((dmean / count)[:, None, None] + (2 * dvar / count)[:, None, None] * away).to(x.dtype)
+
+
+statistics_op.register_autograd(_statistics_backward, setup_context=_save_mean)
+
+
+# --- Normalise, add, activate -----------------------------------------------------------------------------------------
+
+# The gradient of x is the whole of a batch norm's: mean and var are x's own.
+
+
+@torch.library.custom_op("fastofa::norm_act", mutates_args=(), device_types="cuda")
+def norm_act_op(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """As x, channels last."""
+    from fastofa.kernels import triton_norm_act
+
+    with torch.cuda.device_of(x):
+        return triton_norm_act.norm_act(x, mean, var, weight, bias, residual, eps, activation)
+
+
+@norm_act_op.register_kernel("cpu")
+def _(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    if _interpreted(x):
+        from fastofa.kernels import triton_norm_act
+
+        return triton_norm_act.norm_act(x, mean, var, weight, bias, residual, eps, activation)
+    y = reference.norm_act(x, mean, var, weight, bias, eps, activation, residual)
+    return _channels_last(y.shape, y).copy_(y)
+
+
+@norm_act_op.register_fake
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    return _channels_last(x.shape, x)
+
+
+@torch.library.custom_op("fastofa::norm_act_backward", mutates_args=(), device_types="cuda")
+def backward_op(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx and the residual's gradient as x, dweight and dbias fp32 [C]. `y`: the result, where there is a residual.
+
+    The residual's is empty [0] without one, and without an activation, as it is then dy.
+    """
+    from fastofa.kernels import triton_norm_act
+
+    with torch.cuda.device_of(x):
+        return triton_norm_act.norm_act_backward(dy, x, y, mean, var, weight, bias, eps, activation)
+
+
+@backward_op.register_kernel("cpu")
+def _(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _interpreted(x):
+        from fastofa.kernels import triton_norm_act
+
+        return triton_norm_act.norm_act_backward(dy, x, *arguments)
+    dx, gradient, dweight, dbias = reference.norm_act_gradients(dy, x, *arguments)
+    y, activation = arguments[0], arguments[-1]
+    stored = _channels_last(x.shape, x).copy_(gradient) if y is not None and activation else x.new_empty(0)
+    return _channels_last(x.shape, x).copy_(dx), stored, dweight, dbias
+
+
+@backward_op.register_fake
+def _(dy: Tensor, x: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stored = _channels_last(x.shape, x) if y is not None and arguments[-1] else x.new_empty(0)
+    return _channels_last(x.shape, x), stored, _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mean, var, weight, bias, residual, ctx.eps, ctx.activation = inputs
+    y = None if residual is None or ctx.activation is None else output
+    ctx.save_for_backward(x, y, mean, var, weight, bias)
+    ctx.with_residual = residual is not None
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, mean, var, weight, bias = ctx.saved_tensors
+    dx, stored, dweight, dbias = backward_op(dy, x, y, mean, var, weight, bias, ctx.eps, ctx.activation)
+    dresidual = (dy if y is None else stored) if ctx.with_residual else None
+    return dx, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual, None, None
+
+
+norm_act_op.register_autograd(_backward, setup_context=_save)
+
+
+# --- Normalise, ReLU, maximum -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastofa::norm_act_pool", mutates_args=(), device_types="cuda")
+def norm_act_pool_op(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, C, OH, OW], channels last: the result; the value of x it comes from; which of the nine that is, uint8,
+    9 where the result is 0 and no gradient passes."""
+    from fastofa.kernels import triton_norm_act_pool
+
+    with torch.cuda.device_of(x):
+        return triton_norm_act_pool.norm_act_pool(x, mean, var, weight, bias, eps)
+
+
+@norm_act_pool_op.register_kernel("cpu")
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _interpreted(x):
+        from fastofa.kernels import triton_norm_act_pool
+
+        return triton_norm_act_pool.norm_act_pool(x, *arguments)
+    found = reference.norm_act_pool_places(x, *arguments)
+    return tuple(_channels_last(t.shape, t).copy_(t) for t in found)  # type: ignore[return-value]
+
+
+@norm_act_pool_op.register_fake
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    shape = (batch, channels, (height + 1) // 2, (width + 1) // 2)
+    return _channels_last(shape, x), _channels_last(shape, x), _channels_last(shape, x, torch.uint8)
+
+
+@torch.library.custom_op("fastofa::norm_act_pool_backward", mutates_args=(), device_types="cuda")
+def pool_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    greatest: Tensor,
+    places: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx as x, dweight and dbias fp32 [C]."""
+    from fastofa.kernels import triton_norm_act_pool
+
+    with torch.cuda.device_of(x):
+        return triton_norm_act_pool.norm_act_pool_backward(dy, x, greatest, places, mean, var, weight, bias, eps)
+
+
+@pool_backward_op.register_kernel("cpu")
+def _(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _interpreted(x):
+        from fastofa.kernels import triton_norm_act_pool
+
+        return triton_norm_act_pool.norm_act_pool_backward(dy, x, *arguments)
+    dx, dweight, dbias = reference.norm_act_pool_gradients(dy, x, *arguments)
+    return _channels_last(x.shape, x).copy_(dx), dweight, dbias
+
+
+@pool_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _channels_last(x.shape, x), _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+
+def _save_places(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, mean, var, weight, bias, ctx.eps = inputs
+    _, greatest, places = output
+    ctx.mark_non_differentiable(greatest, places)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, greatest, places, mean, var, weight, bias)
+
+
+def _pool_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    *_, weight, bias = saved = ctx.saved_tensors
+    dx, dweight, dbias = pool_backward_op(dy, *saved, ctx.eps)
+    return dx, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None
+
+
+norm_act_pool_op.register_autograd(_pool_backward, setup_context=_save_places)

@@ -1,0 +1,362 @@
+"""Batch norm, residual and activation in Triton, channels last: statistics, one pass forward, two passes backward.
+
+A tensor is a matrix of M rows (pixels of all images) and C channels. A program has a block of channels and walks over
+every P-th tile of rows. Sums over the rows are written per program and added up by a second, small kernel, so they are
+the same in every run. Statistics are sums of what a channel's values differ from its first one: no cancellation where
+the mean is far from 0.
+
+Shapes: M rows, C channels, P programs per block of channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# --- Tiles ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels [1, BLOCK_C], and the number p < P. Neighbouring programs have the same rows."""
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    channels = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return channels, tl.program_id(0) // BLOCKS
+
+
+@triton.jit
+def _tile(start, channels, rows, C: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where a tile lies, and what of it is inside."""
+    row = tl.arange(0, BLOCK_M)[:, None]
+    return tl.cast(start, tl.int64) * C + (row * C + channels), (row < rows - start) & (channels < C)
+
+
+@triton.jit
+def _read(pointer, at, inside):
+    return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _per_channel(values, channels, C: tl.constexpr):
+    return tl.load(values + channels, mask=channels < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _affine(means, variances, weight, bias, channels, eps, C: tl.constexpr):
+    """What a batch norm does to its channels: (value - mean) * scale + shift."""
+    scale = _per_channel(weight, channels, C) * tl.rsqrt(_per_channel(variances, channels, C) + eps)
+    return _per_channel(means, channels, C), scale, _per_channel(bias, channels, C)
+
+
+@triton.jit
+def _activate(value, ACTIVATION: tl.constexpr):
+    """NaN stays NaN."""
+    if ACTIVATION is not None:
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACTIVATION == "relu6":
+        value = tl.minimum(value, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    return value
+
+
+@triton.jit
+def _passes(value, ACTIVATION: tl.constexpr):
+    """Does the activation hand on a gradient there, given its input or its output?"""
+    found = value > 0
+    if ACTIVATION == "relu6":
+        found = found & (value < 6)
+    return found
+
+
+@triton.jit
+def _store_sums(sums, part, channels, first, second, C: tl.constexpr):
+    at = sums + tl.cast(part, tl.int64) * 2 * C + channels
+    tl.store(at, tl.sum(first, axis=0)[None, :], mask=channels < C)
+    tl.store(at + C, tl.sum(second, axis=0)[None, :], mask=channels < C)
+
+
+@triton.jit
+def _add_up(sums, channels, parts, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Both sums of all programs [1, BLOCK_C], always added in the same order."""
+    first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)[:, None]
+        inside = (part < parts) & (channels < C)
+        at = part * 2 * C + channels
+        first += _read(sums, at, inside)
+        second += _read(sums, at + C, inside)
+    return tl.sum(first, axis=0)[None, :], tl.sum(second, axis=0)[None, :]
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _statistics_kernel(
+    x, sums, rows, parts, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Of each program fp32 [P, 2, C]: sums of x less the channel's first value, and of its square."""
+    channels, part = _place(C, BLOCK_C)
+    first_value = _per_channel(x, channels, C)
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for start in range(part * BLOCK_M, rows, parts * BLOCK_M):
+        at, inside = _tile(start, channels, rows, C, BLOCK_M)
+        away = tl.where(inside, _read(x, at, inside) - first_value, 0.0)
+        total += away
+        squares += away * away
+    _store_sums(sums, part, channels, total, squares, C)
+
+
+@triton.jit
+def _mean_and_variance_kernel(
+    x, sums, means, variances, rows, parts, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    total, squares = _add_up(sums, channels, parts, C, BLOCK_P, BLOCK_C)
+    away = total / rows
+    variance = tl.maximum(squares / rows - away * away, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(means + channels, _per_channel(x, channels, C) + away, mask=channels < C)
+    tl.store(variances + channels, variance, mask=channels < C)
+
+
+# --- Forward ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _apply_kernel(
+    x, residual, means, variances, weight, bias, y, rows, parts, eps,
+    C: tl.constexpr, WITH_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = act((x - mean) * scale + shift + residual)."""
+    channels, part = _place(C, BLOCK_C)
+    mean, scale, shift = _affine(means, variances, weight, bias, channels, eps, C)
+    for start in range(part * BLOCK_M, rows, parts * BLOCK_M):
+        at, inside = _tile(start, channels, rows, C, BLOCK_M)
+        value = (_read(x, at, inside) - mean) * scale + shift
+        if WITH_RESIDUAL:
+            value += _read(residual, at, inside)
+        tl.store(y + at, _activate(value, ACTIVATION).to(y.dtype.element_ty), mask=inside)
+
+
+# --- Backward ---------------------------------------------------------------------------------------------------------
+
+# With g the gradient before the activation,  dx = a g + b (x - mean) + c;  a, b, c come from two sums of a channel.
+
+
+@triton.jit
+def _sums_kernel(
+    dy, x, y, means, variances, weight, bias, masked, sums, rows, parts, eps,
+    C: tl.constexpr, WITH_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Of each program fp32 [P, 2, C]: sums of g, and of g (x - mean). After a residual and an activation, `masked` = g.
+
+    Where the activation hands on a gradient follows from x, or, after a residual, from y.
+    """
+    channels, part = _place(C, BLOCK_C)
+    mean, scale, shift = _affine(means, variances, weight, bias, channels, eps, C)
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    products = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for start in range(part * BLOCK_M, rows, parts * BLOCK_M):
+        at, inside = _tile(start, channels, rows, C, BLOCK_M)
+        away = _read(x, at, inside) - mean
+        gradient = _read(dy, at, inside)
+        if ACTIVATION is not None:
+            if WITH_RESIDUAL:
+                gradient = tl.where(_passes(_read(y, at, inside), ACTIVATION), gradient, 0.0)
+                tl.store(masked + at, gradient.to(masked.dtype.element_ty), mask=inside)
+            else:
+                gradient = tl.where(_passes(away * scale + shift, ACTIVATION), gradient, 0.0)
+        total += gradient
+        products += gradient * away
+    _store_sums(sums, part, channels, total, products, C)
+
+
+@triton.jit
+def _coefficients_kernel(
+    sums, means, variances, weight, coefficients, dweight, dbias, count, parts, eps,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """a, b, c fp32 [3, C] for `count` values a channel, and the gradients of weight and bias [C]."""
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    total, products = _add_up(sums, channels, parts, C, BLOCK_P, BLOCK_C)
+    inverse = tl.rsqrt(_per_channel(variances, channels, C) + eps)
+    a = _per_channel(weight, channels, C) * inverse
+    b = -a * inverse * inverse * (products / count)
+    c = -a * (total / count)
+    kept = channels < C
+    tl.store(coefficients + channels, a, mask=kept)
+    tl.store(coefficients + C + channels, b, mask=kept)
+    tl.store(coefficients + 2 * C + channels, c, mask=kept)
+    tl.store(dweight + channels, products * inverse, mask=kept)
+    tl.store(dbias + channels, total, mask=kept)
+
+
+@triton.jit
+def _gradient_kernel(
+    dy, x, means, variances, weight, bias, coefficients, dx, rows, parts, eps,
+    C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx = a g + b (x - mean) + c, with g = dy where the activation hands it on."""
+    channels, part = _place(C, BLOCK_C)
+    mean, scale, shift = _affine(means, variances, weight, bias, channels, eps, C)
+    a = _per_channel(coefficients, channels, C)
+    b = _per_channel(coefficients + C, channels, C)
+    c = _per_channel(coefficients + 2 * C, channels, C)
+    for start in range(part * BLOCK_M, rows, parts * BLOCK_M):
+        at, inside = _tile(start, channels, rows, C, BLOCK_M)
+        away = _read(x, at, inside) - mean
+        gradient = _read(dy, at, inside)
+        if ACTIVATION is not None:
+            gradient = tl.where(_passes(away * scale + shift, ACTIVATION), gradient, 0.0)
+        tl.store(dx + at, (a * gradient + b * away + c).to(dx.dtype.element_ty), mask=inside)
+
+
+# --- Launch -----------------------------------------------------------------------------------------------------------
+
+# Of each kernel, the elements of a tile and the most programs: the best of a sweep on an H100 (docs/kernels.md).
+STATISTICS, APPLY = (2048, 1056), (4096, 8448)
+SUMS, GRADIENT = (2048, 528), (2048, 4224)
+BLOCK_P, SUMMED_CHANNELS = 128, 8  # of the small kernels that add up
+
+
+@dataclass(frozen=True)
+class Tiling:
+    block_m: int
+    block_c: int
+    parts: int
+    """Programs per block of channels, P."""
+    blocks: int
+    """Of channels."""
+
+
+def tiling(rows: int, channels: int, tile: tuple[int, int]) -> Tiling:
+    """Blocks of channels that reach least beyond the last one; of equals the widest. `tile`: STATISTICS or the like."""
+    elements, programs = tile
+    if channels <= 32:
+        block_c = max(triton.next_power_of_2(channels), 8)
+    else:
+        block_c = min((128, 64, 32, 16), key=lambda block: -(-channels // block) * block)
+    block_m, blocks = elements // block_c, -(-channels // block_c)
+    return Tiling(block_m, block_c, min(-(-rows // block_m), max(programs // blocks, 1)), blocks)
+
+
+def _empty(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _common(x: Tensor, tile: tuple[int, int]) -> tuple[tuple[int], tuple[int, int], dict]:
+    """Grid, rows and P, and the constants of a kernel over all of x, channels last."""
+    channels = x.shape[1]
+    rows = x.numel() // channels
+    t = tiling(rows, channels, tile)
+    return (t.parts * t.blocks,), (rows, t.parts), {"C": channels, "BLOCK_M": t.block_m, "BLOCK_C": t.block_c}
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, fp32 [C]."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    grid, (rows, parts), constants = _common(x, STATISTICS)
+    channels = x.shape[1]
+    sums, mean, var = _empty(x, parts, 2, channels), _empty(x, channels), _empty(x, channels)
+    _statistics_kernel[grid](x, sums, rows, parts, **constants)
+    _mean_and_variance_kernel[(-(-channels // SUMMED_CHANNELS),)](
+        x, sums, mean, var, rows, parts, C=channels, BLOCK_P=BLOCK_P, BLOCK_C=SUMMED_CHANNELS
+    )
+    return mean, var
+
+
+def norm_act(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """As the operator of that name in norm_act.py."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    other = x if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    y = torch.empty_like(x)
+    grid, sizes, constants = _common(x, APPLY)
+    _apply_kernel[grid](
+        x, other, mean, var, weight, bias, y, *sizes, eps,
+        WITH_RESIDUAL=residual is not None, ACTIVATION=activation, **constants,
+    )  # fmt: skip
+    return y
+
+
+def coefficients(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str | None,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first pass backward: g, which is dy itself where only x is needed to know it; [3, C]; dweight and dbias [C].
+
+    `y`: the result, after a residual.
+    """
+    channels = x.shape[1]
+    grid, (rows, parts), constants = _common(x, SUMS)
+    masked = torch.empty_like(x) if y is not None and activation is not None else dy
+    sums = _empty(x, parts, 2, channels)
+    _sums_kernel[grid](
+        dy, x, x if y is None else y, mean, var, weight, bias, masked, sums, rows, parts, eps,
+        WITH_RESIDUAL=y is not None, ACTIVATION=activation, **constants,
+    )  # fmt: skip
+    found, dweight, dbias = _empty(x, 3, channels), _empty(x, channels), _empty(x, channels)
+    _coefficients_kernel[(-(-channels // SUMMED_CHANNELS),)](
+        sums, mean, var, weight, found, dweight, dbias, count, parts, eps,
+        C=channels, BLOCK_P=BLOCK_P, BLOCK_C=SUMMED_CHANNELS,
+    )  # fmt: skip
+    return masked, found, dweight, dbias
+
+
+def norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the operator of that name in norm_act.py."""
+    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
+    given = (mean, var, weight, bias)
+    masked, found, dweight, dbias = coefficients(dy, x, y, *given, eps, activation, x.numel() // x.shape[1])
+    known = y is not None  # what the activation stops is already left out
+    dx = gradient_of_x(masked, x, *given, found, eps, None if known else activation)
+    return dx, masked if known and activation is not None else x.new_empty(0), dweight, dbias
+
+
+def gradient_of_x(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    found: Tensor,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """The second pass backward: dx, from the coefficients [3, C] of the first."""
+    dx = torch.empty_like(x)
+    grid, sizes, constants = _common(x, GRADIENT)
+    _gradient_kernel[grid](dy, x, mean, var, weight, bias, found, dx, *sizes, eps, ACTIVATION=activation, **constants)
+    return dx
