@@ -20,7 +20,8 @@ LAYERS = [
     {"image_headers"},
     {"beton", "content", "device", "distributed", "files", "fused_depthwise", "images", "rand_augment"},
     {
-        "check_images", "class_names", "folder_index", "folder_listing", "fused_norms", "model_config", "views", "weights",
+        "check_images", "class_names", "folder_index", "folder_listing", "fused_norms", "model_config", "views",
+        "weights",
     },
     {"config", "dataset", "models", "pipelines", "table_checks"},
     {
