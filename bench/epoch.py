@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    configs = {recipes.recipe(name)(data="", student=args.student, out=Path()): full for name, full in CONFIGS}
+    configs = {recipes.recipe(name)(data="synthetic", student=args.student, out=Path()): full for name, full in CONFIGS}
     sizes = {image_size(c, epoch, full) for c, full in configs.items() for epoch in range(c.epochs)} | {TEACHER_SIZE}
     job = Job(args.student, args.teacher, TEACHER_SIZE, args.batch_size, 1000, device)
     rates = measure(job, sorted(sizes), args.pipeline, args.records, args.rounds, args.calls)

@@ -88,7 +88,7 @@ class Way:
 def our_config(job: Job, way: Way) -> TrainConfig:
     """The published recipe of a CNN (SGD with momentum, label smoothing), for every student."""
     return recipes.imagenet_cnn(
-        data="",
+        data="synthetic",
         student=job.student,
         out=Path(),
         batch_size=job.batch_size,

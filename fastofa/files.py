@@ -230,7 +230,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         BadInput: missing, truncated, edited, or not a safetensors file (a pickle, say: pickles are never loaded).
     """
     try:
-        with safetensors.safe_open(regular_file(path), framework="pt") as file:
+        with safetensors.safe_open(_utf8(regular_file(path)), framework="pt") as file:
             header = json.loads((file.metadata() or {})["fastofa"])
             info, expected = header["info"], header["sha256"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -255,12 +255,23 @@ def read_info(path: Path) -> tuple[dict[str, Any], str]:
         BadInput: as `load_tensors`, but for an edited file.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(_utf8(regular_file(path)), framework="pt") as file:
             header = json.loads(file.metadata()["fastofa"])
         return header["info"], header["sha256"]
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
         load_tensors(path)  # says what is wrong with it
         raise
+
+
+def _utf8(path: Path) -> Path:
+    """The path itself. Raises BadInput for a name that safetensors cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BadInput(
+            f"{path}: expected a path in UTF-8, which safetensors needs; rename the folder or file"
+        ) from None
+    return path
 
 
 def is_pickle(path: Path) -> bool:

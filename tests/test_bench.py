@@ -286,7 +286,7 @@ def test_convolutions_that_name_their_padding_first():
 
 
 def test_epochs_are_limited_by_the_slowest():
-    config = recipes.imagenet_fast(data="", student="resnet18", out=Path())
+    config = recipes.imagenet_fast(data="synthetic", student="resnet18", out=Path())
     rates = epoch.Rates(
         step={160: 2000.0, 192: 1000.0, 224: 500.0},
         official={160: 200.0, 192: 100.0, 224: 50.0},

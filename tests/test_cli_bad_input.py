@@ -337,6 +337,11 @@ def test_names_do_not_give_orders_to_the_terminal(copied, capsys):
     assert code == 2
     assert_one_line(error, f"{shown}: expected a teacher cache")
     shutil.copytree("cache", name, dirs_exist_ok=True)
+    code, _, error = run_here(["cache", "info", name])
+    assert code == 2
+    assert_one_line(error, f"{shown}/val.safetensors: expected a path in UTF-8")
+    name, shown = name.replace("\udcff", ""), shown.replace(r"\udcff", "")
+    shutil.copytree("cache", name)
     code, out, _ = run_here(["cache", "info", name])
     assert code == 0
     assert "".join(out.splitlines()[0].split()) == "".join(shown.split())
