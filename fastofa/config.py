@@ -259,17 +259,17 @@ class TrainConfig:
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
         """Raises BadInput if the file was written by another version or edited."""
         if not isinstance(values, dict):
-            raise BadInput(f"config.json: expected an object as config, got {_text(values)}")
+            raise BadInput(f"expected an object as config, got {_text(values)}")
         hints = get_type_hints(cls)
         if odd := sorted(set(values) ^ set(hints)):
             raise BadInput(
-                f"config.json: expected the fields of this version of fastofa, these differ: {', '.join(odd)}; export "
+                f"expected the fields of this version of fastofa, these differ: {', '.join(odd)}; export "
                 "the run with the version that made it, or train anew"
             )
         for name, hint in hints.items():
             if not _fits(values[name], hint):
                 raise BadInput(
-                    f"config.json: expected {_words(hint)} as {name}, got {_text(values[name])}; it was edited or "
+                    f"expected {_words(hint)} as {name}, got {_text(values[name])}; it was edited or "
                     "damaged, put its own value back"
                 )
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

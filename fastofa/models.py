@@ -240,7 +240,10 @@ def open_model_folder(folder: Path) -> tuple[Any, ModelConfig]:
         BadInput: the folder lacks one of them, they do not fit each other, or a value in config.json cannot be.
     """
     config = read_model_config(folder / CONFIG)
-    name, arguments = resolve(config.architecture)
+    try:
+        name, arguments = resolve(config.architecture)
+    except BadInput as error:
+        raise BadInput(f"{config.path}: {error}") from None
     weights = read_weights(_weights_file(folder))
     arguments |= {**config.arguments, "num_classes": config.num_classes}
     arguments["pretrained_cfg_overlay"] = config.preprocessing

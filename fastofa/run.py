@@ -119,6 +119,8 @@ def open_run(path: Path) -> Run:
         if odd or not 0 <= values["teacher_dim"] <= MOST_FEATURES:
             raise TypeError(f"{', '.join(odd) or 'teacher_dim'} of its kind")
         config = TrainConfig.from_json(values["config"])
+    except BadInput as error:
+        raise BadInput(f"{path / CONFIG}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None
     classes, answers = (tuple(values[name]) for name in lists)

@@ -58,7 +58,9 @@ PHOTO_PRECOMPUTE = "precompute --data photos --teacher teacher2 --views 1 --topk
 
 def make_teacher(folder: Path, classes: int) -> None:
     torch.manual_seed(classes)
-    save_for_hf(timm.create_model("test_efficientnet", num_classes=classes), str(folder), safe_serialization=True)
+    names = ["china", "flower"] if classes == 2 else [str(i) for i in range(classes)]
+    model = timm.create_model("test_efficientnet", num_classes=classes)
+    save_for_hf(model, str(folder), {"label_names": names}, safe_serialization=True)
 
 
 def fastofa(argv: str) -> tuple[int, str, str]:

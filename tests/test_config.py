@@ -180,9 +180,9 @@ def test_json_round_trip_of_recipes(name):
 
 def test_json_of_another_version_or_edited_is_refused():
     values = config().to_json()
-    with pytest.raises(BadInput, match=r"config.json: .* these differ: student; "):
+    with pytest.raises(BadInput, match=r"expected .* these differ: student; "):
         TrainConfig.from_json({k: v for k, v in values.items() if k != "student"})
-    with pytest.raises(BadInput, match=r"config.json: .* these differ: momentum; "):
+    with pytest.raises(BadInput, match=r"expected .* these differ: momentum; "):
         TrainConfig.from_json({**values, "momentum": 0.9})
     with pytest.raises(BadInput, match="lr: expected a number of at least 0, got -1"):
         TrainConfig.from_json({**values, "lr": -1})

@@ -301,7 +301,7 @@ def test_a_second_signal_ends_it_at_once(cache, run, tmp_path, signum):
 def _slow_start(reached: Path) -> None:
     """The data set takes for ever to open."""
 
-    def open_dataset(*_: Any) -> None:
+    def open_dataset(*_: Any, **__: Any) -> None:
         reached.touch()
         time.sleep(600)
 
