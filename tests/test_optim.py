@@ -131,8 +131,8 @@ def apex(monkeypatch) -> SimpleNamespace:
 @pytest.fixture
 def gpu(monkeypatch) -> None:
     """Where the student seems to be."""
-    need = optim._need_apex
-    monkeypatch.setattr(optim, "_need_apex", lambda _: need(torch.device("cuda")))
+    check = optim.check_optimizer
+    monkeypatch.setattr(optim, "check_optimizer", lambda name, _: check(name, torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
