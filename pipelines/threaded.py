@@ -55,7 +55,8 @@ class _Coming(NamedTuple):
 def _end(pool: ThreadPoolExecutor, running: Iterable[Future[None]]) -> bool:
     """End the threads; False if one is still at work (the disk does not answer), which is left behind."""
     pool.shutdown(wait=False, cancel_futures=True)
-    done = not wait(running, timeout=PATIENCE_S).not_done
+    begun = [future for future in running if not future.cancelled()]  # nobody tells `wait` of the others
+    done = not wait(begun, timeout=PATIENCE_S).not_done
     if done:
         pool.shutdown()
     return done

@@ -60,7 +60,7 @@ def test_the_difference_is_that_of_the_pixels(digits, tmp_path: Path, policy: Vi
 
 def test_a_folders_cache_and_another_form(on_photos, photo_cache, photos: Path, tmp_path: Path, capsys):
     """A run says how far its pixels are from the cache's, in one line, and keeps it: none, little, more."""
-    for name, options in (("folder", {}), ("full", {"size": 160}), ("small", {"size": 24})):
+    for name, options in (("folder", {}), ("full", {"size": 160}), ("small", {"size": 32})):
         data = photos
         if options:
             data = tmp_path / f"{name}.pack"

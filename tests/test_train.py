@@ -116,6 +116,8 @@ def test_the_runs_folder_holds_these(finished):
         "config",
         "classes",
         "teacher_dim",
+        "val_fingerprint",
+        "folder",
         "fingerprint",
         "pages",
         "answers",
