@@ -45,7 +45,8 @@ from runs import children, newest, same_run
 
 pytestmark = pytest.mark.slow
 
-KILLS, IN_A_ROW = 20, 5
+KILLS, IN_A_ROW = 8, 5  # `python -m bench.kills` has more
+STRIDE = 3  # of the file operations that a job is killed at
 FAR = 10**9
 # A forked server that has everything imported makes a new process a matter of milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -267,7 +268,7 @@ def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher
     assert len(found) >= KILLS
     assert len(at_work) >= KILLS // 2
     assert len(resumable) >= KILLS // 3
-    assert len(set(found)) >= 4
+    assert len(set(found)) >= 3
 
 
 def test_precompute_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):
@@ -300,8 +301,8 @@ def test_train_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teac
 
 
 def killed_at_file_operations(command: Callable[[Any], Any], config: Any) -> Iterator[tuple[int, Path]]:
-    """(n, folder) of a job that was killed at its n-th moment, for every n that it has."""
-    for moment in itertools.count(1):
+    """(n, folder) of a job that was killed at its n-th moment, for every third n that it has."""
+    for moment in itertools.count(1, STRIDE):
         out = config.out.with_name(f"{config.out.name}-{moment}")
         job = Job(command, dataclasses.replace(config, out=out), die_at=moment)
         if job.wait() == 0:
