@@ -61,6 +61,8 @@ def decode(data: bytearray | np.ndarray, name: str, limits: Limits = DEFAULT, st
         )
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        if reason.startswith(("Internal error", "WebPDecode")):  # all that libpng and libwebp give torchvision to say
+            reason = f"damaged {header.kind}"
         raise _unreadable(name, reason) from None
     if header.kind != "JPEG":  # libpng warns of colour profiles and the like
         warning = ""
