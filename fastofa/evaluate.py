@@ -40,8 +40,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     dataset = open_dataset(config.data, "val")
     if dataset.classes != run.classes:
         raise BadInput(
-            f"data {config.data}: expected the {len(run.classes)} classes that {config.run} was trained on "
-            f"({', '.join(run.classes[:3])}, ...), got {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)"
+            f"data {config.data}: expected the {len(run.classes)} classes that {config.run} was trained on, got "
+            f"{len(dataset.classes)}: {_difference(run.classes, dataset.classes)}"
         )
     device = choose_device(config.device)
     student = run.trained_student(config.weights).to(device)
@@ -79,6 +79,16 @@ def _teacher_answers(run: Run, dataset: Dataset) -> Targets | None:
     except BadInput as error:
         notice(f"no agreement with the teacher: {error}")
     return None
+
+
+def _difference(expected: tuple[str, ...], got: tuple[str, ...]) -> str:
+    """In words: names of classes that are missing or too many, or the first place where the order differs."""
+    missing, others = ([name for name in a if name not in b] for a, b in ((expected, got), (got, expected)))
+    if missing or others:
+        parts = ((kind, names) for kind, names in (("lacking", missing), ("others are", others)) if names)
+        return "; ".join(f"{kind} {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for kind, names in parts)
+    place = next(i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b)
+    return f"in another order, {got[place]} in place of {expected[place]}"
 
 
 def main(config: EvaluateConfig) -> None:

@@ -188,7 +188,7 @@ def _check_vacant(config: TrainConfig) -> None:
     if not (config.out / CONFIG).exists():
         if checkpoint.checkpoints(config.out):
             raise BadInput(f"{config.out}: holds checkpoints of a run without its {CONFIG}; choose another --out")
-    elif not config.resume:
+    elif not config.resume and checkpoint.checkpoints(config.out):
         raise BadInput(f"{config.out}: holds a run already; go on with it by --resume or choose another --out")
 
 
@@ -225,6 +225,9 @@ def _views_begun_with(config: TrainConfig, world: World) -> int:
 def _check_place(run: Run) -> None:
     """Raises BadInput if another run lies there."""
     if not (run.path / CONFIG).exists():
+        return
+    if not run.config.resume:
+        notice(f"{run.path}: the run there has no checkpoint; beginning anew")
         return
     found = open_run(run.path)
     different = run.config.differences(found.config)

@@ -230,7 +230,10 @@ REFUSED = {
     "evaluate no run": ("evaluate nowhere --data digits", "nowhere: expected a run made by `fastofa train`, found no"),
     "evaluate a cache": ("evaluate cache --data digits", "cache: expected a run made by `fastofa train`, found no"),
     "evaluate what is only begun": ("evaluate begun --data digits", "begun: no checkpoint yet"),
-    "evaluate other classes": ("evaluate run --data photos", "expected the 10 classes that run was trained on...got 2"),
+    "evaluate other classes": (
+        "evaluate run --data photos",
+        "expected the 10 classes that run was trained on, got 2: lacking 0, 1, 2, ...; others are china, flower",
+    ),
 }
 
 

@@ -26,6 +26,7 @@ import fastofa.plan
 import fastofa.step
 import fastofa.train
 from fastofa import recipes
+from fastofa.checkpoint import checkpoints
 from fastofa.config import TrainConfig
 from fastofa.dataset import open_dataset
 from fastofa.errors import BadInput
@@ -679,7 +680,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(on_photos, give
 )
 def test_what_cannot_work_is_refused_before_the_data_are_indexed(on_photos, tmp_path, monkeypatch, given, message):
     """Which takes many minutes where there are many pictures."""
-    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    (tmp_path / "begun/checkpoints/step-00000001.safetensors").touch()
     (tmp_path / "begun" / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(fastofa.train, "open_dataset", lambda *_: pytest.fail("opened the data"))
@@ -750,6 +752,21 @@ def test_another_run_is_not_overwritten(on_photos):
         with pytest.raises(BadInput, match=message):
             train(other)
     assert before == {file.name: file.read_bytes() for file in config.out.iterdir() if file.is_file()}
+
+
+def test_a_run_that_saved_nothing_is_begun_anew(on_photos, capsys):
+    """It found an unreadable image in its first epoch, say, and stopped."""
+    straight, again = on_photos("straight", epochs=1), on_photos("again", epochs=1)
+    train(straight)
+    train(dataclasses.replace(again, lr=0.5))
+    for file in checkpoints(again.out):
+        file.unlink()
+    (again.out / "checkpoints/best.safetensors").unlink()
+    capsys.readouterr()
+    train(again)
+    assert "the run there has no checkpoint; beginning anew" in capsys.readouterr().err
+    assert newest(straight.out).read_bytes() == newest(again.out).read_bytes()
+    assert open_run(again.out).config.lr == straight.lr
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(on_photos, capsys):
