@@ -232,7 +232,7 @@ def test_evaluate_refuses(photo_run, photos, tmp_path):
     """No run, no checkpoint yet, data of other classes."""
     with pytest.raises(BadInput, match=r"expected a run made by `fastofa train`, found no config.json"):
         evaluate(EvaluateConfig(tmp_path, str(photos)))
-    with pytest.raises(BadInput, match=r"expected the 2 classes that .* was trained on, got 10: lacking china, flower; "):
+    with pytest.raises(BadInput, match=r"expected the 2 classes that .* was trained on, got 10: lacking china, flower"):
         evaluate(EvaluateConfig(photo_run.path, "digits"))
     newest(photo_run.path).unlink()
     with pytest.raises(BadInput, match=r"no checkpoint yet; run `fastofa train` with --resume"):
