@@ -45,7 +45,7 @@ from runs import children, newest, same_run
 
 pytestmark = pytest.mark.slow
 
-KILLS, IN_A_ROW = 8, 5  # `python -m bench.kills` has more
+KILLS, IN_A_ROW = 20, 5
 STRIDE = 3  # of the file operations that a job is killed at
 FAR = 10**9
 # A forked server that has everything imported makes a new process a matter of milliseconds.
