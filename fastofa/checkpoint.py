@@ -83,7 +83,7 @@ def load_newest(
 ) -> tuple[int, dict[str, Any]]:
     """Bring all of them back to the newest checkpoint that is whole; returns its step and position.
 
-    A damaged one is told, and the one before it taken.
+    A damaged one is reported, and the one before it is used.
 
     Raises:
         BadInput: none is whole, or keys or shapes do not fit; nothing was changed then.

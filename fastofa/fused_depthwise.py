@@ -1,6 +1,6 @@
 """The depthwise kernel inside a model: its 3x3 depthwise convolutions run it, the batch norms before them folded in.
 
-A folded batch norm hands on its input as it is, with what would be done to it; the convolution does it while it reads.
+A folded batch norm returns the input with its scale and shift; the convolution applies them while it reads.
 Modules change their class only: parameters, buffers and their names stay, so checkpoints and exports do, too.
 
 Shapes: B batch, C channels.

@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM end a long job at its next safe point; a second one ends it at once.
 
-Not so a second SIGTERM to a rank: a cluster sends one to every process, and torchrun hands on the one it got itself.
+A second SIGTERM to a rank is ignored: a cluster sends one to every process, and torchrun forwards its own.
 A job that waits for something from outside (a picture from a disk that does not answer) is not waited for long.
 """
 

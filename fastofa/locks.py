@@ -1,4 +1,4 @@
-"""One writer at a time: whoever comes second is told at once who is at work.
+"""One writer at a time: a second one is refused at once, with the name of the first.
 
 The lock is flock's on a small file that names the holder, so it ends with the process, however that ends. On a network
 file system it holds between hosts, too. On one that has no flock the named holder counts: on this host if the process

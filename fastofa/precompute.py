@@ -251,7 +251,7 @@ class _Job:
 
     @contextmanager
     def keeping(self, table: int | str, parts: list[Targets], partial: str = "") -> Iterator[None]:
-        """Whatever ends the work on a table, its answers are saved, and bad input is told with the table's name."""
+        """Saves the answers of a table whatever ends the work on it; bad input is reported with the table's name."""
         try:
             yield
         except Stopped:

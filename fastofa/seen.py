@@ -3,7 +3,7 @@
     CACHE/seen.png                  pictures of view 0, side by side, at the teacher's size
 
 A view is the same region of a picture in every form of the data and through every pipeline, but not to the last bit:
-a pack stores fewer pixels, decoders round otherwise. How much that is, is told when a run begins.
+a pack stores fewer pixels, decoders round otherwise. The difference is reported when a run begins.
 """
 
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""Work in threads, for what lets go of Python's lock: reading, decoding, resizing and checksums do."""
+"""Work in threads, for what releases the GIL: reading, decoding, resizing and checksums do."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

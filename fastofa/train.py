@@ -293,7 +293,7 @@ class Job:
         self.logged = Clock()  # as it was at the last log
 
     def load(self) -> None:
-        """The newest checkpoint, the first view, some pictures: damage is told before anything is written."""
+        """The newest checkpoint, the first view, some images: damage is reported before anything is written."""
         if self.config.resume and checkpoint.checkpoints(self.run.path):
             self._restore()
         elif self.config.resume and self.world.is_main:

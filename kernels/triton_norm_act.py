@@ -155,7 +155,7 @@ def _sums_kernel(
 ):  # fmt: skip
     """Of each program fp32 [P, 2, C]: sums of g, and of g (x - mean). After a residual and an activation, `masked` = g.
 
-    Where the activation hands on a gradient follows from x, or, after a residual, from y.
+    Where the activation passes a gradient follows from x, or, after a residual, from y.
     """
     channels, part = _place(C, BLOCK_C)
     mean, scale, shift = _affine(means, variances, weight, bias, channels, eps, C)

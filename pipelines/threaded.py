@@ -1,6 +1,6 @@
 """Threads make the batches that come next while one is used; a GPU gets them on a stream of its own.
 
-What a thread does should let go of Python's lock: decoding, resizing and copying do.
+What a thread does should release the GIL: decoding, resizing and copying do.
 """
 
 from abc import ABC, abstractmethod

@@ -1,8 +1,7 @@
 """Processes that fill batches side by side, into memory that they share with this one.
 
-Threads would be simpler, but Python's lock holds them up: on 16 cores of an H100's host processes decode 5,100 pictures
-a second, threads 2,600. The memory is mapped before the processes are forked. PyTorch's DataLoader makes files in
-/dev/shm instead, of which a container has 64 MB.
+Threads would be simpler, but with many cores they wait for the GIL. The memory is mapped before the processes are forked.
+PyTorch's DataLoader uses files in /dev/shm instead, and a container has 64 MB of that.
 """
 
 import ctypes
