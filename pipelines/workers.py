@@ -1,7 +1,7 @@
 """Processes that fill batches side by side, into memory that they share with this one.
 
-Threads would be simpler, but with many cores they wait for the GIL. The memory is mapped before the processes are forked.
-PyTorch's DataLoader uses files in /dev/shm instead, and a container has 64 MB of that.
+Threads would be simpler, but with many cores they wait for the GIL. The memory is mapped before the processes are
+forked. PyTorch's DataLoader uses files in /dev/shm instead, and a container has 64 MB of that.
 """
 
 import ctypes
