@@ -193,8 +193,8 @@ class EvaluateConfig:
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Folder that `fastofa train` wrote."""
-    data: str
-    """Data set whose validation split is used."""
+    data: str | None = None
+    """Data set whose validation split is used. By default the one that the run was trained on."""
     weights: Weights = "last"
     """last: as they are at the end (or where the run is); best: as they were at the run's best evaluation, which
     flatters if it is the same data again. Of a run with --ema both take the weights or their average, whichever had the

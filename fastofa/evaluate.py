@@ -1,6 +1,7 @@
 """How good is a run's student?
 
-    fastofa evaluate run --data photos
+    fastofa evaluate run                    on the validation images that it was trained with
+    fastofa evaluate run --data others
 
 Prints top-1, top-5 and agreement with the teacher, and writes them to RUN/evaluation.json.
 """
@@ -25,6 +26,7 @@ from fastofa.teacher_cache import Targets, TeacherCache, agreement
 
 @dataclass(frozen=True)
 class Evaluation:
+    data: str
     images: int
     top1: float
     top5: float
@@ -35,12 +37,12 @@ class Evaluation:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Raises BadInput: no run, no checkpoint, a data set with other classes."""
+    """Raises BadInput: no run, no checkpoint, no data, a data set with other classes."""
     run = open_run(config.run)
-    dataset = open_dataset(config.data, "val")
+    dataset = open_dataset(config.data, "val") if config.data is not None else _own_data(run)
     if dataset.classes != run.classes:
         raise BadInput(
-            f"data {config.data}: expected the {len(run.classes)} classes that {config.run} was trained on, got "
+            f"data {dataset.spec}: expected the {len(run.classes)} classes that {config.run} was trained on, got "
             f"{len(dataset.classes)}: {_difference(run.classes, dataset.classes)}"
         )
     device = choose_device(config.device)
@@ -52,16 +54,28 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     top1, top5 = accuracy(best, dataset.labels)
     teacher = _teacher_answers(run, dataset)
     found = Evaluation(
+        data=dataset.spec,
         images=len(dataset),
         top1=top1,
         top5=top5,
         teacher_top1=None if teacher is None else agreement(dataset.labels, teacher),
         agreement=None if teacher is None else agreement(best[:, 0], teacher),
     )
-    write_json(
-        config.run / "evaluation.json", {"data": config.data, "weights": config.weights, **dataclasses.asdict(found)}
-    )
+    write_json(config.run / "evaluation.json", {"weights": config.weights, **dataclasses.asdict(found)})
     return found
+
+
+def _own_data(run: Run) -> Dataset:
+    """The validation images that the run was trained with; one line says which. Raises BadInput where they are gone."""
+    try:
+        dataset = open_dataset(run.data, "val")
+    except BadInput as error:
+        raise BadInput(f"{run.path}: its own data cannot be opened, give --data: {error}") from None
+    same = dataset.fingerprint == run.val_fingerprint
+    notice(
+        f"data {run.data}, as the run was trained on" + ("" if same else "; its validation images have changed since")
+    )
+    return dataset
 
 
 def _teacher_answers(run: Run, dataset: Dataset) -> Targets | None:
@@ -93,7 +107,7 @@ def _difference(expected: tuple[str, ...], got: tuple[str, ...]) -> str:
 
 def main(config: EvaluateConfig) -> None:
     found = evaluate(config)
-    table = Table(title=plain(f"{config.run} on {found.images:,} images of {config.data}"), title_justify="left")
+    table = Table(title=plain(f"{config.run} on {found.images:,} images of {found.data}"), title_justify="left")
     for name in ("top-1", "top-5", "teacher's top-1", "agreement"):
         table.add_column(name, justify="right")
     values = (found.top1, found.top5, found.teacher_top1, found.agreement)

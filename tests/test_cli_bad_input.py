@@ -277,7 +277,6 @@ def test_help_names_every_command():
         f"{TRAIN} --out new --recipe",
         f"{PRECOMPUTE} --out new --topk 2.5",
         f"{PRECOMPUTE} --out new --precision fp64",
-        "evaluate run",
         "export run",
         "cache mend cache",
     ],

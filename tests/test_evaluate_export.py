@@ -228,6 +228,28 @@ def test_without_the_teachers_answers_for_these_pictures_there_is_no_agreement(
     assert expected[state] in said
 
 
+def test_without_data_a_run_is_evaluated_on_its_own(photos, tmp_path, monkeypatch, capsys):
+    """Found from another folder, too; one line says which, and whether it is still what it was."""
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".fastofa"))
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "run", ("china", "flower"), data="photos")
+    dataclasses.replace(run, val_fingerprint=open_dataset("photos", "val").fingerprint).save()
+    expected = evaluate(EvaluateConfig(run.path, "photos", workers=0))
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    place, line = str(tmp_path / "photos"), f"data {tmp_path / 'photos'}, as the run was trained on"
+    assert evaluate(EvaluateConfig(run.path, workers=0)) == dataclasses.replace(expected, data=place)
+    assert json.loads((run.path / "evaluation.json").read_text())["data"] == place
+    assert capsys.readouterr().err.splitlines().count(line) == 1
+    next((tmp_path / "photos" / "val" / "china").iterdir()).unlink()
+    assert evaluate(EvaluateConfig(run.path, workers=0)).images == expected.images - 1
+    assert f"{line}; its validation images have changed since" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "photos")
+    with pytest.raises(BadInput, match=f"{run.path}: its own data cannot be opened, give --data: .*'photos'"):
+        evaluate(EvaluateConfig(run.path, workers=0))
+
+
 def test_evaluate_refuses(photo_run, photos, tmp_path):
     """No run, no checkpoint yet, data of other classes."""
     with pytest.raises(BadInput, match=r"expected a run made by `fastofa train`, found no config.json"):
