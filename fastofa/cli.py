@@ -125,8 +125,10 @@ def _run(argv: list[str], own: bool) -> None:
             )
     with _interrupted_at_once() if own else nullcontext():
         from fastofa.arguments import parse
+        from fastofa.early import check
 
         config = parse(argv[0], argv[1:])
+        check(config)
         command = import_module(f"fastofa.{argv[0]}").main
     command(config)
 

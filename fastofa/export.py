@@ -22,6 +22,7 @@ from timm.models import save_for_hf
 from fastofa.arguments import ExportConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device
+from fastofa.early import check_new
 from fastofa.errors import BadInput, escaped
 from fastofa.files import new_folder
 from fastofa.images import crop_resize_one
@@ -40,6 +41,7 @@ def export(config: ExportConfig) -> str:
     Raises:
         BadInput: no run, no checkpoint, a folder that exists already, a full disk.
     """
+    check_new(config.out)
     run = open_run(config.run)
     student = run.trained_student(config.weights)
     size, eval_size = student.image_size, run.config.eval_size or student.image_size

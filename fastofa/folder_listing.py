@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastofa.early import no_split
 from fastofa.errors import BadInput
 from fastofa.images import SUFFIXES
 from fastofa.names import Names
@@ -75,7 +76,7 @@ def list_images(top: Path, split: str) -> Listing:
     """Raises BadInput: no such folder, one that may not be read, no classes, a class without images, unknown ones."""
     root = top / split
     if not is_folder(root):
-        raise BadInput(f"{top}: expected a folder with train/ and val/ and a folder per class in each, found no {root}")
+        raise no_split(top, split)
     classes, left = _class_folders(top, root)
     train = classes
     if split != "train" and is_folder(top / "train"):

@@ -25,10 +25,12 @@ from torch import Tensor
 from fastofa.arguments import PrecomputeConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
+from fastofa.early import check_cache, other_cache
 from fastofa.errors import BadInput, escaped
 from fastofa.files import filling, read_info
 from fastofa.interrupt import Interrupt, Stopped
-from fastofa.pipelines import Pipeline, choose, open_pipeline
+from fastofa.models import find_folder, resolve
+from fastofa.pipelines import PIPELINES, Pipeline, choose, open_pipeline
 from fastofa.progress import Bar, notice, progress_bar
 from fastofa.seen import save_seen
 from fastofa.table_checks import answers_fault
@@ -61,12 +63,12 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         BadInput: see the fields of the configuration; a cache with other arguments in the same place.
         Stopped: by Ctrl-C or SIGTERM, after saving.
     """
-    _check_place(config.out)
+    device = _check_early(config)
     with filling(config.out):
-        return _precompute(config)
+        return _precompute(config, device)
 
 
-def _precompute(config: PrecomputeConfig) -> TeacherCache:
+def _precompute(config: PrecomputeConfig, device: torch.device) -> TeacherCache:
     train, val = (
         open_dataset(config.data, split, config.skip_corrupt, check=True, limits=config.limits())
         for split in ("train", "val")
@@ -74,7 +76,6 @@ def _precompute(config: PrecomputeConfig) -> TeacherCache:
     if config.topk > len(train.classes):
         raise BadInput(f"topk: expected at most the {len(train.classes)} classes of {config.data}, got {config.topk}")
     policy = config.policy()
-    device = choose_device(config.device)
     bf16 = choose_bf16(config.precision, device)
     teacher = open_teacher(
         config.teacher,
@@ -120,18 +121,19 @@ def _precompute(config: PrecomputeConfig) -> TeacherCache:
     return cache
 
 
-def _check_place(out: Path) -> None:
-    """Raises BadInput for an --out that holds something else than a cache."""
-    try:
-        others = [] if not out.exists() else [f.name for f in out.iterdir() if not f.name.startswith(".")]
-    except OSError as error:
-        raise BadInput(
-            f"out: expected a folder, could not read {out} ({error.strerror}); choose another --out"
-        ) from None
-    if HEADER in others:
-        read_header(out)
-    elif others:
-        raise BadInput(f"{out}: expected an empty or new folder or a cache, it holds other files; choose another --out")
+def _check_early(config: PrecomputeConfig) -> torch.device:
+    """The device; raises BadInput for what is known before all pictures are decoded, which may take hours."""
+    check_cache(config)
+    if (config.out / HEADER).exists():
+        read_header(config.out)
+    config.policy()
+    if config.teacher_checkpoint is not None and not config.teacher_checkpoint.exists():
+        raise BadInput(f"{config.teacher_checkpoint}: expected a file with weights, found none")
+    if config.teacher_checkpoint is not None or find_folder(config.teacher) is None:
+        resolve(config.teacher)
+    if config.pipeline not in ("auto", *PIPELINES):
+        raise BadInput(f"unknown pipeline {config.pipeline!r}: expected auto or one of {', '.join(PIPELINES)}")
+    return choose_device(config.device)
 
 
 def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -143,10 +145,7 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
     mine, theirs = identity(header), identity(found)
     different = [key for key in mine if mine[key] != theirs[key]]
     if different and not _may_begin_anew(out, different):
-        listed = "; ".join(f"{key} ({_short(theirs[key])} there, {_short(mine[key])} here)" for key in different)
-        raise BadInput(
-            f"{out}: holds a cache made otherwise, it differs in {listed}; choose another --out or remove it"
-        )
+        raise other_cache(out, [f"{key} ({_short(theirs[key])} there, {_short(mine[key])} here)" for key in different])
     if different:
         notice(f"{out}: begins anew, as {' and '.join(different)} changed and no view was finished")
         for file in (VAL, PARTIAL):

@@ -28,6 +28,7 @@ from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device, choose_workers
 from fastofa.distributed import Vote, World, check_same, check_shared, contact, join, was_restarted
+from fastofa.early import check_vacant
 from fastofa.epochs import Epochs, check_whole
 from fastofa.errors import BadInput, escaped
 from fastofa.files import filling
@@ -164,7 +165,7 @@ def _check_early(config: TrainConfig, world: World) -> torch.device:
     device = choose_device(config.device, world.local_rank)
     check_device(config, device)
     if not config.plan:
-        _check_vacant(config)
+        check_vacant(config)
         if config.wandb is not None:
             import_wandb()
     if config.cache is not None:
@@ -181,15 +182,6 @@ def _check_early(config: TrainConfig, world: World) -> torch.device:
     if config.batch_size is not None:
         check_whole(config.batch_size, {"ranks": world.size, "parts": config.accumulate})
     return device
-
-
-def _check_vacant(config: TrainConfig) -> None:
-    """Raises BadInput if a run lies there that this one does not go on with."""
-    if not (config.out / CONFIG).exists():
-        if checkpoint.checkpoints(config.out):
-            raise BadInput(f"{config.out}: holds checkpoints of a run without its {CONFIG}; choose another --out")
-    elif not config.resume and checkpoint.checkpoints(config.out):
-        raise BadInput(f"{config.out}: holds a run already; go on with it by --resume or choose another --out")
 
 
 def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:

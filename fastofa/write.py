@@ -27,6 +27,7 @@ from fastofa.arguments import WriteConfig
 from fastofa.beton import MOST_BYTES, MOST_PIXELS, PAGE, Picture, read_layout, write_beton
 from fastofa.dataset import FFCV, FORMS, Dataset, open_dataset
 from fastofa.device import choose_workers
+from fastofa.early import check_written
 from fastofa.errors import BadInput, escaped
 from fastofa.files import new_folder, reason, remove_leftovers, temporary_name
 from fastofa.images import resize
@@ -60,11 +61,9 @@ def write(config: WriteConfig) -> None:
     Raises:
         BadInput: unreadable pictures, each named; a place that is taken; a full disk; with `verify`, damage.
     """
+    check_written(config)
     sources = _open_splits(config)
-    there = os.path.lexists(config.out)
-    if there and not config.verify:
-        raise BadInput(f"{config.out}: exists already; choose another place, remove it, or check it by --verify")
-    if not there:
+    if not os.path.lexists(config.out):
         if config.out.suffix == ".pack":
             _write_pack(config, sources)
         else:

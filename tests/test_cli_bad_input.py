@@ -242,6 +242,67 @@ def test_refused_in_one_line(here, name):
     refused(*REFUSED[name])
 
 
+WITHOUT_TORCH = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise ImportError
+sys.meta_path.insert(0, Finder())
+from fastofa.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        REFUSED["run is there"],
+        REFUSED["train's data"],
+        REFUSED["precompute's data"],
+        REFUSED["evaluate's data"],
+        REFUSED["no folders"],
+        REFUSED["other top-K"],
+        REFUSED["other seed"],
+        (
+            f"{PRECOMPUTE} --out cache --flip 0.25 --scale 0.5 1",
+            "scale (0.6 1 there, 0.5 1 here); flip (0 there, 0.25 h",
+        ),
+        REFUSED["no place for a cache"],
+        REFUSED["export over a folder"],
+        ("write nowhere new.pack", "unknown data set 'nowhere': expected digits, digits:N"),
+        (
+            "write digits taken.pack",
+            "taken.pack: exists already; choose another place, remove it, or check it by --ver",
+        ),
+    ],
+)
+def test_what_lies_in_a_place_is_looked_at_before_torch_is_imported(copied, argv, message):
+    Path("taken.pack").mkdir()
+    command = [sys.executable, "-c", WITHOUT_TORCH, *argv.split()]
+    ended = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert_one_line(ended.stderr, message)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--teacher convnext_tinny", "--teacher local-dir:nowhere", "--device gpu", "--pipeline ffvc"]
+)
+def test_names_are_looked_at_before_every_picture_is_decoded(copied, wrong):
+    """Which takes an hour for ImageNet: the damaged picture is not what is found."""
+    shutil.rmtree("photos/.fastofa")
+    Path("photos/train/china/001.jpg").write_text("no picture")
+    refused(f"{PHOTO_PRECOMPUTE} --out new {wrong}", wrong.rpartition(":")[2].split()[-1])
+    assert not Path("photos/.fastofa").exists()
+
+
+def test_a_restarted_rank_goes_on_with_the_run_that_is_there(copied, monkeypatch):
+    """torchrun starts it without --resume."""
+    for name, value in (("RUN_ID", "1"), ("RESTART_COUNT", "1")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    assert "holds a run already" not in succeeds(f"{TRAIN} --out run")
+
+
 # --- The command line itself ------------------------------------------------------------------------------------------
 
 

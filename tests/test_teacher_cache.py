@@ -623,7 +623,7 @@ def test_fewer_views_end_an_unfinished_cache_sooner(changed, make):
     [
         ({"seed": 3}, r"seed \(0 there, 3 here\)"),
         ({"topk": 1}, r"topk \(2 there, 1 here\)"),
-        ({"scale": (0.5, 1.0)}, "policy "),
+        ({"scale": (0.5, 1.0)}, r"scale \(.* there, 0\.5 1 here\)"),
         ({"image_size": 48}, "teachers "),
         ({"data": "digits:100"}, ""),
     ],
