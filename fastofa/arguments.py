@@ -64,7 +64,7 @@ class WriteConfig:
             raise BadInput(f"OUT: expected a name ending in {' or '.join(FLAGS)}, got {self.out}")
         (other,) = FLAGS.keys() - {self.out.suffix}
         for name in FLAGS[other]:
-            if getattr(self, name):
+            if not (getattr(self, name) is None or getattr(self, name) is False):  # 0 was given
                 raise BadInput(f"--{name.replace('_', '-')}: expected OUT{other}, got {self.out}")
         if self.size is not None and (self.size % 8 or not 32 <= self.size <= 512):
             raise BadInput(f"size: expected a multiple of 8 from 32 to 512, got {self.size}")
@@ -75,8 +75,7 @@ class WriteConfig:
             raise BadInput(f"quality: expected 1 to 100, got {self.quality}")
         if self.quality is not None and self.raw:
             raise BadInput(f"quality: expected none with --raw, whose pixels are not compressed, got {self.quality}")
-        if self.workers is not None and self.workers < 1:
-            raise BadInput(f"workers: expected at least 1, got {self.workers}")
+        _at_least(self, 1, "workers")
 
     def limits(self) -> Limits:
         """Which images are taken."""
@@ -149,10 +148,8 @@ class PrecomputeConfig:
     """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
 
     def __post_init__(self) -> None:
-        for name in ("views", "topk", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise BadInput(f"{name.replace('_', '-')}: expected at least 1, got {value}")
+        _at_least(self, 1, "views", "topk", "batch_size")
+        _at_least(self, 0, "workers")
         if self.views > MOST_EPOCHS:
             raise BadInput(f"views: expected at most {MOST_EPOCHS:,}, got {self.views}")
         if not 0 <= self.seed < 2**63:
@@ -208,6 +205,10 @@ class EvaluateConfig:
     workers: int | None = None
     """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size")
+        _at_least(self, 0, "workers")
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -235,6 +236,14 @@ class CacheConfig:
 @dataclass(frozen=True)
 class DoctorConfig:
     """List what makes fastofa faster, whether it works here, and how to get what is missing. All is optional."""
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    """Raises BadInput for a number below it; None, and what is left open while tyro parses, passes."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, int) and value < least:
+            raise BadInput(f"{name.replace('_', '-')}: expected at least {least}, got {value}")
 
 
 CONFIGS: dict[str, type] = {

@@ -230,8 +230,10 @@ class TrainConfig:
         )
         need(self.method != "ofa" or len(self.stages) > 0, "stages", "at least one stage (or --method kd)")
         heads = len(self.exits) + 1
-        need(len(self.eps) in (1, heads) and all(e > 0 for e in self.eps), "eps", f"1 or {heads} numbers above 0")
+        expected = "1 number above 0" if heads == 1 else f"1 or {heads} numbers above 0"
+        need(len(self.eps) in (1, heads) and all(e > 0 for e in self.eps), "eps", expected)
         need((self.mean is None) == (self.std is None), "mean", "both --mean and --std or neither")
+        need(self.mean is None or not any(map(math.isnan, self.mean)), "mean", "three numbers")
         need(self.std is None or all(value > 0 for value in self.std), "std", "three numbers above 0")
         self.policy(ViewPolicy())
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import timm
@@ -240,6 +240,43 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_in_one_line(here, name):
     refused(*REFUSED[name])
+
+
+# Beside this smallest one another value is wanted.
+NO_ZERO = {"write": {"workers"}, "precompute": {"image_size", "batch_size", "views", "topk", "repeats"}}
+NO_ZERO["evaluate"] = {"batch_size"}
+NO_ZERO["train"] = {"image_size", "start_size", "eval_size", "epochs", "batch_size", "accumulate", "clip", "ema"}
+NO_ZERO["train"] |= {"log_every", "eval_every", "checkpoint_every", "keep", "timeout_s", "temperature"}
+NUMBERS = (int, float, int | None, float | None)
+START = {
+    "write": "write digits new.pack", "precompute": f"{PRECOMPUTE} --out new", "train": f"{TRAIN} --out new",
+    "evaluate": "evaluate run --data digits", "export": "export run new", "cache": "cache info cache",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NO_ZERO)
+def test_no_number_is_taken_for_one_that_was_not_given(here, command, monkeypatch):
+    """0, a number below 0 or no number is refused by the option's name, or it arrives at the command."""
+    arrived = []
+
+    def main(config: Any) -> None:
+        if command == "precompute":
+            config.policy()
+        arrived.append(config)
+
+    monkeypatch.setattr(f"fastofa.{command}.main", main)
+    for name, hint in get_type_hints(CONFIGS[command]).items():
+        for value in ("0", "-1", "nan") if hint in NUMBERS else ():
+            flag = f"--{name.replace('_', '-')}"
+            code, _, error = fastofa(f"{START[command]} {flag} {value}")
+            if code == 0:
+                assert str(getattr(arrived.pop(), name)).startswith(value), name
+                assert (name, value) not in {(no_zero, "0") for no_zero in NO_ZERO[command]}
+                assert value != "nan", name
+            elif value != "nan" or "float" in str(hint):  # the parser refuses it as no whole number
+                assert code == 2
+                assert_one_line(error, "")
+                assert re.search(rf"\b{name.replace('_', '.')}\b", error), error
 
 
 WITHOUT_TORCH = """
