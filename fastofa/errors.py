@@ -1,4 +1,4 @@
-"""What ends a command with one line instead of a traceback."""
+"""What ends a command with one line instead of a traceback, and how such lines are worded."""
 
 
 class BadInput(Exception):
@@ -14,6 +14,12 @@ class Failed(Exception):
 
 class LostContact(Failed):
     """Another rank is gone; nothing more can be computed together."""
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 image", "2,000 images", "0 classes": the noun in the singular, with its adjectives."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def escaped(text: str) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 from fastofa.arguments import EvaluateConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, counted
 from fastofa.files import write_json
 from fastofa.metrics import accuracy, predict
 from fastofa.pipelines import open_pipeline
@@ -42,8 +42,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     dataset = open_dataset(config.data, "val") if config.data is not None else _own_data(run)
     if dataset.classes != run.classes:
         raise BadInput(
-            f"data {dataset.spec}: expected the {len(run.classes)} classes that {config.run} was trained on, got "
-            f"{len(dataset.classes)}: {_difference(run.classes, dataset.classes)}"
+            f"data {dataset.spec}: expected the {counted(len(run.classes), 'class')} that {config.run} was trained on, "
+            f"got {len(dataset.classes)}: {_difference(run.classes, dataset.classes)}"
         )
     device = choose_device(config.device)
     student = run.trained_student(config.weights).to(device)
@@ -107,7 +107,8 @@ def _difference(expected: tuple[str, ...], got: tuple[str, ...]) -> str:
 
 def main(config: EvaluateConfig) -> None:
     found = evaluate(config)
-    table = Table(title=plain(f"{config.run} on {found.images:,} images of {found.data}"), title_justify="left")
+    title = f"{config.run} on {counted(found.images, 'image')} of {found.data}"
+    table = Table(title=plain(title), title_justify="left")
     for name in ("top-1", "top-5", "teacher's top-1", "agreement"):
         table.add_column(name, justify="right")
     values = (found.top1, found.top5, found.teacher_top1, found.agreement)

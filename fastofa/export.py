@@ -23,7 +23,7 @@ from fastofa.arguments import ExportConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device
 from fastofa.early import check_new
-from fastofa.errors import BadInput, escaped
+from fastofa.errors import BadInput, counted, escaped
 from fastofa.files import new_folder
 from fastofa.images import crop_resize_one
 from fastofa.progress import notice
@@ -130,7 +130,8 @@ def _compare_answers(sample: _Sample, model: Any) -> None:
         found.append(model(images.to(device)).argmax(dim=1).cpu().numpy())
     answers, count = np.concatenate(found), len(sample.labels)
     own, timms = (float((a == sample.labels).mean()) for a in (sample.answers, answers))
-    figures = f"through timm's own transform top-1 is {timms:.2%} on {count} validation images, in the run {own:.2%}"
+    where = counted(count, "validation image")
+    figures = f"through timm's own transform top-1 is {timms:.2%} on {where}, in the run {own:.2%}"
     if own - timms > 0.05 + 1 / math.sqrt(count):
         raise BadInput(f"export: {figures}; nothing was written, as timm's users would get another model")
     notice(f"export: {figures}; {(answers == sample.answers).mean():.2%} of the answers are the same")

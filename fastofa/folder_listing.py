@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastofa.early import no_split
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, counted
 from fastofa.images import SUFFIXES
 from fastofa.names import Names
 from fastofa.threads import in_order
@@ -84,8 +84,8 @@ def list_images(top: Path, split: str) -> Listing:
     if extra := sorted(classes.keys() - train.keys()):
         more = f" and {len(extra) - NAMED} more" if len(extra) > NAMED else ""
         raise BadInput(
-            f"{root}: expected the classes of {top / 'train'}, found {len(extra)} others: {', '.join(extra[:NAMED])}"
-            f"{more}; rename or remove them, or give them training images"
+            f"{root}: expected the classes of {top / 'train'}, found {counted(len(extra), 'other')}: "
+            f"{', '.join(extra[:NAMED])}{more}; rename or remove such folders, or give them training images"
         )
 
     listed, labels, done = [], [], 0
@@ -103,17 +103,18 @@ def list_images(top: Path, split: str) -> Listing:
     if not done:
         raise BadInput(
             f"{root}: expected a folder per class with images ({', '.join(SUFFIXES)}), found no image"
-            + (f"; there are {_counted(left)}" if left else "")
+            + (f"; there are {_by_kind(left)}" if left else "")
         )
     remarks = []
     if left := left + [one for found in listed for one in found.left]:
         kinds = ", ".join(SUFFIXES)
-        remarks.append(f"{root}: left out {len(left)} files and folders: {_counted(left)}; images end in {kinds}")
+        what = "1 file or folder" if len(left) == 1 else f"{len(left):,} files and folders"
+        remarks.append(f"{root}: left out {what}: {_by_kind(left)}; images end in {kinds}")
     if nested := [name for found in listed for name in found.nested]:
         folder = nested[0].partition("/")[0]
         remarks.append(
-            f"{root}: {len(nested)} images lie in folders below their class folder, such as {nested[0]}, which counts "
-            f"as {folder}"
+            f"{root}: folders below the class folders hold {counted(len(nested), 'image')}, such as {nested[0]}, which "
+            f"counts as {folder}"
         )
     for name, identity in classes.items():
         if taken[identity] != name:
@@ -216,7 +217,7 @@ def _list_class(root: Path, name: str, above: set[tuple[int, int]]) -> _Class:
     if not found:
         raise BadInput(
             f"{root / name}: expected images ({', '.join(SUFFIXES)}), found none"
-            + (f" but {_counted(left)}" if left else "")
+            + (f" but {_by_kind(left)}" if left else "")
             + "; add some, or remove the folder"
         )
     found.sort()
@@ -266,7 +267,7 @@ def remedy(error: OSError) -> str:
     return "mend or remove it"
 
 
-def _counted(left: list[_Left]) -> str:
+def _by_kind(left: list[_Left]) -> str:
     """By kind, the most frequent first, with examples."""
     kinds: dict[str, list[str]] = {}
     for kind, name in left:

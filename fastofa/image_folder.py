@@ -14,7 +14,7 @@ from fastofa import torchrun
 from fastofa.check_images import checked_size, header_size, in_parallel
 from fastofa.content import DIGEST, digests, sample
 from fastofa.dataset import Dataset, fingerprint_of
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, counted
 from fastofa.folder_index import Files, Known, index_paths, making, read_index, write_index
 from fastofa.folder_listing import Listing, list_images, remedy
 from fastofa.image_headers import DEFAULT, Limits
@@ -54,7 +54,7 @@ def open_image_folder(
         for i, reason in known.skipped.items():
             notice(f"left out: {root / names[i]}: {reason}")
         if known.skipped:
-            notice(f"{root}: left out {len(known.skipped)} unreadable images")
+            notice(f"{root}: left out {counted(len(known.skipped), 'unreadable image')}")
 
     skipped = np.array(sorted(known.skipped), dtype=np.int64)
     labels, sizes = listing.labels, known.sizes
@@ -133,8 +133,8 @@ def _look(
 
 def _refuse(root: Path, names: Names, bad: dict[int, str]) -> None:
     raise BadInput(
-        f"{len(bad)} unreadable images: {_named(root, names, bad)}; mend or remove them, or give `fastofa precompute`, "
-        "`fastofa write` or `fastofa train` --skip-corrupt, which names such files and leaves them out"
+        f"{counted(len(bad), 'unreadable image')}: {_named(root, names, bad)}; mend or remove such files, or give "
+        "`fastofa precompute`, `fastofa write` or `fastofa train` --skip-corrupt, which names them and leaves them out"
     )
 
 
@@ -144,7 +144,7 @@ def _check_access(root: Path, names: Names, unreadable: dict[int, str]) -> None:
         closed = {i: reason for i, reason in unreadable.items() if os.strerror(number) in reason}
         if closed:
             what = remedy(OSError(number, os.strerror(number)))
-            raise BadInput(f"could not open {len(closed)} images: {_named(root, names, closed)}; {what}")
+            raise BadInput(f"could not open {counted(len(closed), 'image')}: {_named(root, names, closed)}; {what}")
 
 
 def _named(root: Path, names: Names, files: dict[int, str]) -> str:
@@ -159,10 +159,11 @@ def _named(root: Path, names: Names, files: dict[int, str]) -> str:
 def _check_classes(root: Path, listing: Listing, labels: np.ndarray) -> None:
     """Raises BadInput if a class has lost all of its images."""
     if not len(labels):
-        raise BadInput(f"{root}: expected images, but all {len(listing.names)} files are unreadable; mend some")
+        files = counted(len(listing.names), "file")
+        raise BadInput(f"{root}: expected images, but of {files} none is readable; mend some")
     if len(lost := np.setdiff1d(listing.labels, labels)):
         classes = [listing.classes[label] for label in lost[:NAMED].tolist()] + ["..."] * (len(lost) > NAMED)
         raise BadInput(
-            f"{root}: all images of {len(lost)} classes are unreadable ({', '.join(classes)}); mend some of each, or "
-            "remove the folders of these classes"
+            f"{root}: all images of {counted(len(lost), 'class')} are unreadable ({', '.join(classes)}); mend some of "
+            "each, or remove such folders"
         )

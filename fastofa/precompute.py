@@ -26,7 +26,7 @@ from fastofa.arguments import PrecomputeConfig
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_bf16, choose_device, choose_workers
 from fastofa.early import check_cache, other_cache
-from fastofa.errors import BadInput, escaped
+from fastofa.errors import BadInput, counted, escaped
 from fastofa.files import filling, read_info
 from fastofa.interrupt import Interrupt, Stopped
 from fastofa.models import find_folder, resolve
@@ -74,7 +74,8 @@ def _precompute(config: PrecomputeConfig, device: torch.device) -> TeacherCache:
         for split in ("train", "val")
     )
     if config.topk > len(train.classes):
-        raise BadInput(f"topk: expected at most the {len(train.classes)} classes of {config.data}, got {config.topk}")
+        classes = counted(len(train.classes), "class")
+        raise BadInput(f"topk: expected at most the {classes} of {config.data}, got {config.topk}")
     policy = config.policy()
     bf16 = choose_bf16(config.precision, device)
     teacher = open_teacher(
@@ -157,7 +158,8 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
         write_header(out, found)
     elif header["views"] < found["views"]:
         notice(
-            f"{out}: is to hold {found['views']} views already; with --views {header['views']} none of them is removed"
+            f"{out}: is to hold {counted(found['views'], 'view')} already; with --views {header['views']} none of them "
+            "is removed"
         )
     return found
 
@@ -271,8 +273,8 @@ class _Job:
             return ""
         others = "give another --out" if views else "it begins anew"
         return (
-            f"; {self.out} keeps {views} views and {answered} answers of the next: the same command goes on with the "
-            f"same images, with others (--skip-corrupt) {others}"
+            f"; {self.out} keeps {counted(views, 'view')} and {counted(answered, 'answer')} of the next: the same "
+            f"command goes on with the same images, with others (--skip-corrupt) {others}"
         )
 
     def _save(self, parts: list[Targets], partial: str) -> None:
@@ -306,7 +308,7 @@ def main(config: PrecomputeConfig) -> None:
     size = sum(file.stat().st_size for file in cache.path.iterdir())
     print(
         escaped(
-            f"{cache.path}: {cache.finished} views of {cache.num_samples:,} images, top {cache.topk} of "
-            f"{cache.num_classes} classes, {filesize.decimal(size)}"
+            f"{cache.path}: {cache.finished} view{'s' * (cache.views != 1)} of {counted(cache.num_samples, 'image')}, "
+            f"top {cache.topk} of {counted(cache.num_classes, 'class')}, {filesize.decimal(size)}"
         )
     )

@@ -30,7 +30,7 @@ from fastofa.device import choose_device, choose_workers
 from fastofa.distributed import Vote, World, check_same, check_shared, contact, join, was_restarted
 from fastofa.early import check_vacant
 from fastofa.epochs import Epochs, check_whole
-from fastofa.errors import BadInput, escaped
+from fastofa.errors import BadInput, counted, escaped
 from fastofa.files import filling
 from fastofa.image_headers import given_limits
 from fastofa.interrupt import Interrupt, Stopped
@@ -149,7 +149,7 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         (data, config.data),
         (val, f"the validation images of {config.data}"),
         (pages, f"the pages of {config.data}"),
-        (answers, f"the {len(epochs.answers)} views of {config.cache}"),
+        (answers, f"the {counted(len(epochs.answers), 'view')} of {config.cache}"),
     ):
         check_same(world, digest, place)
     if world.is_main and not config.plan:
@@ -231,10 +231,10 @@ def _check_place(run: Run) -> None:
         different.append(f"cache: {run.config.cache} here, {found.config.cache} there")
     elif run.answers != found.answers:
         pairs = enumerate(zip(run.answers, found.answers, strict=False))
-        views = ", ".join(str(view) for view, (mine, theirs) in pairs if mine != theirs)
+        views = [str(view) for view, (mine, theirs) in pairs if mine != theirs]
         different.append(
             f"cache: {run.config.cache} does not hold the answers of {found.config.cache} that the run began with"
-            + f" (views {views} differ)" * bool(views)
+            + (f" (of its views differ {', '.join(views)})" if views else "")
         )
     if run.config.order == found.config.order and run.pages != found.pages:
         different.append(f"data: the pages of {run.config.data} hold other samples than those the run began with")

@@ -28,7 +28,7 @@ from fastofa.beton import MOST_BYTES, MOST_PIXELS, PAGE, Picture, read_layout, w
 from fastofa.dataset import FFCV, FORMS, Dataset, open_dataset
 from fastofa.device import choose_workers
 from fastofa.early import check_written
-from fastofa.errors import BadInput, escaped
+from fastofa.errors import BadInput, counted, escaped
 from fastofa.files import new_folder, reason, remove_leftovers, temporary_name
 from fastofa.images import resize
 from fastofa.locks import writing
@@ -228,7 +228,8 @@ def _pictures(config: WriteConfig, source: Dataset, index: Index, order: np.ndar
             checksums[i] = found[1]
             yield found[0]
     if bad:
-        raise BadInput(f"nothing was written: {len(bad)} unreadable images in {source.spec}, the first: {bad[0]}")
+        images = counted(len(bad), "unreadable image")
+        raise BadInput(f"nothing was written: {images} in {source.spec}, the first: {bad[0]}")
 
 
 def _checked(config: WriteConfig, source: Dataset, i: int) -> Tensor:
@@ -281,9 +282,10 @@ def _upright_jpeg(source: Dataset, i: int, image: Tensor) -> bytes | None:
 def main(config: WriteConfig) -> None:
     write(config)
     index = read_index(config.out)
-    counts = ", ".join(f"{split} {len(part.names):,}" for split, part in index.splits.items())
+    *first, last = ((split, len(part.names)) for split, part in index.splits.items())
+    images = ", ".join([*(f"{split} {count:,}" for split, count in first), f"{last[0]} {counted(last[1], 'image')}"])
     size = sum(file.bytes for file in index.files.values())
     checked = ", as it was written" if config.verify else ""
     kind = f"{index.size} px" if index.size else "pixels" if index.raw else "JPEGs"
-    what = f"{counts} images of {len(index.classes)} classes, {kind}, {filesize.decimal(size)}"
+    what = f"{images} of {counted(len(index.classes), 'class')}, {kind}, {filesize.decimal(size)}"
     print(escaped(f"{config.out}: {what}{checked}"))

@@ -830,7 +830,7 @@ def test_what_is_no_file_is_named_and_never_opened(folder: Path, kind: str) -> N
     path = folder / "train" / "flower" / "lost.jpg"
     special(path, kind)
     text = refusal(folder)
-    assert f"1 unreadable images: {path} ({SPECIAL[kind]})" in text
+    assert f"1 unreadable image: {path} ({SPECIAL[kind]})" in text
     for _ in range(2):
         data = open_dataset(str(folder), skip_corrupt=True)
         assert data.skipped == (f"flower/lost.jpg: {SPECIAL[kind]}",)
@@ -959,7 +959,7 @@ def test_images_in_folders_below_a_class_are_taken_and_reported(folder: Path, ca
     assert data.names[12:14] == ["flower/000.jpg", "flower/001.jpg"]
     assert data.names[-2:] == ["flower/a/deep/1.jpg", "flower/b/1.jpg"]
     assert capsys.readouterr().err == (
-        f"{folder}/train: 2 images lie in folders below their class folder, such as flower/a/deep/1.jpg, which counts "
+        f"{folder}/train: folders below the class folders hold 2 images, such as flower/a/deep/1.jpg, which counts "
         "as flower\n"
     )
 
@@ -986,7 +986,7 @@ def test_a_link_back_takes_no_image_twice(
     before = open_dataset(str(top))
     (folder / "train" / link).symlink_to(LOOPS[link])
     assert_same(open_dataset(str(top)), before)
-    assert f"left out 1 files and folders: 1 leading back to a folder that lies above or is taken already ({link})" in (
+    assert f"left out 1 file or folder: 1 leading back to a folder that lies above or is taken already ({link})" in (
         capsys.readouterr().err
     )
 
@@ -1036,7 +1036,7 @@ def test_a_file_that_may_not_be_opened_is_not_damaged(
     with monkeypatch.context() as patch:
         refuse_to_open(patch, path, number)
         text = refusal(folder, skip_corrupt=skip_corrupt)
-    assert text.startswith(f"could not open 1 images: {path} ({os.strerror(number)}); ")
+    assert text.startswith(f"could not open 1 image: {path} ({os.strerror(number)}); ")
     assert ("chmod" in text, "ulimit -n" in text) == (number == errno.EACCES, number == errno.EMFILE)
     assert len(open_dataset(str(folder))) == 24
 
@@ -1094,7 +1094,7 @@ def test_a_class_whose_images_are_all_unreadable(folder: Path) -> None:
         cut(path)
     for _ in range(2):
         text = refusal(folder, skip_corrupt=True)
-        assert "all images of 1 classes are unreadable (flower)" in text
+        assert "all images of 1 class are unreadable (flower)" in text
     shutil.rmtree(folder / "train" / "flower")
     assert open_dataset(str(folder), skip_corrupt=True).classes == ("china",)
 
@@ -1139,7 +1139,7 @@ def test_mended_picture_comes_back(folder: Path) -> None:
 def test_nothing_left_after_skipping(folder: Path) -> None:
     for path in (folder / "train").rglob("*.jpg"):
         cut(path)
-    assert "all 24 files are unreadable" in refusal(folder, skip_corrupt=True)
+    assert "of 24 files none is readable" in refusal(folder, skip_corrupt=True)
 
 
 # --- CIFAR-100 --------------------------------------------------------------------------------------------------------

@@ -359,7 +359,7 @@ def test_an_image_with_signs_of_damage(warned: Path, tmp_path: Path, capfd, out:
 
 
 def test_every_image_is_checked_once_and_the_index_remembers_it(warned: Path, monkeypatch):
-    with pytest.raises(BadInput, match=r"1 unreadable images: .*train/flower/003\.jpg \(Corrupt JPEG data"):
+    with pytest.raises(BadInput, match=r"1 unreadable image: .*train/flower/003\.jpg \(Corrupt JPEG data"):
         open_dataset(str(warned), check=True)
     assert len(open_dataset(str(warned))) == 24  # training names it when it is read
     assert len(open_dataset(str(warned), check=True, limits=Limits(allow_warnings=True))) == 24
