@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastofa.arguments import CacheConfig
-from fastofa.errors import escaped
+from fastofa.errors import counted, escaped
 from fastofa.progress import plain
 from fastofa.teacher_cache import TeacherCache
 
@@ -28,7 +28,8 @@ def info(cache: TeacherCache) -> dict[str, str]:
     )
     return {
         "teacher": "; ".join(teachers),
-        "data": f"{header['dataset']['spec']}, {cache.num_samples:,} images, {cache.num_classes} classes",
+        "data": f"{header['dataset']['spec']}, {counted(cache.num_samples, 'image')}, "
+        f"{counted(cache.num_classes, 'class')}",
         "classes": _some(cache.classes),
         "answers": f"top {cache.topk} of {cache.num_classes}",
         "views": f"{cache.finished}{' are finished' * (cache.views < header['views'])}, seed {header['seed']}",
@@ -50,7 +51,8 @@ def main(config: CacheConfig) -> None:
     cache = TeacherCache.open(config.cache)
     if config.action == "verify":
         cache.verify()
-        print(escaped(f"{config.cache}: {cache.finished} views and the validation answers are as they were written"))
+        views = f"{cache.finished} view{'s' * (cache.views != 1)}"
+        print(escaped(f"{config.cache}: {views} and the validation answers are as they were written"))
         return
     table = Table(show_header=False, title=plain(str(config.cache)), title_justify="left")
     for name, value in info(cache).items():

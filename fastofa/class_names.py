@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo
 from timm.data.imagenet_info import infer_imagenet_subset
 from timm.utils.misc import natural_key
 
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, counted
 from fastofa.progress import notice
 
 SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet
@@ -60,7 +60,8 @@ def match_classes(teacher: str, outputs: OutputNames, classes: Sequence[str]) ->
     if same_count and (subset is not None or not outputs.names):
         _tell_order(teacher, classes)
         return list(range(len(classes)))
-    expected = f"teacher {teacher}: expected {len(classes)} classes as in the data set, it has {outputs.count}"
+    wanted = counted(len(classes), "class")
+    expected = f"teacher {teacher}: expected {wanted} as in the data set, it has {outputs.count}"
     train = "train one on these images (`fastofa train --method scratch`) and give its run as --teacher"
     if not outputs.names:
         raise BadInput(f"{expected}, without names; {train}, or give --teacher-checkpoint")

@@ -10,7 +10,7 @@ import torch
 from fastofa.config import TrainConfig
 from fastofa.dataset import Dataset
 from fastofa.distributed import World
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, counted
 from fastofa.progress import notice
 from fastofa.recipes import default_policy, sized
 from fastofa.teacher_cache import DeviceTargets, TeacherCache
@@ -77,21 +77,22 @@ class Epochs:
         shown = math.ceil(self.config.epochs / repeats) * repeats  # by as many epochs, if each shows another
         if begun:
             if main and begun < min(shown, cache.views):
-                notice(f"cache {cache.path}: {cache.views} views by now; this run replays the {begun} it began with")
+                views = counted(cache.views, "view")
+                notice(f"cache {cache.path}: {views} by now; this run replays the {begun} it began with")
             return cache.digests(begun)
         finished = torch.zeros(self.world.size, dtype=torch.int64)
         finished[self.world.rank] = cache.views
         count = min(shown, int(self.world.sum(finished).min()))  # one may be finished while the ranks look
         if main and count < min(shown, cache.header["views"]):
-            notice(f"cache {cache.path}: {cache.finished} views are finished; this run replays {count} to its end")
+            notice(f"cache {cache.path}: finished views: {cache.finished}; this run replays {count} to its end")
         return cache.digests(count)
 
     def _check_batches(self, rows: int, whole: dict[str, int]) -> None:
         c = self.config
         if rows < c.batch_size:
             raise BadInput(
-                f"batch-size: expected at most the {rows} training images of {c.data}, got {c.batch_size}; give less, "
-                "or None for one that suits them"
+                f"batch-size: expected at most the {counted(rows, 'training image')} of {c.data}, got {c.batch_size}; "
+                "give less, or None for one that suits them"
             )
         check_whole(c.batch_size, whole)
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fastofa.config import TrainConfig
 from fastofa.epochs import Epochs
+from fastofa.errors import counted
 from fastofa.pipelines import Pipeline
 from fastofa.progress import notice
 from fastofa.schedule import image_size
@@ -154,9 +155,9 @@ def _run_bytes(step: Step) -> int:
 
 def summary(config: TrainConfig, steps: int) -> str:
     """What is known without measuring, in one line; `steps` of an epoch."""
-    epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+    parts = ((config.epochs, "epoch"), (steps, "step"), (config.batch_size, "image"))
     return (
-        f"{epochs} of {steps:,} steps of {config.batch_size:,} images, "
+        f"{' of '.join(counted(number, noun) for number, noun in parts)}, "
         f"{config.epochs * steps * config.batch_size:,} in all; --plan says beforehand how long that takes"
     )
 

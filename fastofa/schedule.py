@@ -3,6 +3,7 @@
 import math
 
 from fastofa.config import TrainConfig
+from fastofa.errors import counted
 
 SIZE_STEP = 32  # pixels
 
@@ -25,15 +26,15 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 def cautions(config: TrainConfig, steps_per_epoch: int) -> list[str]:
     """What in the configuration comes too late for a run of this length, with what to do, in a line each."""
     c, found = config, []
-    steps = c.epochs * steps_per_epoch
+    steps, epochs = c.epochs * steps_per_epoch, counted(c.epochs, "epoch")
     if c.warmup_epochs >= c.epochs:
         found.append(
-            f"warmup-epochs {c.warmup_epochs:g}: the run has {c.epochs} epochs, so the learning rate never reaches "
+            f"warmup-epochs {c.warmup_epochs:g}: the run has {epochs}, so the learning rate never reaches "
             f"--lr {c.lr:g}; --warmup-epochs {c.epochs / 20:g} would suit it"
         )
     if c.schedule == "step" and c.decay_epochs >= c.epochs:
         found.append(
-            f"decay-epochs {c.decay_epochs:g}: the run has {c.epochs} epochs, so the learning rate never falls; "
+            f"decay-epochs {c.decay_epochs:g}: the run has {epochs}, so the learning rate never falls; "
             f"--decay-epochs {c.epochs * 0.3:g} would suit it"
         )
     if c.ema is not None and steps < 2 / (1 - c.ema):

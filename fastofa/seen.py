@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_png
 
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, counted
 from fastofa.files import write_atomic
 from fastofa.images import read_image
 from fastofa.pipelines import Pipeline
@@ -65,7 +65,8 @@ def compare_seen(cache: Path, pipeline: Pipeline, views: Views) -> Difference | 
     size, width = seen.shape[1:]
     count = min(PICTURES, len(views))
     if width != count * size:
-        raise BadInput(f"{cache / SEEN}: expected {count} square pictures side by side, it was edited; delete it")
+        pictures = counted(count, "square picture")
+        raise BadInput(f"{cache / SEEN}: expected {pictures} side by side, it was edited; delete it")
     size_before, pipeline.image_size = pipeline.image_size, size
     try:
         here = _pictures(pipeline, views)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastofa.class_names import OutputNames, match_classes
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, counted
 from fastofa.files import read_json
 from fastofa.model_config import ModelConfig, read_model_config
 from fastofa.models import (
@@ -188,12 +188,12 @@ def check_answers(teacher: str, log_probs: Tensor, view: str, samples: Sequence[
     what = f"teacher {teacher}: expected finite log-probabilities, in {view} it answers"
     if log_probs[odd[0]].isnan().any():
         raise BadInput(
-            f"{what} NaN for {samples[odd[0]]} ({len(odd)} of these {len(samples)} images); its weights are damaged "
-            "or overflow: try --precision fp32, else take another teacher"
+            f"{what} NaN for {samples[odd[0]]} ({len(odd)} of {counted(len(samples), 'image')}); its weights are "
+            "damaged or overflow: try --precision fp32, else take another teacher"
         )
     raise BadInput(
-        f"{what} minus infinity for {samples[odd[0]]} ({len(odd)} of these {len(samples)} images): it is surer than "
-        "float16 can say; lower --topk"
+        f"{what} minus infinity for {samples[odd[0]]} ({len(odd)} of {counted(len(samples), 'image')}): it is surer "
+        "than float16 can say; lower --topk"
     )
 
 
@@ -205,4 +205,4 @@ def report_accuracy(teacher: str, top1: float, num_classes: int, images: int) ->
         if top1 < chance + min(chance, 0.1)
         else ""
     )
-    notice(f"teacher {teacher}: {top1:.2%} top-1 on {images} validation images{near}")
+    notice(f"teacher {teacher}: {top1:.2%} top-1 on {counted(images, 'validation image')}{near}")

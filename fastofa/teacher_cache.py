@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastofa.config import MOST_EPOCHS
 from fastofa.dataset import Dataset
-from fastofa.errors import BadInput
+from fastofa.errors import BadInput, counted
 from fastofa.files import load_tensors, read_info, read_json, save_tensors, write_json
 from fastofa.progress import track
 from fastofa.table_checks import answers_fault, views_fault
@@ -118,7 +118,7 @@ class TeacherCache:
             BadInput: there are not so many; truncated or from another cache.
         """
         if count > self.views:
-            raise BadInput(f"{self.path}: expected {count} views, {self.finished} are finished; {AGAIN}")
+            raise BadInput(f"{self.path}: expected {counted(count, 'view')}, finished: {self.finished}; {AGAIN}")
         found = []
         for view in range(count):
             path = self.path / view_file(view)
@@ -171,9 +171,8 @@ class TeacherCache:
         """Raises BadInput unless the cache was made from this data set with this policy."""
         what = f"cache {self.path}"
         if self.num_classes != len(dataset.classes):
-            raise BadInput(
-                f"{what}: expected {len(dataset.classes)} classes, as {dataset.spec} has, got {self.num_classes}"
-            )
+            classes = counted(len(dataset.classes), "class")
+            raise BadInput(f"{what}: expected {classes}, as {dataset.spec} has, got {self.num_classes}")
         if self.classes != dataset.classes:
             pairs = zip(dataset.classes, self.classes, strict=True)
             wanted, found = next(pair for pair in pairs if pair[0] != pair[1])
@@ -182,9 +181,10 @@ class TeacherCache:
                 "run `fastofa precompute` on it into another folder"
             )
         if (self.header["dataset"][dataset.split], self.num_samples) != (dataset.fingerprint, len(dataset)):
+            then, now = counted(self.num_samples, "sample"), counted(len(dataset), "sample")
             raise BadInput(
-                f"{what}: made from {self.header['dataset']['spec']} ({self.num_samples} samples), which is not the "
-                f"data set {dataset.spec} ({len(dataset)} samples) as it is now; run `fastofa precompute` on it into "
+                f"{what}: made from {self.header['dataset']['spec']} ({then}), which is not the "
+                f"data set {dataset.spec} ({now}) as it is now; run `fastofa precompute` on it into "
                 "another folder"
             )
         mine, theirs = dataclasses.asdict(policy), dataclasses.asdict(self.policy)

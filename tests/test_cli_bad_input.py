@@ -24,13 +24,14 @@ from typing import Any, get_type_hints
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models import save_for_hf
 
 from fastofa import cli
 from fastofa.arguments import CONFIGS
 from fastofa.cli import COMMANDS
 from fastofa.config import TrainConfig
-from fastofa.errors import Failed, LostContact
+from fastofa.errors import Failed, LostContact, counted
 from fastofa.files import load_tensors, save_tensors
 from fastofa.metrics import read_metrics
 from fastofa.progress import notice
@@ -775,6 +776,38 @@ def test_weights_with_code_in_them_are_not_executed(copied, suffix):
     assert not Path("executed").exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [(1, "image", "1 image"), (0, "view", "0 views"), (2000, "class", "2,000 classes"), (1, "class", "1 class")],
+)
+def test_one_of_a_kind_is_no_plural(number, noun, text):
+    assert counted(number, noun) == text
+
+
+def test_no_message_has_a_one_beside_a_plural(tmp_path, monkeypatch):
+    """Of a data set with one image, one class, one view: whatever the commands say of it on the way to a student."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / "photos" / split / "red" / "below").mkdir(parents=True)
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "photos" / split / "red" / "below" / "1.png")
+        (tmp_path / "photos" / split / "red" / "notes.txt").write_text("")
+    model = timm.create_model("test_efficientnet", num_classes=1)
+    save_for_hf(model, "teacher", {"label_names": ["red"]}, safe_serialization=True)
+    common = "--data photos --image-size 32 --flip 0 --workers 0"
+    train = f"train {common} --student test_vit --epochs 1 --batch-size 1 --stages 4"
+    commands = [
+        "write photos photos.pack", "write photos photos.beton", f"{train} --method scratch --out run",
+        f"precompute {common} --teacher teacher --views 1 --topk 1 --out cache", f"{train} --cache cache --out run2",
+        "cache info cache", "cache verify cache", "evaluate run2 --workers 0", "export run student",
+        f"{train} --method scratch --plan --out new",
+    ]  # fmt: skip
+    said = [fastofa(argv) for argv in commands]
+    assert [one for one in said if one[0]] == []
+    words = " ".join(out + error for _, out, error in said)
+    plurals = "images|classes|views|files|samples|answers|epochs|steps|others"
+    assert re.findall(rf"(?<![\d.,])1 (?:[a-z]+ )?(?:{plurals})\b", words) == []
+
+
 # --- Unreadable pictures ----------------------------------------------------------------------------------------------
 
 
@@ -800,7 +833,7 @@ def test_an_image_whose_header_alone_is_whole(copied):
     Path("photos", "train", "flower", "007.jpg").write_bytes(Path("photos/train/flower/007.jpg").read_bytes()[:2000])
     code, _, error = fastofa(f"{PHOTO_PRECOMPUTE} --out new")
     assert code == 2
-    assert_one_line(error.splitlines()[-1] + "\n", "1 unreadable images: photos/train/flower/007.jpg...--skip-corrupt")
+    assert_one_line(error.splitlines()[-1] + "\n", "1 unreadable image: photos/train/flower/007.jpg...--skip-corrupt")
     assert "Traceback" not in error
     assert not Path("new").exists()
     assert fastofa(f"{PHOTO_PRECOMPUTE} --out new --skip-corrupt")[0] == 0  # as the line says

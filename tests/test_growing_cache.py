@@ -67,7 +67,7 @@ def test_an_unfinished_cache_serves_what_it_has(on_photos, grow, capsys):
     (cache / view_file(3)).unlink()
     config = on_photos(cache=cache, epochs=5, checkpoint_every=3, keep=9, eval_every=5)
     train(config)
-    assert f"cache {cache}: 3 of 4 views are finished; this run replays 3 to its end" in capsys.readouterr().err
+    assert f"cache {cache}: finished views: 3 of 4; this run replays 3 to its end" in capsys.readouterr().err
     assert open_run(config.out).answers == TeacherCache.open(cache).digests(3)
     (cache / view_file(3)).write_bytes(fourth)
     back(config.out, 4)

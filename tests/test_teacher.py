@@ -462,9 +462,7 @@ def test_the_view_is_named(capsys):
     log_probs = torch.zeros(3, 2)
     check_answers("t", log_probs, "view 7", ["a", "b", "c"])
     log_probs[1, 0] = math.inf
-    with pytest.raises(
-        BadInput, match=r"teacher t: .* in view 7 it answers minus infinity for b \(1 of these 3 images\)"
-    ):
+    with pytest.raises(BadInput, match=r"teacher t: .* in view 7 it answers minus infinity for b \(1 of 3 images\)"):
         check_answers("t", -log_probs, "view 7", ["a", "b", "c"])
 
 
