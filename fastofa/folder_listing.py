@@ -1,8 +1,9 @@
-"""Which files of a split's folder are images, and of which class: by names and kinds only, none is opened.
+"""Which files of a split's folder are images, and of which class: by names and kinds only.
 
     DIR/train/CLASS/*.jpg       and in folders below CLASS
 
-Links to folders and files are followed. What is not taken is counted by kind and reported, never dropped in silence.
+Links to folders and files are followed. What is not taken is counted by kind and reported, never dropped in silence;
+some of it is opened, to tell of images that have other names.
 """
 
 import errno
@@ -16,12 +17,15 @@ import numpy as np
 
 from fastofa.early import no_split
 from fastofa.errors import BadInput, counted
-from fastofa.images import SUFFIXES
+from fastofa.image_headers import kind_of
+from fastofa.images import SUFFIXES, check_still, read_file
 from fastofa.names import Names
 from fastofa.threads import in_order
 
 NAMED = 5  # how many examples an error names
 EXAMPLES = 2  # how many a remark names of each kind
+OPENED = 300  # how many files with other suffixes are looked into
+START, GIF_START = 12, 1 << 20  # bytes that say whether it is an image; and whether a GIF has one frame
 THREADS = 16  # they wait for a disk or a network more than they compute
 SPLITS = ("train", "val")
 
@@ -59,6 +63,8 @@ class Listing(NamedTuple):
 class _Left(NamedTuple):
     kind: str
     name: str
+    other_file: bool = False
+    """A file left out for nothing but its suffix."""
 
 
 class _Class(NamedTuple):
@@ -109,7 +115,7 @@ def list_images(top: Path, split: str) -> Listing:
     if left := left + [one for found in listed for one in found.left]:
         kinds = ", ".join(SUFFIXES)
         what = "1 file or folder" if len(left) == 1 else f"{len(left):,} files and folders"
-        remarks.append(f"{root}: left out {what}: {_by_kind(left)}; images end in {kinds}")
+        remarks.append(f"{root}: left out {what}: {_by_kind(left)}; images end in {kinds}{_misnamed(root, left)}")
     if nested := [name for found in listed for name in found.nested]:
         folder = nested[0].partition("/")[0]
         remarks.append(
@@ -209,7 +215,8 @@ def _list_class(root: Path, name: str, above: set[tuple[int, int]]) -> _Class:
                     entered.add(identity)
                     folders.append(path)
             elif not image:
-                left.append(_Left(os.path.splitext(entry.name)[1].lower() or "without suffix", path))
+                suffix = os.path.splitext(entry.name)[1].lower() or "without suffix"
+                left.append(_Left(suffix, path, stat.S_ISREG(status.st_mode)))
             elif stat.S_ISREG(status.st_mode):
                 found.append((path, status.st_size, None))
             else:
@@ -218,7 +225,7 @@ def _list_class(root: Path, name: str, above: set[tuple[int, int]]) -> _Class:
         raise BadInput(
             f"{root / name}: expected images ({', '.join(SUFFIXES)}), found none"
             + (f" but {_by_kind(left)}" if left else "")
-            + "; add some, or remove the folder"
+            + (_misnamed(root, left) or "; add some, or remove the folder")
         )
     found.sort()
     try:
@@ -270,12 +277,36 @@ def remedy(error: OSError) -> str:
 def _by_kind(left: list[_Left]) -> str:
     """By kind, the most frequent first, with examples."""
     kinds: dict[str, list[str]] = {}
-    for kind, name in left:
-        kinds.setdefault(kind, []).append(name)
+    for one in left:
+        kinds.setdefault(one.kind, []).append(one.name)
     return ", ".join(
         f"{len(names)} {kind} ({', '.join(sorted(names)[:EXAMPLES])}{', ...' if len(names) > EXAMPLES else ''})"
         for kind, names in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
     )
+
+
+def _misnamed(root: Path, left: list[_Left]) -> str:
+    """How many of the files with other suffixes are images nevertheless, and what to do; empty if there are none."""
+    files = [one.name for one in left if one.other_file]
+    opened = files[:: -(-len(files) // OPENED)] if files else []
+    found = [name for name in opened if _is_image(root / name)]
+    if not found:
+        return ""
+    of = "those files" if opened == files else f"{len(opened)} of those files that were opened"
+    examples = f"{', '.join(sorted(found)[:EXAMPLES])}{', ...' if len(found) > EXAMPLES else ''}"
+    what, them = ("is an image", "it") if len(found) == 1 else ("are images", "such files")
+    return f"; {len(found)} of {of} {what} by content ({examples}): rename {them} to end so"
+
+
+def _is_image(path: Path) -> bool:
+    """By its content: one that would be read if it had another name."""
+    try:
+        kind = kind_of(read_file(path, START))
+        if kind == "GIF":
+            check_still(read_file(path, GIF_START))
+    except (OSError, ValueError):
+        return False
+    return kind is not None
 
 
 def _is_utf8(name: str) -> bool:

@@ -20,6 +20,17 @@ FOREIGN = {  # what else is found under an image's name
 BRANDS = {b"avif": "an AVIF", b"avis": "an AVIF"}  # of files that begin with an ftyp box; HEIC has many
 
 
+def kind_of(start: bytes | bytearray) -> str | None:
+    """Of an image that is read, by its first 12 bytes: JPEG, PNG, WebP or GIF."""
+    if start.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if start.startswith(PNG):
+        return "PNG"
+    if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
+        return "WebP"
+    return "GIF" if start.startswith((b"GIF87a", b"GIF89a")) else None
+
+
 class Header(NamedTuple):
     kind: str
     """JPEG, PNG, WebP or GIF."""
@@ -80,15 +91,16 @@ def read_header(data: bytes | bytearray | np.ndarray) -> Header:
 
 def _header(data: bytes) -> Header:
     try:
-        if data.startswith(b"\xff\xd8\xff"):
-            return _jpeg(data)
-        if data.startswith(PNG):
-            return _png(data)
-        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-            return _webp(data)
-        if data.startswith((b"GIF87a", b"GIF89a")):
-            width, height = struct.unpack_from("<HH", data, 6)
-            return Header("GIF", height, width, False)
+        match kind_of(data):
+            case "JPEG":
+                return _jpeg(data)
+            case "PNG":
+                return _png(data)
+            case "WebP":
+                return _webp(data)
+            case "GIF":
+                width, height = struct.unpack_from("<HH", data, 6)
+                return Header("GIF", height, width, False)
     except (IndexError, struct.error):
         raise Short("truncated") from None
     if not data:

@@ -53,7 +53,7 @@ def decode(data: bytearray | np.ndarray, name: str, limits: Limits = DEFAULT, st
         header = read_header(data)
         check_pixels(header, limits)
         if header.kind == "GIF":
-            _check_still(data)
+            check_still(data)
         image, warning = with_messages(
             lambda: decode_image(
                 torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True
@@ -81,7 +81,7 @@ def read_file(path: Path, most: int = -1) -> bytearray:
         return bytearray(file.read(most))
 
 
-def _check_still(data: bytearray | np.ndarray) -> None:
+def check_still(data: bytearray | np.ndarray) -> None:
     """Raises ValueError for a GIF of several frames, of which a decoder would make one array."""
     try:
         with Image.open(io.BytesIO(bytes(data))) as image:

@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 
 import fastofa.content
 import fastofa.folder_index
+import fastofa.folder_listing
 import fastofa.image_folder
 from fastofa.dataset import Dataset, fingerprint_of, from_array, open_dataset
 from fastofa.errors import BadInput
@@ -900,10 +901,64 @@ def test_what_is_not_taken_is_counted_by_kind_and_reported_once(folder: Path, ca
             "1 .jpg_large (flower/e.jpg_large), 1 .tif (flower/a.tif), 1 .txt (flower/notes.txt), 1 hidden "
             "(flower/.c.bmp), 1 leading nowhere (flower/broken), 1 of the system or an editor (flower/x.jpg~), "
             "1 outside the class folders (loose.jpg), 1 without suffix (flower/plain); images end in .jpg, .jpeg, "
-            ".jpe, .jfif, .png, .webp\n"
+            ".jpe, .jfif, .png, .webp; 7 of those files are images by content (china/1.gif, flower/a.tif, ...): rename "
+            "such files to end so\n"
         )
     open_dataset(str(folder), "val")
     assert capsys.readouterr().err == ""
+
+
+def frames(count: int) -> bytes:
+    """A GIF."""
+    file = io.BytesIO()
+    pictures = [Image.new("RGB", (40, 30), (90 * i, 0, 0)) for i in range(count)]
+    pictures[0].save(file, "GIF", save_all=count > 1, append_images=pictures[1:])
+    return file.getvalue()
+
+
+def test_images_under_other_names_are_told_from_other_files(folder: Path, capsys) -> None:
+    """By their first bytes; and once they are renamed as the line says, they are read."""
+    flower = folder / "train" / "flower"
+    image = Image.new("RGB", (40, 30), "red")
+    for name, kind in (("IMG_0001", "JPEG"), ("x.download", "PNG"), ("y.JPG_large", "WebP"), ("tiff.x", "TIFF")):
+        image.save(flower / name, kind)
+    (flower / "z.gif").write_bytes(frames(1))
+    (flower / "moving.gif").write_bytes(frames(3))
+    for name, data in (("notes.txt", b"GIF, JPEG and PNG"), ("empty", b""), ("riff.wav", b"RIFF\0\0\0\0WAVE")):
+        (flower / name).write_bytes(data)
+    os.mkfifo(flower / "fifo")  # if it were opened, that would not end
+    (flower / "device").symlink_to("/dev/zero")
+    (flower / "closed").write_bytes(frames(1))
+    (flower / "closed").chmod(0)
+    open_dataset(str(folder))
+    said, count = capsys.readouterr().err, 4 + (os.access(flower / "closed", os.R_OK))
+    begin = f"; {count} of those files are images by content ("
+    assert begin in said
+    assert said.endswith("): rename such files to end so\n")
+    assert "moving" not in said.partition(begin)[2]
+    for name in ("IMG_0001", "x.download", "y.JPG_large", "z.gif"):
+        (flower / name).rename(flower / f"{name}.jpg")
+    data = open_dataset(str(folder))
+    assert len(data) == 24 + 4
+    assert data.read(list(data.names).index("flower/IMG_0001.jpg")).shape == (3, 30, 40)
+
+
+def test_of_many_files_under_other_names_some_are_opened(folder: Path, capsys, monkeypatch) -> None:
+    read, opened = fastofa.folder_listing.read_file, []
+    monkeypatch.setattr("fastofa.folder_listing.read_file", lambda path, most: opened.append(path) or read(path, most))
+    add(folder, *(f"flower/{i}.x" for i in range(700)))
+    open_dataset(str(folder))
+    assert len(opened) <= 300
+    assert f"; {len(opened)} of {len(opened)} of those files that were opened are images" in capsys.readouterr().err
+
+
+def test_a_class_of_images_under_other_names_is_refused_with_the_remedy(folder: Path) -> None:
+    for path in (folder / "train" / "flower").iterdir():
+        path.rename(path.with_suffix(""))
+    assert refusal(folder).endswith(
+        "found none but 12 without suffix (flower/000, flower/001, ...); 12 of those files are images by content "
+        "(flower/000, flower/001, ...): rename such files to end so"
+    )
 
 
 def test_names_may_hold_anything_that_is_utf8(folder: Path, capsys) -> None:

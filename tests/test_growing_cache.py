@@ -102,7 +102,7 @@ def test_what_is_not_what_the_run_began_with_is_refused(on_photos, grow):
     ):
         train(resumed)
     (cache / view_file(1)).unlink()
-    with pytest.raises(BadInput, match="expected 2 views, 1 of 2 are finished; run `fastofa precompute` again"):
+    with pytest.raises(BadInput, match="expected 2 views, finished: 1 of 2; run `fastofa precompute` again"):
         train(resumed)
     assert (config.out / "config.json").read_bytes() == before
     grow(2)  # as the line says
@@ -178,7 +178,7 @@ def test_evaluate_takes_the_answers_that_the_run_began_with(
     assert (found.agreement is not None) is (state == "grown")
     expected = {
         "made anew": f"no agreement with the teacher: {cache} does not hold the answers that the run began with",
-        "cut short": "no agreement with the teacher: .*expected 2 views, 1 of 2 are finished",
+        "cut short": "no agreement with the teacher: .*expected 2 views, finished: 1 of 2",
         "grown": "",
         "moved": f"no agreement with the teacher: {cache}: expected a teacher cache",
     }[state]

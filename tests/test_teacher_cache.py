@@ -400,9 +400,7 @@ def test_it_opens_at_its_finished_views(changed, missing):
     assert info(cache)["views"] == f"{missing} of 3 are finished, seed 0"
     with pytest.raises(BadInput, match=f"expected a view from 0 to {missing - 1}, got {missing}"):
         cache.targets(missing)
-    with pytest.raises(
-        BadInput, match=f"expected 3 views, finished: {missing} of 3; run `fastofa precompute` again"
-    ):
+    with pytest.raises(BadInput, match=f"expected 3 views, finished: {missing} of 3; run `fastofa precompute` again"):
         cache.digests(3)
     if missing == 2:
         cache.verify()
