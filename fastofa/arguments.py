@@ -4,9 +4,16 @@ A command's help begins with its module's docstring; `train` has its arguments i
 """
 
 import ast
+import dataclasses
+import inspect
 import math
+import re
+import shutil
+import textwrap
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -264,18 +271,53 @@ def parse(command: str, argv: list[str]) -> Any:
     Raises:
         BadInput: a value that cannot be.
     """
-    prog, description = f"fastofa {command}", _docstring(command)
+    config, prog = CONFIGS[command], f"fastofa {command}"
+    _give_help(config)
+    if {"-h", "--help"} & set(argv):
+        print(_wrapped(_docstring(command), shutil.get_terminal_size().columns), end="\n\n")
     if command == "train":
-        return tyro.cli(TrainConfig, args=argv, description=description, prog=prog, default=_recipe_defaults(argv))
-    return tyro.cli(CONFIGS[command], args=argv, description=description, prog=prog)
+        return tyro.cli(config, args=argv, description="", prog=prog, default=_recipe_defaults(argv))
+    return tyro.cli(config, args=argv, description="", prog=prog)
 
 
-def _docstring(command: str) -> str | None:
+def _docstring(command: str) -> str:
     """Of the command's module, which is not imported: that takes seconds."""
     spec = find_spec(f"fastofa.{command}")
     assert spec is not None
     assert spec.origin is not None
-    return ast.get_docstring(ast.parse(Path(spec.origin).read_text()))
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Paragraphs wrapped; an indented line is a command and what it does, which goes below it where it has no room."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if not paragraph.startswith(" "):
+            lines += textwrap.wrap(paragraph, width)
+        elif max(map(len, paragraph.splitlines())) <= width:
+            lines.append(paragraph)
+        else:
+            for line in paragraph.splitlines():
+                command, *what = re.split(" {3,}", line.strip())
+                lines.append(f"    {command}")
+                lines += textwrap.wrap(" ".join(what), width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+@cache
+def _give_help(config: type) -> None:
+    """Gives tyro the fields' docstrings as text that flows: it would keep their line breaks, and say twice of None what
+    the docstring says it means."""
+    (body,) = ast.parse(inspect.getsource(config)).body
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for field, doc in pairwise(getattr(body, "body", ())):
+        match field, doc:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                told = defaults[name] is None and "by default" in text.lower()
+                hint = (lambda default: "" if default == "None" else f"(default: {default})") if told else None
+                flowing = tyro.conf.arg(help=" ".join(text.split()), help_behavior_hint=hint)
+                config.__annotations__[name] = Annotated[config.__annotations__[name], flowing]
 
 
 def _recipe_defaults(argv: list[str]) -> TrainConfig:

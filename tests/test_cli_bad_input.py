@@ -353,6 +353,26 @@ def test_help_names_every_flag(command):
         assert re.search(rf"--{field.name.replace('_', '-')}[ ,]", out) or positional, field.name
 
 
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_the_terminal(command, width, monkeypatch):
+    """Text flows to its edge; each example has a line, and nothing else is longer than a line."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = fastofa(f"{command} --help")[1].splitlines()
+    examples = [line for line in lines if re.match(r" {4}(fastofa|torchrun|python) ", line)]
+    assert len(examples) == len(re.findall(r"^ {4}(?:fastofa|torchrun|python) ", _source(command), re.MULTILINE)) > 0
+    assert all(line.count("fastofa") <= 1 + line.count("torchrun") for line in examples)
+    assert [line for line in lines if len(line) > width and not line.startswith(("usage:", *examples))] == []
+    assert "\n\n\n" not in "\n".join(lines)
+    flowing = " ".join(" ".join(lines).replace("│", " ").replace("|", " ").split())
+    for field in dataclasses.fields(CONFIGS[command]):
+        assert not re.search(rf"--{field.name.replace('_', '-')} [^-]*[Bb]y default[^-]*default: None", flowing)
+
+
+def _source(command: str) -> str:
+    return Path(cli.__file__).with_name(f"{command}.py").read_text()
+
+
 def test_help_names_every_command():
     for argv in ("--help", "-h"):
         code, out, error = fastofa(argv)
