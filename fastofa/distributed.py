@@ -70,14 +70,19 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Those of all ranks, in a new tensor [ranks, ...]."""
+        each = [tensor.clone() for _ in range(self.size)]
+        if self.size > 1:
+            dist.all_gather(each, tensor)
+        return torch.stack(each)
+
     def average_statistics(self, model: torch.nn.Module) -> None:
         """Running statistics of batch norm become the mean over the ranks, each of which saw its own images."""
         if self.size > 1:
-            statistics = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-            for name, buffer in model.named_buffers():
-                if name in statistics and buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.size
+            for statistic in statistics(model).values():
+                dist.all_reduce(statistic)
+                statistic /= self.size
 
     def leave(self) -> None:
         """Close the connections. What holds on to them (DDP does) must be gone: PyTorch can wait for ever otherwise."""
@@ -110,6 +115,12 @@ def join(timeout_s: int) -> World:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank, local_size, timeout)
+
+
+def statistics(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The running statistics of its batch norms, by name."""
+    kept = model.state_dict().keys()
+    return {name: b for name, b in model.named_buffers() if name in kept and b.is_floating_point()}
 
 
 def was_restarted() -> bool:

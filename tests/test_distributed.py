@@ -260,6 +260,28 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, alone, pair, tm
 
 
 @pytest.mark.slow
+def test_a_stop_between_two_checkpoints_and_logs_changes_no_bit(config, tmp_path):
+    """Of a CNN, of whose batch norm each rank has statistics of its own; on one rank it goes on, too."""
+    given: dict[str, Any] = {"student": "test_resnet", "ema": 0.9, "log_every": 4}
+    undisturbed = train_on(2, config("cnn-pair", **given))
+    c = config("cnn-stopped", **given)
+    with Ranks(2, tmp_path, _train_until, c, signal.SIGTERM) as ranks:
+        assert ranks.wait() == [128 + signal.SIGTERM] * 2, ranks.said()
+    tensors, info = load_tensors(newest(c.out))
+    assert info["step"] == 9  # the vote at the eighth step is known at the ninth
+    assert any(name.startswith("ranks.ema.") for name in tensors)
+    assert not any(name.startswith("ranks.") for name in load_tensors(newest(undisturbed))[0])
+    for count in (1, 2):
+        resumed = config(f"cnn-stopped-{count}", resume=True, **given)
+        shutil.copytree(c.out, resumed.out)
+        train_on(count, resumed)
+        assert [(row["kind"], row["step"]) for row in log_of(resumed.out)] == [
+            (row["kind"], row["step"]) for row in log_of(undisturbed)
+        ]
+    same_run(resumed.out, undisturbed)
+
+
+@pytest.mark.slow
 def test_when_a_rank_is_killed_the_other_says_so_and_leaves(config, pair, tmp_path):
     """With exit code 1 and one line, long before --timeout-s; the run goes on to the same bytes."""
     c = config("killed")
@@ -366,6 +388,7 @@ def _agree(rank: int, out: Path) -> None:
     results["agreed"] = [world.agree_on(10 * rank + number) for number in range(3)]
     mine = torch.tensor([1.0 + rank, 2.0])
     results["sum"], results["mine"] = world.sum(mine).tolist(), mine.tolist()
+    results["gathered"] = world.gather(mine).tolist()
     results["ids"] = world.sum(torch.tensor([2**40 + rank])).tolist()
 
     set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
@@ -420,6 +443,7 @@ def test_a_sum_is_of_all_ranks_and_leaves_its_parts_alone(agreed):
     """Large whole numbers are exact."""
     assert [found["sum"] for found in agreed] == [[3.0, 4.0]] * 2
     assert [found["mine"] for found in agreed] == [[1.0, 2.0], [2.0, 2.0]]
+    assert [found["gathered"] for found in agreed] == [[[1.0, 2.0], [2.0, 2.0]]] * 2
     assert [found["ids"] for found in agreed] == [[2**41 + 1]] * 2
 
 
