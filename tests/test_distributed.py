@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastofa import cli, recipes
 from fastofa.config import TrainConfig
 from fastofa.dataset import open_dataset
-from fastofa.distributed import Vote, World, check_shared, contact, join
+from fastofa.distributed import Vote, World, check_shared, contact, join, statistics
 from fastofa.errors import BadInput, LostContact
 from fastofa.files import load_tensors, read_json
 from fastofa.metrics import read_metrics
@@ -120,6 +120,19 @@ def _train_until(rank: int, config: TrainConfig, signum: int) -> None:
 
     Step.__call__ = signalled  # type: ignore[method-assign]
     _train(rank, config)
+
+
+def _train_and_spoil(rank: int, config: TrainConfig) -> None:
+    """Rank 1 gets a signal, and of what is saved then one of its own running statistics is not finite."""
+    call = Step.is_finite
+
+    def spoiled(self: Step) -> bool:
+        if rank == 1 and self.steps == 9:
+            statistics(self.student).popitem()[1][0] = torch.inf
+        return call(self)
+
+    Step.is_finite = spoiled  # type: ignore[method-assign]
+    _train_until(rank, config, signal.SIGTERM)
 
 
 def wait_for_step(run: Path, step: int, alive: Callable[[], bool]) -> None:
@@ -279,6 +292,15 @@ def test_a_stop_between_two_checkpoints_and_logs_changes_no_bit(config, tmp_path
             (row["kind"], row["step"]) for row in log_of(undisturbed)
         ]
     same_run(resumed.out, undisturbed)
+
+
+@pytest.mark.slow
+def test_where_one_rank_is_not_finite_all_refuse_to_save(config, tmp_path):
+    c = config("spoiled", student="test_resnet", log_every=4)
+    with Ranks(2, tmp_path, _train_and_spoil, c) as ranks:
+        assert ranks.wait() == [2, 2], ranks.said()
+    for said in ranks.said():
+        assert "the weights are no longer finite between steps 8 and 9" in said.splitlines()[-1], said
 
 
 @pytest.mark.slow
