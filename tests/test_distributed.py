@@ -491,6 +491,36 @@ def test_a_vote_is_known_to_all_at_the_next_step(agreed):
     assert [found["last"] for found in agreed] == [[0, 0]] * 2
 
 
+def _wait_for_rank_1(rank: int, where: str, out: Path) -> None:
+    """Which does not come."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    world = None if where == "join" else join(timeout_s=2 * PATIENCE_S)
+    (out / f"{rank}").touch()
+    if rank == 1:
+        time.sleep(2 * PATIENCE_S)
+    elif world is None:
+        join(timeout_s=2 * PATIENCE_S)
+    elif where == "vote":
+        Vote(world)
+    else:
+        with world.without_haste():
+            pass
+
+
+@pytest.mark.parametrize("where", ["join", "vote", "without haste"])
+def test_ctrl_c_ends_a_wait_for_a_rank_that_does_not_come(tmp_path, where):
+    with Ranks(2, tmp_path, _wait_for_rank_1, where, tmp_path) as ranks:
+        while not all((tmp_path / f"{rank}").exists() for rank in range(2)):
+            assert all(process.is_alive() for process in ranks.processes), ranks.said()
+            time.sleep(0.01)
+        time.sleep(0.5)  # it waits by now; if not, it is the easier case
+        first = ranks.processes[0]
+        os.kill(first.pid, signal.SIGINT)
+        first.join(PATIENCE_S)
+        assert first.exitcode in (-signal.SIGINT, 1), ranks.said()
+        assert ranks.processes[1].is_alive()
+
+
 def test_one_process_needs_nobody():
     """No connection is made."""
     world = World()
