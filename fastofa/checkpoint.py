@@ -1,6 +1,7 @@
 """A checkpoint is one safetensors file: student with exits, optimiser, EMA and position. No pickle.
 
     RUN/checkpoints/step-00001000.safetensors   student.NAME, ema.NAME, optimizer.PARAMETER.KEY; the newest few are kept
+                                                ranks.student.NAME, ranks.ema.NAME: [ranks, ...], where the ranks differ
     RUN/checkpoints/best.safetensors            student.NAME: the weights of the best evaluation, with its figures
     RUN/checkpoints/best-ema.safetensors        the same of the moving average, where there is one
 
@@ -35,11 +36,18 @@ def save_checkpoint(
     ema: nn.Module | None,
     position: dict[str, Any],
     keep: int,
+    by_rank: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write everything that the next step depends on, atomically, and leave the newest `keep`. `position` is JSON."""
+    """Write everything that the next step depends on, atomically, and leave the newest `keep`. `position` is JSON.
+
+    `by_rank` has under student.NAME or ema.NAME what each rank has, [ranks, ...]; their mean is saved, too.
+    """
     tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
     if ema is not None:
         tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
+    for name, each in (by_rank or {}).items():
+        if bool((each != each[0]).any()):
+            tensors |= {name: each.mean(0), f"ranks.{name}": each}
     scalars: dict[str, Any] = {}
     for key, value in _optimizer_state(student, optimizer):
         if isinstance(value, Tensor):
@@ -79,11 +87,17 @@ def best_until(run: Path, step: int, file: str = BEST) -> float:
 
 
 def load_newest(
-    run: Path, student: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
+    run: Path,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: nn.Module | None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> tuple[int, dict[str, Any]]:
     """Bring all of them back to the newest checkpoint that is whole; returns its step and position.
 
-    A damaged one is reported, and the one before it is used.
+    What was saved by rank goes back to each rank of as many, else all get the mean. A damaged checkpoint is reported,
+    and the one before it is used.
 
     Raises:
         BadInput: none is whole, or keys or shapes do not fit; nothing was changed then.
@@ -97,6 +111,8 @@ def load_newest(
                 raise
             notice(f"{error}; going on from the checkpoint before it")
             continue
+        each = _under("ranks.", tensors)
+        tensors |= {name: value[rank] for name, value in each.items() if value.shape[:1] == (ranks,)}
         return _restore(path, tensors, info, student, optimizer, ema)
     raise BadInput(f"{run}: expected a checkpoint, found none")
 

@@ -8,11 +8,12 @@ NCCL, those on the CPU by gloo. With one process nothing here does anything.
 
 import gc
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from threading import Thread
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class World:
         if self.size == 1:
             yield
             return
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        with _meeting():
+            group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
         yield
         dist.barrier(group)
         dist.destroy_process_group(group)
@@ -70,14 +72,19 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Those of all ranks, in a new tensor [ranks, ...]."""
+        each = [tensor.clone() for _ in range(self.size)]
+        if self.size > 1:
+            dist.all_gather(each, tensor)
+        return torch.stack(each)
+
     def average_statistics(self, model: torch.nn.Module) -> None:
         """Running statistics of batch norm become the mean over the ranks, each of which saw its own images."""
         if self.size > 1:
-            statistics = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-            for name, buffer in model.named_buffers():
-                if name in statistics and buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.size
+            for statistic in statistics(model).values():
+                dist.all_reduce(statistic)
+                statistic /= self.size
 
     def leave(self) -> None:
         """Close the connections. What holds on to them (DDP does) must be gone: PyTorch can wait for ever otherwise."""
@@ -97,7 +104,8 @@ def join(timeout_s: int) -> World:
         if size == 1:
             return World()
         local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        with _meeting():
+            store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     except (KeyError, ValueError) as error:
         raise BadInput(
             f"WORLD_SIZE is set, but not all that torchrun sets with it ({error}); start by torchrun or unset it"
@@ -108,8 +116,32 @@ def join(timeout_s: int) -> World:
     global _store
     _store = store
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    with _meeting():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank, local_size, timeout)
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Around a wait for the others' addresses, which nobody ends if they are gone: Ctrl-C ends the process at once.
+
+    Python's handler would run after the wait only.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def statistics(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The running statistics of its batch norms, by name."""
+    kept = model.state_dict().keys()
+    return {name: b for name, b in model.named_buffers() if name in kept and b.is_floating_point()}
 
 
 def was_restarted() -> bool:
@@ -155,7 +187,7 @@ def _in_store(ask: Callable[[dist.Store], Any]) -> Any:
             answers.append(ask(store))
 
     if _store is not None:
-        thread = Thread(target=work, args=(_store,), daemon=True)
+        thread = threading.Thread(target=work, args=(_store,), daemon=True)
         thread.start()
         thread.join(STORE_S)
     return answers[0] if answers else None
@@ -171,7 +203,8 @@ class Vote:
         self.world = world
         self.pending: Any = None
         if world.size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=world.timeout)
+            with _meeting():
+                self.group = dist.new_group(backend="gloo", timeout=world.timeout)
 
     def __call__(self, number: int) -> int:
         if self.world.size == 1:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from fastofa import checkpoint, plan, torchrun
 from fastofa.clock import Clock
@@ -29,7 +30,7 @@ from fastofa.config import SIZED, Order, TrainConfig
 from fastofa.curves import draw_curves
 from fastofa.dataset import Dataset, open_dataset
 from fastofa.device import choose_device, choose_workers
-from fastofa.distributed import Vote, World, check_same, check_shared, contact, join, was_restarted
+from fastofa.distributed import Vote, World, check_same, check_shared, contact, join, statistics, was_restarted
 from fastofa.early import check_vacant
 from fastofa.epochs import Epochs, check_whole
 from fastofa.errors import BadInput, counted, escaped
@@ -371,16 +372,18 @@ class Job:
         stop = self.vote(self.interrupt.signum or 0)
         if not (log or end or save or stop):
             return
-        sums = (self.world.sum(self.step.sums) / self.world.size).tolist()  # waits for the device
+        each = self.world.gather(self.step.sums)
+        sums = each.mean(0).tolist()  # waits for the device
         self.clock.stop()
         if not all(map(math.isfinite, sums)):
             self._refuse_infinity("the gradient is" if all(map(math.isfinite, sums[:-1])) else "the loss is")
         if log:
             self._log_step(epoch, [value / self.step.summed for value in sums])
             self.step.reset_sums()
-            sums = self.step.sums.tolist()
-        if save or stop or (end and self._is_evaluated(epoch)):
-            self._save(sums)
+            each.zero_()
+        scheduled = save or (end and self._is_evaluated(epoch))
+        if scheduled or stop:
+            self._save(each, scheduled)
         if stop and step < self.last_step:
             self.vote.finish()
             if self.log:
@@ -482,25 +485,36 @@ class Job:
             self.report_failed = True
         self.reported = time.monotonic()
 
-    def _save(self, sums: list[float]) -> None:
+    def _save(self, sums: Tensor, scheduled: bool) -> None:
+        """With the sums of each rank. A save that the undisturbed run does not make changes nothing in the ranks."""
         s = self.step
         ema = None if s.ema is None else s.ema.module
-        self.world.average_statistics(s.student)
-        if ema is not None:
-            self.world.average_statistics(ema)
-        if not s.is_finite():
+        by_rank: dict[str, Tensor] = {}
+        for part, model in (("student", s.student), ("ema", ema)):
+            if model is not None and scheduled:
+                self.world.average_statistics(model)
+            elif model is not None:
+                by_rank |= {f"{part}.{name}": self.world.gather(own) for name, own in statistics(model).items()}
+        if self.world.sum(torch.tensor(int(not s.is_finite()))):
             self._refuse_infinity("the weights are")
         if self.world.is_main:
-            position = {"sums": sums, "summed": s.summed}
-            checkpoint.save_checkpoint(self.run.path, s.steps, s.student, s.optimizer, ema, position, self.config.keep)
+            position: dict[str, Any] = {"sums": sums.mean(0).tolist(), "summed": s.summed}
+            if bool((sums != sums[0]).any()):
+                position["sums_by_rank"] = sums.tolist()
+            checkpoint.save_checkpoint(
+                self.run.path, s.steps, s.student, s.optimizer, ema, position, self.config.keep, by_rank
+            )
 
     def _restore(self) -> None:
         s = self.step
         ema = None if s.ema is None else s.ema.module
-        s.steps, position = checkpoint.load_newest(self.run.path, s.student, s.optimizer, ema)
+        rank, ranks = self.world.rank, self.world.size
+        s.steps, position = checkpoint.load_newest(self.run.path, s.student, s.optimizer, ema, rank, ranks)
         newest = self.world.agree_on(s.steps)
         check_shared(self.world, s.steps == newest, f"the checkpoint of step {newest}, not {s.steps}, as the newest")
-        s.sums, s.summed = torch.tensor(position["sums"], device=self.device), position["summed"]
+        each = position.get("sums_by_rank", [])
+        sums = each[rank] if len(each) == ranks else position["sums"]
+        s.sums, s.summed = torch.tensor(sums, device=self.device), position["summed"]
 
     def result(self) -> Result:
         """From the log, so that a finished run that is resumed says the same again."""

@@ -290,6 +290,31 @@ def test_damaged_files_and_pickles_are_refused(saved, other, load):
     assert_same(other.everything(), before)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_each_of_as_many_ranks_takes_its_own(tmp_path, ranks):
+    """Of what two ranks saved; any other number of them, and who evaluates or exports, takes the mean."""
+    training = Training("sgd")
+    training.steps(0, 2)
+    own = torch.arange(12.0).reshape(2, 6)
+    by_rank = {"student.1.running_mean": own, "ema.1.running_mean": 10 * own, "student.1.running_var": torch.ones(2, 6)}
+    before = training.everything()
+    save_checkpoint(tmp_path, 2, training.model, training.optimizer, training.ema_module, {}, 2, by_rank)
+    assert_same(training.everything(), before)
+    each = [name for name in load_tensors(newest(tmp_path))[0] if name.startswith("ranks.")]
+    assert sorted(each) == ["ranks.ema.1.running_mean", "ranks.student.1.running_mean"]  # the others do not differ
+    mean = torch.arange(3.0, 9.0)
+    for rank in range(ranks):
+        other = Training("sgd", seed=1)
+        load_newest(tmp_path, other.model, other.optimizer, other.ema_module, rank, ranks)
+        expected = own[rank] if ranks == 2 else mean
+        changed = {"model.1.running_mean": expected, "ema.1.running_mean": 10 * expected}
+        assert_same(other.everything(), {**before, **changed})
+    student = Cnn()
+    for weights, expected in (("raw", mean), ("ema", 10 * mean)):
+        load_student(tmp_path, student, weights)
+        assert torch.equal(student[1].running_mean, expected)
+
+
 # --- Which are kept, and which is taken -------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastofa import cli, recipes
 from fastofa.config import TrainConfig
 from fastofa.dataset import open_dataset
-from fastofa.distributed import Vote, World, check_shared, contact, join
+from fastofa.distributed import Vote, World, check_shared, contact, join, statistics
 from fastofa.errors import BadInput, LostContact
 from fastofa.files import load_tensors, read_json
 from fastofa.metrics import read_metrics
@@ -120,6 +120,19 @@ def _train_until(rank: int, config: TrainConfig, signum: int) -> None:
 
     Step.__call__ = signalled  # type: ignore[method-assign]
     _train(rank, config)
+
+
+def _train_and_spoil(rank: int, config: TrainConfig) -> None:
+    """Rank 1 gets a signal, and of what is saved then one of its own running statistics is not finite."""
+    call = Step.is_finite
+
+    def spoiled(self: Step) -> bool:
+        if rank == 1 and self.steps == 9:
+            statistics(self.student).popitem()[1][0] = torch.inf
+        return call(self)
+
+    Step.is_finite = spoiled  # type: ignore[method-assign]
+    _train_until(rank, config, signal.SIGTERM)
 
 
 def wait_for_step(run: Path, step: int, alive: Callable[[], bool]) -> None:
@@ -260,6 +273,37 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, alone, pair, tm
 
 
 @pytest.mark.slow
+def test_a_stop_between_two_checkpoints_and_logs_changes_no_bit(config, tmp_path):
+    """Of a CNN, of whose batch norm each rank has statistics of its own; on one rank it goes on, too."""
+    given: dict[str, Any] = {"student": "test_resnet", "ema": 0.9, "log_every": 4}
+    undisturbed = train_on(2, config("cnn-pair", **given))
+    c = config("cnn-stopped", **given)
+    with Ranks(2, tmp_path, _train_until, c, signal.SIGTERM) as ranks:
+        assert ranks.wait() == [128 + signal.SIGTERM] * 2, ranks.said()
+    tensors, info = load_tensors(newest(c.out))
+    assert info["step"] == 9  # the vote at the eighth step is known at the ninth
+    assert any(name.startswith("ranks.ema.") for name in tensors)
+    assert not any(name.startswith("ranks.") for name in load_tensors(newest(undisturbed))[0])
+    for count in (1, 2):
+        resumed = config(f"cnn-stopped-{count}", resume=True, **given)
+        shutil.copytree(c.out, resumed.out)
+        train_on(count, resumed)
+        assert [(row["kind"], row["step"]) for row in log_of(resumed.out)] == [
+            (row["kind"], row["step"]) for row in log_of(undisturbed)
+        ]
+    same_run(resumed.out, undisturbed)
+
+
+@pytest.mark.slow
+def test_where_one_rank_is_not_finite_all_refuse_to_save(config, tmp_path):
+    c = config("spoiled", student="test_resnet", log_every=4)
+    with Ranks(2, tmp_path, _train_and_spoil, c) as ranks:
+        assert ranks.wait() == [2, 2], ranks.said()
+    for said in ranks.said():
+        assert "the weights are no longer finite between steps 8 and 9" in said.splitlines()[-1], said
+
+
+@pytest.mark.slow
 def test_when_a_rank_is_killed_the_other_says_so_and_leaves(config, pair, tmp_path):
     """With exit code 1 and one line, long before --timeout-s; the run goes on to the same bytes."""
     c = config("killed")
@@ -366,6 +410,7 @@ def _agree(rank: int, out: Path) -> None:
     results["agreed"] = [world.agree_on(10 * rank + number) for number in range(3)]
     mine = torch.tensor([1.0 + rank, 2.0])
     results["sum"], results["mine"] = world.sum(mine).tolist(), mine.tolist()
+    results["gathered"] = world.gather(mine).tolist()
     results["ids"] = world.sum(torch.tensor([2**40 + rank])).tolist()
 
     set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
@@ -420,6 +465,7 @@ def test_a_sum_is_of_all_ranks_and_leaves_its_parts_alone(agreed):
     """Large whole numbers are exact."""
     assert [found["sum"] for found in agreed] == [[3.0, 4.0]] * 2
     assert [found["mine"] for found in agreed] == [[1.0, 2.0], [2.0, 2.0]]
+    assert [found["gathered"] for found in agreed] == [[[1.0, 2.0], [2.0, 2.0]]] * 2
     assert [found["ids"] for found in agreed] == [[2**41 + 1]] * 2
 
 
@@ -443,6 +489,36 @@ def test_a_vote_is_known_to_all_at_the_next_step(agreed):
     """The largest number; whoever gave it. `finish` brings in the last one, once."""
     assert [found["votes"] for found in agreed] == [[0, 0, 2, 15, 0]] * 2
     assert [found["last"] for found in agreed] == [[0, 0]] * 2
+
+
+def _wait_for_rank_1(rank: int, where: str, out: Path) -> None:
+    """Which does not come."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    world = None if where == "join" else join(timeout_s=2 * PATIENCE_S)
+    (out / f"{rank}").touch()
+    if rank == 1:
+        time.sleep(2 * PATIENCE_S)
+    elif world is None:
+        join(timeout_s=2 * PATIENCE_S)
+    elif where == "vote":
+        Vote(world)
+    else:
+        with world.without_haste():
+            pass
+
+
+@pytest.mark.parametrize("where", ["join", "vote", "without haste"])
+def test_ctrl_c_ends_a_wait_for_a_rank_that_does_not_come(tmp_path, where):
+    with Ranks(2, tmp_path, _wait_for_rank_1, where, tmp_path) as ranks:
+        while not all((tmp_path / f"{rank}").exists() for rank in range(2)):
+            assert all(process.is_alive() for process in ranks.processes), ranks.said()
+            time.sleep(0.01)
+        time.sleep(0.5)  # it waits by now; if not, it is the easier case
+        first = ranks.processes[0]
+        os.kill(first.pid, signal.SIGINT)
+        first.join(PATIENCE_S)
+        assert first.exitcode in (-signal.SIGINT, 1), ranks.said()
+        assert ranks.processes[1].is_alive()
 
 
 def test_one_process_needs_nobody():
