@@ -16,11 +16,13 @@ from timm.data import auto_augment as timm
 
 from bench.record import write_record
 from bench.timing import interleaved_ms, median_ratio
-from fastofa.dataset import from_array
+from fastofa.data.dataset import from_array
 from fastofa.pipelines import open_pipeline
 from fastofa.pipelines.augment import augment
-from fastofa.rand_augment import OPS
-from fastofa.views import ViewPolicy, Views, draw_views
+from fastofa.views.draw import draw_views
+from fastofa.views.policy import ViewPolicy
+from fastofa.views.rand_augment import OPS
+from fastofa.views.table import Views
 
 BATCH, SIZE, ROUNDS = 256, 224, 9
 TEXT = "rand-m9-mstd0.5-inc1"

@@ -30,8 +30,8 @@ from bench.record import RESULTS, markdown_table, write_record
 from bench.sources import write_form
 from bench.timing import wait
 from bench.turns import wait_for_turn
-from fastofa.dataset import open_dataset
-from fastofa.device import choose_workers
+from fastofa.data.open import open_dataset
+from fastofa.system.device import choose_workers
 
 
 def measure(task: Task) -> dict[str, float]:

@@ -34,7 +34,7 @@ from bench.record import RESULTS, markdown_table, write_record
 from bench.steps import Job, TakeStep, Way, official_step, open_step, timm_step
 from bench.timing import interleaved_ms, median_ratio
 from bench.turns import is_out_of_memory, patiently, wait_for_turn
-from fastofa.step import Step
+from fastofa.training.step import Step
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from bench.record import write_record
-from fastofa.demo import demo
+from fastofa.commands.demo import demo
 
 PICTURE = Path(__file__).parent.parent / "docs" / "demo-curves.png"
 

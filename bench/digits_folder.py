@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.io import write_jpeg
 
-from fastofa.dataset import open_dataset
+from fastofa.data.open import open_dataset
 
 SIDE = 64  # pixels
 QUALITY = 95

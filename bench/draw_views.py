@@ -12,7 +12,8 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from bench.record import write_record
-from fastofa.views import ViewPolicy, draw_views
+from fastofa.views.draw import draw_views
+from fastofa.views.policy import ViewPolicy
 
 ROWS = 1_281_167
 SAMPLE = 20_000  # rows of the baseline, which is too slow for all

@@ -23,12 +23,12 @@ from bench import loader_step
 from bench.record import RESULTS, markdown_table, read_record, write_record
 from bench.steps import Job, OnlineTeacher, Way, official_step, our_step
 from bench.timing import interleaved_ms
-from fastofa import recipes
-from fastofa.config import TrainConfig
-from fastofa.device import choose_workers
-from fastofa.environment import environment
 from fastofa.pipelines import PIPELINES, open_pipeline
-from fastofa.schedule import image_size
+from fastofa.runs import recipes
+from fastofa.runs.config import TrainConfig
+from fastofa.system.device import choose_workers
+from fastofa.system.environment import environment
+from fastofa.training.schedule import image_size
 
 IMAGES = 1_281_167
 TEACHER_SIZE = 224

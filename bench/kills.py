@@ -36,8 +36,8 @@ from timm.models import save_for_hf
 from torchvision.io import write_png
 
 from bench.record import markdown_table
-from fastofa.dataset import open_dataset
-from fastofa.files import load_tensors
+from fastofa.data.open import open_dataset
+from fastofa.system.files import load_tensors
 
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 PATIENCE_S = 20.0

@@ -13,12 +13,16 @@ from bench.photographs import SIDE, SIZES, in_memory, write_folder
 from bench.sources import FORMS, write_form
 from bench.steps import Job
 from bench.timing import wait
-from fastofa.dataset import Dataset, open_dataset
-from fastofa.device import choose_workers
+from fastofa.data.dataset import Dataset
+from fastofa.data.open import open_dataset
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.pipelines.threaded import AHEAD
-from fastofa.step import Step
-from fastofa.views import ViewPolicy, Views, draw_views, epoch_order
+from fastofa.system.device import choose_workers
+from fastofa.training.step import Step
+from fastofa.views.draw import draw_views
+from fastofa.views.order import epoch_order
+from fastofa.views.policy import ViewPolicy
+from fastofa.views.table import Views
 
 DALI_QUEUE = 2  # its prefetch_queue_depth, where nothing is said
 HEIGHT, WIDTH = SIZES[0]

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from bench.loader_step import views_and_order
 from bench.sources import FORMS
-from fastofa.dataset import open_dataset
+from fastofa.data.open import open_dataset
 from fastofa.kernels import crop_resize
 from fastofa.pipelines import open_pipeline
 from fastofa.pipelines.packed import Gathered
 from fastofa.pipelines.request import Request
-from fastofa.views import batches
+from fastofa.views.order import batches
 
 BASELINE, GATHER = "PIL + DataLoader", "packed, gather only"
 

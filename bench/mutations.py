@@ -27,9 +27,9 @@ from sklearn.datasets import load_sample_images
 
 from bench.damage import damage_bytes
 from bench.record import markdown_table
-from fastofa.dataset import open_dataset
-from fastofa.errors import BadInput
-from fastofa.images import read_image
+from fastofa.data.decode import read_image
+from fastofa.data.open import open_dataset
+from fastofa.system.errors import BadInput
 
 BLOCK, VISIBLE = 16, 16.0  # pixels a side; levels of 255, on average over a block
 LISTED = 20

@@ -21,7 +21,7 @@ from bench.record import RESULTS, markdown_table, write_record
 from bench.steps import Job
 from bench.timing import interleaved_ms, median_ratio
 from bench.turns import wait_for_turn
-from fastofa.student import ALL_STAGES
+from fastofa.student.stages import ALL_STAGES
 
 STEPS = 10  # after which the weights are compared
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

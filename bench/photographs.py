@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import write_jpeg
 
-from fastofa.dataset import Dataset, from_array
+from fastofa.data.dataset import Dataset, from_array
 
 SIDE, QUALITY = 256, 90
 # Of twenty pictures (height, width): most of ImageNet's have a longer side of 500 pixels, some are larger.

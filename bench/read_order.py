@@ -21,10 +21,12 @@ import numpy as np
 
 from bench.photographs import SIDE
 from bench.record import markdown_table, write_record
-from fastofa.dataset import Dataset
-from fastofa.device import choose_workers
+from fastofa.data.dataset import Dataset
 from fastofa.pipelines import open_pipeline
-from fastofa.views import ViewPolicy, draw_views, epoch_order
+from fastofa.system.device import choose_workers
+from fastofa.views.draw import draw_views
+from fastofa.views.order import epoch_order
+from fastofa.views.policy import ViewPolicy
 
 PICTURES, READ = 61_440, 8192
 EACH = SIDE * SIDE * 3  # bytes

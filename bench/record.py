@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from fastofa.environment import environment
+from fastofa.system.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

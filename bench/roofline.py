@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import machine
 from bench.record import RESULTS, markdown_table, write_record
-from fastofa.student import ALL_STAGES, Student
+from fastofa.student.model import Student
+from fastofa.student.stages import ALL_STAGES
 
 STUDENTS = ("resnet18", "resnet50", "deit_tiny_patch16_224", "resmlp_12_224", "mobilenetv2_100")
 TEACHER_DIM = 192  # deit_tiny's

@@ -9,11 +9,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 
-from fastofa.dataset import from_array
+from fastofa.data.dataset import from_array
 from fastofa.pipelines import open_pipeline
-from fastofa.rand_augment import OPS
-from fastofa.recipes import default_policy
-from fastofa.views import Views, draw_views
+from fastofa.runs.recipes import default_policy
+from fastofa.views.draw import draw_views
+from fastofa.views.rand_augment import OPS
+from fastofa.views.table import Views
 
 RECIPE, SIZE, VIEWS, ROWS = "imagenet_vit_mlp", 112, 6, 4
 OUT = Path(__file__).parent.parent / "docs" / "views.png"

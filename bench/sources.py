@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.photographs import SIDE
-from fastofa.write import WriteConfig, write
+from fastofa.data.write import write
+from fastofa.data.write_config import WriteConfig
 
 FORMS = {"torchvision": "folder", "dali": "folder", "ffcv": "beton", "packed": "pack", "resident": "pack"}
 

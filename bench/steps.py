@@ -20,12 +20,14 @@ from timm.task import LogitDistillationTask
 from torch import Tensor
 
 from bench.timing import wait
-from fastofa import recipes
-from fastofa.config import TrainConfig
+from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch
-from fastofa.step import Step
-from fastofa.student import Student
-from fastofa.teacher_cache import DeviceTargets, Targets, answers
+from fastofa.runs import recipes
+from fastofa.runs.config import TrainConfig
+from fastofa.student.model import Student
+from fastofa.teacher.cache import answers
+from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.training.step import Step
 
 TOPK = 16
 TakeStep = Callable[[], object]

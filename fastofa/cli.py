@@ -17,9 +17,10 @@ from itertools import pairwise
 from types import FrameType
 from typing import NoReturn
 
-from fastofa import __version__, torchrun
-from fastofa.errors import BadInput, Failed, escaped
-from fastofa.interrupt import Stopped
+from fastofa import __version__
+from fastofa.system import torchrun
+from fastofa.system.errors import BadInput, Failed, escaped
+from fastofa.system.interrupt import Stopped
 
 COMMANDS = {
     "demo": "distil a small student on handwritten digits, from nothing, in a minute or two",
@@ -124,8 +125,8 @@ def _run(argv: list[str], own: bool) -> None:
                 f"{where}expected a path on this machine, got the URL {found[0]}; mount it, or copy the files"
             )
     with _interrupted_at_once() if own else nullcontext():
-        from fastofa.arguments import parse
-        from fastofa.early import check
+        from fastofa.commands.arguments import parse
+        from fastofa.commands.early import check
 
         config = parse(argv[0], argv[1:])
         check(config)

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fastofa import torchrun
-from fastofa.errors import BadInput
 from fastofa.pipelines.batch import Batch
 from fastofa.pipelines.request import Request
-from fastofa.progress import notice
-from fastofa.views import Views
+from fastofa.system import torchrun
+from fastofa.system.errors import BadInput
+from fastofa.system.progress import notice
+from fastofa.views.table import Views
 
 PIPELINES = {
     "resident": "fastofa.pipelines.resident",
@@ -61,7 +61,7 @@ def open_pipeline(
         name: "resident" (the data set in device memory), "packed" (a pack on the disk), "ffcv" (a .beton),
             "dali" (a folder), "torchvision" (anything, by worker processes), or "auto": see `choose`, whose choice is
             printed.
-        dataset: a `fastofa.dataset.Dataset`.
+        dataset: a `fastofa.data.dataset.Dataset`.
         image_size, batch_size: of the batches it makes, in pixels and samples.
         device: where the batches end up.
         workers: decoding processes of the torchvision pipeline (0: in this process), threads of the others.

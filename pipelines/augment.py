@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastofa.kernels import augment as kernels
-from fastofa.rand_augment import OPS
-from fastofa.views import Views, pixel_boxes
+from fastofa.views.rand_augment import OPS
+from fastofa.views.table import Views, pixel_boxes
 
 IN_CACHE = 100_000  # pixels
 # glibc gives large blocks back to the system when they are freed, and then the system has to clear new ones for every

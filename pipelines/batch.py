@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastofa.pipelines.augment import shares
-from fastofa.views import Views
+from fastofa.views.table import Views
 
 
 class Batch(NamedTuple):

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastofa.errors import BadInput
-from fastofa.images import crop_resize_one
+from fastofa.data.decode import crop_resize_one
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.pipelines.request import Request
-from fastofa.progress import notice
-from fastofa.views import Views, batches
+from fastofa.system.errors import BadInput
+from fastofa.system.progress import notice
+from fastofa.views.order import batches
+from fastofa.views.table import Views
 
 try:
     from nvidia.dali import fn, pipeline_def, types

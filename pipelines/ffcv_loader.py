@@ -9,10 +9,10 @@ leaks a thread.
 import numpy as np
 from torch import Tensor
 
-from fastofa.errors import BadInput
-from fastofa.files import map_file
 from fastofa.pipelines.request import Request
 from fastofa.pipelines.threaded import Threaded
+from fastofa.system.errors import BadInput
+from fastofa.system.files import map_file
 
 
 class Pipeline(Threaded):

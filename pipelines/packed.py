@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastofa.errors import BadInput
 from fastofa.kernels import crop_resize
 from fastofa.pipelines.request import Request
 from fastofa.pipelines.threaded import Threaded
-from fastofa.views import Views
+from fastofa.system.errors import BadInput
+from fastofa.views.table import Views
 
 
 class Cropped(Threaded):

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fastofa.beton import PAGE
-from fastofa.progress import notice
-from fastofa.views import WINDOW, Views
+from fastofa.data.beton import PAGE
+from fastofa.system.progress import notice
+from fastofa.views.order import WINDOW
+from fastofa.views.table import Views
 
 BATCHES = 4  # that are asked for ahead of the one which begins
 PROBED = 256  # pictures of an epoch; if all are in memory, nothing is asked for: that takes 3 us a picture
@@ -28,7 +29,7 @@ def read_ahead(
     Each picture is asked for once; or where the order goes through the file page by page, each page.
 
     Args:
-        dataset: a `fastofa.dataset.Dataset`; unless its pictures lie in one file, nothing is asked for.
+        dataset: a `fastofa.data.dataset.Dataset`; unless its pictures lie in one file, nothing is asked for.
         views, order, batch_size: as a pipeline has them, the order from where it starts.
         stop: ends it soon, where the disk is slow and much is to be asked for.
     """

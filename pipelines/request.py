@@ -12,7 +12,7 @@ class Request:
     """The arguments of `fastofa.pipelines.open_pipeline`, checked."""
 
     dataset: Any
-    """A `fastofa.dataset.Dataset`."""
+    """A `fastofa.data.dataset.Dataset`."""
     image_size: int
     """Side of the pictures in pixels, to begin with."""
     batch_size: int

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastofa.errors import BadInput
-from fastofa.images import crop_resize_one
+from fastofa.data.decode import crop_resize_one
 from fastofa.kernels import crop_resize
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.pipelines.request import Request
-from fastofa.progress import notice
-from fastofa.views import Views, batches
+from fastofa.system.errors import BadInput
+from fastofa.system.progress import notice
+from fastofa.views.order import batches
+from fastofa.views.table import Views
 
 
 class Pipeline:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastofa.images import crop_resize_one
-from fastofa.interrupt import PATIENCE_S, waiting
+from fastofa.data.decode import crop_resize_one
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.pipelines.read_ahead import read_ahead
 from fastofa.pipelines.request import Request
-from fastofa.views import Views, batches
+from fastofa.system.interrupt import PATIENCE_S, waiting
+from fastofa.views.order import batches
+from fastofa.views.table import Views
 
 AHEAD = 2  # batches that are made while another is used
 QUEUED = 4  # batches that wait for a GPU; of steps that are one launch each, a CPU queues a thousand, all in memory

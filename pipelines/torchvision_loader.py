@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastofa.images import crop_resize_one
+from fastofa.data.decode import crop_resize_one
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.pipelines.request import Request
 from fastofa.pipelines.workers import Fill, filled
-from fastofa.views import Views, batches
+from fastofa.views.order import batches
+from fastofa.views.table import Views
 
 
 class Pipeline:

@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
-from fastofa.errors import BadInput, Failed
-from fastofa.interrupt import waiting
+from fastofa.system.errors import BadInput, Failed
+from fastofa.system.interrupt import waiting
 
 AHEAD = 2  # batches that a worker has before it when it ends one
 NORESERVE = 0x4000 if sys.platform == "linux" else 0  # in Python's mmap since 3.13

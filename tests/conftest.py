@@ -23,10 +23,11 @@ if not torch.cuda.is_available():
 
 from torchvision.transforms.v2.functional import _geometry
 
-from fastofa import recipes
-from fastofa.config import TrainConfig
-from fastofa.dataset import Dataset, open_dataset
-from fastofa.teacher_cache import TeacherCache
+from fastofa.data.dataset import Dataset
+from fastofa.data.open import open_dataset
+from fastofa.runs import recipes
+from fastofa.runs.config import TrainConfig
+from fastofa.teacher.cache import TeacherCache
 from runs import float64, make_cache
 
 # The same examples everywhere, and on a machine that is slow or busy, too.
@@ -95,7 +96,7 @@ def photo_cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Teach
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is half of a short run's time."""
-    monkeypatch.setattr("fastofa.train.Job._report", lambda _: None)
+    monkeypatch.setattr("fastofa.training.loop.Job._report", lambda _: None)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastofa.errors import BadInput
+from fastofa.system.errors import BadInput
 
 VALUES = [
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 0.5, -1.5, 1e-300, 1e308, float("nan"), float("inf")),

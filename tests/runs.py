@@ -12,11 +12,12 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from fastofa.checkpoint import BEST, FOLDER, checkpoints
-from fastofa.files import load_tensors
-from fastofa.metrics import read_metrics
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.teacher_cache import TeacherCache
+from fastofa.runs.checkpoint import BEST, FOLDER, checkpoints
+from fastofa.runs.log import read_metrics
+from fastofa.system.files import load_tensors
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
 
 SIZE = 32  # px
 TIMES = {"images_per_second", "loader_share"}

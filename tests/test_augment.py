@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastofa.kernels import augment
 from fastofa.kernels.augment import OPERATIONS
-from fastofa.rand_augment import OPS, amounts
+from fastofa.views.rand_augment import OPS, amounts
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILL = (124, 116, 104)

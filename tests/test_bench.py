@@ -29,9 +29,9 @@ from bench.loader_step import stream
 from bench.photographs import write_folder
 from bench.steps import Job, Way, official_step, open_step
 from bench.timing import interleaved_ms, median_ratio
-from fastofa import recipes
-from fastofa.dataset import open_dataset
+from fastofa.data.open import open_dataset
 from fastofa.pipelines import open_pipeline
+from fastofa.runs import recipes
 
 ROOT = Path(__file__).parent.parent
 H200 = machine.Machine(tflops=790, gb_per_second=4300, dtype="bfloat16")

@@ -7,16 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastofa import recipes
-from fastofa.dataset import open_dataset
-from fastofa.losses import Objective
+from fastofa.data.open import open_dataset
+from fastofa.methods.objective import Objective
+from fastofa.methods.targets import Targets
 from fastofa.pipelines import open_pipeline
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.student import Student
-from fastofa.teacher import open_teacher
-from fastofa.teacher_cache import DeviceTargets, Targets
-from fastofa.train import train
-from fastofa.views import epoch_order
+from fastofa.runs import recipes
+from fastofa.student.model import Student
+from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.model import open_teacher
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.loop import train
+from fastofa.views.order import epoch_order
 
 DATA, SIZE, BATCH = "digits:200", 32, 20
 CPU = torch.device("cpu")
@@ -25,7 +27,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that knows something: a few epochs on all digits."""
-    from fastofa.export import ExportConfig, export
+    from fastofa.commands.arguments import ExportConfig
+    from fastofa.training.export import export
 
     top = tmp_path_factory.mktemp("teacher")
     config = recipes.digits(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from fastofa.checkpoint import (
+from fastofa.runs.checkpoint import (
     BEST,
     BEST_EMA,
     _restore_optimizer,
@@ -25,10 +25,10 @@ from fastofa.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from fastofa.config import TrainConfig, Weights
-from fastofa.errors import BadInput
-from fastofa.files import load_tensors, save_tensors
-from fastofa.optim import create_optimizer
+from fastofa.runs.config import TrainConfig, Weights
+from fastofa.system.errors import BadInput
+from fastofa.system.files import load_tensors, save_tensors
+from fastofa.training.optim import create_optimizer
 from runs import newest
 
 OPTIMIZERS = ["sgd", "adamw", "lamb"]

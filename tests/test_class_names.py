@@ -5,8 +5,8 @@ import re
 import pytest
 from timm.data import ImageNetInfo
 
-from fastofa.class_names import OutputNames, match_classes
-from fastofa.errors import BadInput
+from fastofa.system.errors import BadInput
+from fastofa.teacher.class_names import OutputNames, match_classes
 
 CODE_POINTS = ("c1", "c10", "c2", "c3", "c4", "c5", "c6", "c7", "c8", "c9")  # fastofa's and torchvision's order
 NATURAL = tuple(f"c{i + 1}" for i in range(10))  # timm's

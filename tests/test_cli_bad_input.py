@@ -28,21 +28,28 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from fastofa import cli
-from fastofa.arguments import CONFIGS
 from fastofa.cli import COMMANDS
-from fastofa.config import TrainConfig
-from fastofa.errors import Failed, LostContact, counted
-from fastofa.files import load_tensors, save_tensors
-from fastofa.metrics import read_metrics
-from fastofa.progress import notice
-from fastofa.teacher_cache import HEADER, VAL, view_file
+from fastofa.commands.arguments import CONFIGS
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.log import read_metrics
+from fastofa.system.errors import Failed, LostContact, counted
+from fastofa.system.files import load_tensors, save_tensors
+from fastofa.system.progress import notice
+from fastofa.teacher.cache import VAL, view_file
+from fastofa.teacher.header import HEADER
 from runs import same_run
 
 CHECKPOINT = "checkpoints/step-00000006.safetensors"
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["fastofa.train", "fastofa.precompute", "torch.utils.tensorboard", "matplotlib.figure", "sklearn.datasets"]
+    [
+        "fastofa.training.loop",
+        "fastofa.teacher.precompute",
+        "torch.utils.tensorboard",
+        "matplotlib.figure",
+        "sklearn.datasets",
+    ]
 )
 
 PRECOMPUTE = "precompute --data digits:20 --teacher teacher --views 2 --topk 3 --image-size 32"
@@ -432,7 +439,7 @@ def test_another_rank_that_is_gone_is_one_line_too(monkeypatch):
     def lose(config: TrainConfig) -> None:
         raise LostContact("rank 1: lost the other ranks")
 
-    monkeypatch.setattr("fastofa.train.main", lose)
+    monkeypatch.setattr("fastofa.commands.train.main", lose)
     assert fastofa(f"{TRAIN} --out new") == (1, "", "fastofa: rank 1: lost the other ranks\n")
 
 
@@ -503,14 +510,14 @@ def test_what_the_machine_lacks_is_one_line(monkeypatch, error, code, message):
     def fail(config: TrainConfig) -> None:
         raise error
 
-    monkeypatch.setattr("fastofa.train.main", fail)
+    monkeypatch.setattr("fastofa.commands.train.main", fail)
     found, out, said = fastofa(f"{TRAIN} --out new")
     assert (found, out) == (code, "")
     assert_one_line(said.replace("fastofa: ", "fastofa: error: ") if code == 1 else said, message)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("fastofa.train.main", lambda _: {}["a fault"])
+    monkeypatch.setattr("fastofa.commands.train.main", lambda _: {}["a fault"])
     code, _, error = fastofa(f"{TRAIN} --out new")
     assert code == 1
     assert error.startswith("Traceback")
@@ -542,7 +549,7 @@ IMPORTING = """
 import os, signal, sys, types
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "fastofa.train":
+        if name == "fastofa.training.loop":
             try:
                 os.kill(os.getpid(), signal.SIGINT)
                 for _ in range(10**6): pass

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import ColorJitter
 
-from fastofa import recipes
-from fastofa.arguments import parse
-from fastofa.config import TrainConfig
-from fastofa.errors import BadInput
-from fastofa.recipes import CIFAR_MEAN, CIFAR_STD, RECIPES, default_policy, not_replayed, recipe, sized
-from fastofa.views import ViewPolicy
+from fastofa.commands.arguments import parse
+from fastofa.runs import recipes
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.recipes import CIFAR_MEAN, CIFAR_STD, RECIPES, default_policy, not_replayed, recipe, sized
+from fastofa.system.errors import BadInput
+from fastofa.views.policy import ViewPolicy
 
 NAN = math.nan
 NEEDED: dict[str, Any] = {"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits"}

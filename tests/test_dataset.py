@@ -22,16 +22,17 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
-import fastofa.content
-import fastofa.folder_index
-import fastofa.folder_listing
-import fastofa.image_folder
-from fastofa.dataset import Dataset, fingerprint_of, from_array, open_dataset
-from fastofa.errors import BadInput
-from fastofa.files import load_tensors, save_tensors
-from fastofa.image_headers import Limits
-from fastofa.images import read_image
-from fastofa.names import Names
+import fastofa.data.content
+import fastofa.data.folder
+import fastofa.data.folder_index
+import fastofa.data.folder_listing
+from fastofa.data.dataset import Dataset, fingerprint_of, from_array
+from fastofa.data.decode import read_image
+from fastofa.data.headers import Limits
+from fastofa.data.names import Names
+from fastofa.data.open import open_dataset
+from fastofa.system.errors import BadInput
+from fastofa.system.files import load_tensors, save_tensors
 
 ORIENTATION = 0x0112
 
@@ -221,13 +222,13 @@ def folder(photos: Path, tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the pictures whose header is read, as it happens."""
     names: list[str] = []
-    original = fastofa.image_folder.header_size
+    original = fastofa.data.folder.header_size
 
     def count(path: Path, limits: Limits) -> tuple[int, int] | str:
         names.append(path.name)
         return original(path, limits)
 
-    monkeypatch.setattr(fastofa.image_folder, "header_size", count)
+    monkeypatch.setattr(fastofa.data.folder, "header_size", count)
     return names
 
 
@@ -409,9 +410,9 @@ def test_what_the_fingerprint_sees_of_a_large_file(folder: Path, at: str) -> Non
 
 def test_of_many_files_a_sample_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spread over all; the index knows the others by name and length only."""
-    monkeypatch.setattr(fastofa.content, "FILES", 6)
-    assert fastofa.content.sample(24).tolist() == [0, 4, 8, 12, 16, 20]
-    assert fastofa.content.sample(6).tolist() == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(fastofa.data.content, "FILES", 6)
+    assert fastofa.data.content.sample(24).tolist() == [0, 4, 8, 12, 16, 20]
+    assert fastofa.data.content.sample(6).tolist() == [0, 1, 2, 3, 4, 5]
     first = open_dataset(str(folder))
     paths = [first.path(i) for i in range(24)]
     damage_in_place(paths[5])
@@ -553,7 +554,7 @@ def test_without_a_place_for_the_index_all_goes_on(
         def full(path: Path, *_: Any) -> None:
             raise BadInput(f"could not write {path}: No space left on device")
 
-        monkeypatch.setattr(fastofa.folder_index, "save_tensors", full)
+        monkeypatch.setattr(fastofa.data.folder_index, "save_tensors", full)
     for _ in range(2):
         opened.clear()
         data = open_dataset(str(folder))
@@ -601,7 +602,7 @@ def test_who_comes_second_waits_and_takes_the_index_of_the_first(
     whole = index_of(folder).read_bytes()
     index_of(folder).unlink()
     opened.clear()
-    flock, asked = fastofa.folder_index.fcntl.flock, []
+    flock, asked = fastofa.data.folder_index.fcntl.flock, []
 
     def held(file: int, how: int) -> None:
         asked.append(how)
@@ -610,7 +611,7 @@ def test_who_comes_second_waits_and_takes_the_index_of_the_first(
         index_of(folder).write_bytes(whole)  # it is done
         flock(file, how)
 
-    monkeypatch.setattr(fastofa.folder_index.fcntl, "flock", held)
+    monkeypatch.setattr(fastofa.data.folder_index.fcntl, "flock", held)
     assert_same(open_dataset(str(folder)), first)
     assert len(asked) == 2
     assert opened == []
@@ -622,19 +623,19 @@ def test_an_index_of_a_few_hundred_thousand_files(tmp_path: Path) -> None:
     count = 200_000
     names = [f"n{i % 500:08d}/n{i % 500:08d}_{i:08d}_{'x' * 20}.JPEG" for i in range(count)]
     rng = np.random.default_rng(0)
-    content = np.zeros((fastofa.content.FILES, fastofa.content.DIGEST), dtype=np.uint8)
-    files = fastofa.folder_index.Files(Names.of(names), rng.integers(1, 10**6, count), content)
-    known = fastofa.folder_index.Known(rng.integers(1, 5000, (count, 2)), rng.random(count) < 0.5, {})
+    content = np.zeros((fastofa.data.content.FILES, fastofa.data.content.DIGEST), dtype=np.uint8)
+    files = fastofa.data.folder_index.Files(Names.of(names), rng.integers(1, 10**6, count), content)
+    known = fastofa.data.folder_index.Known(rng.integers(1, 5000, (count, 2)), rng.random(count) < 0.5, {})
     known.skipped[7], known.sizes[7] = "empty file", 0
-    path = fastofa.folder_index.write_index([tmp_path / "train.safetensors"], files, known)
+    path = fastofa.data.folder_index.write_index([tmp_path / "train.safetensors"], files, known)
     assert path is not None
     assert struct.unpack("<Q", path.read_bytes()[:8])[0] < 2000
-    found, _ = fastofa.folder_index.read_index([path], files)
+    found, _ = fastofa.data.folder_index.read_index([path], files)
     assert (found.sizes == known.sizes).all()
     assert (found.decoded == known.decoded).all()
     assert found.skipped == known.skipped
     fewer = files._replace(names=files.names.without(np.array([3])), byte_sizes=np.delete(files.byte_sizes, 3))
-    found, _ = fastofa.folder_index.read_index([path], fewer)
+    found, _ = fastofa.data.folder_index.read_index([path], fewer)
     assert (found.sizes == np.delete(known.sizes, 3, axis=0)).all()
     assert found.skipped == {6: "empty file"}
 
@@ -944,8 +945,10 @@ def test_images_under_other_names_are_told_from_other_files(folder: Path, capsys
 
 
 def test_of_many_files_under_other_names_some_are_opened(folder: Path, capsys, monkeypatch) -> None:
-    read, opened = fastofa.folder_listing.read_file, []
-    monkeypatch.setattr("fastofa.folder_listing.read_file", lambda path, most: opened.append(path) or read(path, most))
+    read, opened = fastofa.data.folder_listing.read_file, []
+    monkeypatch.setattr(
+        "fastofa.data.folder_listing.read_file", lambda path, most: opened.append(path) or read(path, most)
+    )
     add(folder, *(f"flower/{i}.x" for i in range(700)))
     open_dataset(str(folder))
     assert len(opened) <= 300
@@ -1168,7 +1171,7 @@ def test_skip_corrupt_decodes_once(folder: Path, monkeypatch: pytest.MonkeyPatch
     cut(folder / "train" / "china" / "002.jpg")
     decoded = []
     monkeypatch.setattr(
-        "fastofa.check_images.read_image", lambda path, *_, **__: (decoded.append(path), read_image(path))[1]
+        "fastofa.data.check_images.read_image", lambda path, *_, **__: (decoded.append(path), read_image(path))[1]
     )
     first = open_dataset(str(folder), skip_corrupt=True)
     assert len(decoded) == 24

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from fastofa.device import choose_bf16, choose_compile, choose_device, choose_workers
-from fastofa.errors import BadInput
+from fastofa.system.device import choose_bf16, choose_compile, choose_device, choose_workers
+from fastofa.system.errors import BadInput
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 

@@ -23,25 +23,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastofa import cli, recipes
-from fastofa.config import TrainConfig
-from fastofa.dataset import open_dataset
-from fastofa.distributed import Vote, World, check_shared, contact, join, statistics
-from fastofa.errors import BadInput, LostContact
-from fastofa.files import load_tensors, read_json
-from fastofa.metrics import read_metrics
+from fastofa import cli
+from fastofa.data.open import open_dataset
+from fastofa.data.write import write
+from fastofa.data.write_config import WriteConfig
 from fastofa.pipelines import Batch, open_pipeline
-from fastofa.run import Run
-from fastofa.step import Step
-from fastofa.teacher_cache import TeacherCache
-from fastofa.train import train
-from fastofa.views import epoch_order
-from fastofa.write import WriteConfig, write
+from fastofa.runs import recipes
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.log import read_metrics
+from fastofa.runs.run import Run
+from fastofa.system.errors import BadInput, LostContact
+from fastofa.system.files import load_tensors, read_json
+from fastofa.teacher.cache import TeacherCache
+from fastofa.training.distributed import Vote, World, check_shared, contact, join, statistics
+from fastofa.training.loop import train
+from fastofa.training.step import Step
+from fastofa.views.order import epoch_order
 from runs import command_line, float64, log_of, make_cache, newest, same_run
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["fastofa.train", "fastofa.precompute", "torch.utils.tensorboard", "matplotlib.figure", "sklearn.datasets"]
+    [
+        "fastofa.training.loop",
+        "fastofa.teacher.precompute",
+        "torch.utils.tensorboard",
+        "matplotlib.figure",
+        "sklearn.datasets",
+    ]
 )
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 PATIENCE_S = 900  # which only a rank that hangs uses up
@@ -102,9 +110,9 @@ def _rank(place: dict[str, Any], log: Path, work: Callable[..., None], arguments
 
 
 def _train(_: int, config: TrainConfig) -> None:
-    import fastofa.train
+    import fastofa.training.loop
 
-    fastofa.train.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
+    fastofa.training.loop.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
     torch.set_default_dtype(torch.float64)  # see runs.float64
     cli.main(command_line("train", config))
 
@@ -348,11 +356,11 @@ def test_what_does_not_fit_ends_all_ranks_alike(config, tmp_path):
 
 
 def _train_with_memory(rank: int, config: TrainConfig) -> None:
-    import fastofa.dataset
-    import fastofa.train
+    import fastofa.data.dataset
+    import fastofa.training.loop
 
-    fastofa.dataset.PAGE = 4096
-    fastofa.train.memory_bytes = lambda: 10**12 if rank else 1  # type: ignore[attr-defined]
+    fastofa.data.dataset.PAGE = 4096
+    fastofa.training.loop.memory_bytes = lambda: 10**12 if rank else 1  # type: ignore[attr-defined]
     _train(rank, config)
 
 
@@ -370,9 +378,9 @@ def test_all_ranks_take_the_order_that_rank_0_finds(config, tmp_path):
 
 
 def _train_here(rank: int, configs: list[TrainConfig]) -> None:
-    import fastofa.dataset
+    import fastofa.data.dataset
 
-    fastofa.dataset.PAGE = 4096
+    fastofa.data.dataset.PAGE = 4096
     _train(rank, configs[rank])
 
 
@@ -640,7 +648,7 @@ def test_torchrun_stops_at_once_where_a_rank_refuses_its_input(config, tmp_path)
 
 def test_a_rank_whose_other_left_for_its_input_leaves_for_it_too(monkeypatch):
     """With exit code 2, which stops its torchrun, on whatever node."""
-    monkeypatch.setattr("fastofa.distributed._store", torch.distributed.HashStore())
+    monkeypatch.setattr("fastofa.training.distributed._store", torch.distributed.HashStore())
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(BadInput, match="no such data"), contact():
         raise BadInput("no such data")

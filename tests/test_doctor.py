@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastofa import doctor
-from fastofa.doctor import Finding, examine
+from fastofa.commands import doctor
+from fastofa.commands.doctor import Finding, examine
 
 PARTS = ["machine", "CUDA", "Triton", "C++ compiler", "FFCV", "DALI", "NVIDIA apex"]
 

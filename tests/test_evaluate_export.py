@@ -17,22 +17,25 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-import fastofa.evaluate
-import fastofa.export
-from fastofa import recipes
-from fastofa.checkpoint import save_best, save_checkpoint
-from fastofa.config import TrainConfig
-from fastofa.dataset import Dataset, open_dataset
-from fastofa.errors import BadInput
-from fastofa.evaluate import EvaluateConfig, evaluate
-from fastofa.export import ExportConfig, export
-from fastofa.files import write_json
-from fastofa.metrics import predict
+import fastofa.training.evaluate
+import fastofa.training.export
+from fastofa.commands.arguments import EvaluateConfig, ExportConfig
+from fastofa.data.dataset import Dataset
+from fastofa.data.open import open_dataset
 from fastofa.pipelines import open_pipeline
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.run import Run
-from fastofa.teacher import open_teacher
-from fastofa.teacher_cache import TeacherCache
+from fastofa.runs import recipes
+from fastofa.runs.checkpoint import save_best, save_checkpoint
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.run import Run
+from fastofa.system.errors import BadInput
+from fastofa.system.files import write_json
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.model import open_teacher
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.evaluate import evaluate
+from fastofa.training.export import export
+from fastofa.training.predict import predict
 from runs import newest
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.3, 0.25, 0.2)
@@ -275,7 +278,7 @@ def test_evaluate_refuses_an_edited_run(photo_run, photos):
 
 
 def test_the_evaluate_command_prints_a_table(photo_run, photos, capsys):
-    fastofa.evaluate.main(EvaluateConfig(photo_run.path, str(photos), workers=0))
+    fastofa.commands.evaluate.main(EvaluateConfig(photo_run.path, str(photos), workers=0))
     found = json.loads((photo_run.path / "evaluation.json").read_text())
     printed = capsys.readouterr().out
     for text in ("top-1", "top-5", "teacher's", "agreement", f"{found['top1']:.2%}", "100.00%"):
@@ -302,7 +305,7 @@ def exported(request, tmp_path_factory) -> tuple[Run, Path, str, str]:
     folder = tmp_path_factory.mktemp(request.param)
     run = make_run(folder / "run", **given)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastofa.export.SAMPLE", 10)  # images: seconds
+        patch.setattr("fastofa.training.export.SAMPLE", 10)  # images: seconds
         line = export(ExportConfig(run.path, folder / "out"))
     return run, folder / "out", line, name
 
@@ -421,7 +424,7 @@ def test_timms_own_transform_is_tried_on_the_runs_images(photo_run, tmp_path, ca
 
 def test_a_lost_normalisation_is_refused(photo_run, tmp_path, monkeypatch):
     """Ready tensors would not show it: labels are what the run answers, so its accuracy is 100%."""
-    own_answers, save = fastofa.export._own_answers, fastofa.export.save_for_hf
+    own_answers, save = fastofa.training.export._own_answers, fastofa.training.export.save_for_hf
 
     def right_answers(*arguments: Any) -> Any:
         sample = own_answers(*arguments)
@@ -430,9 +433,9 @@ def test_a_lost_normalisation_is_refused(photo_run, tmp_path, monkeypatch):
     def forgetful(model: nn.Module, folder: str, data_config: dict[str, Any], **given: Any) -> None:
         save(model, folder, data_config={**data_config, "mean": (5.0, 0.0, -5.0), "std": (0.01, 1, 9)}, **given)
 
-    monkeypatch.setattr(fastofa.export, "_own_answers", right_answers)
+    monkeypatch.setattr(fastofa.training.export, "_own_answers", right_answers)
     export(ExportConfig(photo_run.path, tmp_path / "right"))
-    monkeypatch.setattr(fastofa.export, "save_for_hf", forgetful)
+    monkeypatch.setattr(fastofa.training.export, "save_for_hf", forgetful)
     with pytest.raises(BadInput, match=r"through timm's own transform top-1 is \d+\.\d+% on 12 .*nothing was written"):
         export(ExportConfig(photo_run.path, tmp_path / "wrong"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["right", "run"]
@@ -449,7 +452,7 @@ def test_without_its_images_an_export_is_compared_on_tensors(photo_run, tmp_path
 
 
 def test_the_export_command_prints_the_line(photo_run, tmp_path, capsys):
-    fastofa.export.main(ExportConfig(photo_run.path, tmp_path / "out"))
+    fastofa.commands.export.main(ExportConfig(photo_run.path, tmp_path / "out"))
     first, line = capsys.readouterr().out.splitlines()
     assert first == f"{tmp_path / 'out'}: load it with"
     assert eval(line, {"timm": timm}).num_classes == 2

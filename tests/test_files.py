@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fastofa.files
-from fastofa.errors import BadInput
-from fastofa.files import (
+import fastofa.system.files
+from fastofa.system.errors import BadInput
+from fastofa.system.files import (
     is_pickle,
     load_tensors,
     map_file,
@@ -36,7 +36,7 @@ from fastofa.files import (
     write_json,
 )
 
-ROOT = Path(fastofa.files.__file__).parents[1]
+ROOT = Path(fastofa.system.files.__file__).parents[1]
 DTYPES = [
     *(torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.bool),
@@ -179,7 +179,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     write_atomic(path, b"old")
     code = (
-        "import os, signal, sys; from pathlib import Path; from fastofa.files import write_atomic\n"
+        "import os, signal, sys; from pathlib import Path; from fastofa.system.files import write_atomic\n"
         "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_atomic(Path(sys.argv[1]), b'new' * 100_000)"
     )
@@ -215,7 +215,7 @@ def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.Monk
     victim.write_text("precious")
     names = {temporary_name(tmp_path / "file.bin").name for _ in range(20)}
     assert len(names) == 20
-    monkeypatch.setattr(fastofa.files.secrets, "token_hex", lambda _: "guessed")
+    monkeypatch.setattr(fastofa.system.files.secrets, "token_hex", lambda _: "guessed")
     temporary_name(tmp_path / "file.bin").symlink_to(victim)
     with pytest.raises(BadInput, match="File exists"):
         write_atomic(tmp_path / "file.bin", b"new")
@@ -359,7 +359,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
 def test_equal_contents_give_equal_bytes_in_any_process(tmp_path: Path) -> None:
     """Two processes with other hash seeds and the opposite order of names write the same file."""
     code = (
-        "import sys, torch; from pathlib import Path; from fastofa.files import save_tensors\n"
+        "import sys, torch; from pathlib import Path; from fastofa.system.files import save_tensors\n"
         "step = int(sys.argv[2]); names = [f'tensor{i}' for i in range(20)][::step]\n"
         "tensors = {n: torch.full((3,), int(n[6:])) for n in names}\n"
         "save_tensors(Path(sys.argv[1]), tensors, {n: {'b': 1, 'a': n} for n in names})"

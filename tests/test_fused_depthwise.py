@@ -8,8 +8,8 @@ import torch
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from torch import Tensor, nn
 
-from fastofa.exits import ConvExit
-from fastofa.fused_depthwise import DepthwiseConv2d, FoldedBatchNorm2d, use_depthwise_kernel
+from fastofa.student.exits import ConvExit
+from fastofa.student.fused_depthwise import DepthwiseConv2d, FoldedBatchNorm2d, use_depthwise_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -9,9 +9,9 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from fastofa.exits import ConvExit
-from fastofa.fused_depthwise import FoldedBatchNorm2d, use_depthwise_kernel
-from fastofa.fused_norms import NormAct2d, NormActPool2d, StridedConv2d, use_norm_kernels, use_stem_kernels
+from fastofa.student.exits import ConvExit
+from fastofa.student.fused_depthwise import FoldedBatchNorm2d, use_depthwise_kernel
+from fastofa.student.fused_norms import NormAct2d, NormActPool2d, StridedConv2d, use_norm_kernels, use_stem_kernels
 from test_fused_depthwise import DEVICE, assert_same, randomize, step
 
 # The interpreter computes what lies outside of the maps, too.

@@ -17,17 +17,21 @@ from torch import Tensor
 
 from bench.damage import damage_bytes
 from damage import complaint, damage_json, refused
-from fastofa import recipes
-from fastofa.dataset import open_dataset
-from fastofa.export import ExportConfig, export
-from fastofa.files import load_tensors, save_tensors
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.run import open_run
-from fastofa.teacher import open_teacher
-from fastofa.teacher_cache import HEADER, VAL, TeacherCache, view_file
-from fastofa.train import train
-from fastofa.write import WriteConfig, write
-from fastofa.written import verify
+from fastofa.commands.arguments import ExportConfig
+from fastofa.data.open import open_dataset
+from fastofa.data.write import write
+from fastofa.data.write_config import WriteConfig
+from fastofa.data.written import verify
+from fastofa.runs import recipes
+from fastofa.runs.run import open_run
+from fastofa.system.files import load_tensors, save_tensors
+from fastofa.teacher.cache import VAL, TeacherCache, view_file
+from fastofa.teacher.header import HEADER
+from fastofa.teacher.model import open_teacher
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.export import export
+from fastofa.training.loop import train
 
 DATA, CLASSES, SIZE = "digits:20", 10, 32
 
@@ -87,7 +91,7 @@ def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     given: dict[str, Any] = {"epochs": 2, "batch_size": 10, "eval_every": 2, "checkpoint_every": 2, "ema": 0.9}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastofa.train.Job._report", lambda _: None)
+        patch.setattr("fastofa.training.loop.Job._report", lambda _: None)
         train(recipes.digits(data=DATA, student="test_vit", method="scratch", out=folder / "run", **given))
     export(ExportConfig(folder / "run", folder / "teacher"))
     teacher = str(folder / "teacher")

@@ -13,8 +13,8 @@ from sklearn.datasets import load_sample_images
 from bench.damage import damage_bytes
 from bench.mutations import FORMS, VISIBLE, difference, encoded
 from damage import complaint, refused
-from fastofa.dataset import open_dataset
-from fastofa.images import read_image
+from fastofa.data.decode import read_image
+from fastofa.data.open import open_dataset
 
 SEEDS = 40
 # Damage that makes another valid image: JPEG and WebP have no checksums, and no decoder reports it. A seed whose level

@@ -8,19 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastofa import recipes
-from fastofa.checkpoint import checkpoints
-from fastofa.config import TrainConfig
-from fastofa.dataset import open_dataset
-from fastofa.distributed import World
-from fastofa.epochs import Epochs
-from fastofa.errors import BadInput
-from fastofa.evaluate import EvaluateConfig, evaluate
-from fastofa.files import load_tensors, save_tensors
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.run import Run, open_run
-from fastofa.teacher_cache import VAL, TeacherCache, view_file
-from fastofa.train import train
+from fastofa.commands.arguments import EvaluateConfig
+from fastofa.data.open import open_dataset
+from fastofa.runs import recipes
+from fastofa.runs.checkpoint import checkpoints
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.run import Run, open_run
+from fastofa.system.errors import BadInput
+from fastofa.system.files import load_tensors, save_tensors
+from fastofa.teacher.cache import VAL, TeacherCache, view_file
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.distributed import World
+from fastofa.training.epochs import Epochs
+from fastofa.training.evaluate import evaluate
+from fastofa.training.loop import train
 from runs import newest, same_run
 
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastofa.check_images import checked_size, header_size
-from fastofa.errors import BadInput
-from fastofa.image_headers import DEFAULT, Limits
-from fastofa.images import SUFFIXES, crop_resize_one, decode, read_image
+from fastofa.data.check_images import checked_size, header_size
+from fastofa.data.decode import SUFFIXES, crop_resize_one, decode, read_image
+from fastofa.data.headers import DEFAULT, Limits
+from fastofa.system.errors import BadInput
 
 HEIGHT, WIDTH = 67, 101
 ORIENTATION = 0x0112
@@ -384,7 +384,7 @@ def test_a_claim_of_too_many_pixels(tmp_path: Path, photo: Image.Image, monkeypa
     """It is answered from the header; nothing is decoded."""
     path = tmp_path / "bomb.jpg"
     path.write_bytes(claiming(photo, kind, side))
-    monkeypatch.setattr("fastofa.images.decode_image", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("fastofa.data.decode.decode_image", lambda *_, **__: pytest.fail("decoded"))
     claim = f"it claims {side:,} x {side:,}, more than 200,000,000 pixels; --max-pixels takes larger ones"
     assert claim in refusal(path)
     assert header_size(path, DEFAULT) == checked_size(path, DEFAULT) == claim

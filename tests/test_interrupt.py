@@ -20,24 +20,27 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-import fastofa.precompute
-import fastofa.train
-from fastofa import cli, recipes
-from fastofa.files import load_tensors
-from fastofa.interrupt import Interrupt, Stopped
-from fastofa.losses import Objective
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.teacher import Teacher
-from fastofa.teacher_cache import PARTIAL, TeacherCache, view_file
-from fastofa.train import train
-from fastofa.write import WriteConfig, write
+import fastofa.teacher.precompute
+import fastofa.training.loop
+from fastofa import cli
+from fastofa.data.write import write
+from fastofa.data.write_config import WriteConfig
+from fastofa.methods.objective import Objective
+from fastofa.runs import recipes
+from fastofa.system.files import load_tensors
+from fastofa.system.interrupt import Interrupt, Stopped
+from fastofa.teacher.cache import PARTIAL, TeacherCache, view_file
+from fastofa.teacher.model import Teacher
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.loop import train
 from runs import command_line, newest, same_run
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "fastofa.train",
-        "fastofa.precompute",
+        "fastofa.training.loop",
+        "fastofa.teacher.precompute",
         "torch.utils.tensorboard",
         "matplotlib.figure",
         "sklearn.datasets",
@@ -269,7 +272,7 @@ def _stuck(reached: Path) -> None:
             if handlers != [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]:
                 reached.unlink(missing_ok=True)
 
-    fastofa.train.predict_each = predict  # type: ignore[assignment]
+    fastofa.training.loop.predict_each = predict  # type: ignore[assignment]
 
 
 @pytest.mark.slow
@@ -305,7 +308,7 @@ def _slow_start(reached: Path) -> None:
         reached.touch()
         time.sleep(600)
 
-    fastofa.train.open_dataset = open_dataset  # type: ignore[assignment]
+    fastofa.training.loop.open_dataset = open_dataset  # type: ignore[assignment]
 
 
 @pytest.mark.slow
@@ -355,7 +358,7 @@ def test_train_stopped_at_every_step(cache, run, tmp_path, monkeypatch):
         return original(self, *args)
 
     monkeypatch.setattr(Objective, "__call__", call)
-    monkeypatch.setattr(fastofa.train.Job, "_report", lambda job: None)  # to be quick
+    monkeypatch.setattr(fastofa.training.loop.Job, "_report", lambda job: None)  # to be quick
     config = train_config(cache, tmp_path / "run", pipeline="resident", resume=True)
     for step in range(1, 20):
         with pytest.raises(Stopped, match=f"saved step {step} of 20"):

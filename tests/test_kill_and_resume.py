@@ -26,21 +26,23 @@ from PIL import Image
 from timm.layers import DropPath
 from timm.models import save_for_hf
 
-import fastofa.precompute
-import fastofa.train
-from fastofa import recipes
-from fastofa.checkpoint import checkpoints
-from fastofa.config import TrainConfig
-from fastofa.dataset import open_dataset
-from fastofa.files import load_tensors
-from fastofa.metrics import FILE as METRICS
-from fastofa.metrics import read_metrics
+import fastofa.teacher.precompute
+import fastofa.training.loop
+from fastofa.data.open import open_dataset
 from fastofa.pipelines import Batch, workers
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.run import open_run
-from fastofa.step import Step
-from fastofa.teacher_cache import HEADER, PARTIAL
-from fastofa.train import train
+from fastofa.runs import recipes
+from fastofa.runs.checkpoint import checkpoints
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.log import FILE as METRICS
+from fastofa.runs.log import read_metrics
+from fastofa.runs.run import open_run
+from fastofa.system.files import load_tensors
+from fastofa.teacher.cache import PARTIAL
+from fastofa.teacher.header import HEADER
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.loop import train
+from fastofa.training.step import Step
 from runs import children, newest, same_run
 
 pytestmark = pytest.mark.slow
@@ -51,7 +53,13 @@ FAR = 10**9
 # A forked server that has everything imported makes a new process a matter of milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["fastofa.train", "fastofa.precompute", "torch.utils.tensorboard", "matplotlib.figure", "sklearn.datasets"]
+    [
+        "fastofa.training.loop",
+        "fastofa.teacher.precompute",
+        "torch.utils.tensorboard",
+        "matplotlib.figure",
+        "sklearn.datasets",
+    ]
 )
 
 
@@ -105,8 +113,8 @@ def _work(command: Callable[[Any], Any], config: Any, log: Path, ready: Connecti
     os.dup2(file, 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do in a process of its own
-    fastofa.precompute.SAVE_EVERY_S = 0  # an unfinished view is saved at every batch
-    fastofa.train.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
+    fastofa.teacher.precompute.SAVE_EVERY_S = 0  # an unfinished view is saved at every batch
+    fastofa.training.loop.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
     _die_at(die_at)
     ready.send(time.process_time())
     command(config)

@@ -175,7 +175,7 @@ def test_the_links_lead_where_the_wheel_puts_the_folders():
         assert link.resolve() == ROOT / name
 
 
-@pytest.mark.parametrize("module", ["fastofa", "fastofa.cli", "fastofa.arguments"])
+@pytest.mark.parametrize("module", ["fastofa", "fastofa.cli", "fastofa.commands.arguments"])
 def test_importing_it_does_not_import_torch(module):
     """`fastofa --help` is immediate."""
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"

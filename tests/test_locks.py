@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from fastofa.errors import BadInput
-from fastofa.files import filling, new_folder
-from fastofa.locks import writing
+from fastofa.system.errors import BadInput
+from fastofa.system.files import filling, new_folder
+from fastofa.system.locks import writing
 
 HOLD = (
-    "import sys; from pathlib import Path; from fastofa.locks import writing\n"
+    "import sys; from pathlib import Path; from fastofa.system.locks import writing\n"
     "with writing(Path(sys.argv[1]), inside=True):\n    print('held', flush=True); input()"
 )
 

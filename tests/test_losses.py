@@ -11,11 +11,12 @@ from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
-from fastofa.config import TrainConfig
 from fastofa.kernels import distillation_loss
 from fastofa.kernels.reference import heavier, mixed_labels
-from fastofa.losses import PARTS, Objective
-from fastofa.teacher_cache import Targets, answers
+from fastofa.methods.objective import PARTS, Objective
+from fastofa.methods.targets import Targets
+from fastofa.runs.config import TrainConfig
+from fastofa.teacher.cache import answers
 
 B, C, K = 6, 9, 4
 

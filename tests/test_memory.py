@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastofa import memory
+from fastofa.system import memory
 
 MACHINE = 1024 * int(re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastofa import metrics
-from fastofa.errors import BadInput
-from fastofa.metrics import MetricsLog, _longest_rise, damaged_lines, read_metrics
-from fastofa.train import train
+from fastofa.runs import log as metrics
+from fastofa.runs.log import MetricsLog, _longest_rise, damaged_lines, read_metrics
+from fastofa.system.errors import BadInput
+from fastofa.training.loop import train
 
 
 class Wandb:
@@ -200,7 +200,7 @@ def test_a_run_that_fails_finishes_its_page(on_photos, wandb, monkeypatch):
     def fail(*_: Any) -> None:
         raise BadInput("so it goes")
 
-    monkeypatch.setattr("fastofa.train.Job._log_epoch", fail)
+    monkeypatch.setattr("fastofa.training.loop.Job._log_epoch", fail)
     with pytest.raises(BadInput, match="so it goes"):
         train(on_photos(wandb="mine"))
     assert wandb.finished == 1

@@ -8,9 +8,9 @@ import pytest
 import timm
 from timm.models import save_for_hf
 
-from fastofa.errors import BadInput
-from fastofa.model_config import read_model_config
-from fastofa.models import open_model_folder
+from fastofa.models.model_config import read_model_config
+from fastofa.models.timm_models import open_model_folder
+from fastofa.system.errors import BadInput
 
 NAME = "test_vit"  # of fixed size, with many arguments
 ARGUMENTS = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "class_token": False, "global_pool": "avg"}

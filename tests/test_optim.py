@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastofa import optim
-from fastofa.config import TrainConfig
-from fastofa.errors import BadInput
-from fastofa.optim import create_optimizer, set_learning_rate
-from fastofa.student import Student
+from fastofa.runs.config import TrainConfig
+from fastofa.student.model import Student
+from fastofa.system.errors import BadInput
+from fastofa.training import optim
+from fastofa.training.optim import create_optimizer, set_learning_rate
 
 
 def config(**given) -> TrainConfig:

@@ -20,28 +20,24 @@ from timm.data import auto_augment as timm
 from torch import Tensor
 
 from fastofa import pipelines
-from fastofa.dataset import Dataset, from_array, open_dataset
-from fastofa.errors import BadInput, Failed
-from fastofa.interrupt import Interrupt, Stopped
+from fastofa.data.dataset import Dataset, from_array
+from fastofa.data.open import open_dataset
+from fastofa.data.write import write
+from fastofa.data.write_config import WriteConfig
 from fastofa.kernels import crop_resize
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.pipelines.augment import augment, shares, with_partners
 from fastofa.pipelines.packed import Cropped, Gathered
 from fastofa.pipelines.request import Request
 from fastofa.pipelines.resident import check_memory
-from fastofa.rand_augment import OPS
-from fastofa.train import train
-from fastofa.views import (
-    ViewPolicy,
-    Views,
-    batches,
-    center_views,
-    draw_views,
-    epoch_order,
-    join_views,
-    pixel_boxes,
-)
-from fastofa.write import WriteConfig, write
+from fastofa.system.errors import BadInput, Failed
+from fastofa.system.interrupt import Interrupt, Stopped
+from fastofa.training.loop import train
+from fastofa.views.draw import draw_views
+from fastofa.views.order import batches, epoch_order
+from fastofa.views.policy import ViewPolicy
+from fastofa.views.rand_augment import OPS
+from fastofa.views.table import Views, center_views, join_views, pixel_boxes
 from runs import children
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from fastofa import progress
-from fastofa.progress import progress_bar, track
+from fastofa.system import progress
+from fastofa.system.progress import progress_bar, track
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.stats import chisquare, ks_2samp
 from timm.data import auto_augment as timm
 
-from fastofa.errors import BadInput
-from fastofa.rand_augment import COLUMNS, OPS, RandAugment, amounts, choose, parse
+from fastofa.system.errors import BadInput
+from fastofa.views.rand_augment import COLUMNS, OPS, RandAugment, amounts, choose, parse
 
 # timm's names, in the order of `OPS` without "none".
 PLAIN = timm._RAND_TRANSFORMS

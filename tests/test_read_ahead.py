@@ -9,12 +9,17 @@ from threading import Event
 import numpy as np
 import pytest
 
-from fastofa.dataset import Dataset, open_dataset
+from fastofa.data.dataset import Dataset
+from fastofa.data.open import open_dataset
+from fastofa.data.write import write
+from fastofa.data.write_config import WriteConfig
 from fastofa.pipelines import open_pipeline
 from fastofa.pipelines import read_ahead as module
 from fastofa.pipelines.read_ahead import BATCHES, CALL, plan, read_ahead
-from fastofa.views import WINDOW, ViewPolicy, Views, draw_views, epoch_order, join_views
-from fastofa.write import WriteConfig, write
+from fastofa.views.draw import draw_views
+from fastofa.views.order import WINDOW, epoch_order
+from fastofa.views.policy import ViewPolicy
+from fastofa.views.table import Views, join_views
 
 EACH = 200_000  # bytes of a picture: 41 or 42 in a page, some of them across two
 PAGE = 8 << 20

@@ -22,13 +22,13 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from timm.optim import Lamb
 
-from fastofa import recipes
-from fastofa.confusion import confusion, pairs, worst_classes, worst_pairs
-from fastofa.curves import POINTS, draw_comparison, draw_curves, draw_svg, plot_loss, plot_steps
-from fastofa.errors import BadInput
-from fastofa.files import save_tensors, write_json
-from fastofa.report import LONGEST_TABLE, write_report
-from fastofa.run import Run
+from fastofa.reports.confusion import confusion, pairs, worst_classes, worst_pairs
+from fastofa.reports.curves import POINTS, draw_comparison, draw_curves, draw_svg, plot_loss, plot_steps
+from fastofa.reports.page import LONGEST_TABLE, write_report
+from fastofa.runs import recipes
+from fastofa.runs.run import Run
+from fastofa.system.errors import BadInput
+from fastofa.system.files import save_tensors, write_json
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = (

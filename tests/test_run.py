@@ -18,19 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastofa
-import fastofa.train
-from fastofa.checkpoint import BEST, BEST_EMA, FOLDER, best_until, checkpoints
-from fastofa.config import Weights
-from fastofa.errors import BadInput
-from fastofa.evaluate import EvaluateConfig, evaluate
-from fastofa.files import load_tensors
-from fastofa.interrupt import Stopped
-from fastofa.losses import Objective
-from fastofa.metrics import read_metrics
-from fastofa.run import open_run
-from fastofa.step import Step
-from fastofa.student import Student
-from fastofa.train import train
+import fastofa.training.loop
+from fastofa.commands.arguments import EvaluateConfig
+from fastofa.methods.objective import Objective
+from fastofa.runs.checkpoint import BEST, BEST_EMA, FOLDER, best_until, checkpoints
+from fastofa.runs.config import Weights
+from fastofa.runs.log import read_metrics
+from fastofa.runs.run import open_run
+from fastofa.student.model import Student
+from fastofa.system.errors import BadInput
+from fastofa.system.files import load_tensors
+from fastofa.system.interrupt import Stopped
+from fastofa.training.evaluate import evaluate
+from fastofa.training.loop import train
+from fastofa.training.step import Step
 from runs import newest, same_run
 
 
@@ -85,7 +86,7 @@ def test_the_best_evaluations_weights_are_kept(on_photos, monkeypatch):
         first = [np.where(np.arange(len(right)) < count, right, 1 - right) for count in found]
         return [np.stack([best, 1 - best], axis=1) for best in first]
 
-    monkeypatch.setattr(fastofa.train, "predict_each", predict_each)
+    monkeypatch.setattr(fastofa.training.loop, "predict_each", predict_each)
     config = on_photos(epochs=4, ema=0.5)
     train(config)
     epochs = rows(config.out, "epoch")
@@ -152,18 +153,18 @@ def test_a_run_that_ended_between_saving_and_evaluating_evaluates_then(on_photos
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fastofa.train, "predict_each", fail)
+        patch.setattr(fastofa.training.loop, "predict_each", fail)
         for resume in (False, True):
             with pytest.raises(RuntimeError, match="out of memory"):
                 train(dataclasses.replace(config, resume=resume))
             assert newest(config.out).name == "step-00000003.safetensors"
             assert not (config.out / FOLDER / BEST).exists()
-    original = fastofa.train.save_predictions
+    original = fastofa.training.loop.save_predictions
     calls = iter([original, fail])
-    monkeypatch.setattr(fastofa.train, "save_predictions", lambda *arguments: next(calls)(*arguments))
+    monkeypatch.setattr(fastofa.training.loop, "save_predictions", lambda *arguments: next(calls)(*arguments))
     with pytest.raises(RuntimeError, match="out of memory"):  # in the last one
         train(dataclasses.replace(config, resume=True))
-    monkeypatch.setattr(fastofa.train, "save_predictions", original)
+    monkeypatch.setattr(fastofa.training.loop, "save_predictions", original)
     train(dataclasses.replace(config, resume=True))
     same_run(config.out, straight.out)
     answers = [load_tensors(c.out / "val_predictions.safetensors")[0]["best"] for c in (config, straight)]
@@ -183,7 +184,7 @@ def test_a_signal_at_an_epochs_end_does_not_wait_for_the_evaluation(on_photos, m
 
     with monkeypatch.context() as patch:
         patch.setattr(Step, "__call__", step)
-        patch.setattr(fastofa.train, "predict_each", lambda *_, **__: pytest.fail("evaluated"))
+        patch.setattr(fastofa.training.loop, "predict_each", lambda *_, **__: pytest.fail("evaluated"))
         with pytest.raises(Stopped, match="saved step 3 of 6"):
             train(config)
     train(dataclasses.replace(config, resume=True))
@@ -192,8 +193,8 @@ def test_a_signal_at_an_epochs_end_does_not_wait_for_the_evaluation(on_photos, m
 
 def test_a_report_that_fails_does_not_end_the_run(on_photos, monkeypatch, capsys):
     monkeypatch.undo()  # on_photos draws no report
-    monkeypatch.setattr(fastofa.train, "draw_curves", lambda _: 1 / 0)
-    monkeypatch.setattr(fastofa.train, "REPORT_EVERY_S", 0)
+    monkeypatch.setattr(fastofa.training.loop, "draw_curves", lambda _: 1 / 0)
+    monkeypatch.setattr(fastofa.training.loop, "REPORT_EVERY_S", 0)
     config = on_photos()
     train(config)
     assert len(rows(config.out, "epoch")) == 2

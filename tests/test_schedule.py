@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from fastofa import recipes
-from fastofa.config import TrainConfig
-from fastofa.recipes import RECIPES, sized
-from fastofa.schedule import cautions, image_size, learning_rate
+from fastofa.runs import recipes
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.recipes import RECIPES, sized
+from fastofa.training.schedule import cautions, image_size, learning_rate
 
 
 def config(**given: Any) -> TrainConfig:

@@ -10,15 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from fastofa.dataset import open_dataset
-from fastofa.errors import BadInput
+from fastofa.data.open import open_dataset
+from fastofa.data.write import write
+from fastofa.data.write_config import WriteConfig
 from fastofa.pipelines import open_pipeline
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.run import LAUNCHES
-from fastofa.seen import SEEN, compare_seen, save_seen
-from fastofa.train import train
-from fastofa.views import ViewPolicy, draw_views
-from fastofa.write import WriteConfig, write
+from fastofa.runs.run import LAUNCHES
+from fastofa.system.errors import BadInput
+from fastofa.teacher.pixels import SEEN, compare_seen, save_seen
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.loop import train
+from fastofa.views.draw import draw_views
+from fastofa.views.policy import ViewPolicy
 from runs import SIZE, make_cache
 
 MIXES = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)

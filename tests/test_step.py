@@ -13,19 +13,25 @@ import torch
 from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastofa import kernels, losses, step, student, teacher_cache
-from fastofa.config import TrainConfig
-from fastofa.dataset import Dataset
-from fastofa.distributed import World
-from fastofa.errors import BadInput
-from fastofa.fused_depthwise import DepthwiseConv2d
+from fastofa import kernels
+from fastofa.data.dataset import Dataset
 from fastofa.kernels import reference
+from fastofa.methods import objective as losses
 from fastofa.pipelines import Batch, open_pipeline
-from fastofa.recipes import RECIPES
-from fastofa.step import SUMS, Step
-from fastofa.student import Student
-from fastofa.teacher_cache import DeviceTargets, answers
-from fastofa.views import center_views, epoch_order
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.recipes import RECIPES
+from fastofa.student import model as student
+from fastofa.student.fused_depthwise import DepthwiseConv2d
+from fastofa.student.model import Student
+from fastofa.system.errors import BadInput
+from fastofa.teacher import cache as teacher_cache
+from fastofa.teacher.cache import answers
+from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.training import step
+from fastofa.training.distributed import World
+from fastofa.training.step import SUMS, Step
+from fastofa.views.order import epoch_order
+from fastofa.views.table import center_views
 
 CPU, SIZE, BATCH = torch.device("cpu"), 32, 20
 SCREEN = 50  # lines

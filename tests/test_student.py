@@ -14,9 +14,9 @@ from timm.models.swin_transformer import PatchMerging as TimmPatchMerging
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastofa.errors import BadInput
-from fastofa.exits import ConvExit, PatchMerging, SepConv, TokenExit
-from fastofa.student import Student
+from fastofa.student.exits import ConvExit, PatchMerging, SepConv, TokenExit
+from fastofa.student.model import Student
+from fastofa.system.errors import BadInput
 
 CLASSES = 10
 

@@ -5,12 +5,12 @@ import timm
 import torch
 from torch import nn
 
-from fastofa import student_kernels
-from fastofa.errors import BadInput
-from fastofa.exits import ConvExit
-from fastofa.fused_depthwise import DepthwiseConv2d
-from fastofa.fused_norms import NormAct2d, NormActPool2d, StridedConv2d
-from fastofa.student_kernels import use_kernels
+from fastofa.student import kernels as student_kernels
+from fastofa.student.exits import ConvExit
+from fastofa.student.fused_depthwise import DepthwiseConv2d
+from fastofa.student.fused_norms import NormAct2d, NormActPool2d, StridedConv2d
+from fastofa.student.kernels import use_kernels
+from fastofa.system.errors import BadInput
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastofa.rand_augment import OPS, limits
-from fastofa.table_checks import answers_fault, views_fault
-from fastofa.teacher_cache import answers
-from fastofa.views import ViewPolicy, draw_views
+from fastofa.teacher.cache import answers
+from fastofa.teacher.table_checks import answers_fault, views_fault
+from fastofa.views.draw import draw_views
+from fastofa.views.policy import ViewPolicy
+from fastofa.views.rand_augment import OPS, limits
 
 N, K, C = 40, 3, 10
 EVERYTHING = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.9)

@@ -17,13 +17,15 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize
 
-from fastofa.checkpoint import save_checkpoint
-from fastofa.config import TrainConfig
-from fastofa.errors import BadInput
-from fastofa.export import ExportConfig, export
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.run import Run
-from fastofa.teacher import Teacher, check_answers, open_teacher, report_accuracy
+from fastofa.commands.arguments import ExportConfig
+from fastofa.runs.checkpoint import save_checkpoint
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.run import Run
+from fastofa.system.errors import BadInput
+from fastofa.teacher.model import Teacher, check_answers, open_teacher, report_accuracy
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.export import export
 
 NAME, CLASSES, SIZE = "test_efficientnet", 7, 40
 NAMES = tuple("abcdefg")  # of the data's classes

@@ -16,29 +16,24 @@ from PIL import Image
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from fastofa.cache import info
-from fastofa.dataset import Dataset, open_dataset
-from fastofa.errors import BadInput
-from fastofa.files import load_tensors, save_tensors
+from fastofa.commands.cache import info
+from fastofa.data.dataset import Dataset
+from fastofa.data.open import open_dataset
+from fastofa.methods.targets import Targets
 from fastofa.pipelines import open_pipeline
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.recipes import default_policy
-from fastofa.seen import SEEN
-from fastofa.teacher import Teacher, open_teacher
-from fastofa.teacher_cache import (
-    HEADER,
-    PARTIAL,
-    VAL,
-    DeviceTargets,
-    Targets,
-    TeacherCache,
-    agreement,
-    answers,
-    policy_from_json,
-    policy_to_json,
-    view_file,
-)
-from fastofa.views import ViewPolicy, Views, center_views, draw_views
+from fastofa.runs.recipes import default_policy
+from fastofa.system.errors import BadInput
+from fastofa.system.files import load_tensors, save_tensors
+from fastofa.teacher.cache import PARTIAL, VAL, TeacherCache, agreement, answers, view_file
+from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.header import HEADER, policy_from_json, policy_to_json
+from fastofa.teacher.model import Teacher, open_teacher
+from fastofa.teacher.pixels import SEEN
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.views.draw import draw_views
+from fastofa.views.policy import ViewPolicy
+from fastofa.views.table import Views, center_views
 
 CPU = torch.device("cpu")
 SIZE = 32

@@ -22,32 +22,39 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-import fastofa.plan
-import fastofa.step
-import fastofa.train
-from fastofa import recipes
-from fastofa.checkpoint import checkpoints
-from fastofa.config import TrainConfig
-from fastofa.dataset import open_dataset
-from fastofa.errors import BadInput
-from fastofa.evaluate import EvaluateConfig, evaluate
-from fastofa.files import load_tensors
-from fastofa.losses import Objective
-from fastofa.metrics import read_metrics
-from fastofa.models import VARIANTS
-from fastofa.optim import create_optimizer
+import fastofa.training.loop
+import fastofa.training.plan
+import fastofa.training.step
+from fastofa.commands.arguments import EvaluateConfig
+from fastofa.commands.train import main
+from fastofa.data.open import open_dataset
+from fastofa.data.write import write
+from fastofa.data.write_config import WriteConfig
+from fastofa.methods.objective import Objective
+from fastofa.methods.targets import Targets
+from fastofa.models.timm_models import VARIANTS
 from fastofa.pipelines import torchvision_loader
 from fastofa.pipelines.augment import shares
-from fastofa.precompute import PrecomputeConfig, precompute
-from fastofa.recipes import default_policy
-from fastofa.run import open_run
-from fastofa.schedule import learning_rate
-from fastofa.step import SUMS
-from fastofa.student import Student
-from fastofa.teacher_cache import Targets, TeacherCache
-from fastofa.train import Result, main, train
-from fastofa.views import draw_views, epoch_order, epoch_rows, join_views
-from fastofa.write import WriteConfig, write
+from fastofa.runs import recipes
+from fastofa.runs.checkpoint import checkpoints
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.log import read_metrics
+from fastofa.runs.recipes import default_policy
+from fastofa.runs.run import open_run
+from fastofa.student.model import Student
+from fastofa.system.errors import BadInput
+from fastofa.system.files import load_tensors
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.evaluate import evaluate
+from fastofa.training.loop import Result, train
+from fastofa.training.optim import create_optimizer
+from fastofa.training.schedule import learning_rate
+from fastofa.training.step import SUMS
+from fastofa.views.draw import draw_views
+from fastofa.views.order import epoch_order, epoch_rows
+from fastofa.views.table import join_views
 from runs import make_cache, newest, same_run
 
 SIZE = 32
@@ -204,7 +211,7 @@ def gradients(monkeypatch) -> list[dict[str, Tensor]]:
         )
         return optimizer
 
-    monkeypatch.setattr(fastofa.step, "create_optimizer", create)
+    monkeypatch.setattr(fastofa.training.step, "create_optimizer", create)
     return found
 
 
@@ -540,9 +547,9 @@ def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
         evaluated.append([copy.deepcopy(student.state_dict()) for student in students])
         return original(students, *arguments, **given)
 
-    original = fastofa.train.predict_each
-    monkeypatch.setattr(fastofa.step, "create_optimizer", create)
-    monkeypatch.setattr(fastofa.train, "predict_each", predict_each)
+    original = fastofa.training.loop.predict_each
+    monkeypatch.setattr(fastofa.training.step, "create_optimizer", create)
+    monkeypatch.setattr(fastofa.training.loop, "predict_each", predict_each)
     config = on_photos(ema=0.7, lr=0.01)
     train(config)
 
@@ -563,14 +570,14 @@ def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
 
 def test_without_a_moving_average_the_student_itself_is_evaluated(on_photos, monkeypatch):
     evaluated = []
-    original = fastofa.train.predict_each
+    original = fastofa.training.loop.predict_each
 
     def predict_each(students, *arguments, **given):
         (student,) = students
         evaluated.append(copy.deepcopy(student.state_dict()))
         return original(students, *arguments, **given)
 
-    monkeypatch.setattr(fastofa.train, "predict_each", predict_each)
+    monkeypatch.setattr(fastofa.training.loop, "predict_each", predict_each)
     config = on_photos()
     train(config)
     weights = saved(config.out, "student")
@@ -684,14 +691,14 @@ def test_what_cannot_work_is_refused_before_the_data_are_indexed(on_photos, tmp_
     (tmp_path / "begun/checkpoints/step-00000001.safetensors").touch()
     (tmp_path / "begun" / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(fastofa.train, "open_dataset", lambda *_: pytest.fail("opened the data"))
+    monkeypatch.setattr(fastofa.training.loop, "open_dataset", lambda *_: pytest.fail("opened the data"))
     config = on_photos(**{**given, **({"out": tmp_path / given["out"]} if "out" in given else {})})
     with pytest.raises(BadInput, match=message):
         train(config)
 
 
 def test_a_plan_says_what_it_is_timing_and_writes_nothing(on_photos, monkeypatch, capsys):
-    monkeypatch.setattr(fastofa.plan, "SECONDS", 0.01)
+    monkeypatch.setattr(fastofa.training.plan, "SECONDS", 0.01)
     config = on_photos(plan=True, ema=0.9, image_size=64, start_size=32, growth=(0.0, 1.0))
     main(config)
     said = capsys.readouterr()
@@ -845,11 +852,11 @@ def on_beton(on_photos, photos, tmp_path, monkeypatch) -> Callable[..., TrainCon
     """on_beton(name, memory, ...) -> configuration of a run on a .beton of pages of five pictures, on a machine with so
     much memory (in bytes)."""
     write(WriteConfig(str(photos), tmp_path / "x.beton", raw=True, max_size=64))
-    monkeypatch.setattr("fastofa.dataset.PAGE", 1 << 16)
-    monkeypatch.setattr("fastofa.views.WINDOW", 2)
+    monkeypatch.setattr("fastofa.data.dataset.PAGE", 1 << 16)
+    monkeypatch.setattr("fastofa.views.order.WINDOW", 2)
 
     def config(name: str, memory: int = 10**12, **given: Any) -> TrainConfig:
-        monkeypatch.setattr("fastofa.train.memory_bytes", lambda: memory)
+        monkeypatch.setattr("fastofa.training.loop.memory_bytes", lambda: memory)
         return on_photos(name, **{"data": str(tmp_path / "x.beton"), **given})
 
     return config
@@ -878,7 +885,7 @@ def test_a_resumed_run_keeps_its_order_whatever_the_memory(on_beton, monkeypatch
     train(straight)
     config = on_beton("resumed", 1 if began == "pages" else 10**12, checkpoint_every=2)
     with monkeypatch.context() as patch:  # killed as the first epoch's last step is logged
-        patch.setattr("fastofa.train.Job._log_epoch", lambda *_: 1 / 0)
+        patch.setattr("fastofa.training.loop.Job._log_epoch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     with pytest.raises(BadInput, match=f"these differ: order: {other} here, {began} there"):

@@ -11,20 +11,11 @@ from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import RandomResizedCrop
 
-from fastofa.errors import BadInput
-from fastofa.views import (
-    WINDOW,
-    ViewPolicy,
-    Views,
-    batches,
-    center_views,
-    draw_views,
-    epoch_order,
-    epoch_rows,
-    join_views,
-    pair_order,
-    pixel_boxes,
-)
+from fastofa.system.errors import BadInput
+from fastofa.views.draw import draw_views
+from fastofa.views.order import WINDOW, batches, epoch_order, epoch_rows, pair_order
+from fastofa.views.policy import ViewPolicy
+from fastofa.views.table import Views, center_views, join_views, pixel_boxes
 
 POLICY = ViewPolicy()
 CROP_ONLY = ViewPolicy(flip=0.0)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from fastofa.errors import BadInput
-from fastofa.weights import SavedWeights, read_weights
+from fastofa.models.weights import SavedWeights, read_weights
+from fastofa.system.errors import BadInput
 
 
 def network(value: float) -> nn.Sequential:

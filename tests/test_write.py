@@ -16,18 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-import fastofa.write
-from fastofa.beton import FIELD, HEADER, OURS, RECORD, SPAN, Picture, write_beton
+import fastofa.data.write
 from fastofa.cli import main
-from fastofa.dataset import open_dataset
-from fastofa.errors import BadInput
-from fastofa.files import save_tensors
-from fastofa.image_headers import Limits
-from fastofa.images import read_image, resize
-from fastofa.train import train
-from fastofa.views import epoch_order
-from fastofa.write import WriteConfig, write
-from fastofa.written import index_path, read_index, verify
+from fastofa.data.beton import FIELD, HEADER, OURS, RECORD, SPAN, Picture, write_beton
+from fastofa.data.decode import read_image, resize
+from fastofa.data.headers import Limits
+from fastofa.data.open import open_dataset
+from fastofa.data.write import write
+from fastofa.data.write_config import WriteConfig
+from fastofa.data.written import index_path, read_index, verify
+from fastofa.system.errors import BadInput
+from fastofa.system.files import save_tensors
+from fastofa.training.loop import train
+from fastofa.views.order import epoch_order
 from runs import make_cache
 
 FORMS = {
@@ -38,7 +39,7 @@ FORMS = {
     "small raw": ("photos.beton", {"raw": True, "max_size": 64}),
 }
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastofa.write", "fastofa.written", "fastofa.image_folder"])
+CONTEXT.set_forkserver_preload(["fastofa.data.write", "fastofa.data.written", "fastofa.data.folder"])
 
 
 def written(form: str, photos: Path, folder: Path) -> Path:
@@ -95,8 +96,8 @@ def test_where_pictures_lie_in_their_file(photos: Path, tmp_path: Path, form: st
 def test_by_pages_batches_of_a_beton_hold_as_many_classes_as_at_random(tmp_path: Path, monkeypatch):
     """Of ten, 32 random pictures show 10 (1 - 0.9^32) = 9.66; the eight pages of a window hold 40 pictures."""
     write(WriteConfig("digits", tmp_path / "x.beton", raw=True))
-    monkeypatch.setattr("fastofa.dataset.PAGE", 1024)
-    monkeypatch.setattr("fastofa.views.WINDOW", 8)
+    monkeypatch.setattr("fastofa.data.dataset.PAGE", 1024)
+    monkeypatch.setattr("fastofa.views.order.WINDOW", 8)
     dataset = open_dataset(str(tmp_path / "x.beton"))
     assert np.bincount(dataset.pages).max() == 6  # of 192 bytes
     order = epoch_order(len(dataset), 0, 0, pages=dataset.pages)
@@ -363,7 +364,7 @@ def test_every_image_is_checked_once_and_the_index_remembers_it(warned: Path, mo
         open_dataset(str(warned), check=True)
     assert len(open_dataset(str(warned))) == 24  # training names it when it is read
     assert len(open_dataset(str(warned), check=True, limits=Limits(allow_warnings=True))) == 24
-    monkeypatch.setattr("fastofa.check_images.read_image", lambda *_, **__: pytest.fail("decoded again"))
+    monkeypatch.setattr("fastofa.data.check_images.read_image", lambda *_, **__: pytest.fail("decoded again"))
     assert len(open_dataset(str(warned), check=True)) == 24  # what one command was told to take, the next one takes
     monkeypatch.undo()
     assert len(open_dataset(str(warned), skip_corrupt=True)) == 23
@@ -409,7 +410,7 @@ def test_a_failing_thread_ends_the_job(photos: Path, tmp_path: Path, monkeypatch
         raise MemoryError("no more")
 
     for name in ("x.pack", "x.beton"):
-        monkeypatch.setattr("fastofa.write.resize", fail)
+        monkeypatch.setattr("fastofa.data.write.resize", fail)
         with pytest.raises(MemoryError):
             write(WriteConfig(str(photos), tmp_path / name))
         assert list(tmp_path.iterdir()) == []
@@ -432,7 +433,7 @@ def _write(data: str, out: Path, options: dict[str, Any], die_at: int) -> None:
 
     os.replace = dying
     os.environ["XDG_CACHE_HOME"] = str(out.parent / "cache")
-    fastofa.write.write(WriteConfig(data, out, **options))
+    fastofa.data.write.write(WriteConfig(data, out, **options))
 
 
 def contents(path: Path) -> list[bytes]:

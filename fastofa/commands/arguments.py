@@ -1,0 +1,174 @@
+"""The arguments of every command, parsed without torch, so that a typo is answered at once.
+
+A command's help begins with its module's docstring; `train` has its arguments in config.py, as recipes fill them.
+"""
+
+import ast
+import dataclasses
+import inspect
+import re
+import shutil
+import textwrap
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastofa.data.write_config import WriteConfig
+from fastofa.runs.config import TrainConfig, Weights
+from fastofa.runs.recipes import default_recipe, recipe
+from fastofa.system.errors import BadInput
+from fastofa.teacher.precompute_config import PrecomputeConfig
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Teach a small CNN handwritten digits with a Transformer: teacher, cache, students, table, curves, export."""
+
+    out: Path = Path("demo")
+    """Folder for everything; an earlier demo in it is replaced."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Top-1, top-5 and agreement with the teacher, also written to RUN/evaluation.json."""
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """Folder that `fastofa train` wrote."""
+    data: str | None = None
+    """Data set whose validation split is used. By default the one that the run was trained on."""
+    weights: Weights = "last"
+    """last: as they are at the end (or where the run is); best: as they were at the run's best evaluation, which
+    flatters if it is the same data again. Of a run with --ema both take the weights or their average, whichever had the
+    better top-1 in the run; raw, ema, best-raw and best-ema say which."""
+    batch_size: int = 256
+    """Images at once."""
+    device: str = "auto"
+    """auto, cuda, cuda:1, cpu."""
+    pipeline: str = "auto"
+    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
+    workers: int | None = None
+    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size")
+        _at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """OUT/model.safetensors and OUT/config.json, for timm.create_model and for `fastofa precompute --teacher OUT`."""
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """Folder that `fastofa train` wrote."""
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+    """New folder for the model."""
+    weights: Weights = "last"
+    """last: as they are at the end; best: as they were at the run's best evaluation. Of a run with --ema both take the
+    weights or their average, whichever had the better top-1 in the run; raw, ema, best-raw and best-ema say which."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """info: what the cache was made from. verify: read every finished table, compare its checksum, check its values."""
+
+    action: tyro.conf.Positional[Literal["info", "verify"]]
+    """What to do."""
+    cache: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CACHE")]]
+    """Folder that `fastofa precompute` wrote."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """List what makes fastofa faster, whether it works here, and how to get what is missing. All is optional."""
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    """Raises BadInput for a number below it; None, and what is left open while tyro parses, passes."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, int) and value < least:
+            raise BadInput(f"{name.replace('_', '-')}: expected at least {least}, got {value}")
+
+
+CONFIGS: dict[str, type] = {
+    "demo": DemoConfig,
+    "write": WriteConfig,
+    "precompute": PrecomputeConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "cache": CacheConfig,
+    "doctor": DoctorConfig,
+}
+
+
+def parse(command: str, argv: list[str]) -> Any:
+    """The command's configuration. Ends the process after --help, and with code 2 after arguments it does not have.
+
+    Raises:
+        BadInput: a value that cannot be.
+    """
+    config, prog = CONFIGS[command], f"fastofa {command}"
+    _give_help(config)
+    if {"-h", "--help"} & set(argv):
+        print(_wrapped(_docstring(command), shutil.get_terminal_size().columns), end="\n\n")
+    if command == "train":
+        return tyro.cli(config, args=argv, description="", prog=prog, default=_recipe_defaults(argv))
+    return tyro.cli(config, args=argv, description="", prog=prog)
+
+
+def _docstring(command: str) -> str:
+    """Of the command's module, which is not imported: that takes seconds."""
+    spec = find_spec(f"fastofa.{command}")
+    assert spec is not None
+    assert spec.origin is not None
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Paragraphs wrapped; an indented line is a command and what it does, which goes below it where it has no room."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if not paragraph.startswith(" "):
+            lines += textwrap.wrap(paragraph, width)
+        elif max(map(len, paragraph.splitlines())) <= width:
+            lines.append(paragraph)
+        else:
+            for line in paragraph.splitlines():
+                command, *what = re.split(" {3,}", line.strip())
+                lines.append(f"    {command}")
+                lines += textwrap.wrap(" ".join(what), width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+@cache
+def _give_help(config: type) -> None:
+    """Gives tyro the fields' docstrings as text that flows: it would keep their line breaks, and say twice of None what
+    the docstring says it means."""
+    (body,) = ast.parse(inspect.getsource(config)).body
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for field, doc in pairwise(getattr(body, "body", ())):
+        match field, doc:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                told = defaults[name] is None and "by default" in text.lower()
+                hint = (lambda default: "" if default == "None" else f"(default: {default})") if told else None
+                flowing = tyro.conf.arg(help=" ".join(text.split()), help_behavior_hint=hint)
+                config.__annotations__[name] = Annotated[config.__annotations__[name], flowing]
+
+
+def _recipe_defaults(argv: list[str]) -> TrainConfig:
+    """Of the recipe that the arguments name, or that suits their data. Raises BadInput for an unknown recipe."""
+    given = {"--recipe": "", "--data": ""}
+    for argument, following in zip(argv, [*argv, ""][1:], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag in given:
+            given[flag] = value if equals else following
+    named = any(argument.partition("=")[0] == "--recipe" for argument in argv)
+    name = given["--recipe"] if named else default_recipe(given["--data"])
+    return recipe(name)(data=tyro.MISSING, student=tyro.MISSING, out=tyro.MISSING)

@@ -1,0 +1,124 @@
+"""The whole job on real data, in minutes on a CPU: a Transformer teaches a small CNN through a cache.
+
+    fastofa demo
+
+The task is made hard for the student on purpose: the teacher learned from 1,198 labelled digits, the student sees 100.
+The three students differ only in what they take from the teacher.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastofa.commands.arguments import DemoConfig, ExportConfig
+from fastofa.data.open import open_dataset
+from fastofa.pipelines import open_pipeline
+from fastofa.reports.curves import draw_comparison
+from fastofa.runs import recipes
+from fastofa.runs.config import Method
+from fastofa.system.errors import BadInput
+from fastofa.system.files import write_json
+from fastofa.system.locks import writing
+from fastofa.system.progress import notice
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.export import export
+from fastofa.training.loop import Result, train
+from fastofa.training.predict import accuracy
+from fastofa.views.table import center_views
+
+TEACHER, STUDENT = "pvt_v2_b0", "test_resnet"
+ALL_LABELS, FEW_LABELS = "digits:", "digits:100"  # with the colon no folder of that name is in the way
+VIEWS, TOPK = 30, 5
+METHODS: dict[Method, str] = {
+    "scratch": "labels only",
+    "kd": "labels + KD (final logits)",
+    "ofa": "labels + OFA (four exits too)",
+}
+MARKER = "demo.json"
+
+
+def demo(out: Path) -> dict[str, Result]:
+    """Raises BadInput if `out` holds something else."""
+    with writing(out):
+        return _demo(out)
+
+
+def _demo(out: Path) -> dict[str, Result]:
+    if out.exists():
+        if not (out / MARKER).exists():
+            raise BadInput(f"{out}: exists and is no earlier demo; choose another --out")
+        shutil.rmtree(out)
+    write_json(out / MARKER, {"finished": False})
+    results: dict[str, Result] = {}
+
+    notice(f"1/4 a Transformer ({TEACHER}) learns the digits from all labelled images")
+    config = recipes.digits(
+        data=ALL_LABELS, student=TEACHER, method="scratch", out=out / "teacher-run",
+        epochs=10, batch_size=64, lr=1e-3, warmup_epochs=1, eval_every=5,
+    )  # fmt: skip
+    results["teacher"] = train(config)
+    export(ExportConfig(config.out, out / "teacher"))
+
+    notice(f"2/4 its answers for {VIEWS} views of the student's 100 images go into a cache")
+    began = time.monotonic()
+    cache = precompute(PrecomputeConfig(FEW_LABELS, str(out / "teacher"), out / "cache", VIEWS, TOPK))
+    precompute_s = time.monotonic() - began
+
+    for method, what in METHODS.items():
+        notice(f"3/4 a small CNN ({STUDENT}) learns from 100 images: {what}")
+        config = recipes.digits(data=FEW_LABELS, cache=cache.path, student=STUDENT, method=method, out=out / method)
+        results[method] = train(config)
+    draw_comparison({what: out / method for method, what in METHODS.items()}, out / "curves.png")
+
+    notice("4/4 the OFA student is exported, and plain timm loads it")
+    line = export(ExportConfig(out / "ofa", out / "student"))
+    top1 = _top1_in_plain_timm(out / "student")
+    values = {name: vars(result) for name, result in results.items()}
+    write_json(out / MARKER, {"finished": True, "precompute_seconds": precompute_s, "timm_top1": top1, **values})
+    _print(results, cache.views * cache.num_samples / precompute_s, precompute_s)
+    print(f"curves: {out / 'curves.png'}\nplain timm, from {out / 'student'}: top-1 {top1:.2%}\n{line}")
+    if top1 != results["ofa"].top1:
+        raise RuntimeError(f"the exported student has top-1 {top1:.2%}, the run had {results['ofa'].top1:.2%}")
+    return results
+
+
+@torch.inference_mode()
+def _top1_in_plain_timm(folder: Path) -> float:
+    """timm's own loading, and the normalisation that the exported config.json names."""
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    dataset = open_dataset(ALL_LABELS, "val")
+    config = model.pretrained_cfg
+    normalize = (config["mean"], config["std"])
+    pipeline = open_pipeline("resident", dataset, config["input_size"][-1], len(dataset), normalize=normalize)
+    batch = next(iter(pipeline.epoch(center_views(dataset.sizes, config["crop_pct"]), np.arange(len(dataset)))))
+    return accuracy(model(batch.images).topk(5).indices.numpy(), dataset.labels)[0]
+
+
+def _print(results: dict[str, Result], answers_per_second: float, precompute_s: float) -> None:
+    table = Table(title="599 validation digits; the students train on 100 images", title_justify="left")
+    for name in ("model", "learns from"):
+        table.add_column(name)
+    for name in ("top-1", "images/s", "seconds"):
+        table.add_column(name, justify="right")
+
+    def row(model: str, what: str, result: Result) -> None:
+        speed = f"{result.images_per_second:,.0f}"
+        table.add_row(model, what, f"{result.top1:.2%}", speed, f"{result.seconds:.1f}")
+
+    row(f"teacher {TEACHER}", "1,198 labelled images", results["teacher"])
+    table.add_row("its cache", f"{VIEWS} views, top {TOPK}", "", f"{answers_per_second:,.0f}", f"{precompute_s:.1f}")
+    for method, what in METHODS.items():
+        row(f"student {STUDENT}", what, results[method])
+    Console().print(table)
+
+
+def main(config: DemoConfig) -> None:
+    demo(config.out)

@@ -1,0 +1,26 @@
+"""How good is a run's student?
+
+    fastofa evaluate run                    on the validation images that it was trained with
+    fastofa evaluate run --data others
+
+Prints top-1, top-5 and agreement with the teacher, and writes them to RUN/evaluation.json.
+"""
+
+from rich.console import Console
+from rich.table import Table
+
+from fastofa.commands.arguments import EvaluateConfig
+from fastofa.system.errors import counted
+from fastofa.system.progress import plain
+from fastofa.training.evaluate import evaluate
+
+
+def main(config: EvaluateConfig) -> None:
+    found = evaluate(config)
+    title = f"{config.run} on {counted(found.images, 'image')} of {found.data}"
+    table = Table(title=plain(title), title_justify="left")
+    for name in ("top-1", "top-5", "teacher's top-1", "agreement"):
+        table.add_column(name, justify="right")
+    values = (found.top1, found.top5, found.teacher_top1, found.agreement)
+    table.add_row(*("-" if value is None else f"{value:.2%}" for value in values))
+    Console().print(table)

@@ -1,0 +1,25 @@
+"""Ask the teacher once about every view of every picture, and keep its answers.
+
+    fastofa precompute --data photos --teacher convnext_tiny.in12k_ft_in1k --views 300 --topk 16 --out cache
+    fastofa precompute ... --recipe imagenet_vit_mlp        with the augmentation published for Transformers and MLPs
+
+The same command goes on where it stopped. A larger --views adds views to a cache, also while runs use it: they replay
+the views that they began with. With a smaller one there is nothing to do.
+"""
+
+from rich import filesize
+
+from fastofa.system.errors import counted, escaped
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+
+
+def main(config: PrecomputeConfig) -> None:
+    cache = precompute(config)
+    size = sum(file.stat().st_size for file in cache.path.iterdir())
+    print(
+        escaped(
+            f"{cache.path}: {cache.finished} view{'s' * (cache.views != 1)} of {counted(cache.num_samples, 'image')}, "
+            f"top {cache.topk} of {counted(cache.num_classes, 'class')}, {filesize.decimal(size)}"
+        )
+    )

@@ -1,0 +1,1 @@
+"""Data sets: every form an image folder comes in, opened, checked and written."""

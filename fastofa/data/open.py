@@ -1,0 +1,72 @@
+"""What a data set is: labels, class names, picture sizes, a fingerprint, and the pixels or where they lie.
+
+open_dataset("digits")              scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels
+open_dataset("digits:100")          the same, with only 100 training pictures
+open_dataset("cifar100:DIR")        DIR holds cifar-100-python.tar.gz or the folder it unpacks to
+open_dataset("path/to/DIR")         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP)
+open_dataset("photos.pack")         any of these, as `fastofa write` wrote it: pixels of one size in one file
+open_dataset("photos.beton")        the same in FFCV's format, with photos.val.beton and photos.beton.safetensors
+open_dataset("train.beton")         the same as FFCV's own writer wrote it, with val.beton beside it
+"""
+
+import os
+from pathlib import Path
+
+from fastofa.data.dataset import FFCV, FORMS, Dataset, Split
+from fastofa.data.digits import _digits
+from fastofa.data.headers import DEFAULT, Limits
+from fastofa.system.errors import BadInput
+
+
+def open_dataset(
+    spec: str, split: Split = "train", skip_corrupt: bool = False, check: bool = False, limits: Limits = DEFAULT
+) -> Dataset:
+    """Open one split of a data set.
+
+    Args:
+        spec: see the top of this file.
+        split: "train" or "val".
+        skip_corrupt: decode every file once, list the unreadable ones and leave them out (folders only).
+        check: decode every file once and refuse unreadable ones (folders only; what was written has been checked).
+        limits: which images are taken.
+
+    Raises:
+        BadInput: unknown data set, missing folder, no or unreadable pictures.
+    """
+    if split not in ("train", "val"):
+        raise BadInput(f"unknown split {split!r}: expected train or val")
+    name, _, rest = spec.partition(":")
+    is_digits, is_cifar100 = name == "digits" and "/" not in rest, name == "cifar100" and rest != ""
+    is_folder = _is_folder(spec)
+    if is_folder and (is_digits or is_cifar100):
+        other = "rename the folder for the built-in one" if rest else f"{name}: for the built-in one"
+        raise BadInput(
+            f"{spec}: expected one data set of this name, got two, the built-in one and the folder "
+            f"{os.path.abspath(spec)}; give {os.path.join('.', spec)} for the folder, or {other}"
+        )
+    if is_digits:
+        return _digits(spec, split, rest)
+    if is_cifar100:
+        from fastofa.data.cifar import open_cifar100
+
+        return open_cifar100(spec, split, Path(rest))
+    if Path(spec).suffix in FORMS + FFCV:
+        from fastofa.data.written import open_written
+
+        return open_written(Path(spec), split, limits)
+    if is_folder:
+        from fastofa.data.folder import open_image_folder
+
+        return open_image_folder(spec, split, skip_corrupt, check, limits)
+    raise BadInput(
+        f"unknown data set {spec!r}: expected digits, digits:N, cifar100:DIR, a folder with train/ and val/, or a "
+        f"{' or '.join(FORMS)} that `fastofa write` wrote; there is no such folder"
+    )
+
+
+def _is_folder(spec: str) -> bool:
+    """Raises BadInput where that cannot be known: a folder above it may not be read, the name is too long."""
+    try:
+        return Path(spec).is_dir()
+    except OSError as error:
+        raise BadInput(f"could not open {spec}: {error.strerror}; give this user access or another path") from None

@@ -1,0 +1,67 @@
+"""The training objective: labels, the teacher on the final logits, the teacher on every exit (OFA-KD, eq. 7-10).
+
+Shapes: H heads (exits in stage order, then the final logits), B batch, C classes, K classes kept of the teacher.
+"""
+
+import torch
+from timm.loss import BinaryCrossEntropy
+from torch import Tensor
+
+from fastofa.kernels import distillation_loss, ofa_loss
+from fastofa.kernels.reference import cross_entropy, heavier, mixed_labels
+from fastofa.methods.targets import Targets
+from fastofa.runs.config import TrainConfig
+
+PARTS = ("loss", "gt", "kd", "ofa")
+
+
+class Objective:
+    """Weighted sum of the parts; `objective(logits, labels, targets)` -> fp32 [4]: the sum, then each part unweighted.
+
+    loss = gt_weight * CE(final, label) + kd_weight * L_OFA(final; eps[-1]) + ofa_weight * sum_k L_OFA(exit_k; eps[k])
+
+    For mixed pictures, `objective(logits, labels, targets, partner_labels, mix)`: the label is `mix` of its own one
+    and the rest of the partner's, smoothed, as timm's mixup_target; the OFA loss enhances the class with more of it.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.config = config
+        # A tensor made once: a list would be copied to the device, and waited for, at every step.
+        self.eps = torch.tensor(config.head_eps, device=device)
+        self.impl = "triton" if "loss" in config.kernels else None
+        self.binary = BinaryCrossEntropy(smoothing=config.smoothing) if config.gt_loss == "bce" else None
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        targets: Targets | None,
+        partner_labels: Tensor | None = None,
+        mix: Tensor | None = None,
+    ) -> Tensor:
+        c = self.config
+        if targets is None:
+            gt = self._of_labels(logits[-1], labels, partner_labels, mix)
+            return torch.stack([c.gt_weight * gt, gt, torch.zeros_like(gt), torch.zeros_like(gt)])
+        teacher = (targets.classes, targets.log_probs, self.eps, c.temperature)
+        if self.binary is None:
+            weights = (c.gt_weight, c.kd_weight, c.ofa_weight)
+            total, parts = distillation_loss(
+                logits, labels, *teacher, *weights, c.smoothing, partner_labels, mix, self.impl, c.variant
+            )
+            return torch.cat([total[None], parts])
+        gt = self._of_labels(logits[-1], labels, partner_labels, mix)
+        if partner_labels is not None and mix is not None:
+            labels = heavier(labels, partner_labels, mix)
+        heads = ofa_loss(logits, labels, *teacher, self.impl, c.variant)
+        kd, ofa = heads[-1], heads[:-1].sum()
+        return torch.stack([c.gt_weight * gt + c.kd_weight * kd + c.ofa_weight * ofa, gt, kd, ofa])
+
+    def _of_labels(self, final: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None) -> Tensor:
+        smoothing, final = self.config.smoothing, final.float()
+        if self.binary is None:
+            return cross_entropy(final, labels, partner_labels, mix, smoothing)
+        if partner_labels is None or mix is None:
+            return self.binary(final, labels)  # which smooths them
+        target = mixed_labels(labels, partner_labels, mix, final.shape[1], smoothing)
+        return self.binary(final, target.to(final.dtype))

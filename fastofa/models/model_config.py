@@ -1,0 +1,158 @@
+"""config.json of a folder with a model, as `fastofa export` and timm write it, every value checked.
+
+Such a folder comes from anywhere. Only the architecture, arguments of the architecture's own class, known settings of
+the preprocessing and the names of the classes are taken.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastofa.system.errors import BadInput
+from fastofa.system.files import read_json
+
+CHANNELS = 3  # RGB
+LARGEST_SIDE, MOST_CLASSES = 2048, 200_000
+LARGEST_NUMBER, DEEPEST, LONGEST = 16_384, 256, 64  # of model_args: any number, a number of layers, a list
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
+# Of timm.create_model itself, not of a model: what they do is load, fetch or wrap.
+NOT_ARCHITECTURE = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict",
+    "pretrained_filter_fn", "checkpoint_path", "cache_dir", "features_only", "feature_cfg", "scriptable", "exportable",
+    "no_jit", "device", "dtype", "model_cfg", "cfg", "num_classes", "self", "kwargs",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: Path
+    architecture: str
+    num_classes: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What timm.create_model needs besides the name and the number of classes."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """Of input_size, mean, std, crop_pct and interpolation what is given."""
+    label_names: dict[int, str] = field(default_factory=dict)
+    """Of each output; empty where the file names none."""
+    label_descriptions: dict[str, str] = field(default_factory=dict)
+    """By label name."""
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Raises BadInput: missing, no JSON, no model's configuration, or a value that cannot be."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise BadInput(f"{path}: expected timm's model configuration, got {type(values).__name__}")
+    if "pretrained_cfg" not in values and "input_size" in values:  # as old timm wrote it, all on one level
+        values = {**values, "pretrained_cfg": values, "label_names": values.get("label_names", values.get("labels"))}
+    if lacking := [name for name in ("architecture", "num_classes", "pretrained_cfg") if name not in values]:
+        raise BadInput(f"{path}: expected timm's model configuration, it lacks {lacking[0]!r}")
+    settings = values["pretrained_cfg"]
+
+    def need(fits: bool, name: str, value: Any, expected: str) -> None:
+        if not fits:
+            raise BadInput(f"{path}: expected {name} to be {expected}, got {_short(value)}")
+
+    architecture, num_classes = values["architecture"], values["num_classes"]
+    need(isinstance(architecture, str), "architecture", architecture, "a timm model's name")
+    need(_whole(num_classes, 0, MOST_CLASSES), "num_classes", num_classes, f"0 to {MOST_CLASSES:,}")
+    need(isinstance(settings, dict), "pretrained_cfg", settings, "an object")
+    arguments = values.get("model_args") or {}
+    need(isinstance(arguments, dict), "model_args", arguments, "an object")
+    arguments = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items() if key != "num_classes"
+    }  # stands above, too
+    for key, value in arguments.items():
+        largest = DEEPEST if "depth" in key or "layers" in key else LARGEST_SIDE if "size" in key else LARGEST_NUMBER
+        need(_simple(value, largest), f"model_args {key!r}", value, f"a word or numbers up to {largest:,}")
+
+    preprocessing = {key: settings[key] for key in RULES if settings.get(key) is not None}
+    channels: Any = arguments.get("in_chans", preprocessing.get("input_size"))
+    channels = channels[0] if isinstance(channels, list) and channels else channels
+    if channels != CHANNELS and _whole(channels, 1, LARGEST_NUMBER):
+        raise BadInput(channels_message(str(path), channels))
+    for key, value in preprocessing.items():
+        fits, expected = RULES[key]
+        need(fits(value), key, value, expected)
+    preprocessing = {key: tuple(v) if isinstance(v, list) else v for key, v in preprocessing.items()}
+
+    names = values.get("label_names") or settings.get("label_names") or {}
+    named = isinstance(names, list | dict)
+    need(named, "label_names", names, "a list, or an object from output to name")
+    if isinstance(names, list):
+        need(len(names) == num_classes, "label_names", f"{len(names):,}", f"{num_classes:,} names, one a class")
+        names = dict(enumerate(names))
+    wrong = [k for k in names if not (str(k).isdecimal() and len(str(k)) < 9 and int(k) < num_classes)]
+    need(not wrong, "label_names", wrong[:1], f"of outputs below {num_classes:,}")
+    need(all(isinstance(name, str) for name in names.values()), "label_names", names, "words")
+    descriptions = values.get("label_descriptions") or settings.get("label_descriptions") or {}
+    need(
+        isinstance(descriptions, dict) and all(isinstance(v, str) for v in descriptions.values()),
+        "label_descriptions",
+        descriptions,
+        "an object of words",
+    )
+    label_names = {int(k): name for k, name in names.items()}
+    return ModelConfig(path, architecture, num_classes, arguments, preprocessing, label_names, descriptions)
+
+
+def check_arguments(config: ModelConfig, model_class: type) -> None:
+    """Raises BadInput unless every argument is one of the architecture's own class."""
+    known = inspect.signature(model_class).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())  # into the configuration of its layers
+    for key in config.arguments:
+        if key in NOT_ARCHITECTURE or not (key in known or takes_any):
+            raise BadInput(
+                f"{config.path}: expected model_args of the architecture {config.architecture}, got {key!r}; remove it"
+            )
+
+
+def channels_message(what: str, channels: int) -> str:
+    return (
+        f"{what}: takes images of {channels} channel{'s' * (channels != 1)}, expected {CHANNELS}: fastofa reads every "
+        "image as RGB; choose or train a model of three channels"
+    )
+
+
+def _whole(value: Any, smallest: int, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
+
+
+def _are_numbers(values: Any, smallest: float = -math.inf, largest: float = math.inf) -> bool:
+    return isinstance(values, list | tuple) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and smallest <= v <= largest for v in values
+    )
+
+
+def _simple(value: Any, largest: int) -> bool:
+    """A number in bounds, a switch, a word, or a short list of such."""
+    if isinstance(value, list | tuple):
+        return len(value) <= LONGEST and all(_simple(v, largest) and not isinstance(v, list) for v in value)
+    if isinstance(value, str):
+        return re.fullmatch(r"\w{0,64}", value, re.ASCII) is not None
+    return value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= largest)
+
+
+def _is_input_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_whole(v, 1, LARGEST_SIDE) for v in value)
+
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "input_size": (
+        lambda v: _is_input_size(v) and v[1] == v[2],
+        f"[3, side, side] with a side of 1 to {LARGEST_SIDE:,} pixels",
+    ),
+    "mean": (lambda v: _are_numbers(v, 0, 1) and len(v) == CHANNELS, "three numbers from 0 to 1"),
+    "std": (lambda v: _are_numbers(v, 1e-3, 10) and len(v) == CHANNELS, "three numbers from 0.001 to 10"),
+    "crop_pct": (lambda v: _are_numbers([v], 0.05, 2), "a number from 0.05 to 2"),
+    "interpolation": (lambda v: isinstance(v, str) and v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

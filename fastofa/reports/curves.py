@@ -1,0 +1,179 @@
+"""Curves of a run: what metrics.jsonl holds, drawn. curves.png and report.html are drawn by the same functions."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastofa.runs.log import read_metrics
+from fastofa.system.files import write_atomic
+
+Row = dict[str, Any]
+
+LABELS = {"loss": "sum", "gt": "labels", "kd": "teacher, final logits", "ofa": "teacher, exits (summed)"}
+# Each is readable on white and on black, and each part of the loss has its own dashes, too.
+COLORS = ("#2f7fd1", "#d9691f", "#2a9d5c", "#a35fd0")
+DASHES = ("-", "--", "-.", ":")
+POINTS = 400
+"""Most points of a line: a long run's rows are drawn in groups."""
+
+
+def draw_curves(run: Path) -> None:
+    """RUN/curves.png from RUN/metrics.jsonl: the loss and its parts, and the accuracy. Needs a logged row."""
+    from matplotlib.figure import Figure  # no pyplot: it needs no display and keeps no state
+
+    steps, epochs = split_rows(read_metrics(run))
+    if not steps and not epochs:
+        return
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    plot_loss(left, steps)
+    plot_accuracy(right, epochs)
+    figure.suptitle(run.name, parse_math=False)  # a folder's name may hold a dollar sign
+    _write(figure, run / "curves.png")
+
+
+def draw_comparison(runs: dict[str, Path], path: Path) -> None:
+    """Validation accuracy of several runs in one picture; keys are what the legend says."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, run in runs.items():
+        _, epochs = split_rows(read_metrics(run))
+        _plot_top1(axes, epochs, f"{label}: {100 * epochs[-1]['top1']:.2f}%")
+    axes.legend(frameon=False, loc="lower right")
+    _write(figure, path)
+
+
+def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of logged steps, and rows of the epochs that were evaluated."""
+    return [r for r in rows if r["kind"] == "step"], [r for r in rows if r["kind"] == "epoch" and "top1" in r]
+
+
+def column(rows: list[Row], name: str) -> np.ndarray:
+    """Values of the rows, float64; NaN where a row lacks it."""
+    return np.array([np.nan if row.get(name) is None else row[name] for row in rows], np.float64)
+
+
+# --- One pair of axes each --------------------------------------------------------------------------------------------
+
+
+def plot_loss(axes: Any, rows: list[Row]) -> None:
+    """The sum and its parts; a part that is the whole sum is not drawn over it."""
+    names = [name for name in LABELS if np.nan_to_num(column(rows, name)).any()]
+    for name, color, dashes in zip(LABELS, COLORS, DASHES, strict=True):
+        if name == "loss" or (name in names and len(names) > 2):
+            _plot_column(axes, rows, name, color=color, linestyle=dashes, label=LABELS[name])
+    axes.set(title="training loss", xlabel="step", ylabel="loss", ylim=(0, None))
+    if len(axes.lines) > 1:
+        axes.legend(frameon=False, loc="best")
+
+
+def plot_accuracy(axes: Any, rows: list[Row]) -> None:
+    if any("top1_ema" in row for row in rows):
+        both = [row for row in rows if "top1_ema" in row]
+        _plot_top1(axes, both, "weights", "top1_raw")
+        _plot_top1(axes, both, "moving average", "top1_ema")
+        axes.legend(frameon=False, loc="lower right")
+    else:
+        _plot_top1(axes, rows)
+    if rows:
+        place = (rows[-1]["epoch"] + 1, 100 * rows[-1]["top1"])
+        axes.annotate(f"{place[1]:.2f}", place, (-2, 5), textcoords="offset points", ha="right")
+
+
+def plot_steps(
+    axes: Any,
+    rows: list[Row],
+    name: str,
+    unit: str,
+    scale: float = 1,
+    level: float | None = None,
+    marks: Sequence[float] = (),
+) -> None:
+    """One column of the log, times `scale`, from zero up; a dashed line at a level, dotted ones at steps."""
+    _plot_column(axes, rows, name, scale, color=COLORS[0])
+    if level is not None:
+        axes.axhline(level, color="black", linestyle="--", linewidth=0.8)
+    for step in marks:
+        axes.axvline(step, color="black", linestyle=":", linewidth=0.8)
+    axes.set(xlabel="step", ylabel=unit, ylim=(0, None))
+
+
+def _plot_column(axes: Any, rows: list[Row], name: str, scale: float = 1, **style: Any) -> None:
+    """A line; where it stands for groups of rows, with a band from each group's smallest to its largest value."""
+    steps, values = _groups(column(rows, "step")), _groups(scale * column(rows, name))
+    x = steps.mean(axis=1)
+    if steps.shape[1] > 1:
+        axes.fill_between(x, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.25, linewidth=0)
+    axes.plot(x, values.mean(axis=1), marker=_marker(rows), **style)
+
+
+def group_size(rows: Sequence[Any] | np.ndarray) -> int:
+    """Rows of the log that a point of a line stands for."""
+    return max(1, -(-len(rows) // POINTS))
+
+
+def _groups(values: np.ndarray) -> Any:
+    """At most POINTS rows of consecutive values, masked where they are not finite: nothing is drawn there."""
+    size = group_size(values)
+    groups = np.ma.masked_all((-(-len(values) // size), size))
+    groups.flat[: len(values)] = np.ma.masked_invalid(values)
+    return groups
+
+
+def _plot_top1(axes: Any, epochs: list[Row], label: str | None = None, name: str = "top1") -> None:
+    x, y = [row["epoch"] + 1 for row in epochs], [100 * row[name] for row in epochs]
+    color = COLORS[len(axes.lines) % len(COLORS)]  # a line is a run
+    axes.plot(x, y, marker=_marker(epochs), color=color, label=label)
+    axes.set(title="validation accuracy", xlabel="epoch", ylabel="top-1 (%)")
+    axes.margins(y=0.1)
+
+
+def _marker(rows: Sequence[Any]) -> str:
+    return "." if len(rows) < 40 else ""
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def _finish(figure: Any) -> None:
+    for axes in figure.axes:
+        axes.grid(color="black", alpha=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # steps and epochs
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _write(figure: Any, path: Path) -> None:
+    _finish(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomic(path, buffer.getvalue())
+
+
+def draw_svg(name: str, plot: Callable[[Any], None]) -> str:
+    """The <svg> of one pair of axes, to stand in a page that has its title, with the page's font and colour of text.
+
+    Equal data give equal bytes; `name` makes the ids unique within the page.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    unset = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8}):
+        figure = Figure(figsize=(4.4, 2.6), layout="constrained")
+        axes = figure.subplots()
+        plot(axes)
+        axes.set_title("")
+        _finish(figure)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=unset)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")  # what is drawn black is the page's text colour
+    svg = re.sub("<style.*?</style>", "", svg)  # its rule would hold for the whole page
+    return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)

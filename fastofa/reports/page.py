@@ -1,0 +1,262 @@
+"""A run as one page, RUN/report.html: how it went, what its student mixes up, how it was made.
+
+Written from the run's folder alone, from whatever of it is there yet. The page needs no network, no other file and no
+script, so it can be mailed and kept. Names of classes and folders are other people's text: the template escapes all.
+
+C classes, N validation images.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fastofa import __version__
+from fastofa.reports.confusion import ClassResult, Pair, confusion, pairs, worst_classes, worst_pairs
+from fastofa.reports.curves import Row, column, draw_svg, group_size, plot_accuracy, plot_loss, plot_steps, split_rows
+from fastofa.runs.config import OWN_CLIP, SIZED, TrainConfig
+from fastofa.runs.log import damaged_lines, read_metrics
+from fastofa.runs.predictions import PREDICTIONS
+from fastofa.runs.recipes import recipe
+from fastofa.runs.run import LAUNCHES, Run, open_run
+from fastofa.system.errors import BadInput
+from fastofa.system.files import load_tensors, read_json, write_atomic
+
+FILE, TEMPLATE = "report.html", "report.html.jinja"
+LARGEST_MATRIX = 64
+"""Most classes whose confusion is drawn; the tables are there for any number."""
+LONGEST_TABLE = 20
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html and return its path. Equal folders give equal bytes.
+
+    Raises:
+        BadInput: no run there, or one of its files is damaged.
+    """
+    opened, rows = open_run(run), read_metrics(run)
+    steps, epochs = split_rows(rows)
+    launches, pace = _launches(run), _pace(steps, epochs, opened.config.batch_size)
+    page = _template().render(
+        version=__version__,
+        run=opened,
+        name=run.resolve().name,
+        config=opened.config,
+        step=rows[-1]["step"] if rows else 0,
+        epochs_done=rows[-1]["epoch"] + (rows[-1]["kind"] == "epoch") if rows else 0,
+        epochs=epochs,
+        best=max(epochs, key=lambda row: row["top1"], default=None),  # of equal ones the first
+        pace=pace,
+        averaged=any("top1_ema" in row for row in epochs),
+        damaged=damaged_lines(run),
+        pictures=_pictures(opened.config, steps, epochs, pace, launches),
+        rows_a_point=group_size(steps),
+        mistakes=_mistakes(opened),
+        settings=_settings(opened.config),
+        launches=launches,
+        varying=_varying(launches),
+    )
+    write_atomic(run / FILE, page.encode(errors="replace"))  # a folder's name need not be valid unicode
+    return run / FILE
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "duration": _duration, "shown": _shown, "short": _short}
+    return environment.get_template(TEMPLATE)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """How fast it went, and None for what no row tells."""
+
+    images_per_second: float | None
+    seconds: float | None
+    """Of the training steps alone."""
+    waiting: float | None
+    """Share of them spent waiting for the loader."""
+
+
+def _pace(steps: list[Row], epochs: list[Row], batch_size: int) -> _Pace:
+    images = batch_size * np.diff(column(steps, "step"), prepend=0)
+    speed, waiting = column(steps, "images_per_second"), column(steps, "loader_share")
+    seconds = np.divide(images, speed, out=np.zeros_like(images), where=speed > 0)
+    total, known = seconds.sum(), np.isfinite(waiting) & (seconds > 0)
+    return _Pace(
+        epochs[-1].get("images_per_second") if epochs else images[seconds > 0].sum() / total if total else None,
+        total or None,
+        np.average(waiting[known], weights=seconds[known]) if known.any() else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Picture:
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+def _pictures(
+    config: TrainConfig, steps: list[Row], epochs: list[Row], pace: _Pace, launches: list[dict[str, Any]]
+) -> list[_Picture]:
+    """Only of what was logged: older runs lack some columns, young ones have no evaluation yet."""
+    pictures: list[_Picture] = []
+
+    def add(name: str, title: str, caption: str, plot: Callable[..., None], *what: Any, **how: Any) -> None:
+        pictures.append(_Picture(name, title, caption, draw_svg(name, lambda axes: plot(axes, *what, **how))))
+
+    def logged(name: str) -> np.ndarray:
+        values = column(steps, name)
+        return values[np.isfinite(values)]
+
+    if (loss := logged("loss")).size:
+        add("loss", "Training loss", f"From {loss[0]:.3g} to {loss[-1]:.3g}.", plot_loss, steps)
+    if epochs:
+        caption = f"Top-1 from {_percent(epochs[0]['top1'])} to {_percent(epochs[-1]['top1'])}."
+        if "top1_ema" in epochs[-1]:
+            caption = "Top-1 of the weights and of their moving average, at the end " + " and ".join(
+                _percent(epochs[-1][name]) for name in ("top1_raw", "top1_ema")
+            )
+            caption += "."
+        add("accuracy", "Validation accuracy", caption, plot_accuracy, epochs)
+    if (lr := logged("lr")).size:
+        caption = f"{config.schedule.capitalize()} schedule, at most {lr.max():.3g}."
+        add("lr", "Learning rate", caption, plot_steps, steps, "lr", "learning rate")
+    if logged("grad_norm").size:
+        own = OWN_CLIP.get(config.optimizer)
+        level = min((limit for limit in (config.clip, own) if limit is not None), default=None)
+        by_itself = f", as {config.optimizer} does by itself" if level == own else ""
+        caption = "Not clipped." if level is None else f"Before clipping at {level:g}{by_itself}, the dashed line."
+        add("norm", "Gradient norm", caption, plot_steps, steps, "grad_norm", "norm", level=level)
+    if (speed := logged("images_per_second")).size:
+        resumed = [launch["step"] for launch in launches if launch.get("step")]
+        caption = f"Median {np.median(speed):,.0f} images/s."
+        if resumed:
+            caption += " Dotted lines: launches that went on with the run."
+        add("speed", "Throughput", caption, plot_steps, steps, "images_per_second", "images/s", marks=resumed)
+    if (waiting := logged("loader_share")).size:
+        caption = (
+            f"{_percent(pace.waiting or 0)} of the time, at most {_percent(waiting.max())} in an interval of the log."
+        )
+        add("waiting", "Waiting for the loader", caption, plot_steps, steps, "loader_share", "waiting (%)", scale=100)
+    return pictures
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Mistakes:
+    epoch: int
+    images: int
+    right: float
+    """Share of them."""
+    matrix: list[Pair] | None
+    """Its cells that are not empty; None for too many classes to draw."""
+    pairs: list[Pair]
+    classes: list[ClassResult]
+
+
+def _mistakes(run: Run) -> _Mistakes | None:
+    """None before the first evaluation."""
+    path = run.path / PREDICTIONS
+    if not path.exists():
+        return None
+    tensors, info = load_tensors(path)
+    try:
+        answers, labels, epoch = tensors["best"][:, 0].numpy(), tensors["labels"].numpy(), int(info["epoch"])
+        counts = confusion(answers, labels, len(run.classes))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: expected what `fastofa train` writes, {error}; delete it") from None
+    return _Mistakes(
+        epoch,
+        len(labels),
+        float(counts.trace() / max(len(labels), 1)),
+        pairs(counts) if len(run.classes) <= LARGEST_MATRIX else None,
+        worst_pairs(counts, LONGEST_TABLE),
+        worst_classes(counts, LONGEST_TABLE),
+    )
+
+
+# --- How it was made --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Setting:
+    name: str
+    value: Any
+    default: Any
+    """The recipe's."""
+
+    @property
+    def same(self) -> bool:
+        return bool(self.value == self.default)
+
+
+def _settings(config: TrainConfig) -> list[_Setting]:
+    default = recipe(config.recipe)(data=config.data, student=config.student, out=config.out)
+    names = [field.name for field in dataclasses.fields(config)]
+    by_size = {name: "by the data's size" for name in SIZED if getattr(default, name) is None}
+    return [_Setting(name, getattr(config, name), by_size.get(name, getattr(default, name))) for name in names]
+
+
+def _launches(run: Path) -> list[dict[str, Any]]:
+    """One for each time the run was started; none if that was not recorded."""
+    if not (run / LAUNCHES).exists():
+        return []
+    launches = read_json(run / LAUNCHES)
+    if not (isinstance(launches, list) and all(isinstance(launch, dict) for launch in launches)):
+        raise BadInput(f"{run / LAUNCHES}: expected a list with an object for each launch; delete it")
+    return launches
+
+
+def _varying(launches: list[dict[str, Any]]) -> list[str]:
+    """Keys that tell launches apart, in the order of their first appearance."""
+    keys = dict.fromkeys(key for launch in launches for key in launch)
+    return [
+        key
+        for key in keys
+        if key in ("date", "step") or any(launch.get(key) != launches[0].get(key) for launch in launches)
+    ]
+
+
+# --- Text -------------------------------------------------------------------------------------------------------------
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _shown(value: Any) -> str:
+    """A setting or a fact, as one would write it on the command line."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_shown, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def _short(text: str) -> str:
+    """A class's name beside the matrix: its beginning and its end, which often is a number."""
+    return text if len(text) <= 14 else f"{text[:6]}…{text[-7:]}"

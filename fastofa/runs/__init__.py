@@ -1,0 +1,1 @@
+"""A run: its configuration, recipe, folder, checkpoints and log."""

@@ -1,0 +1,24 @@
+"""What is refused before torch is imported: a folder that holds a run already."""
+
+import os
+from pathlib import Path
+
+from fastofa.runs.config import TrainConfig
+from fastofa.system.errors import BadInput
+
+RUN, CHECKPOINTS = "config.json", "checkpoints/step-*.safetensors"  # of a run's folder
+
+
+def check_vacant(config: TrainConfig) -> None:
+    """Raises BadInput if a run lies there that this one does not go on with."""
+    begun = any(config.out.glob(CHECKPOINTS))
+    if begun and not (config.out / RUN).exists():
+        raise BadInput(f"{config.out}: holds checkpoints of a run without its {RUN}; choose another --out")
+    if begun and not config.resume:
+        raise BadInput(f"{config.out}: holds a run already; go on with it by --resume or choose another --out")
+
+
+def check_new(out: Path) -> None:
+    """Raises BadInput if there is something."""
+    if os.path.lexists(out):
+        raise BadInput(f"{out}: exists already; choose another place or remove it")

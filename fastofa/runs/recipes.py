@@ -1,0 +1,254 @@
+"""Training recipes: functions that return a whole configuration. The five published ones are OFA-KD's (appendix A).
+
+    recipes.imagenet_cnn(data="/data/imagenet", cache=Path("cache"), student="resnet18", out=Path("run"))
+
+Batch sizes are those of the published 8 GPUs together. VIEWS has the augmentation, which belongs to the teacher cache:
+`fastofa precompute --recipe NAME` draws it, and training replays it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from fastofa.runs.config import TrainConfig
+from fastofa.system.errors import BadInput
+from fastofa.views.policy import ViewPolicy
+
+CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+
+def photos(**given: Any) -> TrainConfig:
+    """One's own photographs, a few hundred or a million: AdamW, and the rest by the data set's size (`sized`).
+
+    Weight decay, clipping and smoothing are those of the published Transformer recipes below, which CNNs bear, too.
+    """
+    values: dict[str, Any] = {
+        "epochs": None,
+        "batch_size": None,
+        "image_size": 224,
+        "optimizer": "adamw",
+        "lr": None,
+        "weight_decay": 0.05,
+        "warmup_epochs": None,
+        "clip": 5.0,
+        "smoothing": 0.1,
+        "eval_every": 5,
+        "log_every": 10,
+    }
+    return TrainConfig(**{"recipe": "photos", **values, **given})
+
+
+def digits(**given: Any) -> TrainConfig:
+    """A small CNN on scikit-learn's digits, in seconds on a CPU."""
+    values: dict[str, Any] = {
+        "epochs": 60,
+        "batch_size": 50,
+        "image_size": 32,
+        "eval_crop": 1.0,
+        "optimizer": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 0.05,
+        "warmup_epochs": 5,
+        "clip": 5.0,
+        "eval_every": 10,
+        "log_every": 10,
+    }
+    return TrainConfig(**{"recipe": "digits", **values, **given})
+
+
+def imagenet_cnn(**given: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "epochs": 100,
+        "batch_size": 512,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "min_lr": 1e-6,
+        "weight_decay": 1e-4,
+        "schedule": "step",
+        "decay_epochs": 30,
+        "decay_rate": 0.1,
+        "warmup_epochs": 3,
+        "warmup_lr": 1e-4,
+        "smoothing": 0.1,
+    }
+    return TrainConfig(**{"recipe": "imagenet_cnn", **values, **given})
+
+
+def imagenet_vit_mlp(**given: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "epochs": 300,
+        "batch_size": 1024,
+        "optimizer": "adamw",
+        "lr": 5e-4,
+        "min_lr": 1e-6,
+        "weight_decay": 0.05,
+        "warmup_epochs": 20,
+        "warmup_lr": 5e-7,
+        "clip": 5.0,
+        "smoothing": 0.1,
+        "ema": 0.99996,
+    }
+    return TrainConfig(**{"recipe": "imagenet_vit_mlp", **values, **given})
+
+
+def imagenet_stronger(**given: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "epochs": 300,
+        "batch_size": 2048,
+        "optimizer": "lamb",
+        "lr": 5e-3,
+        "min_lr": 1e-6,
+        "weight_decay": 0.02,
+        "warmup_epochs": 5,
+        "warmup_lr": 1e-6,
+        "gt_loss": "bce",
+        "drop_path": 0.05,
+        "ema": 0.9998,
+        "eval_crop": 0.95,
+    }
+    return TrainConfig(**{"recipe": "imagenet_stronger", **values, **given})
+
+
+def cifar_cnn(**given: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "epochs": 300,
+        "batch_size": 1024,
+        "image_size": 224,
+        "eval_crop": 1.0,
+        "optimizer": "sgd",
+        "lr": 0.05,
+        "min_lr": 1e-3,
+        "weight_decay": 2e-3,
+        "warmup_epochs": 3,
+        "warmup_lr": 1e-4,
+        "smoothing": 0.1,
+        "mean": CIFAR_MEAN,
+        "std": CIFAR_STD,
+    }
+    return TrainConfig(**{"recipe": "cifar_cnn", **values, **given})
+
+
+def cifar_vit_mlp(**given: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "epochs": 300,
+        "batch_size": 1024,
+        "image_size": 224,
+        "eval_crop": 1.0,
+        "optimizer": "adamw",
+        "lr": 5e-4,
+        "min_lr": 1e-5,
+        "weight_decay": 0.05,
+        "warmup_epochs": 20,
+        "warmup_lr": 5e-7,
+        "clip": 5.0,
+        "smoothing": 0.1,
+        "mean": CIFAR_MEAN,
+        "std": CIFAR_STD,
+    }
+    return TrainConfig(**{"recipe": "cifar_vit_mlp", **values, **given})
+
+
+def imagenet_fast(epochs: int = 16, **given: Any) -> TrainConfig:
+    """A CNN in few epochs (16, 32, 88): pictures that grow, evaluation on larger ones and their mirror images.
+
+    After ffcv-imagenet's ResNet-18 recipe, which reaches 66.9 % in 16 and 72.4 % in 88 epochs from labels alone, and as
+    there with blur pooling: the student `resnetblur18`. `--start-size 128` is faster still.
+    """
+    values: dict[str, Any] = {
+        "batch_size": 1024,
+        "image_size": 192,
+        "start_size": 160,
+        "eval_size": 256,
+        "eval_flip": True,
+        "optimizer": "sgd",
+        "lr": 0.5,
+        "weight_decay": 5e-5,
+        "schedule": "linear",
+        "warmup_epochs": 2,
+        "warmup_lr": 5e-5,
+        "smoothing": 0.1,
+    }
+    return TrainConfig(**{"recipe": "imagenet_fast", "epochs": epochs, **values, **given})
+
+
+RECIPES: dict[str, Callable[..., TrainConfig]] = {
+    "photos": photos,
+    "digits": digits,
+    "imagenet_fast": imagenet_fast,
+    "imagenet_cnn": imagenet_cnn,
+    "imagenet_vit_mlp": imagenet_vit_mlp,
+    "imagenet_stronger": imagenet_stronger,
+    "cifar_cnn": cifar_cnn,
+    "cifar_vit_mlp": cifar_vit_mlp,
+}
+
+# The published views, where they hold more than crop and flip. The published files have `color_jitter: 0.4`, but timm
+# leaves colour jitter out where there is RandAugment (transforms_factory.py: `disable_color_jitter`).
+_VIT_MLP = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
+VIEWS = {
+    "imagenet_vit_mlp": _VIT_MLP,
+    "imagenet_stronger": ViewPolicy(auto_augment="rand-m7-mstd0.5", mixup=0.1, cutmix=1.0, repeats=3),
+    "cifar_vit_mlp": dataclasses.replace(_VIT_MLP, mean=CIFAR_MEAN, std=CIFAR_STD),
+}
+
+
+def recipe(name: str) -> Callable[..., TrainConfig]:
+    """Raises BadInput for an unknown name."""
+    if name not in RECIPES:
+        found = f"got {name!r}" if name else "got none"
+        raise BadInput(f"recipe: expected --recipe with one of {', '.join(RECIPES)}, {found}")
+    return RECIPES[name]
+
+
+def default_recipe(data: str) -> str:
+    """The recipe's name where none was given."""
+    return {"digits": "digits", "cifar100": "cifar_cnn"}.get(data.partition(":")[0], "photos")
+
+
+def sized(config: TrainConfig, images: int, rows: int, multiple: int) -> TrainConfig:
+    """`config` with what it leaves open (None) chosen by the size of the training set.
+
+    Batch: the power of two that makes at least 8 steps an epoch, 8 to 128. Epochs: 3 million images in all, 30 to 300
+    epochs (DeiT trains for 300); with --init 300,000, 30 to 100 (Swin and ConvNeXt are fine-tuned for 30, BiT with
+    256,000 images). Learning rate: AdamW's usual 1e-3, a tenth to fine-tune, at 128 images a step, and with the root of
+    the batch size for others, as suits Adam (Malladi et al. 2022). Warm-up: a twentieth of the epochs (DeiT a sixtieth,
+    Swin a fifteenth).
+
+    Args:
+        images, rows: training images, and those of them that an epoch shows.
+        multiple: of which the batch size has to be one.
+    """
+    batch, fine_tuned = config.batch_size, config.init is not None
+    if batch is None:
+        eighth = 2 ** int(math.log2(max(rows // 8, 1)))
+        batch = max(min(max(eighth, 8), 128, rows) // multiple, 1) * multiple
+    shown, most, lr = (300_000, 100, 1e-4) if fine_tuned else (3_000_000, 300, 1e-3)
+    epochs = min(max(shown // max(images, 1), 30), most) if config.epochs is None else config.epochs
+    return dataclasses.replace(
+        config,
+        batch_size=batch,
+        epochs=epochs,
+        lr=float(f"{lr * math.sqrt(batch / 128):.2g}") if config.lr is None else config.lr,
+        warmup_epochs=epochs / 20 if config.warmup_epochs is None else config.warmup_epochs,
+    )
+
+
+def default_policy(data: str, recipe: str = "") -> ViewPolicy:
+    """What to draw from a data set: as published for the recipe, but a mirrored digit is another sign."""
+    policy = VIEWS.get(recipe, ViewPolicy())
+    if data.partition(":")[0] == "digits":
+        return dataclasses.replace(policy, scale=(0.6, 1.0), flip=0.0)
+    return policy
+
+
+def not_replayed(recipe: str, policy: ViewPolicy) -> str:
+    """What the recipe's published views have otherwise than these, in words; empty if nothing."""
+    published = VIEWS.get(recipe, ViewPolicy())
+    names = ("auto_augment", "mixup", "cutmix", "erase", "repeats")
+    values = {name: (getattr(published, name), getattr(policy, name)) for name in names}
+    return ", ".join(
+        f"{name.replace('_', '-')} {'none' if theirs == '' else theirs} (not {'none' if mine == '' else mine})"
+        for name, (theirs, mine) in values.items()
+        if theirs != mine
+    )

@@ -1,0 +1,109 @@
+"""The depthwise kernel inside a model: its 3x3 depthwise convolutions run it, the batch norms before them folded in.
+
+A folded batch norm returns the input with its scale and shift; the convolution applies them while it reads.
+Modules change their class only: parameters, buffers and their names stay, so checkpoints and exports do, too.
+
+Shapes: B batch, C channels.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+from timm.layers import BatchNormAct2d
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from torch import Tensor, nn
+
+from fastofa.kernels import channel_statistics, depthwise_conv3x3
+from fastofa.kernels.choice import can_run_triton
+from fastofa.kernels.norm_act import update_running
+from fastofa.student.exits import ConvExit
+
+ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6"}
+
+
+class Folded(NamedTuple):
+    """act(x * scale + shift), not computed yet: x [B, C, H, W], scale and shift fp32 [C]."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    activation: str | None = None
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """3x3, padding 1, no bias, one filter a channel; runs the kernel where Triton can."""
+
+    def forward(self, input: Tensor | Folded) -> Tensor:
+        x, scale, shift, activation = input if isinstance(input, Folded) else Folded(input)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        impl = "triton" if can_run_triton(x) else "torch"
+        return depthwise_conv3x3(x, self.weight, self.stride[0], scale, shift, activation, impl)
+
+
+class FoldedBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm, and the activation after it, for a DepthwiseConv2d to apply; statistics as nn.BatchNorm2d's."""
+
+    activation: str | None
+
+    def forward(self, input: Tensor) -> Folded:  # type: ignore[override]
+        mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        if self.training:
+            mean, var = self._batch_statistics(input)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return Folded(input, scale, self.bias - mean * scale, self.activation)
+
+    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance fp32 [C] over the batch; keeps the running ones."""
+        mean, var = channel_statistics(x, "triton" if can_run_triton(x) else "torch")
+        running = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        update_running(*running, mean.detach(), var.detach(), cast(float, self.momentum), x)
+        cast(Tensor, self.num_batches_tracked).add_(1)
+        return mean, var
+
+
+def use_depthwise_kernel(module: nn.Module) -> int:
+    """Switch the depthwise 3x3 convolutions of exits and MobileNet blocks in `module` to the kernel; how many.
+
+    The results stay the same up to rounding. What is compiled, copied or wrapped must be so afterwards, and batch norms
+    that are to be synchronised before: those are not folded.
+    """
+    switched = 0
+    for block in module.modules():
+        if isinstance(block, ConvExit):
+            layers = [layer for layer in block.blocks.modules() if not any(layer.children())]  # as they run
+            for number, layer in enumerate(layers):
+                switched += _switch(layer, *layers[max(number - 2, 0) : number])
+        elif isinstance(block, InvertedResidual):
+            switched += _switch(block.conv_dw, block.bn1, getattr(block.bn1, "act", None))
+        elif isinstance(block, DepthwiseSeparableConv):
+            switched += _switch(block.conv_dw)
+    return switched
+
+
+def _switch(conv: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None) -> bool:
+    """Is it a convolution for the kernel? What runs before it is folded in if it is a batch norm and an activation."""
+    if not (
+        type(conv) is nn.Conv2d
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.kernel_size == (3, 3)
+        and conv.stride in ((1, 1), (2, 2))
+        and (conv.padding, conv.padding_mode, conv.dilation) == ((1, 1), "zeros", (1, 1))
+        and conv.bias is None
+    ):
+        return False
+    conv.__class__ = DepthwiseConv2d
+    if norm is not None and is_plain_norm(norm) and activation is not None and type(activation) in ACTIVATIONS:
+        cast(FoldedBatchNorm2d, norm).activation = ACTIVATIONS[type(activation)]
+        norm.__class__, activation.__class__ = FoldedBatchNorm2d, nn.Identity
+    return True
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """A batch norm with weights and running statistics, of no other kind, and nothing dropped after it."""
+    return (
+        isinstance(norm, nn.BatchNorm2d)
+        and type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
+        and (norm.affine, norm.track_running_stats, norm.momentum is None) == (True, True, False)
+        and isinstance(getattr(norm, "drop", None), nn.Identity | None)
+    )

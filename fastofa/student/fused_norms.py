@@ -1,0 +1,190 @@
+"""The batch-norm and stem kernels inside a model: what stands around a batch norm is computed with it.
+
+Activations, residuals and a ResNet's max-pool go into the batch norm before them, and a convolution of the pixels runs
+over squares of them. Modules change their class only: parameters, buffers and their names stay, so checkpoints and
+exports do, too. What is not recognised stays as it is.
+
+Shapes: B batch, C channels.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.models._efficientnet_blocks import InvertedResidual
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from fastofa.kernels import norm_act, norm_act_pool, strided_conv2d
+from fastofa.kernels.choice import can_run_triton
+from fastofa.student.fused_depthwise import ACTIVATIONS, is_plain_norm
+
+FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "relu": F.relu, "relu6": F.relu6}
+
+# --- Modules ----------------------------------------------------------------------------------------------------------
+
+
+class NormAct2d(nn.BatchNorm2d):
+    """A batch norm, a residual if one is given, and the activation after it."""
+
+    activation: str | None
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self.training:  # the library's way, in few passes without a compiler, too
+            y = super().forward(input)
+            return FUNCTIONS[self.activation](y if residual is None else y + residual)
+        if residual is not None:
+            dtype = torch.promote_types(input.dtype, residual.dtype)
+            input, residual = input.to(dtype), residual.to(dtype)
+        return norm_act(input, **_arguments(self, input), activation=self.activation, residual=residual)
+
+
+class NormActPool2d(nn.BatchNorm2d):
+    """A batch norm, ReLU, and the 3x3 maximum with stride 2."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return F.max_pool2d(F.relu(super().forward(input)), 3, 2, 1)
+        return norm_act_pool(input, **_arguments(self, input))
+
+
+class StridedConv2d(nn.Conv2d):
+    """A convolution of the pixels, over squares of them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        return strided_conv2d(input, self.weight, self.bias, self.stride[0], cast(int, self.padding[0]))
+
+
+class FusedBasicBlock(BasicBlock):
+    """Without attention and stochastic depth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))  # type: ignore[misc]
+        return self.bn2(self.conv2(x), shortcut)
+
+
+class FusedBottleneck(Bottleneck):
+    """Without attention and stochastic depth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))  # type: ignore[misc]
+        return self.bn3(self.conv3(x), shortcut)
+
+
+class FusedInvertedResidual(InvertedResidual):
+    """With a residual, without stochastic depth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.conv_s2d is not None:
+            x = self.bn_s2d(self.conv_s2d(x))
+        x = self.se(self.aa(self.bn2(self.conv_dw(self.bn1(self.conv_pw(x))))))  # type: ignore[misc]
+        return self.bn3(self.conv_pwl(x), shortcut)
+
+
+def _arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
+    """Of a batch in training, which is counted."""
+    cast(Tensor, norm.num_batches_tracked).add_(1)
+    names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+    return {name: getattr(norm, name) for name in names} | {"impl": "triton" if can_run_triton(x) else "torch"}
+
+
+# --- Into a model -----------------------------------------------------------------------------------------------------
+
+
+def use_norm_kernels(module: nn.Module) -> int:
+    """Switch the batch norms in `module`, and what follows them, to the kernel; how many.
+
+    The results stay the same up to rounding. What is compiled, copied or wrapped must be so afterwards, and batch norms
+    that are to be synchronised, or folded into a depthwise convolution, before: those stay.
+    """
+    before = sum(isinstance(each, NormAct2d) for each in module.modules())
+    for block in module.modules():
+        if type(block) is BasicBlock:
+            _switch_norm(block.bn1, block.act1 if isinstance(block.drop_block, nn.Identity) else None)
+            if block.se is None and block.drop_path is None and _switch_norm(block.bn2, block.act2, absorb=True):
+                block.__class__ = FusedBasicBlock
+        elif type(block) is Bottleneck:
+            _switch_norm(block.bn1, block.act1)
+            _switch_norm(block.bn2, block.act2 if isinstance(block.drop_block, nn.Identity) else None)
+            if block.se is None and block.drop_path is None and _switch_norm(block.bn3, block.act3, absorb=True):
+                block.__class__ = FusedBottleneck
+        elif type(block) is InvertedResidual:
+            own = getattr(block.bn3, "act", None)
+            plain = block.has_skip and isinstance(block.drop_path, nn.Identity) and isinstance(own, nn.Identity | None)
+            if plain and _switch_norm(block.bn3):
+                block.__class__ = FusedInvertedResidual
+        elif isinstance(block, ResNet):
+            _switch_norm(block.bn1, block.act1)
+        elif type(block).forward is nn.Sequential.forward:
+            for norm, activation in pairwise(block.children()):
+                _switch_norm(norm, activation)
+    for norm in module.modules():
+        _switch_norm(norm)
+    return sum(isinstance(each, NormAct2d) for each in module.modules()) - before
+
+
+def use_stem_kernels(module: nn.Module) -> int:
+    """Switch convolutions of the pixels, and a ResNet's batch norm, ReLU and max-pool after them; how many.
+
+    As `use_norm_kernels`, and before it. The ResNet's features of reduction 2 then come after its max-pool.
+    """
+    switched = 0
+    for block in module.modules():
+        if _is_of_pixels(block):
+            block.__class__ = StridedConv2d
+            switched += 1
+        if (
+            isinstance(block, ResNet)
+            and _is_stem_pool(block.maxpool)
+            and type(block.bn1) is nn.BatchNorm2d
+            and is_plain_norm(block.bn1)
+            and type(block.act1) is nn.ReLU
+        ):
+            block.bn1.__class__ = NormActPool2d
+            for absorbed in (block.act1, block.maxpool):
+                cast(nn.Module, absorbed).__class__ = nn.Identity
+            switched += 1
+    return switched
+
+
+def _switch_norm(norm: nn.Module, activation: nn.Module | None = None, absorb: bool = False) -> bool:
+    """Is it a batch norm for the kernel? The activation goes into it if it can; with `absorb` it must."""
+    if not is_plain_norm(norm):
+        return False
+    own = ACTIVATIONS.get(type(getattr(norm, "act", nn.Identity())), "other")
+    after = ACTIVATIONS.get(type(activation), "other")
+    if own == "other" or (absorb and (own is not None or after == "other")):
+        return False
+    if own is None and after not in (None, "other"):
+        own, cast(nn.Module, activation).__class__ = after, nn.Identity
+    norm.__class__ = NormAct2d
+    cast(NormAct2d, norm).activation = own
+    return True
+
+
+def _is_stem_pool(pool: nn.Module) -> bool:
+    return type(pool) is nn.MaxPool2d and (
+        (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
+        == (3, 2, 1, 1, False, False)
+    )
+
+
+def _is_of_pixels(conv: nn.Module) -> bool:
+    """At most four channels come in, and its kernel covers every pixel."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.in_channels <= 4
+        and conv.groups == 1
+        and conv.stride[0] == conv.stride[1] >= 2
+        and conv.kernel_size[0] == conv.kernel_size[1] >= conv.stride[0]
+        and conv.padding in [(p, p) for p in range(conv.kernel_size[0])]
+        and (conv.padding_mode, conv.dilation) == ("zeros", (1, 1))
+    )

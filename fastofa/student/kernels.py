@@ -1,0 +1,57 @@
+"""Which Triton kernels run in a student: what was named, or what was measured to be faster."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fastofa.kernels.choice import HAS_TRITON, interpreted
+from fastofa.student.fused_depthwise import use_depthwise_kernel
+from fastofa.student.fused_norms import use_norm_kernels, use_stem_kernels
+from fastofa.system.errors import BadInput
+from fastofa.system.progress import notice
+
+MEASURED_FASTER = ("exits", "stem", "norms")  # in a whole step (docs/kernels.md)
+MEASURED_ON = 9  # compute capability: H100 and H200
+SWITCHES = {"exits": use_depthwise_kernel, "stem": use_stem_kernels, "norms": use_norm_kernels}  # in this order
+
+
+def check_kernels(kernels: Sequence[str], device: torch.device) -> None:
+    """Raises BadInput for kernels that were named and need a GPU."""
+    named = [kernel for kernel in kernels if kernel not in ("auto", "off")]
+    if named and device.type != "cuda" and not interpreted():
+        raise BadInput(f"kernels: expected a GPU for {' '.join(named)}, the student is on the CPU; leave it out")
+
+
+def use_kernels(student: nn.Module, kernels: Sequence[str], device: torch.device, report: bool = True) -> None:
+    """Switch the student's modules to the kernels, which are those of TrainConfig.kernels; "loss" is not in a module.
+
+    Of "auto", whatever stands in the way leaves the student as it is, and one notice says so if `report`.
+
+    Raises:
+        BadInput: kernels that were named need a GPU.
+    """
+    automatic = "auto" in kernels
+    if automatic:
+        kernels = MEASURED_FASTER if _was_measured(device) else ()
+    check_kernels(kernels, device)
+    if automatic and kernels and not HAS_TRITON:
+        if report:
+            notice("kernels auto: Triton is not installed; PyTorch's own kernels run")
+        return
+    kinds = [(module, type(module)) for module in student.modules()]
+    try:
+        for kernel, switch in SWITCHES.items():
+            if kernel in kernels:
+                switch(student)
+    except Exception as error:
+        if not automatic:
+            raise
+        for module, kind in kinds:
+            module.__class__ = kind
+        if report:
+            notice(f"kernels auto: {type(error).__name__} in this student ({error}); PyTorch's own kernels run")
+
+
+def _was_measured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == MEASURED_ON

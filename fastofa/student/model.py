@@ -1,0 +1,134 @@
+"""A timm model, its four stages, and an exit at each: images -> logits of all heads.
+
+Shapes: B batch, S image side, C classes, H heads (the exits in stage order, then the model's own head).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fastofa.models.timm_models import check_channels, create_model, first_line, input_size, normalization
+from fastofa.models.weights import SavedWeights
+from fastofa.student.exits import ConvExit, TokenExit
+from fastofa.student.stages import ALL_STAGES, Stage, _as_exit_input, probe_stages, run_stages
+from fastofa.system.errors import BadInput
+
+
+class Student(nn.Module):
+    """Any timm model with OFA's exits: `student(images) -> logits [H, B, C]`, the last head the model's own.
+
+    Args:
+        model_name: a timm name, or swin_nano_patch4_window7_224 / swin_pico_patch4_window7_224.
+        num_classes: C.
+        image_size: S; None: the model's own.
+        teacher_dim: width of the teacher's last features; a CNN's exits are as wide as the wider of both.
+        stages: which stages get an exit, 1 to 4; () for a model without exits.
+        drop_path: stochastic depth of the backbone; None: the model's own, 0: none.
+        mean, std: normalisation of the pixels; None: the model's own.
+        init: where the backbone's weights start, see `create_model`.
+
+    Images are uint8 [B, 3, S, S] (normalised here) or floating and already normalised.
+
+    Raises:
+        BadInput: unknown model, or a stage that the model does not have, naming those it has.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        image_size: int | None = None,
+        teacher_dim: int = 0,
+        stages: tuple[int, ...] = ALL_STAGES,
+        drop_path: float | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        init: str | SavedWeights | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = create_model(model_name, num_classes, image_size, drop_path, init)
+        check_channels(self.backbone, f"student {model_name}")
+        self.image_size = image_size or input_size(self.backbone)
+        own_mean, own_std = normalization(self.backbone)
+        self.register_buffer("mean", torch.tensor(mean or own_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1), persistent=False)
+        self.stages: list[Stage] = []
+        self.exits = nn.ModuleList()
+        if stages:
+            self._add_exits(model_name, num_classes, teacher_dim, stages)
+
+    def _add_exits(self, model_name: str, num_classes: int, teacher_dim: int, stages: tuple[int, ...]) -> None:
+        self.is_token_model, self.output_format, found = probe_stages(self.backbone, self.image_size)
+        lacking = [s for s in stages if s not in found]
+        if lacking:
+            names = ", ".join(map(str, found)) or "none"
+            remedy = f"use those it has with stages {' '.join(map(str, found))}" if found else "choose another student"
+            raise BadInput(
+                f"student {model_name}: expected stages {' '.join(map(str, stages))}, it has {names} (a stage's "
+                f"features are 4, 8, 16 or 32 times smaller than the picture); {remedy}"
+            )
+        self.stages = [found[s] for s in sorted(stages)]
+        self.indices = [stage.index for stage in self.stages if stage.index >= 0] or [0]  # timm wants one at least
+        width = self.backbone.num_features
+        for stage in self.stages:
+            if self.is_token_model:
+                class_token = getattr(self.backbone, "cls_token", None) is not None and self.output_format == "NLC"
+                exit_: nn.Module = TokenExit(stage.number, stage.grid, stage.channels, width, num_classes, class_token)
+            else:
+                exit_ = ConvExit(stage.number, stage.channels, max(width, teacher_dim), num_classes)
+            self.exits.append(exit_)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 pixels -> normalised fp32; floating images pass as they are."""
+        return (images.float() / 255 - self.mean) / self.std if images.dtype == torch.uint8 else images
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = self.normalize(images)
+        if not self.stages:
+            return self.backbone(images)[None]
+        final, features = run_stages(self.backbone, images, self.indices, self.output_format)
+        by_index = dict(zip(self.indices, features, strict=True))
+        logits = [
+            exit_(*_as_exit_input(by_index.get(stage.index, final), self.is_token_model))
+            for stage, exit_ in zip(self.stages, self.exits, strict=True)
+        ]
+        return torch.stack([*logits, self.backbone.forward_head(final)])
+
+    def classify(self, images: Tensor) -> Tensor:
+        """The model's own logits alone, [B, C], without the exits' work."""
+        return self.backbone(self.normalize(images))
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Those that no head depends on: layers that some timm models have but do not use."""
+        training = self.training
+        self.eval()
+        images = torch.zeros(1, 3, self.image_size, self.image_size, device=self.mean.device)
+        with torch.enable_grad():
+            found = torch.autograd.grad(self(images).sum(), list(self.parameters()), allow_unused=True)
+        self.train(training)
+        return [p for p, gradient in zip(self.parameters(), found, strict=True) if gradient is None]
+
+    @torch.no_grad()
+    def check_sizes(self, sizes: Iterable[int]) -> None:
+        """Raises BadInput unless the student takes pictures of each of these sides."""
+        for size in sorted(set(sizes) - {self.image_size}):
+            images = torch.zeros(1, 3, size, size, device=self.mean.device)
+            training = self.training
+            try:
+                self.eval()(images)
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise BadInput(
+                    f"the student, made for pictures of {self.image_size} px, cannot take those of {size} px "
+                    f"({first_line(error)}); leave --start-size and --eval-size out or choose a CNN"
+                ) from None
+            finally:
+                self.train(training)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm exempts from weight decay besides biases and norms (position embeddings, tokens)."""
+        own = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else set()
+        return {f"backbone.{name}" for name in own}

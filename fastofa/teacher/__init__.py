@@ -1,0 +1,1 @@
+"""The teacher, and the cache that holds its predictions for every view."""

@@ -1,0 +1,55 @@
+"""What is refused before torch is imported: a folder that holds another cache."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from fastofa.system.errors import BadInput
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.views.policy import ViewPolicy
+
+HEADER, TABLES = "cache.json", ("view-*.safetensors", "val.safetensors")  # of a teacher cache
+
+
+def check_cache(config: PrecomputeConfig) -> None:
+    """Raises BadInput for an --out that holds something else than a cache, or one with other arguments."""
+    out = config.out
+    try:
+        others = [] if not out.exists() else [f.name for f in out.iterdir() if not f.name.startswith(".")]
+    except OSError as error:
+        raise BadInput(
+            f"out: expected a folder, could not read {out} ({error.strerror}); choose another --out"
+        ) from None
+    if others and HEADER not in others:
+        raise BadInput(f"{out}: expected an empty or new folder or a cache, it holds other files; choose another --out")
+    if any(any(out.glob(table)) for table in TABLES) and (different := _differences(config)):
+        raise other_cache(out, different)
+
+
+def other_cache(out: Path, different: list[str]) -> BadInput:
+    return BadInput(
+        f"{out}: holds a cache made otherwise, it differs in {'; '.join(different)}; choose another --out or remove it"
+    )
+
+
+def _differences(config: PrecomputeConfig) -> list[str]:
+    """What the cache there was made with instead, as far as the arguments tell; nothing of one that is damaged."""
+    try:
+        header = json.loads((config.out / HEADER).read_bytes())
+        default = {field.name: field.default for field in dataclasses.fields(ViewPolicy)}
+        theirs = {"topk": header["topk"], "seed": header["seed"], **default, **header["policy"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    mine = {"topk": config.topk, "seed": config.seed, **dataclasses.asdict(config.policy())}
+    return [
+        f"{name.replace('_', '-')} ({_text(theirs[name])} there, {_text(value)} here)"
+        for name, value in mine.items()
+        if _text(theirs[name]) != _text(value)
+    ]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)[:40]

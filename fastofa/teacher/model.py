@@ -1,0 +1,208 @@
+"""The teacher: a timm model with its own normalisation and its own input size, giving log-probabilities.
+
+Shapes: B batch, S image side, C classes of the data, O outputs of the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastofa.models.model_config import ModelConfig, read_model_config
+from fastofa.models.timm_models import (
+    CONFIG,
+    check_channels,
+    create_model,
+    find_folder,
+    first_line,
+    input_size,
+    normalization,
+    open_model_folder,
+    resolve,
+    weights_sha256,
+)
+from fastofa.models.weights import read_weights
+from fastofa.runs.run import is_run, open_run
+from fastofa.system.errors import BadInput, counted
+from fastofa.system.files import read_json
+from fastofa.system.progress import notice
+from fastofa.teacher.class_names import OutputNames, match_classes
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Made by `open_teacher`."""
+
+    name: str
+    model: Any
+    device: torch.device
+    image_size: int
+    """S, in pixels."""
+    crop: float
+    """Side of the central square that it is evaluated on, as a share of the picture's shorter side."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bf16: bool
+    """Does it compute in bf16? The log-probabilities are fp32 either way."""
+    columns: tuple[int, ...] | None = None
+    """The output of each class, where they are not the data's classes in the data's order."""
+
+    @torch.inference_mode()
+    def log_probs(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] on the teacher's device -> fp32 [B, C] at temperature 1.
+
+        Where it has more outputs than the data has classes: given that it is one of these, as a student that knows no
+        others is to learn it. So the softmax is over the kept ones.
+        """
+        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        normalized = (images.float() / 255 - mean) / std
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(normalized)
+        if self.columns is not None:
+            logits = logits[:, torch.tensor(self.columns, device=self.device)]
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    def describe(self) -> dict[str, Any]:
+        """What a cache remembers of it."""
+        return {
+            "name": self.name,
+            "sha256": weights_sha256(self.model),
+            "image_size": self.image_size,
+            "crop": self.crop,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "precision": "bf16" if self.bf16 else "fp32",
+            "num_features": self.model.num_features,
+            **({} if self.columns is None else {"columns": list(self.columns)}),
+        }
+
+
+def open_teacher(
+    name: str,
+    classes: Sequence[str],
+    checkpoint: Path | None = None,
+    image_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    device: torch.device | None = None,
+    bf16: bool = False,
+    checkpoint_key: str | None = None,
+) -> Teacher:
+    """A teacher ready to answer.
+
+    Args:
+        name: a timm model with its tag ("convnext_tiny.in12k_ft_in1k"); a folder with config.json and weights, as
+            `fastofa export` and timm write it, or the same as local-dir:FOLDER or hf-hub:OWNER/NAME; a run's folder.
+        classes: of the data; the teacher's outputs are matched with them by name (`fastofa.teacher.class_names`).
+        checkpoint: weights from a .safetensors or .pth file instead of timm's; a config.json beside it that names the
+            same architecture gives normalisation, input size and names of classes.
+        image_size, mean, std: instead of the teacher's own.
+        checkpoint_key: which of the file's weights, where it holds several.
+
+    Raises:
+        BadInput: unknown model, weights that cannot be had or do not fit, classes that cannot be matched.
+    """
+    device = device or torch.device("cpu")
+    folder = find_folder(name) if checkpoint is None else None
+    if checkpoint is not None:
+        architecture, model, names = _with_checkpoint(name, checkpoint, checkpoint_key, image_size)
+    elif folder is not None and is_run(folder):
+        architecture, model, names = _of_run(folder)
+    elif folder is not None:
+        model, config = open_model_folder(folder)
+        architecture, names = config.architecture, _names(config)
+    else:
+        architecture, model, names = name, create_model(name, None, image_size, init="pretrained"), OutputNames(0)
+    check_channels(model, f"teacher {name}")
+    names = OutputNames(model.num_classes, names.names, names.descriptions)
+    columns = match_classes(name, names, classes)
+    own_mean, own_std = normalization(model)
+    teacher = Teacher(
+        name=architecture,
+        model=model.eval().to(device, memory_format=torch.channels_last),
+        device=device,
+        image_size=image_size or input_size(model),
+        crop=min(float(model.pretrained_cfg.get("crop_pct") or 0.875), 1.0),  # VOLO's 1.15 would be beyond the edges
+        mean=tuple(mean or own_mean),
+        std=tuple(std or own_std),
+        bf16=bf16,
+        columns=None if columns == list(range(model.num_classes)) else tuple(columns),
+    )
+    side = teacher.image_size
+    try:
+        found = teacher.log_probs(torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device))
+    except Exception as error:  # one that a strange config.json describes fails in many ways
+        raise BadInput(
+            f"teacher {name}: does not run at {side} px ({first_line(error)}); give another --image-size"
+        ) from None
+    if found.shape != (2, len(classes)):
+        raise BadInput(f"teacher {name}: expected logits [images, classes], got {list(found.shape)} of two images")
+    return teacher
+
+
+def _with_checkpoint(
+    name: str, checkpoint: Path, key: str | None, image_size: int | None
+) -> tuple[str, Any, OutputNames]:
+    if checkpoint.is_dir():
+        raise BadInput(f"teacher-checkpoint: expected a file, got the folder {checkpoint}; give it as --teacher")
+    weights = read_weights(checkpoint, key, "--teacher-checkpoint-key")
+    architecture, beside = resolve(name)[0].partition(".")[0], checkpoint.parent / CONFIG
+    values = read_json(beside) if beside.is_file() else {}
+    same = isinstance(values, dict) and values.get("architecture") == architecture
+    config = read_model_config(beside) if same else ModelConfig(beside, architecture, 0)
+    own_size = config.preprocessing.get("input_size")
+    model = create_model(name, None, image_size or (own_size[-1] if own_size else None), init=weights)
+    model.pretrained_cfg = {**model.pretrained_cfg, **config.preprocessing}
+    return name, model, _names(config)
+
+
+def _of_run(folder: Path) -> tuple[str, Any, OutputNames]:
+    """Its student as `fastofa export` would write it."""
+    run = open_run(folder)
+    student = run.trained_student()
+    model, side = student.backbone, student.image_size
+    mean, std = (tuple(values.flatten().tolist()) for values in (student.mean, student.std))
+    settings = {"input_size": (3, side, side), "mean": mean, "std": std, "crop_pct": run.config.eval_crop}
+    model.pretrained_cfg = {**model.pretrained_cfg, **settings}
+    return run.config.student, model, OutputNames(len(run.classes), dict(enumerate(run.classes)))
+
+
+def _names(config: ModelConfig) -> OutputNames:
+    return OutputNames(config.num_classes, config.label_names, config.label_descriptions)
+
+
+def check_answers(teacher: str, log_probs: Tensor, view: str, samples: Sequence[str]) -> None:
+    """Raises BadInput unless every answer is finite, in the precision that the cache keeps, too.
+
+    Args:
+        log_probs: [B, K], of the classes that are kept, as they are stored.
+        view: which, for the message.
+        samples: [B], their names.
+    """
+    odd = (~log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if not odd:
+        return
+    what = f"teacher {teacher}: expected finite log-probabilities, in {view} it answers"
+    if log_probs[odd[0]].isnan().any():
+        raise BadInput(
+            f"{what} NaN for {samples[odd[0]]} ({len(odd)} of {counted(len(samples), 'image')}); its weights are "
+            "damaged or overflow: try --precision fp32, else take another teacher"
+        )
+    raise BadInput(
+        f"{what} minus infinity for {samples[odd[0]]} ({len(odd)} of {counted(len(samples), 'image')}): it is surer "
+        "than float16 can say; lower --topk"
+    )
+
+
+def report_accuracy(teacher: str, top1: float, num_classes: int, images: int) -> None:
+    """One line on how good it is on the validation images, and a warning where it might as well guess."""
+    chance = 1 / num_classes
+    near = (
+        f": near chance ({chance:.2%}); are its classes and their order, its --mean and --std those of the data?"
+        if top1 < chance + min(chance, 0.1)
+        else ""
+    )
+    notice(f"teacher {teacher}: {top1:.2%} top-1 on {counted(images, 'validation image')}{near}")

@@ -1,0 +1,1 @@
+"""Training: the step, the epochs, the loop around them, and what is done with a finished student."""

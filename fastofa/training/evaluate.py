@@ -1,0 +1,104 @@
+"""How good is a run's student?
+
+    fastofa evaluate run                    on the validation images that it was trained with
+    fastofa evaluate run --data others
+
+Prints top-1, top-5 and agreement with the teacher, and writes them to RUN/evaluation.json.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from fastofa.commands.arguments import EvaluateConfig
+from fastofa.data.dataset import Dataset
+from fastofa.data.open import open_dataset
+from fastofa.methods.targets import Targets
+from fastofa.pipelines import open_pipeline
+from fastofa.runs.run import Run, open_run
+from fastofa.system.device import choose_bf16, choose_device, choose_workers
+from fastofa.system.errors import BadInput, counted
+from fastofa.system.files import write_json
+from fastofa.system.progress import notice
+from fastofa.teacher.cache import TeacherCache, agreement
+from fastofa.training.predict import accuracy, predict
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    data: str
+    images: int
+    top1: float
+    top5: float
+    teacher_top1: float | None
+    """None where there is no teacher cache of these images."""
+    agreement: float | None
+    """Share of images where student and teacher have the same best class."""
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Raises BadInput: no run, no checkpoint, no data, a data set with other classes."""
+    run = open_run(config.run)
+    dataset = open_dataset(config.data, "val") if config.data is not None else _own_data(run)
+    if dataset.classes != run.classes:
+        raise BadInput(
+            f"data {dataset.spec}: expected the {counted(len(run.classes), 'class')} that {config.run} was trained on, "
+            f"got {len(dataset.classes)}: {_difference(run.classes, dataset.classes)}"
+        )
+    device = choose_device(config.device)
+    student = run.trained_student(config.weights).to(device)
+    size = run.config.eval_size or student.image_size
+    pipeline = open_pipeline(config.pipeline, dataset, size, config.batch_size, device, choose_workers(config.workers))
+    bf16 = choose_bf16(run.config.precision, device)
+    best = predict(student, pipeline, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
+    top1, top5 = accuracy(best, dataset.labels)
+    teacher = _teacher_answers(run, dataset)
+    found = Evaluation(
+        data=dataset.spec,
+        images=len(dataset),
+        top1=top1,
+        top5=top5,
+        teacher_top1=None if teacher is None else agreement(dataset.labels, teacher),
+        agreement=None if teacher is None else agreement(best[:, 0], teacher),
+    )
+    write_json(config.run / "evaluation.json", {"weights": config.weights, **dataclasses.asdict(found)})
+    return found
+
+
+def _own_data(run: Run) -> Dataset:
+    """The validation images that the run was trained with; one line says which. Raises BadInput where they are gone."""
+    try:
+        dataset = open_dataset(run.data, "val")
+    except BadInput as error:
+        raise BadInput(f"{run.path}: its own data cannot be opened, give --data: {error}") from None
+    same = dataset.fingerprint == run.val_fingerprint
+    notice(
+        f"data {run.data}, as the run was trained on" + ("" if same else "; its validation images have changed since")
+    )
+    return dataset
+
+
+def _teacher_answers(run: Run, dataset: Dataset) -> Targets | None:
+    """The teacher's answers for these very images, if the run's cache is there and holds what the run began with."""
+    if run.cache is None:
+        return None
+    try:
+        cache = TeacherCache.open(run.cache)
+        header = cache.header
+        if (header["dataset"]["val"], header["num_val_samples"]) != (dataset.fingerprint, len(dataset)):
+            raise BadInput(f"{cache.path} holds answers for other validation images")
+        if cache.digests(len(run.answers)) != run.answers:
+            raise BadInput(f"{cache.path} does not hold the answers that the run began with")
+        return cache.val_targets()
+    except BadInput as error:
+        notice(f"no agreement with the teacher: {error}")
+    return None
+
+
+def _difference(expected: tuple[str, ...], got: tuple[str, ...]) -> str:
+    """In words: names of classes that are missing or too many, or the first place where the order differs."""
+    missing, others = ([name for name in a if name not in b] for a, b in ((expected, got), (got, expected)))
+    if missing or others:
+        parts = ((kind, names) for kind, names in (("lacking", missing), ("others are", others)) if names)
+        return "; ".join(f"{kind} {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for kind, names in parts)
+    place = next(i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b)
+    return f"in another order, {got[place]} in place of {expected[place]}"

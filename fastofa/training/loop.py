@@ -1,0 +1,418 @@
+"""Train a student from a teacher cache.
+
+    fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_cnn --out run
+    fastofa train ... --resume      go on after an interruption, mid-epoch, to the same weights
+    fastofa train ... --plan        what it would cost: steps timed here, hours, disk
+    torchrun --no-python --nproc-per-node 8 fastofa train ...       the same job on eight GPUs
+
+The run's folder holds its log, its checkpoints and a report; Ctrl-C or SIGTERM saves before the command ends.
+"""
+
+# This file is the loop: epochs, logging, evaluation, checkpoints. The step is step.py, what an epoch shows epochs.py.
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Generator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastofa.data.dataset import Dataset
+from fastofa.data.headers import given_limits
+from fastofa.data.open import open_dataset
+from fastofa.pipelines import Batch, open_pipeline
+from fastofa.reports.curves import draw_curves
+from fastofa.reports.page import write_report
+from fastofa.runs import checkpoint
+from fastofa.runs.config import SIZED, TrainConfig
+from fastofa.runs.log import MetricsLog, open_wandb, read_metrics
+from fastofa.runs.predictions import save_predictions
+from fastofa.runs.recipes import not_replayed
+from fastofa.runs.run import CONFIG, Run, log_launch, open_run
+from fastofa.system.device import choose_workers
+from fastofa.system.errors import BadInput, counted
+from fastofa.system.files import filling
+from fastofa.system.interrupt import Interrupt, Stopped
+from fastofa.system.progress import notice, progress_bar
+from fastofa.teacher.pixels import PICTURES, Difference, compare_seen
+from fastofa.training import plan
+from fastofa.training.clock import Clock
+from fastofa.training.distributed import Vote, World, check_same, check_shared, contact, join, statistics, was_restarted
+from fastofa.training.epochs import Epochs
+from fastofa.training.predict import accuracy, predict_each
+from fastofa.training.preflight import _check_early, _check_place, _choose_order, _views_begun_with
+from fastofa.training.schedule import cautions, image_size, learning_rate
+from fastofa.training.step import SUMS, Step
+
+BatchNorm = torch.nn.modules.batchnorm._BatchNorm
+REPORT_EVERY_S = 60  # seconds, at least, between two drawings of a run that goes on
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    top1: float
+    top5: float
+    images_per_second: float
+    """Of the training steps alone, evaluation left out."""
+    seconds: float
+    """Of this call, everything counted."""
+
+
+def train(config: TrainConfig) -> Result:
+    """Train, or with `config.resume` go on; under torchrun as one of several ranks.
+
+    Raises:
+        BadInput: anything that does not fit, before something is written; a loss that is no longer finite.
+        Stopped: by Ctrl-C or SIGTERM on any rank, after saving.
+        LostContact: another rank is gone.
+    """
+    began = time.monotonic()
+    with contact():
+        world = join(config.timeout_s)
+        resume = config.resume or was_restarted()
+        config = dataclasses.replace(config, resume=bool(world.agree_on(int(resume))))  # their counts may differ
+        with filling(config.out) if world.is_main else nullcontext():
+            result = _train(config, world)
+        world.leave()
+    return dataclasses.replace(result, seconds=time.monotonic() - began)
+
+
+def _train(config: TrainConfig, world: World) -> Result:
+    job = open_job(config, world)
+    job.load()
+    if world.is_main:
+        job.begin()
+    world.barrier()
+    check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
+    if world.is_main:
+        notice(plan.summary(job.config, job.epochs.steps))
+        chosen = [name for name in SIZED if getattr(config, name) is None]
+        if chosen:
+            flags = " ".join(f"--{name.replace('_', '-')} {getattr(job.config, name):g}" for name in chosen)
+            notice(f"by the number of training images: {flags}")
+        if job.step.compiled:
+            notice("the first step at each image size is compiled, which can take minutes")
+        for caution in cautions(job.config, job.epochs.steps):
+            notice(caution)
+    if job.pixels is not None:
+        notice(f"pixels of {PICTURES} pictures, compared with {config.cache}: {job.pixels}")
+    if world.is_main and (missing := not_replayed(config.recipe, job.epochs.policy)):
+        notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws them")
+    job.run_epochs()
+    return job.result()
+
+
+def open_job(config: TrainConfig, world: World) -> "Job":
+    """Everything that a run needs, built and checked; nothing is written."""
+    device = _check_early(config, world)
+    if config.resume and (config.out / CONFIG).exists():  # what the data's size chose stays as the run began
+        begun = open_run(config.out).config
+        open_ = [name for name in SIZED if getattr(config, name) is None]
+        config = dataclasses.replace(config, **{name: getattr(begun, name) for name in open_})
+    with world.without_haste():  # the first opening of a folder opens every image
+        limits = given_limits(config.max_pixels, config.allow_warnings)
+        train_set, val_set = (
+            open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
+        )
+    config = dataclasses.replace(config, order=_choose_order(config, train_set, world))
+    epochs = Epochs(config, train_set, world, device, _views_begun_with(config, world))
+    config = epochs.config
+    data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
+    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.answers, val, pages)
+    answers = hashlib.sha256("".join(epochs.answers).encode()).hexdigest()
+    for digest, place in (
+        (data, config.data),
+        (val, f"the validation images of {config.data}"),
+        (pages, f"the pages of {config.data}"),
+        (answers, f"the {counted(len(epochs.answers), 'view')} of {config.cache}"),
+    ):
+        check_same(world, digest, place)
+    if world.is_main and not config.plan:
+        _check_place(run)
+    world.barrier()
+    return Job(run, train_set, val_set, epochs, world, device)
+
+
+class Job:
+    """The objects of a run, made once, and the loop over them."""
+
+    def __init__(
+        self, run: Run, train_set: Dataset, val_set: Dataset, epochs: Epochs, world: World, device: torch.device
+    ) -> None:
+        c = self.config = run.config
+        self.run, self.val_set, self.epochs, self.world, self.device = run, val_set, epochs, world, device
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
+        torch.manual_seed(c.seed)
+        student = run.build_student(None if c.resume and checkpoint.checkpoints(run.path) else c.init)
+        self.step = Step(student, c, self.device, world)
+        self.last_step = c.epochs * epochs.steps
+        full = student.image_size
+        workers = choose_workers(c.workers, world.local_size)
+        self.train_pipeline, self.val_pipeline = (
+            open_pipeline(c.pipeline, data, size, epochs.share // c.accumulate, self.device, workers)
+            for data, size in ((train_set, full), (val_set, c.eval_size or full))
+        )
+        if epochs.share == c.accumulate and any(isinstance(m, BatchNorm) for m in student.modules()):
+            raise BadInput(
+                f"batch-size: expected at least two images in each part, since {c.student} has batch norm, got one; "
+                "raise --batch-size or lower --accumulate"
+            )
+        if c.start_size is not None and c.start_size > full:
+            raise BadInput(f"start-size: expected at most the full {full} pixels, got {c.start_size}")
+        student.check_sizes([image_size(c, epoch, full) for epoch in range(c.epochs)] + [c.eval_size or full])
+        self.vote = Vote(world)
+        self.reported = time.monotonic()
+        self.sizes_seen: set[int] = set()
+        self.loading: Generator[Batch, None, None] | None = None
+        self.pixels: Difference | None = None
+        self.page: Any = None  # of Weights & Biases
+        self.report_failed = False
+        self.clock = Clock()
+        self.logged = Clock()  # as it was at the last log
+
+    def load(self) -> None:
+        """The newest checkpoint, the first view, some images: damage is reported before anything is written."""
+        if self.config.resume and checkpoint.checkpoints(self.run.path):
+            self._restore()
+        elif self.config.resume and self.world.is_main:
+            notice(f"{self.run.path}: no checkpoint yet, starting from the beginning")
+        if self.config.init is not None and not self.step.is_finite():
+            raise BadInput(f"{self.config.init}: expected finite weights, some are NaN or infinite")
+        if self.step.steps < self.last_step:
+            self.epochs.load(self.step.steps // self.epochs.steps)
+        if self.world.is_main and (cache := self.epochs.cache) is not None:
+            self.pixels = compare_seen(cache.path, self.train_pipeline, cache.targets(0)[0])
+
+    def begin(self) -> None:
+        """The first that is written, once nothing can be wrong any more."""
+        if self.config.wandb is not None:
+            self.page = open_wandb(self.run.path, self.config.wandb)
+        self.run.save()
+
+    def run_epochs(self) -> None:
+        c, main = self.config, self.world.is_main
+        first, position = divmod(self.step.steps, self.epochs.steps)
+        if main:
+            log_launch(self.run.path, self.step.steps, self.world.size, self.pixels and self.pixels.mean)
+            self.best = {
+                file: checkpoint.best_until(self.run.path, self.step.steps, file)
+                for file in (checkpoint.BEST, checkpoint.BEST_EMA)
+            }
+        self.log = MetricsLog(self.run.path, self.step.steps, self.page) if main else None
+        rows = read_metrics(self.run.path, self.step.steps) if main else []
+        ended = any(row["kind"] == "epoch" and row["step"] == self.step.steps for row in rows)
+        # A checkpoint is saved before its epoch is evaluated: a run that ended in between evaluates now.
+        owed = bool(self.world.agree_on(int(position == 0 and first > 0 and not ended)))
+        with Interrupt() as self.interrupt, progress_bar(shown=main) as self.bar:
+            self.task = self.bar.add_task(
+                f"train {c.student}",
+                total=self.last_step * c.batch_size,
+                completed=self.step.steps * c.batch_size,
+                note="",
+            )
+            try:
+                if owed:
+                    self._log_epoch(first - 1)
+                for epoch in range(first, c.epochs):
+                    self._epoch(epoch, position)
+                    position = 0
+                self.vote.finish()
+            finally:
+                if self.loading is not None:
+                    self.loading.close()
+                if self.log:
+                    self.log.close()
+        self.world.barrier()
+
+    def _epoch(self, epoch: int, position: int) -> None:
+        c = self.config
+        shown = self.epochs.load(epoch)
+        self.step.targets = shown.targets
+        self.step.student.train()
+        size = self.train_pipeline.image_size = image_size(c, epoch, self.step.student.image_size)
+        batches = self.loading = self.train_pipeline.epoch(shown.views, shown.order, start=position * self.epochs.share)
+        before = dataclasses.replace(self.clock)
+        self.clock.start()
+        while parts := self.clock.waiting_for(lambda: list(islice(batches, c.accumulate))):
+            self.step(parts, learning_rate(c, self.step.steps, self.epochs.steps))
+            self.clock.steps += 1
+            if size not in self.sizes_seen:  # the first step of a size compiles, or chooses its algorithms: not counted
+                self.sizes_seen.add(size)
+                self.step.sums.tolist()  # waits for the device
+                self.clock = before
+                self.clock.start()
+            self.bar.advance(self.task, c.batch_size)
+            self._after_step(epoch)
+
+    def _after_step(self, epoch: int) -> None:
+        """What is due at this step, the training clock stopped: log, save, stop, evaluate. All ranks decide alike.
+
+        Saved before it is evaluated, a step is lost neither to an evaluation that fails nor to one that a cluster's
+        grace is too short for; and what is evaluated is finite.
+        """
+        c, step = self.config, self.step.steps
+        log, end, save = step % c.log_every == 0, step % self.epochs.steps == 0, step % c.checkpoint_every == 0
+        stop = self.vote(self.interrupt.signum or 0)
+        if not (log or end or save or stop):
+            return
+        each = self.world.gather(self.step.sums)
+        sums = each.mean(0).tolist()  # waits for the device
+        self.clock.stop()
+        if not all(map(math.isfinite, sums)):
+            self._refuse_infinity("the gradient is" if all(map(math.isfinite, sums[:-1])) else "the loss is")
+        if log:
+            self._log_step(epoch, [value / self.step.summed for value in sums])
+            self.step.reset_sums()
+            each.zero_()
+        scheduled = save or (end and self._is_evaluated(epoch))
+        if scheduled or stop:
+            self._save(each, scheduled)
+        if stop and step < self.last_step:
+            self.vote.finish()
+            if self.log:
+                self._report()
+            self.world.barrier()  # or the first to go would take the others along
+            raise Stopped(
+                f"saved step {step} of {self.last_step} in {self.run.path}; run the same command with --resume to go "
+                "on",
+                stop,
+            )
+        if end:
+            self._log_epoch(epoch)
+        self.clock.start()
+
+    def _is_evaluated(self, epoch: int) -> bool:
+        return (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
+
+    def _refuse_infinity(self, what: str) -> None:
+        step, saved = self.step.steps, checkpoint.checkpoints(self.run.path)
+        again = f"; or try once more from {saved[0]} by --resume" if saved else ""
+        raise BadInput(
+            f"{what} no longer finite between steps {step - self.step.summed} and {step}; begin anew with a lower "
+            f"--lr or --clip and another --out{again}"
+        )
+
+    def _log_step(self, epoch: int, means: list[float]) -> None:
+        if not self.log:
+            return
+        lr = self.step.optimizer.param_groups[0]["lr"]
+        values = {"epoch": epoch, "lr": lr, **dict(zip(SUMS, means, strict=True)), **self._speed(since=self.logged)}
+        self.logged = dataclasses.replace(self.clock)
+        self.log.add("step", self.step.steps, values)
+        parts = " ".join(f"{name} {values[name]:.3g}" for name in SUMS[1:-1] if values[name])
+        self.bar.update(
+            self.task, note=f"epoch {epoch + 1}/{self.config.epochs} loss {means[0]:.4g} ({parts}) lr {lr:.2g}"
+        )
+
+    def _log_epoch(self, epoch: int) -> None:
+        c = self.config
+        values: dict[str, Any] = {"epoch": epoch, **self._speed(since=Clock())}
+        if self._is_evaluated(epoch):
+            values |= self._evaluate(epoch)
+        top1 = f" top-1 {values['top1']:.2%}" if "top1" in values else ""
+        self.bar.done(self.task, f"epoch {epoch + 1}/{c.epochs}{top1}")
+        if self.log:
+            self.log.add("epoch", self.step.steps, values)
+            if time.monotonic() - self.reported > REPORT_EVERY_S or self.step.steps == self.last_step:
+                self._report()
+
+    def _evaluate(self, epoch: int) -> dict[str, float]:
+        """Top-1 and top-5; where there is a moving average those of the better, and of the weights and of the average.
+
+        Keeps the answers, and the weights if they are the best so far.
+        """
+        c, step = self.config, self.step
+        students = {"raw": step.student} if step.ema is None else {"raw": step.student, "ema": step.ema.module}
+        answers = predict_each(
+            list(students.values()),
+            self.val_pipeline,
+            self.val_set,
+            c.eval_crop,
+            step.bf16,
+            flip=c.eval_flip,
+            world=self.world,
+        )
+        found = {name: accuracy(best, self.val_set.labels) for name, best in zip(students, answers, strict=True)}
+        better = max(reversed(found), key=lambda name: found[name][0])  # of equal ones the average
+        values = dict(zip(("top1", "top5"), found[better], strict=True))
+        if len(found) > 1:
+            values |= {f"top{k}_{name}": found[name][i] for i, k in enumerate((1, 5)) for name in found}
+        if self.log:
+            info = {"step": step.steps, "epoch": epoch}
+            best = dict(zip(students, answers, strict=True))[better]
+            save_predictions(self.run.path, best, self.val_set.labels, {**info, **values})
+            for name, file in (("raw", checkpoint.BEST), ("ema", checkpoint.BEST_EMA)):
+                if name in found and found[name][0] > self.best[file]:
+                    self.best[file] = found[name][0]
+                    kept = {**info, "top1": found[name][0], "top5": found[name][1]}
+                    checkpoint.save_best(self.run.path, students[name], kept, file)
+        return values
+
+    def _speed(self, since: Clock) -> dict[str, float]:
+        """Of the training steps since a reading of the clock; nothing where none was counted."""
+        steps, seconds = self.clock.steps - since.steps, self.clock.seconds - since.seconds
+        if not steps:
+            return {}
+        waited = self.clock.waited - since.waited
+        return {"images_per_second": steps * self.config.batch_size / seconds, "loader_share": waited / seconds}
+
+    def _report(self) -> None:
+        """Curves and report, without which a run goes on as well."""
+        try:
+            draw_curves(self.run.path)
+            write_report(self.run.path)
+        except Exception as error:  # of files, of matplotlib, of jinja
+            if not self.report_failed:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                notice(f"{self.run.path}: no new report and curves ({reason}); the run goes on")
+            self.report_failed = True
+        self.reported = time.monotonic()
+
+    def _save(self, sums: Tensor, scheduled: bool) -> None:
+        """With the sums of each rank. A save that the undisturbed run does not make changes nothing in the ranks."""
+        s = self.step
+        ema = None if s.ema is None else s.ema.module
+        by_rank: dict[str, Tensor] = {}
+        for part, model in (("student", s.student), ("ema", ema)):
+            if model is not None and scheduled:
+                self.world.average_statistics(model)
+            elif model is not None:
+                by_rank |= {f"{part}.{name}": self.world.gather(own) for name, own in statistics(model).items()}
+        if self.world.sum(torch.tensor(int(not s.is_finite()))):
+            self._refuse_infinity("the weights are")
+        if self.world.is_main:
+            position: dict[str, Any] = {"sums": sums.mean(0).tolist(), "summed": s.summed}
+            if bool((sums != sums[0]).any()):
+                position["sums_by_rank"] = sums.tolist()
+            checkpoint.save_checkpoint(
+                self.run.path, s.steps, s.student, s.optimizer, ema, position, self.config.keep, by_rank
+            )
+
+    def _restore(self) -> None:
+        s = self.step
+        ema = None if s.ema is None else s.ema.module
+        rank, ranks = self.world.rank, self.world.size
+        s.steps, position = checkpoint.load_newest(self.run.path, s.student, s.optimizer, ema, rank, ranks)
+        newest = self.world.agree_on(s.steps)
+        check_shared(self.world, s.steps == newest, f"the checkpoint of step {newest}, not {s.steps}, as the newest")
+        each = position.get("sums_by_rank", [])
+        sums = each[rank] if len(each) == ranks else position["sums"]
+        s.sums, s.summed = torch.tensor(sums, device=self.device), position["summed"]
+
+    def result(self) -> Result:
+        """From the log, so that a finished run that is resumed says the same again."""
+        evaluated = [row for row in read_metrics(self.run.path) if "top1" in row]
+        if not evaluated:
+            raise BadInput(f"{self.run.path}: expected evaluations in its metrics.jsonl, found none; it was edited")
+        last = evaluated[-1]
+        return Result(last["top1"], last["top5"], last.get("images_per_second", 0.0), 0.0)

@@ -1,0 +1,54 @@
+"""Optimisers: fused ones where they exist, over parameter groups that exempt biases and norms from weight decay."""
+
+import importlib
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from fastofa.runs.config import TrainConfig
+from fastofa.system.errors import BadInput
+
+APEX = {"apex_sgd": "fusedsgd", "apex_adam": "fusedadamw", "apex_lamb": "fusedlamb"}  # timm's names for them
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9, AdamW or LAMB over the model's parameters.
+
+    Biases, norms and what `model.no_weight_decay()` names (position embeddings, class tokens) are not decayed.
+
+    Raises:
+        BadInput: an apex_* optimiser without a GPU or without NVIDIA's apex.
+    """
+    name: str = config.optimizer
+    arguments: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.9}
+    check_optimizer(name, next(model.parameters()).device)
+    if name in APEX:
+        name = APEX[name]
+    elif name != "lamb":  # which torch has no fused form of; timm's updates all tensors at once
+        arguments["fused"] = True
+    return create_optimizer_v2(model, opt=name, **arguments)
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Raises BadInput for an apex_* optimiser without a GPU or without NVIDIA's apex."""
+    if name not in APEX:
+        return
+    remedy = "use sgd, adamw or lamb, which need nothing, or see `fastofa doctor`"
+    if device.type != "cuda":
+        raise BadInput(f"optimizer apex_*: expected a GPU, the student is on {device}; {remedy}")
+    try:
+        importlib.import_module("amp_C")
+        importlib.import_module("apex.optimizers")
+    except ImportError as error:
+        raise BadInput(
+            f"optimizer apex_*: expected NVIDIA's apex built with --cuda_ext ({error}); the `apex` on PyPI is another "
+            f"package; {remedy}"
+        ) from None
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Parameter groups with an `lr_scale` of their own (timm's layer decay) keep it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,0 +1,1 @@
+"""Views: every augmentation of every image, drawn up front as a table."""

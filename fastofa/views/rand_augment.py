@@ -1,0 +1,106 @@
+"""RandAugment as a table: which operations a picture gets, and how much of each.
+
+"rand-m9-mstd0.5-inc1" is timm's notation, and what is drawn is what timm draws: n operations a picture out of fifteen,
+each applied with probability p, at magnitude m with normal noise of standard deviation mstd, kept within 0..10.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastofa.system.errors import BadInput
+
+OPS = (
+    "none", "auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color",
+    "contrast", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
+)  # fmt: skip
+"""Names of the numbers in `Views.ops`; all but "none" are equally likely."""
+SIGNED = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")  # to either side
+ENHANCE = ("color", "contrast", "brightness", "sharpness")
+COLUMNS = 5  # uniform numbers that one operation of one picture takes
+MAX = 10.0  # the end of the scale of magnitudes
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """The notation, taken apart."""
+
+    magnitude: float = MAX
+    std: float = 0.0
+    increasing: bool = False
+    """Posterize, solarize and the enhancements become stronger as the magnitude grows (timm's inc1)."""
+    layers: int = 2
+    probability: float = 0.5
+
+
+def parse(text: str) -> RandAugment:
+    """Raises BadInput for anything but rand-mM[-mstdS][-inc1][-nN][-pP]; order and numbers as timm reads them."""
+    kinds = {"m": ("magnitude", 0, 10), "mstd": ("std", 0, 100), "inc": ("increasing", 0, 1)}
+    kinds |= {"n": ("layers", 1, 15), "p": ("probability", 0, 1)}
+    found: dict[str, float] = {}
+    first, *sections = text.split("-")
+    for section in sections:
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section)
+        name, low, high = kinds.get(match[1] if match else "", ("", 0, 0))
+        whole = match is not None and (match[1] in ("mstd", "p") or match[2].isdigit())
+        if match is None or not whole or name in found or not low <= float(match[2]) <= high:
+            first = ""
+            break
+        found[name] = float(match[2])
+    if first != "rand" or "magnitude" not in found:
+        raise BadInput(
+            f"auto-augment: expected rand-mM[-mstdS][-inc1][-nN][-pP] with M from 0 to 10, as in "
+            f"rand-m9-mstd0.5-inc1, got {text!r}"
+        )
+    return RandAugment(
+        magnitude=found["magnitude"],
+        std=found.get("std", 0.0),
+        increasing=bool(found.get("increasing", 0)),
+        layers=int(found.get("layers", 2)),
+        probability=found.get("probability", 0.5),
+    )
+
+
+def choose(policy: RandAugment, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`draws` uniform [N, layers, COLUMNS] -> numbers of operations uint8 and their amounts float32, [N, layers]."""
+    which, applied, radius, angle, side = np.moveaxis(draws, -1, 0)
+    ops = np.where(applied < policy.probability, 1 + (which * (len(OPS) - 1)).astype(np.uint8), 0).astype(np.uint8)
+    magnitude = np.full(ops.shape, policy.magnitude)
+    if policy.std:
+        normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller's: two draws, always
+        magnitude = (policy.magnitude + policy.std * normal).clip(0, MAX)
+    return ops, amounts(ops, magnitude, np.where(side < 0.5, -1, 1), policy.increasing).astype(np.float32)
+
+
+def amounts(ops: np.ndarray, magnitude: np.ndarray, side: np.ndarray, increasing: bool) -> np.ndarray:
+    """Magnitudes 0..10 in each operation's own unit, as timm's LEVEL_TO_ARG gives it.
+
+    rotate: degrees; shear: pixels a pixel; translate: share of the side; enhancements: factor (1 changes nothing);
+    posterize: bits kept; solarize: the first level that is inverted; solarize_add: added below 128. Else 0.
+    """
+    level = magnitude / MAX
+    bits, threshold = (level * 4).astype(np.int64), np.minimum(256, (level * 256).astype(np.int64))
+    units = {
+        "rotate": side * (level * 30.0),
+        "posterize": 4 - bits if increasing else bits,
+        "solarize": 256 - threshold if increasing else threshold,
+        "solarize_add": np.minimum(128, (level * 110).astype(np.int64)),
+        **dict.fromkeys(ENHANCE, np.maximum(0.1, 1.0 + side * (level * 0.9)) if increasing else level * 1.8 + 0.1),
+        **dict.fromkeys(("shear_x", "shear_y"), side * (level * 0.3)),
+        **dict.fromkeys(("translate_x", "translate_y"), side * (level * 0.45)),
+    }
+    return np.select([ops == OPS.index(name) for name in units], list(units.values()), 0.0)
+
+
+@functools.cache
+def limits() -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest amount of each operation, float32 [len(OPS)], of any notation."""
+    ends = [
+        amounts(np.arange(len(OPS)), np.full(len(OPS), magnitude), np.full(len(OPS), side), increasing)
+        for magnitude in (0.0, MAX)
+        for side in (-1, 1)
+        for increasing in (False, True)
+    ]
+    return np.min(ends, axis=0).astype(np.float32), np.max(ends, axis=0).astype(np.float32)

@@ -1,0 +1,95 @@
+"""A view as a table: one row of augmentation parameters per image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from fastofa.views.policy import ViewPolicy
+
+UNIT = 65535  # boxes are stored as fractions of the whole picture in 1/65535
+
+
+@dataclass(frozen=True)
+class Views:
+    """One view of every image. Row i belongs to sample id i. Columns that the policy does not use are None."""
+
+    crop: np.ndarray
+    """uint16 [N, 4]: top, left, height, width in 1/65535 of the whole picture."""
+    flip: np.ndarray
+    """bool [N]: mirror left to right."""
+    ops: np.ndarray | None = None
+    """uint8 [N, n]: operations one after the other, numbers of `rand_augment.OPS`; 0 for none."""
+    amounts: np.ndarray | None = None
+    """float32 [N, n]: of each operation, in its own unit (`rand_augment.amounts`)."""
+    partner: np.ndarray | None = None
+    """int32 [N]: the row it is mixed with, whose partner it is; its own for none."""
+    mix: np.ndarray | None = None
+    """float32 [N]: its own share of the mixture, the same for both; 1 for none."""
+    mix_box: np.ndarray | None = None
+    """uint16 [N, 4]: what cutmix takes from the partner, in 1/65535 of the cropped picture; height 0 for mixup."""
+    erase: np.ndarray | None = None
+    """uint16 [N, 4]: what is erased, in 1/65535 of the cropped picture; height 0 for nothing."""
+    noise: np.ndarray | None = None
+    """int32 [N]: what the erasing noise is a function of, with the place of the pixel."""
+    mean: tuple[float, float, float] = ViewPolicy.mean
+    """The policy's."""
+    std: tuple[float, float, float] = ViewPolicy.std
+    """The policy's."""
+
+    def __len__(self) -> int:
+        return len(self.crop)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Those that there are, by name: what a cache stores."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: column for name, column in found.items() if isinstance(column, np.ndarray)}
+
+    def take(self, rows: np.ndarray) -> "Views":
+        """A table of these rows alone (whose partners are still numbered as before)."""
+        return Views(**{name: column[rows] for name, column in self.columns().items()}, mean=self.mean, std=self.std)
+
+    def boxes(self, sizes: np.ndarray) -> np.ndarray:
+        """The crops in whole pixels, int64 [N, 4], for pictures of `sizes` [N, 2] (height, width).
+
+        Exact for the sizes the views were drawn with (up to 65,535 pixels a side); to a pixel where pictures are stored
+        smaller.
+        """
+        extent = np.asarray(sizes)[:, [0, 1, 0, 1]]
+        boxes = np.rint(self.crop.astype(np.float64) * extent / UNIT).astype(np.int64)
+        boxes[:, 2:] = boxes[:, 2:].clip(1, extent[:, 2:])
+        boxes[:, :2] = np.minimum(boxes[:, :2], extent[:, :2] - boxes[:, 2:])
+        return boxes
+
+
+def _fractions(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    fractions = np.rint(boxes * (UNIT / sizes[:, [0, 1, 0, 1]])).astype(np.uint16)
+    fractions[:, 2:] = fractions[:, 2:].clip(1)  # a pixel of a picture of more than 131,070
+    return fractions
+
+
+def pixel_boxes(boxes: np.ndarray, size: int) -> np.ndarray:
+    """Boxes in 1/65535 of a square picture of `size` pixels -> int64 [N, 4]: top, left, bottom, right in pixels."""
+    boxes = boxes.astype(np.int64)
+    return np.rint((boxes + np.pad(boxes[:, :2], ((0, 0), (2, 0)))) * (size / UNIT)).astype(np.int64)
+
+
+def join_views(tables: Sequence[Views]) -> Views:
+    """Several views of the same N samples as one table: row r * N + i is sample i in the r-th of them."""
+    if len(tables) == 1:
+        return tables[0]
+    parts = [table.columns() for table in tables]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if "partner" in columns:
+        columns["partner"] = columns["partner"] + np.repeat(
+            np.arange(len(tables), dtype=np.int32) * len(tables[0]), len(tables[0])
+        )
+    return Views(**columns, mean=tables[0].mean, std=tables[0].std)
+
+
+def center_views(sizes: np.ndarray, fraction: float = 0.875) -> Views:
+    """The evaluation view: the central square whose side is `fraction` of the picture's shorter side, no flip."""
+    sizes = np.asarray(sizes)
+    side = np.rint(sizes.min(axis=1) * fraction).astype(np.int64).clip(1)
+    boxes = np.stack([(sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2, side, side], axis=1)
+    return Views(_fractions(boxes, sizes), np.zeros(len(sizes), dtype=bool))
