@@ -13,6 +13,8 @@ here = Path(__file__).parent
 source = (here / "fastofa" / "__init__.py").read_text()
 version = re.findall(r'__version__ = "(.+)"', source)[0]
 
+ROOMS = sorted(path.parent.name for path in (here / "fastofa").glob("*/__init__.py") if not path.parent.is_symlink())
+
 setup(
     name="fastofa",
     version=version,
@@ -22,9 +24,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["fastofa", "fastofa.kernels", "fastofa.pipelines"],
+    packages=["fastofa", *(f"fastofa.{room}" for room in ROOMS), "fastofa.kernels", "fastofa.pipelines"],
     package_dir={"fastofa": "fastofa", "fastofa.kernels": "kernels", "fastofa.pipelines": "pipelines"},
-    package_data={"fastofa": ["py.typed", "report.html.jinja"]},
+    package_data={"fastofa": ["py.typed"], "fastofa.reports": ["report.html.jinja"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",

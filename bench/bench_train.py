@@ -106,7 +106,7 @@ def skip_reason(row: Row, device: torch.device, bf16: bool, loaders: bool) -> st
     return None
 
 
-def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[Way, Step]) -> TakeStep:
+def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[Way, tuple[Step, Any]]) -> TakeStep:
     """`opened` keeps our steps: rows that differ in the loader only share one, compiled once."""
     if row.way is None:
         return timm_step(job, precision) if row.name == TIMM else official_step(job, fp16=row.name == OFFICIAL_FP16)
@@ -114,9 +114,9 @@ def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[Way, St
     if way not in opened:
         opened[way] = open_step(job, way)
     if row.loader is not None:
-        return LoaderStep(job, opened[way], row.loader, folder)
-    batch = job.batch(way.channels_last)
-    return lambda: opened[way]([batch], lr=0.1)
+        return LoaderStep(job, *opened[way], row.loader, folder)
+    (step, targets), batch = opened[way], job.batch(way.channels_last)
+    return lambda: step([batch], targets, lr=0.1)
 
 
 def warm_up(
@@ -129,7 +129,7 @@ def warm_up(
     """
     steps: dict[str, TakeStep] = {}
     missing: dict[str, dict[str, str]] = {}
-    opened: dict[Way, Step] = {}
+    opened: dict[Way, tuple[Step, Any]] = {}
 
     def warm(row: Row) -> None:
         if reason := skip_reason(row, job.device, precision == "bf16", loaders):

@@ -57,8 +57,8 @@ def stream(pipeline: Any, dataset: Dataset) -> Iterator[Batch]:
 class LoaderStep:
     """Our step behind a pipeline. Entered for a round: workers run only then, and what they had ready is used up."""
 
-    def __init__(self, job: Job, step: Step, pipeline: str, folder: Path) -> None:
-        self.step = step
+    def __init__(self, job: Job, step: Step, targets: Any, pipeline: str, folder: Path) -> None:
+        self.step, self.targets = step, targets
         workers = choose_workers(None)
         side = job.image_size * SIDE // 224
         self.dataset = open_source(pipeline, folder, job.batch_size, side)
@@ -68,11 +68,11 @@ class LoaderStep:
     def __enter__(self) -> "LoaderStep":
         self.batches = stream(self.pipeline, self.dataset)
         for batch in itertools.islice(self.batches, self.ready):
-            self.step([batch], lr=0.1)
+            self.step([batch], self.targets, lr=0.1)
         return self
 
     def __call__(self) -> None:
-        self.step([next(self.batches)], lr=0.1)
+        self.step([next(self.batches)], self.targets, lr=0.1)
 
     def __exit__(self, *_error: object) -> None:
         self.batches.close()  # type: ignore[attr-defined]

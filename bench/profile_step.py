@@ -204,10 +204,10 @@ def kernels(
 
 def profile_step(job: Job, way: Way, calls: int) -> dict[str, Any]:
     """One student's table."""
-    step, batch = open_step(job, way), job.batch()
+    (step, targets), batch = open_step(job, way), job.batch()
 
     def take() -> None:
-        step([batch], lr=0.1)
+        step([batch], targets, lr=0.1)
 
     for _ in range(3):
         take()

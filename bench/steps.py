@@ -51,7 +51,8 @@ class Job:
         images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
         labels = torch.randint(0, self.num_classes, (self.batch_size,), device=self.device)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        return Batch(images.contiguous(memory_format=layout), labels, torch.arange(self.batch_size, device=self.device))
+        ids = torch.arange(self.batch_size, device=self.device)
+        return Batch(images.contiguous(memory_format=layout), labels, ids, ids)
 
     def build_student(self, exits: tuple[int, ...]) -> Student:
         dim = self.build_teacher().num_features if exits else 0
@@ -102,26 +103,24 @@ def our_config(job: Job, way: Way) -> TrainConfig:
     )
 
 
-def open_step(job: Job, way: Way) -> Step:
-    """The Step that `fastofa train` takes, with a teacher where the method has one."""
+def open_step(job: Job, way: Way) -> tuple[Step, Any]:
+    """The Step that `fastofa train` takes, and its targets: None for the method that has no teacher."""
     config = our_config(job, way)
     step = Step(job.build_student(config.exits), config, job.device)
     if not way.channels_last:
         step.student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     step.student.train()
     if way.method == "scratch":
-        return step
+        return step, None
     if way.online_teacher:
-        step.targets = OnlineTeacher(job, way)  # type: ignore[assignment]
-    else:
-        log_probs = torch.randn(job.batch_size, job.num_classes).log_softmax(dim=1)
-        step.targets = DeviceTargets(*answers(log_probs, min(TOPK, job.num_classes)), job.device)
-    return step
+        return step, OnlineTeacher(job, way)
+    log_probs = torch.randn(job.batch_size, job.num_classes).log_softmax(dim=1)
+    return step, DeviceTargets(*answers(log_probs, min(TOPK, job.num_classes)), job.device)
 
 
 def our_step(job: Job, way: Way) -> TakeStep:
-    step, batch = open_step(job, way), job.batch(way.channels_last)
-    return lambda: step([batch], lr=0.1)
+    (step, targets), batch = open_step(job, way), job.batch(way.channels_last)
+    return lambda: step([batch], targets, lr=0.1)
 
 
 class OnlineTeacher:
@@ -145,7 +144,7 @@ class OnlineTeacher:
         self.log_probs = torch.compile(log_probs) if way.compile == "on" else log_probs
 
     @torch.no_grad()
-    def lookup(self, sample_ids: Tensor) -> Targets:
+    def lookup(self, rows: Tensor) -> Targets:
         return Targets(self.classes, self.log_probs(self.images))
 
 

@@ -130,7 +130,7 @@ def _run(argv: list[str], own: bool) -> None:
 
         config = parse(argv[0], argv[1:])
         check(config)
-        command = import_module(f"fastofa.{argv[0]}").main
+        command = import_module(f"fastofa.commands.{argv[0]}").main
     command(config)
 
 

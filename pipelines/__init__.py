@@ -35,13 +35,15 @@ SMALL = 0.25  # share of the free device memory that a pack may take to be kept 
 class Pipeline(Protocol):
     """What every pipeline offers."""
 
-    image_size: int
-    """Side of the pictures it makes; may be changed between two epochs."""
+    def epoch(
+        self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
+    ) -> Generator[Batch, None, None]:
+        """Batches of `order` (rows of `views`) from position `start` on; the last one may be smaller.
 
-    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Batch, None, None]:
-        """Batches of `order` (sample ids) from position `start` on; the last one may be smaller.
+        Threads or processes may work for it until it is exhausted or closed.
 
-        Threads or processes may work for it until it is at its end or closed.
+        Args:
+            image_size: S in pixels, for this epoch only; None: as the pipeline was opened.
         """
         ...
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastofa.pipelines.augment import shares
-from fastofa.views.table import Views
+from fastofa.views.table import Views, samples_of
 
 
 class Batch(NamedTuple):
@@ -20,8 +20,9 @@ class Batch(NamedTuple):
     labels: Tensor
     """int64 [B]."""
     sample_ids: Tensor
-    """int64 [B], rows of the view table and of the teacher's; of the data set, too, but where views were joined: there
-    sample_ids modulo the number of samples."""
+    """int64 [B]: positions in the data set."""
+    rows: Tensor
+    """int64 [B]: of the view table and of the teacher's targets; equal to sample_ids unless views are joined."""
     partner_labels: Tensor | None = None
     """int64 [B]: of the pictures mixed in; None where the views do not mix."""
     mix: Tensor | None = None
@@ -40,10 +41,11 @@ def make_batch(
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(labels.device, non_blocking=True)
 
-    batch = Batch(normalized(images, normalize), labels[put(rows % len(labels))], put(rows))
+    ids = put(samples_of(rows, len(labels)))
+    batch = Batch(normalized(images, normalize), labels[ids], ids, put(rows))
     if views.partner is None:
         return batch
-    partner_labels = labels[put(views.partner[rows].astype(np.int64) % len(labels))]
+    partner_labels = labels[put(samples_of(views.partner[rows].astype(np.int64), len(labels)))]
     return batch._replace(partner_labels=partner_labels, mix=put(shares(views, rows, images.shape[-1])))
 
 

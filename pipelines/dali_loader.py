@@ -22,7 +22,7 @@ from fastofa.pipelines.request import Request
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 from fastofa.views.order import batches
-from fastofa.views.table import Views
+from fastofa.views.table import Views, samples_of
 
 try:
     from nvidia.dali import fn, pipeline_def, types
@@ -50,22 +50,25 @@ class Pipeline:
         self.sizes = dataset.stored_sizes
         self.labels = torch.from_numpy(dataset.labels).to(self.device)
 
-    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Batch, None, None]:
+    def epoch(
+        self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
+    ) -> Generator[Batch, None, None]:
+        size = image_size or self.image_size
         coming = deque((rows, with_partners(views, rows)) for rows in batches(views, order, start, self.batch_size))
         while coming:
-            dali = self._build(views, [needed for _, needed in coming])
+            dali = self._build(views, [needed for _, needed in coming], size)
             failed = False
             while coming and not failed:
                 rows, needed = coming.popleft()
                 try:
-                    images = self._run(dali, views, needed)
+                    images = self._run(dali, views, needed, size)
                 except RuntimeError as error:  # after which a DALI pipeline is of no use
                     notice(f"pipeline dali: reads a batch by torchvision, since DALI says: {_first_line(error)}")
-                    images, failed = self._slowly(views, needed), True
+                    images, failed = self._slowly(views, needed, size), True
                 images = augment(images, views, needed, len(rows))
                 yield make_batch(images, self.labels, views, rows, self.normalize)
 
-    def _build(self, views: Views, wanted: list[np.ndarray]) -> Any:
+    def _build(self, views: Views, wanted: list[np.ndarray], image_size: int) -> Any:
         """A DALI pipeline whose runs give the pictures of `wanted`, one batch of the table's rows after the other.
 
         And of each the file's bytes, and the height and width of the whole.
@@ -73,10 +76,10 @@ class Pipeline:
 
         def source() -> Iterator[tuple[Any, ...]]:
             for rows in wanted:
-                ids, table = rows % len(self.sizes), views.take(rows)
+                ids, table = samples_of(rows, len(self.sizes)), views.take(rows)
                 paths = [np.frombuffer(str(self.dataset.path(i)).encode(), np.uint8) for i in ids]
                 boxes = table.boxes(self.sizes[ids])
-                size = np.full((len(ids), 2), self.image_size, np.float32)
+                size = np.full((len(ids), 2), image_size, np.float32)
                 size[table.flip, 1] *= -1  # a negative width mirrors
                 yield paths, boxes[:, :2].astype(np.int32), boxes[:, 2:].astype(np.int32), size
 
@@ -103,26 +106,26 @@ class Pipeline:
         dali.build()
         return dali
 
-    def _run(self, dali: Any, views: Views, rows: np.ndarray) -> Tensor:
+    def _run(self, dali: Any, views: Views, rows: np.ndarray, size: int) -> Tensor:
         """uint8 [M, 3, S, S] on the device. Raises RuntimeError: DALI cannot read this batch, or one after it."""
         # Bound to the stream that reads them: DALI takes their memory back when the tensor is gone, which it is while
         # kernels still wait to read it; it must not be used again before that stream has done so.
         images, files, shapes = dali.run(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
         images = to_torch_tensor(images.as_tensor(), copy=False).permute(0, 3, 1, 2)
         is_cut = np.array([_is_cut(np.asarray(file)) for file in files])
-        is_other = (np.asarray(shapes.as_tensor())[:, :2] != self.sizes[rows % len(self.sizes)]).any(axis=1)
+        is_other = (np.asarray(shapes.as_tensor())[:, :2] != self.sizes[samples_of(rows, len(self.sizes))]).any(axis=1)
         doubtful = np.flatnonzero(is_cut | is_other)
         if len(doubtful):
             at = torch.from_numpy(doubtful).to(self.device)
-            images[at] = self._slowly(views, rows[doubtful])
+            images[at] = self._slowly(views, rows[doubtful], size)
         return images
 
-    def _slowly(self, views: Views, rows: np.ndarray) -> Tensor:
+    def _slowly(self, views: Views, rows: np.ndarray, size: int) -> Tensor:
         """The same through torchvision. Raises BadInput, naming a file that is damaged."""
-        table, ids = views.take(rows), rows % len(self.sizes)
-        images = torch.empty(len(ids), self.image_size, self.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        table, ids = views.take(rows), samples_of(rows, len(self.sizes))
+        images = torch.empty(len(ids), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for out, i, box, flip in zip(images, ids, table.boxes(self.sizes[ids]).tolist(), table.flip, strict=True):
-            out.copy_(crop_resize_one(self.dataset.read(i), box, bool(flip), self.image_size))
+            out.copy_(crop_resize_one(self.dataset.read(i), box, bool(flip), size))
         return images.to(self.device)
 
 

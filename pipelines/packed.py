@@ -10,7 +10,7 @@ from fastofa.kernels import crop_resize
 from fastofa.pipelines.request import Request
 from fastofa.pipelines.threaded import Threaded
 from fastofa.system.errors import BadInput
-from fastofa.views.table import Views
+from fastofa.views.table import Views, samples_of
 
 
 class Cropped(Threaded):
@@ -30,19 +30,19 @@ class Cropped(Threaded):
 class Gathered(Cropped):
     """The threads gather whole pictures, a GPU crops them."""
 
-    def _extent(self) -> tuple[int, int]:
+    def _extent(self, size: int) -> tuple[int, int]:
         return self.pixels.shape[1:3]
 
-    def _filler(self, ids: np.ndarray, table: Views, out: np.ndarray) -> Callable[[np.ndarray], None]:
+    def _filler(self, ids: np.ndarray, table: Views, out: np.ndarray, size: int) -> Callable[[np.ndarray], None]:
         def copy(part: np.ndarray) -> None:
             np.take(self.pixels, ids[part], axis=0, out=out[part[0] : part[-1] + 1], mode="clip")
 
         return copy
 
-    def _arrived(self, images: Tensor, views: Views, needed: np.ndarray) -> Tensor:
-        boxes = views.take(needed).boxes(self.sizes[needed % len(self.sizes)])
+    def _arrived(self, images: Tensor, views: Views, needed: np.ndarray, size: int) -> Tensor:
+        boxes = views.take(needed).boxes(self.sizes[samples_of(needed, len(self.sizes))])
         pixels, box, flip = self._sent(images, torch.from_numpy(boxes), torch.from_numpy(views.flip[needed]))
-        return crop_resize(pixels, box, flip, self.image_size)
+        return crop_resize(pixels, box, flip, size)
 
 
 def Pipeline(request: Request) -> Cropped:

@@ -13,7 +13,7 @@ import numpy as np
 from fastofa.data.beton import PAGE
 from fastofa.system.progress import notice
 from fastofa.views.order import WINDOW
-from fastofa.views.table import Views
+from fastofa.views.table import Views, samples_of
 
 BATCHES = 4  # that are asked for ahead of the one which begins
 PROBED = 256  # pictures of an epoch; if all are in memory, nothing is asked for: that takes 3 us a picture
@@ -37,7 +37,8 @@ def read_ahead(
         return
     try:
         with open(dataset.file, "rb") as file:
-            if _in_memory(file.fileno(), dataset.spans[order[:: -(-len(order) // PROBED)] % len(dataset), 0]):
+            probed = samples_of(order[:: -(-len(order) // PROBED)], len(dataset))
+            if _in_memory(file.fileno(), dataset.spans[probed, 0]):
                 return
             at, ranges, ahead = plan(dataset, views, order)
             ahead = max(ahead, BATCHES * batch_size)
@@ -61,7 +62,7 @@ def plan(dataset: Any, views: Views, order: np.ndarray) -> tuple[np.ndarray, np.
     And how many samples ahead it should be asked for: for pages a window's. Of two pictures that are mixed only the
     first, which the order goes by, can stand for its page.
     """
-    ids = order % len(dataset)
+    ids = samples_of(order, len(dataset))
     numbers = dataset.spans[:, 0] // PAGE
     pictures, pages = np.cumsum(dataset.spans, axis=1), _pages(dataset.spans, numbers)
     leads = np.ones(len(order), bool) if views.partner is None else views.partner[order] >= order

@@ -14,7 +14,7 @@ class Request:
     dataset: Any
     """A `fastofa.data.dataset.Dataset`."""
     image_size: int
-    """Side of the pictures in pixels, to begin with."""
+    """Side of the pictures in pixels, where an epoch asks for no other."""
     batch_size: int
     device: torch.device
     workers: int

@@ -14,7 +14,7 @@ from fastofa.pipelines.request import Request
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 from fastofa.views.order import batches
-from fastofa.views.table import Views
+from fastofa.views.table import Views, samples_of
 
 
 class Pipeline:
@@ -39,21 +39,25 @@ class Pipeline:
         self.pixels = pixels.to(self.device)  # uint8 [N, H, W, 3]; on a CPU an array or a pack itself, not a copy
         self.labels = torch.from_numpy(dataset.labels).to(self.device)
 
-    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Batch, None, None]:
+    def epoch(
+        self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
+    ) -> Generator[Batch, None, None]:
+        size = image_size or self.image_size
         for rows in batches(views, order, start, self.batch_size):
             needed = with_partners(views, rows)
-            images = augment(self._crops(views.take(needed), needed % len(self.sizes)), views, needed, len(rows))
+            crops = self._crops(views.take(needed), samples_of(needed, len(self.sizes)), size)
+            images = augment(crops, views, needed, len(rows))
             yield make_batch(images, self.labels, views, rows, self.normalize)
 
-    def _crops(self, views: Views, ids: np.ndarray) -> Tensor:
+    def _crops(self, views: Views, ids: np.ndarray, size: int) -> Tensor:
         """uint8 [B, 3, S, S]: row b of the views applied to picture ids[b]."""
         boxes = views.boxes(self.sizes[ids])
         if self.device.type != "cpu":
             box, flip, at = (torch.from_numpy(v).to(self.device, non_blocking=True) for v in (boxes, views.flip, ids))
-            return crop_resize(self.pixels, box, flip, self.image_size, ids=at)
-        images = torch.empty(len(ids), self.image_size, self.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+            return crop_resize(self.pixels, box, flip, size, ids=at)
+        images = torch.empty(len(ids), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for out, i, box, flip in zip(images, ids, boxes.tolist(), views.flip.tolist(), strict=True):
-            out.copy_(crop_resize_one(self.pixels[i].permute(2, 0, 1), box, flip, self.image_size))
+            out.copy_(crop_resize_one(self.pixels[i].permute(2, 0, 1), box, flip, size))
         return images
 
 

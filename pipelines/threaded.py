@@ -22,7 +22,7 @@ from fastofa.pipelines.read_ahead import read_ahead
 from fastofa.pipelines.request import Request
 from fastofa.system.interrupt import PATIENCE_S, waiting
 from fastofa.views.order import batches
-from fastofa.views.table import Views
+from fastofa.views.table import Views, samples_of
 
 AHEAD = 2  # batches that are made while another is used
 QUEUED = 4  # batches that wait for a GPU; of steps that are one launch each, a CPU queues a thousand, all in memory
@@ -78,12 +78,16 @@ class Threaded(ABC):
     def picture(self, sample_id: int) -> Tensor:
         """uint8 [3, H, W], as it is stored. Called by threads."""
 
-    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Batch, None, None]:
-        with closing(self.filled(views, order, start)) as made:
+    def epoch(
+        self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
+    ) -> Generator[Batch, None, None]:
+        with closing(self.filled(views, order, start, image_size)) as made:
             for batch in made:
-                yield self._finish(views, batch)
+                yield self._finish(views, batch, image_size or self.image_size)
 
-    def filled(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Filled, None, None]:
+    def filled(
+        self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
+    ) -> Generator[Filled, None, None]:
         """The threads' part: pictures in host memory, for each batch of `epoch`. Closing it ends the threads."""
         threads = max(self.workers, 1)
         pool = ThreadPoolExecutor(threads, "pipeline", initializer=torch.set_num_threads, initargs=(1,))
@@ -97,7 +101,7 @@ class Threaded(ABC):
                 asked.append(reader.submit(next, asking, None))
                 while asked and asked[0].done():
                     asked.popleft().result()  # raises what the thread raised
-                coming.append(self._begin(pool, threads, views, rows))
+                coming.append(self._begin(pool, threads, views, rows, image_size or self.image_size))
                 if len(coming) > AHEAD:
                     made = coming[0].wait()
                     coming.popleft()
@@ -114,23 +118,23 @@ class Threaded(ABC):
             if _end(reader, asked) and _end(pool, [part for batch in coming for part in batch.parts]):
                 asking.close()
 
-    def _begin(self, pool: ThreadPoolExecutor, threads: int, views: Views, rows: np.ndarray) -> _Coming:
+    def _begin(self, pool: ThreadPoolExecutor, threads: int, views: Views, rows: np.ndarray, size: int) -> _Coming:
         """Have uint8 [M, H, W, 3] filled with the pictures of `rows` and of partners that are not among them."""
         needed = with_partners(views, rows)
-        shape = (len(needed), *self._extent(), 3)
+        shape = (len(needed), *self._extent(size), 3)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.stream is not None)
         out = images.numpy()  # threads are never in inference mode, and could not write to a tensor made in it
-        fill = self._filler(needed % len(self.sizes), views.take(needed), out)
+        fill = self._filler(samples_of(needed, len(self.sizes)), views.take(needed), out, size)
         parts = [part for part in np.array_split(np.arange(len(needed)), threads) if len(part)]
         return _Coming(Filled(rows, needed, images), [pool.submit(fill, part) for part in parts])
 
-    def _extent(self) -> tuple[int, int]:
+    def _extent(self, size: int) -> tuple[int, int]:
         """Height and width of what the threads make."""
-        return self.image_size, self.image_size
+        return size, size
 
-    def _filler(self, ids: np.ndarray, table: Views, out: np.ndarray) -> Callable[[np.ndarray], None]:
+    def _filler(self, ids: np.ndarray, table: Views, out: np.ndarray, size: int) -> Callable[[np.ndarray], None]:
         """What a thread does for its part of a batch: places in `out`, in `ids` and in the table."""
-        boxes, size = table.boxes(self.sizes[ids]), self.image_size
+        boxes = table.boxes(self.sizes[ids])
 
         def crop(part: np.ndarray) -> None:
             for i in part.tolist():
@@ -139,12 +143,12 @@ class Threaded(ABC):
 
         return crop
 
-    def _finish(self, views: Views, batch: Filled) -> Batch:
+    def _finish(self, views: Views, batch: Filled, size: int) -> Batch:
         rows, needed, images = batch
-        images = images.permute(0, 3, 1, 2) if self.stream is None else self._arrived(images, views, needed)
+        images = images.permute(0, 3, 1, 2) if self.stream is None else self._arrived(images, views, needed, size)
         return make_batch(augment(images, views, needed, len(rows)), self.labels, views, rows, self.normalize)
 
-    def _arrived(self, images: Tensor, views: Views, needed: np.ndarray) -> Tensor:
+    def _arrived(self, images: Tensor, views: Views, needed: np.ndarray, size: int) -> Tensor:
         """On the GPU, uint8 [M, 3, S, S]."""
         return self._sent(images)[0].permute(0, 3, 1, 2)
 

@@ -16,7 +16,7 @@ from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.pipelines.request import Request
 from fastofa.pipelines.workers import Fill, filled
 from fastofa.views.order import batches
-from fastofa.views.table import Views
+from fastofa.views.table import Views, samples_of
 
 
 class Pipeline:
@@ -27,9 +27,11 @@ class Pipeline:
         self.image_size, self.batch_size, self.normalize = request.image_size, request.batch_size, request.normalize
         self.labels = torch.from_numpy(request.dataset.labels).to(request.device)
 
-    def epoch(self, views: Views, order: np.ndarray, start: int = 0) -> Generator[Batch, None, None]:
+    def epoch(
+        self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
+    ) -> Generator[Batch, None, None]:
         all_rows = list(batches(views, order, start, self.batch_size))
-        size, on_cpu = self.image_size, self.device.type == "cpu"
+        size, on_cpu = image_size or self.image_size, self.device.type == "cpu"
         image_bytes = size * size * 3
 
         def fill(number: int, out: np.ndarray) -> int:
@@ -67,8 +69,8 @@ class Pipeline:
 
     def _read(self, views: Views, rows: np.ndarray, images: Tensor) -> None:
         """The pictures of the table's rows, cropped and flipped, into uint8 [M, 3, S, S]."""
-        table, ids = views.take(rows), rows % len(self.dataset)
+        table, ids = views.take(rows), samples_of(rows, len(self.dataset))
         boxes = table.boxes(self.dataset.stored_sizes[ids])
         for out, i, box, flip in zip(images, ids, boxes.tolist(), table.flip.tolist(), strict=True):
             image = self.dataset.read(i)
-            out.copy_(crop_resize_one(image, box, flip, self.image_size))
+            out.copy_(crop_resize_one(image, box, flip, images.shape[-1]))

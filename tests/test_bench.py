@@ -215,11 +215,11 @@ def test_the_published_way_and_our_step_do_the_same_job(channels_last):
     job = Job("test_resnet", "test_vit", 32, 4, 10, torch.device("cpu"))
     official = official_step(job)
     way = Way(online_teacher=True, channels_last=channels_last)
-    step, batch = open_step(job, way), job.batch(channels_last)
+    (step, targets), batch = open_step(job, way), job.batch(channels_last)
     for _ in range(3):
         expected = official()
         step.reset_sums()
-        step([batch], lr=0.1)
+        step([batch], targets, lr=0.1)
         assert step.sums[:4].tolist() == pytest.approx(expected, rel=1e-6)
 
 

@@ -47,7 +47,7 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_o
     dataset = open_dataset(DATA)
     teacher = open_teacher(str(teacher_folder), tuple("0123456789"))
     order = epoch_order(len(dataset), seed=0, epoch=0, partner=views.partner)
-    objective: Any = Objective(recipes.digits(data=DATA, student="test_resnet", out=Path("unused")), CPU)
+    objective: Any = Objective(recipes.digits(data=DATA, student="test_resnet", out=Path("unused")).objective, CPU)
 
     def run(train_online: bool) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
@@ -60,7 +60,7 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_o
             answer = Targets(torch.arange(10).expand(BATCH, -1), teacher.log_probs(seen.images).clone())
             logits = student(batch.images)
             mixed = batch.partner_labels, batch.mix
-            both = [objective(logits, batch.labels, t, *mixed)[0] for t in (table.lookup(batch.sample_ids), answer)]
+            both = [objective(logits, batch.labels, t, *mixed)[0] for t in (table.lookup(batch.rows), answer)]
             optimizer.zero_grad()
             both[train_online].backward()
             optimizer.step()

@@ -20,6 +20,8 @@ from fastofa.teacher.cache import answers
 
 B, C, K = 6, 9, 4
 
+CPU = torch.device("cpu")
+
 
 def config(**given) -> TrainConfig:
     return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **given})
@@ -64,7 +66,7 @@ def truth(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | Non
 def check(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | None) -> None:
     """All four parts, and the gradient of the sum, as in float64."""
     logits, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    got = Objective(c, torch.device("cpu"))(logits, labels, targets)
+    got = Objective(c.objective, CPU)(logits, labels, targets)
     expected = truth(c, exact, labels, targets)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-6)
@@ -101,8 +103,8 @@ def test_each_head_has_its_own_eps():
     logits, labels, targets = case(5)
     logits = logits[:1].repeat(5, 1, 1)
     eps = (0.7, 1.0, 1.3, 1.6, 2.0)
-    alone = [Objective(config(method="kd", eps=(e,)), torch.device("cpu"))(logits[:1], labels, targets)[2] for e in eps]
-    parts = Objective(config(eps=eps), torch.device("cpu"))(logits, labels, targets)
+    alone = [Objective(config(method="kd", eps=(e,)).objective, CPU)(logits[:1], labels, targets)[2] for e in eps]
+    parts = Objective(config(eps=eps).objective, CPU)(logits, labels, targets)
     assert len({round(x.item(), 4) for x in alone}) == 5
     torch.testing.assert_close(parts[2], alone[-1])
     torch.testing.assert_close(parts[3], torch.stack(alone[:-1]).sum())
@@ -111,10 +113,8 @@ def test_each_head_has_its_own_eps():
 def test_the_parts_are_unweighted_and_the_loss_is_their_weighted_sum():
     logits, labels, targets = case(5)
     c = config(gt_weight=0.5, kd_weight=2.0, ofa_weight=0.1, smoothing=0.1)
-    parts = dict(zip(PARTS, Objective(c, torch.device("cpu"))(logits, labels, targets), strict=True))
-    plain = dict(
-        zip(PARTS, Objective(config(smoothing=0.1), torch.device("cpu"))(logits, labels, targets), strict=True)
-    )
+    parts = dict(zip(PARTS, Objective(c.objective, CPU)(logits, labels, targets), strict=True))
+    plain = dict(zip(PARTS, Objective(config(smoothing=0.1).objective, CPU)(logits, labels, targets), strict=True))
     assert [parts[name] for name in ("gt", "kd", "ofa")] == [plain[name] for name in ("gt", "kd", "ofa")]
     torch.testing.assert_close(parts["loss"], 0.5 * parts["gt"] + 2 * parts["kd"] + 0.1 * parts["ofa"])
     torch.testing.assert_close(plain["loss"], plain["gt"] + plain["kd"] + plain["ofa"])
@@ -126,7 +126,7 @@ def test_kd_with_eps_1_is_hard_and_soft_label_cross_entropy():
     logits, labels, _ = case(1)
     log_probs = torch.log_softmax(torch.randn(B, C), dim=-1)
     targets = Targets(torch.arange(C).repeat(B, 1), log_probs)
-    parts = Objective(config(method="kd"), torch.device("cpu"))(logits, labels, targets)
+    parts = Objective(config(method="kd").objective, CPU)(logits, labels, targets)
     hard, soft = F.cross_entropy(logits[0], labels), F.cross_entropy(logits[0], log_probs.exp())
     torch.testing.assert_close(parts, torch.stack([hard + soft, hard, soft, torch.zeros(())]))
 
@@ -134,7 +134,7 @@ def test_kd_with_eps_1_is_hard_and_soft_label_cross_entropy():
 def test_scratch_learns_from_labels_only():
     logits, labels, _ = case(1)
     hard = F.cross_entropy(logits[0], labels)
-    parts = Objective(config(method="scratch", kd_weight=3, ofa_weight=3), torch.device("cpu"))(logits, labels, None)
+    parts = Objective(config(method="scratch", kd_weight=3, ofa_weight=3).objective, CPU)(logits, labels, None)
     assert parts.tolist() == [hard.item(), hard.item(), 0, 0]
 
 
@@ -153,7 +153,7 @@ def test_a_head_learns_only_where_its_weight_says_so(weights, learns):
     """Labels and kd reach the last head alone, ofa the exits alone; teacher and labels have no gradient."""
     logits, labels, targets = case(5)
     logits.requires_grad_()
-    Objective(config(**weights), torch.device("cpu"))(logits, labels, targets)[0].backward()
+    Objective(config(**weights).objective, CPU)(logits, labels, targets)[0].backward()
     assert [bool(g.abs().max() > 0) for g in logits.grad] == learns
 
 
@@ -180,7 +180,7 @@ def test_mixed_labels_are_timms(gt_loss, smoothing):
     assert torch.equal(heavier(labels, partner_labels, mix), target.argmax(dim=1))
 
     c = config(gt_loss=gt_loss, smoothing=smoothing, eps=(1.3,))
-    objective = Objective(c, torch.device("cpu"))
+    objective = Objective(c.objective, CPU)
     got = objective(logits, labels, targets, partner_labels, mix)
     by_timm = SoftTargetCrossEntropy() if gt_loss == "ce" else BinaryCrossEntropy(smoothing=smoothing)
     torch.testing.assert_close(got[1], by_timm(logits[-1], target))
@@ -192,8 +192,8 @@ def test_mixed_labels_are_timms(gt_loss, smoothing):
 def test_eps_belongs_to_the_stage_it_was_written_with():
     """--stages 4 1 --eps 1.1 1.9 1.5: 1.9 for stage 1, whose head comes first."""
     logits, labels, targets = case(3)
-    written = Objective(config(stages=(4, 1), eps=(1.1, 1.9, 1.5)), torch.device("cpu"))
-    in_order = Objective(config(stages=(1, 4), eps=(1.9, 1.1, 1.5)), torch.device("cpu"))
+    written = Objective(config(stages=(4, 1), eps=(1.1, 1.9, 1.5)).objective, CPU)
+    in_order = Objective(config(stages=(1, 4), eps=(1.9, 1.1, 1.5)).objective, CPU)
     assert written.eps.tolist() == pytest.approx([1.9, 1.1, 1.5])
     assert torch.equal(written(logits, labels, targets), in_order(logits, labels, targets))
     assert config(stages=(4, 2, 1), eps=(1.0,)).head_eps == (1.0,) * 4
@@ -207,7 +207,7 @@ def test_a_share_of_any_floating_type(gt_loss, dtype):
     logits, labels, targets = case(5)
     partner_labels, mix = mixed_case()
     mix = mix.to(dtype)
-    objective = Objective(config(gt_loss=gt_loss, smoothing=0.1), torch.device("cpu"))
+    objective = Objective(config(gt_loss=gt_loss, smoothing=0.1).objective, CPU)
     got = objective(logits, labels, targets, partner_labels, mix)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, objective(logits, labels, targets, partner_labels, mix.float()))
@@ -247,7 +247,7 @@ def test_the_whole_objective_takes_shares_of_any_floating_type(dtype, impl):
 @pytest.mark.parametrize("gt_loss", ["ce", "bce"])
 def test_a_share_of_one_is_no_mixing(gt_loss):
     logits, labels, targets = case(5)
-    objective = Objective(config(gt_loss=gt_loss, smoothing=0.1), torch.device("cpu"))
+    objective = Objective(config(gt_loss=gt_loss, smoothing=0.1).objective, CPU)
     plain = objective(logits, labels, targets)
     torch.testing.assert_close(objective(logits, labels, targets, labels.flip(0), torch.ones(B)), plain)
     torch.testing.assert_close(objective(logits, labels, targets, labels, torch.rand(B)), plain)
@@ -260,5 +260,5 @@ def test_bf16_logits_lose_nothing_but_their_own_rounding(gt_loss):
     logits, labels, targets = case(5)
     logits = logits.bfloat16()
     check(config(gt_loss=gt_loss, eps=(1.4,)), logits.float(), labels, targets)
-    objective = Objective(config(gt_loss=gt_loss, eps=(1.4,)), torch.device("cpu"))
+    objective = Objective(config(gt_loss=gt_loss, eps=(1.4,)).objective, CPU)
     torch.testing.assert_close(objective(logits, labels, targets), objective(logits.float(), labels, targets))

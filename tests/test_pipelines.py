@@ -94,9 +94,9 @@ def source_of(name: str, request: pytest.FixtureRequest) -> Dataset:
     return request.getfixturevalue({"ffcv": "beton", "dali": "mixed"}.get(name, "packed"))
 
 
-def by_sample(batches: list[Batch]) -> dict[int, Tensor]:
-    ids = torch.cat([batch.sample_ids for batch in batches])
-    return dict(zip(ids.tolist(), torch.cat([batch.images for batch in batches]), strict=True))
+def by_row(batches: list[Batch]) -> dict[int, Tensor]:
+    rows = torch.cat([batch.rows for batch in batches])
+    return dict(zip(rows.tolist(), torch.cat([batch.images for batch in batches]), strict=True))
 
 
 def run(
@@ -153,16 +153,16 @@ def test_pixels_depend_on_view_and_sample_only(request, source, name, workers, b
     """Bit for bit: sequential in this process against shuffled in workers, and from the middle of the epoch."""
     dataset = request.getfixturevalue(source)
     views = draw(dataset)
-    truth = by_sample(run(name, dataset, views, batch_size=5))
+    truth = by_row(run(name, dataset, views, batch_size=5))
     order = epoch_order(len(dataset), seed=9, epoch=2)
     options = {"workers": workers, "batch_size": batch_size, "order": order}
-    whole = by_sample(run(name, dataset, views, **options))
+    whole = by_row(run(name, dataset, views, **options))
     assert list(whole) == order.tolist()
     assert same(truth, whole)
-    later = by_sample(run(name, dataset, views, start=11, **options))
+    later = by_row(run(name, dataset, views, start=11, **options))
     assert list(later) == order[11:].tolist()
     assert same(truth, later)
-    assert not same(truth, by_sample(run(name, dataset, draw(dataset, view=1))))
+    assert not same(truth, by_row(run(name, dataset, draw(dataset, view=1))))
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -173,9 +173,9 @@ def test_pixels_do_not_depend_on_how_the_file_is_read(request, monkeypatch, sour
     dataset = request.getfixturevalue(source)
     pages = np.arange(len(dataset)) // 3  # 8 pages, as a larger file has them
     for views in (draw(dataset), draw_full(dataset)):
-        truth = by_sample(run(name, dataset, views, batch_size=24))
+        truth = by_row(run(name, dataset, views, batch_size=24))
         order = epoch_order(24, 9, 2, partner=views.partner, pages=pages)
-        found = by_sample(run(name, dataset, views, order=order, batch_size=8, start=8, workers=2))
+        found = by_row(run(name, dataset, views, order=order, batch_size=8, start=8, workers=2))
         assert list(found) == order[8:].tolist()
         assert same(truth, found)
 
@@ -185,15 +185,15 @@ def test_pixels_do_not_depend_on_how_the_file_is_read(request, monkeypatch, sour
 def test_resident_pixels_depend_on_view_and_sample_only(request, source, batch_size):
     dataset = request.getfixturevalue(source)
     views = draw(dataset)
-    truth = by_sample(run("resident", dataset, views, batch_size=5))
+    truth = by_row(run("resident", dataset, views, batch_size=5))
     order = epoch_order(len(dataset), seed=9, epoch=2)
-    whole = by_sample(run("resident", dataset, views, batch_size=batch_size, order=order))
+    whole = by_row(run("resident", dataset, views, batch_size=batch_size, order=order))
     assert list(whole) == order.tolist()
     assert same(truth, whole)
-    later = by_sample(run("resident", dataset, views, batch_size=batch_size, order=order, start=11))
+    later = by_row(run("resident", dataset, views, batch_size=batch_size, order=order, start=11))
     assert list(later) == order[11:].tolist()
     assert same(truth, later)
-    assert not same(truth, by_sample(run("resident", dataset, draw(dataset, view=1))))
+    assert not same(truth, by_row(run("resident", dataset, draw(dataset, view=1))))
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(2, 6), (3, 4)])
@@ -209,8 +209,8 @@ def test_ranks_together_see_what_one_sees(request, name, ranks, batch_size):
     ]
     assert len(alone) == len(shares[0])
     for whole, parts in zip(alone, zip(*shares, strict=True), strict=True):
-        assert by_sample([whole]).keys() == by_sample(list(parts)).keys()
-        assert same(by_sample([whole]), by_sample(list(parts)))
+        assert by_row([whole]).keys() == by_row(list(parts)).keys()
+        assert same(by_row([whole]), by_row(list(parts)))
 
 
 def ramp(size: tuple[int, int]) -> np.ndarray:
@@ -342,22 +342,22 @@ def test_augmented_pixels_depend_on_view_and_sample_only(request, source, name, 
     """Bit for bit, in batches that hold whole pairs and in any others: a partner that is not there is read, too."""
     dataset = request.getfixturevalue(source)
     views = draw_full(dataset)
-    truth = by_sample(run(name, dataset, views, batch_size=len(dataset)))
+    truth = by_row(run(name, dataset, views, batch_size=len(dataset)))
     pairs = epoch_order(len(dataset), seed=9, epoch=2, partner=views.partner)
     torn = epoch_order(len(dataset), seed=9, epoch=2)
     for order, batch_size, start in ((pairs, 64, 0), (pairs, 8, 0), (torn, 7, 0), (pairs, 6, 11), (torn, 1, 20)):
         options = {"workers": workers, "batch_size": batch_size, "order": order, "start": start}
-        found = by_sample(run(name, dataset, views, **options))
+        found = by_row(run(name, dataset, views, **options))
         assert list(found) == order[start:].tolist()
         assert same(truth, found)
-    assert not same(truth, by_sample(run(name, dataset, draw_full(dataset, view=1))))
+    assert not same(truth, by_row(run(name, dataset, draw_full(dataset, view=1))))
 
 
 def test_all_pipelines_augment_alike(digits, uniform, packed):
     for dataset in (digits, uniform, packed):
         views = draw_full(dataset)
         names = ["resident", "torchvision"] + ["packed"] * (dataset.pixels is not None)
-        first, *others = (by_sample(run(name, dataset, views, 45)) for name in names)
+        first, *others = (by_row(run(name, dataset, views, 45)) for name in names)
         assert all(same(first, other) for other in others)
 
 
@@ -368,7 +368,7 @@ def test_a_mixed_batch_says_what_it_was_mixed_of(digits, name, workers):
     batches = run(name, digits, views, size, batch_size=30, workers=workers)
     labels = torch.from_numpy(digits.labels)
     for batch in batches:
-        partner = torch.from_numpy(views.partner)[batch.sample_ids].long()
+        partner = torch.from_numpy(views.partner)[batch.rows].long()
         assert (batch.partner_labels.dtype, batch.mix.dtype) == (torch.int64, torch.float32)
         assert torch.equal(batch.partner_labels, labels[partner])
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -387,17 +387,18 @@ def test_joined_views_are_the_views_one_after_the_other(digits, name):
     """Repeated augmentation: row r * N + i is sample i in the r-th view, with its label and its partner's."""
     policy = dataclasses.replace(FULL, repeats=3)
     tables = [draw_full(digits, view, policy) for view in range(3)]
-    apart = [by_sample(run(name, digits, table)) for table in tables]
+    apart = [by_row(run(name, digits, table)) for table in tables]
     views = join_views(tables)
     order = epoch_order(100, 0, 1, partner=views.partner, repeats=3)
     batches = run(name, digits, views, batch_size=12, order=order)
-    found = by_sample(batches)
+    found = by_row(batches)
     assert list(found) == order.tolist()
     assert all(torch.equal(image, apart[row // 100][row % 100]) for row, image in found.items())
     labels = torch.from_numpy(digits.labels)
     for batch in batches:
-        assert torch.equal(batch.labels, labels[batch.sample_ids % 100])
-        partner = torch.from_numpy(views.partner)[batch.sample_ids].long()
+        assert torch.equal(batch.sample_ids, batch.rows % 100)
+        assert torch.equal(batch.labels, labels[batch.sample_ids])
+        partner = torch.from_numpy(views.partner)[batch.rows].long()
         assert torch.equal(batch.partner_labels, labels[partner % 100])
 
 
@@ -474,7 +475,7 @@ def test_resident_and_the_gpus_kernel_agree_with_torchvision(request, source):
 def test_ffcv_has_the_very_pixels_of_torchvision(request, source):
     dataset = request.getfixturevalue(source)
     views = draw_full(dataset)
-    assert same(by_sample(run("ffcv", dataset, views, 48)), by_sample(run("torchvision", dataset, views, 48)))
+    assert same(by_row(run("ffcv", dataset, views, 48)), by_row(run("torchvision", dataset, views, 48)))
 
 
 @pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("resident", 0), ("packed", 2)])
@@ -486,9 +487,9 @@ def test_batches_are_laid_out_as_promised(digits, name, workers):
     for batch in batches:
         assert batch.images.shape[1:] == (3, 16, 16)
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        assert batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+        assert batch.labels.dtype == batch.sample_ids.dtype == batch.rows.dtype == torch.int64
         assert torch.equal(batch.labels, torch.from_numpy(digits.labels)[batch.sample_ids])
-    assert torch.cat([batch.sample_ids for batch in batches]).tolist() == order.tolist()
+    assert torch.cat([batch.rows for batch in batches]).tolist() == order.tolist()
 
     plain = images_of(batches)
     options = {"order": order, "workers": workers, "normalize": (MEAN, STD)}
@@ -515,9 +516,9 @@ def test_the_size_may_change_between_epochs(request, name):
     views = draw(dataset)
     pipeline = open_pipeline(name, dataset, 16, batch_size=10)
     for size in (16, 45, 16):
-        pipeline.image_size = size
         assert torch.equal(
-            images_of(list(pipeline.epoch(views, np.arange(24)))), images_of(run(name, dataset, views, size))
+            images_of(list(pipeline.epoch(views, np.arange(24), image_size=size))),
+            images_of(run(name, dataset, views, size)),
         )
 
 
@@ -660,7 +661,7 @@ def test_workers_leave_signals_to_the_main_process(mixed):
         os.kill(worker, signal.SIGINT)
         os.kill(worker, signal.SIGTERM)
     batches += list(epoch)
-    assert list(by_sample(batches)) == order.tolist()
+    assert list(by_row(batches)) == order.tolist()
     assert children() <= before
 
 
@@ -813,10 +814,10 @@ def test_a_gpu_crops_to_the_pixels_of_the_cpu(packed, name):
     views = draw_full(packed)
     order = epoch_order(24, seed=9, epoch=2, partner=views.partner)
     plain = Views(views.crop, views.flip)
-    expected = by_sample(run("torchvision", packed, plain, 64))
+    expected = by_row(run("torchvision", packed, plain, 64))
     for workers in (1, 4):
         batches = run(name, packed, plain, 64, batch_size=4, order=order, device="cuda", workers=workers)
-        found = {i: image.cpu() for i, image in by_sample(batches).items()}
+        found = {i: image.cpu() for i, image in by_row(batches).items()}
         assert list(found) == order.tolist()
         assert max(difference(found[i][None], expected[i][None]) for i in found) <= 1
     assert torch.equal(

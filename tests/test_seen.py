@@ -47,11 +47,10 @@ def test_the_difference_is_that_of_the_pixels(digits, tmp_path: Path, policy: Vi
     views = draw_views(policy, few.sizes, seed=0, view=0)
     pipeline = open_pipeline("resident", few, 16, batch_size=5)
     save_seen(tmp_path, pipeline, views)
-    pipeline.image_size = 24  # the student's
+    pipeline = open_pipeline("resident", few, 24, batch_size=5)  # the student's size
     same = compare_seen(tmp_path, pipeline, views)
     assert same == (0, 0)
     assert str(same) == "the very ones that the teacher saw"
-    assert pipeline.image_size == 24
 
     shown = np.asarray(Image.open(tmp_path / SEEN)).copy()
     shown += 2

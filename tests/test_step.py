@@ -16,15 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastofa import kernels
 from fastofa.data.dataset import Dataset
 from fastofa.kernels import reference
-from fastofa.methods import objective as losses
+from fastofa.methods.objective import Objective
+from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.recipes import RECIPES
-from fastofa.student import model as student
 from fastofa.student.fused_depthwise import DepthwiseConv2d
 from fastofa.student.model import Student
+from fastofa.student.stages import run_stages
 from fastofa.system.errors import BadInput
-from fastofa.teacher import cache as teacher_cache
 from fastofa.teacher.cache import answers
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.training import step
@@ -47,8 +47,13 @@ def make_step(rank: int = 0, **given: Any) -> Step:
     c = config(**given)
     torch.manual_seed(7)
     made = Step(Student(c.student, 10, SIZE, drop_path=c.drop_path).train(), c, CPU, World(rank=rank))
-    made.targets = DeviceTargets(*answers(torch.randn(100, 10).log_softmax(-1), 4), CPU)
     return made
+
+
+def some_targets(device: torch.device = CPU, **given: Any) -> DeviceTargets:
+    """Of a hundred samples; always the same."""
+    generator = torch.Generator().manual_seed(8)
+    return DeviceTargets(*answers(torch.randn(100, 10, generator=generator).log_softmax(-1), 4), device, **given)
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ def batches(digits: Dataset) -> list[Batch]:
 
 
 def in_parts(batch: Batch, parts: int) -> list[Batch]:
-    pieces = [value.chunk(parts) for value in (batch.images, batch.labels, batch.sample_ids)]
+    pieces = [value.chunk(parts) for value in (batch.images, batch.labels, batch.sample_ids, batch.rows)]
     return [Batch(*piece) for piece in zip(*pieces, strict=True)]
 
 
@@ -74,7 +79,7 @@ def test_parts_add_up_to_the_batch(batches, parts):
     for batch in batches:
         for made, pieces in ((whole, [batch]), (divided, in_parts(batch, parts))):
             made.reset_sums()
-            made(pieces, lr=0.05)
+            made(pieces, some_targets(), lr=0.05)
         assert divided.sums.tolist() == pytest.approx(whole.sums.tolist(), rel=1e-6)
     assert (divided.steps, divided.summed) == (5, 1)
     for a, b in ((whole.student, divided.student), (whole.ema.module, divided.ema.module)):
@@ -89,7 +94,7 @@ def test_the_loss_kernel_takes_the_same_steps(batches):
     plain, kernel = (make_step(kernels=kernels) for kernels in ((), ("loss",)))
     for batch in batches[:3]:
         for made in (plain, kernel):
-            made([Batch(batch.images[:4], batch.labels[:4], batch.sample_ids[:4])], lr=0.05)
+            made([Batch(*(value[:4] for value in batch[:4]))], some_targets(), lr=0.05)
     assert kernel.sums.tolist() == pytest.approx(plain.sums.tolist(), rel=1e-5)
     for name, value in plain.student.state_dict().items():
         torch.testing.assert_close(kernel.student.state_dict()[name], value, rtol=1e-4, atol=1e-5)
@@ -131,7 +136,7 @@ def test_random_numbers_follow_from_seed_step_and_rank(batches):
         made = make_step(rank, seed=seed, drop_path=0.5)
         assert any(isinstance(module, DropPath) for module in made.student.modules())
         made.steps = number
-        made([batches[0]], lr=0.0)
+        made([batches[0]], some_targets(), lr=0.0)
         return made.sums[0].item()
 
     first = loss()
@@ -179,13 +184,13 @@ def test_the_step_asks_for_no_number(meta, student):
     """
     c = config(student=student, optimizer="lamb", clip=1.0, ema=0.9, smoothing=0.1, temperature=2.0)
     made = Step(Student(student, 10, SIZE, drop_path=0.2).train(), c, meta)
-    table = answers(torch.randn(100, 10).log_softmax(-1), 4)
-    made.targets = DeviceTargets(*table, meta, samples=np.arange(100))
+    targets = some_targets(meta, kept=np.arange(100))
     images = torch.zeros(BATCH, 3, SIZE, SIZE, dtype=torch.uint8, device=meta)
     ids = torch.zeros(BATCH, dtype=torch.int64, device=meta)
-    plain, mixed = Batch(images, ids, ids), Batch(images, ids, ids, ids, torch.rand(BATCH, device=meta))
-    made([plain, plain], lr=0.01)
-    made([mixed], lr=0.01)
+    plain = Batch(images, ids, ids, ids)
+    mixed = plain._replace(partner_labels=ids, mix=torch.rand(BATCH, device=meta))
+    made([plain, plain], targets, lr=0.01)
+    made([mixed], targets, lr=0.01)
     assert made.steps == 2
     assert {tensor.device for tensor in (made.sums, *made.parameters, *made.ema.module.buffers())} == {meta}
 
@@ -206,25 +211,25 @@ def test_the_fused_optimisers_ask_for_no_number(batches, optimizer):
     made = make_step(optimizer=optimizer, clip=1.0, ema=0.9)
     with Watched():
         for batch in batches[:2]:
-            made([batch], lr=0.01)
+            made([batch], some_targets(), lr=0.01)
     assert made.steps == 2
 
 
 HOT = [
     Step.__call__,
     step.Program.forward,
-    student.Student.forward,
-    student.Student.normalize,
-    student.run_stages,
-    losses.Objective.__call__,
-    losses.Objective._of_labels,
+    Student.forward,
+    Student.normalize,
+    run_stages,
+    Objective.__call__,
+    Objective._of_labels,
     kernels.distillation_loss,
     reference.head_losses,
     reference.sparse_weights,
     reference.cross_entropy,
     reference.mixed_labels,
     reference.heavier,
-    teacher_cache.DeviceTargets.lookup,
+    DeviceTargets.lookup,
 ]
 WAITING = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "tensor", "as_tensor", "from_numpy"}
 
@@ -262,8 +267,6 @@ def test_students_of_every_family_trace_without_a_break(name: str):
     program = step.Program(Student(name, 10, size, teacher_dim=192), config(student=name), CPU)
     program.compile(backend="eager", fullgraph=True, dynamic=False)
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
-    losses = program(
-        images, torch.arange(2), teacher_cache.Targets(torch.arange(4).repeat(2, 1), torch.zeros(2, 4) - 2)
-    )
+    losses = program(images, torch.arange(2), Targets(torch.arange(4).repeat(2, 1), torch.zeros(2, 4) - 2))
     losses[0].backward()
     assert losses.isfinite().all()

@@ -152,7 +152,7 @@ def test_a_ranks_share_answers_as_the_whole_table(dtype, dense):
     classes = torch.arange(40).view(10, 4).to(dtype)
     log_probs = torch.randn(10, 4).log_softmax(1).half()
     whole = DeviceTargets(classes, log_probs, CPU, dense)
-    share = DeviceTargets(classes, log_probs, CPU, dense, samples=np.array([7, 2, 9]))
+    share = DeviceTargets(classes, log_probs, CPU, dense, kept=np.array([7, 2, 9]))
     assert len(share.classes) == len(share.log_probs) == 3
     for ids in ([7, 2, 9], [9, 9, 7], [2], []):
         for a, b in zip(share.lookup(torch.tensor(ids).long()), whole.lookup(torch.tensor(ids).long()), strict=True):

@@ -124,7 +124,7 @@ def parse(command: str, argv: list[str]) -> Any:
 
 def _docstring(command: str) -> str:
     """Of the command's module, which is not imported: that takes seconds."""
-    spec = find_spec(f"fastofa.{command}")
+    spec = find_spec(f"fastofa.commands.{command}")
     assert spec is not None
     assert spec.origin is not None
     return ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastofa.commands.arguments import DemoConfig, ExportConfig
+from fastofa.commands.arguments import DemoConfig
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import open_pipeline
 from fastofa.reports.curves import draw_comparison
@@ -65,7 +65,7 @@ def _demo(out: Path) -> dict[str, Result]:
         epochs=10, batch_size=64, lr=1e-3, warmup_epochs=1, eval_every=5,
     )  # fmt: skip
     results["teacher"] = train(config)
-    export(ExportConfig(config.out, out / "teacher"))
+    export(config.out, out / "teacher")
 
     notice(f"2/4 its answers for {VIEWS} views of the student's 100 images go into a cache")
     began = time.monotonic()
@@ -79,7 +79,7 @@ def _demo(out: Path) -> dict[str, Result]:
     draw_comparison({what: out / method for method, what in METHODS.items()}, out / "curves.png")
 
     notice("4/4 the OFA student is exported, and plain timm loads it")
-    line = export(ExportConfig(out / "ofa", out / "student"))
+    line = export(out / "ofa", out / "student")
     top1 = _top1_in_plain_timm(out / "student")
     values = {name: vars(result) for name, result in results.items()}
     write_json(out / MARKER, {"finished": True, "precompute_seconds": precompute_s, "timm_top1": top1, **values})

@@ -13,5 +13,5 @@ from fastofa.training.export import export
 
 
 def main(config: ExportConfig) -> None:
-    line = export(config)
+    line = export(config.run, config.out, config.weights)
     print(escaped(f"{config.out}: load it with"), escaped(line), sep="\n")

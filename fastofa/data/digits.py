@@ -6,7 +6,7 @@ from fastofa.data.dataset import Dataset, from_array
 from fastofa.system.errors import BadInput
 
 
-def _digits(spec: str, split: str, count: str) -> Dataset:
+def open_digits(spec: str, split: str, count: str) -> Dataset:
     """Every third picture is validation (599), the others are training (1,198), or the first N/10 of each class."""
     from sklearn.datasets import load_digits
 

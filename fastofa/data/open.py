@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from fastofa.data.dataset import FFCV, FORMS, Dataset, Split
-from fastofa.data.digits import _digits
+from fastofa.data.digits import open_digits
 from fastofa.data.headers import DEFAULT, Limits
 from fastofa.system.errors import BadInput
 
@@ -45,7 +45,7 @@ def open_dataset(
             f"{os.path.abspath(spec)}; give {os.path.join('.', spec)} for the folder, or {other}"
         )
     if is_digits:
-        return _digits(spec, split, rest)
+        return open_digits(spec, split, rest)
     if is_cifar100:
         from fastofa.data.cifar import open_cifar100
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastofa.kernels import distillation_loss, ofa_loss
 from fastofa.kernels.reference import cross_entropy, heavier, mixed_labels
+from fastofa.methods.options import Options
 from fastofa.methods.targets import Targets
-from fastofa.runs.config import TrainConfig
 
 PARTS = ("loss", "gt", "kd", "ofa")
 
@@ -24,12 +24,12 @@ class Objective:
     and the rest of the partner's, smoothed, as timm's mixup_target; the OFA loss enhances the class with more of it.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.config = config
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.options = options
         # A tensor made once: a list would be copied to the device, and waited for, at every step.
-        self.eps = torch.tensor(config.head_eps, device=device)
-        self.impl = "triton" if "loss" in config.kernels else None
-        self.binary = BinaryCrossEntropy(smoothing=config.smoothing) if config.gt_loss == "bce" else None
+        self.eps = torch.tensor(options.eps, device=device)
+        self.impl = "triton" if options.kernel else None
+        self.binary = BinaryCrossEntropy(smoothing=options.smoothing) if options.gt_loss == "bce" else None
 
     def __call__(
         self,
@@ -39,26 +39,26 @@ class Objective:
         partner_labels: Tensor | None = None,
         mix: Tensor | None = None,
     ) -> Tensor:
-        c = self.config
+        o = self.options
         if targets is None:
             gt = self._of_labels(logits[-1], labels, partner_labels, mix)
-            return torch.stack([c.gt_weight * gt, gt, torch.zeros_like(gt), torch.zeros_like(gt)])
-        teacher = (targets.classes, targets.log_probs, self.eps, c.temperature)
+            return torch.stack([o.gt_weight * gt, gt, torch.zeros_like(gt), torch.zeros_like(gt)])
+        teacher = (targets.classes, targets.log_probs, self.eps, o.temperature)
         if self.binary is None:
-            weights = (c.gt_weight, c.kd_weight, c.ofa_weight)
+            weights = (o.gt_weight, o.kd_weight, o.ofa_weight)
             total, parts = distillation_loss(
-                logits, labels, *teacher, *weights, c.smoothing, partner_labels, mix, self.impl, c.variant
+                logits, labels, *teacher, *weights, o.smoothing, partner_labels, mix, self.impl, o.variant
             )
             return torch.cat([total[None], parts])
         gt = self._of_labels(logits[-1], labels, partner_labels, mix)
         if partner_labels is not None and mix is not None:
             labels = heavier(labels, partner_labels, mix)
-        heads = ofa_loss(logits, labels, *teacher, self.impl, c.variant)
+        heads = ofa_loss(logits, labels, *teacher, self.impl, o.variant)
         kd, ofa = heads[-1], heads[:-1].sum()
-        return torch.stack([c.gt_weight * gt + c.kd_weight * kd + c.ofa_weight * ofa, gt, kd, ofa])
+        return torch.stack([o.gt_weight * gt + o.kd_weight * kd + o.ofa_weight * ofa, gt, kd, ofa])
 
     def _of_labels(self, final: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None) -> Tensor:
-        smoothing, final = self.config.smoothing, final.float()
+        smoothing, final = self.options.smoothing, final.float()
         if self.binary is None:
             return cross_entropy(final, labels, partner_labels, mix, smoothing)
         if partner_labels is None or mix is None:

@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from fastofa.data.headers import given_limits
+from fastofa.methods.options import Options
 from fastofa.system.errors import BadInput
 from fastofa.views.policy import ViewPolicy, changed_policy
 
@@ -249,6 +250,21 @@ class TrainConfig:
             return self.eps * (len(self.exits) + 1)
         of_stage = dict(zip(self.stages, self.eps, strict=False))
         return (*(of_stage[stage] for stage in self.exits), self.eps[-1])
+
+    @property
+    def objective(self) -> Options:
+        """The part of the configuration that the objective takes."""
+        return Options(
+            self.head_eps,
+            self.temperature,
+            self.variant,
+            self.gt_weight,
+            self.kd_weight,
+            self.ofa_weight,
+            self.gt_loss,
+            self.smoothing,
+            "loss" in self.kernels,
+        )
 
     def policy(self, default: ViewPolicy) -> ViewPolicy:
         """The view policy asked for, `default` where nothing was."""

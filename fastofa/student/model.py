@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastofa.models.timm_models import check_channels, create_model, first_line, input_size, normalization
 from fastofa.models.weights import SavedWeights
 from fastofa.student.exits import ConvExit, TokenExit
-from fastofa.student.stages import ALL_STAGES, Stage, _as_exit_input, probe_stages, run_stages
+from fastofa.student.stages import ALL_STAGES, Stage, as_exit_input, probe_stages, run_stages
 from fastofa.system.errors import BadInput
 
 
@@ -93,7 +93,7 @@ class Student(nn.Module):
         final, features = run_stages(self.backbone, images, self.indices, self.output_format)
         by_index = dict(zip(self.indices, features, strict=True))
         logits = [
-            exit_(*_as_exit_input(by_index.get(stage.index, final), self.is_token_model))
+            exit_(*as_exit_input(by_index.get(stage.index, final), self.is_token_model))
             for stage, exit_ in zip(self.stages, self.exits, strict=True)
         ]
         return torch.stack([*logits, self.backbone.forward_head(final)])

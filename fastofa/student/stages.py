@@ -43,7 +43,7 @@ def has_prefix(backbone: Any) -> bool:
     return offers and backbone.num_prefix_tokens > 0
 
 
-def _as_exit_input(feature: Feature, is_token_model: bool) -> tuple[Tensor, ...]:
+def as_exit_input(feature: Feature, is_token_model: bool) -> tuple[Tensor, ...]:
     if isinstance(feature, tuple):
         return feature
     return (feature.flatten(2).transpose(1, 2),) if is_token_model and feature.ndim == 4 else (feature,)

@@ -67,17 +67,13 @@ def compare_seen(cache: Path, pipeline: Pipeline, views: Views) -> Difference | 
     if width != count * size:
         pictures = counted(count, "square picture")
         raise BadInput(f"{cache / SEEN}: expected {pictures} side by side, it was edited; delete it")
-    size_before, pipeline.image_size = pipeline.image_size, size
-    try:
-        here = _pictures(pipeline, views)
-    finally:
-        pipeline.image_size = size_before
+    here = _pictures(pipeline, views, size)
     each = (torch.stack(seen.split(size, dim=2)).float() - here.float()).abs().mean(dim=(1, 2, 3))
     return Difference(each.mean().item(), each.max().item())
 
 
-def _pictures(pipeline: Pipeline, views: Views) -> Tensor:
+def _pictures(pipeline: Pipeline, views: Views, size: int | None = None) -> Tensor:
     """uint8 [8, 3, S, S], of fewer samples fewer."""
     rows = np.linspace(0, len(views) - 1, min(PICTURES, len(views))).astype(np.int64)
-    with closing(pipeline.epoch(views, rows)) as batches:
+    with closing(pipeline.epoch(views, rows, image_size=size)) as batches:
         return torch.cat([batch.images.cpu() for batch in batches])

@@ -10,6 +10,7 @@ answers to validation images that went through timm's own transform with those o
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,10 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
-from fastofa.commands.arguments import ExportConfig
 from fastofa.data.dataset import Dataset
 from fastofa.data.decode import crop_resize_one
 from fastofa.data.open import open_dataset
+from fastofa.runs.config import Weights
 from fastofa.runs.early import check_new
 from fastofa.runs.run import Run, open_run
 from fastofa.student.model import Student
@@ -36,22 +37,22 @@ SAMPLE = 100  # validation images that are looked at
 AT_ONCE = 50
 
 
-def export(config: ExportConfig) -> str:
+def export(run_folder: Path, out: Path, weights: Weights = "last") -> str:
     """Write the model, load it back with timm, compare its answers with the run's; returns the line that loads it.
 
     Raises:
         BadInput: no run, no checkpoint, a folder that exists already, a full disk.
     """
-    check_new(config.out)
-    run = open_run(config.run)
-    student = run.trained_student(config.weights)
+    check_new(out)
+    run = open_run(run_folder)
+    student = run.trained_student(weights)
     size, eval_size = student.image_size, run.config.eval_size or student.image_size
     try:
         sample = _own_answers(run, student, eval_size)
     except BadInput as error:
         notice(f"export: compared with the run on made-up images only, as its own cannot be had: {error}")
         sample = None
-    with new_folder(config.out) as folder:
+    with new_folder(out) as folder:
         save_for_hf(
             student.backbone,
             str(folder),
@@ -71,7 +72,7 @@ def export(config: ExportConfig) -> str:
         _compare_logits(student.cpu(), model)
         if sample is not None:
             _compare_answers(sample, model)
-    return f"timm.create_model({json.dumps(f'local-dir:{config.out}', ensure_ascii=False)}, pretrained=True)"
+    return f"timm.create_model({json.dumps(f'local-dir:{out}', ensure_ascii=False)}, pretrained=True)"
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,12 @@ from fastofa.system.files import filling
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice, progress_bar
 from fastofa.teacher.pixels import PICTURES, Difference, compare_seen
-from fastofa.training import plan
 from fastofa.training.clock import Clock
 from fastofa.training.distributed import Vote, World, check_same, check_shared, contact, join, statistics, was_restarted
 from fastofa.training.epochs import Epochs
 from fastofa.training.predict import accuracy, predict_each
-from fastofa.training.preflight import _check_early, _check_place, _choose_order, _views_begun_with
-from fastofa.training.schedule import cautions, image_size, learning_rate
+from fastofa.training.preflight import check_early, check_place, choose_order, views_begun_with
+from fastofa.training.schedule import cautions, image_size, learning_rate, summary
 from fastofa.training.step import SUMS, Step
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
@@ -93,7 +92,7 @@ def _train(config: TrainConfig, world: World) -> Result:
     world.barrier()
     check_shared(world, (job.run.path / CONFIG).exists(), str(job.run.path / CONFIG))
     if world.is_main:
-        notice(plan.summary(job.config, job.epochs.steps))
+        notice(summary(job.config, job.epochs.steps))
         chosen = [name for name in SIZED if getattr(config, name) is None]
         if chosen:
             flags = " ".join(f"--{name.replace('_', '-')} {getattr(job.config, name):g}" for name in chosen)
@@ -112,7 +111,7 @@ def _train(config: TrainConfig, world: World) -> Result:
 
 def open_job(config: TrainConfig, world: World) -> "Job":
     """Everything that a run needs, built and checked; nothing is written."""
-    device = _check_early(config, world)
+    device = check_early(config, world)
     if config.resume and (config.out / CONFIG).exists():  # what the data's size chose stays as the run began
         begun = open_run(config.out).config
         open_ = [name for name in SIZED if getattr(config, name) is None]
@@ -122,8 +121,8 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         train_set, val_set = (
             open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
         )
-    config = dataclasses.replace(config, order=_choose_order(config, train_set, world))
-    epochs = Epochs(config, train_set, world, device, _views_begun_with(config, world))
+    config = dataclasses.replace(config, order=choose_order(config, train_set, world))
+    epochs = Epochs(config, train_set, world, device, views_begun_with(config, world))
     config = epochs.config
     data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
     run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.answers, val, pages)
@@ -136,7 +135,7 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     ):
         check_same(world, digest, place)
     if world.is_main and not config.plan:
-        _check_place(run)
+        check_place(run)
     world.barrier()
     return Job(run, train_set, val_set, epochs, world, device)
 
@@ -237,14 +236,15 @@ class Job:
     def _epoch(self, epoch: int, position: int) -> None:
         c = self.config
         shown = self.epochs.load(epoch)
-        self.step.targets = shown.targets
         self.step.student.train()
-        size = self.train_pipeline.image_size = image_size(c, epoch, self.step.student.image_size)
-        batches = self.loading = self.train_pipeline.epoch(shown.views, shown.order, start=position * self.epochs.share)
+        size = image_size(c, epoch, self.step.student.image_size)
+        batches = self.loading = self.train_pipeline.epoch(
+            shown.views, shown.order, start=position * self.epochs.share, image_size=size
+        )
         before = dataclasses.replace(self.clock)
         self.clock.start()
         while parts := self.clock.waiting_for(lambda: list(islice(batches, c.accumulate))):
-            self.step(parts, learning_rate(c, self.step.steps, self.epochs.steps))
+            self.step(parts, shown.targets, learning_rate(c, self.step.steps, self.epochs.steps))
             self.clock.steps += 1
             if size not in self.sizes_seen:  # the first step of a size compiles, or chooses its algorithms: not counted
                 self.sizes_seen.add(size)

@@ -3,29 +3,22 @@
 fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_fast --out run --plan
 """
 
-# This file is the loop: epochs, logging, evaluation, checkpoints. The step is step.py, what an epoch shows epochs.py.
 import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
 import torch
-from rich import filesize
-from rich.console import Console
-from rich.table import Table
 
 from fastofa.pipelines import Pipeline
 from fastofa.runs.config import TrainConfig
 from fastofa.system.progress import notice
-from fastofa.training import plan
 from fastofa.training.distributed import contact, join
-from fastofa.training.epochs import Epochs
+from fastofa.training.epochs import Epoch, Epochs
 from fastofa.training.loop import open_job
 from fastofa.training.schedule import image_size
 from fastofa.training.step import Step
-from fastofa.views.table import Views
 
 SECONDS = 3.0  # that each measurement is given
 
@@ -63,23 +56,21 @@ class Plan:
 def measure(step: Step, pipeline: Pipeline, epochs: Epochs, val_images: int) -> Plan:
     """Take steps on real pictures of each size that the run will use. Changes the student; writes nothing."""
     config, full, first = step.config, step.student.image_size, epochs.load(0)
-    step.targets, views, order = first.targets, first.views, first.order
     rates = []
     compiles = " (the first is compiled, which can take minutes)" if step.compiled else ""
     for size, count in sorted(Counter(image_size(config, epoch, full) for epoch in range(config.epochs)).items()):
-        pipeline.image_size = size
         _say(step, f"timing training steps at {size} px{compiles}")
-        taken = _step_rate(step, pipeline, views, order)
+        taken = _step_rate(step, pipeline, first, size)
         _say(step, f"timing pipeline at {size} px")
-        rates.append(Rates(size, count, taken, _loader_rate(step, pipeline, views, order)))
+        rates.append(Rates(size, count, taken, _loader_rate(step, pipeline, first, size)))
     _say(step, "timing evaluation")
     evaluations = -(-config.epochs // config.eval_every)
     models = 1 if step.ema is None else 2  # the weights and their average are evaluated, on the same pictures
     return Plan(
         rates=rates,
-        images=len(order) * step.world.size,
+        images=len(first.order) * step.world.size,
         evaluated=evaluations * val_images * (2 if config.eval_flip else 1),
-        evaluation=min(_evaluation_rate(step, pipeline, views, order) / models, rates[-1].loader),
+        evaluation=min(_evaluation_rate(step, pipeline, first) / models, rates[-1].loader),
         run_bytes=_run_bytes(step),
         cache_bytes=0 if epochs.cache is None else sum(f.stat().st_size for f in epochs.cache.path.iterdir()),
     )
@@ -90,15 +81,15 @@ def _say(step: Step, what: str) -> None:
         notice(f"plan: {what}")
 
 
-def _step_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray) -> float:
-    with closing(pipeline.epoch(views, order)) as batches:
+def _step_rate(step: Step, pipeline: Pipeline, epoch: Epoch, size: int) -> float:
+    with closing(pipeline.epoch(epoch.views, epoch.order, image_size=size)) as batches:
         parts = list(islice(batches, step.config.accumulate))
     lr = step.config.lr * 1e-3  # an untrained student may not bear the full one
 
     def take(steps: int) -> float:
         began = time.perf_counter()
         for _ in range(steps):
-            step(parts, lr)
+            step(parts, epoch.targets, lr)
         step.sums.tolist()  # waits for the device
         return time.perf_counter() - began
 
@@ -107,9 +98,9 @@ def _step_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray) 
     return steps * step.config.batch_size / take(steps)
 
 
-def _loader_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray) -> float:
+def _loader_rate(step: Step, pipeline: Pipeline, epoch: Epoch, size: int) -> float:
     """After the first batch, which waits for the workers to start."""
-    with closing(pipeline.epoch(views, order)) as batches:
+    with closing(pipeline.epoch(epoch.views, epoch.order, image_size=size)) as batches:
         next(batches)
         began, images = time.perf_counter(), 0
         for batch in batches:
@@ -119,15 +110,15 @@ def _loader_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray
         seconds = time.perf_counter() - began
     if not images:  # a data set of one batch: time it from the start
         began = time.perf_counter()
-        images = sum(len(batch.labels) for batch in pipeline.epoch(views, order))
+        images = sum(len(batch.labels) for batch in pipeline.epoch(epoch.views, epoch.order, image_size=size))
         seconds = time.perf_counter() - began
     return step.world.size * images / seconds
 
 
 @torch.inference_mode()
-def _evaluation_rate(step: Step, pipeline: Pipeline, views: Views, order: np.ndarray) -> float:
-    pipeline.image_size = step.config.eval_size or step.student.image_size
-    with closing(pipeline.epoch(views, order)) as batches:
+def _evaluation_rate(step: Step, pipeline: Pipeline, epoch: Epoch) -> float:
+    size = step.config.eval_size or step.student.image_size
+    with closing(pipeline.epoch(epoch.views, epoch.order, image_size=size)) as batches:
         batch = next(batches)
     step.student.eval()
 
@@ -156,40 +147,16 @@ def _run_bytes(step: Step) -> int:
     return weights * (copies * step.config.keep + 1)
 
 
-def show(plan: Plan, config: TrainConfig) -> None:
-    table = Table(title=f"{config.student}, recipe {config.recipe}: what it would cost here", title_justify="left")
-    for name in ("image size", "epochs", "images/s needed", "loader's images/s", "hours"):
-        table.add_column(name, justify="right")
-    for r in plan.rates:
-        hours = r.epochs * plan.images / min(r.step, r.loader) / 3600
-        table.add_row(f"{r.size} px", str(r.epochs), f"{r.step:,.0f}", f"{r.loader:,.0f}", f"{hours:,.2f}")
-    table.add_row(
-        "evaluation",
-        "",
-        f"{plan.evaluation:,.0f}",
-        "",
-        f"{plan.evaluated / plan.evaluation / 3600:,.2f}",
-        end_section=True,
-    )
-    table.add_row("all", str(config.epochs), "", "", f"{plan.seconds / 3600:,.2f}")
-    Console().print(table)
-    slow = [r for r in plan.rates if r.loader < r.step]
-    limit = (
-        f"the loader limits it: {min(r.loader / r.step for r in slow):.0%} of what the step takes"
-        if slow
-        else "the step limits it, the loader keeps up"
-    )
-    cache = f", and the cache of {filesize.decimal(plan.cache_bytes)} is read" if plan.cache_bytes else ""
-    print(f"{limit}; the run folder takes {filesize.decimal(plan.run_bytes)}{cache}; no run was begun")
+def plan(config: TrainConfig) -> tuple[Plan, TrainConfig] | None:
+    """What the run would cost, and its configuration as the data complete it; None on all ranks but the first.
 
-
-def plan_run(config: TrainConfig) -> None:
-    """Print what the run would cost; writes nothing. Raises BadInput as `train` does."""
+    Writes nothing. Raises BadInput as `train` does.
+    """
     with contact():
         world = join(config.timeout_s)
         job = open_job(config, world)
-        estimate = plan.measure(job.step, job.train_pipeline, job.epochs, len(job.val_set))
-        if world.is_main:
-            plan.show(estimate, job.config)
+        estimate = measure(job.step, job.train_pipeline, job.epochs, len(job.val_set))
+        found = (estimate, job.config) if world.is_main else None
         del job
         world.leave()
+    return found

@@ -1,7 +1,5 @@
 """Checks before a run: what is wrong is reported before anything is written."""
 
-# This file is the loop: epochs, logging, evaluation, checkpoints. The step is step.py, what an epoch shows epochs.py.
-
 from pathlib import Path
 from typing import get_args
 
@@ -25,7 +23,7 @@ from fastofa.training.epochs import check_whole
 from fastofa.training.step import check_device
 
 
-def _check_early(config: TrainConfig, world: World) -> torch.device:
+def check_early(config: TrainConfig, world: World) -> torch.device:
     """The device; raises BadInput for what is known to be wrong before the data are indexed, which may take long."""
     if world.local_size > 1 and ":" in config.device:
         raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
@@ -51,7 +49,7 @@ def _check_early(config: TrainConfig, world: World) -> torch.device:
     return device
 
 
-def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:
+def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:
     """What `auto` means in this run, as rank 0 finds it: as the run began, else by the memory, which ranks share.
 
     Raises BadInput where a run that began by pages finds none.
@@ -75,13 +73,13 @@ def _choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Orde
     return chosen
 
 
-def _views_begun_with(config: TrainConfig, world: World) -> int:
+def views_begun_with(config: TrainConfig, world: World) -> int:
     """How many views of the cache a run that goes on replays, as rank 0 finds it; 0 for one that begins."""
     goes_on = world.is_main and config.resume and (config.out / CONFIG).exists()
     return world.agree_on(len(open_run(config.out).answers) if goes_on else 0)
 
 
-def _check_place(run: Run) -> None:
+def check_place(run: Run) -> None:
     """Raises BadInput if another run lies there."""
     if not (run.path / CONFIG).exists():
         return

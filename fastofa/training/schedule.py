@@ -1,6 +1,5 @@
 """What changes in the course of a training: pure functions of step or epoch, so that a resumed run needs no state."""
 
-# This file is the loop: epochs, logging, evaluation, checkpoints. The step is step.py, what an epoch shows epochs.py.
 import math
 
 from fastofa.runs.config import TrainConfig

@@ -46,7 +46,7 @@ class Program(nn.Module):
 
     def __init__(self, student: Student, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
-        self.student, self.objective = student, Objective(config, device)
+        self.student, self.objective = student, Objective(config.objective, device)
         self.device_type, self.bf16 = device.type, choose_bf16(config.precision, device)
 
     def forward(
@@ -87,7 +87,6 @@ class Step:
             torch._dynamo.config.recompile_limit = MOST_SIZES
             program.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
-        self.targets: DeviceTargets | None = None  # the teacher's answers for this epoch's views
         self.steps = 0
         self.reset_sums()
 
@@ -100,18 +99,22 @@ class Step:
             ddp.register_comm_hook(None, bf16_compress_hook)
         return ddp
 
-    def __call__(self, parts: Sequence[Batch], lr: float) -> None:
-        """Take one step on this rank's images, which come in one part, or in several where memory is short."""
+    def __call__(self, parts: Sequence[Batch], targets: DeviceTargets | None, lr: float) -> None:
+        """Take one step on this rank's images, which come in one part, or in several where memory is short.
+
+        Args:
+            targets: the teacher's answers to this epoch's views; None without a teacher.
+        """
         c = self.config
         torch.manual_seed(_random_state(c.seed, self.steps, self.world.rank))  # dropout and the like
         set_learning_rate(self.optimizer, lr)
         for number, batch in enumerate(parts, start=1):
             if c.cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # which imports all of the compiler: a second
-            targets = None if self.targets is None else self.targets.lookup(batch.sample_ids)
+            found = None if targets is None else targets.lookup(batch.rows)
             last = number == len(parts) or self.world.size == 1
             with nullcontext() if last else self.program.no_sync():
-                losses = self.program(batch.images, batch.labels, targets, batch.partner_labels, batch.mix) / len(parts)
+                losses = self.program(batch.images, batch.labels, found, batch.partner_labels, batch.mix) / len(parts)
                 losses[0].backward()
             self.sums[:-1] += losses.detach()
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])

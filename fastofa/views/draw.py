@@ -14,8 +14,8 @@ import numpy as np
 
 from fastofa.views import rand_augment
 from fastofa.views.policy import ViewPolicy
-from fastofa.views.streams import CROP, ERASE, MIX, OPS, PAIRS, _random
-from fastofa.views.table import UNIT, Views, _fractions
+from fastofa.views.streams import CROP, ERASE, MIX, OPS, PAIRS, random_stream
+from fastofa.views.table import UNIT, Views, fractions
 
 TRIES = 10  # as in torchvision's RandomResizedCrop and timm's RandomErasing
 ROWS_AT_ONCE = 1 << 16
@@ -51,10 +51,10 @@ def _draw_crops(policy: ViewPolicy, sizes: np.ndarray, seed: int, view: int) -> 
     """RandomResizedCrop (torchvision's algorithm: 10 tries, then the largest allowed centre crop) and flip."""
     boxes = np.empty((len(sizes), 4), dtype=np.int64)
     flip = np.empty(len(sizes), dtype=bool)
-    for rows, draws in _draws(_random(seed, CROP, view), len(sizes), 4 * TRIES + 1):
+    for rows, draws in _draws(random_stream(seed, CROP, view), len(sizes), 4 * TRIES + 1):
         boxes[rows] = _random_resized_crop(policy, sizes[rows], draws[:, 1:].reshape(-1, TRIES, 4))
         flip[rows] = draws[:, 0] < policy.flip
-    return _fractions(boxes, sizes), flip
+    return fractions(boxes, sizes), flip
 
 
 def _random_resized_crop(policy: ViewPolicy, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ def _draw_ops(policy: ViewPolicy, count: int, seed: int, view: int) -> dict[str,
     parsed = rand_augment.parse(policy.auto_augment)
     ops = np.empty((count, parsed.layers), dtype=np.uint8)
     amounts = np.empty((count, parsed.layers), dtype=np.float32)
-    for rows, draws in _draws(_random(seed, OPS, view), count, parsed.layers * rand_augment.COLUMNS):
+    for rows, draws in _draws(random_stream(seed, OPS, view), count, parsed.layers * rand_augment.COLUMNS):
         draws = draws.reshape(-1, parsed.layers, rand_augment.COLUMNS)
         ops[rows], amounts[rows] = rand_augment.choose(parsed, draws)
     return {"ops": ops, "amounts": amounts}
@@ -103,8 +103,10 @@ def _draw_mixing(policy: ViewPolicy, count: int, seed: int, view: int) -> dict[s
     mixture by itself is distributed the same. The views of one repeated augmentation have the same pairs (with other
     mixtures), since all copies of a sample, each with its partner, are to be in one batch.
     """
-    firsts, seconds = _random(seed, PAIRS, view // policy.repeats).permutation(count)[: count // 2 * 2].reshape(2, -1)
-    rng = _random(seed, MIX, view)
+    firsts, seconds = (
+        random_stream(seed, PAIRS, view // policy.repeats).permutation(count)[: count // 2 * 2].reshape(2, -1)
+    )
+    rng = random_stream(seed, MIX, view)
     cut, middle = rng.random(len(firsts)), rng.random((len(firsts), 2))
     is_cut = cut < (0.5 if policy.mixup and policy.cutmix else float(policy.cutmix > 0))
     mixup, cutmix = (rng.beta(a, a, len(firsts)) if a else np.ones(len(firsts)) for a in (policy.mixup, policy.cutmix))
@@ -130,7 +132,7 @@ def _draw_erasing(policy: ViewPolicy, count: int, seed: int, view: int) -> dict[
     """timm's RandomErasing: one box of the cropped picture, ten tries; and a key for the noise."""
     boxes = np.zeros((count, 4), dtype=np.uint16)
     noise = np.empty(count, dtype=np.int32)
-    for rows, draws in _draws(_random(seed, ERASE, view), count, 2 * TRIES + 4):
+    for rows, draws in _draws(random_stream(seed, ERASE, view), count, 2 * TRIES + 4):
         wanted, key, down, across = draws[:, :4].T
         area, aspect = draws[:, 4:].reshape(-1, TRIES, 2).transpose(2, 0, 1)
         area = ERASE_AREA[0] + area * (ERASE_AREA[1] - ERASE_AREA[0])

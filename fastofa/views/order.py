@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fastofa.views.policy import ViewPolicy
-from fastofa.views.streams import ORDER, _random
+from fastofa.views.streams import ORDER, random_stream
 from fastofa.views.table import Views
 
 WINDOW = 64  # pages of a file whose samples are shuffled together
@@ -63,7 +63,7 @@ def epoch_order(
             goes by the page of the first of its two; the other may lie anywhere in the file, so that of views that mix
             only one half is read page by page.
     """
-    rng = _random(seed, ORDER, epoch // repeats)
+    rng = random_stream(seed, ORDER, epoch // repeats)
     if partner is None and repeats == 1 and pages is None:
         return rng.permutation(size)[rank::world_size]
     units = _units(size, partner)

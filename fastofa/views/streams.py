@@ -6,5 +6,5 @@ import numpy as np
 CROP, ORDER, OPS, ERASE, PAIRS, MIX = range(6)
 
 
-def _random(seed: int, stream: int, number: int) -> np.random.Generator:
+def random_stream(seed: int, stream: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, (stream << 32) + number]))

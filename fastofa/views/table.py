@@ -62,7 +62,7 @@ class Views:
         return boxes
 
 
-def _fractions(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def fractions(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     fractions = np.rint(boxes * (UNIT / sizes[:, [0, 1, 0, 1]])).astype(np.uint16)
     fractions[:, 2:] = fractions[:, 2:].clip(1)  # a pixel of a picture of more than 131,070
     return fractions
@@ -87,9 +87,14 @@ def join_views(tables: Sequence[Views]) -> Views:
     return Views(**columns, mean=tables[0].mean, std=tables[0].std)
 
 
+def samples_of(rows: np.ndarray, count: int) -> np.ndarray:
+    """The sample of each row of a table that `join_views` made of views of `count` samples: int64, like `rows`."""
+    return rows % count
+
+
 def center_views(sizes: np.ndarray, fraction: float = 0.875) -> Views:
     """The evaluation view: the central square whose side is `fraction` of the picture's shorter side, no flip."""
     sizes = np.asarray(sizes)
     side = np.rint(sizes.min(axis=1) * fraction).astype(np.int64).clip(1)
     boxes = np.stack([(sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2, side, side], axis=1)
-    return Views(_fractions(boxes, sizes), np.zeros(len(sizes), dtype=bool))
+    return Views(fractions(boxes, sizes), np.zeros(len(sizes), dtype=bool))
