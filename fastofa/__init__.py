@@ -1,3 +1,42 @@
-"""fastofa: OFA knowledge distillation at full speed, from cached teacher logits."""
+"""OFA-KD at full speed: a strong small vision model from any teacher, through cached teacher predictions.
+
+    from fastofa import open_dataset, precompute, train, evaluate, export
+
+Everything here is imported when it is first used: `import fastofa` itself imports nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+from fastofa.lazy import lazy
+
+if TYPE_CHECKING:
+    from fastofa.data.open import open_dataset as open_dataset
+    from fastofa.runs.config import TrainConfig as TrainConfig
+    from fastofa.student.model import Student as Student
+    from fastofa.system.errors import BadInput as BadInput
+    from fastofa.teacher.cache import TeacherCache as TeacherCache
+    from fastofa.teacher.model import open_teacher as open_teacher
+    from fastofa.teacher.precompute import precompute as precompute
+    from fastofa.teacher.precompute_config import PrecomputeConfig as PrecomputeConfig
+    from fastofa.training.evaluate import evaluate as evaluate
+    from fastofa.training.export import export as export
+    from fastofa.training.loop import train as train
 
 __version__ = "0.1.0"
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "BadInput": "fastofa.system.errors",
+        "PrecomputeConfig": "fastofa.teacher.precompute_config",
+        "Student": "fastofa.student.model",
+        "TeacherCache": "fastofa.teacher.cache",
+        "TrainConfig": "fastofa.runs.config",
+        "evaluate": "fastofa.training.evaluate",
+        "export": "fastofa.training.export",
+        "open_dataset": "fastofa.data.open",
+        "open_teacher": "fastofa.teacher.model",
+        "precompute": "fastofa.teacher.precompute",
+        "train": "fastofa.training.loop",
+    },
+)

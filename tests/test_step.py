@@ -46,8 +46,7 @@ def make_step(rank: int = 0, **given: Any) -> Step:
     """Of a Transformer, which has no batch norm, with a teacher's answers; always the same weights."""
     c = config(**given)
     torch.manual_seed(7)
-    made = Step(Student(c.student, 10, SIZE, drop_path=c.drop_path).train(), c, CPU, World(rank=rank))
-    return made
+    return Step(Student(c.student, 10, SIZE, drop_path=c.drop_path).train(), c, CPU, World(rank=rank))
 
 
 def some_targets(device: torch.device = CPU, **given: Any) -> DeviceTargets:

@@ -12,9 +12,12 @@ open_dataset("train.beton")         the same as FFCV's own writer wrote it, with
 import os
 from pathlib import Path
 
+from fastofa.data.cifar import open_cifar100
 from fastofa.data.dataset import FFCV, FORMS, Dataset, Split
 from fastofa.data.digits import open_digits
+from fastofa.data.folder import open_image_folder
 from fastofa.data.headers import DEFAULT, Limits
+from fastofa.data.written import open_written
 from fastofa.system.errors import BadInput
 
 
@@ -47,16 +50,10 @@ def open_dataset(
     if is_digits:
         return open_digits(spec, split, rest)
     if is_cifar100:
-        from fastofa.data.cifar import open_cifar100
-
         return open_cifar100(spec, split, Path(rest))
     if Path(spec).suffix in FORMS + FFCV:
-        from fastofa.data.written import open_written
-
         return open_written(Path(spec), split, limits)
     if is_folder:
-        from fastofa.data.folder import open_image_folder
-
         return open_image_folder(spec, split, skip_corrupt, check, limits)
     raise BadInput(
         f"unknown data set {spec!r}: expected digits, digits:N, cifar100:DIR, a folder with train/ and val/, or a "

@@ -1,1 +1,10 @@
 """The student: a timm model, its four stages and an exit at each."""
+
+from typing import TYPE_CHECKING
+
+from fastofa.lazy import lazy
+
+if TYPE_CHECKING:
+    from fastofa.student.model import Student as Student
+
+__getattr__, __dir__ = lazy(__name__, {"Student": "fastofa.student.model"})
