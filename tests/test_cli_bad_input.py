@@ -526,7 +526,8 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
 
 STUCK = """
 import sys, threading
-from fastofa import cli, doctor
+from fastofa import cli
+from fastofa.commands import doctor
 def main(config):
     threading.Thread(target=threading.Event().wait).start()
     raise {error}

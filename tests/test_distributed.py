@@ -110,7 +110,7 @@ def _rank(place: dict[str, Any], log: Path, work: Callable[..., None], arguments
 
 
 def _train(_: int, config: TrainConfig) -> None:
-    import fastofa.training.loop
+    import fastofa.training.preflight
 
     fastofa.training.loop.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
     torch.set_default_dtype(torch.float64)  # see runs.float64
@@ -357,10 +357,10 @@ def test_what_does_not_fit_ends_all_ranks_alike(config, tmp_path):
 
 def _train_with_memory(rank: int, config: TrainConfig) -> None:
     import fastofa.data.dataset
-    import fastofa.training.loop
+    import fastofa.training.preflight
 
     fastofa.data.dataset.PAGE = 4096
-    fastofa.training.loop.memory_bytes = lambda: 10**12 if rank else 1  # type: ignore[attr-defined]
+    fastofa.training.preflight.memory_bytes = lambda: 10**12 if rank else 1  # type: ignore[assignment]
     _train(rank, config)
 
 

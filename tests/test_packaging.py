@@ -35,8 +35,10 @@ def test_version_and_command(declared):
     assert declared["entry_points"] == {"console_scripts": ["fastofa = fastofa.cli:main"]}
 
 
-def test_the_packages_are_three_and_have_full_names(declared):
-    assert sorted(declared["packages"]) == ["fastofa", "fastofa.kernels", "fastofa.pipelines"]
+def test_every_package_is_declared_once_by_its_full_name(declared):
+    rooms = {path.parent.name for path in (ROOT / "fastofa").glob("*/__init__.py")}
+    assert {"data", "kernels", "pipelines", "training"} < rooms
+    assert sorted(declared["packages"]) == sorted(["fastofa", *(f"fastofa.{room}" for room in rooms)])
 
 
 def test_apex_is_never_installed_from_pypi(declared):

@@ -784,7 +784,7 @@ def test_what_threads_gather_for_a_gpu(packed, monkeypatch, workers):
     for (whole, crops), rows in zip(pairs, batches(views, order, 0, 7), strict=True):
         assert np.array_equal(whole.rows, rows)
         assert np.array_equal(whole.images, packed.pixels[with_partners(views, rows)])
-        arrived = gathered._arrived(whole.images, views, whole.needed).permute(0, 2, 3, 1)
+        arrived = gathered._arrived(whole.images, views, whole.needed, 32).permute(0, 2, 3, 1)
         assert (arrived.int() - crops.images.int()).abs().max() <= 1
 
 

@@ -116,9 +116,9 @@ def test_sums_add_up_over_the_steps(batches):
     together, alone = make_step(clip=0.1), make_step(clip=0.1)
     expected = torch.zeros(len(SUMS))
     for batch in batches[:3]:
-        together([batch], lr=0.01)
+        together([batch], some_targets(), lr=0.01)
         alone.reset_sums()
-        alone([batch], lr=0.01)
+        alone([batch], some_targets(), lr=0.01)
         assert alone.sums[-1] > 0.1
         expected += alone.sums
     assert together.sums.tolist() == pytest.approx(expected.tolist(), rel=1e-6)

@@ -483,10 +483,10 @@ def crops(monkeypatch) -> list[np.ndarray]:
     found = []
     epoch = torchvision_loader.Pipeline.epoch
 
-    def spy(self, views, order, start=0) -> Iterator:
+    def spy(self, views, order, *given, **named) -> Iterator:
         if len(order) == 24:
             found.append(views.crop)
-        return epoch(self, views, order, start)
+        return epoch(self, views, order, *given, **named)
 
     monkeypatch.setattr(torchvision_loader.Pipeline, "epoch", spy)
     return found
@@ -856,7 +856,7 @@ def on_beton(on_photos, photos, tmp_path, monkeypatch) -> Callable[..., TrainCon
     monkeypatch.setattr("fastofa.views.order.WINDOW", 2)
 
     def config(name: str, memory: int = 10**12, **given: Any) -> TrainConfig:
-        monkeypatch.setattr("fastofa.training.loop.memory_bytes", lambda: memory)
+        monkeypatch.setattr("fastofa.training.preflight.memory_bytes", lambda: memory)
         return on_photos(name, **{"data": str(tmp_path / "x.beton"), **given})
 
     return config
