@@ -27,7 +27,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that knows something: a few epochs on all digits."""
-    from fastofa.commands.arguments import ExportConfig
     from fastofa.training.export import export
 
     top = tmp_path_factory.mktemp("teacher")
@@ -35,7 +34,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data="digits", student="test_efficientnet", method="scratch", out=top / "run", epochs=4, warmup_epochs=1
     )
     assert train(config).top1 > 0.5
-    export(ExportConfig(top / "run", top / "teacher"))
+    export(top / "run", top / "teacher")
     return top / "teacher"
 
 

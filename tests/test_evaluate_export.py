@@ -115,7 +115,7 @@ def photo_run(photos: Path, tmp_path: Path) -> Run:
 def test_the_figures_are_those_of_a_loop_written_by_hand(digit_cache, tmp_path, ema):
     """Top-1, top-5, agreement and the teacher's own top-1 over 599 digits; of the moving average where there is one."""
     run = make_run(tmp_path / "run", ema=ema, cache=digit_cache.path)
-    found = evaluate(EvaluateConfig(run.path, "digits:100"))
+    found = evaluate(run.path, "digits:100")
 
     val = open_dataset("digits:100", "val")
     best = predict_by_hand(plain_student(run, "ema" if ema else "student"), pixels(val, 32, 0.8))
@@ -144,7 +144,7 @@ def test_mirror_images_and_larger_pictures_count_where_the_run_says_so(tmp_path)
         with torch.inference_mode():
             logits = [model(tv.normalize(shown / 255, list(MEAN), list(STD))) for shown in (images, images.flip(-1))]
         best = (sum(logits) / 2 if flip else logits[0]).argsort(dim=1, descending=True).numpy()
-        got = evaluate(EvaluateConfig(run.path, "digits:100"))
+        got = evaluate(run.path, "digits:100")
         assert got.top1 == pytest.approx((best[:, 0] == val.labels).mean(), abs=TIES)
         assert got.top5 == pytest.approx((best[:, :5] == val.labels[:, None]).any(1).mean(), abs=TIES)
         found.append((got.top1, got.top5))
@@ -176,13 +176,13 @@ def test_the_best_weights_are_evaluated_and_exported_where_they_are_asked_for(tm
     run = make_run(tmp_path / "run", ema=True)
     best = lively(run.build_student())
     save_best(run.path, best, {"step": 0})
-    found = {weights: evaluate(EvaluateConfig(run.path, "digits:100", weights=weights)) for weights in ("last", "best")}
+    found = {weights: evaluate(run.path, "digits:100", weights=weights) for weights in ("last", "best")}
     assert json.loads((run.path / "evaluation.json").read_text())["weights"] == "best"
     assert found["last"] != found["best"]
     val = open_dataset("digits:100", "val")
     hits = predict_by_hand(best.eval().backbone, pixels(val, 32, 0.8))[:, 0] == val.labels
     assert found["best"].top1 == pytest.approx(hits.mean(), abs=TIES)
-    export(ExportConfig(run.path, tmp_path / "out", weights="best"))
+    export(run.path, tmp_path / "out", weights="best")
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in best.backbone.state_dict().items())
 
@@ -192,18 +192,18 @@ def test_pictures_from_files_in_any_batch_size(photo_run, photos):
     val = open_dataset(str(photos), "val")
     best = predict_by_hand(plain_student(photo_run, "student"), pixels(val, 32, 0.8))
     for batch_size in (5, 256):
-        found = evaluate(EvaluateConfig(photo_run.path, str(photos), batch_size=batch_size, workers=0))
+        found = evaluate(photo_run.path, str(photos), batch_size=batch_size, workers=0)
         assert found.top1 == pytest.approx((best[:, 0] == val.labels).mean(), abs=1.1 / 12)
         assert (found.images, found.top5, found.agreement, found.teacher_top1) == (12, 1.0, None, None)
 
 
 def test_a_student_agrees_with_itself(photo_run, photos, tmp_path):
     """Exported, asked as a teacher and evaluated: the same pictures, normalisation and crop all the way."""
-    export(ExportConfig(photo_run.path, tmp_path / "out"))
+    export(photo_run.path, tmp_path / "out")
     config = PrecomputeConfig(str(photos), str(tmp_path / "out"), tmp_path / "cache", views=1, topk=2, workers=0)
     cache = precompute(config)
     assert cache.header["teachers"][0]["crop"] == 0.8
-    found = evaluate(EvaluateConfig(make_run(photo_run.path, photo_run.classes, cache=cache.path).path, str(photos)))
+    found = evaluate(make_run(photo_run.path, photo_run.classes, cache=cache.path).path, str(photos))
     assert found.agreement == 1.0
     assert found.teacher_top1 == found.top1
 
@@ -219,7 +219,7 @@ def test_without_the_teachers_answers_for_these_pictures_there_is_no_agreement(
     elif state == "unfinished":
         (copy / "val.safetensors").unlink()
     run = make_run(tmp_path / "run", ("china", "flower"), data=str(photos), cache=copy)
-    found = evaluate(EvaluateConfig(run.path, str(photos), workers=0))
+    found = evaluate(run.path, str(photos), workers=0)
     assert (found.agreement, found.teacher_top1) == (None, None)
     said = capsys.readouterr().err
     expected = {
@@ -238,30 +238,30 @@ def test_without_data_a_run_is_evaluated_on_its_own(photos, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "run", ("china", "flower"), data="photos")
     dataclasses.replace(run, val_fingerprint=open_dataset("photos", "val").fingerprint).save()
-    expected = evaluate(EvaluateConfig(run.path, "photos", workers=0))
+    expected = evaluate(run.path, "photos", workers=0)
     capsys.readouterr()
     monkeypatch.chdir(tmp_path / "elsewhere")
     place, line = str(tmp_path / "photos"), f"data {tmp_path / 'photos'}, as the run was trained on"
-    assert evaluate(EvaluateConfig(run.path, workers=0)) == dataclasses.replace(expected, data=place)
+    assert evaluate(run.path, workers=0) == dataclasses.replace(expected, data=place)
     assert json.loads((run.path / "evaluation.json").read_text())["data"] == place
     assert capsys.readouterr().err.splitlines().count(line) == 1
     next((tmp_path / "photos" / "val" / "china").iterdir()).unlink()
-    assert evaluate(EvaluateConfig(run.path, workers=0)).images == expected.images - 1
+    assert evaluate(run.path, workers=0).images == expected.images - 1
     assert f"{line}; its validation images have changed since" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "photos")
     with pytest.raises(BadInput, match=f"{run.path}: its own data cannot be opened, give --data: .*'photos'"):
-        evaluate(EvaluateConfig(run.path, workers=0))
+        evaluate(run.path, workers=0)
 
 
 def test_evaluate_refuses(photo_run, photos, tmp_path):
     """No run, no checkpoint yet, data of other classes."""
     with pytest.raises(BadInput, match=r"expected a run made by `fastofa train`, found no config.json"):
-        evaluate(EvaluateConfig(tmp_path, str(photos)))
+        evaluate(tmp_path, str(photos))
     with pytest.raises(BadInput, match=r"expected the 2 classes that .* was trained on, got 10: lacking china, flower"):
-        evaluate(EvaluateConfig(photo_run.path, "digits"))
+        evaluate(photo_run.path, "digits")
     newest(photo_run.path).unlink()
     with pytest.raises(BadInput, match=r"no checkpoint yet; run `fastofa train` with --resume"):
-        evaluate(EvaluateConfig(photo_run.path, str(photos)))
+        evaluate(photo_run.path, str(photos))
     assert not (photo_run.path / "evaluation.json").exists()
 
 
@@ -273,7 +273,7 @@ def test_evaluate_refuses_an_edited_run(photo_run, photos):
         kept = json.loads((photo_run.path / "config.json").read_text())
         write_json(photo_run.path / "config.json", {**kept, **edit})
         with pytest.raises(BadInput, match=message):
-            evaluate(EvaluateConfig(photo_run.path, str(photos)))
+            evaluate(photo_run.path, str(photos))
         write_json(photo_run.path / "config.json", kept)
 
 
@@ -306,7 +306,7 @@ def exported(request, tmp_path_factory) -> tuple[Run, Path, str, str]:
     run = make_run(folder / "run", **given)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastofa.training.export.SAMPLE", 10)  # images: seconds
-        line = export(ExportConfig(run.path, folder / "out"))
+        line = export(run.path, folder / "out")
     return run, folder / "out", line, name
 
 
@@ -327,7 +327,7 @@ def test_plain_timm_gives_the_runs_logits(exported):
 
 def test_the_line_needs_only_name_file_and_classes_for_a_cnn(tmp_path):
     run = make_run(tmp_path / "run", student="test_resnet")
-    export(ExportConfig(run.path, tmp_path / "out"))
+    export(run.path, tmp_path / "out")
     weights = tmp_path / "out" / "model.safetensors"
     model = timm.create_model("test_resnet", checkpoint_path=str(weights), num_classes=10)
     images = torch.randn(2, 3, 32, 32)
@@ -362,7 +362,7 @@ def test_the_folder_holds_the_backbone_only(exported):
 
 def test_an_export_names_the_size_that_was_evaluated(tmp_path):
     """As timm's test_input_size, beside the size of training."""
-    export(ExportConfig(make_run(tmp_path / "run", eval_size=48).path, tmp_path / "out"))
+    export(make_run(tmp_path / "run", eval_size=48).path, tmp_path / "out")
     cfg = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
     assert (cfg["input_size"], cfg["test_input_size"]) == ([3, 32, 32], [3, 48, 48])
     data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'out'}"), use_test_size=True)
@@ -382,7 +382,7 @@ def test_an_exported_model_is_a_teacher(exported):
 
 def test_the_moving_average_is_what_is_exported(tmp_path):
     run = make_run(tmp_path / "run", ema=True)
-    export(ExportConfig(run.path, tmp_path / "out"))
+    export(run.path, tmp_path / "out")
     weights = load_file(tmp_path / "out" / "model.safetensors")
     for part, same in (("ema", True), ("student", False)):
         expected = plain_student(run, part).state_dict()
@@ -392,10 +392,10 @@ def test_the_moving_average_is_what_is_exported(tmp_path):
 def test_export_refuses_and_leaves_nothing(photo_run, tmp_path, monkeypatch):
     """No run, a place that is taken, logits that are not the run's."""
     with pytest.raises(BadInput, match="expected a run made by `fastofa train`"):
-        export(ExportConfig(tmp_path / "nowhere", tmp_path / "out"))
+        export(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "taken").mkdir()
     with pytest.raises(BadInput, match="taken: exists already; choose another place or remove it"):
-        export(ExportConfig(photo_run.path, tmp_path / "taken"))
+        export(photo_run.path, tmp_path / "taken")
     create_model = timm.create_model
 
     def damaged(*arguments: Any, **given: Any) -> nn.Module:
@@ -406,14 +406,14 @@ def test_export_refuses_and_leaves_nothing(photo_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", damaged)
     with pytest.raises(BadInput, match="timm's logits differ from the run's by up to 1"):
-        export(ExportConfig(photo_run.path, tmp_path / "out"))
+        export(photo_run.path, tmp_path / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "taken"]
 
 
 def test_timms_own_transform_is_tried_on_the_runs_images(photo_run, tmp_path, capsys):
     """Image files go the way of timm's users, and are answered as in the run's own evaluation."""
-    evaluated = evaluate(EvaluateConfig(photo_run.path, photo_run.config.data, workers=0))
-    export(ExportConfig(photo_run.path, tmp_path / "out"))
+    evaluated = evaluate(photo_run.path, photo_run.config.data, workers=0)
+    export(photo_run.path, tmp_path / "out")
     said = capsys.readouterr().err
     assert f"on 12 validation images, in the run {evaluated.top1:.2%}; " in said
     assert float(said.rpartition("; ")[2].partition("%")[0]) > 80  # of the answers are the same
@@ -434,10 +434,10 @@ def test_a_lost_normalisation_is_refused(photo_run, tmp_path, monkeypatch):
         save(model, folder, data_config={**data_config, "mean": (5.0, 0.0, -5.0), "std": (0.01, 1, 9)}, **given)
 
     monkeypatch.setattr(fastofa.training.export, "_own_answers", right_answers)
-    export(ExportConfig(photo_run.path, tmp_path / "right"))
+    export(photo_run.path, tmp_path / "right")
     monkeypatch.setattr(fastofa.training.export, "save_for_hf", forgetful)
     with pytest.raises(BadInput, match=r"through timm's own transform top-1 is \d+\.\d+% on 12 .*nothing was written"):
-        export(ExportConfig(photo_run.path, tmp_path / "wrong"))
+        export(photo_run.path, tmp_path / "wrong")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["right", "run"]
 
 
@@ -445,7 +445,7 @@ def test_without_its_images_an_export_is_compared_on_tensors(photo_run, tmp_path
     """And says so; they may lie on another machine, or be others by now."""
     for data, reason in (("nowhere", "there is no such folder"), ("digits", "digits has other classes now")):
         run = make_run(tmp_path / data, photo_run.classes, data=data)
-        export(ExportConfig(run.path, tmp_path / f"{data}-out"))
+        export(run.path, tmp_path / f"{data}-out")
         said = capsys.readouterr().err
         assert "compared with the run on made-up images only" in said
         assert reason in said

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bench.damage import damage_bytes
 from damage import complaint, damage_json, refused
-from fastofa.commands.arguments import ExportConfig
 from fastofa.data.open import open_dataset
 from fastofa.data.write import write
 from fastofa.data.write_config import WriteConfig
@@ -93,7 +92,7 @@ def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastofa.training.loop.Job._report", lambda _: None)
         train(recipes.digits(data=DATA, student="test_vit", method="scratch", out=folder / "run", **given))
-    export(ExportConfig(folder / "run", folder / "teacher"))
+    export(folder / "run", folder / "teacher")
     teacher = str(folder / "teacher")
     precompute(PrecomputeConfig(DATA, teacher, folder / "cache", views=2, topk=4, recipe="imagenet_vit_mlp"))
     write(WriteConfig(str(photos), folder / "x.pack", size=64))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastofa.commands.arguments import EvaluateConfig
 from fastofa.data.open import open_dataset
 from fastofa.runs import recipes
 from fastofa.runs.checkpoint import checkpoints
@@ -139,7 +138,7 @@ def test_a_run_knows_its_places_from_any_folder(on_photos, grow, photos, monkeyp
     run = open_run(tmp_path / "run")
     assert (run.data, run.cache) == (str(tmp_path / "photos"), tmp_path / "cache")
     assert (run.config.data, run.config.cache) == ("photos", Path("cache"))
-    assert evaluate(EvaluateConfig(tmp_path / "run", str(photos), workers=0)).agreement is not None
+    assert evaluate(tmp_path / "run", str(photos), workers=0).agreement is not None
     monkeypatch.chdir(tmp_path)
     train(dataclasses.replace(config, resume=True))
 
@@ -175,7 +174,7 @@ def test_evaluate_takes_the_answers_that_the_run_began_with(
     else:
         cache.rename(tmp_path / "other")
     capsys.readouterr()
-    found = evaluate(EvaluateConfig(config.out, str(photos), workers=0))
+    found = evaluate(config.out, str(photos), workers=0)
     said = capsys.readouterr().err
     assert (found.agreement is not None) is (state == "grown")
     expected = {

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import fastofa
 import fastofa.training.loop
-from fastofa.commands.arguments import EvaluateConfig
 from fastofa.methods.objective import Objective
 from fastofa.runs.checkpoint import BEST, BEST_EMA, FOLDER, best_until, checkpoints
 from fastofa.runs.config import Weights
@@ -353,7 +352,7 @@ def test_logits_that_are_not_finite_are_no_accuracy(on_photos, monkeypatch):
         train(config)
     assert not (config.out / FOLDER / BEST).exists()
     with pytest.raises(BadInput, match="it diverged; train anew with a lower --lr or --clip"):
-        evaluate(EvaluateConfig(config.out, config.data, workers=0))
+        evaluate(config.out, config.data, workers=0)
 
 
 def test_weights_to_start_from_that_are_not_finite_are_refused(on_photos, tmp_path):

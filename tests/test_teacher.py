@@ -17,7 +17,6 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize
 
-from fastofa.commands.arguments import ExportConfig
 from fastofa.runs.checkpoint import save_checkpoint
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.run import Run
@@ -117,7 +116,7 @@ def test_an_exported_run_is_a_teacher(tmp_path):
     lively(student)
     run.save()
     save_checkpoint(config.out, 0, student, torch.optim.SGD(student.parameters(), lr=0.1), None, {}, keep=1)
-    export(ExportConfig(config.out, tmp_path / "out"))
+    export(config.out, tmp_path / "out")
     teacher = open_teacher(str(tmp_path / "out"), NAMES)
     assert (teacher.image_size, teacher.crop) == (32, 0.8)
     assert_answers(teacher, student.backbone, MEAN, STD)
@@ -396,7 +395,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
 def test_a_run_is_a_teacher_as_its_export_would_be(run, tmp_path, form):
     teacher = open_teacher(form.format(run.path), NAMES[::-1])
-    export(ExportConfig(run.path, tmp_path / "out"))
+    export(run.path, tmp_path / "out")
     assert teacher.describe() == open_teacher(str(tmp_path / "out"), NAMES[::-1]).describe()
     assert (teacher.image_size, teacher.crop, teacher.columns) == (32, 0.8, (6, 5, 4, 3, 2, 1, 0))
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 import fastofa.training.loop
 import fastofa.training.plan
 import fastofa.training.step
-from fastofa.commands.arguments import EvaluateConfig
 from fastofa.commands.train import main
 from fastofa.data.open import open_dataset
 from fastofa.data.write import write
@@ -461,7 +460,7 @@ def test_pictures_grow_and_are_evaluated_larger(on_photos, seen, photos):
     assert {size for training, size in seen if not training} == {96}
     assert [row["step"] for row in rows(config.out, "step") if "images_per_second" not in row] == [1, 7]
     seen.clear()
-    found = evaluate(EvaluateConfig(config.out, str(photos), workers=0))
+    found = evaluate(config.out, str(photos), workers=0)
     assert set(seen) == {(False, 96)}
     assert (found.top1, found.top5) == (result.top1, result.top5)
 

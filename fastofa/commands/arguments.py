@@ -21,7 +21,7 @@ import tyro
 from fastofa.data.write_config import WriteConfig
 from fastofa.runs.config import TrainConfig, Weights
 from fastofa.runs.recipes import default_recipe, recipe
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import at_least
 from fastofa.teacher.precompute_config import PrecomputeConfig
 
 
@@ -55,8 +55,8 @@ class EvaluateConfig:
     """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 0, "workers")
+        at_least(self, 1, "batch_size")
+        at_least(self, 0, "workers")
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,6 @@ class CacheConfig:
 @dataclass(frozen=True)
 class DoctorConfig:
     """List what makes fastofa faster, whether it works here, and how to get what is missing. All is optional."""
-
-
-def _at_least(config: Any, least: int, *names: str) -> None:
-    """Raises BadInput for a number below it; None, and what is left open while tyro parses, passes."""
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, int) and value < least:
-            raise BadInput(f"{name.replace('_', '-')}: expected at least {least}, got {value}")
 
 
 CONFIGS: dict[str, type] = {

@@ -16,7 +16,8 @@ from fastofa.training.evaluate import evaluate
 
 
 def main(config: EvaluateConfig) -> None:
-    found = evaluate(config)
+    c = config
+    found = evaluate(c.run, c.data, c.weights, c.batch_size, c.device, c.pipeline, c.workers)
     title = f"{config.run} on {counted(found.images, 'image')} of {found.data}"
     table = Table(title=plain(title), title_justify="left")
     for name in ("top-1", "top-5", "teacher's top-1", "agreement"):

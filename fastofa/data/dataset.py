@@ -1,13 +1,4 @@
-"""What a data set is: labels, class names, picture sizes, a fingerprint, and the pixels or where they lie.
-
-open_dataset("digits")              scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels
-open_dataset("digits:100")          the same, with only 100 training pictures
-open_dataset("cifar100:DIR")        DIR holds cifar-100-python.tar.gz or the folder it unpacks to
-open_dataset("path/to/DIR")         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP)
-open_dataset("photos.pack")         any of these, as `fastofa write` wrote it: pixels of one size in one file
-open_dataset("photos.beton")        the same in FFCV's format, with photos.val.beton and photos.beton.safetensors
-open_dataset("train.beton")         the same as FFCV's own writer wrote it, with val.beton beside it
-"""
+"""The table of a data set: labels, class names, image sizes, a fingerprint, and the pixels or where they lie."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a data set is: labels, class names, picture sizes, a fingerprint, and the pixels or where they lie.
+"""Open a data set by what the user calls it:
 
 open_dataset("digits")              scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels
 open_dataset("digits:100")          the same, with only 100 training pictures

@@ -1,13 +1,4 @@
-"""Write a data set in a form that is read faster.
-
-    fastofa write photos photos.pack --size 160     pixels of one size, for GPUs that crop
-    fastofa write photos photos.beton               JPEGs in FFCV's format, for CPUs that crop; --raw for pixels
-    fastofa write photos photos.pack --verify       compare it with its checksums, having written it if it is not there
-
-Then `--data photos.pack` instead of `--data photos`, with the same caches. Every picture is decoded; those that cannot
-be are named, and nothing is written, or they are left out by --skip-corrupt. The output has its name only when it is
-whole.
-"""
+"""Write a data set as a .pack or a .beton: both splits, every image decoded and checked, whole or not at all."""
 
 import io
 import os

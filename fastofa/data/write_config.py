@@ -6,9 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from fastofa.commands.arguments import _at_least
 from fastofa.data.headers import Limits, given_limits
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, at_least
 
 FLAGS = {".pack": ("size",), ".beton": ("max_size", "quality", "raw")}  # of `write`, by the form that takes them
 
@@ -59,7 +58,7 @@ class WriteConfig:
             raise BadInput(f"quality: expected 1 to 100, got {self.quality}")
         if self.quality is not None and self.raw:
             raise BadInput(f"quality: expected none with --raw, whose pixels are not compressed, got {self.quality}")
-        _at_least(self, 1, "workers")
+        at_least(self, 1, "workers")
 
     def limits(self) -> Limits:
         """Which images are taken."""

@@ -1,5 +1,7 @@
 """What ends a command with one line instead of a traceback, and how such lines are worded."""
 
+from typing import Any
+
 
 class BadInput(Exception):
     """One clear line: what was expected, what came, what to do. Commands print it and exit with code 2.
@@ -28,3 +30,11 @@ def escaped(text: str) -> str:
     A name on the disk may hold any of them, an escape sequence or a second line, say.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Raises BadInput for a number below it; None, and what is left open while tyro parses, passes."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, int) and value < least:
+            raise BadInput(f"{name.replace('_', '-')}: expected at least {least}, got {value}")

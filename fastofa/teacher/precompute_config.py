@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastofa.commands.arguments import _at_least
 from fastofa.data.headers import Limits, given_limits
 from fastofa.runs.config import MOST_EPOCHS
 from fastofa.runs.recipes import default_policy, recipe
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, at_least
 from fastofa.views.policy import ViewPolicy, changed_policy
 
 
@@ -79,8 +78,8 @@ class PrecomputeConfig:
     """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "views", "topk", "batch_size")
-        _at_least(self, 0, "workers")
+        at_least(self, 1, "views", "topk", "batch_size")
+        at_least(self, 0, "workers")
         if self.views > MOST_EPOCHS:
             raise BadInput(f"views: expected at most {MOST_EPOCHS:,}, got {self.views}")
         if not 0 <= self.seed < 2**63:

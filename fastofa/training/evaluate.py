@@ -1,19 +1,14 @@
-"""How good is a run's student?
-
-    fastofa evaluate run                    on the validation images that it was trained with
-    fastofa evaluate run --data others
-
-Prints top-1, top-5 and agreement with the teacher, and writes them to RUN/evaluation.json.
-"""
+"""How good a run's student is: top-1, top-5 and agreement with the teacher."""
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
-from fastofa.commands.arguments import EvaluateConfig
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import open_pipeline
+from fastofa.runs.config import Weights
 from fastofa.runs.run import Run, open_run
 from fastofa.system.device import choose_bf16, choose_device, choose_workers
 from fastofa.system.errors import BadInput, counted
@@ -35,21 +30,38 @@ class Evaluation:
     """Share of images where student and teacher have the same best class."""
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Raises BadInput: no run, no checkpoint, no data, a data set with other classes."""
-    run = open_run(config.run)
-    dataset = open_dataset(config.data, "val") if config.data is not None else _own_data(run)
+def evaluate(
+    run_folder: Path,
+    data: str | None = None,
+    weights: Weights = "last",
+    batch_size: int = 256,
+    device: str = "auto",
+    pipeline: str = "auto",
+    workers: int | None = None,
+) -> Evaluation:
+    """Evaluate a run's student, and write RUN/evaluation.json.
+
+    Args:
+        run_folder: as `train` wrote it.
+        data: a data set whose validation images are used; None: the run's own.
+        weights, batch_size, device, pipeline, workers: as the flags of `fastofa evaluate`.
+
+    Raises:
+        BadInput: no run, no checkpoint, no data, a data set with other classes.
+    """
+    run = open_run(run_folder)
+    dataset = open_dataset(data, "val") if data is not None else _own_data(run)
     if dataset.classes != run.classes:
         raise BadInput(
-            f"data {dataset.spec}: expected the {counted(len(run.classes), 'class')} that {config.run} was trained on, "
+            f"data {dataset.spec}: expected the {counted(len(run.classes), 'class')} that {run_folder} was trained on, "
             f"got {len(dataset.classes)}: {_difference(run.classes, dataset.classes)}"
         )
-    device = choose_device(config.device)
-    student = run.trained_student(config.weights).to(device)
+    on = choose_device(device)
+    student = run.trained_student(weights).to(on)
     size = run.config.eval_size or student.image_size
-    pipeline = open_pipeline(config.pipeline, dataset, size, config.batch_size, device, choose_workers(config.workers))
-    bf16 = choose_bf16(run.config.precision, device)
-    best = predict(student, pipeline, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
+    loader = open_pipeline(pipeline, dataset, size, batch_size, on, choose_workers(workers))
+    bf16 = choose_bf16(run.config.precision, on)
+    best = predict(student, loader, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
     top1, top5 = accuracy(best, dataset.labels)
     teacher = _teacher_answers(run, dataset)
     found = Evaluation(
@@ -60,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         teacher_top1=None if teacher is None else agreement(dataset.labels, teacher),
         agreement=None if teacher is None else agreement(best[:, 0], teacher),
     )
-    write_json(config.run / "evaluation.json", {"weights": config.weights, **dataclasses.asdict(found)})
+    write_json(run_folder / "evaluation.json", {"weights": weights, **dataclasses.asdict(found)})
     return found
 
 

@@ -1,10 +1,7 @@
-"""Write a run's student as a model that plain timm loads.
+"""A run's student as a model that plain timm loads; the exits are left out.
 
-    fastofa export run student
-    python -c 'import timm; model = timm.create_model("local-dir:student", pretrained=True)'
-
-The exits are left out. What was written is loaded back with timm: its logits are compared with the run's, and its
-answers to validation images that went through timm's own transform with those of the run's own evaluation.
+What was written is loaded back with timm: its logits are compared with the run's, and its answers to validation images
+that went through timm's own transform with those of the run's own evaluation.
 """
 
 import json

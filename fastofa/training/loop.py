@@ -1,14 +1,7 @@
-"""Train a student from a teacher cache.
+"""The training loop: epochs, logging, evaluation, checkpoints.
 
-    fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_cnn --out run
-    fastofa train ... --resume      go on after an interruption, mid-epoch, to the same weights
-    fastofa train ... --plan        what it would cost: steps timed here, hours, disk
-    torchrun --no-python --nproc-per-node 8 fastofa train ...       the same job on eight GPUs
-
-The run's folder holds its log, its checkpoints and a report; Ctrl-C or SIGTERM saves before the command ends.
+The step is step.py; what an epoch shows is epochs.py; what is checked before a run is preflight.py.
 """
-
-# This file is the loop: epochs, logging, evaluation, checkpoints. The step is step.py, what an epoch shows epochs.py.
 
 import dataclasses
 import hashlib
