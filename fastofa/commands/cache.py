@@ -51,7 +51,7 @@ def main(config: CacheConfig) -> None:
     cache = TeacherCache.open(config.cache)
     if config.action == "verify":
         cache.verify()
-        views = f"{cache.finished} view{'s' * (cache.views != 1)}"
+        views = f"{cache.finished} view{'s' * (cache.finished != '1')}"
         print(escaped(f"{config.cache}: {views} and the validation answers are as they were written"))
         return
     table = Table(show_header=False, title=plain(str(config.cache)), title_justify="left")

@@ -17,9 +17,6 @@ from fastofa.teacher.precompute_config import PrecomputeConfig
 def main(config: PrecomputeConfig) -> None:
     cache = precompute(config)
     size = sum(file.stat().st_size for file in cache.path.iterdir())
-    print(
-        escaped(
-            f"{cache.path}: {cache.finished} view{'s' * (cache.views != 1)} of {counted(cache.num_samples, 'image')}, "
-            f"top {cache.topk} of {counted(cache.num_classes, 'class')}, {filesize.decimal(size)}"
-        )
-    )
+    views = f"{cache.finished} view{'s' * (cache.finished != '1')}"
+    images, classes = counted(cache.num_samples, "image"), counted(cache.num_classes, "class")
+    print(escaped(f"{cache.path}: {views} of {images}, top {cache.topk} of {classes}, {filesize.decimal(size)}"))
