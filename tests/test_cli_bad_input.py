@@ -272,7 +272,7 @@ def test_no_number_is_taken_for_one_that_was_not_given(here, command, monkeypatc
             config.policy()
         arrived.append(config)
 
-    monkeypatch.setattr(f"fastofa.{command}.main", main)
+    monkeypatch.setattr(f"fastofa.commands.{command}.main", main)
     for name, hint in get_type_hints(CONFIGS[command]).items():
         for value in ("0", "-1", "nan") if hint in NUMBERS else ():
             flag = f"--{name.replace('_', '-')}"
@@ -377,7 +377,7 @@ def test_help_fits_the_terminal(command, width, monkeypatch):
 
 
 def _source(command: str) -> str:
-    return Path(cli.__file__).with_name(f"{command}.py").read_text()
+    return Path(cli.__file__).with_name("commands").joinpath(f"{command}.py").read_text()
 
 
 def test_help_names_every_command():
@@ -559,7 +559,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from fastofa.cli import main
-sys.argv = ["fastofa", *"train --data d --student s --recipe digits --out o".split()]
+sys.argv = ["fastofa", *"train --data digits --student s --recipe digits --out o".split()]
 main()
 """
 

@@ -99,7 +99,7 @@ def test_what_is_not_what_the_run_began_with_is_refused(on_photos, grow):
     tensors["log_probs"][0] -= 0.5
     save_tensors(cache / view_file(1), tensors, said)
     with pytest.raises(
-        BadInput, match=r"cache: .* does not hold the answers of .*cache that the run began with \(views 1 d"
+        BadInput, match=r"cache: .* does not hold the answers of .*cache that the run began with \(view 1 changed\)"
     ):
         train(resumed)
     (cache / view_file(1)).unlink()

@@ -136,7 +136,7 @@ def test_an_average_longer_than_the_run_and_a_warm_up_too_are_told(on_photos, ca
     train(on_photos(epochs=1, ema=0.9999, warmup_epochs=20))
     said = capsys.readouterr().err
     assert "ema 0.9999: the average is over 10,000 steps, the run has 3" in said
-    assert "warmup-epochs 20: the run has 1 epochs" in said
+    assert "warmup-epochs 20: the run has 1 epoch," in said
 
 
 # --- Order of saving --------------------------------------------------------------------------------------------------

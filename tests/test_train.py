@@ -339,7 +339,7 @@ def test_the_loop_waits_for_the_device_only_where_something_is_due(on_photos, mo
     original = Tensor.tolist
 
     def tolist(self: Tensor) -> Any:
-        if self.shape == (len(SUMS),):
+        if self.shape[-1:] == (len(SUMS),):
             asked.append(1)
         return original(self)
 

@@ -258,15 +258,15 @@ class Job:
         stop = self.vote(self.interrupt.signum or 0)
         if not (log or end or save or stop):
             return
-        each = self.world.gather(self.step.sums)
-        sums = each.mean(0).tolist()  # waits for the device
+        each = self.world.gather(self.step.sums).tolist()  # waits for the device
+        sums = _means(each)
         self.clock.stop()
         if not all(map(math.isfinite, sums)):
             self._refuse_infinity("the gradient is" if all(map(math.isfinite, sums[:-1])) else "the loss is")
         if log:
             self._log_step(epoch, [value / self.step.summed for value in sums])
             self.step.reset_sums()
-            each.zero_()
+            each = [[0.0] * len(SUMS) for _ in each]
         scheduled = save or (end and self._is_evaluated(epoch))
         if scheduled or stop:
             self._save(each, scheduled)
@@ -371,7 +371,7 @@ class Job:
             self.report_failed = True
         self.reported = time.monotonic()
 
-    def _save(self, sums: Tensor, scheduled: bool) -> None:
+    def _save(self, sums: list[list[float]], scheduled: bool) -> None:
         """With the sums of each rank. A save that the undisturbed run does not make changes nothing in the ranks."""
         s = self.step
         ema = None if s.ema is None else s.ema.module
@@ -384,9 +384,9 @@ class Job:
         if self.world.sum(torch.tensor(int(not s.is_finite()))):
             self._refuse_infinity("the weights are")
         if self.world.is_main:
-            position: dict[str, Any] = {"sums": sums.mean(0).tolist(), "summed": s.summed}
-            if bool((sums != sums[0]).any()):
-                position["sums_by_rank"] = sums.tolist()
+            position: dict[str, Any] = {"sums": _means(sums), "summed": s.summed}
+            if any(own != sums[0] for own in sums):
+                position["sums_by_rank"] = sums
             checkpoint.save_checkpoint(
                 self.run.path, s.steps, s.student, s.optimizer, ema, position, self.config.keep, by_rank
             )
@@ -409,3 +409,8 @@ class Job:
             raise BadInput(f"{self.run.path}: expected evaluations in its metrics.jsonl, found none; it was edited")
         last = evaluated[-1]
         return Result(last["top1"], last["top5"], last.get("images_per_second", 0.0), 0.0)
+
+
+def _means(by_rank: list[list[float]]) -> list[float]:
+    """Of each sum over the ranks."""
+    return [math.fsum(values) / len(by_rank) for values in zip(*by_rank, strict=True)]

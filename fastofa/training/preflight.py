@@ -99,7 +99,7 @@ def check_place(run: Run) -> None:
         views = [str(view) for view, (mine, theirs) in pairs if mine != theirs]
         different.append(
             f"cache: {run.config.cache} does not hold the answers of {found.config.cache} that the run began with"
-            + (f" (of its views differ {', '.join(views)})" if views else "")
+            + (f" (view{'s' * (len(views) > 1)} {', '.join(views)} changed)" if views else "")
         )
     if run.config.order == found.config.order and run.pages != found.pages:
         different.append(f"data: the pages of {run.config.data} hold other samples than those the run began with")
