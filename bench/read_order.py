@@ -63,8 +63,9 @@ def open_pixels(path: Path) -> Dataset:
     places = np.random.default_rng(0).permutation(PICTURES)
     spans = np.stack([EACH * places, np.full(PICTURES, EACH)], axis=1)
     names = [""] * PICTURES
+    is_raw = np.ones(PICTURES, dtype=bool)
     return Dataset(
-        "noise", "train", ("noise",), names, labels, sizes, "", file=path, stored=sizes, spans=spans, raw=True
+        "noise", "train", ("noise",), names, labels, sizes, "", file=path, stored=sizes, spans=spans, is_raw=is_raw
     )  # fmt: skip
 
 

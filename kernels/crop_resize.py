@@ -25,9 +25,8 @@ def crop_resize(
     std: Sequence[float] | None = None,
     dtype: torch.dtype = torch.uint8,
     impl: str | None = None,
-    antialias: bool = True,
 ) -> Tensor:
-    """Crops of a batch (or of a resident data set, by sample id), resized to S x S by bilinear filtering.
+    """Crops of a batch (or of a resident data set, by sample id), resized to S x S by antialiased bilinear filtering.
 
     Equals torchvision's `resized_crop` and `horizontal_flip` up to their 8-bit rounding.
 
@@ -42,7 +41,6 @@ def crop_resize(
         mean, std: per channel, for pixels scaled to 0..1; both or neither, and only for a floating `dtype`.
         dtype: uint8 (rounded), or bf16, fp16, fp32.
         impl: "triton", "torch" or None (choose). The kernel reads the pixels it needs, with no copy of images[ids].
-        antialias: filter all pixels that an output pixel covers; if not, only the two by two nearest to its centre.
 
     Returns:
         [B, 3, S, S] in channels-last memory format; floating results are pixels / 255, normalised if asked.
@@ -55,11 +53,11 @@ def crop_resize(
     too_large = images.shape[1] * images.shape[2] * 3 >= 2**31
     if not triton or (too_large and impl is None):
         chosen = images if ids is None else images[ids]
-        return reference.crop_resize(chosen, boxes, flip, size, mean, std, dtype, antialias)
+        return reference.crop_resize(chosen, boxes, flip, size, mean, std, dtype)
     if too_large:
         got = f"{images.shape[1]} x {images.shape[2]}"
         raise ValueError(f"images: expected less than 2^31 bytes each for 'triton', got {got} pixels; leave impl out")
-    return crop_resize_op(images, boxes, flip, size, ids, mean, std, dtype, antialias)
+    return crop_resize_op(images, boxes, flip, size, ids, mean, std, dtype)
 
 
 def _check(
@@ -111,13 +109,12 @@ def crop_resize_op(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     dtype: torch.dtype,
-    antialias: bool,
 ) -> Tensor:
     """[B, 3, S, S], channels-last."""
     from fastofa.kernels import triton_crop_resize
 
     with torch.cuda.device_of(images):
-        return triton_crop_resize.crop_resize(images, boxes, flip, size, ids, mean, std, dtype, antialias)
+        return triton_crop_resize.crop_resize(images, boxes, flip, size, ids, mean, std, dtype)
 
 
 @crop_resize_op.register_kernel("cpu")

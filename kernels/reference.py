@@ -172,17 +172,16 @@ def cross_entropy_gradient(
 # --- Crop and resize --------------------------------------------------------------------------------------------------
 
 
-def resize_weights(start: Tensor, length: Tensor, source: int, size: int, antialias: bool = True) -> Tensor:
+def resize_weights(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
     """Bilinear weights [B, S, source] that map pixels start .. start + length onto S output pixels.
 
-    Antialiased, a filter grows with the scale; plain, it always spans the two pixels nearest to its centre.
+    Antialiased: a filter grows with the scale.
     """
     scale = (length / size)[:, None, None]
-    support = scale.clamp(min=1) if antialias else 1
     out = torch.arange(size, device=start.device, dtype=start.dtype)[None, :, None]
     pixel = torch.arange(source, device=start.device, dtype=start.dtype)[None, None, :] + 0.5
     first, last = start[:, None, None], (start + length)[:, None, None]
-    weights = (1 - ((pixel - first - (out + 0.5) * scale) / support).abs()).clamp(min=0)
+    weights = (1 - ((pixel - first - (out + 0.5) * scale) / scale.clamp(min=1)).abs()).clamp(min=0)
     weights = weights * ((pixel + 0.5 > first) & (pixel - 0.5 < last))  # the pixels that the box touches
     return weights / weights.sum(dim=-1, keepdim=True)
 
@@ -195,13 +194,12 @@ def crop_resize(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     dtype: torch.dtype,
-    antialias: bool = True,
 ) -> Tensor:
     """Resizing is separable: two small matrix products per image, and a flip is the same weights in reverse."""
     batch, height, width, _ = images.shape
     top, left, box_height, box_width = boxes.to(torch.float32).unbind(dim=1)
-    rows = resize_weights(top, box_height, height, size, antialias)
-    columns = resize_weights(left, box_width, width, size, antialias)
+    rows = resize_weights(top, box_height, height, size)
+    columns = resize_weights(left, box_width, width, size)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     out = torch.bmm(rows, images.to(torch.float32).reshape(batch, height, width * 3))
     out = torch.einsum("bxw,bywc->byxc", columns, out.view(batch, size, width, 3))  # [B, S, S, 3]

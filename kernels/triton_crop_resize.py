@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _filters(start, length, out, source, S: tl.constexpr, ANTIALIAS: tl.constexpr):
+def _filters(start, length, out, source, S: tl.constexpr):
     """Of the output pixels `out` along one axis, whose box has pixels start .. start + length of `source`.
 
     Each one's first source pixel, and how far that is from the filter's centre; for all of them the last pixel that the
@@ -23,9 +23,7 @@ def _filters(start, length, out, source, S: tl.constexpr, ANTIALIAS: tl.constexp
     picture, and their number within its size, whatever the box.
     """
     scale = tl.div_rn(length, S * 1.0)
-    reach = 1.0
-    if ANTIALIAS:
-        reach = tl.maximum(scale, 1.0)
+    reach = tl.maximum(scale, 1.0)
     count = tl.minimum(tl.ceil(2.0 * reach).to(tl.int32), source)
     lowest = tl.minimum(tl.maximum(tl.floor(start).to(tl.int32), 0), source - 1)
     highest = tl.minimum(tl.maximum(tl.ceil(start + length).to(tl.int32) - 1, lowest), source - 1)
@@ -53,7 +51,7 @@ def _round(x):
 def _crop_resize_kernel(
     images, ids, boxes, flips, result,
     count, height, width, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
-    S: tl.constexpr, BLOCK: tl.constexpr, WITH_IDS: tl.constexpr, ANTIALIAS: tl.constexpr, ROUND: tl.constexpr,
+    S: tl.constexpr, BLOCK: tl.constexpr, WITH_IDS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """images uint8 [count, height, width, 3], result [B, S, S, 3]: `scale` times a channel's value, plus `shift`."""
     PIXELS: tl.constexpr = S * S
@@ -71,8 +69,8 @@ def _crop_resize_kernel(
     box_height = tl.load(boxes + picture * 4 + 2).to(tl.float32)
     box_width = tl.load(boxes + picture * 4 + 3).to(tl.float32)
     x = tl.where(tl.load(flips + picture), S - 1 - x, x)
-    row, away_y, last_row, per_row, rows = _filters(top, box_height, y, height, S, ANTIALIAS)
-    column, away_x, last_column, per_column, columns = _filters(left, box_width, x, width, S, ANTIALIAS)
+    row, away_y, last_row, per_row, rows = _filters(top, box_height, y, height, S)
+    column, away_x, last_column, per_column, columns = _filters(left, box_width, x, width, S)
     rows = tl.where((image >= 0) & (image < count), rows, 0)  # an id that does not exist: nothing is read, 0 / 0
 
     source = images + image * height * width * 3
@@ -118,7 +116,6 @@ def crop_resize(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     dtype: torch.dtype,
-    antialias: bool,
 ) -> Tensor:
     """As the operator of that name in crop_resize.py."""
     count, height, width, _ = images.shape
@@ -140,7 +137,6 @@ def crop_resize(
             S=size,
             BLOCK=BLOCK,
             WITH_IDS=ids is not None,
-            ANTIALIAS=antialias,
             ROUND=dtype == torch.uint8,
             num_warps=4,
         )
