@@ -7,7 +7,8 @@
 PYTHON ?= python3
 EXTRAS ?= test
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest -n auto
+# A worker more than there are cores: tests of several processes wait a third of their time.
+PYTEST := $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --dist worksteal
 
 .PHONY: help install demo test unit lint format clean
 
