@@ -23,11 +23,9 @@ def info(cache: TeacherCache) -> dict[str, str]:
     header, policy = cache.header, cache.policy
     more = {name: header["policy"].get(name) for name in ("auto_augment", "mixup", "cutmix", "erase", "repeats")}
     size = sum(file.stat().st_size for file in cache.path.iterdir())
-    teachers = (
-        f"{t['name']} at {t['image_size']} px, {t['precision']}, weights {t['sha256'][:12]}" for t in header["teachers"]
-    )
+    (teacher,) = header["teachers"]
     return {
-        "teacher": "; ".join(teachers),
+        "teacher": "{name} at {image_size} px, {precision}, weights {sha256:.12}".format(**teacher),
         "data": f"{header['dataset']['spec']}, {counted(cache.num_samples, 'image')}, "
         f"{counted(cache.num_classes, 'class')}",
         "classes": _some(cache.classes),
@@ -37,7 +35,7 @@ def info(cache: TeacherCache) -> dict[str, str]:
         "flip": f"{policy.flip:g}",
         **{name.replace("_", "-"): str(value) for name, value in more.items() if value},
         "size": filesize.decimal(size),
-        "pipeline": str(header.get("pipeline", "unknown")),
+        "pipeline": header["pipeline"],
         "made with": ", ".join(f"{name} {version}" for name, version in header["versions"].items()),
     }
 
