@@ -1,8 +1,8 @@
-"""Images a second of RandAugment by table, beside timm's on Pillow pictures: the same crops, operations and amounts.
+"""Images a second of RandAugment by table, beside timm's on Pillow images: the same crops, operations and amounts.
 
 OMP_NUM_THREADS=1 python -m bench.augment            writes bench/results/augment.json
 
-timm's side starts from Pillow pictures and ends with arrays, as in its loader; choosing the operations is not counted.
+timm's side starts from Pillow images and ends with arrays, as in its loader; choosing the operations is not counted.
 """
 
 import statistics
@@ -14,8 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import auto_augment as timm
 
-from bench.record import write_record
-from bench.timing import interleaved_ms, median_ratio
+from bench.lib import command_line
+from bench.lib.record import write_record
+from bench.lib.timing import interleaved_ms, median_ratio
 from fastofa.data.dataset import from_array
 from fastofa.pipelines import open_pipeline
 from fastofa.pipelines.augment import augment
@@ -30,22 +31,23 @@ WHOLE = ("posterize", "solarize", "solarize_add")
 CPU = torch.device("cpu")
 
 
-def by_timm(pictures: list[Image.Image], views: Views) -> list[np.ndarray]:
+def by_timm(images: list[Image.Image], views: Views) -> list[np.ndarray]:
     assert views.ops is not None
     assert views.amounts is not None
     out = []
     options = {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BILINEAR}
-    for picture, ops, amounts in zip(pictures, views.ops.tolist(), views.amounts.tolist(), strict=True):
+    for image, ops, amounts in zip(images, views.ops.tolist(), views.amounts.tolist(), strict=True):
         for op, amount in zip(ops, amounts, strict=True):
             if op:
                 name = timm._RAND_TRANSFORMS[op - 1]
-                given = () if timm.LEVEL_TO_ARG[name] is None else (int(amount) if OPS[op] in WHOLE else amount,)
-                picture = timm.NAME_TO_OP[name](picture, *given, **options)
-        out.append(np.array(picture))
+                arguments = () if timm.LEVEL_TO_ARG[name] is None else (int(amount) if OPS[op] in WHOLE else amount,)
+                image = timm.NAME_TO_OP[name](image, *arguments, **options)
+        out.append(np.array(image))
     return out
 
 
 def main() -> None:
+    args = command_line.parser(__doc__).parse_args()
     photos = np.stack([p[:427, :427] for p in load_sample_images().images])[np.arange(BATCH) % 2]
     names = [f"{i:03d}" for i in range(BATCH)]
     dataset = from_array("photographs", "train", ("photo",), names, np.zeros(BATCH, dtype=np.int64), photos)
@@ -57,12 +59,12 @@ def main() -> None:
     crops = Views(tables["all"].crop, tables["all"].flip)
     rows = np.arange(BATCH)
     (batch,) = open_pipeline("resident", dataset, SIZE, BATCH).epoch(crops, rows)
-    pictures = [Image.fromarray(image.numpy()) for image in batch.images.permute(0, 2, 3, 1).contiguous()]
+    images = [Image.fromarray(image.numpy()) for image in batch.images.permute(0, 2, 3, 1).contiguous()]
 
     first = augment(batch.images.clone(), tables["randaugment"], rows, BATCH).permute(0, 2, 3, 1).int()
-    difference = (first - torch.from_numpy(np.stack(by_timm(pictures, tables["randaugment"]))).int()).abs()
+    difference = (first - torch.from_numpy(np.stack(by_timm(images, tables["randaugment"]))).int()).abs()
     steps = {
-        "timm_randaugment": lambda: by_timm(pictures, tables["randaugment"]),
+        "timm_randaugment": lambda: by_timm(images, tables["randaugment"]),
         **{
             name: lambda table=table: augment(batch.images.clone(), table, rows, BATCH)
             for name, table in tables.items()
@@ -79,7 +81,7 @@ def main() -> None:
         "pixels_that_differ": (difference > 0).float().mean().item(),
         "largest_difference": difference.max().item(),
     }
-    write_record("augment", result)
+    write_record("augment", result, args.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ implementation must move: each input read once, each output written once.
 Shapes: H heads, B batch, C classes or channels, K teacher's classes, S side.
 """
 
-import argparse
 import gc
 import statistics
 import sys
@@ -21,16 +20,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import machine
-from bench.record import RESULTS, markdown_table, write_record
-from bench.timing import captured, timed_ms, wait
-from bench.turns import patiently, wait_for_turn
+from bench.lib import command_line, machine
+from bench.lib.record import markdown_table, write_record
+from bench.lib.timing import captured, timed_ms, wait
+from bench.lib.turns import patiently, wait_for_turn
 from fastofa.kernels import (
     crop_resize,
     depthwise_conv3x3,
@@ -70,13 +68,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """One size of one kernel and the ways to compute it; each is called with the number of the input to take."""
+    """One size of one kernel and the implementations of it; each is called with the number of the input to take."""
 
     kernel: str
     size: str
     bytes: float
     items: int
-    """Pictures or samples, for a rate."""
+    """Images or samples, for a rate."""
     candidates: dict[str, Call]
     compare: tuple[str, ...] = ()
     """Candidates that must give the twin's results; peers that compute something else are not among them."""
@@ -118,8 +116,8 @@ def loss_case(device: torch.device, dtype: torch.dtype, num_classes: int, batch:
         generator = torch.Generator(device).manual_seed(seed)
         logits = torch.randn(HEADS, batch, num_classes, generator=generator, device=device).to(dtype)
         labels = torch.randint(0, num_classes, (batch,), generator=generator, device=device)
-        answer = (2 * torch.randn(batch, num_classes, generator=generator, device=device)).log_softmax(dim=1)
-        log_probs, classes = answer.topk(min(TOPK, num_classes))
+        teacher = (2 * torch.randn(batch, num_classes, generator=generator, device=device)).log_softmax(dim=1)
+        log_probs, classes = teacher.topk(min(TOPK, num_classes))
         return logits.requires_grad_(), labels, classes.to(torch.int32), log_probs.half()
 
     inputs = rotate(make, moved / 2, device)
@@ -179,7 +177,7 @@ def liger_losses(num_classes: int) -> dict[str, Callable[..., Tensor]]:
 
 
 def crop_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Random crops of stored pictures to normalised bf16 (fp32 on a CPU), mirrored or not."""
+    """Random crops of stored images to normalised bf16 (fp32 on a CPU), mirrored or not."""
     gpu = device.type == "cuda"
     sizes = (
         [(256, 224, b) for b in (256, 1024, 2048)] + [(160, 160, 1024), (256, 128, 1024)] if gpu else [(256, 224, 16)]
@@ -473,7 +471,7 @@ def pool_case(device: torch.device, work: str, batch: int, channels: int, side: 
     def call(function: Callable[[Tensor], Tensor]) -> Call:
         def run(x: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
             y = function(x)
-            return y, *torch.autograd.grad(y, given, dy)  # where equal values are, ways differ in dx
+            return y, *torch.autograd.grad(y, given, dy)  # where equal values are, implementations differ in dx
 
         def whole(x: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
             y = function(x)
@@ -619,11 +617,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--quick", action="store_true", help="one size of each")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     if not gpu:
         print("no GPU here: the plain-PyTorch twins are timed, eager and compiled; no Triton kernel runs")

@@ -1,16 +1,15 @@
-"""Images a second of every pipeline, alone, beside other ways to load the same pictures: what a step could be fed with.
+"""Images a second of every pipeline, alone, beside other loaders of the same images: what a step could be fed with.
 
     python -m bench.bench_loader                     writes bench/results/loaders_{cpu,gpu}.json
     python -m bench.bench_loader --workers 1 2 4 8   a sweep
     python -m bench.bench_loader --data photos       a folder of yours; its other forms are written for the time being
 
 Made-up photographs with the statistics of real ones (1/f noise) as JPEGs of quality 90, in sizes and bytes like
-ImageNet's; the record tells both. What is measured is in loader_ways.py. Each measurement is a process of its own: what
-it takes before its first batches (FFCV's compiling, say) is not counted, nor is the memory of mapped files. Ways take
+ImageNet's; the record tells both. What is measured is in lib/loaders.py. Each measurement is a process of its own: what
+it takes before its first batches (FFCV's compiling, say) is not counted, nor is the memory of mapped files. They take
 turns, round by round.
 """
 
-import argparse
 import itertools
 import multiprocessing
 import os
@@ -24,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.loader_ways import BASELINE, WAYS, Task
-from bench.photographs import SIZES, write_folder
-from bench.record import RESULTS, markdown_table, write_record
-from bench.sources import write_form
-from bench.timing import wait
-from bench.turns import wait_for_turn
+from bench.lib import command_line
+from bench.lib.loaders import BASELINE, IMPLEMENTATIONS, Task
+from bench.lib.photographs import SIZES, write_folder
+from bench.lib.record import markdown_table, write_record
+from bench.lib.sources import write_form
+from bench.lib.timing import wait
+from bench.lib.turns import wait_for_turn
 from fastofa.data.open import open_dataset
 from fastofa.system.device import choose_workers
 
@@ -45,7 +45,7 @@ def measure(task: Task) -> dict[str, float]:
         measured = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"{task.way} ended with {process.exitcode}") from None
+        raise RuntimeError(f"{task.name} ended with {process.exitcode}") from None
     process.join()
     return measured
 
@@ -56,7 +56,7 @@ def _measured(task: Task, sender: Any) -> None:
     Memory is that of some batches afterwards, since to ask for it holds a process up.
     """
     torch.set_num_threads(1)
-    sizes = WAYS[task.way].run(task)
+    sizes = IMPLEMENTATIONS[task.name].run(task)
     for _ in range(2 * task.workers + 4):
         next(sizes)
     wait(torch.device(task.device))
@@ -96,7 +96,7 @@ def _memory_mb(pid: int) -> float:
 
 
 def describe(folder: str) -> dict[str, Any]:
-    """Quantiles of the pictures' sides and bytes."""
+    """Quantiles of the images' sides and bytes."""
     dataset = open_dataset(folder)
     file_bytes = [dataset.path(i).stat().st_size for i in range(len(dataset))]
     shares = [0, 0.1, 0.5, 0.9, 1]
@@ -113,39 +113,40 @@ def describe(folder: str) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gpu = device == "cuda"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a folder of pictures with train/; by default they are made up")
-    ways = f"some of: {'; '.join(WAYS)}"
-    parser.add_argument("--only", nargs="+", choices=WAYS, metavar="WAY", default=list(WAYS), help=ways)
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--data", type=Path, help="an image folder with train/; by default images are made up")
+    names = f"some of: {'; '.join(IMPLEMENTATIONS)}"
+    parser.add_argument(
+        "--only", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME", default=list(IMPLEMENTATIONS), help=names
+    )
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[224])
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 64)
     parser.add_argument("--workers", type=int, nargs="+", default=[choose_workers(None)])
-    parser.add_argument("--count", type=int, default=4096 if gpu else 512, help="pictures made up")
+    parser.add_argument("--count", type=int, default=4096 if gpu else 512, help="images made up")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=64 if gpu else 16, help="batches a round")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     for name in ("batch_size", "count", "rounds", "calls"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if args.data is not None and not (args.data / "train").is_dir():
-        parser.error(f"--data: expected a folder of pictures with train/, got {args.data}")
-    skipped = {way: reason for way in args.only if (reason := WAYS[way].skip_reason(device))}
-    names = [way for way in args.only if way not in skipped]
+        parser.error(f"--data: expected an image folder with train/, got {args.data}")
+    skipped = {name: reason for name in args.only if (reason := IMPLEMENTATIONS[name].skip_reason(device))}
+    names = [name for name in args.only if name not in skipped]
     baseline = BASELINE if BASELINE in names else names[0]
     found: dict[tuple[str, int, int], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         data = args.data or Path(temporary) / "photographs"
         if args.data is None:
             write_folder(data, args.count, SIZES)
-        forms = {"folder", *(WAYS[way].form for way in names)}
+        forms = {"folder", *(IMPLEMENTATIONS[name].form for name in names)}
         sources = {form: write_form(form, data, Path(temporary)) for form in sorted(forms)}
-        pictures = describe(sources["folder"])
+        data_sizes = describe(sources["folder"])
         wait_for_turn()
         for _ in range(args.rounds):
-            for size, workers, way in itertools.product(args.image_sizes, args.workers, names):
-                task = Task(way, sources, size, args.batch_size, workers, args.calls, device)
-                found.setdefault((way, size, workers), []).append(measure(task))
+            for size, workers, name in itertools.product(args.image_sizes, args.workers, names):
+                task = Task(name, sources, size, args.batch_size, workers, args.calls, device)
+                found.setdefault((name, size, workers), []).append(measure(task))
 
     def ratio(key: tuple[str, int, int], to: str | None) -> float | None:
         if to not in names:
@@ -160,25 +161,25 @@ def main(argv: list[str] | None = None) -> None:
             "workers": key[2],
             **{name: statistics.median(one[name] for one in rounds) for name in rounds[0]},
             "ratio_to_baseline": ratio(key, baseline),
-            "ratio_to_peer": ratio(key, WAYS[key[0]].peer),
+            "ratio_to_peer": ratio(key, IMPLEMENTATIONS[key[0]].peer),
             "rounds": rounds,
         }
         for key, rounds in found.items()
     ]
     result = {
-        "batch_size": args.batch_size, "calls": args.calls, "rounds": args.rounds, "pictures": pictures,
+        "batch_size": args.batch_size, "calls": args.calls, "rounds": args.rounds, "data": data_sizes,
         "baseline": baseline, "skipped": skipped, "rows": rows,
     }  # fmt: skip
     write_record(f"loaders_{device.replace('cuda', 'gpu')}", result, args.out)
     for setting, group in itertools.groupby(rows, key=lambda row: (row["image_size"], row["workers"])):
         print("\n{} px, workers: {}\n\n{}".format(*setting, table(list(group), baseline)))
-    for way, reason in skipped.items():
-        print(f"{way}: left out, {reason}")
+    for name, reason in skipped.items():
+        print(f"{name}: left out, {reason}")
 
 
 def table(rows: list[dict[str, Any]], baseline: str) -> str:
     """Of one size and one number of workers."""
-    header = ["way", "images/s", f"x {baseline}", "x stock", "CPU s/1000", "memory MB"]
+    header = ["implementation", "images/s", f"x {baseline}", "x stock", "CPU s/1000", "memory MB"]
     lines = [
         [
             r["pipeline"], f"{r['images_per_second']:,.0f}",

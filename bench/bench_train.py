@@ -1,4 +1,4 @@
-"""The ladder: images a second of one training job, a row per idea, beside the published code's way and two peers.
+"""The ladder: images a second of one training job, a row per idea, beside the published code and two peers.
 
     python -m bench.bench_train                                   on a CPU: 64 px, batch 32 (5 min on 2 cores)
     python -m bench.bench_train --loaders                         and with real loaders in front of the step
@@ -13,7 +13,6 @@ Synthetic uint8 batches in device memory, except in the rows with a loader: what
 "+ one loss, no syncs" on it is the very Step that `fastofa train` takes. Every row of a job is timed in every round.
 """
 
-import argparse
 import dataclasses
 import gc
 import statistics
@@ -27,24 +26,25 @@ from typing import Any
 
 import torch
 
-from bench import machine, profile_step, roofline
-from bench.loader_step import LoaderStep
-from bench.loader_ways import installed
-from bench.record import RESULTS, markdown_table, write_record
-from bench.steps import Job, TakeStep, Way, official_step, open_step, timm_step
-from bench.timing import interleaved_ms, median_ratio
-from bench.turns import is_out_of_memory, patiently, wait_for_turn
+from bench import profile_step, roofline
+from bench.lib import command_line, machine
+from bench.lib.loader_step import LoaderStep
+from bench.lib.loaders import installed
+from bench.lib.record import markdown_table, write_record
+from bench.lib.steps import Job, StepOptions, TakeStep, official_step, open_step, timm_step
+from bench.lib.timing import interleaved_ms, median_ratio
+from bench.lib.turns import is_out_of_memory, patiently, wait_for_turn
 from fastofa.training.step import Step
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to take the step. A later idea is one more row."""
+    """One implementation of the step. A later idea is one more row."""
 
     name: str
     idea: str
-    """What it is an instance of: its colour in the picture."""
-    way: Way | None = None
+    """What it is an instance of: its colour in the chart."""
+    options: StepOptions | None = None
     """How our step is taken; None: somebody else's."""
     loader: str | None = None
     """A pipeline in front of the step."""
@@ -52,7 +52,7 @@ class Row:
     """Why it is left out on a CPU."""
 
 
-ONLINE = Way(online_teacher=True, channels_last=False)
+ONLINE = StepOptions(online_teacher=True, channels_last=False)
 BF16 = replace(ONLINE, precision="bf16")
 CHANNELS_LAST = replace(BF16, channels_last=True)
 COMPILED = replace(CHANNELS_LAST, compile="on")
@@ -60,7 +60,7 @@ CACHED = replace(COMPILED, online_teacher=False)
 
 ALL_KERNELS = ("loss", "exits", "stem", "norms")
 NEEDS_GPU = "Triton kernels need a GPU"
-OFFICIAL, OFFICIAL_FP16, TIMM = "official way, fp32", "official way, fp16 AMP", "timm, online logit distillation"
+OFFICIAL, OFFICIAL_FP16, TIMM = "official code, fp32", "official code, fp16 AMP", "timm, online logit distillation"
 LADDER = (
     Row(OFFICIAL, "published code"),
     Row(OFFICIAL_FP16, "published code", gpu_only="a CPU has no fp16 convolutions to speak of"),
@@ -106,16 +106,16 @@ def skip_reason(row: Row, device: torch.device, bf16: bool, loaders: bool) -> st
     return None
 
 
-def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[Way, tuple[Step, Any]]) -> TakeStep:
+def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[StepOptions, tuple[Step, Any]]) -> TakeStep:
     """`opened` keeps our steps: rows that differ in the loader only share one, compiled once."""
-    if row.way is None:
+    if row.options is None:
         return timm_step(job, precision) if row.name == TIMM else official_step(job, fp16=row.name == OFFICIAL_FP16)
-    way = row.way if precision == "bf16" else replace(row.way, precision="fp32")
-    if way not in opened:
-        opened[way] = open_step(job, way)
+    options = row.options if precision == "bf16" else replace(row.options, precision="fp32")
+    if options not in opened:
+        opened[options] = open_step(job, options)
     if row.loader is not None:
-        return LoaderStep(job, *opened[way], row.loader, folder)
-    (step, targets), batch = opened[way], job.batch(way.channels_last)
+        return LoaderStep(job, *opened[options], row.loader, folder)
+    (step, targets), batch = opened[options], job.batch(options.channels_last)
     return lambda: step([batch], targets, lr=0.1)
 
 
@@ -129,7 +129,7 @@ def warm_up(
     """
     steps: dict[str, TakeStep] = {}
     missing: dict[str, dict[str, str]] = {}
-    opened: dict[Way, tuple[Step, Any]] = {}
+    opened: dict[StepOptions, tuple[Step, Any]] = {}
 
     def warm(row: Row) -> None:
         if reason := skip_reason(row, job.device, precision == "bf16", loaders):
@@ -150,7 +150,7 @@ def warm_up(
 
     first = [row for row in rows if row.name not in (OFFICIAL, OFFICIAL_FP16)]
     # A CUDA graph keeps the algorithms that it was recorded with.
-    torch.backends.cudnn.benchmark = any(row.way is not None and row.way.cuda_graphs for row in first)
+    torch.backends.cudnn.benchmark = any(row.options is not None and row.options.cuda_graphs for row in first)
     for row in first:
         warm(row)
     wait_for_turn()
@@ -189,14 +189,14 @@ def climb(
             found.append({"row": row.name, "idea": row.idea, **missing[row.name]})
             continue
         ms = statistics.median(times[row.name])
-        has_exits = row.way.method == "ofa" if row.way else row.name != TIMM
+        has_exits = row.options.method == "ofa" if row.options else row.name != TIMM
         found.append(
             {
                 "row": row.name,
                 "idea": row.idea,
                 "step_ms": ms,
                 "images_per_second": job.batch_size / ms * 1e3,
-                "ratio_to_official_way": median_ratio(times, row.name, OFFICIAL) if OFFICIAL in times else None,
+                "ratio_to_official_code": median_ratio(times, row.name, OFFICIAL) if OFFICIAL in times else None,
                 "share_of_roofline": floors[has_exits] / ms,
                 "rounds_ms": times[row.name],
             }
@@ -220,17 +220,17 @@ def table(job: dict[str, Any]) -> str:
         if "step_ms" not in r:
             rows.append([r["row"], "", "", "", r.get("skipped") or f"FAILED: {r['failed'][:80]}"])
             continue
-        ratio = r["ratio_to_official_way"]
+        ratio = r["ratio_to_official_code"]
         figures = f"{r['step_ms']:.1f}", f"{r['images_per_second']:,.0f}", f"{ratio:.2f}" if ratio else ""
         rows.append([r["row"], *figures, f"{r['share_of_roofline']:.0%}"])
-    header = ["row", "ms", "images/s", "x official way", "share of roofline"]
+    header = ["row", "ms", "images/s", "x official code", "share of roofline"]
     return f"\n{job['student']} from {job['teacher']}\n\n{markdown_table(header, rows)}"
 
 
 def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--students", nargs="+", default=["resnet18"])
     parser.add_argument("--teachers", nargs="+", default=["deit_tiny_patch16_224"])
     parser.add_argument("--image-size", type=int, default=224 if gpu else 64)
@@ -242,7 +242,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=20 if gpu else 2, help="steps a round")
     parser.add_argument("--name", default="train", help="of the record")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     # What the published code's PyTorch 1.10 did by itself; it and `fastofa train` let cuDNN benchmark, too (warm_up).
     torch.set_float32_matmul_precision("high")

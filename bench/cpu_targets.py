@@ -5,30 +5,30 @@
 
 1. channels-last is at least 0.95 times as fast as channels-first;
 2. a compiled step is at least 0.95 times as fast as an eager one;
-3. for ResNet-18 a step of OFA-KD from cached answers (exits, loss, lookup) takes at most 25 % longer than a plain one.
+3. for ResNet-18 a step of OFA-KD from cached predictions (exits, loss, lookup) takes at most 25 % longer than a plain
+   one.
 """
 
-import argparse
 import gc
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.record import RESULTS, markdown_table, write_record
-from bench.steps import Job, Way, our_step
-from bench.timing import interleaved_ms, median_ratio
+from bench.lib import command_line
+from bench.lib.record import markdown_table, write_record
+from bench.lib.steps import Job, StepOptions, our_step
+from bench.lib.timing import interleaved_ms, median_ratio
 
 NEVER_SLOWER, OVERHEAD = 0.95, 0.25
-WAYS = {
-    f"{name}, {layout}, {method}": Way(method=method, compile=compiled, channels_last=layout == "channels-last")
+STEPS = {
+    f"{name}, {layout}, {method}": StepOptions(method=method, compile=compiled, channels_last=layout == "channels-last")
     for name, compiled in (("eager", "off"), ("compiled", "on"))
     for layout in ("channels-last", "channels-first")
     for method in ("ofa", "scratch")
     if method == "ofa" or layout == "channels-last"
 }
-WAYS |= {f"eager, bf16, {method}": Way(method=method, precision="bf16") for method in ("ofa", "scratch")}
+STEPS |= {f"eager, bf16, {method}": StepOptions(method=method, precision="bf16") for method in ("ofa", "scratch")}
 PAIRS = {
     "channels-last over channels-first, eager": ("eager, channels-last, ofa", "eager, channels-first, ofa"),
     "channels-last over channels-first, compiled": ("compiled, channels-last, ofa", "compiled, channels-first, ofa"),
@@ -47,11 +47,11 @@ OVERHEADS = {
 
 
 def check(job: Job, rounds: int, calls: int) -> list[dict[str, Any]]:
-    """One record for each promise; two ways at a time take turns, as a training has the caches to itself."""
-    steps = {name: our_step(job, way) for name, way in WAYS.items()}
+    """One record for each promise; two steps at a time take turns, as a training has the caches to itself."""
+    steps = {name: our_step(job, options) for name, options in STEPS.items()}
     found = []
     for name, (ours, baseline) in {**PAIRS, **OVERHEADS, **TOLD}.items():
-        two = {way: steps[way] for way in (ours, baseline)}
+        two = {name: steps[name] for name in (ours, baseline)}
         times = interleaved_ms(two, job.device, rounds, calls, warmup=1)
         ratio = median_ratio(times, ours, baseline)
         figure, target, met = ratio, None, None
@@ -78,7 +78,7 @@ def check(job: Job, rounds: int, calls: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--students", nargs="+", default=["resnet18"])
     parser.add_argument("--teacher", default="deit_tiny_patch16_224")
     parser.add_argument("--image-size", type=int, default=64)
@@ -86,7 +86,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-classes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=4, help="steps a round")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     found = []
     for student in args.students:

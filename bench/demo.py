@@ -8,18 +8,20 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from bench.record import write_record
+from bench.lib import command_line
+from bench.lib.record import write_record
 from fastofa.commands.demo import demo
 
-PICTURE = Path(__file__).parent.parent / "docs" / "demo-curves.png"
+CHART = Path(__file__).parent.parent / "docs" / "demo-curves.png"
 
 
 def main() -> None:
+    args = command_line.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = demo(Path(folder) / "demo")
-        PICTURE.parent.mkdir(exist_ok=True)
-        shutil.copyfile(Path(folder) / "demo" / "curves.png", PICTURE)
-    write_record("demo", {name: dataclasses.asdict(result) for name, result in results.items()})
+        CHART.parent.mkdir(exist_ok=True)
+        shutil.copyfile(Path(folder) / "demo" / "curves.png", CHART)
+    write_record("demo", {name: dataclasses.asdict(result) for name, result in results.items()}, args.out)
 
 
 if __name__ == "__main__":

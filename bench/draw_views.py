@@ -1,4 +1,4 @@
-"""How long it takes to draw the views of one ImageNet epoch (1.28 million rows), beside torchvision's per-image way.
+"""How long it takes to draw the views of one ImageNet epoch (1.28 million rows), beside torchvision, row by row.
 
 OMP_NUM_THREADS=1 python -m bench.draw_views            writes bench/results/draw_views.json
 """
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from bench.record import write_record
+from bench.lib import command_line
+from bench.lib.record import write_record
 from fastofa.views.draw import draw_views
 from fastofa.views.policy import ViewPolicy
 
@@ -21,10 +22,11 @@ ROUNDS = 5
 
 
 def main() -> None:
+    args = command_line.parser(__doc__).parse_args()
     rng = np.random.default_rng(0)
     sizes = rng.integers(200, 600, (ROWS, 2))
     policy = ViewPolicy()
-    picture = torch.empty(1, 1, 1)
+    image = torch.empty(1, 1, 1)
     ours, theirs = [], []
     for number in range(ROUNDS):
         began = time.perf_counter()
@@ -32,7 +34,7 @@ def main() -> None:
         ours.append(time.perf_counter() - began)
         began = time.perf_counter()
         for height, width in sizes[:SAMPLE]:
-            shaped = picture.expand(1, int(height), int(width))
+            shaped = image.expand(1, int(height), int(width))
             RandomResizedCrop.get_params(shaped, list(policy.scale), list(policy.ratio))
         theirs.append((time.perf_counter() - began) * ROWS / SAMPLE)
     result: dict[str, Any] = {
@@ -43,7 +45,7 @@ def main() -> None:
         "torchvision_measured_rows": SAMPLE,
         "ratio": statistics.median(theirs) / statistics.median(ours),
     }
-    write_record("draw_views", result)
+    write_record("draw_views", result, args.out)
 
 
 if __name__ == "__main__":

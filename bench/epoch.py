@@ -2,14 +2,13 @@
 
     python -m bench.epoch                       writes bench/results/epoch_{cpu,gpu}.json
 
-Extrapolated, not trained: 1,281,167 images over the rates of the step (OFA-KD from cached answers), of the loader, and
-of the teacher that fills the cache, once for every epoch's view. Rates that records in bench/results/ hold for this
-student, teacher, picture size and machine are taken from there, the others measured briefly. Processes and threads load
+Extrapolated, not trained: 1,281,167 images over the rates of the step (OFA-KD from cached predictions), of the loader,
+and of the teacher that fills the cache, once for every epoch's view. Rates that records in bench/results/ hold for this
+student, teacher, image size and machine are taken from there, the others measured briefly. Processes and threads load
 while the device trains, so the slower of both counts; pipeline `resident` runs on the device itself, so both add up.
 Evaluation is left out.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections import Counter
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 
-from bench import loader_step
-from bench.record import RESULTS, markdown_table, read_record, write_record
-from bench.steps import Job, OnlineTeacher, Way, official_step, our_step
-from bench.timing import interleaved_ms
+from bench.lib import command_line, loader_step
+from bench.lib.record import RESULTS, markdown_table, read_record, write_record
+from bench.lib.steps import Job, OnlineTeacher, StepOptions, official_step, our_step
+from bench.lib.timing import interleaved_ms
 from fastofa.pipelines import PIPELINES, open_pipeline
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
@@ -32,13 +31,13 @@ from fastofa.training.schedule import image_size
 
 IMAGES = 1_281_167
 TEACHER_SIZE = 224
-CONFIGS = (("imagenet_cnn", 224), ("imagenet_fast", 192))  # recipe, its full picture size
-BASELINE = "official way"
+CONFIGS = (("imagenet_cnn", 224), ("imagenet_fast", 192))  # recipe, its full image size
+BASELINE = "official code"
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Images a second, by picture size; `source` says of each whether it was measured here or read from a record."""
+    """Images a second, by image size; `source` says of each whether it was measured here or read from a record."""
 
     step: dict[int, float]
     official: dict[int, float]
@@ -92,16 +91,16 @@ def loader_rates(folder: Path, job: Job, pipeline: str, sizes: list[int], calls:
 
 def measure(job: Job, sizes: list[int], pipeline: str, records: Path, rounds: int, calls: int) -> Rates:
     gpu = job.device.type == "cuda"
-    way = Way(precision="bf16", compile="on") if gpu else Way()
+    options = StepOptions(precision="bf16", compile="on") if gpu else StepOptions()
     known = {size: ladder_rates(records, replace(job, image_size=size)) for size in sizes}
     steps: dict[str, Any] = {}
     for size in sizes:
         sized = replace(job, image_size=size)
         if "+ cached teacher" not in known[size]:
-            steps[f"step {size}"] = our_step(sized, way)
-        if "official way, fp32" not in known[size]:
+            steps[f"step {size}"] = our_step(sized, options)
+        if "official code, fp32" not in known[size]:
             steps[f"official {size}"] = official_step(sized)
-    teacher = OnlineTeacher(replace(job, image_size=TEACHER_SIZE), way)
+    teacher = OnlineTeacher(replace(job, image_size=TEACHER_SIZE), options)
     steps["teacher"] = lambda: teacher.lookup(torch.empty(0))
     times = interleaved_ms(steps, job.device, rounds, calls)
 
@@ -112,7 +111,7 @@ def measure(job: Job, sizes: list[int], pipeline: str, records: Path, rounds: in
     loader, loader_source = loader_rates(records, job, pipeline, sizes, calls)
     return Rates(
         step={size: rate("step", "+ cached teacher", size) for size in sizes},
-        official={size: rate("official", "official way, fp32", size) for size in sizes},
+        official={size: rate("official", "official code, fp32", size) for size in sizes},
         teacher=job.batch_size * 1e3 / statistics.median(times["teacher"]),
         loader=loader,
         rounds_ms=times,
@@ -130,7 +129,7 @@ def together(step: float, loader: float, pipeline: str) -> float:
 
 
 def extrapolate(config: TrainConfig, full: int, rates: Rates, pipeline: str) -> dict[str, Any]:
-    """One recipe: its epochs by picture size, the cache that it needs, and what takes the longest."""
+    """One recipe: its epochs by image size, the cache that it needs, and what takes the longest."""
     sizes = Counter(image_size(config, epoch, full) for epoch in range(config.epochs))
     epochs: list[dict[str, Any]] = []
     limits: Counter[str] = Counter()
@@ -148,7 +147,7 @@ def extrapolate(config: TrainConfig, full: int, rates: Rates, pipeline: str) -> 
                 "loader_images_per_second": loader,
                 "epoch_s": seconds,
                 "limit": limit,
-                "official_way_epoch_s": official,
+                "official_code_epoch_s": official,
             }
         )
     training = sum(e["epochs"] * e["epoch_s"] for e in epochs)
@@ -161,7 +160,7 @@ def extrapolate(config: TrainConfig, full: int, rates: Rates, pipeline: str) -> 
         "precompute_s": precompute,
         "precompute_images_per_second": rates.teacher,
         "total_s": training + precompute,
-        "official_way_s": sum(e["epochs"] * e["official_way_epoch_s"] for e in epochs),
+        "official_code_s": sum(e["epochs"] * e["official_code_epoch_s"] for e in epochs),
         "limit": limits.most_common(1)[0][0],
     }
 
@@ -173,7 +172,7 @@ def hours(seconds: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--teacher", default="deit_tiny_patch16_224")
     parser.add_argument("--pipeline", choices=PIPELINES, default="torchvision")
@@ -181,7 +180,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=20 if gpu else 1, help="steps a round")
     parser.add_argument("--records", type=Path, default=RESULTS, help="folder of records to read")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -200,12 +198,12 @@ def main(argv: list[str] | None = None) -> None:
             f"{e['loader_images_per_second']:,.0f}",
             e["limit"],
             f"{e['epoch_s']:,.0f} s",
-            f"{e['official_way_epoch_s']:,.0f} s",
+            f"{e['official_code_epoch_s']:,.0f} s",
         ]
         for r in found
         for e in r["epochs"]
     ]
-    print(markdown_table(["", "step, images/s", "loader, images/s", "limit", "epoch", "official way's epoch"], rows))
+    print(markdown_table(["", "step, images/s", "loader, images/s", "limit", "epoch", "official code's epoch"], rows))
     print()
     rows = [
         [
@@ -215,13 +213,13 @@ def main(argv: list[str] | None = None) -> None:
             hours(r["precompute_s"]),
             hours(r["total_s"]),
             r["limit"],
-            hours(r["official_way_s"]),
+            hours(r["official_code_s"]),
         ]
         for r in found
     ]
     print(
         markdown_table(
-            ["", "training", "teacher, images/s", "precompute, once", "both", "longest", "official way's training"],
+            ["", "training", "teacher, images/s", "precompute, once", "both", "longest", "official code's training"],
             rows,
         )
     )

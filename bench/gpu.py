@@ -11,7 +11,6 @@ measures alone, in the order of JOBS. Tests run while the jobs compile.
 Exit code 1 if a job failed or was left out, 2 without a GPU.
 """
 
-import argparse
 import os
 import re
 import signal
@@ -24,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from bench.turns import VARIABLE
+from bench.lib import command_line
+from bench.lib.turns import VARIABLE
 
 ROOT = Path(__file__).parent.parent
 COMPILING = 0.6  # share of the time after which the turns begin even if some jobs still compile
@@ -91,8 +91,8 @@ JOBS = (
         ("bench.bench_kernels", "--quick", "--rounds", "1"),
     ),
     ladder(
-        "peers", "resnet18", SWIN, 1024, "+ compile", "timm, online logit distillation", "official way, fp32",
-        "official way, fp16 AMP", profile=False,
+        "peers", "resnet18", SWIN, 1024, "+ compile", "timm, online logit distillation", "official code, fp32",
+        "official code, fp16 AMP", profile=False,
     ),
     ladder("graphs_64", "resnet18", SWIN, 64, CACHED, "+ CUDA graphs", profile=False),
     ladder("resmlp_12", "resmlp_12_224", SWIN, 1024, CACHED, PLAIN),
@@ -214,11 +214,10 @@ def _has_gpu() -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, ROOT / "bench" / "results" / "gpu")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on any machine, no time limit")
     parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], help="these jobs")
     parser.add_argument("--minutes", type=float, default=7, help="for all jobs together")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu", help="folder of the records")
     args = parser.parse_args(argv)
     if not args.dry_run and not _has_gpu():
         print("expected a GPU that PyTorch can use, found none; --dry-run tries every job without", file=sys.stderr)

@@ -5,7 +5,6 @@
 Every kernel in its hot form is compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200).
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -21,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.record import RESULTS, markdown_table, write_record
+from bench.lib import command_line
+from bench.lib.record import markdown_table, write_record
 from fastofa.kernels import (
     triton_crop_resize,
     triton_depthwise,
@@ -253,9 +253,8 @@ def measure(only: Callable[[Case], bool] = lambda case: True) -> list[dict[str, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--only", default="", help="kernels whose name contains this; no record")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     found = measure(lambda case: args.only in case.name)
     if not args.only:

@@ -14,7 +14,6 @@ then killed once more. Printed is a line for each kill and a table; the exit cod
 - came to another result than undisturbed.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -35,7 +34,8 @@ import torch
 from timm.models import save_for_hf
 from torchvision.io import write_png
 
-from bench.record import markdown_table
+from bench.lib import command_line
+from bench.lib.record import markdown_table
 from fastofa.data.open import open_dataset
 from fastofa.system.files import load_tensors
 
@@ -311,7 +311,7 @@ def undisturbed(command: Command, folder: Path) -> tuple[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, out=None)
     parser.add_argument("--count", type=int, default=60, help="kills, shared out over the commands")
     parser.add_argument("--only", nargs="+", choices=[c.name for c in COMMANDS], help="these commands")
     parser.add_argument("--seed", type=int, default=0)

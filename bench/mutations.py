@@ -10,7 +10,6 @@ absolute difference over a block of 16 x 16 pixels is 16 of 255 or more, or the 
 Ends with 1 if a visibly damaged image stayed in silence.
 """
 
-import argparse
 import io
 import sys
 import tempfile
@@ -25,8 +24,9 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from bench.damage import damage_bytes
-from bench.record import markdown_table
+from bench.lib import command_line
+from bench.lib.damage import damage_bytes
+from bench.lib.record import markdown_table
 from fastofa.data.decode import read_image
 from fastofa.data.open import open_dataset
 from fastofa.system.errors import BadInput
@@ -131,7 +131,7 @@ def table(title: str, groups: Sequence[str], found: Sequence[tuple[str, float]])
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, out=None)
     parser.add_argument("--count", type=int, default=2000, help="images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="new folder where they are kept; else they are removed")

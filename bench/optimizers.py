@@ -6,21 +6,20 @@ Beside the time: how far the weights are from those of the plain one-by-one form
 published even where it is zero. The weights and gradients are those of the student with its exits, channels-last.
 """
 
-import argparse
 import importlib
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.optim import Lamb
 from torch import Tensor, nn
 
-from bench.record import RESULTS, markdown_table, write_record
-from bench.steps import Job
-from bench.timing import interleaved_ms, median_ratio
-from bench.turns import wait_for_turn
+from bench.lib import command_line
+from bench.lib.record import markdown_table, write_record
+from bench.lib.steps import Job
+from bench.lib.timing import interleaved_ms, median_ratio
+from bench.lib.turns import wait_for_turn
 from fastofa.student.stages import ALL_STAGES
 
 STEPS = 10  # after which the weights are compared
@@ -112,13 +111,12 @@ def compare(job: Job, rounds: int, calls: int) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--teacher", default="deit_tiny_patch16_224")
     parser.add_argument("--num-classes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=50 if gpu else 3, help="updates a round")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     wait_for_turn()
     job = Job(args.student, args.teacher, 224, 1, args.num_classes, device)

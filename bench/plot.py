@@ -1,30 +1,35 @@
-"""The benchmarks' pictures, from their records: docs/ladder.png and docs/loaders.png.
+"""The benchmarks' charts, from their records: docs/ladder.png and docs/loaders.png.
 
-python -m bench.plot                     from bench/results: of each the GPU's record where there is one, else the CPU's
-python -m bench.plot RECORDS PICTURES    folders of your own
+    python -m bench.plot                               from bench/results to docs
+    python -m bench.plot --records FOLDER --out FOLDER
+
+Of each the GPU's record where there is one, else the CPU's.
 """
 
-import sys
 from pathlib import Path
 
-from bench import plot_ladder, plot_loaders
-from bench.record import RESULTS, read_record
+from bench.lib import command_line
+from bench.lib.record import RESULTS, read_record
+from bench.plots import ladder, loaders
 
 DOCS = Path(__file__).parent.parent / "docs"
-PICTURES = {"ladder.png": ("train", plot_ladder.draw), "loaders.png": ("loaders", plot_loaders.draw)}
+CHARTS = {"ladder.png": ("train", ladder.draw), "loaders.png": ("loaders", loaders.draw)}
 
 
-def main(argv: list[str]) -> None:
-    records, pictures = map(Path, argv or (RESULTS, DOCS))
-    for name, (kind, draw) in PICTURES.items():
-        places = (records / "gpu" / f"{kind}_gpu.json", records / f"{kind}_gpu.json", records / f"{kind}_cpu.json")
+def main(argv: list[str] | None = None) -> None:
+    parser = command_line.parser(__doc__, out=None)
+    parser.add_argument("--records", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the charts")
+    args = parser.parse_args(argv)
+    for name, (kind, draw) in CHARTS.items():
+        places = [args.records / file for file in (f"gpu/{kind}_gpu.json", f"{kind}_gpu.json", f"{kind}_cpu.json")]
         source = next((path for path in places if path.exists()), None)
         if source is None:
             print(f"{name}: expected one of {', '.join(map(str, places))}, found none")
             continue
-        draw(read_record(source), pictures / name)
-        print(f"{pictures / name} from {source}")
+        draw(read_record(source), args.out / name)
+        print(f"{args.out / name} from {source}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

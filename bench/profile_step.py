@@ -11,7 +11,6 @@ its arguments. Where an operation launches several kernels its bytes are shared 
 rearranges data more often than that shows as a low share of the bandwidth that a copy reaches in the same run.
 """
 
-import argparse
 import ast
 import dataclasses
 import json
@@ -25,10 +24,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import machine
-from bench.record import RESULTS, markdown_table, read_record, write_record
-from bench.steps import Job, Way, open_step
-from bench.timing import timed_ms
+from bench.lib import command_line, machine
+from bench.lib.record import markdown_table, read_record, write_record
+from bench.lib.steps import Job, StepOptions, open_step
+from bench.lib.timing import timed_ms
 
 PAGE = Path(__file__).parent.parent / "docs" / "profile.md"
 TOP = 10
@@ -202,9 +201,9 @@ def kernels(
     return tabulate(samples(events), calls, peak, update_bytes)
 
 
-def profile_step(job: Job, way: Way, calls: int) -> dict[str, Any]:
+def profile_step(job: Job, options: StepOptions, calls: int) -> dict[str, Any]:
     """One student's table."""
-    (step, targets), batch = open_step(job, way), job.batch()
+    (step, targets), batch = open_step(job, options), job.batch()
 
     def take() -> None:
         step([batch], targets, lr=0.1)
@@ -213,13 +212,13 @@ def profile_step(job: Job, way: Way, calls: int) -> dict[str, Any]:
         take()
     # Beside the profile, which slows a step down.
     rounds = [timed_ms(take, job.device, calls) for _ in range(3)]
-    dtype = torch.bfloat16 if way.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     peak = machine.measure(job.device, dtype)
     weights = sum(p.numel() for p in step.parameters)
     rows = kernels(take, job.device, calls, peak, 5 * 4 * weights)
     return {
         "student": job.student,
-        "way": dataclasses.asdict(way),
+        "options": dataclasses.asdict(options),
         "step_ms": sorted(rounds)[1],
         "rounds_ms": rounds,
         "machine": dataclasses.asdict(peak),
@@ -251,11 +250,11 @@ def page(found: list[dict[str, Any]], settings: dict[str, Any]) -> str:
             )
             rows.append([f"`{_short(row['name'])}`", why(row["name"]), *figures, gb, *shares])
         header = ["kernel", "why it stays", "calls", "ms", "of the step", "GB", "of a copy", "of a matmul"]
-        way = student["way"]
+        options = student["options"]
         parts.append(
             f"## {student['student']}: {student['step_ms']:.1f} ms a step\n\n"
-            f"{settings['image_size']} px, batch {settings['batch_size']}, {way['precision']}, "
-            f"{'compiled' if way['compile'] == 'on' else 'eager'}, channels-last, OFA-KD from cached answers, "
+            f"{settings['image_size']} px, batch {settings['batch_size']}, {options['precision']}, "
+            f"{'compiled' if options['compile'] == 'on' else 'eager'}, channels-last, OFA-KD from cached predictions, "
             f"{settings['hardware']}. A copy: {student['machine']['gb_per_second']:,.0f} GB/s; a matrix product: "
             f"{student['machine']['tflops']:,.2f} TFLOP/s.\n\n{markdown_table(header, rows, left=2)}"
         )
@@ -270,7 +269,7 @@ def _short(name: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--students", nargs="+", default=["resnet18"])
     parser.add_argument("--teacher", default="deit_tiny_patch16_224")
     parser.add_argument("--image-size", type=int, default=224 if gpu else 64)
@@ -279,16 +278,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", choices=["on", "off"], default="on" if gpu else "off")
     parser.add_argument("--calls", type=int, default=10, help="steps that are profiled")
     parser.add_argument("--docs", action="store_true", help="write docs/profile.md, too")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     torch.backends.cudnn.benchmark = True
-    way = Way(precision="bf16" if gpu else "fp32", compile=args.compile)
+    options = StepOptions(precision="bf16" if gpu else "fp32", compile=args.compile)
     settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes", "calls")}
     settings |= {"rounds": 3, "baseline": "a large copy's bandwidth in the same run"}
     found = []
     for student in args.students:
         job = Job(student, args.teacher, args.image_size, args.batch_size, args.num_classes, device)
-        found.append(profile_step(job, way, args.calls))
+        found.append(profile_step(job, options, args.calls))
         # Each time: what comes after may run into a time limit.
         path = write_record(f"profile_{'gpu' if gpu else 'cpu'}", {**settings, "students": found}, args.out)
         torch.compiler.reset()

@@ -15,20 +15,18 @@ reaches memory is written down: what it reads and writes, what it multiplies. Wh
 - the update reads weight, gradient and momentum and writes two of them, fp32.
 """
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import machine
-from bench.record import RESULTS, markdown_table, write_record
+from bench.lib import command_line, machine
+from bench.lib.record import markdown_table, write_record
 from fastofa.student.model import Student
 from fastofa.student.stages import ALL_STAGES
 
@@ -165,7 +163,7 @@ def _largest(kinds: dict[str, float], digits: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--students", nargs="+", default=STUDENTS)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=1024)
@@ -174,7 +172,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--gb-per-second", type=float, default=math.nan, help="peak bandwidth; by default measured here"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = machine.Machine(args.tflops, args.gb_per_second, "bfloat16")

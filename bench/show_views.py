@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 
+from bench.lib import command_line
 from fastofa.data.dataset import from_array
 from fastofa.pipelines import open_pipeline
 from fastofa.runs.recipes import default_policy
@@ -39,6 +40,7 @@ def title(views: Views, i: int) -> str:
 
 
 def main() -> None:
+    command_line.parser(__doc__, out=None).parse_args()
     china, flower = load_sample_images().images
     pixels = np.stack([china[:427, :427], flower[:427, 100:527], china[:427, 213:], flower[:427, 213:]])
     dataset = from_array("photographs", "train", ("photo",), [f"{i}" for i in range(4)], np.zeros(4, int), pixels)

@@ -1,4 +1,4 @@
-"""JSON that was edited, and the rule for whatever reads a damaged file. Damaged bytes are in bench/damage.py."""
+"""JSON that was edited, and the rule for whatever reads a damaged file. Damaged bytes are in bench/lib/damage.py."""
 
 import copy
 import json

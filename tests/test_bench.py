@@ -16,26 +16,24 @@ from bench import (
     bench_loader,
     epoch,
     gpu,
-    loader_ways,
-    machine,
     plot,
-    plot_ladder,
-    plot_loaders,
     profile_step,
     roofline,
-    turns,
 )
-from bench.loader_step import stream
-from bench.photographs import write_folder
-from bench.steps import Job, Way, official_step, open_step
-from bench.timing import interleaved_ms, median_ratio
+from bench.lib import loaders, machine, turns
+from bench.lib.loader_step import stream
+from bench.lib.photographs import write_folder
+from bench.lib.steps import Job, StepOptions, official_step, open_step
+from bench.lib.timing import interleaved_ms, median_ratio
+from bench.plots import ladder as ladder_chart
+from bench.plots import loaders as loaders_chart
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import open_pipeline
 from fastofa.runs import recipes
 
 ROOT = Path(__file__).parent.parent
 H200 = machine.Machine(tflops=790, gb_per_second=4300, dtype="bfloat16")
-# Milliseconds a step of 1,024 pictures of 224 px that were computed for one H200 by other means, and what exits add.
+# Milliseconds a step of 1,024 images of 224 px that were computed for one H200 by other means, and what exits add.
 FLOORS = {
     "resnet18": (24.2, 4.1),
     "resnet50": (85.0, 20.9),
@@ -61,7 +59,7 @@ def test_jobs_of_the_gpu_run_at_a_tiny_size(tmp_path):
     (job,) = records["resnet18"]["result"]["jobs"]
     assert all(row.get("rounds_ms") or row["skipped"] for row in job["rows"])
     assert job["profile"]["kernels"][0]["ms"] > 0
-    for draw, name in ((plot_ladder.draw, "resnet18"), (plot_loaders.draw, "loaders")):
+    for draw, name in ((ladder_chart.draw, "resnet18"), (loaders_chart.draw, "loaders")):
         draw(records[name], tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
@@ -114,13 +112,13 @@ class Parsed(Exception):
 @pytest.mark.dali
 def test_loaders_beside_their_peers(tmp_path):
     """Where both libraries are there, nothing is left out."""
-    ways = ["stock FFCV, raw", "ffcv, raw", "stock DALI", "dali", "packed, gather only"]
+    names = ["stock FFCV, raw", "ffcv, raw", "stock DALI", "dali", "packed, gather only"]
     tiny = ["--image-sizes", "32", "--batch-size", "4", "--count", "20", "--rounds", "1", "--calls", "2"]
-    bench_loader.main(["--only", *ways, *tiny, "--workers", "1", "--out", str(tmp_path)])
+    bench_loader.main(["--only", *names, *tiny, "--workers", "1", "--out", str(tmp_path)])
     (record,) = (json.loads(path.read_text())["result"] for path in tmp_path.glob("loaders_*.json"))
-    assert [row["pipeline"] for row in record["rows"]] == ways
+    assert [row["pipeline"] for row in record["rows"]] == names
     assert record["skipped"] == {}
-    assert record["pictures"]["images"] == 20
+    assert record["data"]["images"] == 20
     for row in record["rows"]:
         assert min(row[name] for name in ("images_per_second", "memory_mb", "ratio_to_baseline")) > 0
         assert (row["ratio_to_peer"] is None) == (row["pipeline"] not in ("ffcv, raw", "dali"))
@@ -130,11 +128,11 @@ def test_a_sweep_compares_at_the_same_number_of_workers(tmp_path, monkeypatch, c
     speed = {"PIL + DataLoader": 100, "stock FFCV": 150, "ffcv": 300}
 
     def measure(task):
-        return {"images_per_second": speed[task.way] * task.workers, "cpu_s_per_1000": 1.0, "memory_mb": 1.0}
+        return {"images_per_second": speed[task.name] * task.workers, "cpu_s_per_1000": 1.0, "memory_mb": 1.0}
 
     monkeypatch.setattr(bench_loader, "measure", measure)
     monkeypatch.setattr(bench_loader, "write_folder", lambda out, *_: write_folder(out, 2, [(8, 8)]))
-    monkeypatch.setattr(loader_ways, "installed", lambda module: True)
+    monkeypatch.setattr(loaders, "installed", lambda module: True)
     bench_loader.main(["--only", *speed, "--workers", "1", "2", "4", "--rounds", "2", "--out", str(tmp_path)])
     (source,) = tmp_path.glob("loaders_*.json")
     record = json.loads(source.read_text())
@@ -144,32 +142,32 @@ def test_a_sweep_compares_at_the_same_number_of_workers(tmp_path, monkeypatch, c
         assert rows["ffcv", workers]["ratio_to_peer"] == pytest.approx(2)
     said = capsys.readouterr().out
     assert [said.count(f"workers: {workers}") for workers in (1, 2, 4)] == [1, 1, 1]
-    plot.main([str(tmp_path), str(tmp_path)])
+    plot.main(["--records", str(tmp_path), "--out", str(tmp_path)])
     assert (tmp_path / "loaders.png").stat().st_size > 10_000
 
 
 def test_names_at_the_ends_of_lines_are_apart():
-    places = plot_loaders.apart([0.1, 0.1, 0.12, 0.9], gap=0.05)
+    places = loaders_chart.apart([0.1, 0.1, 0.12, 0.9], gap=0.05)
     assert min(b - a for a, b in itertools.pairwise(places)) >= 0.05 - 1e-9
     assert sum(places) == pytest.approx(1.22)
-    assert plot_loaders.apart([0.1, 0.5], gap=0.05) == pytest.approx([0.1, 0.5])
+    assert loaders_chart.apart([0.1, 0.5], gap=0.05) == pytest.approx([0.1, 0.5])
 
 
 @pytest.mark.dali
 def test_nvimagecodec_decodes_the_crops_that_torchvision_does(tmp_path):
     """It comes with DALI."""
     write_folder(tmp_path / "photos", 6, [(60, 80), (90, 50)])
-    task = loader_ways.Task("nvImageCodec", {"folder": str(tmp_path / "photos")}, 32, 3, 1, 0, "cpu")
+    task = loaders.Task("nvImageCodec", {"folder": str(tmp_path / "photos")}, 32, 3, 1, 0, "cpu")
     dataset = open_dataset(task.sources["folder"])
     expected = stream(open_pipeline("torchvision", dataset, task.image_size, task.batch_size), dataset)
-    for images, batch in itertools.islice(zip(loader_ways.decoded_crops(task), expected, strict=False), 2):
+    for images, batch in itertools.islice(zip(loaders.decoded_crops(task), expected, strict=False), 2):
         assert images.shape == batch.images.shape
         assert (images.int() - batch.images.int()).abs().max() <= 1
 
 
 def test_jobs_take_turns_and_one_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
     """All prepare at once; measuring goes in the order of worth, but nobody waits for one that is not ready."""
-    wait = "from bench.turns import wait_for_turn; wait_for_turn(); "
+    wait = "from bench.lib.turns import wait_for_turn; wait_for_turn(); "
     programs = {
         "slow": f"import time; time.sleep(3); {wait}print('slow measured')",
         "first": f"{wait}print('first measured')",
@@ -210,12 +208,12 @@ def test_floors_agree_with_those_computed_by_other_means(student):
 
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_the_published_way_and_our_step_do_the_same_job(channels_last):
+def test_the_published_step_and_ours_do_the_same_job(channels_last):
     """From the same weights, on the same images, with the same teacher: the same losses, step after step."""
     job = Job("test_resnet", "test_vit", 32, 4, 10, torch.device("cpu"))
     official = official_step(job)
-    way = Way(online_teacher=True, channels_last=channels_last)
-    (step, targets), batch = open_step(job, way), job.batch(channels_last)
+    options = StepOptions(online_teacher=True, channels_last=channels_last)
+    (step, targets), batch = open_step(job, options), job.batch(channels_last)
     for _ in range(3):
         expected = official()
         step.reset_sums()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.damage import damage_bytes
+from bench.lib.damage import damage_bytes
 from damage import complaint, damage_json, refused
 from fastofa.data.open import open_dataset
 from fastofa.data.write import write

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
-from bench.damage import damage_bytes
+from bench.lib.damage import damage_bytes
 from bench.mutations import FORMS, VISIBLE, difference, encoded
 from damage import complaint, refused
 from fastofa.data.decode import read_image

@@ -1,4 +1,4 @@
-"""What the benchmarks' pictures share: middle tones on a transparent ground, readable on white and on near-black."""
+"""What the charts share: middle tones on a transparent ground, readable on white and on near-black."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,13 +1,10 @@
-"""What the machine can do at best, measured where and when the step is: arithmetic and memory bandwidth.
-
-python -m bench.machine
-"""
+"""What the machine can do at best, measured where and when the step is: arithmetic and memory bandwidth."""
 
 from dataclasses import dataclass
 
 import torch
 
-from bench.timing import timed_ms
+from bench.lib.timing import timed_ms
 
 ROUNDS = 10
 BF16_PAYS = 1.2  # bf16 is worth its rows where it multiplies matrices this much faster than fp32
@@ -49,9 +46,3 @@ def best(device: torch.device) -> Machine:
         return bf16
     fp32 = measure(device, torch.float32)
     return bf16 if bf16.tflops > BF16_PAYS * fp32.tflops else fp32
-
-
-if __name__ == "__main__":
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for kind in (torch.float32, torch.bfloat16):
-        print(measure(here, kind))

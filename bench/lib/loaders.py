@@ -1,7 +1,7 @@
-"""The ways to load that bench_loader measures: every pipeline, and what other libraries do with the same pictures.
+"""The loaders that bench_loader measures: every pipeline, and what other libraries do with the same images.
 
 Each crops at random, resizes to one size and flips, but for `packed, gather only`, which leaves that to a GPU. It
-yields the number of pictures of every batch.
+yields the number of images of every batch.
 """
 
 import itertools
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.loader_step import views_and_order
-from bench.sources import FORMS
+from bench.lib.loader_step import views_and_order
+from bench.lib.sources import FORMS
 from fastofa.data.open import open_dataset
 from fastofa.kernels import crop_resize
 from fastofa.pipelines import open_pipeline
@@ -31,9 +31,9 @@ BASELINE, GATHER = "PIL + DataLoader", "packed, gather only"
 class Task:
     """What one process measures; it crosses to that process."""
 
-    way: str
+    name: str
     sources: dict[str, str]
-    """Paths of the same pictures by form."""
+    """Paths of the same images by form."""
     image_size: int
     batch_size: int
     workers: int
@@ -42,17 +42,17 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to load."""
+class Implementation:
+    """One loader."""
 
     run: Callable[[Task], Iterator[int]]
     form: str
-    """What it reads: see `bench.sources`."""
+    """What it reads: see `bench.lib.sources`."""
     ours: bool = False
     needs: str | None = None
     """A module that may be missing."""
     peer: str | None = None
-    """The way it is compared with, at equal settings."""
+    """The implementation that it is compared with, at equal settings."""
     gpu_only: str | None = None
     """Why it is left out on a CPU."""
 
@@ -73,7 +73,7 @@ def installed(module: str) -> bool:
 # --- Ours -------------------------------------------------------------------------------------------------------------
 
 
-def pipeline(name: str, form: str | None = None, peer: str | None = None, needs: str | None = None) -> Way:
+def pipeline(name: str, form: str | None = None, peer: str | None = None, needs: str | None = None) -> Implementation:
     form = form or FORMS[name]
 
     def run(task: Task) -> Iterator[int]:
@@ -81,11 +81,11 @@ def pipeline(name: str, form: str | None = None, peer: str | None = None, needs:
         opened = open_pipeline(name, dataset, task.image_size, task.batch_size, task.device, task.workers)
         return (len(batch.labels) for batch in opened.epoch(*views_and_order(dataset)))
 
-    return Way(run, form, ours=True, peer=peer, needs=needs)
+    return Implementation(run, form, ours=True, peer=peer, needs=needs)
 
 
 def gathered(task: Task) -> Iterator[int]:
-    """What `packed` does on the host where a GPU crops: whole pictures into one buffer, pinned if there is a GPU."""
+    """What `packed` does on the host where a GPU crops: whole images into one buffer, pinned if there is a GPU."""
     dataset = open_dataset(task.sources["pack"])
     request = Request(dataset, task.image_size, task.batch_size, torch.device(task.device), task.workers, None)
     return (len(batch.rows) for batch in Gathered(request).filled(*views_and_order(dataset)))
@@ -95,7 +95,7 @@ def gathered(task: Task) -> Iterator[int]:
 
 
 def data_loader(task: Task, image_of: Callable[[str], Any]) -> Iterator[int]:
-    """torchvision's own way: a folder, a picture at a time, collected by worker processes."""
+    """torchvision's ImageFolder: an image at a time, collected by worker processes."""
     from torch.utils.data import DataLoader, RandomSampler
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
@@ -126,7 +126,7 @@ def _decoded(path: str) -> Tensor:
     return decode_image(path, ImageReadMode.RGB)
 
 
-def stock_ffcv(form: str) -> Way:
+def stock_ffcv(form: str) -> Implementation:
     def run(task: Task) -> Iterator[int]:
         os.environ["NUMBA_NUM_THREADS"] = str(task.workers)  # or FFCV refuses more threads than cores
         from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
@@ -143,7 +143,7 @@ def stock_ffcv(form: str) -> Way:
         )  # fmt: skip
         return (len(images) for _ in itertools.count() for images, _ in loader)
 
-    return Way(run, form, needs="ffcv")
+    return Implementation(run, form, needs="ffcv")
 
 
 def stock_dali(task: Task) -> Iterator[int]:
@@ -193,13 +193,13 @@ def decoded_crops(task: Task) -> Iterator[Tensor]:
         yield crop_resize(images, box, flip, task.image_size)
 
 
-WAYS = {
-    BASELINE: Way(pillow, "folder"),
-    "torchvision.io + DataLoader": Way(torchvision_io, "folder"),
+IMPLEMENTATIONS = {
+    BASELINE: Implementation(pillow, "folder"),
+    "torchvision.io + DataLoader": Implementation(torchvision_io, "folder"),
     "stock FFCV": stock_ffcv("beton"),
     "stock FFCV, raw": stock_ffcv("raw"),
-    "stock DALI": Way(stock_dali, "folder", needs="nvidia.dali"),
-    "nvImageCodec": Way(
+    "stock DALI": Implementation(stock_dali, "folder", needs="nvidia.dali"),
+    "nvImageCodec": Implementation(
         nvimagecodec, "folder", needs="nvidia.nvimgcodec", gpu_only="on a CPU it decodes by libjpeg-turbo, as others do"
     ),
     "torchvision": pipeline("torchvision"),
@@ -207,6 +207,6 @@ WAYS = {
     "ffcv": pipeline("ffcv", peer="stock FFCV"),
     "ffcv, raw": pipeline("ffcv", "raw", peer="stock FFCV, raw"),
     "packed": pipeline("packed"),
-    GATHER: Way(gathered, "pack", ours=True),
+    GATHER: Implementation(gathered, "pack", ours=True),
     "resident": pipeline("resident"),
 }

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.photographs import SIDE, SIZES, in_memory, write_folder
-from bench.sources import FORMS, write_form
-from bench.steps import Job
-from bench.timing import wait
+from bench.lib.photographs import SIDE, SIZES, in_memory, write_folder
+from bench.lib.sources import FORMS, write_form
+from bench.lib.steps import Job
+from bench.lib.timing import wait
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import Batch, open_pipeline

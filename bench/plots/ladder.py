@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from bench import charts
+from bench.plots import charts
 
 COLOURS = {
     "published code": charts.GREY,
@@ -32,7 +32,7 @@ def draw(record: dict[str, Any], out: Path, number: int = 0) -> None:
         positions,
         [row["row"] for row in rows],
         [row["images_per_second"] for row in rows],
-        [row["ratio_to_official_way"] for row in rows],
+        [row["ratio_to_official_code"] for row in rows],
         [COLOURS[row["idea"]] for row in rows],
     )
     ideas = {row["idea"] for row in rows}
@@ -45,7 +45,7 @@ def draw(record: dict[str, Any], out: Path, number: int = 0) -> None:
     charts.foot(
         axes,
         f"{charts.hardware(made)}, {result['image_size']} px, batch {result['batch_size']}, {precision}."
-        f"\n{charts.TIMES} the published code's way in the same run, median of {result['rounds']} rounds.",
+        f"\n{charts.TIMES} the published code in the same run, median of {result['rounds']} rounds.",
         made,
     )
     charts.save(figure, out)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastofa.system.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def write_record(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:

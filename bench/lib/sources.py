@@ -1,9 +1,9 @@
-"""The same pictures in every form that a pipeline reads."""
+"""The same images in every form that a pipeline reads."""
 
 from pathlib import Path
 from typing import Any
 
-from bench.photographs import SIDE
+from bench.lib.photographs import SIDE
 from fastofa.data.write import write
 from fastofa.data.write_config import WriteConfig
 
@@ -13,7 +13,7 @@ FORMS = {"torchvision": "folder", "dali": "folder", "ffcv": "beton", "packed": "
 def write_form(form: str, data: Path, out: Path, side: int = SIDE) -> str:
     """What to open: the folder DATA itself, or a file in OUT that is written unless it is there.
 
-    form: "folder", "beton" (its JPEGs), "raw" (a .beton of pixels), "pack" (pictures of SIDE x SIDE pixels).
+    form: "folder", "beton" (its JPEGs), "raw" (a .beton of pixels), "pack" (images of SIDE x SIDE pixels).
     """
     if form == "folder":
         return str(data)

@@ -1,4 +1,4 @@
-"""The ways to take the same training step that the benchmarks compare: ours, the published code's, timm's.
+"""The implementations of one training step that the benchmarks compare: ours, the published code's, timm's.
 
 Each builder returns a function without arguments that takes one step on a synthetic batch, forward to update.
 
@@ -19,7 +19,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask
 from torch import Tensor
 
-from bench.timing import wait
+from bench.lib.timing import wait
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch
 from fastofa.runs import recipes
@@ -35,7 +35,7 @@ TakeStep = Callable[[], object]
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what, where: the same for every way to do it."""
+    """What is trained, on what, where: the same for every implementation."""
 
     student: str
     teacher: str
@@ -73,8 +73,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Way:
-    """How `our_step` takes it: flags of `fastofa train`, and what it would not let one choose."""
+class StepOptions:
+    """What `our_step` can vary: flags of `fastofa train`, and two things that it has no flags for."""
 
     method: Any = "ofa"
     precision: Any = "fp32"
@@ -88,60 +88,60 @@ class Way:
 # --- Ours -------------------------------------------------------------------------------------------------------------
 
 
-def our_config(job: Job, way: Way) -> TrainConfig:
+def our_config(job: Job, options: StepOptions) -> TrainConfig:
     """The published recipe of a CNN (SGD with momentum, label smoothing), for every student."""
     return recipes.imagenet_cnn(
         data="synthetic",
         student=job.student,
         out=Path(),
         batch_size=job.batch_size,
-        method=way.method,
-        precision=way.precision,
-        compile=way.compile,
-        cuda_graphs=way.cuda_graphs,
-        kernels=way.kernels,
+        method=options.method,
+        precision=options.precision,
+        compile=options.compile,
+        cuda_graphs=options.cuda_graphs,
+        kernels=options.kernels,
     )
 
 
-def open_step(job: Job, way: Way) -> tuple[Step, Any]:
+def open_step(job: Job, options: StepOptions) -> tuple[Step, Any]:
     """The Step that `fastofa train` takes, and its targets: None for the method that has no teacher."""
-    config = our_config(job, way)
+    config = our_config(job, options)
     step = Step(job.build_student(config.exits), config, job.device)
-    if not way.channels_last:
+    if not options.channels_last:
         step.student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     step.student.train()
-    if way.method == "scratch":
+    if options.method == "scratch":
         return step, None
-    if way.online_teacher:
-        return step, OnlineTeacher(job, way)
+    if options.online_teacher:
+        return step, OnlineTeacher(job, options)
     log_probs = torch.randn(job.batch_size, job.num_classes).log_softmax(dim=1)
     return step, DeviceTargets(*answers(log_probs, min(TOPK, job.num_classes)), job.device)
 
 
-def our_step(job: Job, way: Way) -> TakeStep:
-    (step, targets), batch = open_step(job, way), job.batch(way.channels_last)
+def our_step(job: Job, options: StepOptions) -> TakeStep:
+    (step, targets), batch = open_step(job, options), job.batch(options.channels_last)
     return lambda: step([batch], targets, lr=0.1)
 
 
 class OnlineTeacher:
-    """Stands where the cached answers do, and asks the teacher about the batch at every step."""
+    """Takes the place of the cached predictions: runs the teacher on the batch at every step."""
 
-    def __init__(self, job: Job, way: Way) -> None:
-        layout = torch.channels_last if way.channels_last else torch.contiguous_format
+    def __init__(self, job: Job, options: StepOptions) -> None:
+        layout = torch.channels_last if options.channels_last else torch.contiguous_format
         model = job.build_teacher().to(job.device, memory_format=layout)
         mean, std = (
             torch.tensor(model.pretrained_cfg[name], device=job.device).view(1, 3, 1, 1) for name in ("mean", "std")
         )
-        self.images = job.batch(way.channels_last).images
+        self.images = job.batch(options.channels_last).images
         every = torch.arange(job.num_classes, dtype=torch.int32, device=job.device)
         self.classes = every.expand(job.batch_size, -1)
 
         def log_probs(images: Tensor) -> Tensor:
-            with torch.autocast(job.device.type, torch.bfloat16, enabled=way.precision == "bf16"):
+            with torch.autocast(job.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                 logits = model((images.float() / 255 - mean) / std)
             return logits.float().log_softmax(dim=1)
 
-        self.log_probs = torch.compile(log_probs) if way.compile == "on" else log_probs
+        self.log_probs = torch.compile(log_probs) if options.compile == "on" else log_probs
 
     @torch.no_grad()
     def lookup(self, rows: Tensor) -> Targets:
@@ -152,7 +152,7 @@ class OnlineTeacher:
 
 
 def official_step(job: Job, fp16: bool = False) -> TakeStep:
-    """As the published train.py takes it: eager, channels first, the teacher asked at every step, a loss per head made
+    """As the published train.py takes it: eager, channels first, the teacher run at every step, a loss per head made
     of a softmax and then its logarithm, every loss fetched to the CPU, the device waited for at the end.
 
     On today's PyTorch, with our exits, which are the published ones.
@@ -172,10 +172,10 @@ def official_step(job: Job, fp16: bool = False) -> TakeStep:
         images = student.normalize(batch.images)  # which its loader does on the device
         with torch.autocast(job.device.type, torch.float16, enabled=fp16):
             with torch.no_grad():
-                answer = teacher(images)
+                teacher_logits = teacher(images)
             logits = student(images)
             target = F.one_hot(batch.labels, job.num_classes)
-            heads = [head_loss(head, F.softmax(answer, dim=1), target, 1.0) for head in logits]
+            heads = [head_loss(head, F.softmax(teacher_logits, dim=1), target, 1.0) for head in logits]
             losses = [criterion(logits[-1], batch.labels), heads[-1], torch.stack(heads[:-1]).sum()]
             loss = torch.stack(losses).sum()
         fetched = [value.item() for value in (loss, *losses)]
@@ -195,7 +195,7 @@ def official_step(job: Job, fp16: bool = False) -> TakeStep:
 def timm_step(job: Job, precision: str) -> TakeStep:
     """timm's own distillation task as its train script runs it at best: autocast, channels-last, compiled.
 
-    The teacher is asked at every step, about the final logits only (no exits).
+    The teacher runs at every step; only the final logits are distilled (no exits).
     """
     layout = {"device": job.device, "memory_format": torch.channels_last}
     student, teacher = job.build_plain_student().to(**layout), job.build_teacher().to(**layout)

@@ -1,4 +1,4 @@
-"""The ways to load of bench_loader: a bar for each, with a worker for each core; of a sweep also lines over workers."""
+"""The chart of bench_loader: a bar for each loader, with a worker for each core; a sweep adds lines over workers."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from bench import charts
-from bench.loader_ways import GATHER, WAYS
+from bench.lib.loaders import GATHER, IMPLEMENTATIONS
+from bench.plots import charts
 
 OURS, PEERS = charts.VIOLET, charts.RED
 GROUPS = {"JPEGs, decoded": ("folder", "beton"), "pixels, as they are": ("raw", "pack")}
@@ -17,7 +17,7 @@ SWEEP = 3  # numbers of workers from which on lines are drawn
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
-    """The record's first picture size."""
+    """The record's first image size."""
     result, made = record["result"], record["environment"]
     size = result["rows"][0]["image_size"]
     rows = [row for row in result["rows"] if row["image_size"] == size]
@@ -28,10 +28,10 @@ def draw(record: dict[str, Any], out: Path) -> None:
     groups = {
         title: group
         for title, forms in GROUPS.items()
-        if (group := [row for row in drawn if WAYS[row["pipeline"]].form in forms])
+        if (group := [row for row in drawn if IMPLEMENTATIONS[row["pipeline"]].form in forms])
     }
     sizes, shown = [len(group) for group in groups.values()], [row for group in groups.values() for row in group]
-    ways, positions = [row["pipeline"] for row in shown], charts.in_groups(sizes)
+    names, positions = [row["pipeline"] for row in shown], charts.in_groups(sizes)
 
     is_sweep = len(counts) >= SWEEP
     height = 1.6 + 0.42 * positions[-1]
@@ -42,7 +42,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
     charts.bars(
         axes,
         positions,
-        ways,
+        names,
         [row["images_per_second"] for row in shown],
         [row["ratio_to_baseline"] for row in shown],
         [colour(row) for row in shown],
@@ -65,16 +65,16 @@ def draw(record: dict[str, Any], out: Path) -> None:
 
 
 def colour(row: dict[str, Any]) -> str:
-    return OURS if WAYS[row["pipeline"]].ours else PEERS
+    return OURS if IMPLEMENTATIONS[row["pipeline"]].ours else PEERS
 
 
 def lines(axes: Axes, rows: list[dict[str, Any]], counts: list[int]) -> None:
     """Images/s over workers, both logarithmic; each line's name at its end, moved away from the others' names."""
-    ways = {row["pipeline"]: [r for r in rows if r["pipeline"] == row["pipeline"]] for row in rows}
-    rates = {way: [row["images_per_second"] for row in points] for way, points in ways.items()}
-    for way, points in ways.items():
+    by_name = {row["pipeline"]: [r for r in rows if r["pipeline"] == row["pipeline"]] for row in rows}
+    rates = {name: [row["images_per_second"] for row in points] for name, points in by_name.items()}
+    for name, points in by_name.items():
         axes.plot(
-            [row["workers"] for row in points], rates[way], "o-", color=colour(points[0]), linewidth=2, clip_on=False
+            [row["workers"] for row in points], rates[name], "o-", color=colour(points[0]), linewidth=2, clip_on=False
         )
     axes.margins(x=0)
     axes.set_xscale("log", base=2)
@@ -89,11 +89,11 @@ def lines(axes: Axes, rows: list[dict[str, Any]], counts: list[int]) -> None:
     axes.set_title("The same by number of workers", fontsize=12, weight="bold", loc="left", x=0)
 
     low, high = np.log(axes.get_ylim())
-    by_end = sorted(ways, key=lambda way: rates[way][-1])
-    ends = [(np.log(rates[way][-1]) - low) / (high - low) for way in by_end]
-    for way, end, place in zip(by_end, ends, apart(ends, 0.055), strict=True):
+    by_end = sorted(by_name, key=lambda name: rates[name][-1])
+    ends = [(np.log(rates[name][-1]) - low) / (high - low) for name in by_end]
+    for name, end, place in zip(by_end, ends, apart(ends, 0.055), strict=True):
         axes.annotate(
-            way, (1, end), (1.05, place), xycoords="axes fraction", textcoords="axes fraction", va="center",
+            name, (1, end), (1.05, place), xycoords="axes fraction", textcoords="axes fraction", va="center",
             fontsize=10.5, arrowprops={"arrowstyle": "-", "color": charts.TEXT, "relpos": (0, 0.5), "shrinkB": 5},
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from torchvision.io import write_jpeg
 from fastofa.data.dataset import Dataset, from_array
 
 SIDE, QUALITY = 256, 90
-# Of twenty pictures (height, width): most of ImageNet's have a longer side of 500 pixels, some are larger.
+# Of twenty images (height, width): most of ImageNet's have a longer side of 500 pixels, some are larger.
 SIZES = [(375, 500)] * 10 + [(333, 500)] * 4 + [(500, 375)] * 3 + [(500, 333)] * 2 + [(600, 800)]
 GROWTH = 1.1  # in strength from one scale to the next, twice as coarse: JPEGs of 109 kB
 CLASSES = 10
@@ -41,8 +41,8 @@ def write_folder(out: Path, count: int, sizes: list[tuple[int, int]]) -> None:
 
 
 def _write(out: Path, sizes: list[tuple[int, int]], i: int) -> None:
-    (picture,) = photographs(1, *sizes[i % len(sizes)], seed=i)
-    write_jpeg(picture, str(out / "train" / str(i % CLASSES) / f"{i:05d}.jpg"), quality=QUALITY)
+    (image,) = photographs(1, *sizes[i % len(sizes)], seed=i)
+    write_jpeg(image, str(out / "train" / str(i % CLASSES) / f"{i:05d}.jpg"), quality=QUALITY)
 
 
 def in_memory(count: int, side: int = SIDE) -> Dataset:

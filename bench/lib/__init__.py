@@ -1,0 +1,1 @@
+"""What several benchmarks share: steps, loaders and images to time, the clock, the record."""

@@ -1,0 +1,1 @@
+"""The charts of the docs, drawn from records by `python -m bench.plot`."""

@@ -1,0 +1,53 @@
+"""What README and docs/ point to exists: files, headings, commands and their flags."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from fastofa import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench/results/RECORDS.md"]
+page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@page
+def test_links_lead_to_files_and_headings(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if "://" not in link:
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+@page
+def test_benchmarks_that_are_named_exist(path):
+    for name in re.findall(r"python -m (bench\.\w+)", path.read_text()):
+        assert find_spec(name), name
+
+
+def commands() -> dict[str, set[str]]:
+    """The flags that the blocks of code give to each command."""
+    found: dict[str, set[str]] = {}
+    for path in PAGES:
+        blocks = "".join(re.findall(r"^```\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL))
+        for line in blocks.replace("\\\n", " ").splitlines():
+            if match := re.search(r"\bfastofa ([a-z]+) (.*)", line.partition("  #")[0]):
+                found.setdefault(match[1], set()).update(re.findall(r"--[a-z0-9-]+", match[2]))
+    return found
+
+
+@pytest.mark.parametrize(("command", "flags"), commands().items())
+def test_flags_that_are_shown_exist(command, flags, capsys):
+    cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert {flag for flag in flags if not re.search(rf"{flag}\b(?!-)", text)} == set()
