@@ -221,7 +221,7 @@ HOT = [
     Student.normalize,
     run_stages,
     Objective.__call__,
-    Objective._of_labels,
+    Objective._label_loss,
     kernels.distillation_loss,
     reference.head_losses,
     reference.sparse_weights,
