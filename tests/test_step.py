@@ -1,4 +1,4 @@
-"""The step: parts add up to the batch, random numbers follow from seed, step and rank, and it waits for no device."""
+"""The step: parts add up to the batch, random numbers depend on seed, step and rank, and nothing waits."""
 
 import ast
 import inspect
@@ -43,21 +43,21 @@ def config(**given: Any) -> TrainConfig:
 
 
 def make_step(rank: int = 0, **given: Any) -> Step:
-    """Of a Transformer, which has no batch norm, with a teacher's answers; always the same weights."""
+    """A step of a Transformer, which has no batch norm; the initial weights are always the same."""
     c = config(**given)
     torch.manual_seed(7)
     return Step(Student(c.student, 10, SIZE, drop_path=c.drop_path).train(), c, CPU, World(rank=rank))
 
 
 def some_targets(device: torch.device = CPU, **given: Any) -> DeviceTargets:
-    """Of a hundred samples; always the same."""
+    """Targets for a hundred samples, always the same."""
     generator = torch.Generator().manual_seed(8)
     return DeviceTargets(*answers(torch.randn(100, 10, generator=generator).log_softmax(-1), 4), device, **given)
 
 
 @pytest.fixture
 def batches(digits: Dataset) -> list[Batch]:
-    """An epoch of five."""
+    """An epoch of five batches."""
     pipeline = open_pipeline("resident", digits, SIZE, BATCH)
     return list(pipeline.epoch(center_views(digits.sizes), epoch_order(len(digits), 0, 0)))
 
@@ -73,12 +73,12 @@ def in_parts(batch: Batch, parts: int) -> list[Batch]:
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("parts", [2, 5])
 def test_parts_add_up_to_the_batch(batches, parts):
-    """Losses of every step to 1e-6, and so the gradient's norm and the weights, clipped and averaged."""
+    """Losses, gradient norm, clipped weights and their moving average agree for every step."""
     whole, divided = (make_step(clip=1.0, ema=0.9) for _ in range(2))
     for batch in batches:
-        for made, pieces in ((whole, [batch]), (divided, in_parts(batch, parts))):
-            made.reset_sums()
-            made(pieces, some_targets(), lr=0.05)
+        for update, pieces in ((whole, [batch]), (divided, in_parts(batch, parts))):
+            update.reset_sums()
+            update(pieces, some_targets(), lr=0.05)
         assert divided.sums.tolist() == pytest.approx(whole.sums.tolist(), rel=1e-6)
     assert (divided.steps, divided.summed) == (5, 1)
     for a, b in ((whole.student, divided.student), (whole.ema.module, divided.ema.module)):
@@ -88,20 +88,20 @@ def test_parts_add_up_to_the_batch(batches, parts):
 
 @pytest.mark.kernel
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes its steps on a CPU, in the interpreter")
-def test_the_loss_kernel_takes_the_same_steps(batches):
-    """Losses, gradient's norm and weights to what fp32 leaves of another order of sums."""
+def test_steps_with_the_loss_kernel_equal_those_without(batches):
+    """Losses, gradient norm and weights agree to the rounding of fp32 sums in another order."""
     plain, kernel = (make_step(kernels=kernels) for kernels in ((), ("loss",)))
     for batch in batches[:3]:
-        for made in (plain, kernel):
-            made([Batch(*(value[:4] for value in batch[:4]))], some_targets(), lr=0.05)
+        for update in (plain, kernel):
+            update([Batch(*(value[:4] for value in batch[:4]))], some_targets(), lr=0.05)
     assert kernel.sums.tolist() == pytest.approx(plain.sums.tolist(), rel=1e-5)
     for name, value in plain.student.state_dict().items():
         torch.testing.assert_close(kernel.student.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_exits_kernel_is_in_student_and_average():
-    made = make_step(kernels=("exits",), student="test_resnet", ema=0.9)
-    for model in (made.student, made.ema.module):
+def test_student_and_moving_average_use_the_exits_kernel():
+    update = make_step(kernels=("exits",), student="test_resnet", ema=0.9)
+    for model in (update.student, update.ema.module):
         assert any(isinstance(module, DepthwiseConv2d) for module in model.modules())
 
 
@@ -112,7 +112,7 @@ def test_kernels_need_a_gpu(monkeypatch):
 
 
 def test_sums_add_up_over_the_steps(batches):
-    """Until they are set back; the gradient's norm is that before clipping."""
+    """Until they are reset; the gradient norm is that before clipping."""
     together, alone = make_step(clip=0.1), make_step(clip=0.1)
     expected = torch.zeros(len(SUMS))
     for batch in batches[:3]:
@@ -128,15 +128,15 @@ def test_sums_add_up_over_the_steps(batches):
 # --- Random numbers ---------------------------------------------------------------------------------------------------
 
 
-def test_random_numbers_follow_from_seed_step_and_rank(batches):
-    """Whatever was drawn before; another seed, step or rank drops other blocks, also where a number has many bits."""
+def test_random_numbers_depend_on_seed_step_and_rank_alone(batches):
+    """Another seed, step or rank, also in high bits alone, drops other blocks; earlier draws change nothing."""
 
     def loss(seed: int = 0, number: int = 0, rank: int = 0) -> float:
-        made = make_step(rank, seed=seed, drop_path=0.5)
-        assert any(isinstance(module, DropPath) for module in made.student.modules())
-        made.steps = number
-        made([batches[0]], some_targets(), lr=0.0)
-        return made.sums[0].item()
+        update = make_step(rank, seed=seed, drop_path=0.5)
+        assert any(isinstance(module, DropPath) for module in update.student.modules())
+        update.steps = number
+        update([batches[0]], some_targets(), lr=0.0)
+        return update.sums[0].item()
 
     first = loss()
     torch.rand(10)
@@ -150,14 +150,14 @@ def test_random_numbers_follow_from_seed_step_and_rank(batches):
 
 @pytest.fixture
 def meta(monkeypatch) -> torch.device:
-    """A device without numbers, where whatever asks for one fails; the little that it lacks is added."""
+    """A device whose tensors have no values, so that reading one fails; missing features are patched in."""
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu" if str(device) == "meta" else device))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     return torch.device("meta")
 
 
-ASKING = {
+READING = {
     "item": torch.Tensor.item,
     "tolist": torch.Tensor.tolist,
     "float": float,
@@ -169,49 +169,49 @@ ASKING = {
 }
 
 
-@pytest.mark.parametrize("how", ASKING)
-def test_a_device_without_numbers_tells_who_asks_for_one(meta, how):
+@pytest.mark.parametrize("how", READING)
+def test_reading_a_value_on_the_meta_device_fails(meta, how):
     with pytest.raises((RuntimeError, NotImplementedError, TypeError), match="meta"):
-        ASKING[how](torch.ones(1, device=meta))
+        READING[how](torch.ones(1, device=meta))
 
 
 @pytest.mark.parametrize("student", ["test_vit", "test_efficientnet"])
-def test_the_step_asks_for_no_number(meta, student):
-    """With all that it can do: parts, mixed pictures, exits, clipping, average, dropped blocks; sums stay there, too.
+def test_the_step_reads_no_value(meta, student):
+    """With all features: parts, mixed images, exits, clipping, moving average, stochastic depth. Sums stay there.
 
-    LAMB, since the fused optimisers know no such device.
+    The optimiser is LAMB because the fused ones do not support the meta device.
     """
     c = config(student=student, optimizer="lamb", clip=1.0, ema=0.9, smoothing=0.1, temperature=2.0)
-    made = Step(Student(student, 10, SIZE, drop_path=0.2).train(), c, meta)
+    update = Step(Student(student, 10, SIZE, drop_path=0.2).train(), c, meta)
     targets = some_targets(meta, kept=np.arange(100))
     images = torch.zeros(BATCH, 3, SIZE, SIZE, dtype=torch.uint8, device=meta)
     ids = torch.zeros(BATCH, dtype=torch.int64, device=meta)
     plain = Batch(images, ids, ids, ids)
     mixed = plain._replace(partner_labels=ids, mix=torch.rand(BATCH, device=meta))
-    made([plain, plain], targets, lr=0.01)
-    made([mixed], targets, lr=0.01)
-    assert made.steps == 2
-    assert {tensor.device for tensor in (made.sums, *made.parameters, *made.ema.module.buffers())} == {meta}
+    update([plain, plain], targets, lr=0.01)
+    update([mixed], targets, lr=0.01)
+    assert update.steps == 2
+    assert {tensor.device for tensor in (update.sums, *update.parameters, *update.ema.module.buffers())} == {meta}
 
 
 class Watched(TorchDispatchMode):
-    """Fails where a number is asked for on any device."""
+    """Fails if a value of a tensor is read, on any device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert "_local_scalar_dense" not in str(func), "a number is asked for"
+        assert "_local_scalar_dense" not in str(func), "a value is read"
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_fused_optimisers_ask_for_no_number(batches, optimizer):
-    for ask in (torch.Tensor.item, float, bool, int):
-        with pytest.raises(AssertionError, match="a number is asked for"), Watched():
-            ask(torch.ones(1))
-    made = make_step(optimizer=optimizer, clip=1.0, ema=0.9)
+def test_the_fused_optimisers_read_no_value(batches, optimizer):
+    for read in (torch.Tensor.item, float, bool, int):
+        with pytest.raises(AssertionError, match="a value is read"), Watched():
+            read(torch.ones(1))
+    update = make_step(optimizer=optimizer, clip=1.0, ema=0.9)
     with Watched():
         for batch in batches[:2]:
-            made([batch], some_targets(), lr=0.01)
-    assert made.steps == 2
+            update([batch], some_targets(), lr=0.01)
+    assert update.steps == 2
 
 
 HOT = [
@@ -234,8 +234,8 @@ WAITING = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "tensor",
 
 
 @pytest.mark.parametrize("function", HOT, ids=lambda function: function.__qualname__)
-def test_no_call_that_waits_is_written_in_the_step(function):
-    """By name; nor a tensor made of a list, which is copied to the device."""
+def test_the_step_calls_nothing_that_waits_for_the_device(function):
+    """By name; nor does it make a tensor from a list, which would be copied to the device."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     methods = {f.attr for f in calls if isinstance(f, ast.Attribute)}
@@ -259,8 +259,8 @@ FAMILIES = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES.split())
-def test_students_of_every_family_trace_without_a_break(name: str):
-    """torch.compile with fullgraph, which is the default on a GPU, would refuse the student there."""
+def test_students_of_every_family_compile_without_a_graph_break(name: str):
+    """torch.compile with fullgraph, the default on a GPU, refuses a student with a graph break."""
     torch._dynamo.reset()
     size = 224 if name in ("resmlp_12_224", "efficientformer_l1") else 32
     program = step.Program(Student(name, 10, size, teacher_dim=192), config(student=name), CPU)
