@@ -15,7 +15,15 @@ from torchvision.transforms import ColorJitter
 from fastofa.commands.arguments import parse
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
-from fastofa.runs.recipes import CIFAR_MEAN, CIFAR_STD, RECIPES, default_policy, not_replayed, recipe, sized
+from fastofa.runs.recipes import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    RECIPES,
+    augmentation_differences,
+    default_policy,
+    recipe,
+    with_size_defaults,
+)
 from fastofa.system.errors import BadInput
 from fastofa.views.policy import ViewPolicy
 
@@ -332,12 +340,12 @@ def test_timm_leaves_out_colour_jitter_beside_randaugment(options, jitter):
 
 def test_what_views_lack_of_the_recipes_is_named():
     for name in RECIPES:
-        assert not_replayed(name, default_policy("digits", name)) == ""
+        assert augmentation_differences(name, default_policy("digits", name)) == ""
     plain = ViewPolicy()
-    assert not_replayed("cifar_vit_mlp", plain) == (
+    assert augmentation_differences("cifar_vit_mlp", plain) == (
         "auto-augment rand-m9-mstd0.5-inc1 (not none), mixup 0.8 (not 0.0), cutmix 1.0 (not 0.0), erase 0.25 (not 0.0)"
     )
-    assert not_replayed("imagenet_cnn", default_policy("photos", "imagenet_stronger")) == (
+    assert augmentation_differences("imagenet_cnn", default_policy("photos", "imagenet_stronger")) == (
         "auto-augment none (not rand-m7-mstd0.5), mixup 0.0 (not 0.1), cutmix 0.0 (not 1.0), repeats 1 (not 3)"
     )
 
@@ -428,7 +436,7 @@ def test_the_help_shows_the_values_of_the_recipe_that_is_named(capsys):
 )
 def test_photos_by_the_data_sets_size(images, fresh, tuned):
     for init, expected in ((None, fresh), ("pretrained", tuned)):
-        c = sized(recipes.photos(data="d", student="s", out=Path("o"), init=init), images, images, 1)
+        c = with_size_defaults(recipes.photos(data="d", student="s", out=Path("o"), init=init), images, images, 1)
         assert (c.epochs, c.batch_size, c.lr, c.warmup_epochs) == expected
         assert (c.image_size, c.optimizer, c.recipe) == (224, "adamw", "photos")
 
@@ -437,7 +445,7 @@ def test_photos_by_the_data_sets_size(images, fresh, tuned):
 def test_any_size_gives_steps_that_fit(images, multiple, repeats):
     """Where it is possible at all: at least a step an epoch, in whole parts, few images or many."""
     rows = images // repeats * repeats
-    c = sized(recipes.photos(data="d", student="s", out=Path("o")), images, rows, multiple)
+    c = with_size_defaults(recipes.photos(data="d", student="s", out=Path("o")), images, rows, multiple)
     assert c.batch_size % multiple == 0
     if rows >= max(multiple, 1):
         assert 1 <= c.batch_size <= rows
@@ -451,6 +459,6 @@ def test_any_size_gives_steps_that_fit(images, multiple, repeats):
 def test_what_was_given_stays_whatever_the_size():
     given = {"epochs": 7, "batch_size": 50, "lr": 0.0, "warmup_epochs": 0}
     c = recipes.photos(data="d", student="s", out=Path("o"), **given)
-    assert sized(c, 10**6, 10**6, 8) == c
-    half = sized(recipes.photos(data="d", student="s", out=Path("o"), batch_size=32), 10**6, 10**6, 1)
+    assert with_size_defaults(c, 10**6, 10**6, 8) == c
+    half = with_size_defaults(recipes.photos(data="d", student="s", out=Path("o"), batch_size=32), 10**6, 10**6, 1)
     assert half.lr == 5e-4  # with the root of the batch size

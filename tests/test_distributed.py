@@ -1,6 +1,6 @@
-"""Several processes train one student as one process does, lose nothing when they are stopped or killed, and agree.
+"""Several processes train a student as one process does, lose nothing when stopped or killed, and agree.
 
-Ranks are processes of a forked server that meet as under torchrun, or, in the last test, torchrun's own.
+The ranks are forked processes with torchrun's environment variables or, in the last tests, processes of torchrun.
 """
 
 import multiprocessing
@@ -35,7 +35,8 @@ from fastofa.runs.run import Run
 from fastofa.system.errors import BadInput, LostContact
 from fastofa.system.files import load_tensors, read_json
 from fastofa.teacher.cache import TeacherCache
-from fastofa.training.distributed import Vote, World, check_shared, contact, join, statistics
+from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.training.distributed import Vote, World, check_shared, connection_errors, join, statistics
 from fastofa.training.loop import train
 from fastofa.training.step import Step
 from fastofa.views.order import epoch_order
@@ -63,7 +64,7 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Processes that each call `work(rank, *arguments)`; `with Ranks(...) as ranks:` leaves none behind."""
+    """Processes that each call `work(rank, *arguments)`; leaving `with Ranks(...)` kills those that are left."""
 
     def __init__(self, size: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ class Ranks:
             process.join()
 
     def wait(self) -> list[int | None]:
-        """Exit codes, negative for signals."""
+        """Wait for all processes and return their exit codes, negative for signals."""
         end = time.monotonic() + PATIENCE_S
         for process in self.processes:
             process.join(max(end - time.monotonic(), 0))
@@ -112,26 +113,26 @@ def _rank(place: dict[str, Any], log: Path, work: Callable[..., None], arguments
 def _train(_: int, config: TrainConfig) -> None:
     import fastofa.training.preflight
 
-    fastofa.training.loop.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
+    fastofa.training.loop.Job._report = lambda job: None  # type: ignore[method-assign]  # it takes half of such a run's time
     torch.set_default_dtype(torch.float64)  # see runs.float64
     cli.main(command_line("train", config))
 
 
 def _train_until(rank: int, config: TrainConfig, signum: int) -> None:
-    """Rank 1 gets a signal as it begins its eighth step."""
+    """Train; rank 1 receives a signal at the start of its eighth step."""
     call = Step.__call__
 
-    def signalled(self: Step, parts: Sequence[Batch], lr: float) -> None:
+    def signalled(self: Step, parts: Sequence[Batch], targets: DeviceTargets | None, lr: float) -> None:
         if rank == 1 and self.steps == 7:
             os.kill(os.getpid(), signum)
-        call(self, parts, lr)
+        call(self, parts, targets, lr)
 
     Step.__call__ = signalled  # type: ignore[method-assign]
     _train(rank, config)
 
 
 def _train_and_spoil(rank: int, config: TrainConfig) -> None:
-    """Rank 1 gets a signal, and of what is saved then one of its own running statistics is not finite."""
+    """Train; rank 1 receives a signal, and one of its running statistics is not finite at the save that follows."""
     call = Step.is_finite
 
     def spoiled(self: Step) -> bool:
@@ -144,7 +145,7 @@ def _train_and_spoil(rank: int, config: TrainConfig) -> None:
 
 
 def wait_for_step(run: Path, step: int, alive: Callable[[], bool]) -> None:
-    """Until it is in the log."""
+    """Wait until the step is in the log."""
     end = time.monotonic() + PATIENCE_S
     while not any(row["step"] >= step for row in read_metrics(run)):
         assert time.monotonic() < end, "waited in vain"
@@ -153,7 +154,7 @@ def wait_for_step(run: Path, step: int, alive: Callable[[], bool]) -> None:
 
 
 def train_on(ranks: int, config: TrainConfig) -> Path:
-    """Its folder."""
+    """Train on this number of ranks and return the run's folder."""
     with Ranks(ranks, config.out.with_suffix(".logs"), _train, config) as started:
         assert started.wait() == [0] * ranks, started.said()
     return config.out
@@ -166,7 +167,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
 
 @pytest.fixture(scope="module")
 def config(cache: TeacherCache, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainConfig]:
-    """config(name, ...): twenty steps of a Transformer, which has no batch norm, in plain SGD."""
+    """config(name, ...): twenty steps of SGD on a Transformer, which has no batch norm."""
     folder = tmp_path_factory.mktemp("runs")
 
     def make(name: str, **given: Any) -> TrainConfig:
@@ -182,7 +183,7 @@ def config(cache: TeacherCache, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.fixture(scope="module")
 def alone(config) -> Path:
-    """The run of one process, undisturbed."""
+    """An undisturbed run of one process."""
     with float64():
         train(config("alone"))
     return config("alone").out
@@ -190,19 +191,19 @@ def alone(config) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(config) -> Path:
-    """The run of two processes, undisturbed."""
+    """An undisturbed run of two processes."""
     return train_on(2, config("pair"))
 
 
 def assert_near(run: Path, expected: Path, rel: float = 1e-5, images: int = 1) -> None:
-    """Every logged figure to `rel`, the accuracy to so many of 599 images; each step once."""
-    found, others = log_of(run), log_of(expected)
-    assert [(row["kind"], row["step"]) for row in found] == [(row["kind"], row["step"]) for row in others]
-    for row, other in zip(found, others, strict=True):
+    """Each step is logged once; every figure agrees to `rel`, the accuracy to `images` of 599."""
+    actual, others = log_of(run), log_of(expected)
+    assert [(row["kind"], row["step"]) for row in actual] == [(row["kind"], row["step"]) for row in others]
+    for row, other in zip(actual, others, strict=True):
         assert row.keys() == other.keys()
         for name in row.keys() - {"kind", "step"}:
-            given = {"abs": (images + 0.1) / 599} if name.startswith("top") else {"rel": rel}
-            assert row[name] == pytest.approx(other[name], **given), (row, other)
+            tolerance = {"abs": (images + 0.1) / 599} if name.startswith("top") else {"rel": rel}
+            assert row[name] == pytest.approx(other[name], **tolerance), (row, other)
 
 
 # --- The same training ------------------------------------------------------------------------------------------------
@@ -217,13 +218,13 @@ def test_two_ranks_train_as_one(alone, pair):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "accumulate"), [(4, 1), (2, 5)])
-def test_ranks_and_parts_do_not_change_the_training(config, alone, ranks, accumulate):
+def test_the_number_of_ranks_and_parts_does_not_change_the_training(config, alone, ranks, accumulate):
     assert_near(train_on(ranks, config(f"{ranks}-{accumulate}", accumulate=accumulate)), alone)
 
 
 @pytest.mark.slow
-def test_gradients_may_travel_as_bf16(config, alone):
-    """Half the bytes, and near."""
+def test_bf16_gradient_compression_changes_little(config, alone):
+    """Losses of the first steps differ from those of fp32 gradients, by less than 1%."""
     run = train_on(2, config("bf16", grad_compression="bf16", epochs=2))
     first, rough = ([row["loss"] for row in log_of(out) if row["kind"] == "step"] for out in (alone, run))
     assert rough[0] == pytest.approx(first[0], rel=1e-8)
@@ -234,7 +235,7 @@ def test_gradients_may_travel_as_bf16(config, alone):
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_float64")
 def test_running_statistics_are_the_mean_over_the_ranks(config):
-    """Of a CNN after one step: each rank saw half of the batch. Of the moving average, too, also between epochs."""
+    """Of a CNN and of its moving average after one step, in which each rank saw half of the batch."""
     c = config("cnn", student="test_resnet", ema=0.9, epochs=1, batch_size=50, checkpoint_every=1, seed=3)
     train_on(2, c)
     dataset, cache = open_dataset(c.data), TeacherCache.open(c.cache)
@@ -251,7 +252,7 @@ def test_running_statistics_are_the_mean_over_the_ranks(config):
     assert len(found[0]) > 10
     for name in found[0]:
         mean = (found[0][name] + found[1][name]) / 2
-        for part in ("student", "ema"):  # which begins as the student is after its first step
+        for part in ("student", "ema"):  # the average begins as the student after its first step
             torch.testing.assert_close(tensors[f"{part}.{name}"], mean, rtol=1e-8, atol=1e-8)
     assert max(float((found[0][name] - found[1][name]).abs().max()) for name in found[0]) > 1e-2
 
@@ -261,17 +262,17 @@ def test_running_statistics_are_the_mean_over_the_ranks(config):
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, alone, pair, tmp_path):
-    """All exit as signalled; it goes on to the same bytes on two ranks, to the same figures on one and on four."""
+    """All exit with the signal's code. Resumed on two ranks the bytes are the same, on one or four the figures."""
     c = config("stopped")
     with Ranks(2, tmp_path, _train_until, c, signal.SIGTERM) as ranks:
         assert ranks.wait() == [128 + signal.SIGTERM] * 2, ranks.said()
     step = load_tensors(newest(c.out))[1]["step"]
     assert 7 <= step <= 9
-    said, nothing = ranks.said()
+    said, rank_1 = ranks.said()
     assert said.splitlines()[-1] == (
         f"fastofa: saved step {step} of 20 in {c.out}; run the same command with --resume to go on"
     )
-    assert nothing == ""
+    assert rank_1 == ""
     for count, same in ((1, assert_near), (4, assert_near), (2, same_run)):
         resumed = config(f"stopped-{count}", resume=True)
         shutil.copytree(c.out, resumed.out)
@@ -282,7 +283,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, alone, pair, tm
 
 @pytest.mark.slow
 def test_a_stop_between_two_checkpoints_and_logs_changes_no_bit(config, tmp_path):
-    """Of a CNN, of whose batch norm each rank has statistics of its own; on one rank it goes on, too."""
+    """Of a CNN, whose batch norm statistics differ between ranks. The run can also be resumed on one rank."""
     given: dict[str, Any] = {"student": "test_resnet", "ema": 0.9, "log_every": 4}
     undisturbed = train_on(2, config("cnn-pair", **given))
     c = config("cnn-stopped", **given)
@@ -303,7 +304,7 @@ def test_a_stop_between_two_checkpoints_and_logs_changes_no_bit(config, tmp_path
 
 
 @pytest.mark.slow
-def test_where_one_rank_is_not_finite_all_refuse_to_save(config, tmp_path):
+def test_if_one_rank_is_not_finite_all_refuse_to_save(config, tmp_path):
     c = config("spoiled", student="test_resnet", log_every=4)
     with Ranks(2, tmp_path, _train_and_spoil, c) as ranks:
         assert ranks.wait() == [2, 2], ranks.said()
@@ -312,8 +313,8 @@ def test_where_one_rank_is_not_finite_all_refuse_to_save(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_when_a_rank_is_killed_the_other_says_so_and_leaves(config, pair, tmp_path):
-    """With exit code 1 and one line, long before --timeout-s; the run goes on to the same bytes."""
+def test_when_a_rank_is_killed_the_other_reports_it_and_exits(config, pair, tmp_path):
+    """With exit code 1 and one line, long before --timeout-s. The resumed run ends in the same bytes."""
     c = config("killed")
     with Ranks(2, tmp_path, _train_until, c, signal.SIGKILL) as ranks:
         assert ranks.wait() == [1, -signal.SIGKILL], ranks.said()
@@ -325,8 +326,8 @@ def test_when_a_rank_is_killed_the_other_says_so_and_leaves(config, pair, tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_at_random_it_goes_on_on_another_number_of_ranks(config, alone, tmp_path):
-    """All ranks are killed -9, three times on the way: figures are those of the undisturbed run."""
+def test_a_run_killed_at_random_is_resumed_on_another_number_of_ranks(config, alone, tmp_path):
+    """All ranks are killed by SIGKILL three times; the figures are those of the undisturbed run."""
     counts, rng = (1, 2, 4, 2), random.Random(0)
     c = config("-".join(map(str, counts)), checkpoint_every=3, resume=True)
     began = []
@@ -341,7 +342,7 @@ def test_killed_at_random_it_goes_on_on_another_number_of_ranks(config, alone, t
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_ends_all_ranks_alike(config, tmp_path):
+def test_a_bad_batch_size_ends_all_ranks_alike(config, tmp_path):
     """Exit code 2 and one line from each; nothing is written."""
     for given, message in (
         ({"batch_size": 20}, r"batch-size: expected a multiple of 3 \(3 ranks\), got 20"),
@@ -365,8 +366,8 @@ def _train_with_memory(rank: int, config: TrainConfig) -> None:
 
 
 @pytest.mark.slow
-def test_all_ranks_take_the_order_that_rank_0_finds(config, tmp_path):
-    """In whose memory alone the file has no room: as one process that is told to."""
+def test_all_ranks_use_the_order_that_rank_0_chooses(config, tmp_path):
+    """Only on rank 0 the file does not fit into memory: all read by pages, as one process with --order pages does."""
     write(WriteConfig("digits:100", tmp_path / "x.beton", raw=True))
     given: dict[str, Any] = {"data": str(tmp_path / "x.beton"), "method": "scratch", "cache": None, "pipeline": "auto"}
     for name, ranks, order in (("pages", 1, "pages"), ("found", 2, "auto")):
@@ -386,20 +387,20 @@ def _train_here(rank: int, configs: list[TrainConfig]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("differs", ["data", "pages"])
-def test_every_node_has_the_same_data(config, tmp_path, differs):
-    """Neither other pictures, nor the same ones on other pages, which would have the ranks show some of them twice."""
+def test_nodes_with_different_data_are_refused(config, tmp_path, differs):
+    """Other images, or the same images on other pages, with which the ranks would show some images twice."""
     given: dict[str, Any] = {"method": "scratch", "cache": None}
     if differs == "data":
         places = ["digits:100", "digits:50"]
         message = (
-            r"digits:\d+: expected the same on all nodes, 1 of 2 ranks have another than rank 0; copy it to all nodes"
+            r"digits:\d+: expected the same content on all nodes, got other content than rank 0's on 1 of 2 ranks; .*"
         )
     else:
         places = [str(tmp_path / f"{name}.beton") for name in ("pixels", "jpegs")]
         write(WriteConfig("digits:100", Path(places[0]), raw=True))
         write(WriteConfig("digits:100", Path(places[1])))
         given["order"] = "pages"
-        message = r"the pages of .*\.beton: expected the same on all nodes, 1 of 2 ranks have another than rank 0; .*"
+        message = r"the pages of .*\.beton: expected the same content on all nodes, got .* on 1 of 2 ranks; .*"
     configs = [config("other", data=place, pipeline="auto", **given) for place in places]
     with Ranks(2, tmp_path, _train_here, configs) as ranks:
         assert ranks.wait() == [2, 2], ranks.said()
@@ -408,22 +409,22 @@ def test_every_node_has_the_same_data(config, tmp_path, differs):
     assert not configs[0].out.exists()
 
 
-# --- What they agree on -----------------------------------------------------------------------------------------------
+# --- World and Vote ---------------------------------------------------------------------------------------------------
 
 
 def _agree(rank: int, out: Path) -> None:
-    """Everything that World and Vote offer, its results in a file for each rank."""
+    """Call everything that World and Vote offer and write the results to a file for each rank."""
     world = join(timeout_s=PATIENCE_S)
     results: dict[str, Any] = {"world": (world.rank, world.size, world.local_rank, world.local_size, world.is_main)}
-    results["agreed"] = [world.agree_on(10 * rank + number) for number in range(3)]
-    mine = torch.tensor([1.0 + rank, 2.0])
-    results["sum"], results["mine"] = world.sum(mine).tolist(), mine.tolist()
-    results["gathered"] = world.gather(mine).tolist()
+    results["broadcast"] = [world.broadcast(10 * rank + number) for number in range(3)]
+    values = torch.tensor([1.0 + rank, 2.0])
+    results["sum"], results["values"] = world.sum(values).tolist(), values.tolist()
+    results["gathered"] = world.gather(values).tolist()
     results["ids"] = world.sum(torch.tensor([2**40 + rank])).tolist()
 
     set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
     set_timeout(timedelta(seconds=0.5))
-    with world.without_haste():
+    with world.no_timeout():
         time.sleep(1.5 if world.is_main else 0)
         (out / f"slow{rank}").touch()
     set_timeout(timedelta(seconds=20))
@@ -445,8 +446,8 @@ def _agree(rank: int, out: Path) -> None:
     results["state"] = {name: value.tolist() for name, value in model.state_dict().items()}
 
     vote = Vote(world)
-    given = [[0, 0, 15, 0, 0], [0, 2, 0, 0, 0]][rank]
-    results["votes"] = [vote(number) for number in given]
+    numbers = [[0, 0, 15, 0, 0], [0, 2, 0, 0, 0]][rank]
+    results["votes"] = [vote(number) for number in numbers]
     results["last"] = [vote.finish(), vote.finish()]
     (out / f"{rank}.json").write_text(repr(results))
     world.leave()
@@ -454,7 +455,7 @@ def _agree(rank: int, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def agreed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two ranks found out."""
+    """The results of `_agree` on two ranks."""
     out = tmp_path_factory.mktemp("agreed")
     with Ranks(2, out, _agree, out) as ranks:
         assert ranks.wait() == [0, 0], ranks.said()
@@ -465,26 +466,26 @@ def test_each_rank_knows_its_place(agreed):
     assert [found["world"] for found in agreed] == [(0, 2, 0, 2, True), (1, 2, 1, 2, False)]
 
 
-def test_all_take_rank_0s_number(agreed):
-    assert [found["agreed"] for found in agreed] == [[0, 1, 2]] * 2
+def test_broadcast_gives_rank_0s_number(agreed):
+    assert [found["broadcast"] for found in agreed] == [[0, 1, 2]] * 2
 
 
-def test_a_sum_is_of_all_ranks_and_leaves_its_parts_alone(agreed):
+def test_sum_and_gather_leave_their_input_unchanged(agreed):
     """Large whole numbers are exact."""
     assert [found["sum"] for found in agreed] == [[3.0, 4.0]] * 2
-    assert [found["mine"] for found in agreed] == [[1.0, 2.0], [2.0, 2.0]]
+    assert [found["values"] for found in agreed] == [[1.0, 2.0], [2.0, 2.0]]
     assert [found["gathered"] for found in agreed] == [[[1.0, 2.0], [2.0, 2.0]]] * 2
     assert [found["ids"] for found in agreed] == [[2**41 + 1]] * 2
 
 
-def test_all_wait_for_the_last(agreed):
-    """Where there is no haste also beyond the time that they wait otherwise."""
+def test_all_wait_for_the_slowest_rank(agreed):
+    """In no_timeout also beyond the timeout."""
     assert [found["all done"] for found in agreed] == [True, True]
     assert [found["waited"] for found in agreed] == [True, True]
 
 
-def test_statistics_are_averaged_and_nothing_else(agreed):
-    """Of every batch norm; counters and weights stay."""
+def test_only_running_statistics_are_averaged(agreed):
+    """Of every batch norm; counters and weights stay unchanged."""
     for rank, found in enumerate(agreed):
         state = found["state"]
         assert (state["0.running_mean"], state["1.running_mean"]) == ([0.5, 0.5], [1.5, 1.5])
@@ -494,13 +495,13 @@ def test_statistics_are_averaged_and_nothing_else(agreed):
 
 
 def test_a_vote_is_known_to_all_at_the_next_step(agreed):
-    """The largest number; whoever gave it. `finish` brings in the last one, once."""
+    """The maximum over the ranks. `finish` returns the last one, once."""
     assert [found["votes"] for found in agreed] == [[0, 0, 2, 15, 0]] * 2
     assert [found["last"] for found in agreed] == [[0, 0]] * 2
 
 
 def _wait_for_rank_1(rank: int, where: str, out: Path) -> None:
-    """Which does not come."""
+    """Wait in one of three places for rank 1, which never arrives."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     world = None if where == "join" else join(timeout_s=2 * PATIENCE_S)
     (out / f"{rank}").touch()
@@ -511,17 +512,17 @@ def _wait_for_rank_1(rank: int, where: str, out: Path) -> None:
     elif where == "vote":
         Vote(world)
     else:
-        with world.without_haste():
+        with world.no_timeout():
             pass
 
 
-@pytest.mark.parametrize("where", ["join", "vote", "without haste"])
-def test_ctrl_c_ends_a_wait_for_a_rank_that_does_not_come(tmp_path, where):
+@pytest.mark.parametrize("where", ["join", "vote", "no timeout"])
+def test_ctrl_c_ends_a_wait_for_a_rank_that_never_arrives(tmp_path, where):
     with Ranks(2, tmp_path, _wait_for_rank_1, where, tmp_path) as ranks:
         while not all((tmp_path / f"{rank}").exists() for rank in range(2)):
             assert all(process.is_alive() for process in ranks.processes), ranks.said()
             time.sleep(0.01)
-        time.sleep(0.5)  # it waits by now; if not, it is the easier case
+        time.sleep(0.5)  # rank 0 waits by now; if not, the case is easier
         first = ranks.processes[0]
         os.kill(first.pid, signal.SIGINT)
         first.join(PATIENCE_S)
@@ -529,12 +530,11 @@ def test_ctrl_c_ends_a_wait_for_a_rank_that_does_not_come(tmp_path, where):
         assert ranks.processes[1].is_alive()
 
 
-def test_one_process_needs_nobody():
-    """No connection is made."""
+def test_one_process_makes_no_connection():
     world = World()
-    assert (world.is_main, world.agree_on(3), world.sum(torch.ones(2)).tolist()) == (True, 3, [1.0, 1.0])
+    assert (world.is_main, world.broadcast(3), world.sum(torch.ones(2)).tolist()) == (True, 3, [1.0, 1.0])
     world.barrier()
-    with world.without_haste():
+    with world.no_timeout():
         pass
     norm = nn.BatchNorm2d(2)
     world.average_statistics(norm)
@@ -551,19 +551,21 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     assert join(5) == World()
 
 
-def test_only_broken_connections_are_lost_contact(monkeypatch):
+def test_only_errors_of_the_connection_become_lost_contact(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     for error in (RuntimeError("[gloo/transport] Connection closed by peer"), torch.distributed.DistBackendError("x")):
-        with pytest.raises(LostContact, match=r"^rank 3: lost the other ranks \(.*\); .*--resume"), contact():
+        with pytest.raises(LostContact, match=r"^rank 3: lost the other ranks \(.*\); .*--resume"), connection_errors():
             raise error
     for error in (RuntimeError("size mismatch"), BadInput("gloo"), ValueError("NCCL")):
-        with pytest.raises(type(error)), contact():
+        with pytest.raises(type(error)), connection_errors():
             raise error
 
 
-def test_a_folder_that_is_not_shared_is_told():
+def test_a_folder_that_is_not_shared_is_reported():
     check_shared(World(1, 2), True, "run/config.json")
-    with pytest.raises(BadInput, match=r"rank 1: expected run/config.json, which rank 0 just wrote; --out must be on"):
+    with pytest.raises(
+        BadInput, match=r"rank 1: expected run/config.json, which rank 0 just wrote, but found none; --out"
+    ):
         check_shared(World(1, 2), False, "run/config.json")
 
 
@@ -571,7 +573,7 @@ def test_a_folder_that_is_not_shared_is_told():
 
 
 class Torchrun:
-    """`torchrun --no-python ... fastofa train ...` with two processes of this environment, in a group of its own."""
+    """`torchrun --no-python ... fastofa train ...` with two processes, in a process group of its own."""
 
     def __init__(self, config: TrainConfig, restarts: int, command: Path = BIN / "fastofa") -> None:
         self.log = config.out.with_suffix(".log")
@@ -604,14 +606,14 @@ class Torchrun:
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_run_is_stopped_goes_on_loses_a_rank_and_finishes(config):
-    """SIGTERM from a cluster saves; `--resume` goes on; a rank killed -9 is started again by --max-restarts."""
-    given = {"epochs": 20, "eval_every": 10, "lr": 0.001}  # in fp32 figures stay together for so many small steps only
+def test_a_run_under_torchrun_survives_a_stop_and_a_killed_rank(config):
+    """SIGTERM saves, `--resume` goes on, and --max-restarts restarts a rank killed by SIGKILL."""
+    given = {"epochs": 20, "eval_every": 10, "lr": 0.001}  # in fp32 the figures diverge with larger or more steps
     train(config("long", **given))
     c = config("torchrun", **given)
     with Torchrun(c, restarts=0) as started:
         started.reach(c.out, 3)
-        started.process.send_signal(signal.SIGTERM)  # torchrun hands it on
+        started.process.send_signal(signal.SIGTERM)  # torchrun forwards it
         assert started.process.wait(PATIENCE_S) != 0
     said = started.log.read_text()
     step = load_tensors(newest(c.out))[1]["step"]
@@ -630,8 +632,8 @@ def test_under_torchrun_a_run_is_stopped_goes_on_loses_a_rank_and_finishes(confi
 
 
 @pytest.mark.slow
-def test_torchrun_stops_at_once_where_a_rank_refuses_its_input(config, tmp_path):
-    """Though it may start them again; here rank 1 alone does, and a script stands between torchrun and the ranks."""
+def test_torchrun_does_not_restart_ranks_that_refuse_their_input(config, tmp_path):
+    """Only rank 1 refuses its input, and a script stands between torchrun and the ranks."""
     write(WriteConfig("digits:100", tmp_path / "x.beton", raw=True))
     (tmp_path / "elsewhere").mkdir()
     script = tmp_path / "script"
@@ -642,16 +644,16 @@ def test_torchrun_stops_at_once_where_a_rank_refuses_its_input(config, tmp_path)
         assert started.process.wait(PATIENCE_S) not in (0, None)
     said = started.log.read_text()
     assert said.count("fastofa: error: x.beton does not exist; `fastofa write DATA x.beton` makes it\n") == 1, said
-    assert said.count("fastofa: error: ") <= 2, said  # rank 0 may be ended before it can say why it stops
+    assert said.count("fastofa: error: ") <= 2, said  # rank 0 may be killed before it can report why it stops
     assert not (c.out / "config.json").exists()
 
 
-def test_a_rank_whose_other_left_for_its_input_leaves_for_it_too(monkeypatch):
-    """With exit code 2, which stops its torchrun, on whatever node."""
+def test_a_rank_learns_that_another_refused_its_input(monkeypatch):
+    """So it also exits with code 2, which stops the torchrun of its node."""
     monkeypatch.setattr("fastofa.training.distributed._store", torch.distributed.HashStore())
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(BadInput, match="no such data"), contact():
+    with pytest.raises(BadInput, match="no such data"), connection_errors():
         raise BadInput("no such data")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(BadInput, match="rank 0: stops, as rank 1 refused its input"), contact():
+    with pytest.raises(BadInput, match="rank 0: stopped because rank 1 refused its input"), connection_errors():
         raise RuntimeError("gloo: Connection closed by peer")

@@ -209,4 +209,4 @@ def test_ranks_take_the_views_that_all_of_them_see(on_photos, grow, monkeypatch)
     """One may be finished between two ranks' looks at the cache."""
     monkeypatch.setattr(World, "sum", lambda _, mine: mine + torch.tensor([0, 2]))  # the other rank sees two
     epochs = Epochs(on_photos(cache=grow(3), epochs=5), open_dataset(on_photos().data), World(0, 2), CPU)
-    assert epochs.answers == TeacherCache.open(grow(3)).digests(2)
+    assert epochs.view_digests == TeacherCache.open(grow(3)).digests(2)

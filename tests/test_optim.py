@@ -1,4 +1,4 @@
-"""What the optimisers are and which parameters they decay."""
+"""The kinds of the optimisers, their steps, and the parameters that have weight decay."""
 
 import sys
 from pathlib import Path
@@ -21,11 +21,11 @@ def config(**given) -> TrainConfig:
 
 
 def decays(student: nn.Module, c: TrainConfig) -> dict[str, float]:
-    """Weight decay of every parameter by name; fails unless each is in exactly one group."""
+    """The weight decay of every parameter by name; fails unless each is in exactly one group."""
     names = {parameter: name for name, parameter in student.named_parameters()}
-    found = [(names[p], g["weight_decay"]) for g in create_optimizer(student, c).param_groups for p in g["params"]]
-    assert sorted(name for name, _ in found) == sorted(names.values())
-    return dict(found)
+    grouped = [(names[p], g["weight_decay"]) for g in create_optimizer(student, c).param_groups for p in g["params"]]
+    assert sorted(name for name, _ in grouped) == sorted(names.values())
+    return dict(grouped)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def decays(student: nn.Module, c: TrainConfig) -> dict[str, float]:
         ("test_resnet", 32, set()),
     ],
 )
-def test_biases_norms_and_embeddings_are_not_decayed(model, size, exempt):
-    """Everything with one dimension, biases and the named embeddings: 0; all other parameters, exits' too: as asked."""
+def test_biases_norms_and_embeddings_have_no_weight_decay(model, size, exempt):
+    """One-dimensional parameters, biases and named embeddings: 0; others, exits included: the configured value."""
     student = Student(model, 10, size)
     got = decays(student, config(weight_decay=0.07))
     for name, parameter in student.named_parameters():
@@ -59,7 +59,7 @@ def test_biases_norms_and_embeddings_are_not_decayed(model, size, exempt):
         assert any(name.endswith(exempt) for name in got)
 
 
-def test_no_weight_decay_at_all():
+def test_zero_weight_decay():
     assert set(decays(Student("test_resnet", 10, 32), config(weight_decay=0)).values()) == {0}
 
 
@@ -71,8 +71,8 @@ def test_no_weight_decay_at_all():
         ("lamb", "Lamb", {}),
     ],
 )
-def test_the_optimisers_are_what_they_are_called(name, kind, expected):
-    """Kind and settings of every group; and one step changes every parameter that has a gradient."""
+def test_each_name_creates_its_optimiser(name, kind, expected):
+    """Class and settings of every group; one step changes every parameter that has a gradient."""
     student = Student("test_resnet", 10, 32)
     optimizer = create_optimizer(student, config(optimizer=name, lr=0.3, weight_decay=0.02))
     assert type(optimizer).__name__ == kind
@@ -82,13 +82,13 @@ def test_the_optimisers_are_what_they_are_called(name, kind, expected):
     before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
     student(torch.randn(4, 3, 32, 32)).pow(2).sum().backward()
     optimizer.step()
-    still = [n for n, p in student.named_parameters() if p.grad.abs().max() > 0 and torch.equal(p, before[n])]
-    assert not still
+    unchanged = [n for n, p in student.named_parameters() if p.grad.abs().max() > 0 and torch.equal(p, before[n])]
+    assert not unchanged
 
 
 @pytest.mark.parametrize(("name", "plain"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
-def test_fused_optimisers_step_as_plain_ones_do(name, plain):
-    """Twenty steps of the same gradients over channels-last weights, with a rate that changes: equal to 1e-5."""
+def test_fused_optimisers_equal_plain_ones(name, plain):
+    """Twenty steps of the same gradients on channels-last weights at a changing learning rate agree to 1e-5."""
     models = [Student("test_efficientnet", 10, 32).to(memory_format=torch.channels_last) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     c = config(optimizer=name, lr=0.03, weight_decay=0.02)
@@ -112,7 +112,7 @@ def test_fused_optimisers_step_as_plain_ones_do(name, plain):
 
 
 class Fused(torch.optim.SGD):
-    """Stands in for an optimiser of apex: keeps what it is made with."""
+    """Stands in for an optimiser of apex and records its arguments."""
 
     def __init__(self, params: Any, lr: float, **given: Any) -> None:
         self.given = given
@@ -121,7 +121,7 @@ class Fused(torch.optim.SGD):
 
 @pytest.fixture
 def apex(monkeypatch) -> SimpleNamespace:
-    """NVIDIA's library as it is built with its CUDA part."""
+    """A stand-in for NVIDIA's apex built with its CUDA extension."""
     optimizers = SimpleNamespace(**{name: type(name, (Fused,), {}) for name in ("FusedSGD", "FusedAdam", "FusedLAMB")})
     for name, module in (("amp_C", SimpleNamespace()), ("apex", SimpleNamespace()), ("apex.optimizers", optimizers)):
         monkeypatch.setitem(sys.modules, name, module)
@@ -130,7 +130,7 @@ def apex(monkeypatch) -> SimpleNamespace:
 
 @pytest.fixture
 def gpu(monkeypatch) -> None:
-    """Where the student seems to be."""
+    """The student appears to be on a GPU."""
     check = optim.check_optimizer
     monkeypatch.setattr(optim, "check_optimizer", lambda name, _: check(name, torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -144,15 +144,15 @@ def gpu(monkeypatch) -> None:
         ("apex_lamb", "FusedLAMB", {}),
     ],
 )
-def test_apex_is_asked_for_its_own_optimisers(apex, gpu, name, kind, expected):
-    """With the groups that the others get: all parameters, biases and norms without decay."""
+def test_apex_optimisers_are_created(apex, gpu, name, kind, expected):
+    """With the same groups as other optimisers: all parameters, biases and norms without weight decay."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
     optimizer: Any = create_optimizer(model, config(optimizer=name, lr=0.3, weight_decay=0.02))
     assert type(optimizer) is getattr(apex, kind)
     assert {key: optimizer.given[key] for key in expected} == expected
     assert "fused" not in optimizer.given
-    found = {id(p): (g["weight_decay"], g["lr"]) for g in optimizer.param_groups for p in g["params"]}
-    assert found == {id(p): (0.02 if p.ndim > 1 else 0, 0.3) for p in model.parameters()}
+    actual = {id(p): (g["weight_decay"], g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+    assert actual == {id(p): (0.02 if p.ndim > 1 else 0, 0.3) for p in model.parameters()}
 
 
 @pytest.mark.parametrize("name", ["apex_sgd", "apex_adam", "apex_lamb"])
@@ -162,8 +162,8 @@ def test_apex_without_a_gpu_is_refused(apex, name):
 
 
 @pytest.mark.parametrize("lacking", ["amp_C", "apex.optimizers", "apex"])
-def test_another_apex_is_refused(apex, gpu, monkeypatch, lacking):
-    """PyPI's has no optimisers; NVIDIA's without its CUDA part no amp_C."""
+def test_other_packages_named_apex_are_refused(apex, gpu, monkeypatch, lacking):
+    """PyPI's apex has no optimisers; NVIDIA's without its CUDA extension has no amp_C."""
     if lacking == "apex":
         monkeypatch.delitem(sys.modules, "apex.optimizers")
     monkeypatch.setitem(sys.modules, lacking, None)
@@ -171,8 +171,8 @@ def test_another_apex_is_refused(apex, gpu, monkeypatch, lacking):
         create_optimizer(nn.Linear(3, 2), config(optimizer="apex_sgd"))
 
 
-def test_sgd_steps_as_nesterov_momentum_does():
-    """Two steps against the update rule, decay included, in float64."""
+def test_sgd_uses_nesterov_momentum():
+    """Two steps equal the update rule, weight decay included, in float64."""
     layer = nn.Linear(3, 2, bias=False).double()
     w = layer.weight.detach().clone()
     optimizer = create_optimizer(layer, config(optimizer="sgd", lr=0.1, weight_decay=0.01))
@@ -187,7 +187,7 @@ def test_sgd_steps_as_nesterov_momentum_does():
     torch.testing.assert_close(layer.weight.detach(), w, rtol=1e-12, atol=0)
 
 
-def test_set_learning_rate_keeps_the_groups_own_scale():
+def test_set_learning_rate_keeps_the_scale_of_a_group():
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [a], "lr_scale": 0.25}, {"params": [b]}], lr=1.0)
     for lr in (0.8, 0.4):

@@ -1,4 +1,4 @@
-"""report.html says what the run's files say, whatever they hold or lack, and nothing in it is anybody else's code."""
+"""The report agrees with the run's files, whatever they hold or lack, and contains no code from them."""
 
 import inspect
 import json
@@ -23,8 +23,8 @@ from sklearn.metrics import confusion_matrix
 from timm.optim import Lamb
 
 from fastofa.reports.confusion import confusion, pairs, worst_classes, worst_pairs
-from fastofa.reports.curves import POINTS, draw_comparison, draw_curves, draw_svg, plot_loss, plot_steps
-from fastofa.reports.page import LONGEST_TABLE, write_report
+from fastofa.reports.curves import MAX_POINTS, draw_comparison, draw_curves, draw_svg, plot_loss, plot_steps
+from fastofa.reports.page import MAX_TABLE_ROWS, write_report
 from fastofa.runs import recipes
 from fastofa.runs.run import Run
 from fastofa.system.errors import BadInput
@@ -51,18 +51,18 @@ LAUNCH = {"date": "2026-11-25T07:12:10+00:00", "step": 0, "host": "one", "gpu": 
 
 
 def make_run(
-    path: Path, classes: tuple[str, ...] = DIGITS, rows: list[dict[str, Any]] | None = None, **given: Any
+    path: Path, classes: tuple[str, ...] = DIGITS, rows: list[dict[str, Any]] | None = None, **overrides: Any
 ) -> Path:
-    """A run's folder with its configuration and, if given, its log."""
+    """A run's folder with its configuration and, if `rows` are given, its log."""
     values = {"data": "digits", "student": "test_resnet", "cache": Path("my-cache"), "out": path, "epochs": 3}
-    Run(path, recipes.digits(**{**values, **given}), classes, 64, "fingerprint").save()
+    Run(path, recipes.digits(**{**values, **overrides}), classes, 64, "fingerprint").save()
     if rows is not None:
         (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def log_of(epochs: int, steps: int = 4, every: int = 1) -> list[dict[str, Any]]:
-    """Rows of a training that goes on: `steps` lines of the log an epoch, `every` steps each, accuracy rising."""
+    """The rows of a run with rising accuracy: `steps` log lines per epoch, one every `every` steps."""
     rows: list[dict[str, Any]] = []
     for line in range(1, epochs * steps + 1):
         step, epoch = line * every, (line - 1) // steps
@@ -81,9 +81,9 @@ def log_of(epochs: int, steps: int = 4, every: int = 1) -> list[dict[str, Any]]:
     return rows
 
 
-def predict(run: Path, answers: np.ndarray, labels: np.ndarray, classes: int, epoch: int = 2) -> Path:
-    """The run's val_predictions.safetensors, with wrong classes behind the best one."""
-    best = np.stack([(answers + i) % classes for i in range(min(5, classes))], axis=1)
+def predict(run: Path, predictions: np.ndarray, labels: np.ndarray, classes: int, epoch: int = 2) -> Path:
+    """Write the run's val_predictions.safetensors, with wrong classes behind the top one."""
+    best = np.stack([(predictions + i) % classes for i in range(min(5, classes))], axis=1)
     tensors = {"best": torch.from_numpy(best).to(torch.int16), "labels": torch.from_numpy(labels).long()}
     save_tensors(run / "val_predictions.safetensors", tensors, {"step": 12, "epoch": epoch})
     return run
@@ -94,7 +94,7 @@ def steps_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def guesses(classes: int, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Answers and labels, two thirds of them right."""
+    """Predictions and labels, about two thirds of them correct."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, images)
     return np.where(rng.random(images) < 0.67, labels, rng.integers(0, classes, images)), labels
@@ -102,7 +102,7 @@ def guesses(classes: int, images: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Page(HTMLParser):
-    """A page taken apart: `rows` of each table by its caption, `facts` of the lists, all `text`, all tags."""
+    """A parsed page: the `rows` of each table by its caption, the `facts` of the lists, all text and all tags."""
 
     source: str
     text: str = ""
@@ -123,7 +123,7 @@ class Page(HTMLParser):
         if tag in ("meta", "br", "link", "img"):
             return
         self.stack.append(tag)
-        self.said = {**getattr(self, "said", {}), tag: ""}
+        self.content = {**getattr(self, "content", {}), tag: ""}
         if tag == "table":
             self.table: list[list[str]] = []
         if tag == "tr":
@@ -131,24 +131,24 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         for tag in {"title", "caption", "td", "th", "dt", "dd"} & set(self.stack):
-            self.said[tag] += data
+            self.content[tag] += data
         if "style" not in self.stack:
             self.text += data
 
     def handle_endtag(self, tag: str) -> None:
         assert self.stack.pop() == tag, "tags are not nested"
-        said = " ".join(self.said[tag].split())
+        content = " ".join(self.content[tag].split())
         if tag in ("td", "th"):
-            self.table[-1].append(said)
+            self.table[-1].append(content)
         if tag == "title" and "svg" in self.stack:
-            self.cells.append(said)
+            self.cells.append(content)
         elif tag == "title":
-            self.title = said
+            self.title = content
         if tag == "table":
-            self.rows[" ".join(self.said.get("caption", "").split())] = self.table
-            self.said["caption"] = ""
+            self.rows[" ".join(self.content.get("caption", "").split())] = self.table
+            self.content["caption"] = ""
         if tag == "dd":
-            self.facts[" ".join(self.said["dt"].split())] = said
+            self.facts[" ".join(self.content["dt"].split())] = content
 
     def attributes(self, name: str) -> list[str | None]:
         return [values[name] for _, values in self.tags if name in values]
@@ -162,7 +162,7 @@ def report(run: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run, of classes with hostile names. Not to be changed."""
+    """A finished run whose classes have hostile names. Tests must not change it."""
     run = make_run(tmp_path_factory.mktemp("report") / "my run", HOSTILE, log_of(3), clip=4.0)
     write_json(run / "environment.json", [LAUNCH, {**LAUNCH, "date": "2026-11-26", "step": 6, "host": "<b>two</b>"}])
     return predict(run, *guesses(10, 500), classes=10)
@@ -182,23 +182,25 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return predict(run, *guesses(1000, 50_000), classes=1000, epoch=299)
 
 
-# --- What it says -----------------------------------------------------------------------------------------------------
+# --- Content ----------------------------------------------------------------------------------------------------------
 
 
 def test_headline(page):
-    """Final and best accuracy, speed, time, and what was trained from what."""
+    """Final and best accuracy, speed, time, and the teacher cache, recipe and data."""
     assert page.title == "my run: test_resnet, top-1 27.10%"
     facts = page.facts
     assert facts["Top-1"] == "27.10%after epoch 3"
     assert facts["Top-5"] == "99.00%after epoch 3"
     assert facts["Best top-1"].startswith("27.10%after epoch 3")
     assert facts["Images/s"].startswith("777")  # the last epoch's, which the command prints
-    assert (facts["Teacher's cache"], facts["Recipe"], facts["Data"]) == ("my-cache", "digits", "digits")
-    assert "OFA: final logits and exits of stages 1 2 3 4 learn from a teacher, 3 epochs, finished." in page.text
+    assert (facts["Teacher cache"], facts["Recipe"], facts["Data"]) == ("my-cache", "digits", "digits")
+    assert (
+        "OFA: the final logits and the exits of stages 1 2 3 4 learn from a teacher, 3 epochs, finished." in page.text
+    )
 
 
-def test_time_and_waiting_are_of_the_steps(tmp_path):
-    """By hand: 50 images a step; 4 steps at 100/s, 2 at 50/s, 2 nobody knows."""
+def test_time_and_loader_share_count_the_steps_alone(tmp_path):
+    """By hand: 50 images per step; 4 steps at 100/s, 2 at 50/s, 2 at an unknown speed."""
     rows = [
         {"kind": "step", "step": 4, "epoch": 0, "images_per_second": 100.0, "loader_share": 0.5, "loss": 1.0},
         {"kind": "step", "step": 6, "epoch": 0, "images_per_second": 50.0, "loader_share": 0.25, "loss": 1.0},
@@ -221,22 +223,22 @@ def test_the_best_epoch_is_the_first_of_equals(tmp_path):
     assert "4 of 9 epochs so far." in page.text
 
 
-def test_pictures_and_their_captions(page):
+def test_plots_and_their_captions(page):
     labels = [label for label in page.attributes("aria-label") if label and label.startswith("Curve")]
     assert labels == [
         "Curve: Training loss. From 9 to 0.75.",
         "Curve: Validation accuracy. Top-1 from 10.00% to 27.10%.",
         "Curve: Learning rate. Cosine schedule, at most 0.1.",
-        "Curve: Gradient norm. Before clipping at 4, the dashed line.",
-        "Curve: Throughput. Median 650 images/s. Dotted lines: launches that went on with the run.",
-        "Curve: Waiting for the loader. 2.39% of the time, at most 6.00% in an interval of the log.",
+        "Curve: Gradient norm. Before clipping at 4 (dashed line).",
+        "Curve: Throughput. Median 650 images/s. Dotted lines: the run was resumed.",
+        "Curve: Waiting for the loader. 2.39% of the time, at most 6.00% between two log lines.",
     ]
     for name in ("sum", "labels", "teacher, final logits", "teacher, exits (summed)", "top-1 (%)", "images/s"):
         assert name in page.text
 
 
-def test_evaluations_are_a_table_too(page):
-    """For those who cannot see the curve."""
+def test_evaluations_are_also_a_table(page):
+    """For readers who cannot see the plot."""
     assert page.rows[""][1:] == [
         ["1", "4", "10.00%", "99.00%"],
         ["2", "8", "19.00%", "99.00%"],
@@ -245,8 +247,8 @@ def test_evaluations_are_a_table_too(page):
 
 
 def test_configuration(page):
-    """What was changed, beside the recipe's value; everything below."""
-    assert page.rows["What differs from recipe digits"][1:] == [
+    """Changed settings beside the recipe's values, and all settings below."""
+    assert page.rows["Settings that differ from recipe digits"][1:] == [
         ["--cache", "my-cache", "none"],
         ["--epochs", "3", "60"],
         ["--clip", "4.0", "5.0"],
@@ -258,11 +260,11 @@ def test_configuration(page):
 
 def test_an_unchanged_recipe(tmp_path):
     page = report(make_run(tmp_path / "run", cache=None, epochs=60))
-    assert "Recipe digits as it is." in page.text
+    assert "All settings are those of recipe digits." in page.text
 
 
 def test_environment(page):
-    """A row for each launch with what tells them apart; below it what does not."""
+    """A row per launch with the values that differ; below it the values that do not."""
     assert page.rows["2 launches"] == [
         ["date", "step", "host"],
         ["2026-11-25T07:12:10+00:00", "0", "one"],
@@ -271,7 +273,7 @@ def test_environment(page):
     assert (page.facts["gpu"], page.facts["ranks"], page.facts["torch"]) == ("none", "1", "2.11.0")
 
 
-def test_environment_of_one_launch_and_of_odd_ones(tmp_path):
+def test_environment_of_one_launch_and_of_launches_with_different_keys(tmp_path):
     run = make_run(tmp_path / "run")
     write_json(run / "environment.json", [LAUNCH])
     assert report(run).rows["1 launch"] == [["date", "step"], [LAUNCH["date"], "0"]]
@@ -283,54 +285,54 @@ def test_environment_of_one_launch_and_of_odd_ones(tmp_path):
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=60))
-def test_confusion_is_scikit_learns(drawn):
-    answers, labels = (np.array([pair[i] for pair in drawn], np.int64) for i in (0, 1))
-    counts = confusion(answers, labels, 5)
-    expected = confusion_matrix(labels, answers, labels=range(5)) if drawn else np.zeros((5, 5))
+def test_confusion_equals_scikit_learns(drawn):
+    predictions, labels = (np.array([pair[i] for pair in drawn], np.int64) for i in (0, 1))
+    counts = confusion(predictions, labels, 5)
+    expected = confusion_matrix(labels, predictions, labels=range(5)) if drawn else np.zeros((5, 5))
     assert np.array_equal(counts, expected)
-    found = {(p.truth, p.answer): (p.count, p.share) for p in pairs(counts)}
-    places = zip(*np.nonzero(expected), strict=True)
-    assert found == {(t, a): (expected[t, a], expected[t, a] / expected[t].sum()) for t, a in places}
+    actual = {(pair.truth, pair.predicted): (pair.count, pair.share) for pair in pairs(counts)}
+    cells = zip(*np.nonzero(expected), strict=True)
+    assert actual == {(t, p): (expected[t, p], expected[t, p] / expected[t].sum()) for t, p in cells}
 
 
 def test_worst_pairs_and_classes_by_hand():
-    """Class 0: 3 of 4 right. 1: 1 of 4, twice taken for 2. 2: all right. 3: no images. 4: none of 1."""
+    """Class 0: 3 of 4 correct. 1: 1 of 4, twice predicted as 2. 2: all correct. 3: no images. 4: 0 of 1."""
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 4])
-    answers = np.array([0, 0, 0, 1, 1, 2, 2, 0, 2, 2, 0])
-    counts = confusion(answers, labels, 5)
-    worst = [(p.truth, p.answer, p.count, p.share) for p in worst_pairs(counts, 10)]
+    predictions = np.array([0, 0, 0, 1, 1, 2, 2, 0, 2, 2, 0])
+    counts = confusion(predictions, labels, 5)
+    worst = [(p.truth, p.predicted, p.count, p.share) for p in worst_pairs(counts, 10)]
     assert worst == [(1, 2, 2, 0.5), (0, 1, 1, 0.25), (1, 0, 1, 0.25), (4, 0, 1, 1.0)]
     assert worst_pairs(counts, 2) == worst_pairs(counts, 10)[:2]
-    weakest = [(c.index, c.images, c.right, c.rival) for c in worst_classes(counts, 10)]
+    weakest = [(c.index, c.images, c.recall, c.rival) for c in worst_classes(counts, 10)]
     assert weakest == [(4, 1, 0.0, 0), (1, 4, 0.25, 2), (0, 4, 0.75, 1), (2, 2, 1.0, None)]
     assert worst_classes(counts, 1) == worst_classes(counts, 10)[:1]
 
 
-@pytest.mark.parametrize(("answers", "labels"), [([5], [0]), ([0], [5]), ([-1], [1]), ([0, 1], [0])])
-def test_what_is_no_class_is_refused(answers, labels):
+@pytest.mark.parametrize(("predictions", "labels"), [([5], [0]), ([0], [5]), ([-1], [1]), ([0, 1], [0])])
+def test_a_number_that_is_not_a_class_is_refused(predictions, labels):
     with pytest.raises(ValueError, match="among 5 classes"):
-        confusion(np.array(answers), np.array(labels), 5)
+        confusion(np.array(predictions), np.array(labels), 5)
 
 
-def test_the_matrix_is_scikit_learns(tmp_path):
-    """Every cell that is not empty, with count and share; and which epoch's it is."""
-    answers, labels = guesses(10, 300)
-    page = report(predict(make_run(tmp_path / "run"), answers, labels, classes=10, epoch=6))
-    expected = confusion_matrix(labels, answers)
-    cells = [re.fullmatch(r"(\d), answered (\d): (\d+) \((.+)%\)", cell).groups() for cell in page.cells]
+def test_the_matrix_equals_scikit_learns(tmp_path):
+    """Every cell that is not zero, with count and share, and the epoch of the evaluation."""
+    predictions, labels = guesses(10, 300)
+    page = report(predict(make_run(tmp_path / "run"), predictions, labels, classes=10, epoch=6))
+    expected = confusion_matrix(labels, predictions)
+    cells = [re.fullmatch(r"(\d) predicted as (\d): (\d+) \((.+)%\)", cell).groups() for cell in page.cells]
     assert {(int(t), int(a)): int(n) for t, a, n, _ in cells} == {
         (t, a): expected[t, a] for t, a in np.argwhere(expected).tolist()
     }
-    for truth, answer, count, share in cells:
-        assert float(share) == pytest.approx(100 * int(count) / expected[int(truth)].sum(), abs=0.005), answer
-    right = f"{expected.trace() / 300:.2%}"
-    assert f"The answers after epoch 7 to 300 validation images: {right} are right." in page.text
+    for truth, predicted, count, share in cells:
+        assert float(share) == pytest.approx(100 * int(count) / expected[int(truth)].sum(), abs=0.005), predicted
+    accuracy = f"{expected.trace() / 300:.2%}"
+    assert f"After epoch 7 the student predicts {accuracy} of 300 validation images correctly." in page.text
 
 
 def test_the_tables_of_mistakes(tmp_path):
     labels = np.array([0, 0, 0, 1, 1, 1, 2])
-    answers = np.array([0, 0, 1, 2, 2, 1, 2])
-    page = report(predict(make_run(tmp_path / "run", ("a", "b", "c")), answers, labels, classes=3))
+    predictions = np.array([0, 0, 1, 2, 2, 1, 2])
+    page = report(predict(make_run(tmp_path / "run", ("a", "b", "c")), predictions, labels, classes=3))
     assert page.rows["Most frequent confusions"][1:] == [["b", "c", "2", "66.67%"], ["a", "b", "1", "33.33%"]]
     assert page.rows["Weakest classes"][1:] == [
         ["b", "33.33%", "3", "c"],
@@ -342,20 +344,19 @@ def test_the_tables_of_mistakes(tmp_path):
 def test_a_student_without_mistakes(tmp_path):
     labels = np.arange(10)
     page = report(predict(make_run(tmp_path / "run"), labels, labels, classes=10))
-    assert page.rows["Most frequent confusions"][1:] == [["None: every answer is right."]]
+    assert page.rows["Most frequent confusions"][1:] == [["None: every prediction is correct."]]
 
 
-def test_up_to_64_classes_are_a_picture_more_are_tables(tmp_path):
+def test_the_matrix_is_drawn_up_to_64_classes(tmp_path):
     for classes, drawn in ((64, True), (65, False)):
         names = tuple(f"class {i}" for i in range(classes))
         page = report(predict(make_run(tmp_path / str(classes), names), *guesses(classes, 900), classes=classes))
         assert bool(page.cells) is drawn
-        assert len(page.rows["Most frequent confusions"]) == len(page.rows["Weakest classes"]) == LONGEST_TABLE + 1
-    short = "class 7"
-    assert any(cell.startswith(f"{short}, answered") for cell in report(tmp_path / "64").cells)
+        assert len(page.rows["Most frequent confusions"]) == len(page.rows["Weakest classes"]) == MAX_TABLE_ROWS + 1
+    assert any(cell.startswith("class 7 predicted as") for cell in report(tmp_path / "64").cells)
 
 
-# --- Of any run -------------------------------------------------------------------------------------------------------
+# --- Incomplete and unusual runs --------------------------------------------------------------------------------------
 
 
 def test_an_empty_run_says_so(tmp_path):
@@ -363,13 +364,13 @@ def test_an_empty_run_says_so(tmp_path):
     assert page.title == "run: test_resnet"
     assert "Nothing has been logged yet." in page.text
     assert "There is no evaluation yet" in page.text
-    assert "does not say where it was trained" in page.text
+    assert "has no record of where it was trained" in page.text
     assert page.facts["Top-1"] == "\N{EN DASH}not evaluated yet"
     assert not page.attributes("role").count("img")
 
 
-def test_older_rows_have_fewer_curves(tmp_path):
-    """No norm, no waiting; and the epochs that were not evaluated have no accuracy."""
+def test_columns_that_were_not_logged_are_not_plotted(tmp_path):
+    """No gradient norm, no loader share; epochs that were not evaluated have no accuracy."""
     rows = log_of(3)
     for row in rows:
         for name in ("grad_norm", "loader_share"):
@@ -390,92 +391,92 @@ def test_a_run_killed_while_it_wrote_a_line(tmp_path):
     assert "2 of 3 epochs so far." in page.text
 
 
-def test_lines_that_cannot_be_read_are_told(tmp_path):
+def test_damaged_log_lines_are_reported(tmp_path):
     rows = log_of(2)
     page = report(make_run(tmp_path / "run", rows=rows))
     assert "could not be read" not in page.text
-    rows[1]["loss"] = float("nan")  # which JSON has no number for
+    rows[1]["loss"] = float("nan")  # not a JSON number
     page = report(make_run(tmp_path / "run", rows=rows))
-    assert "A line of metrics.jsonl could not be read: curves and tables lack it." in page.text
+    assert "A line of metrics.jsonl could not be read: plots and tables leave it out." in page.text
     assert "Curve: Training loss. From 9 to 1.12." in page.attributes("aria-label")
     del rows[4]["step"]
     page = report(make_run(tmp_path / "run", rows=rows))
-    assert "2 lines of metrics.jsonl could not be read: curves and tables lack them." in page.text
+    assert "2 lines of metrics.jsonl could not be read: plots and tables leave them out." in page.text
 
 
-def test_lamb_clips_by_itself(tmp_path):
-    """At timm's default of 1, which a smaller --clip goes below and a larger one does not change."""
+def test_the_clipping_of_lamb_itself_is_shown(tmp_path):
+    """LAMB clips at timm's default of 1; only a smaller --clip takes effect."""
     assert inspect.signature(Lamb).parameters["max_grad_norm"].default == 1
-    for optimizer, clip, said in (
-        ("lamb", None, "at 1, as lamb does by itself, the dashed line."),
-        ("lamb", 5.0, "at 1, as lamb does by itself, the dashed line."),
-        ("lamb", 0.5, "at 0.5, the dashed line."),
-        ("apex_lamb", None, "at 1, as apex_lamb does by itself, the dashed line."),
+    for optimizer, clip, expected in (
+        ("lamb", None, "at 1 by lamb itself (dashed line)."),
+        ("lamb", 5.0, "at 1 by lamb itself (dashed line)."),
+        ("lamb", 0.5, "at 0.5 (dashed line)."),
+        ("apex_lamb", None, "at 1 by apex_lamb itself (dashed line)."),
         ("adamw", None, None),
     ):
         page = report(make_run(tmp_path / "run", rows=log_of(1), optimizer=optimizer, clip=clip))
-        caption = "Not clipped." if said is None else f"Before clipping {said}"
+        caption = "Not clipped." if expected is None else f"Before clipping {expected}"
         assert f"Curve: Gradient norm. {caption}" in page.attributes("aria-label")
 
 
 def test_weights_and_their_moving_average(tmp_path):
-    """Both in the curve and in the table; the headline is the better one's, and says which."""
+    """Both are in the plot and the table; the headline gives the better one and names it."""
     rows = log_of(2)
     for row, raw, ema in zip([row for row in rows if row["kind"] == "epoch"], (0.5, 0.6), (0.1, 0.7), strict=True):
         row |= {"top1": max(raw, ema), "top1_raw": raw, "top1_ema": ema, "top5_raw": 0.9, "top5_ema": 0.9}
     page = report(make_run(tmp_path / "run", rows=rows, ema=0.9))
-    assert page.facts["Top-1"] == "70.00%after epoch 2, their moving average"
+    assert page.facts["Top-1"] == "70.00%after epoch 2, moving average"
     assert [row[-2:] for row in page.rows[""]] == [
-        ["weights' top-1", "average's top-1"], ["50.00%", "10.00%"], ["60.00%", "70.00%"],
+        ["top-1 of weights", "top-1 of average"], ["50.00%", "10.00%"], ["60.00%", "70.00%"],
     ]  # fmt: skip
-    caption = "Top-1 of the weights and of their moving average, at the end 60.00% and 70.00%."
+    caption = "Final top-1 of the weights and of their moving average: 60.00% and 70.00%."
     assert f"Curve: Validation accuracy. {caption}" in page.attributes("aria-label")
     rows[-1]["top1_ema"] = 0.2
-    assert report(make_run(tmp_path / "run", rows=rows, ema=0.9)).facts["Top-1"].endswith("epoch 2, the weights")
+    assert report(make_run(tmp_path / "run", rows=rows, ema=0.9)).facts["Top-1"].endswith("epoch 2, weights")
 
 
-def test_what_the_recipe_left_to_the_datas_size(tmp_path):
+def test_settings_chosen_by_dataset_size_are_marked(tmp_path):
     run = tmp_path / "run"
     values = {"data": "photos", "student": "test_resnet", "out": run, "epochs": 30, "lr": 1e-3, "warmup_epochs": 1.5}
     Run(run, recipes.photos(**values, batch_size=64), DIGITS, 64, "fingerprint").save()
-    changed = report(run).rows["What differs from recipe photos"][1:]
+    changed = report(run).rows["Settings that differ from recipe photos"][1:]
     assert changed == [
-        [flag, value, "by the data's size"]
+        [flag, value, "by dataset size"]
         for flag, value in (("--epochs", "30"), ("--batch-size", "64"), ("--lr", "0.001"), ("--warmup-epochs", "1.5"))
     ]
 
 
 def test_labels_only(tmp_path):
-    """No teacher; and the sum is its only part, so it stands alone."""
+    """Without a teacher the label loss is the total loss, so only the total is plotted."""
     rows = [{**row, "kd": 0.0, "ofa": 0.0} for row in log_of(1)]
     page = report(make_run(tmp_path / "run", rows=rows, method="scratch", cache=None))
-    assert "Learns from labels only, 1 of 3 epochs so far." in page.text.replace("  ", " ")
-    assert page.facts["Teacher's cache"] == "none"
+    assert "The student learns from labels only, 1 of 3 epochs so far." in page.text.replace("  ", " ")
+    assert page.facts["Teacher cache"] == "none"
     assert "teacher, final logits" not in page.text
 
 
 def test_equal_runs_give_equal_bytes(finished, page, tmp_path):
-    """Also in another folder of that name, at another time."""
+    """Also in another folder of the same name, at another time."""
     shutil.copytree(finished, tmp_path / finished.name)
     assert write_report(tmp_path / finished.name).read_bytes() == (finished / "report.html").read_bytes()
     assert [path.name for path in finished.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_long_run_is_a_small_page(large):
+def test_the_report_of_a_long_run_is_small(large):
     page = report(large)
     assert (large / "report.html").stat().st_size < 1_000_000
     assert not page.cells
-    assert "A point stands for 251 lines of the log" in page.text
+    assert "Each point combines 251 lines of the log" in page.text
     assert len(page.rows[""]) == 301
-    answers, labels = guesses(1000, 50_000)
-    wrong = Counter((int(t), int(a)) for t, a in zip(labels, answers, strict=True) if t != a)
-    found = page.rows["Most frequent confusions"][1:]
-    assert [int(row[2]) for row in found] == [count for _, count in wrong.most_common(LONGEST_TABLE)]
-    for truth, answer, count, _ in found:
-        assert wrong[int(truth[1:9]), int(answer[1:9])] == int(count)
+    predictions, labels = guesses(1000, 50_000)
+    wrong = Counter((int(t), int(p)) for t, p in zip(labels, predictions, strict=True) if t != p)
+    table = page.rows["Most frequent confusions"][1:]
+    assert [int(row[2]) for row in table] == [count for _, count in wrong.most_common(MAX_TABLE_ROWS)]
+    for truth, predicted, count, _ in table:
+        assert wrong[int(truth[1:9]), int(predicted[1:9])] == int(count)
 
 
-def test_other_peoples_files_are_refused_in_one_line(tmp_path):
+def test_foreign_files_are_refused_in_one_line(tmp_path):
     def refuses(text: str) -> None:
         with pytest.raises(BadInput, match=text) as caught:
             write_report(tmp_path / "run")
@@ -491,9 +492,9 @@ def test_other_peoples_files_are_refused_in_one_line(tmp_path):
     refuses("not valid JSON")
     (run / "environment.json").unlink()
     predict(run, np.array([1, 2]), np.array([1, 10]), classes=10)
-    refuses("an answer and a label among 10 classes")
+    refuses("a prediction and a label among 10 classes")
     save_tensors(run / "val_predictions.safetensors", {"labels": torch.zeros(3)}, {})
-    refuses(r"val_predictions\.safetensors: expected what `fastofa train` writes")
+    refuses(r"val_predictions\.safetensors: expected predictions written by `fastofa train`")
     (run / "val_predictions.safetensors").write_bytes(b"123")
     refuses("truncated or damaged")
 
@@ -501,8 +502,8 @@ def test_other_peoples_files_are_refused_in_one_line(tmp_path):
 # --- Safe and accessible ----------------------------------------------------------------------------------------------
 
 
-def test_hostile_names_are_text(page):
-    """They appear as they are, also where they end tags, attributes or template expressions."""
+def test_hostile_names_are_escaped(page):
+    """They appear verbatim, even if they close tags, attributes or template expressions."""
     names = {row[0] for row in page.rows["Weakest classes"][1:]}
     assert names == {" ".join(name.replace("\udcff", "?").split()) for name in HOSTILE}
     assert {tag for tag, _ in page.tags} <= {
@@ -522,7 +523,7 @@ def test_a_hostile_folder_and_configuration(tmp_path):
 
 
 def test_the_page_needs_no_other_file(page):
-    """Not even where a style or a picture could name one."""
+    """Neither styles nor plots refer to one."""
     links = [
         value for name in ("src", "href", "xlink:href", "srcset", "data", "action") for value in page.attributes(name)
     ]
@@ -539,8 +540,8 @@ def test_the_page_needs_no_other_file(page):
     assert {link[1:] for link in links if link} <= set(ids)
 
 
-def test_the_page_can_be_heard(page):
-    """Language, headings in order, a name for each picture, a scope for each table heading."""
+def test_the_page_is_accessible_to_screen_readers(page):
+    """It has a language, headings in order, a label for each plot and a scope for each table heading."""
     tags = page.tags
     assert ("html", {"lang": "en"}) in tags
     levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
@@ -555,17 +556,17 @@ def test_the_page_can_be_heard(page):
 # --- Curves -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_long_column_is_drawn_by_groups():
-    """Means, in a band from the smallest to the largest; what is not finite is left out, or leaves a gap."""
-    values = np.random.default_rng(0).random(10 * POINTS - 7)
+def test_a_long_column_is_drawn_in_groups():
+    """Means, in a band from minimum to maximum. Non-finite values are ignored; a group of these leaves a gap."""
+    values = np.random.default_rng(0).random(10 * MAX_POINTS - 7)
     values[[3, *range(20, 30)]] = [np.inf, *[np.nan] * 10]
     rows = [{"step": i, "value": value} for i, value in enumerate(values.tolist())]
     axes = Figure().subplots()
     plot_steps(axes, rows, "value", "unit", scale=2)
     (line,) = axes.lines
     x, y = (np.ma.filled(data, np.nan) for data in line.get_data(orig=True))
-    assert len(x) == POINTS
-    assert (x[0], x[-1]) == (4.5, np.arange(10 * POINTS - 10, 10 * POINTS - 7).mean())
+    assert len(x) == MAX_POINTS
+    assert (x[0], x[-1]) == (4.5, np.arange(10 * MAX_POINTS - 10, 10 * MAX_POINTS - 7).mean())
     assert y[0] == pytest.approx(2 * np.delete(values[:10], 3).mean())
     assert np.flatnonzero(np.isnan(y)).tolist() == [2]
     assert y[7] == pytest.approx(2 * values[70:80].mean())
@@ -589,16 +590,16 @@ def test_a_short_column_is_drawn_point_by_point():
     assert not axes.collections
 
 
-def test_pictures_take_the_pages_colour_and_font():
+def test_plots_take_the_pages_colour_and_font():
     svg = draw_svg("loss", lambda axes: plot_loss(axes, steps_of(log_of(3))))
     assert "currentColor" in svg
     assert "#000000" not in svg
-    assert "<style" not in svg  # it would hold for the whole page
+    assert "<style" not in svg  # it would apply to the whole page
     assert ">step</text>" in svg
     assert svg == draw_svg("loss", lambda axes: plot_loss(axes, steps_of(log_of(3))))
 
 
-def test_curves_of_any_folder_name_and_many_runs(tmp_path):
+def test_curves_are_drawn_for_any_folder_name_and_for_many_runs(tmp_path):
     runs = {str(i): make_run(tmp_path / f"$x^$ {i}", rows=log_of(2)) for i in range(6)}
     draw_curves(runs["0"])
     draw_comparison(runs, tmp_path / "all.png")
@@ -610,7 +611,7 @@ def test_curves_of_any_folder_name_and_many_runs(tmp_path):
 
 # --- In a browser -----------------------------------------------------------------------------------------------------
 
-# On a phone and on a desk, side by side. `wide`: what sticks out of the page, unless it scrolls in a box of its own.
+# At a phone's and a desktop's width, side by side. `wide`: elements wider than the page outside of scrolling boxes.
 HARNESS = """<!doctype html><title>harness</title><body style="margin:0">
 <iframe src="report.html" width="390" height="900" frameborder="0"></iframe>
 <iframe src="report.html" width="1280" height="900" frameborder="0"></iframe><pre></pre><script>
@@ -622,12 +623,12 @@ const look = frame => {
     title: page.title, width: root.clientWidth, scroll: root.scrollWidth,
     ink: style.color, paper: style.backgroundColor,
     wide: all("body *:not(.scroll *)").filter(node => box(node).right > root.clientWidth + 1).map(n => n.outerHTML),
-    pictures: all("svg, img").map(node => [box(node).width, box(node).height]),
+    plots: all("svg, img").map(node => [box(node).width, box(node).height]),
   };
 };
 onload = () => {
-  const seen = [...document.querySelectorAll("iframe")].map(look);
-  document.querySelector("pre").textContent = JSON.stringify(seen);
+  const views = [...document.querySelectorAll("iframe")].map(look);
+  document.querySelector("pre").textContent = JSON.stringify(views);
 };
 </script>"""
 
@@ -635,8 +636,8 @@ onload = () => {
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 @pytest.mark.parametrize(("scheme", "dark"), [(0, True), (1, False)], ids=["dark", "light"])
-def test_a_browser_shows_it(finished, page, tmp_path, scheme, dark):
-    """No word on the console, seven pictures, nothing wider than a phone or a desk, ink that stands out from paper."""
+def test_a_browser_renders_the_report(finished, page, tmp_path, scheme, dark):
+    """The console is empty, seven plots are shown, nothing is wider than the window, and the text has contrast."""
     shutil.copy(finished / "report.html", tmp_path)
     (tmp_path / "harness.html").write_text(HARNESS)
     flags = (
@@ -644,20 +645,20 @@ def test_a_browser_shows_it(finished, page, tmp_path, scheme, dark):
         "--disable-component-update --disable-sync --allow-file-access-from-files --hide-scrollbars "
         f"--enable-logging=stderr --window-size=1700,950 --blink-settings=preferredColorScheme={scheme} "
     ).split()
-    places = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'seen.png'}", "--dump-dom"]
-    command = [CHROMIUM, *flags, *places, (tmp_path / "harness.html").as_uri()]
+    outputs = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'screenshot.png'}", "--dump-dom"]
+    command = [CHROMIUM, *flags, *outputs, (tmp_path / "harness.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
-    seen = json.loads(Page(done.stdout).text.rpartition("harness")[2].partition("const look")[0])
-    assert [view["width"] for view in seen] == [390, 1280]
-    for view in seen:
+    views = json.loads(Page(done.stdout).text.rpartition("harness")[2].partition("const look")[0])
+    assert [view["width"] for view in views] == [390, 1280]
+    for view in views:
         assert view["title"] == page.title
         assert view["scroll"] == view["width"]
         assert view["wide"] == []
-        assert len(view["pictures"]) == 7
-        assert all(width > 250 and height > 150 for width, height in view["pictures"])
+        assert len(view["plots"]) == 7
+        assert all(width > 250 and height > 150 for width, height in view["plots"])
         ink, paper = (sum(map(int, re.findall(r"\d+", view[name])[:3])) / 765 for name in ("ink", "paper"))
         assert (ink > 0.8 and paper < 0.2) if dark else (ink < 0.2 and paper > 0.8)
-    with Image.open(tmp_path / "seen.png") as image:
+    with Image.open(tmp_path / "screenshot.png") as image:
         assert image.size[0] == 1700
         assert len(image.convert("RGB").getcolors(1 << 24)) > 100

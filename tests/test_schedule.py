@@ -14,7 +14,7 @@ from torch import nn
 
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
-from fastofa.runs.recipes import RECIPES, sized
+from fastofa.runs.recipes import RECIPES, with_size_defaults
 from fastofa.training.schedule import cautions, image_size, learning_rate
 
 
@@ -44,7 +44,7 @@ def timm_rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "imagenet_fast"])
 def test_every_step_of_a_recipe_has_timms_rate(name):
-    c = sized(RECIPES[name](data="digits", student="test_resnet", out=Path("run")), 1000, 1000, 1)
+    c = with_size_defaults(RECIPES[name](data="digits", student="test_resnet", out=Path("run")), 1000, 1000, 1)
     got = rates(c, 7)
     assert got == pytest.approx(timm_rates(c, 7), rel=1e-9, abs=1e-15)
     assert got[0] == pytest.approx(c.warmup_lr if c.warmup_epochs else c.lr)

@@ -1,6 +1,6 @@
-"""The training objective: labels, the teacher on the final logits, the teacher on every exit (OFA-KD, eq. 7-10).
+"""The training objective: label loss, teacher on the final logits, teacher on every exit (OFA-KD, eq. 7-10).
 
-Shapes: H heads (exits in stage order, then the final logits), B batch, C classes, K classes kept of the teacher.
+Shapes: H heads (exits in stage order, then the final logits), B images, C classes, K classes kept of the teacher's.
 """
 
 import torch
@@ -16,17 +16,20 @@ PARTS = ("loss", "gt", "kd", "ofa")
 
 
 class Objective:
-    """Weighted sum of the parts; `objective(logits, labels, targets)` -> fp32 [4]: the sum, then each part unweighted.
+    """`objective(logits, labels, targets)` -> fp32 [4]: the weighted sum of the parts, then each part unweighted.
+
+    logits floating [H, B, C], labels int64 [B]; without targets only the label loss is computed.
 
     loss = gt_weight * CE(final, label) + kd_weight * L_OFA(final; eps[-1]) + ofa_weight * sum_k L_OFA(exit_k; eps[k])
 
-    For mixed pictures, `objective(logits, labels, targets, partner_labels, mix)`: the label is `mix` of its own one
-    and the rest of the partner's, smoothed, as timm's mixup_target; the OFA loss enhances the class with more of it.
+    For mixed images, `objective(logits, labels, targets, partner_labels, mix)` with partner_labels int64 [B] and mix
+    floating [B]: the label has weight `mix` and the partner's label weight 1 - `mix`, both smoothed, as in timm's
+    mixup_target; the OFA loss enhances the label with the larger weight.
     """
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.options = options
-        # A tensor made once: a list would be copied to the device, and waited for, at every step.
+        # A tensor made once: a list would be copied to the device at every step, which waits for the copy.
         self.eps = torch.tensor(options.eps, device=device)
         self.impl = "triton" if options.kernel else None
         self.binary = BinaryCrossEntropy(smoothing=options.smoothing) if options.gt_loss == "bce" else None
@@ -41,7 +44,7 @@ class Objective:
     ) -> Tensor:
         o = self.options
         if targets is None:
-            gt = self._of_labels(logits[-1], labels, partner_labels, mix)
+            gt = self._label_loss(logits[-1], labels, partner_labels, mix)
             return torch.stack([o.gt_weight * gt, gt, torch.zeros_like(gt), torch.zeros_like(gt)])
         teacher = (targets.classes, targets.log_probs, self.eps, o.temperature)
         if self.binary is None:
@@ -50,18 +53,18 @@ class Objective:
                 logits, labels, *teacher, *weights, o.smoothing, partner_labels, mix, self.impl, o.variant
             )
             return torch.cat([total[None], parts])
-        gt = self._of_labels(logits[-1], labels, partner_labels, mix)
+        gt = self._label_loss(logits[-1], labels, partner_labels, mix)
         if partner_labels is not None and mix is not None:
             labels = heavier(labels, partner_labels, mix)
         heads = ofa_loss(logits, labels, *teacher, self.impl, o.variant)
         kd, ofa = heads[-1], heads[:-1].sum()
         return torch.stack([o.gt_weight * gt + o.kd_weight * kd + o.ofa_weight * ofa, gt, kd, ofa])
 
-    def _of_labels(self, final: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None) -> Tensor:
+    def _label_loss(self, final: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None) -> Tensor:
         smoothing, final = self.options.smoothing, final.float()
         if self.binary is None:
             return cross_entropy(final, labels, partner_labels, mix, smoothing)
         if partner_labels is None or mix is None:
-            return self.binary(final, labels)  # which smooths them
+            return self.binary(final, labels)  # it smooths the labels itself
         target = mixed_labels(labels, partner_labels, mix, final.shape[1], smoothing)
         return self.binary(final, target.to(final.dtype))

@@ -1,4 +1,4 @@
-"""The options of the objective, apart from the training run's configuration, so that it can be used alone."""
+"""The options of the objective, separate from a training run's configuration so that it can be used alone."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,10 +6,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Options:
-    """See `fastofa.methods.objective.Objective` for the formula; H heads."""
+    """Options of `fastofa.methods.objective.Objective`, which gives the formula; H heads."""
 
     eps: tuple[float, ...]
-    """[H] target enhancement of each exit in stage order, then of the final logits."""
+    """[H]: exponents of the target enhancement, of each exit in stage order, then of the final logits."""
     temperature: float = 1.0
     variant: Literal["official", "paper"] = "official"
     gt_weight: float = 1.0
@@ -18,4 +18,4 @@ class Options:
     gt_loss: Literal["ce", "bce"] = "ce"
     smoothing: float = 0.0
     kernel: bool = False
-    """Use the Triton kernel of the loss; otherwise the implementation that suits the device."""
+    """Use the Triton kernel of the loss; otherwise the implementation is chosen by device."""

@@ -1,4 +1,4 @@
-"""What a method receives of the teacher."""
+"""What a method receives from the teacher."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class Targets(NamedTuple):
-    """The teacher's answers for a batch (or for a whole view)."""
+    """The teacher's K most probable classes for each image of a batch (or of a whole view); B images."""
 
     classes: Tensor
-    """integer [B, K], best first."""
+    """integer [B, K], most probable first."""
     log_probs: Tensor
-    """floating [B, K], at temperature 1."""
+    """floating [B, K]: log-probabilities of these classes at temperature 1."""

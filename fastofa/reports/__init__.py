@@ -1,1 +1,1 @@
-"""What people look at: curves, confusion, the page of a run."""
+"""Reports of a run for people: curves, confusion matrix, the HTML page."""

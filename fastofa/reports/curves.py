@@ -1,4 +1,4 @@
-"""Curves of a run: what metrics.jsonl holds, drawn. curves.png and report.html are drawn by the same functions."""
+"""Plots of a run's metrics.jsonl. curves.png and report.html use the same functions."""
 
 import io
 import re
@@ -14,16 +14,19 @@ from fastofa.system.files import write_atomic
 Row = dict[str, Any]
 
 LABELS = {"loss": "sum", "gt": "labels", "kd": "teacher, final logits", "ofa": "teacher, exits (summed)"}
-# Each is readable on white and on black, and each part of the loss has its own dashes, too.
+# Readable on white and on black; each part of the loss also has its own dash pattern.
 COLORS = ("#2f7fd1", "#d9691f", "#2a9d5c", "#a35fd0")
 DASHES = ("-", "--", "-.", ":")
-POINTS = 400
-"""Most points of a line: a long run's rows are drawn in groups."""
+MAX_POINTS = 400
+"""Of a line: the rows of a longer run are drawn in groups."""
 
 
 def draw_curves(run: Path) -> None:
-    """RUN/curves.png from RUN/metrics.jsonl: the loss and its parts, and the accuracy. Needs a logged row."""
-    from matplotlib.figure import Figure  # no pyplot: it needs no display and keeps no state
+    """Draw the loss with its parts and the accuracy from RUN/metrics.jsonl to RUN/curves.png.
+
+    Writes nothing if nothing has been logged.
+    """
+    from matplotlib.figure import Figure  # unlike pyplot it needs no display and keeps no global state
 
     steps, epochs = split_rows(read_metrics(run))
     if not steps and not epochs:
@@ -32,12 +35,12 @@ def draw_curves(run: Path) -> None:
     left, right = figure.subplots(1, 2)
     plot_loss(left, steps)
     plot_accuracy(right, epochs)
-    figure.suptitle(run.name, parse_math=False)  # a folder's name may hold a dollar sign
+    figure.suptitle(run.name, parse_math=False)  # the folder's name may contain a dollar sign
     _write(figure, run / "curves.png")
 
 
 def draw_comparison(runs: dict[str, Path], path: Path) -> None:
-    """Validation accuracy of several runs in one picture; keys are what the legend says."""
+    """Draw the validation accuracy of several runs in one plot; the keys of `runs` are their names in the legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -50,20 +53,20 @@ def draw_comparison(runs: dict[str, Path], path: Path) -> None:
 
 
 def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows of logged steps, and rows of the epochs that were evaluated."""
+    """The rows of the logged steps, and the rows of the evaluated epochs."""
     return [r for r in rows if r["kind"] == "step"], [r for r in rows if r["kind"] == "epoch" and "top1" in r]
 
 
 def column(rows: list[Row], name: str) -> np.ndarray:
-    """Values of the rows, float64; NaN where a row lacks it."""
+    """One value of each row, float64 [rows]; NaN where a row does not have it."""
     return np.array([np.nan if row.get(name) is None else row[name] for row in rows], np.float64)
 
 
-# --- One pair of axes each --------------------------------------------------------------------------------------------
+# --- One plot each ----------------------------------------------------------------------------------------------------
 
 
 def plot_loss(axes: Any, rows: list[Row]) -> None:
-    """The sum and its parts; a part that is the whole sum is not drawn over it."""
+    """Plot the total loss and its parts; a single part equals the total and is not drawn again."""
     names = [name for name in LABELS if np.nan_to_num(column(rows, name)).any()]
     for name, color, dashes in zip(LABELS, COLORS, DASHES, strict=True):
         if name == "loss" or (name in names and len(names) > 2):
@@ -74,16 +77,17 @@ def plot_loss(axes: Any, rows: list[Row]) -> None:
 
 
 def plot_accuracy(axes: Any, rows: list[Row]) -> None:
+    """Plot top-1 by epoch, of the weights and of their moving average where there is one."""
     if any("top1_ema" in row for row in rows):
-        both = [row for row in rows if "top1_ema" in row]
-        _plot_top1(axes, both, "weights", "top1_raw")
-        _plot_top1(axes, both, "moving average", "top1_ema")
+        averaged = [row for row in rows if "top1_ema" in row]
+        _plot_top1(axes, averaged, "weights", "top1_raw")
+        _plot_top1(axes, averaged, "moving average", "top1_ema")
         axes.legend(frameon=False, loc="lower right")
     else:
         _plot_top1(axes, rows)
     if rows:
-        place = (rows[-1]["epoch"] + 1, 100 * rows[-1]["top1"])
-        axes.annotate(f"{place[1]:.2f}", place, (-2, 5), textcoords="offset points", ha="right")
+        point = (rows[-1]["epoch"] + 1, 100 * rows[-1]["top1"])
+        axes.annotate(f"{point[1]:.2f}", point, (-2, 5), textcoords="offset points", ha="right")
 
 
 def plot_steps(
@@ -95,7 +99,12 @@ def plot_steps(
     level: float | None = None,
     marks: Sequence[float] = (),
 ) -> None:
-    """One column of the log, times `scale`, from zero up; a dashed line at a level, dotted ones at steps."""
+    """Plot one column of the log times `scale`, from zero up.
+
+    Args:
+        level: draw a dashed horizontal line here.
+        marks: draw dotted vertical lines at these steps.
+    """
     _plot_column(axes, rows, name, scale, color=COLORS[0])
     if level is not None:
         axes.axhline(level, color="black", linestyle="--", linewidth=0.8)
@@ -105,7 +114,7 @@ def plot_steps(
 
 
 def _plot_column(axes: Any, rows: list[Row], name: str, scale: float = 1, **style: Any) -> None:
-    """A line; where it stands for groups of rows, with a band from each group's smallest to its largest value."""
+    """Plot the means of groups of rows as a line, with a band from each group's minimum to its maximum."""
     steps, values = _groups(column(rows, "step")), _groups(scale * column(rows, name))
     x = steps.mean(axis=1)
     if steps.shape[1] > 1:
@@ -114,12 +123,12 @@ def _plot_column(axes: Any, rows: list[Row], name: str, scale: float = 1, **styl
 
 
 def group_size(rows: Sequence[Any] | np.ndarray) -> int:
-    """Rows of the log that a point of a line stands for."""
-    return max(1, -(-len(rows) // POINTS))
+    """Rows of the log that one point of a line averages."""
+    return max(1, -(-len(rows) // MAX_POINTS))
 
 
 def _groups(values: np.ndarray) -> Any:
-    """At most POINTS rows of consecutive values, masked where they are not finite: nothing is drawn there."""
+    """Consecutive values in at most MAX_POINTS groups, [groups, size]. Values that are not finite are masked."""
     size = group_size(values)
     groups = np.ma.masked_all((-(-len(values) // size), size))
     groups.flat[: len(values)] = np.ma.masked_invalid(values)
@@ -128,7 +137,7 @@ def _groups(values: np.ndarray) -> Any:
 
 def _plot_top1(axes: Any, epochs: list[Row], label: str | None = None, name: str = "top1") -> None:
     x, y = [row["epoch"] + 1 for row in epochs], [100 * row[name] for row in epochs]
-    color = COLORS[len(axes.lines) % len(COLORS)]  # a line is a run
+    color = COLORS[len(axes.lines) % len(COLORS)]  # one line per run
     axes.plot(x, y, marker=_marker(epochs), color=color, label=label)
     axes.set(title="validation accuracy", xlabel="epoch", ylabel="top-1 (%)")
     axes.margins(y=0.1)
@@ -145,7 +154,7 @@ def _finish(figure: Any) -> None:
     for axes in figure.axes:
         axes.grid(color="black", alpha=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # steps and epochs
+        axes.xaxis.get_major_locator().set_params(integer=True)  # steps and epochs are integers
         axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
@@ -157,14 +166,14 @@ def _write(figure: Any, path: Path) -> None:
 
 
 def draw_svg(name: str, plot: Callable[[Any], None]) -> str:
-    """The <svg> of one pair of axes, to stand in a page that has its title, with the page's font and colour of text.
+    """Draw one plot as an <svg> element for a page, in the page's font and text colour and without a title.
 
-    Equal data give equal bytes; `name` makes the ids unique within the page.
+    The same data give the same bytes. `name` makes the ids unique within the page.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    unset = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8}):
         figure = Figure(figsize=(4.4, 2.6), layout="constrained")
@@ -172,8 +181,8 @@ def draw_svg(name: str, plot: Callable[[Any], None]) -> str:
         plot(axes)
         axes.set_title("")
         _finish(figure)
-        figure.savefig(buffer, format="svg", transparent=True, metadata=unset)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")  # what is drawn black is the page's text colour
-    svg = re.sub("<style.*?</style>", "", svg)  # its rule would hold for the whole page
+    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")  # black becomes the page's text colour
+    svg = re.sub("<style.*?</style>", "", svg)  # its rule would apply to the whole page
     return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)

@@ -1,7 +1,8 @@
-"""A run as one page, RUN/report.html: how it went, what its student mixes up, how it was made.
+"""The HTML report of a run, RUN/report.html: how training went, what the student confuses, how it was configured.
 
-Written from the run's folder alone, from whatever of it is there yet. The page needs no network, no other file and no
-script, so it can be mailed and kept. Names of classes and folders are other people's text: the template escapes all.
+The report is written from the run's folder alone and leaves out what is not there yet. The page needs no network, no
+other file and no script, so it can be mailed and archived. Names of classes and folders are untrusted text: the
+template escapes all of them.
 
 C classes, N validation images.
 """
@@ -27,16 +28,16 @@ from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, read_json, write_atomic
 
 FILE, TEMPLATE = "report.html", "report.html.jinja"
-LARGEST_MATRIX = 64
-"""Most classes whose confusion is drawn; the tables are there for any number."""
-LONGEST_TABLE = 20
+MAX_MATRIX_CLASSES = 64
+"""With more classes the confusion matrix is not drawn; the tables always are."""
+MAX_TABLE_ROWS = 20
 
 
 def write_report(run: Path) -> Path:
     """Write RUN/report.html and return its path. Equal folders give equal bytes.
 
     Raises:
-        BadInput: no run there, or one of its files is damaged.
+        BadInput: the folder does not hold a run, or one of its files is damaged.
     """
     opened, rows = open_run(run), read_metrics(run)
     steps, epochs = split_rows(rows)
@@ -49,18 +50,18 @@ def write_report(run: Path) -> Path:
         step=rows[-1]["step"] if rows else 0,
         epochs_done=rows[-1]["epoch"] + (rows[-1]["kind"] == "epoch") if rows else 0,
         epochs=epochs,
-        best=max(epochs, key=lambda row: row["top1"], default=None),  # of equal ones the first
+        best=max(epochs, key=lambda row: row["top1"], default=None),  # the first of equals
         pace=pace,
         averaged=any("top1_ema" in row for row in epochs),
         damaged=damaged_lines(run),
-        pictures=_pictures(opened.config, steps, epochs, pace, launches),
-        rows_a_point=group_size(steps),
+        plots=_plots(opened.config, steps, epochs, pace, launches),
+        rows_per_point=group_size(steps),
         mistakes=_mistakes(opened),
         settings=_settings(opened.config),
         launches=launches,
         varying=_varying(launches),
     )
-    write_atomic(run / FILE, page.encode(errors="replace"))  # a folder's name need not be valid unicode
+    write_atomic(run / FILE, page.encode(errors="replace"))  # the folder's name may not be valid Unicode
     return run / FILE
 
 
@@ -72,7 +73,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": _duration, "shown": _shown, "short": _short}
+    environment.filters |= {"percent": _percent, "duration": _duration, "plain": _plain, "short": _short}
     return environment.get_template(TEMPLATE)
 
 
@@ -81,13 +82,13 @@ def _template() -> Any:
 
 @dataclass(frozen=True)
 class _Pace:
-    """How fast it went, and None for what no row tells."""
+    """The speed of training; None for what was not logged."""
 
     images_per_second: float | None
     seconds: float | None
-    """Of the training steps alone."""
+    """The time of the training steps, without evaluation."""
     waiting: float | None
-    """Share of them spent waiting for the loader."""
+    """Share of this time spent waiting for the loader."""
 
 
 def _pace(steps: list[Row], epochs: list[Row], batch_size: int) -> _Pace:
@@ -103,21 +104,21 @@ def _pace(steps: list[Row], epochs: list[Row], batch_size: int) -> _Pace:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Plot:
     name: str
     title: str
     caption: str
     svg: str
 
 
-def _pictures(
+def _plots(
     config: TrainConfig, steps: list[Row], epochs: list[Row], pace: _Pace, launches: list[dict[str, Any]]
-) -> list[_Picture]:
-    """Only of what was logged: older runs lack some columns, young ones have no evaluation yet."""
-    pictures: list[_Picture] = []
+) -> list[_Plot]:
+    """The plots of what was logged: older logs lack some columns, and a new run has no evaluation yet."""
+    plots: list[_Plot] = []
 
-    def add(name: str, title: str, caption: str, plot: Callable[..., None], *what: Any, **how: Any) -> None:
-        pictures.append(_Picture(name, title, caption, draw_svg(name, lambda axes: plot(axes, *what, **how))))
+    def add(name: str, title: str, caption: str, plot: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        plots.append(_Plot(name, title, caption, draw_svg(name, lambda axes: plot(axes, *arguments, **options))))
 
     def logged(name: str) -> np.ndarray:
         values = column(steps, name)
@@ -128,32 +129,28 @@ def _pictures(
     if epochs:
         caption = f"Top-1 from {_percent(epochs[0]['top1'])} to {_percent(epochs[-1]['top1'])}."
         if "top1_ema" in epochs[-1]:
-            caption = "Top-1 of the weights and of their moving average, at the end " + " and ".join(
-                _percent(epochs[-1][name]) for name in ("top1_raw", "top1_ema")
-            )
-            caption += "."
+            caption = " and ".join(_percent(epochs[-1][name]) for name in ("top1_raw", "top1_ema"))
+            caption = f"Final top-1 of the weights and of their moving average: {caption}."
         add("accuracy", "Validation accuracy", caption, plot_accuracy, epochs)
     if (lr := logged("lr")).size:
         caption = f"{config.schedule.capitalize()} schedule, at most {lr.max():.3g}."
         add("lr", "Learning rate", caption, plot_steps, steps, "lr", "learning rate")
     if logged("grad_norm").size:
-        own = OWN_CLIP.get(config.optimizer)
-        level = min((limit for limit in (config.clip, own) if limit is not None), default=None)
-        by_itself = f", as {config.optimizer} does by itself" if level == own else ""
-        caption = "Not clipped." if level is None else f"Before clipping at {level:g}{by_itself}, the dashed line."
+        built_in = OWN_CLIP.get(config.optimizer)
+        level = min((limit for limit in (config.clip, built_in) if limit is not None), default=None)
+        source = f" by {config.optimizer} itself" if level == built_in else ""
+        caption = f"Before clipping at {level:g}{source} (dashed line)." if level is not None else "Not clipped."
         add("norm", "Gradient norm", caption, plot_steps, steps, "grad_norm", "norm", level=level)
     if (speed := logged("images_per_second")).size:
         resumed = [launch["step"] for launch in launches if launch.get("step")]
         caption = f"Median {np.median(speed):,.0f} images/s."
         if resumed:
-            caption += " Dotted lines: launches that went on with the run."
+            caption += " Dotted lines: the run was resumed."
         add("speed", "Throughput", caption, plot_steps, steps, "images_per_second", "images/s", marks=resumed)
     if (waiting := logged("loader_share")).size:
-        caption = (
-            f"{_percent(pace.waiting or 0)} of the time, at most {_percent(waiting.max())} in an interval of the log."
-        )
+        caption = f"{_percent(pace.waiting or 0)} of the time, at most {_percent(waiting.max())} between two log lines."
         add("waiting", "Waiting for the loader", caption, plot_steps, steps, "loader_share", "waiting (%)", scale=100)
-    return pictures
+    return plots
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
@@ -163,36 +160,37 @@ def _pictures(
 class _Mistakes:
     epoch: int
     images: int
-    right: float
-    """Share of them."""
+    accuracy: float
     matrix: list[Pair] | None
-    """Its cells that are not empty; None for too many classes to draw."""
+    """The cells that are not zero; None if there are too many classes to draw."""
     pairs: list[Pair]
     classes: list[ClassResult]
 
 
 def _mistakes(run: Run) -> _Mistakes | None:
-    """None before the first evaluation."""
+    """The mistakes at the newest evaluation; None before the first."""
     path = run.path / PREDICTIONS
     if not path.exists():
         return None
     tensors, info = load_tensors(path)
     try:
-        answers, labels, epoch = tensors["best"][:, 0].numpy(), tensors["labels"].numpy(), int(info["epoch"])
-        counts = confusion(answers, labels, len(run.classes))
+        predictions, labels, epoch = tensors["best"][:, 0].numpy(), tensors["labels"].numpy(), int(info["epoch"])
+        counts = confusion(predictions, labels, len(run.classes))
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: expected what `fastofa train` writes, {error}; delete it") from None
+        raise BadInput(
+            f"{path}: expected predictions written by `fastofa train`, got others ({error}); delete it"
+        ) from None
     return _Mistakes(
         epoch,
         len(labels),
         float(counts.trace() / max(len(labels), 1)),
-        pairs(counts) if len(run.classes) <= LARGEST_MATRIX else None,
-        worst_pairs(counts, LONGEST_TABLE),
-        worst_classes(counts, LONGEST_TABLE),
+        pairs(counts) if len(run.classes) <= MAX_MATRIX_CLASSES else None,
+        worst_pairs(counts, MAX_TABLE_ROWS),
+        worst_classes(counts, MAX_TABLE_ROWS),
     )
 
 
-# --- How it was made --------------------------------------------------------------------------------------------------
+# --- Configuration and environment ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ class _Setting:
     name: str
     value: Any
     default: Any
-    """The recipe's."""
+    """The recipe's value."""
 
     @property
     def same(self) -> bool:
@@ -210,22 +208,22 @@ class _Setting:
 def _settings(config: TrainConfig) -> list[_Setting]:
     default = recipe(config.recipe)(data=config.data, student=config.student, out=config.out)
     names = [field.name for field in dataclasses.fields(config)]
-    by_size = {name: "by the data's size" for name in SIZED if getattr(default, name) is None}
+    by_size = {name: "by dataset size" for name in SIZED if getattr(default, name) is None}
     return [_Setting(name, getattr(config, name), by_size.get(name, getattr(default, name))) for name in names]
 
 
 def _launches(run: Path) -> list[dict[str, Any]]:
-    """One for each time the run was started; none if that was not recorded."""
+    """One object for each start of the run; empty if no start was recorded."""
     if not (run / LAUNCHES).exists():
         return []
     launches = read_json(run / LAUNCHES)
     if not (isinstance(launches, list) and all(isinstance(launch, dict) for launch in launches)):
-        raise BadInput(f"{run / LAUNCHES}: expected a list with an object for each launch; delete it")
+        raise BadInput(f"{run / LAUNCHES}: expected a list of objects, one per launch; delete it")
     return launches
 
 
 def _varying(launches: list[dict[str, Any]]) -> list[str]:
-    """Keys that tell launches apart, in the order of their first appearance."""
+    """The keys whose values differ between launches, and date and step, in order of first appearance."""
     keys = dict.fromkeys(key for launch in launches for key in launch)
     return [
         key
@@ -248,15 +246,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _shown(value: Any) -> str:
-    """A setting or a fact, as one would write it on the command line."""
+def _plain(value: Any) -> str:
+    """A value as it is written on the command line."""
     if isinstance(value, list | tuple):
-        return " ".join(map(_shown, value))
+        return " ".join(map(_plain, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
 
 
 def _short(text: str) -> str:
-    """A class's name beside the matrix: its beginning and its end, which often is a number."""
+    """A class name shortened for the matrix to its beginning and its end, which is often a number."""
     return text if len(text) <= 14 else f"{text[:6]}…{text[-7:]}"

@@ -19,7 +19,7 @@ Order = Literal["auto", "random", "pages"]
 Weights = Literal["last", "best", "raw", "ema", "best-raw", "best-ema"]
 Optimizer = Literal["sgd", "adamw", "lamb", "apex_sgd", "apex_adam", "apex_lamb"]
 
-# None until the data set is opened and `recipes.sized` chooses by its size: no code after that sees a None.
+# None until the data set is opened and `recipes.with_size_defaults` chooses by its size; no later code sees a None.
 if TYPE_CHECKING:
     SizedInt: TypeAlias = int
     SizedFloat: TypeAlias = float

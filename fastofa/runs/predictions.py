@@ -1,4 +1,4 @@
-"""The predictions of a run's newest evaluation, in its folder."""
+"""The file of predictions of a run's newest evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,12 @@ PREDICTIONS = "val_predictions.safetensors"
 
 
 def save_predictions(run: Path, best: np.ndarray, labels: np.ndarray, info: dict[str, Any]) -> None:
-    """The answers of the last evaluation, as `predict` gives them, beside the right ones."""
+    """Write predictions and labels of the validation images to RUN/val_predictions.safetensors.
+
+    Args:
+        best: int64 [N, K], the best classes of each image, best first.
+        labels: int64 [N].
+        info: JSON; step, epoch and accuracy of the evaluation.
+    """
     tensors = {"best": torch.from_numpy(best).to(torch.int32), "labels": torch.from_numpy(labels)}
     save_tensors(run / PREDICTIONS, tensors, info)

@@ -1,9 +1,9 @@
-"""Training recipes: functions that return a whole configuration. The five published ones are OFA-KD's (appendix A).
+"""Training recipes: functions that return a complete configuration. Five are those published for OFA-KD (appendix A).
 
     recipes.imagenet_cnn(data="/data/imagenet", cache=Path("cache"), student="resnet18", out=Path("run"))
 
-Batch sizes are those of the published 8 GPUs together. VIEWS has the augmentation, which belongs to the teacher cache:
-`fastofa precompute --recipe NAME` draws it, and training replays it.
+Batch sizes are totals over the 8 GPUs of the published runs. The augmentation, in VIEWS, belongs to the teacher cache:
+`fastofa precompute --recipe NAME` draws it and training replays it.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from fastofa.views.policy import ViewPolicy
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
-def photos(**given: Any) -> TrainConfig:
-    """One's own photographs, a few hundred or a million: AdamW, and the rest by the data set's size (`sized`).
+def photos(**overrides: Any) -> TrainConfig:
+    """AdamW for your own photographs, from hundreds to millions; `with_size_defaults` chooses the rest by dataset size.
 
-    Weight decay, clipping and smoothing are those of the published Transformer recipes below, which CNNs bear, too.
+    Weight decay, clipping and smoothing are those of the published Transformer recipes below, which also suit CNNs.
     """
     values: dict[str, Any] = {
         "epochs": None,
@@ -36,11 +36,11 @@ def photos(**given: Any) -> TrainConfig:
         "eval_every": 5,
         "log_every": 10,
     }
-    return TrainConfig(**{"recipe": "photos", **values, **given})
+    return TrainConfig(**{"recipe": "photos", **values, **overrides})
 
 
-def digits(**given: Any) -> TrainConfig:
-    """A small CNN on scikit-learn's digits, in seconds on a CPU."""
+def digits(**overrides: Any) -> TrainConfig:
+    """A small CNN on scikit-learn's digits, trained in seconds on a CPU."""
     values: dict[str, Any] = {
         "epochs": 60,
         "batch_size": 50,
@@ -54,10 +54,10 @@ def digits(**given: Any) -> TrainConfig:
         "eval_every": 10,
         "log_every": 10,
     }
-    return TrainConfig(**{"recipe": "digits", **values, **given})
+    return TrainConfig(**{"recipe": "digits", **values, **overrides})
 
 
-def imagenet_cnn(**given: Any) -> TrainConfig:
+def imagenet_cnn(**overrides: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "epochs": 100,
         "batch_size": 512,
@@ -72,10 +72,10 @@ def imagenet_cnn(**given: Any) -> TrainConfig:
         "warmup_lr": 1e-4,
         "smoothing": 0.1,
     }
-    return TrainConfig(**{"recipe": "imagenet_cnn", **values, **given})
+    return TrainConfig(**{"recipe": "imagenet_cnn", **values, **overrides})
 
 
-def imagenet_vit_mlp(**given: Any) -> TrainConfig:
+def imagenet_vit_mlp(**overrides: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "epochs": 300,
         "batch_size": 1024,
@@ -89,10 +89,10 @@ def imagenet_vit_mlp(**given: Any) -> TrainConfig:
         "smoothing": 0.1,
         "ema": 0.99996,
     }
-    return TrainConfig(**{"recipe": "imagenet_vit_mlp", **values, **given})
+    return TrainConfig(**{"recipe": "imagenet_vit_mlp", **values, **overrides})
 
 
-def imagenet_stronger(**given: Any) -> TrainConfig:
+def imagenet_stronger(**overrides: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "epochs": 300,
         "batch_size": 2048,
@@ -107,10 +107,10 @@ def imagenet_stronger(**given: Any) -> TrainConfig:
         "ema": 0.9998,
         "eval_crop": 0.95,
     }
-    return TrainConfig(**{"recipe": "imagenet_stronger", **values, **given})
+    return TrainConfig(**{"recipe": "imagenet_stronger", **values, **overrides})
 
 
-def cifar_cnn(**given: Any) -> TrainConfig:
+def cifar_cnn(**overrides: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "epochs": 300,
         "batch_size": 1024,
@@ -126,10 +126,10 @@ def cifar_cnn(**given: Any) -> TrainConfig:
         "mean": CIFAR_MEAN,
         "std": CIFAR_STD,
     }
-    return TrainConfig(**{"recipe": "cifar_cnn", **values, **given})
+    return TrainConfig(**{"recipe": "cifar_cnn", **values, **overrides})
 
 
-def cifar_vit_mlp(**given: Any) -> TrainConfig:
+def cifar_vit_mlp(**overrides: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "epochs": 300,
         "batch_size": 1024,
@@ -146,14 +146,14 @@ def cifar_vit_mlp(**given: Any) -> TrainConfig:
         "mean": CIFAR_MEAN,
         "std": CIFAR_STD,
     }
-    return TrainConfig(**{"recipe": "cifar_vit_mlp", **values, **given})
+    return TrainConfig(**{"recipe": "cifar_vit_mlp", **values, **overrides})
 
 
-def imagenet_fast(epochs: int = 16, **given: Any) -> TrainConfig:
-    """A CNN in few epochs (16, 32, 88): pictures that grow, evaluation on larger ones and their mirror images.
+def imagenet_fast(epochs: int = 16, **overrides: Any) -> TrainConfig:
+    """A CNN in few epochs (16, 32, 88): image sizes grow, evaluation uses larger images and their mirror images.
 
-    After ffcv-imagenet's ResNet-18 recipe, which reaches 66.9 % in 16 and 72.4 % in 88 epochs from labels alone, and as
-    there with blur pooling: the student `resnetblur18`. `--start-size 128` is faster still.
+    After ffcv-imagenet's ResNet-18 recipe, which reaches 66.9 % in 16 and 72.4 % in 88 epochs from labels alone. It
+    uses blur pooling, as the student `resnetblur18` does. `--start-size 128` is faster still.
     """
     values: dict[str, Any] = {
         "batch_size": 1024,
@@ -169,7 +169,7 @@ def imagenet_fast(epochs: int = 16, **given: Any) -> TrainConfig:
         "warmup_lr": 5e-5,
         "smoothing": 0.1,
     }
-    return TrainConfig(**{"recipe": "imagenet_fast", "epochs": epochs, **values, **given})
+    return TrainConfig(**{"recipe": "imagenet_fast", "epochs": epochs, **values, **overrides})
 
 
 RECIPES: dict[str, Callable[..., TrainConfig]] = {
@@ -183,8 +183,8 @@ RECIPES: dict[str, Callable[..., TrainConfig]] = {
     "cifar_vit_mlp": cifar_vit_mlp,
 }
 
-# The published views, where they hold more than crop and flip. The published files have `color_jitter: 0.4`, but timm
-# leaves colour jitter out where there is RandAugment (transforms_factory.py: `disable_color_jitter`).
+# The published augmentation of the recipes that use more than crop and flip. The published files set
+# `color_jitter: 0.4`, but timm disables it beside RandAugment (transforms_factory.py: `disable_color_jitter`).
 _VIT_MLP = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
 VIEWS = {
     "imagenet_vit_mlp": _VIT_MLP,
@@ -194,37 +194,39 @@ VIEWS = {
 
 
 def recipe(name: str) -> Callable[..., TrainConfig]:
-    """Raises BadInput for an unknown name."""
+    """Return the recipe of this name. Raises BadInput for an unknown one."""
     if name not in RECIPES:
-        found = f"got {name!r}" if name else "got none"
-        raise BadInput(f"recipe: expected --recipe with one of {', '.join(RECIPES)}, {found}")
+        raise BadInput(
+            f"recipe: expected --recipe with one of {', '.join(RECIPES)}, got {repr(name) if name else 'none'}"
+        )
     return RECIPES[name]
 
 
 def default_recipe(data: str) -> str:
-    """The recipe's name where none was given."""
+    """The name of the recipe for a dataset if the command line names none."""
     return {"digits": "digits", "cifar100": "cifar_cnn"}.get(data.partition(":")[0], "photos")
 
 
-def sized(config: TrainConfig, images: int, rows: int, multiple: int) -> TrainConfig:
-    """`config` with what it leaves open (None) chosen by the size of the training set.
+def with_size_defaults(config: TrainConfig, images: int, rows: int, multiple: int) -> TrainConfig:
+    """Return `config` with the values it leaves open (None) chosen by the size of the training set.
 
-    Batch: the power of two that makes at least 8 steps an epoch, 8 to 128. Epochs: 3 million images in all, 30 to 300
-    epochs (DeiT trains for 300); with --init 300,000, 30 to 100 (Swin and ConvNeXt are fine-tuned for 30, BiT with
-    256,000 images). Learning rate: AdamW's usual 1e-3, a tenth to fine-tune, at 128 images a step, and with the root of
-    the batch size for others, as suits Adam (Malladi et al. 2022). Warm-up: a twentieth of the epochs (DeiT a sixtieth,
-    Swin a fifteenth).
+    Batch size: the largest power of two from 8 to 128 that gives at least 8 steps per epoch. Epochs: 3 million images
+    in total, 30 to 300 epochs (DeiT trains for 300); with --init 300,000 images, 30 to 100 epochs (Swin and ConvNeXt are
+    fine-tuned for 30 epochs, BiT with 256,000 images). Learning rate: at batch size 128 AdamW's usual 1e-3, for
+    fine-tuning a tenth of it, scaled with the square root of the batch size, as suits Adam (Malladi et al. 2022).
+    Warm-up: a twentieth of the epochs (DeiT a sixtieth, Swin a fifteenth).
 
     Args:
-        images, rows: training images, and those of them that an epoch shows.
-        multiple: of which the batch size has to be one.
+        images: number of training images.
+        rows: how many of them an epoch uses.
+        multiple: the chosen batch size is a multiple of this.
     """
     batch, fine_tuned = config.batch_size, config.init is not None
     if batch is None:
         eighth = 2 ** int(math.log2(max(rows // 8, 1)))
         batch = max(min(max(eighth, 8), 128, rows) // multiple, 1) * multiple
-    shown, most, lr = (300_000, 100, 1e-4) if fine_tuned else (3_000_000, 300, 1e-3)
-    epochs = min(max(shown // max(images, 1), 30), most) if config.epochs is None else config.epochs
+    total, max_epochs, lr = (300_000, 100, 1e-4) if fine_tuned else (3_000_000, 300, 1e-3)
+    epochs = min(max(total // max(images, 1), 30), max_epochs) if config.epochs is None else config.epochs
     return dataclasses.replace(
         config,
         batch_size=batch,
@@ -235,20 +237,20 @@ def sized(config: TrainConfig, images: int, rows: int, multiple: int) -> TrainCo
 
 
 def default_policy(data: str, recipe: str = "") -> ViewPolicy:
-    """What to draw from a data set: as published for the recipe, but a mirrored digit is another sign."""
+    """The published augmentation of a recipe; for the digits without flips, since a mirrored digit is not a digit."""
     policy = VIEWS.get(recipe, ViewPolicy())
     if data.partition(":")[0] == "digits":
         return dataclasses.replace(policy, scale=(0.6, 1.0), flip=0.0)
     return policy
 
 
-def not_replayed(recipe: str, policy: ViewPolicy) -> str:
-    """What the recipe's published views have otherwise than these, in words; empty if nothing."""
+def augmentation_differences(recipe: str, policy: ViewPolicy) -> str:
+    """Describe how the published augmentation of the recipe differs from `policy`; empty if it does not."""
     published = VIEWS.get(recipe, ViewPolicy())
     names = ("auto_augment", "mixup", "cutmix", "erase", "repeats")
     values = {name: (getattr(published, name), getattr(policy, name)) for name in names}
     return ", ".join(
-        f"{name.replace('_', '-')} {'none' if theirs == '' else theirs} (not {'none' if mine == '' else mine})"
-        for name, (theirs, mine) in values.items()
-        if theirs != mine
+        f"{name.replace('_', '-')} {'none' if wanted == '' else wanted} (not {'none' if actual == '' else actual})"
+        for name, (wanted, actual) in values.items()
+        if wanted != actual
     )

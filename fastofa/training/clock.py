@@ -1,4 +1,4 @@
-"""How long the training steps took, and nothing else."""
+"""The time spent in training steps."""
 
 import time
 from collections.abc import Callable
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 @dataclass
 class Clock:
-    """Counts training steps and the seconds they took, evaluation, saving and compilation left out."""
+    """Counts training steps and their seconds; evaluation, saving and compilation are excluded."""
 
     steps: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-    """Seconds in which the loop waited for the pipeline."""
+    """Those of the seconds in which the loop waited for the pipeline."""
     started: float = 0.0
 
     def start(self) -> None:
@@ -24,8 +24,9 @@ class Clock:
     def stop(self) -> None:
         self.seconds += time.monotonic() - self.started
 
-    def waiting_for(self, get: Callable[[], T]) -> T:
+    def timed_wait(self, get: Callable[[], T]) -> T:
+        """Return `get()` and add its time to `waited`."""
         began = time.monotonic()
-        got = get()
+        result = get()
         self.waited += time.monotonic() - began
-        return got
+        return result

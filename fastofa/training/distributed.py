@@ -1,9 +1,9 @@
-"""Several processes that train one student: which of them this is, and what they have to agree on.
+"""Several processes that train one student: the rank of this one, and how the ranks exchange what they must agree on.
 
     torchrun --no-python --nproc-per-node 8 fastofa train ...
 
-torchrun starts a process per GPU, a *rank*, and says in the environment which one it is. Tensors on a GPU travel by
-NCCL, those on the CPU by gloo. With one process nothing here does anything.
+torchrun starts one process per GPU, a *rank*, and sets its rank in environment variables. NCCL transfers tensors on
+GPUs, gloo those on CPUs. With a single process all of this does nothing.
 """
 
 import gc
@@ -25,40 +25,40 @@ from fastofa.system.errors import BadInput, LostContact
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together. Made by `join`; World() is one process on its own."""
+    """The place of this process among those that train together. Made by `join`; World() is a single process."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among the processes of this host: which of its GPUs to use."""
+    """Rank among the processes of this host, which is the number of the GPU to use."""
     local_size: int = 1
-    """Processes on this host, which share its cores."""
+    """Processes on this host, which share its CPU cores."""
     timeout: timedelta = timedelta(minutes=10)
-    """How long the ranks wait for one another."""
+    """How long a rank waits for the others before it gives up."""
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes the files and shows the progress."""
+        """True on rank 0, which writes the files and shows progress."""
         return self.rank == 0
 
     def barrier(self) -> None:
         """Wait for the other ranks."""
-        self.agree_on(0)
+        self.broadcast(0)
 
     @contextmanager
-    def without_haste(self) -> Iterator[None]:
-        """The body may take hours on one rank and a second on another: they wait for the last beyond `timeout`."""
+    def no_timeout(self) -> Iterator[None]:
+        """Wait at the end of the body for the slowest rank, also beyond `timeout`: it may take hours on one rank."""
         if self.size == 1:
             yield
             return
-        with _meeting():
+        with _interruptible():
             group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
         yield
         dist.barrier(group)
         dist.destroy_process_group(group)
 
-    def agree_on(self, number: int) -> int:
-        """Rank 0's number, on every rank."""
+    def broadcast(self, number: int) -> int:
+        """Return rank 0's number on every rank."""
         if self.size == 1:
             return number
         tensor = torch.tensor(number)
@@ -66,37 +66,38 @@ class World:
         return int(tensor)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, in a new tensor."""
+        """Return the sum of the ranks' tensors as a new tensor."""
         tensor = tensor.clone()
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Those of all ranks, in a new tensor [ranks, ...]."""
-        each = [tensor.clone() for _ in range(self.size)]
+        """Return the tensors of all ranks as a new tensor [ranks, ...]."""
+        tensors = [tensor.clone() for _ in range(self.size)]
         if self.size > 1:
-            dist.all_gather(each, tensor)
-        return torch.stack(each)
+            dist.all_gather(tensors, tensor)
+        return torch.stack(tensors)
 
     def average_statistics(self, model: torch.nn.Module) -> None:
-        """Running statistics of batch norm become the mean over the ranks, each of which saw its own images."""
+        """Replace the running statistics of batch norm by their mean over the ranks, since each saw its own images."""
         if self.size > 1:
             for statistic in statistics(model).values():
                 dist.all_reduce(statistic)
                 statistic /= self.size
 
     def leave(self) -> None:
-        """Close the connections. What holds on to them (DDP does) must be gone: PyTorch can wait for ever otherwise."""
+        """Close the connections. Drop objects that use them (DDP) first, or PyTorch may wait forever."""
         if self.size > 1:
             gc.collect()
             dist.destroy_process_group()
 
 
 def join(timeout_s: int) -> World:
-    """The world that torchrun describes in the environment, connected; World() where there is no torchrun.
+    """Connect to the other ranks as torchrun's environment variables say; without torchrun return World().
 
-    Raises BadInput for an environment that is only half torchrun's.
+    Raises:
+        BadInput: some of torchrun's environment variables are missing or wrong.
     """
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -104,28 +105,29 @@ def join(timeout_s: int) -> World:
         if size == 1:
             return World()
         local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        with _meeting():
+        with _interruptible():
             store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     except (KeyError, ValueError) as error:
         raise BadInput(
-            f"WORLD_SIZE is set, but not all that torchrun sets with it ({error}); start by torchrun or unset it"
+            f"WORLD_SIZE: expected all environment variables of torchrun beside it ({error}); start with torchrun or "
+            "unset it"
         ) from None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's own, which outlives the ranks: those that died left their addresses in it.
+        # torchrun's own store outlives the ranks and still holds the addresses of those that died.
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     global _store
     _store = store
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with _meeting():
+    with _interruptible():
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank, local_size, timeout)
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
-    """Around a wait for the others' addresses, which nobody ends if they are gone: Ctrl-C ends the process at once.
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the process at once during a wait for other ranks, which lasts if they are gone.
 
-    Python's handler would run after the wait only.
+    Python's own handler would run only after the wait.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
@@ -139,71 +141,72 @@ def _meeting() -> Iterator[None]:
 
 
 def statistics(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The running statistics of its batch norms, by name."""
-    kept = model.state_dict().keys()
-    return {name: b for name, b in model.named_buffers() if name in kept and b.is_floating_point()}
+    """The running statistics of the model's batch norms, by name."""
+    saved = model.state_dict().keys()
+    return {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
 
 
 def was_restarted() -> bool:
-    """Did torchrun start this process in place of one that failed?"""
+    """Whether torchrun started this process to replace one that failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-_store: dist.Store | None = None  # that of `join`
-REFUSED, STORE_S = "refused", 5
+_store: dist.Store | None = None  # set by `join`
+REFUSED, STORE_TIMEOUT_S = "refused", 5
 
 
 @contextmanager
-def contact() -> Iterator[None]:
-    """Turns the many errors of a broken connection into LostContact.
+def connection_errors() -> Iterator[None]:
+    """Translate the many errors of a broken connection to other ranks into LostContact.
 
-    Or into BadInput, where that is why another rank left: to start again would be of no use.
+    If the other rank left because of BadInput, raise BadInput here too, so that torchrun does not restart the ranks.
     """
     try:
         yield
     except BadInput:
-        _in_store(lambda store: store.set(REFUSED, os.environ["RANK"]))
+        _query_store(lambda store: store.set(REFUSED, os.environ["RANK"]))
         raise
     except RuntimeError as error:
         text = str(error)
         if not (isinstance(error, dist.DistError) or any(name in text for name in ("gloo", "Gloo", "NCCL"))):
             raise
-        other = _in_store(lambda store: store.get(REFUSED).decode() if store.check([REFUSED]) else "")
+        other = _query_store(lambda store: store.get(REFUSED).decode() if store.check([REFUSED]) else "")
         if other:
-            raise BadInput(f"rank {os.environ['RANK']}: stops, as rank {other} refused its input") from None
+            raise BadInput(f"rank {os.environ['RANK']}: stopped because rank {other} refused its input") from None
         reason = " ".join(text.split())[:120]
         raise LostContact(
-            f"rank {os.environ.get('RANK')}: lost the other ranks ({reason}); start the same command again with "
-            "--resume, or let torchrun do so by --max-restarts"
+            f"rank {os.environ.get('RANK')}: lost the other ranks ({reason}); run the same command again with "
+            "--resume, or use torchrun --max-restarts"
         ) from None
 
 
-def _in_store(ask: Callable[[dist.Store], Any]) -> Any:
-    """Its answer; None where the store is gone, or its host does not answer within seconds."""
-    answers = []
+def _query_store(query: Callable[[dist.Store], Any]) -> Any:
+    """Return the query's result, or None if the store is gone or does not respond within STORE_TIMEOUT_S."""
+    results = []
 
     def work(store: dist.Store) -> None:
         with suppress(RuntimeError):
-            answers.append(ask(store))
+            results.append(query(store))
 
     if _store is not None:
         thread = threading.Thread(target=work, args=(_store,), daemon=True)
         thread.start()
-        thread.join(STORE_S)
-    return answers[0] if answers else None
+        thread.join(STORE_TIMEOUT_S)
+    return results[0] if results else None
 
 
 class Vote:
-    """The largest number that any rank gave, known to all ranks at the same step, without making them wait.
+    """The maximum of a number over the ranks, which all ranks learn at the same step without waiting for each other.
 
-    What is given at one step is exchanged during the next one, on the CPU; with one rank it holds at once.
+    Numbers passed at one step are exchanged on the CPU during the next step and returned by the next call. With a
+    single rank the number is returned at once.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.pending: Any = None
         if world.size > 1:
-            with _meeting():
+            with _interruptible():
                 self.group = dist.new_group(backend="gloo", timeout=world.timeout)
 
     def __call__(self, number: int) -> int:
@@ -215,7 +218,7 @@ class Vote:
         return agreed
 
     def finish(self) -> int:
-        """The last exchange's result; nothing is on its way then."""
+        """Wait for the exchange in progress and return its result; 0 if there is none."""
         if self.pending is None:
             return 0
         self.pending.wait()
@@ -223,21 +226,21 @@ class Vote:
         return int(self.numbers)
 
 
-def check_same(world: World, digest: str, place: str) -> None:
-    """Raises BadInput on every rank if one has not at this place what rank 0 has, by its hexadecimal digest."""
+def check_same(world: World, digest: str, name: str) -> None:
+    """Raises BadInput on every rank if the hexadecimal digest of `name` on any rank differs from rank 0's."""
     number = int(digest[:15] or "0", 16)
-    differ = int(world.sum(torch.tensor(int(world.agree_on(number) != number))))
-    if differ:
+    different = int(world.sum(torch.tensor(int(world.broadcast(number) != number))))
+    if different:
         raise BadInput(
-            f"{place}: expected the same on all nodes, {differ} of {world.size} ranks have another than rank 0; "
-            "copy it to all nodes"
+            f"{name}: expected the same content on all nodes, got other content than rank 0's on {different} of "
+            f"{world.size} ranks; copy rank 0's to all nodes"
         )
 
 
-def check_shared(world: World, found: bool, place: str) -> None:
-    """Raises BadInput on a rank that does not find what rank 0 wrote."""
-    if not found:
+def check_shared(world: World, exists: bool, name: str) -> None:
+    """Raises BadInput on a rank where `name`, which rank 0 wrote, does not exist."""
+    if not exists:
         raise BadInput(
-            f"rank {world.rank}: expected {place}, which rank 0 just wrote; --out must be on a file system that all "
-            "nodes share"
+            f"rank {world.rank}: expected {name}, which rank 0 just wrote, but found none; --out must be on a file "
+            "system that all nodes share"
         )

@@ -1,4 +1,4 @@
-"""What an epoch shows: its table of views, this rank's samples in their order, and the teacher's answers to them."""
+"""The data of each epoch: its table of views, the order of this rank's samples, and the teacher's targets for them."""
 
 import hashlib
 import math
@@ -9,7 +9,7 @@ import torch
 
 from fastofa.data.dataset import Dataset
 from fastofa.runs.config import TrainConfig
-from fastofa.runs.recipes import default_policy, sized
+from fastofa.runs.recipes import default_policy, with_size_defaults
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import TeacherCache
@@ -24,28 +24,30 @@ from fastofa.views.table import Views, join_views
 class Epoch:
     views: Views
     order: np.ndarray
-    """int64: rows of `views`, whole steps of this rank's share."""
+    """int64 [steps * images per step of this rank]: rows of `views`."""
     targets: DeviceTargets | None
-    """The teacher's answers, on the device; None where nothing is learned from it."""
+    """The teacher's targets, on the device; None if the method does not use them."""
 
 
-def check_whole(batch_size: int, whole: dict[str, int]) -> None:
-    """Raises BadInput for a batch that cannot be divided into all of these."""
-    if batch_size % math.prod(whole.values()):
-        reasons = " x ".join(f"{count} {what}" for what, count in whole.items() if count > 1)
-        raise BadInput(f"batch-size: expected a multiple of {math.prod(whole.values())} ({reasons}), got {batch_size}")
+def check_divisible(batch_size: int, factors: dict[str, int]) -> None:
+    """Raises BadInput if the batch size is not a multiple of the product of the factors, which are given by name."""
+    product = math.prod(factors.values())
+    if batch_size % product:
+        reasons = " x ".join(f"{count} {name}" for name, count in factors.items() if count > 1)
+        raise BadInput(f"batch-size: expected a multiple of {product} ({reasons}), got {batch_size}")
 
 
 class Epochs:
-    """The epochs of a run on one rank; with a cache epoch e shows view e modulo its views, else views drawn for it.
+    """The epochs of a run on one rank.
 
-    `config` is the one given, with what it leaves open chosen by the data set's size.
+    With a cache of V views, epoch e replays view e modulo V; without one, views are drawn for each epoch. `self.config`
+    is the given configuration with the values it leaves open chosen by dataset size.
 
     Args:
-        views: of the cache, that the run began with; 0 for one that begins, with as many as are finished.
+        views: number of cached views that a resumed run began with; 0 for a new run, which takes all finished ones.
 
     Raises:
-        BadInput: batches that ranks, mixed pairs or the data set do not allow; a cache that does not fit.
+        BadInput: the batch size does not suit the ranks, mixed pairs or dataset, or the cache does not fit the dataset.
     """
 
     def __init__(
@@ -59,76 +61,75 @@ class Epochs:
         else:
             self.policy = config.policy(default_policy(config.data, config.recipe))
         rows = epoch_rows(self.policy, len(dataset))
-        whole = {"ranks": world.size, "parts": config.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
-        self.config = config = sized(config, len(dataset), rows, math.prod(whole.values()))
-        self.answers = () if self.cache is None else self._replayed(self.cache, views)
-        """A digest of each view that the run replays."""
+        factors = {"ranks": world.size, "parts": config.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
+        self.config = config = with_size_defaults(config, len(dataset), rows, math.prod(factors.values()))
+        self.view_digests = () if self.cache is None else self._replayed_digests(self.cache, views)
+        """The digest of each view that the run replays."""
         self.pages = dataset.pages if config.order == "pages" else None
         if config.order == "pages" and self.pages is None:
             raise BadInput(
-                f"order: expected random for {config.data}, got pages; "
-                f"`fastofa write {config.data} NAME.beton{' --raw' * dataset.raw}` makes a file that has pages"
+                f"order: expected random for {config.data}, which has no pages, got pages; "
+                f"`fastofa write {config.data} NAME.beton{' --raw' * dataset.raw}` writes a file that has pages"
             )
-        self._check_batches(rows, whole)
-        self.share = config.batch_size // world.size  # images that a rank takes a step
-        self.steps = rows // config.batch_size  # of an epoch
+        self._check_batches(rows, factors)
+        self.rank_batch_size = config.batch_size // world.size
+        self.steps = rows // config.batch_size  # per epoch
         self.loaded: Epoch | None = None
-        self.shown: list[int] = []  # the views that are loaded
+        self.loaded_views: list[int] = []
 
-    def _replayed(self, cache: TeacherCache, begun: int) -> tuple[str, ...]:
+    def _replayed_digests(self, cache: TeacherCache, begun: int) -> tuple[str, ...]:
         repeats, main = self.policy.repeats, self.world.is_main
-        shown = math.ceil(self.config.epochs / repeats) * repeats  # by as many epochs, if each shows another
+        usable = math.ceil(self.config.epochs / repeats) * repeats  # views that the epochs can replay, each once
         if begun:
-            if main and begun < min(shown, cache.views):
+            if main and begun < min(usable, cache.views):
                 views = counted(cache.views, "view")
-                notice(f"cache {cache.path}: {views} by now; this run replays the {begun} it began with")
+                notice(f"cache {cache.path}: has {views} now; this run goes on with the {begun} it began with")
             return cache.digests(begun)
         finished = torch.zeros(self.world.size, dtype=torch.int64)
         finished[self.world.rank] = cache.views
-        count = min(shown, int(self.world.sum(finished).min()))  # one may be finished while the ranks look
-        if main and count < min(shown, cache.header["views"]):
-            notice(f"cache {cache.path}: finished views: {cache.finished}; this run replays {count} to its end")
+        count = min(usable, int(self.world.sum(finished).min()))  # a view may be finished while the ranks look
+        if main and count < min(usable, cache.header["views"]):
+            notice(f"cache {cache.path}: finished views: {cache.finished}; this run replays {count} until it ends")
         return cache.digests(count)
 
-    def _check_batches(self, rows: int, whole: dict[str, int]) -> None:
+    def _check_batches(self, rows: int, factors: dict[str, int]) -> None:
         c = self.config
         if rows < c.batch_size:
             raise BadInput(
                 f"batch-size: expected at most the {counted(rows, 'training image')} of {c.data}, got {c.batch_size}; "
-                "give less, or None for one that suits them"
+                "pass a smaller one, or None to choose it by dataset size"
             )
-        check_whole(c.batch_size, whole)
+        check_divisible(c.batch_size, factors)
 
     @property
     def pages_fingerprint(self) -> str:
-        """sha256 over the page of each sample, where the order goes by pages; else empty."""
+        """sha256 over the page of each sample if the order goes by pages; else empty."""
         return "" if self.pages is None else hashlib.sha256(self.pages.tobytes()).hexdigest()
 
     @property
     def teacher_dim(self) -> int:
-        """Width of the teacher's last features; 0 without a teacher."""
+        """Width of the teacher's last features, 0 without a teacher."""
         return 0 if self.cache is None else self.cache.teacher_dim
 
     def load(self, epoch: int) -> Epoch:
-        """Raises BadInput: a view's file is missing or damaged."""
+        """Return the data of an epoch. Raises BadInput if the file of a view is missing or damaged."""
         c, repeats = self.config, self.policy.repeats
-        shown = [epoch // repeats * repeats + number for number in range(repeats)]
+        numbers = [epoch // repeats * repeats + i for i in range(repeats)]
         if self.cache is None:
-            views = join_views([draw_views(self.policy, self.dataset.sizes, c.seed, view) for view in shown])
+            views = join_views([draw_views(self.policy, self.dataset.sizes, c.seed, view) for view in numbers])
             return Epoch(views, self._order(epoch, views), None)
-        shown = [view % len(self.answers) for view in shown]
-        if (
-            self.loaded is not None and self.shown == shown and self.world.size == 1
-        ):  # answers of ranks follow the order
+        numbers = [view % len(self.view_digests) for view in numbers]
+        # With several ranks the targets are those of this epoch's order, so they are loaded again.
+        if self.loaded is not None and self.loaded_views == numbers and self.world.size == 1:
             self.loaded = Epoch(self.loaded.views, self._order(epoch, self.loaded.views), self.loaded.targets)
             return self.loaded
-        tables, classes, log_probs = zip(*map(self.cache.targets, shown), strict=True)
+        tables, classes, log_probs = zip(*map(self.cache.targets, numbers), strict=True)
         views = join_views(tables)
         order = self._order(epoch, views)
         dense = self.cache.topk == self.cache.num_classes
-        mine = None if self.world.size == 1 else order  # the answers that this rank will ask for
-        targets = DeviceTargets(torch.cat(classes), torch.cat(log_probs), self.device, dense, mine)
-        self.shown, self.loaded = shown, Epoch(views, order, None if c.method == "scratch" else targets)
+        kept = None if self.world.size == 1 else order  # the rows that this rank looks up
+        targets = DeviceTargets(torch.cat(classes), torch.cat(log_probs), self.device, dense, kept)
+        self.loaded_views, self.loaded = numbers, Epoch(views, order, None if c.method == "scratch" else targets)
         return self.loaded
 
     def _order(self, epoch: int, views: Views) -> np.ndarray:
@@ -142,4 +143,4 @@ class Epochs:
             repeats=self.policy.repeats,
             pages=self.pages,
         )
-        return order[: self.steps * self.share]
+        return order[: self.steps * self.rank_batch_size]

@@ -26,7 +26,7 @@ from fastofa.runs import checkpoint
 from fastofa.runs.config import SIZED, TrainConfig
 from fastofa.runs.log import MetricsLog, open_wandb, read_metrics
 from fastofa.runs.predictions import save_predictions
-from fastofa.runs.recipes import not_replayed
+from fastofa.runs.recipes import augmentation_differences
 from fastofa.runs.run import CONFIG, Run, log_launch, open_run
 from fastofa.system.device import choose_workers
 from fastofa.system.errors import BadInput, counted
@@ -35,7 +35,16 @@ from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice, progress_bar
 from fastofa.teacher.pixels import PICTURES, Difference, compare_seen
 from fastofa.training.clock import Clock
-from fastofa.training.distributed import Vote, World, check_same, check_shared, contact, join, statistics, was_restarted
+from fastofa.training.distributed import (
+    Vote,
+    World,
+    check_same,
+    check_shared,
+    connection_errors,
+    join,
+    statistics,
+    was_restarted,
+)
 from fastofa.training.epochs import Epochs
 from fastofa.training.predict import accuracy, predict_each
 from fastofa.training.preflight import check_early, check_place, choose_order, views_begun_with
@@ -67,10 +76,10 @@ def train(config: TrainConfig) -> Result:
         LostContact: another rank is gone.
     """
     began = time.monotonic()
-    with contact():
+    with connection_errors():
         world = join(config.timeout_s)
         resume = config.resume or was_restarted()
-        config = dataclasses.replace(config, resume=bool(world.agree_on(int(resume))))  # their counts may differ
+        config = dataclasses.replace(config, resume=bool(world.broadcast(int(resume))))  # their counts may differ
         with filling(config.out) if world.is_main else nullcontext():
             result = _train(config, world)
         world.leave()
@@ -96,7 +105,7 @@ def _train(config: TrainConfig, world: World) -> Result:
             notice(caution)
     if job.pixels is not None:
         notice(f"pixels of {PICTURES} pictures, compared with {config.cache}: {job.pixels}")
-    if world.is_main and (missing := not_replayed(config.recipe, job.epochs.policy)):
+    if world.is_main and (missing := augmentation_differences(config.recipe, job.epochs.policy)):
         notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws them")
     job.run_epochs()
     return job.result()
@@ -109,7 +118,7 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         begun = open_run(config.out).config
         open_ = [name for name in SIZED if getattr(config, name) is None]
         config = dataclasses.replace(config, **{name: getattr(begun, name) for name in open_})
-    with world.without_haste():  # the first opening of a folder opens every image
+    with world.no_timeout():  # the first opening of a folder opens every image
         limits = given_limits(config.max_pixels, config.allow_warnings)
         train_set, val_set = (
             open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
@@ -118,13 +127,13 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     epochs = Epochs(config, train_set, world, device, views_begun_with(config, world))
     config = epochs.config
     data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
-    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.answers, val, pages)
-    answers = hashlib.sha256("".join(epochs.answers).encode()).hexdigest()
+    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.view_digests, val, pages)
+    answers = hashlib.sha256("".join(epochs.view_digests).encode()).hexdigest()
     for digest, place in (
         (data, config.data),
         (val, f"the validation images of {config.data}"),
         (pages, f"the pages of {config.data}"),
-        (answers, f"the {counted(len(epochs.answers), 'view')} of {config.cache}"),
+        (answers, f"the {counted(len(epochs.view_digests), 'view')} of {config.cache}"),
     ):
         check_same(world, digest, place)
     if world.is_main and not config.plan:
@@ -151,10 +160,10 @@ class Job:
         full = student.image_size
         workers = choose_workers(c.workers, world.local_size)
         self.train_pipeline, self.val_pipeline = (
-            open_pipeline(c.pipeline, data, size, epochs.share // c.accumulate, self.device, workers)
+            open_pipeline(c.pipeline, data, size, epochs.rank_batch_size // c.accumulate, self.device, workers)
             for data, size in ((train_set, full), (val_set, c.eval_size or full))
         )
-        if epochs.share == c.accumulate and any(isinstance(m, BatchNorm) for m in student.modules()):
+        if epochs.rank_batch_size == c.accumulate and any(isinstance(m, BatchNorm) for m in student.modules()):
             raise BadInput(
                 f"batch-size: expected at least two images in each part, since {c.student} has batch norm, got one; "
                 "raise --batch-size or lower --accumulate"
@@ -204,7 +213,7 @@ class Job:
         rows = read_metrics(self.run.path, self.step.steps) if main else []
         ended = any(row["kind"] == "epoch" and row["step"] == self.step.steps for row in rows)
         # A checkpoint is saved before its epoch is evaluated: a run that ended in between evaluates now.
-        owed = bool(self.world.agree_on(int(position == 0 and first > 0 and not ended)))
+        owed = bool(self.world.broadcast(int(position == 0 and first > 0 and not ended)))
         with Interrupt() as self.interrupt, progress_bar(shown=main) as self.bar:
             self.task = self.bar.add_task(
                 f"train {c.student}",
@@ -232,11 +241,11 @@ class Job:
         self.step.student.train()
         size = image_size(c, epoch, self.step.student.image_size)
         batches = self.loading = self.train_pipeline.epoch(
-            shown.views, shown.order, start=position * self.epochs.share, image_size=size
+            shown.views, shown.order, start=position * self.epochs.rank_batch_size, image_size=size
         )
         before = dataclasses.replace(self.clock)
         self.clock.start()
-        while parts := self.clock.waiting_for(lambda: list(islice(batches, c.accumulate))):
+        while parts := self.clock.timed_wait(lambda: list(islice(batches, c.accumulate))):
             self.step(parts, shown.targets, learning_rate(c, self.step.steps, self.epochs.steps))
             self.clock.steps += 1
             if size not in self.sizes_seen:  # the first step of a size compiles, or chooses its algorithms: not counted
@@ -396,7 +405,7 @@ class Job:
         ema = None if s.ema is None else s.ema.module
         rank, ranks = self.world.rank, self.world.size
         s.steps, position = checkpoint.load_newest(self.run.path, s.student, s.optimizer, ema, rank, ranks)
-        newest = self.world.agree_on(s.steps)
+        newest = self.world.broadcast(s.steps)
         check_shared(self.world, s.steps == newest, f"the checkpoint of step {newest}, not {s.steps}, as the newest")
         each = position.get("sums_by_rank", [])
         sums = each[rank] if len(each) == ranks else position["sums"]

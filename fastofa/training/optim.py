@@ -1,4 +1,4 @@
-"""Optimisers: fused ones where they exist, over parameter groups that exempt biases and norms from weight decay."""
+"""Optimisers, fused where possible, with parameter groups that exempt biases and norms from weight decay."""
 
 import importlib
 from typing import Any
@@ -16,7 +16,8 @@ APEX = {"apex_sgd": "fusedsgd", "apex_adam": "fusedadamw", "apex_lamb": "fusedla
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9, AdamW or LAMB over the model's parameters.
 
-    Biases, norms and what `model.no_weight_decay()` names (position embeddings, class tokens) are not decayed.
+    Biases, norms and parameters named by `model.no_weight_decay()` (position embeddings, class tokens) have no weight
+    decay.
 
     Raises:
         BadInput: an apex_* optimiser without a GPU or without NVIDIA's apex.
@@ -26,7 +27,7 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     check_optimizer(name, next(model.parameters()).device)
     if name in APEX:
         name = APEX[name]
-    elif name != "lamb":  # which torch has no fused form of; timm's updates all tensors at once
+    elif name != "lamb":  # torch has no fused LAMB; timm's updates all tensors together
         arguments["fused"] = True
     return create_optimizer_v2(model, opt=name, **arguments)
 
@@ -35,7 +36,7 @@ def check_optimizer(name: str, device: torch.device) -> None:
     """Raises BadInput for an apex_* optimiser without a GPU or without NVIDIA's apex."""
     if name not in APEX:
         return
-    remedy = "use sgd, adamw or lamb, which need nothing, or see `fastofa doctor`"
+    remedy = "use sgd, adamw or lamb, which need neither, or see `fastofa doctor`"
     if device.type != "cuda":
         raise BadInput(f"optimizer apex_*: expected a GPU, the student is on {device}; {remedy}")
     try:
@@ -49,6 +50,6 @@ def check_optimizer(name: str, device: torch.device) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Parameter groups with an `lr_scale` of their own (timm's layer decay) keep it."""
+    """Set the learning rate, times `lr_scale` in parameter groups that have one (timm's layer decay)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,4 +1,4 @@
-"""What a training run would cost: steps and loader timed here, hours and disk computed from them.
+"""Estimate the cost of a training run: time steps and loader here, compute hours and disk space from them.
 
 fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_fast --out run --plan
 """
@@ -14,36 +14,36 @@ import torch
 from fastofa.pipelines import Pipeline
 from fastofa.runs.config import TrainConfig
 from fastofa.system.progress import notice
-from fastofa.training.distributed import contact, join
+from fastofa.training.distributed import connection_errors, join
 from fastofa.training.epochs import Epoch, Epochs
 from fastofa.training.loop import open_job
 from fastofa.training.schedule import image_size
 from fastofa.training.step import Step
 
-SECONDS = 3.0  # that each measurement is given
+SECONDS = 3.0  # per measurement
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Images a second at one picture size, over all ranks."""
+    """Images per second at one image size, all ranks together."""
 
     size: int
     epochs: int
     step: float
-    """Of the training step, its pictures ready: what the loader has to supply."""
+    """Images/s of the training step without its loader, which is what the loader has to supply."""
     loader: float
-    """Of the pipeline alone."""
+    """Images/s of the pipeline alone."""
 
 
 @dataclass(frozen=True)
 class Plan:
     rates: list[Rates]
     images: int
-    """That an epoch trains on."""
+    """Training images per epoch."""
     evaluated: int
-    """Pictures of all evaluations together."""
+    """Images in all evaluations together."""
     evaluation: float
-    """Pictures a second in them."""
+    """Images/s of an evaluation."""
     run_bytes: int
     cache_bytes: int
 
@@ -54,18 +54,18 @@ class Plan:
 
 
 def measure(step: Step, pipeline: Pipeline, epochs: Epochs, val_images: int) -> Plan:
-    """Take steps on real pictures of each size that the run will use. Changes the student; writes nothing."""
+    """Take steps on training images of each size that the run will use. Changes the student; writes nothing."""
     config, full, first = step.config, step.student.image_size, epochs.load(0)
     rates = []
-    compiles = " (the first is compiled, which can take minutes)" if step.compiled else ""
+    compiles = " (the first one compiles, which can take minutes)" if step.compiled else ""
     for size, count in sorted(Counter(image_size(config, epoch, full) for epoch in range(config.epochs)).items()):
-        _say(step, f"timing training steps at {size} px{compiles}")
-        taken = _step_rate(step, pipeline, first, size)
-        _say(step, f"timing pipeline at {size} px")
-        rates.append(Rates(size, count, taken, _loader_rate(step, pipeline, first, size)))
-    _say(step, "timing evaluation")
+        _announce(step, f"timing training steps at {size} px{compiles}")
+        step_rate = _step_rate(step, pipeline, first, size)
+        _announce(step, f"timing the pipeline at {size} px")
+        rates.append(Rates(size, count, step_rate, _loader_rate(step, pipeline, first, size)))
+    _announce(step, "timing evaluation")
     evaluations = -(-config.epochs // config.eval_every)
-    models = 1 if step.ema is None else 2  # the weights and their average are evaluated, on the same pictures
+    models = 1 if step.ema is None else 2  # weights and average are evaluated on the same images
     return Plan(
         rates=rates,
         images=len(first.order) * step.world.size,
@@ -76,7 +76,7 @@ def measure(step: Step, pipeline: Pipeline, epochs: Epochs, val_images: int) -> 
     )
 
 
-def _say(step: Step, what: str) -> None:
+def _announce(step: Step, what: str) -> None:
     if step.world.is_main:
         notice(f"plan: {what}")
 
@@ -84,22 +84,22 @@ def _say(step: Step, what: str) -> None:
 def _step_rate(step: Step, pipeline: Pipeline, epoch: Epoch, size: int) -> float:
     with closing(pipeline.epoch(epoch.views, epoch.order, image_size=size)) as batches:
         parts = list(islice(batches, step.config.accumulate))
-    lr = step.config.lr * 1e-3  # an untrained student may not bear the full one
+    lr = step.config.lr * 1e-3  # an untrained student may diverge at the full rate
 
-    def take(steps: int) -> float:
+    def seconds(steps: int) -> float:
         began = time.perf_counter()
         for _ in range(steps):
             step(parts, epoch.targets, lr)
         step.sums.tolist()  # waits for the device
         return time.perf_counter() - began
 
-    take(2)  # compiles, or chooses its algorithms
-    steps = step.world.agree_on(_as_many(take(1)))
-    return steps * step.config.batch_size / take(steps)
+    seconds(2)  # compiles, or lets cuDNN choose its algorithms
+    steps = step.world.broadcast(_repetitions(seconds(1)))
+    return steps * step.config.batch_size / seconds(steps)
 
 
 def _loader_rate(step: Step, pipeline: Pipeline, epoch: Epoch, size: int) -> float:
-    """After the first batch, which waits for the workers to start."""
+    """The rate after the first batch, which waits for the workers to start."""
     with closing(pipeline.epoch(epoch.views, epoch.order, image_size=size)) as batches:
         next(batches)
         began, images = time.perf_counter(), 0
@@ -108,7 +108,7 @@ def _loader_rate(step: Step, pipeline: Pipeline, epoch: Epoch, size: int) -> flo
             if time.perf_counter() - began > SECONDS:
                 break
         seconds = time.perf_counter() - began
-    if not images:  # a data set of one batch: time it from the start
+    if not images:  # there is only one batch: time it from the start
         began = time.perf_counter()
         images = sum(len(batch.labels) for batch in pipeline.epoch(epoch.views, epoch.order, image_size=size))
         seconds = time.perf_counter() - began
@@ -122,7 +122,7 @@ def _evaluation_rate(step: Step, pipeline: Pipeline, epoch: Epoch) -> float:
         batch = next(batches)
     step.student.eval()
 
-    def take(calls: int) -> float:
+    def seconds(calls: int) -> float:
         began = time.perf_counter()
         for _ in range(calls):
             logits = step.student.classify(batch.images)
@@ -130,33 +130,37 @@ def _evaluation_rate(step: Step, pipeline: Pipeline, epoch: Epoch) -> float:
         return time.perf_counter() - began
 
     with torch.autocast(step.device.type, torch.bfloat16, enabled=step.bf16):
-        take(1)
-        calls = _as_many(take(1))
-        return step.world.size * calls * len(batch.labels) / take(calls)
+        seconds(1)
+        calls = _repetitions(seconds(1))
+        return step.world.size * calls * len(batch.labels) / seconds(calls)
 
 
-def _as_many(seconds: float) -> int:
-    """Repetitions that fill the time of a measurement."""
+def _repetitions(seconds: float) -> int:
+    """How often to repeat what takes `seconds` so that a measurement takes about SECONDS: 2 to 50 times."""
     return min(max(int(SECONDS / seconds), 2), 50)
 
 
 def _run_bytes(step: Step) -> int:
-    """Of the checkpoints: weights, their average, and what the optimiser keeps (SGD one tensor each, others two)."""
+    """Size of the checkpoints: weights, moving average, optimiser state (SGD one tensor per weight, others two)."""
     weights = sum(t.numel() * t.element_size() for t in step.student.state_dict().values())
     copies = 1 + (1 if "sgd" in step.config.optimizer else 2) + (step.ema is not None)
     return weights * (copies * step.config.keep + 1)
 
 
 def plan(config: TrainConfig) -> tuple[Plan, TrainConfig] | None:
-    """What the run would cost, and its configuration as the data complete it; None on all ranks but the first.
+    """Estimate the cost of a run; writes nothing.
 
-    Writes nothing. Raises BadInput as `train` does.
+    Returns:
+        The estimate and the configuration with the values chosen by dataset size; None on all ranks but the first.
+
+    Raises:
+        BadInput: as `train`.
     """
-    with contact():
+    with connection_errors():
         world = join(config.timeout_s)
         job = open_job(config, world)
         estimate = measure(job.step, job.train_pipeline, job.epochs, len(job.val_set))
-        found = (estimate, job.config) if world.is_main else None
+        result = (estimate, job.config) if world.is_main else None
         del job
         world.leave()
-    return found
+    return result

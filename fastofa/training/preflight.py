@@ -19,7 +19,7 @@ from fastofa.system.memory import memory_bytes
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import TeacherCache
 from fastofa.training.distributed import World
-from fastofa.training.epochs import check_whole
+from fastofa.training.epochs import check_divisible
 from fastofa.training.step import check_device
 
 
@@ -45,7 +45,7 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
     if config.workers is not None and config.workers < 0:
         raise BadInput(f"workers: expected at least 0, got {config.workers}")
     if config.batch_size is not None:
-        check_whole(config.batch_size, {"ranks": world.size, "parts": config.accumulate})
+        check_divisible(config.batch_size, {"ranks": world.size, "parts": config.accumulate})
     return device
 
 
@@ -65,7 +65,7 @@ def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order
             chosen = "pages"
             notice(f"order pages: {train_set.file} has {size / 1e9:,.1f} GB, the memory {memory / 1e9:,.1f} GB")
     orders = get_args(Order)
-    chosen = orders[world.agree_on(orders.index(chosen))]
+    chosen = orders[world.broadcast(orders.index(chosen))]
     if chosen == "pages" and train_set.pages is None:
         raise BadInput(
             f"{config.out}: the run goes by the pages of its .beton; expected that as --data, got {config.data}"
@@ -76,7 +76,7 @@ def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order
 def views_begun_with(config: TrainConfig, world: World) -> int:
     """How many views of the cache a run that goes on replays, as rank 0 finds it; 0 for one that begins."""
     goes_on = world.is_main and config.resume and (config.out / CONFIG).exists()
-    return world.agree_on(len(open_run(config.out).answers) if goes_on else 0)
+    return world.broadcast(len(open_run(config.out).answers) if goes_on else 0)
 
 
 def check_place(run: Run) -> None:

@@ -1,6 +1,6 @@
-"""The training step: student, exits and loss as one compiled program, then one update. It never waits for the device.
+"""The training step: student, exits and loss compiled as one program, then one update. It never waits for the device.
 
-Shapes: B images of a part of a step, C classes, H heads.
+Shapes: B images in a part of a step, C classes, H heads.
 """
 
 from collections.abc import Sequence
@@ -28,21 +28,23 @@ from fastofa.training.distributed import World
 from fastofa.training.optim import check_optimizer, create_optimizer, set_learning_rate
 
 SUMS = (*PARTS, "grad_norm")
-MOST_SIZES = 64  # of pictures that one run compiles for
+MAX_IMAGE_SIZES = 64  # that one run compiles for
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
-    """Raises BadInput for what the device cannot do."""
+    """Raises BadInput for options that the device does not support."""
     check_kernels(config.kernels, device)
     if config.sync_bn and device.type != "cuda":
         raise BadInput("sync-bn: expected GPUs, the student is on the CPU; leave it out")
     if config.sync_bn and choose_compile(config.compile, device):
-        raise BadInput("sync-bn: expected --compile off, PyTorch's synchronised batch norm cannot be compiled as one")
+        raise BadInput(
+            "sync-bn: expected --compile off, since PyTorch cannot compile synchronised batch norm as one graph"
+        )
     check_optimizer(config.optimizer, device)
 
 
 class Program(nn.Module):
-    """What is compiled: uint8 images -> the loss and its parts, fp32 [len(PARTS)]."""
+    """The compiled part of a step: uint8 images [B, 3, S, S] -> the loss and its parts, fp32 [len(PARTS)]."""
 
     def __init__(self, student: Student, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
@@ -63,10 +65,11 @@ class Program(nn.Module):
 
 
 class Step:
-    """One update of the student on its device; makes its optimiser and its moving average.
+    """One update of the student on its device; owns the optimiser and the moving average of the weights.
 
-    `steps` counts the updates; `sums` holds what SUMS names, added up over the `summed` updates since `reset_sums`: the
-    losses of this rank's images, the norm of everybody's gradient. A number that is not finite stays in the sums.
+    `steps` counts the updates. `sums`, fp32 [len(SUMS)] on the device, adds up the values named by SUMS over the
+    `summed` updates since `reset_sums`: the losses of this rank's images and the norm of the gradient over all ranks.
+    Once a value is not finite, its sum is not finite either.
     """
 
     def __init__(self, student: Student, config: TrainConfig, device: torch.device, world: World | None = None) -> None:
@@ -84,37 +87,38 @@ class Step:
         program = Program(student, config, device)
         self.bf16 = program.bf16
         if self.compiled:
-            torch._dynamo.config.recompile_limit = MOST_SIZES
+            torch._dynamo.config.recompile_limit = MAX_IMAGE_SIZES
             program.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
         self.steps = 0
         self.reset_sums()
 
     def _distributed(self, program: Program) -> DistributedDataParallel:
-        """Gradients become the mean over the ranks while the backward pass still runs."""
+        """Wrap the program so that gradients are averaged over the ranks during the backward pass."""
         for parameter in self.student.unused_parameters():
-            parameter.requires_grad_(False)  # or every rank would wait for its gradient
+            parameter.requires_grad_(False)  # DDP would wait for a gradient that never comes
         ddp = DistributedDataParallel(program, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.config.grad_compression == "bf16":
             ddp.register_comm_hook(None, bf16_compress_hook)
         return ddp
 
     def __call__(self, parts: Sequence[Batch], targets: DeviceTargets | None, lr: float) -> None:
-        """Take one step on this rank's images, which come in one part, or in several where memory is short.
+        """Take one step on this rank's images, in one part or, to save memory, in several.
 
         Args:
-            targets: the teacher's answers to this epoch's views; None without a teacher.
+            targets: the teacher's targets for this epoch's views; None without a teacher.
         """
         c = self.config
-        torch.manual_seed(_random_state(c.seed, self.steps, self.world.rank))  # dropout and the like
+        torch.manual_seed(_random_state(c.seed, self.steps, self.world.rank))  # dropout, stochastic depth
         set_learning_rate(self.optimizer, lr)
         for number, batch in enumerate(parts, start=1):
             if c.cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()  # which imports all of the compiler: a second
-            found = None if targets is None else targets.lookup(batch.rows)
+                torch.compiler.cudagraph_mark_step_begin()  # imports the whole compiler, which takes a second
+            part_targets = None if targets is None else targets.lookup(batch.rows)
             last = number == len(parts) or self.world.size == 1
             with nullcontext() if last else self.program.no_sync():
-                losses = self.program(batch.images, batch.labels, found, batch.partner_labels, batch.mix) / len(parts)
+                losses = self.program(batch.images, batch.labels, part_targets, batch.partner_labels, batch.mix)
+                losses = losses / len(parts)
                 losses[0].backward()
             self.sums[:-1] += losses.detach()
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -129,7 +133,7 @@ class Step:
         self.summed += 1
 
     def is_finite(self) -> bool:
-        """Are weights and statistics, and their average? Waits for the device."""
+        """Whether the weights, statistics and moving average are finite. Waits for the device."""
         states = [self.student.state_dict(), {} if self.ema is None else self.ema.module.state_dict()]
         norm = get_total_norm([t for state in states for t in state.values() if t.is_floating_point()])
         return bool(norm.isfinite())
@@ -140,8 +144,8 @@ class Step:
 
 
 def _random_state(seed: int, step: int, rank: int) -> int:
-    """A state of the random generators for each step and rank, so that a resumed run needs none saved.
+    """The seed of the random generators at a step on a rank; a resumed run therefore needs no saved random state.
 
-    Mixed into 32 bits, since more are cut off by PyTorch's generator for the CPU.
+    It has 32 bits because PyTorch's CPU generator ignores the higher ones.
     """
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""The training objective against mission's formula, written again here in dense float64."""
+"""The training objective against its formula, written independently here in dense float64."""
 
 from pathlib import Path
 
@@ -23,12 +23,13 @@ B, C, K = 6, 9, 4
 CPU = torch.device("cpu")
 
 
-def config(**given) -> TrainConfig:
-    return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **given})
+def config(**overrides) -> TrainConfig:
+    values = {"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits"}
+    return TrainConfig(**{**values, **overrides})
 
 
 def case(heads: int, seed: int = 0) -> tuple[Tensor, Tensor, Targets]:
-    """Logits of every head, labels, and the answers as a cache gives them, the label in and out of the K."""
+    """Logits of every head, labels, and targets as a cache stores them, with the label among the K classes or not."""
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(heads, B, C, generator=generator)
     labels = torch.randint(0, C, (B,), generator=generator)
@@ -52,7 +53,7 @@ def truth(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | Non
     p = p.scatter(1, targets.classes.long(), known) ** (1 / c.temperature)
     p = p / p.sum(1, keepdim=True)
     eps = c.eps * len(z)
-    if len(c.eps) > 1:  # the first belongs to the stage that was written first; heads come in the order of stages
+    if len(c.eps) > 1:  # eps are in the order of `stages`, heads in stage order
         eps = [power for _, power in sorted(zip(c.stages, c.eps, strict=False))] if c.exits else []
         eps = [*eps, c.eps[-1]]
     heads = []
@@ -64,20 +65,20 @@ def truth(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | Non
 
 
 def check(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | None) -> None:
-    """All four parts, and the gradient of the sum, as in float64."""
+    """All four parts and the gradient of the total equal those in float64."""
     logits, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    got = Objective(c.objective, CPU)(logits, labels, targets)
+    actual = Objective(c.objective, CPU)(logits, labels, targets)
     expected = truth(c, exact, labels, targets)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-6)
-    got[0].backward()
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=2e-6)
+    actual[0].backward()
     expected[0].backward()
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-4, atol=2e-6)
 
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_equals_the_formula(data):
+def test_the_objective_equals_the_formula(data):
     """Any method, stages, eps (one, or one per head), weights, label loss, smoothing, temperature and variant."""
     method = data.draw(st.sampled_from(["ofa", "kd", "scratch"]))
     stages = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, unique=True)))
@@ -99,7 +100,7 @@ def test_equals_the_formula(data):
 
 
 def test_each_head_has_its_own_eps():
-    """The order of eps is that of the heads: exits from stage 1 up, then the final logits."""
+    """eps are in the order of the heads: exits from stage 1 up, then the final logits."""
     logits, labels, targets = case(5)
     logits = logits[:1].repeat(5, 1, 1)
     eps = (0.7, 1.0, 1.3, 1.6, 2.0)
@@ -121,8 +122,8 @@ def test_the_parts_are_unweighted_and_the_loss_is_their_weighted_sum():
     assert min(plain.values()) > 0
 
 
-def test_kd_with_eps_1_is_hard_and_soft_label_cross_entropy():
-    """With all classes kept nothing is spread, and PyTorch's own two cross-entropies are the whole loss."""
+def test_kd_with_eps_1_is_the_sum_of_hard_and_soft_label_cross_entropy():
+    """With all classes kept, no probability is spread, and PyTorch's two cross-entropies are the whole loss."""
     logits, labels, _ = case(1)
     log_probs = torch.log_softmax(torch.randn(B, C), dim=-1)
     targets = Targets(torch.arange(C).repeat(B, 1), log_probs)
@@ -139,7 +140,7 @@ def test_scratch_learns_from_labels_only():
 
 
 @pytest.mark.parametrize(
-    ("weights", "learns"),
+    ("weights", "expected"),
     [
         ({}, [True] * 5),
         ({"ofa_weight": 0}, [False, False, False, False, True]),
@@ -149,19 +150,19 @@ def test_scratch_learns_from_labels_only():
         ({"gt_weight": 0, "kd_weight": 0, "ofa_weight": 0}, [False] * 5),
     ],
 )
-def test_a_head_learns_only_where_its_weight_says_so(weights, learns):
-    """Labels and kd reach the last head alone, ofa the exits alone; teacher and labels have no gradient."""
+def test_a_head_has_a_gradient_only_if_its_weight_is_not_zero(weights, expected):
+    """Label loss and KD reach only the last head, OFA only the exits."""
     logits, labels, targets = case(5)
     logits.requires_grad_()
     Objective(config(**weights).objective, CPU)(logits, labels, targets)[0].backward()
-    assert [bool(g.abs().max() > 0) for g in logits.grad] == learns
+    assert [bool(g.abs().max() > 0) for g in logits.grad] == expected
 
 
-# --- Mixed pictures ---------------------------------------------------------------------------------------------------
+# --- Mixed images -----------------------------------------------------------------------------------------------------
 
 
 def mixed_case(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The partner's labels, some of them the same, and shares, among them 0, 1 and a tie."""
+    """Partner labels, some equal to the labels, and shares that include 0, 1 and a tie."""
     generator = torch.Generator().manual_seed(seed)
     shares = torch.rand(B, generator=generator)
     shares[:3] = torch.tensor([0.0, 1.0, 0.5])
@@ -170,8 +171,8 @@ def mixed_case(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("gt_loss", ["ce", "bce"])
-def test_mixed_labels_are_timms(gt_loss, smoothing):
-    """mixup_target of each pair, then the loss that timm's recipes put on it; and the OFA label is its argmax."""
+def test_mixed_labels_equal_timms(gt_loss, smoothing):
+    """mixup_target of each pair, then the loss of timm's recipes; the OFA loss enhances the argmax of the target."""
     logits, labels, targets = case(5)
     partner_labels, mix = mixed_case()
     pairs = torch.stack([labels, partner_labels], dim=1)
@@ -181,16 +182,16 @@ def test_mixed_labels_are_timms(gt_loss, smoothing):
 
     c = config(gt_loss=gt_loss, smoothing=smoothing, eps=(1.3,))
     objective = Objective(c.objective, CPU)
-    got = objective(logits, labels, targets, partner_labels, mix)
+    actual = objective(logits, labels, targets, partner_labels, mix)
     by_timm = SoftTargetCrossEntropy() if gt_loss == "ce" else BinaryCrossEntropy(smoothing=smoothing)
-    torch.testing.assert_close(got[1], by_timm(logits[-1], target))
+    torch.testing.assert_close(actual[1], by_timm(logits[-1], target))
     hard = objective(logits, target.argmax(dim=1), targets)
-    assert torch.equal(got[2:], hard[2:])
-    torch.testing.assert_close(got[0], got[1:].sum())
+    assert torch.equal(actual[2:], hard[2:])
+    torch.testing.assert_close(actual[0], actual[1:].sum())
 
 
-def test_eps_belongs_to_the_stage_it_was_written_with():
-    """--stages 4 1 --eps 1.1 1.9 1.5: 1.9 for stage 1, whose head comes first."""
+def test_eps_follow_the_order_of_stages_on_the_command_line():
+    """--stages 4 1 --eps 1.1 1.9 1.5: the exit of stage 1, the first head, has eps 1.9."""
     logits, labels, targets = case(3)
     written = Objective(config(stages=(4, 1), eps=(1.1, 1.9, 1.5)).objective, CPU)
     in_order = Objective(config(stages=(1, 4), eps=(1.9, 1.1, 1.5)).objective, CPU)
@@ -202,15 +203,15 @@ def test_eps_belongs_to_the_stage_it_was_written_with():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gt_loss", ["ce", "bce"])
-def test_a_share_of_any_floating_type(gt_loss, dtype):
-    """The same loss as for these shares in fp32, in fp32; for float64 logits in float64."""
+def test_mix_of_any_floating_dtype(gt_loss, dtype):
+    """The loss is fp32 and equals that of fp32 shares; the mixed labels are at least fp32."""
     logits, labels, targets = case(5)
     partner_labels, mix = mixed_case()
     mix = mix.to(dtype)
     objective = Objective(config(gt_loss=gt_loss, smoothing=0.1).objective, CPU)
-    got = objective(logits, labels, targets, partner_labels, mix)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, objective(logits, labels, targets, partner_labels, mix.float()))
+    actual = objective(logits, labels, targets, partner_labels, mix)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, objective(logits, labels, targets, partner_labels, mix.float()))
     shares = mixed_labels(labels, partner_labels, mix, C, 0.1)
     assert shares.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(B, dtype=shares.dtype))
@@ -218,7 +219,7 @@ def test_a_share_of_any_floating_type(gt_loss, dtype):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_whole_objective_takes_shares_of_any_floating_type(dtype, impl):
+def test_the_distillation_loss_accepts_mix_of_any_floating_dtype(dtype, impl):
     logits, labels, targets = case(3)
     partner_labels, mix = mixed_case()
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
@@ -236,16 +237,16 @@ def test_the_whole_objective_takes_shares_of_any_floating_type(dtype, impl):
             impl=impl,
         )[0]
 
-    got = loss(logits, mix, impl)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.cpu(), loss(logits, mix.float(), "torch").cpu())
+    actual = loss(logits, mix, impl)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.cpu(), loss(logits, mix.float(), "torch").cpu())
     exact = loss(logits.double(), mix, "torch")
     assert exact.dtype == torch.float64
-    torch.testing.assert_close(exact.float(), got, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(exact.float(), actual, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gt_loss", ["ce", "bce"])
-def test_a_share_of_one_is_no_mixing(gt_loss):
+def test_a_share_of_1_equals_no_mixing(gt_loss):
     logits, labels, targets = case(5)
     objective = Objective(config(gt_loss=gt_loss, smoothing=0.1).objective, CPU)
     plain = objective(logits, labels, targets)
@@ -255,8 +256,8 @@ def test_a_share_of_one_is_no_mixing(gt_loss):
 
 
 @pytest.mark.parametrize("gt_loss", ["ce", "bce"])
-def test_bf16_logits_lose_nothing_but_their_own_rounding(gt_loss):
-    """The student may compute in bf16, the loss does not: the same numbers in fp32 give the same parts."""
+def test_bf16_logits_add_no_error_but_their_own_rounding(gt_loss):
+    """The loss is computed in fp32: the same logits in bf16 and in fp32 give the same parts."""
     logits, labels, targets = case(5)
     logits = logits.bfloat16()
     check(config(gt_loss=gt_loss, eps=(1.4,)), logits.float(), labels, targets)
