@@ -12,6 +12,6 @@ PREDICTIONS = "val_predictions.safetensors"
 
 
 def save_predictions(run: Path, best: np.ndarray, labels: np.ndarray, info: dict[str, Any]) -> None:
-    """The answers of the last evaluation, as `predict` gives them, beside the right ones."""
+    """The answers of the last evaluation, as `best_classes` gives them, beside the right ones."""
     tensors = {"best": torch.from_numpy(best).to(torch.int32), "labels": torch.from_numpy(labels)}
     save_tensors(run / PREDICTIONS, tensors, info)
