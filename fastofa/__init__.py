@@ -1,6 +1,6 @@
 """OFA-KD at full speed: a strong small vision model from any teacher, through cached teacher predictions.
 
-    from fastofa import open_dataset, precompute, train, evaluate, export
+    from fastofa import open_dataset, precompute, train, evaluate, export, predict
 
 Everything here is imported when it is first used: `import fastofa` itself imports nothing.
 """
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fastofa.training.evaluate import evaluate as evaluate
     from fastofa.training.export import export as export
     from fastofa.training.loop import train as train
+    from fastofa.training.predict_files import Prediction as Prediction
+    from fastofa.training.predict_files import predict as predict
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,7 @@ __getattr__, __dir__ = lazy(
     {
         "BadInput": "fastofa.system.errors",
         "PrecomputeConfig": "fastofa.teacher.precompute_config",
+        "Prediction": "fastofa.training.predict_files",
         "Student": "fastofa.student.model",
         "TeacherCache": "fastofa.teacher.cache",
         "TrainConfig": "fastofa.runs.config",
@@ -37,6 +40,7 @@ __getattr__, __dir__ = lazy(
         "open_dataset": "fastofa.data.open",
         "open_teacher": "fastofa.teacher.model",
         "precompute": "fastofa.teacher.precompute",
+        "predict": "fastofa.training.predict_files",
         "train": "fastofa.training.loop",
     },
 )

@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "distil a student from a teacher cache",
     "evaluate": "top-1, top-5 and agreement with the teacher of a run",
     "export": "write a run's student as a model that plain timm loads",
+    "predict": "the classes of images without labels, by a run's student or an exported model",
     "cache": "info on a teacher cache, or verify its checksums",
     "doctor": "what acceleration is present here, and what the missing parts need",
 }

@@ -35,7 +35,7 @@ from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.evaluate import evaluate
 from fastofa.training.export import export
-from fastofa.training.predict import predict
+from fastofa.training.validate import best_classes
 from runs import newest
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.3, 0.25, 0.2)
@@ -152,13 +152,13 @@ def test_mirror_images_and_larger_pictures_count_where_the_run_says_so(tmp_path)
 
 
 def test_predictions_are_the_mean_of_picture_and_mirror_image(digits):
-    """`predict` itself, of every picture: the five best classes; asked twice it answers the same."""
+    """`best_classes` itself, of every picture: the five best classes; asked twice it answers the same."""
     run = make_run(Path("unused"), save=False)
     student = run.build_student().train()
     lively(student)
     pipeline = open_pipeline("resident", digits, 32, 30)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    got = [predict(student, pipeline, digits, 0.8, bf16=False, flip=True) for _ in range(2)]
+    got = [best_classes(student, pipeline, digits, 0.8, bf16=False, flip=True) for _ in range(2)]
     assert student.training
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     images = tv.normalize(pixels(digits, 32, 0.8) / 255, list(MEAN), list(STD))

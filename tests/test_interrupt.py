@@ -272,7 +272,7 @@ def _stuck(reached: Path) -> None:
             if handlers != [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]:
                 reached.unlink(missing_ok=True)
 
-    fastofa.training.loop.predict_each = predict  # type: ignore[assignment]
+    fastofa.training.loop.best_classes_each = predict  # type: ignore[assignment]
 
 
 @pytest.mark.slow

@@ -79,13 +79,15 @@ def test_the_best_evaluations_weights_are_kept(on_photos, monkeypatch):
     )  # of the weights, of their average; the last two after resuming
     evaluated: list[list[dict[str, Tensor]]] = []
 
-    def predict_each(students: list[nn.Module], pipeline: Any, dataset: Any, *_: Any, **__: Any) -> list[np.ndarray]:
+    def best_classes_each(
+        students: list[nn.Module], pipeline: Any, dataset: Any, *_: Any, **__: Any
+    ) -> list[np.ndarray]:
         evaluated.append([copy.deepcopy(student.state_dict()) for student in students])
         right, found = dataset.labels, next(hits)
         first = [np.where(np.arange(len(right)) < count, right, 1 - right) for count in found]
         return [np.stack([best, 1 - best], axis=1) for best in first]
 
-    monkeypatch.setattr(fastofa.training.loop, "predict_each", predict_each)
+    monkeypatch.setattr(fastofa.training.loop, "best_classes_each", best_classes_each)
     config = on_photos(epochs=4, ema=0.5)
     train(config)
     epochs = rows(config.out, "epoch")
@@ -152,7 +154,7 @@ def test_a_run_that_ended_between_saving_and_evaluating_evaluates_then(on_photos
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fastofa.training.loop, "predict_each", fail)
+        patch.setattr(fastofa.training.loop, "best_classes_each", fail)
         for resume in (False, True):
             with pytest.raises(RuntimeError, match="out of memory"):
                 train(dataclasses.replace(config, resume=resume))
@@ -183,7 +185,7 @@ def test_a_signal_at_an_epochs_end_does_not_wait_for_the_evaluation(on_photos, m
 
     with monkeypatch.context() as patch:
         patch.setattr(Step, "__call__", step)
-        patch.setattr(fastofa.training.loop, "predict_each", lambda *_, **__: pytest.fail("evaluated"))
+        patch.setattr(fastofa.training.loop, "best_classes_each", lambda *_, **__: pytest.fail("evaluated"))
         with pytest.raises(Stopped, match="saved step 3 of 6"):
             train(config)
     train(dataclasses.replace(config, resume=True))

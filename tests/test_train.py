@@ -542,13 +542,13 @@ def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
         optimizer.register_step_post_hook(lambda *_: after_steps.append(copy.deepcopy(model.state_dict())))
         return optimizer
 
-    def predict_each(students: list[nn.Module], *arguments: Any, **given: Any) -> list[np.ndarray]:
+    def best_classes_each(students: list[nn.Module], *arguments: Any, **given: Any) -> list[np.ndarray]:
         evaluated.append([copy.deepcopy(student.state_dict()) for student in students])
         return original(students, *arguments, **given)
 
-    original = fastofa.training.loop.predict_each
+    original = fastofa.training.loop.best_classes_each
     monkeypatch.setattr(fastofa.training.step, "create_optimizer", create)
-    monkeypatch.setattr(fastofa.training.loop, "predict_each", predict_each)
+    monkeypatch.setattr(fastofa.training.loop, "best_classes_each", best_classes_each)
     config = on_photos(ema=0.7, lr=0.01)
     train(config)
 
@@ -569,14 +569,14 @@ def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
 
 def test_without_a_moving_average_the_student_itself_is_evaluated(on_photos, monkeypatch):
     evaluated = []
-    original = fastofa.training.loop.predict_each
+    original = fastofa.training.loop.best_classes_each
 
-    def predict_each(students, *arguments, **given):
+    def best_classes_each(students, *arguments, **given):
         (student,) = students
         evaluated.append(copy.deepcopy(student.state_dict()))
         return original(students, *arguments, **given)
 
-    monkeypatch.setattr(fastofa.training.loop, "predict_each", predict_each)
+    monkeypatch.setattr(fastofa.training.loop, "best_classes_each", best_classes_each)
     config = on_photos()
     train(config)
     weights = saved(config.out, "student")

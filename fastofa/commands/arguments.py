@@ -73,6 +73,35 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class PredictConfig:
+    """The most probable classes of images without labels, with their probabilities."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN|MODEL")]]
+    """Folder that `fastofa train` or `fastofa export` wrote; also a folder of timm's, local-dir:FOLDER or
+    hf-hub:OWNER/NAME."""
+    files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE|FOLDER ...")]]
+    """Images, and folders of images, which are searched to any depth."""
+    csv: Path | None = None
+    """File for the predictions of all images. By default the first thousand are printed."""
+    topk: int = 5
+    """Classes for each image."""
+    weights: Weights = "last"
+    """Of a run: last, best, raw, ema, best-raw or best-ema, as for `fastofa evaluate`."""
+    batch_size: int = 256
+    """Images at once."""
+    device: str = "auto"
+    """auto, cuda, cuda:1, cpu."""
+    workers: int | None = None
+    """Decoding threads; by default one per core, at most 16."""
+    skip_corrupt: bool = False
+    """Exit with code 0 although some images could not be read. They are named in any case, all others predicted."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "topk", "batch_size")
+        at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True)
 class CacheConfig:
     """info: what the cache was made from. verify: read every finished table, compare its checksum, check its values."""
 
@@ -94,6 +123,7 @@ CONFIGS: dict[str, type] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "predict": PredictConfig,
     "cache": CacheConfig,
     "doctor": DoctorConfig,
 }

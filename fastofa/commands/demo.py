@@ -31,7 +31,7 @@ from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.export import export
 from fastofa.training.loop import Result, train
-from fastofa.training.predict import accuracy
+from fastofa.training.validate import accuracy
 from fastofa.views.table import center_views
 
 TEACHER, STUDENT = "pvt_v2_b0", "test_resnet"

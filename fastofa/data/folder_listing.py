@@ -97,7 +97,7 @@ def list_images(top: Path, split: str) -> Listing:
     listed, labels, done = [], [], 0
     unreadable: dict[int, str] = {}
     taken = {identity: name for name, identity in reversed(classes.items())}
-    above = _folders_above(top) | taken.keys()
+    above = _folders_above(*(top / split for split in SPLITS)) | taken.keys()
     here = [(label, name) for label, name in enumerate(train) if name in classes]
     for (label, _), found in zip(
         here, in_order(lambda item: _list_class(root, item[1], above), here, THREADS), strict=True
@@ -113,9 +113,7 @@ def list_images(top: Path, split: str) -> Listing:
         )
     remarks = []
     if left := left + [one for found in listed for one in found.left]:
-        kinds = ", ".join(SUFFIXES)
-        what = "1 file or folder" if len(left) == 1 else f"{len(left):,} files and folders"
-        remarks.append(f"{root}: left out {what}: {_by_kind(left)}; images end in {kinds}{_misnamed(root, left)}")
+        remarks.append(_left_out(root, left))
     if nested := [name for found in listed for name in found.nested]:
         folder = nested[0].partition("/")[0]
         remarks.append(
@@ -135,6 +133,16 @@ def list_images(top: Path, split: str) -> Listing:
     )
 
 
+def list_below(folder: Path) -> tuple[list[Path], list[str]]:
+    """The images in a folder and in all folders below it, sorted by path, whatever the folders mean; and remarks.
+
+    Raises BadInput: no image, a folder that may not be read, a name that is not UTF-8.
+    """
+    found = _list_class(folder, ".", _folders_above(folder))
+    left = [one._replace(name=one.name.removeprefix("./")) for one in found.left]
+    return [folder / name for name in Names(found.text)], [_left_out(folder, left)] if left else []
+
+
 def is_folder(path: Path) -> bool:
     """Raises BadInput where that cannot be known: a folder above it may not be read, links lead in a circle."""
     try:
@@ -147,7 +155,7 @@ def is_folder(path: Path) -> bool:
 
 def _class_folders(top: Path, root: Path) -> tuple[dict[str, tuple[int, int]], list[_Left]]:
     """Class names in order, with the identity of each folder; and what else lies in a split's folder."""
-    classes, left, above = {}, [], _folders_above(top)
+    classes, left, above = {}, [], _folders_above(*(top / split for split in SPLITS))
     for entry in _entries(str(root)):
         if kind := _leftover(entry.name):
             left.append(_Left(kind, entry.name))
@@ -170,10 +178,10 @@ def _class_folders(top: Path, root: Path) -> tuple[dict[str, tuple[int, int]], l
     return dict(sorted(classes.items())), left
 
 
-def _folders_above(top: Path) -> set[tuple[int, int]]:
-    """Identities of the splits' folders and of all folders that hold them: no part of a class, by whatever link."""
+def _folders_above(*roots: Path) -> set[tuple[int, int]]:
+    """Identities of these folders and of all folders that hold them: no part of a class, by whatever link."""
     above = set()
-    for root in (top / split for split in SPLITS):
+    for root in roots:
         for path in (root, *root.absolute().parents, *Path(os.path.realpath(root)).parents):
             try:
                 status = os.stat(path)
@@ -272,6 +280,12 @@ def remedy(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM):
         return "let this user read it (`chmod a+rX`) or remove it"
     return "mend or remove it"
+
+
+def _left_out(root: Path, left: list[_Left]) -> str:
+    """What was not taken, in a line."""
+    what = "1 file or folder" if len(left) == 1 else f"{len(left):,} files and folders"
+    return f"{root}: left out {what}: {_by_kind(left)}; images end in {', '.join(SUFFIXES)}{_misnamed(root, left)}"
 
 
 def _by_kind(left: list[_Left]) -> str:

@@ -35,7 +35,7 @@ class ModelConfig:
     arguments: dict[str, Any] = field(default_factory=dict)
     """What timm.create_model needs besides the name and the number of classes."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    """Of input_size, mean, std, crop_pct and interpolation what is given."""
+    """Those of RULES that the file gives."""
     label_names: dict[int, str] = field(default_factory=dict)
     """Of each output; empty where the file names none."""
     label_descriptions: dict[str, str] = field(default_factory=dict)
@@ -141,14 +141,18 @@ def _is_input_size(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(_whole(v, 1, LARGEST_SIDE) for v in value)
 
 
+_SIDES: tuple[Callable[[Any], bool], str] = (
+    lambda v: _is_input_size(v) and v[1] == v[2],
+    f"[3, side, side] with a side of 1 to {LARGEST_SIDE:,} pixels",
+)
+_SHARE: tuple[Callable[[Any], bool], str] = (lambda v: _are_numbers([v], 0.05, 2), "a number from 0.05 to 2")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "input_size": (
-        lambda v: _is_input_size(v) and v[1] == v[2],
-        f"[3, side, side] with a side of 1 to {LARGEST_SIDE:,} pixels",
-    ),
+    "input_size": _SIDES,
+    "test_input_size": _SIDES,
     "mean": (lambda v: _are_numbers(v, 0, 1) and len(v) == CHANNELS, "three numbers from 0 to 1"),
     "std": (lambda v: _are_numbers(v, 1e-3, 10) and len(v) == CHANNELS, "three numbers from 0.001 to 10"),
-    "crop_pct": (lambda v: _are_numbers([v], 0.05, 2), "a number from 0.05 to 2"),
+    "crop_pct": _SHARE,
+    "test_crop_pct": _SHARE,
     "interpolation": (lambda v: isinstance(v, str) and v in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
 }
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -111,21 +111,35 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         BadInput: the disk is full or the folder cannot be written; the temporary file is gone.
     """
+    with replacing(path, f" ({len(data) / 1e6:.1f} MB)") as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path, size: str = "") -> Iterator[BinaryIO]:
+    """A file to write bit by bit, which takes the name `path` when the block ends, as by `write_atomic`.
+
+    Args:
+        size: for the message.
+
+    Raises:
+        BadInput: the disk is full or the folder cannot be written; after this or any other exception nothing is left.
+    """
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        raise BadInput(
-            f"could not write {path} ({len(data) / 1e6:.1f} MB): {reason(error)}; nothing half-written was left"
-        ) from None
+        if isinstance(error, OSError):
+            raise BadInput(f"could not write {path}{size}: {reason(error)}; nothing half-written was left") from None
+        raise
 
 
 def temporary_name(path: Path) -> Path:

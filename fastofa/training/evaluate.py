@@ -15,7 +15,7 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import write_json
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import TeacherCache, agreement
-from fastofa.training.predict import accuracy, predict
+from fastofa.training.validate import accuracy, best_classes
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def evaluate(
     size = run.config.eval_size or student.image_size
     loader = open_pipeline(pipeline, dataset, size, batch_size, on, choose_workers(workers))
     bf16 = choose_bf16(run.config.precision, on)
-    best = predict(student, loader, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
+    best = best_classes(student, loader, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
     top1, top5 = accuracy(best, dataset.labels)
     teacher = _teacher_answers(run, dataset)
     found = Evaluation(

@@ -46,10 +46,10 @@ from fastofa.training.distributed import (
     was_restarted,
 )
 from fastofa.training.epochs import Epochs
-from fastofa.training.predict import accuracy, predict_each
 from fastofa.training.preflight import check_early, check_place, choose_order, views_begun_with
 from fastofa.training.schedule import cautions, image_size, learning_rate, summary
 from fastofa.training.step import SUMS, Step
+from fastofa.training.validate import accuracy, best_classes_each
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 REPORT_EVERY_S = 60  # seconds, at least, between two drawings of a run that goes on
@@ -335,7 +335,7 @@ class Job:
         """
         c, step = self.config, self.step
         students = {"raw": step.student} if step.ema is None else {"raw": step.student, "ema": step.ema.module}
-        answers = predict_each(
+        answers = best_classes_each(
             list(students.values()),
             self.val_pipeline,
             self.val_set,

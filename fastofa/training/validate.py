@@ -1,11 +1,12 @@
 """The student's best classes for every validation image, and their accuracy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastofa.data.dataset import Dataset
 from fastofa.pipelines import Pipeline
@@ -15,7 +16,7 @@ from fastofa.training.distributed import World
 from fastofa.views.table import center_views
 
 
-def predict(
+def best_classes(
     student: Any,
     pipeline: Pipeline,
     dataset: Dataset,
@@ -25,12 +26,12 @@ def predict(
     flip: bool = False,
     world: World | None = None,
 ) -> np.ndarray:
-    """As `predict_each`, of one student."""
-    return predict_each([student], pipeline, dataset, crop, bf16, title, flip, world)[0]
+    """As `best_classes_each`, of one student."""
+    return best_classes_each([student], pipeline, dataset, crop, bf16, title, flip, world)[0]
 
 
 @torch.inference_mode()
-def predict_each(
+def best_classes_each(
     students: Sequence[Any],
     pipeline: Pipeline,
     dataset: Dataset,
@@ -63,10 +64,7 @@ def predict_each(
     with closing(pipeline.epoch(center_views(dataset.sizes, crop), order)) as batches:
         for batch in track(batches, len(order), title, lambda batch: len(batch.labels)):
             for student, answers in zip(students, best, strict=True):
-                with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
-                    logits = student.classify(batch.images)
-                    if flip:
-                        logits = logits + student.classify(batch.images.flip(-1))
+                logits = logits_of(student.classify, batch.images, bf16, flip)
                 classes = logits.topk(answers.shape[1] - 1, dim=-1).indices
                 odd = (~logits.isfinite()).sum(dim=-1, keepdim=True)
                 found.append((answers, batch.sample_ids, torch.cat([classes, odd], dim=1)))
@@ -83,7 +81,14 @@ def predict_each(
     return [answers[:, :-1].numpy() for answers in best]
 
 
+def logits_of(classify: Callable[[Tensor], Tensor], images: Tensor, bf16: bool, flip: bool) -> Tensor:
+    """[B, C] of uint8 images [B, 3, S, S]; with `flip` the mean over each image and its mirror image."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        logits = classify(images)
+        return (logits + classify(images.flip(-1))) / 2 if flip else logits
+
+
 def accuracy(best: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """(top-1, top-5) as shares; `best` as `predict` gives it."""
+    """(top-1, top-5) as shares; `best` as `best_classes` gives it."""
     hits = best == labels[:, None]
     return float(hits[:, 0].mean()), float(hits.any(axis=1).mean())
