@@ -1,5 +1,5 @@
-"""Benchmarks: each file here is a command, `python -m bench.NAME`, that measures beside a baseline and writes a record to
-bench/results/. What they share is in bench/lib/, their charts are in bench/plots/.
+"""Benchmarks: each file here is a command, `python -m bench.NAME`, that measures beside a baseline and writes a record
+to bench/results/. What they share is in bench/lib/, their charts are in bench/plots/.
 """
 
 import os

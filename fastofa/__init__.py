@@ -7,7 +7,7 @@ Everything here is imported when it is first used: `import fastofa` itself impor
 
 from typing import TYPE_CHECKING
 
-from fastofa.lazy import lazy
+from fastofa.system.lazy import lazy
 
 if TYPE_CHECKING:
     from fastofa.data.open import open_dataset as open_dataset

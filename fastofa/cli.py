@@ -127,7 +127,7 @@ def _run(argv: list[str], own: bool) -> None:
             )
     with _interrupted_at_once() if own else nullcontext():
         from fastofa.commands.arguments import parse
-        from fastofa.commands.early import check
+        from fastofa.commands.quick_checks import check
 
         config = parse(argv[0], argv[1:])
         check(config)

@@ -17,7 +17,7 @@ FLOORS = (
     "training", "commands",
 )  # fmt: skip
 # Beside the rooms: the command line, and names for outside.
-TOP = {"__init__", "__main__", "cli", "lazy", "dataset", "teacher_cache"}
+TOP = {"__init__", "__main__", "cli", "dataset", "teacher_cache"}
 # What setup.py requires, by the names they are imported under.
 INSTALLED = {
     "torch", "torchvision", "timm", "triton", "numpy", "PIL", "safetensors", "sklearn", "tyro", "rich", "matplotlib",
@@ -27,7 +27,7 @@ OPTIONAL = {"dali_loader.py": {"nvidia"}}  # extras, each imported by one file o
 # Imported within a function: they take a second or more, and many a run does without.
 LATE = {
     ("cli.py", "fastofa.commands.arguments"),
-    ("cli.py", "fastofa.commands.early"),
+    ("cli.py", "fastofa.commands.quick_checks"),
     ("curves.py", "matplotlib"),
     ("curves.py", "matplotlib.figure"),
     ("digits.py", "sklearn.datasets"),
@@ -84,7 +84,7 @@ def test_every_file_is_in_a_room():
 def test_a_module_imports_downwards(module):
     own = room(module)
     for name in imports(FILES[module]):
-        if name.partition(".")[0] == "fastofa" and name != "fastofa.lazy":
+        if name.partition(".")[0] == "fastofa":
             other = room(name)
             assert name == "fastofa" or other is not None, f"{module} imports {name}"
             assert other is None or FLOORS.index(other) <= FLOORS.index(own), f"{module} imports {name}"
@@ -133,7 +133,7 @@ def test_every_command_is_a_file():
     files = {path.stem for module, path in FILES.items() if room(module) == "commands"} - {
         "__init__",
         "arguments",
-        "early",
+        "quick_checks",
     }
     assert files == {*COMMANDS}
     for command in COMMANDS:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fastofa.data.decode import SUFFIXES, check_still, read_file
-from fastofa.data.early import no_split
 from fastofa.data.headers import kind_of
 from fastofa.data.names import Names
+from fastofa.data.quick_checks import no_split
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.threads import in_order
 

@@ -17,9 +17,9 @@ from torchvision.io import encode_jpeg
 from fastofa.data.beton import MOST_BYTES, MOST_PIXELS, PAGE, Picture, read_layout, write_beton
 from fastofa.data.dataset import FFCV, FORMS, Dataset
 from fastofa.data.decode import resize
-from fastofa.data.early import check_written
 from fastofa.data.names import Names
 from fastofa.data.open import open_dataset
+from fastofa.data.quick_checks import check_written
 from fastofa.data.write_config import WriteConfig
 from fastofa.data.written import (
     IMAGES,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fastofa.lazy import lazy
+from fastofa.system.lazy import lazy
 
 if TYPE_CHECKING:
     from fastofa.student.model import Student as Student

@@ -28,11 +28,11 @@ from fastofa.system.files import filling, read_info
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import Bar, notice, progress_bar
 from fastofa.teacher.cache import PARTIAL, VAL, TeacherCache, answers, check_origin, read_table, view_file, write_table
-from fastofa.teacher.early import check_cache, other_cache
 from fastofa.teacher.header import HEADER, identity, policy_to_json, read_header, write_header
 from fastofa.teacher.model import Teacher, check_answers, open_teacher, report_accuracy
 from fastofa.teacher.pixels import save_seen
 from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.teacher.quick_checks import check_cache, other_cache
 from fastofa.teacher.table_checks import answers_fault
 from fastofa.views.draw import draw_views
 from fastofa.views.order import pair_order

@@ -21,7 +21,7 @@ from fastofa.data.dataset import Dataset
 from fastofa.data.decode import crop_resize_one
 from fastofa.data.open import open_dataset
 from fastofa.runs.config import Weights
-from fastofa.runs.early import check_new
+from fastofa.runs.quick_checks import check_new
 from fastofa.runs.run import Run, open_run
 from fastofa.student.model import Student
 from fastofa.system.device import choose_device

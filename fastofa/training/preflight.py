@@ -10,8 +10,8 @@ from fastofa.models.timm_models import resolve
 from fastofa.pipelines import PIPELINES
 from fastofa.runs import checkpoint
 from fastofa.runs.config import Order, TrainConfig
-from fastofa.runs.early import check_vacant
 from fastofa.runs.log import import_wandb
+from fastofa.runs.quick_checks import check_vacant
 from fastofa.runs.run import CONFIG, Run, open_run
 from fastofa.system.device import choose_device
 from fastofa.system.errors import BadInput

@@ -7,13 +7,13 @@ import os
 from typing import Any
 
 from fastofa.commands.arguments import EvaluateConfig, ExportConfig
-from fastofa.data.early import SPLITS, check_data, check_written
+from fastofa.data.quick_checks import SPLITS, check_data, check_written
 from fastofa.data.write_config import WriteConfig
 from fastofa.runs.config import TrainConfig
-from fastofa.runs.early import check_new, check_vacant
+from fastofa.runs.quick_checks import check_new, check_vacant
 from fastofa.system import torchrun
-from fastofa.teacher.early import check_cache
 from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.teacher.quick_checks import check_cache
 
 
 def check(config: Any) -> None:
