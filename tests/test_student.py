@@ -84,7 +84,8 @@ def test_exits_are_as_large_and_as_dear_as_published(
 ) -> None:
     """At 224 px and a thousand classes: parameters to the last one, multiplications within 2.5 points of a hundred.
 
-    (The published shares leave out the attention inside the exits.)
+    (The published shares leave out the attention inside the exits. A CNN's last exit is published as a 1x1 convolution
+    of the whole map and then its mean; ours is of the mean, the same logits for 1/49 of the multiplications.)
     """
     with torch.device("meta"):
         model = Student(name, IMAGENET, teacher_dim=teacher_dim).eval()
@@ -100,7 +101,8 @@ def test_exits_are_as_large_and_as_dear_as_published(
     assert [parameter_count(exit_) for exit_ in model.exits] == expected
     assert sum(expected) == count
     assert round(count / 1e6, 1) == millions
-    assert whole.get_total_flops() / backbone.get_total_flops() - 1 == pytest.approx(more_macs, abs=0.025)
+    spared = 0 if merges else 2 * channels[-1] * dim * (7 * 7 - 1)
+    assert (whole.get_total_flops() + spared) / backbone.get_total_flops() - 1 == pytest.approx(more_macs, abs=0.025)
 
 
 def test_blocks_of_the_exits() -> None:

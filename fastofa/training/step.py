@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +23,7 @@ from fastofa.student.model import Student
 from fastofa.system.device import choose_bf16, choose_compile
 from fastofa.system.errors import BadInput
 from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.training.average import MovingAverage
 from fastofa.training.distributed import World
 from fastofa.training.optim import check_optimizer, create_optimizer, set_learning_rate
 
@@ -83,7 +83,7 @@ class Step:
         self.student = student
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)
-        self.ema = None if config.ema is None else ModelEmaV3(student, decay=config.ema)
+        self.ema = None if config.ema is None else MovingAverage(student, config.ema)
         program = Program(student, config, device)
         self.bf16 = program.bf16
         if self.compiled:
@@ -128,7 +128,7 @@ class Step:
         self.optimizer.zero_grad()
         self.steps += 1
         if self.ema is not None:
-            self.ema.update(self.student, self.steps)
+            self.ema.update(self.steps)
         self.sums[-1] += norm
         self.summed += 1
 

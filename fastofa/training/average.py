@@ -1,0 +1,38 @@
+"""The exponential moving average of a student's weights, updated by a few multi-tensor kernels."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class MovingAverage:
+    """`module` is a copy of the student in eval mode whose tensors follow the student's, as in timm's ModelEmaV3.
+
+    The lists of tensors are made once, not at every step: the student's tensors must stay the same objects, as they do
+    under optimisers and `load_state_dict`.
+    """
+
+    def __init__(self, student: nn.Module, decay: float) -> None:
+        """
+        Args:
+            decay: share that the average keeps at an update, 0 to 1.
+        """
+        self.decay = decay
+        self.module = copy.deepcopy(student).eval().requires_grad_(False)
+        pairs = list(zip(self.module.state_dict().values(), student.state_dict().values(), strict=True))
+        averaged = [(own, current) for own, current in pairs if own.is_floating_point()]
+        self._averaged = [own for own, _ in averaged], [current for _, current in averaged]
+        self._copied = [(own, current) for own, current in pairs if not own.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """average = decay * average + (1 - decay) * student; counters of batch norm are copied.
+
+        Args:
+            step: number of this update, from 1; the first one copies the student, whose initial weights do not count.
+        """
+        average, current = self._averaged
+        torch._foreach_lerp_(average, current, 1 - self.decay if step > 1 else 1.0)
+        for own, count in self._copied:
+            own.copy_(count)

@@ -1,0 +1,28 @@
+"""The moving average of the weights against timm's."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.utils import ModelEmaV3
+
+from fastofa.training.average import MovingAverage
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
+def test_it_is_timms_average(name):
+    """The same bits after several updates, counters of batch norm included, and after the student's state is loaded."""
+    student = timm.create_model(name, num_classes=10)
+    expected, average = ModelEmaV3(student, decay=0.9), MovingAverage(student, 0.9)
+    states = [copy.deepcopy(student.state_dict()) for _ in range(3)]
+    for step, state in enumerate(states, start=1):
+        student.load_state_dict({key: value + step for key, value in state.items()})
+        expected.update(student, step)
+        average.update(step)
+    assert not average.module.training
+    assert not any(parameter.requires_grad for parameter in average.module.parameters())
+    found = average.module.state_dict()
+    assert found.keys() == expected.module.state_dict().keys()
+    for key, value in expected.module.state_dict().items():
+        assert torch.equal(found[key], value), key
