@@ -2,7 +2,7 @@
 
 OMP_NUM_THREADS=1 python -m bench.augment            writes bench/results/augment.json
 
-timm's side starts from Pillow images and ends with arrays, as in its loader; choosing the operations is not counted.
+timm starts from Pillow images and ends with arrays, as its loader does; drawing the operations is not timed.
 """
 
 import statistics

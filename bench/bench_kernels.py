@@ -1,14 +1,15 @@
 """The kernels beside their twins and public peers: time, GB/s, share of a copy's bandwidth.
 
     python -m bench.bench_kernels                     on a GPU: Triton, its twin eager and compiled, peers (5 min)
-    python -m bench.bench_kernels --only loss --quick the sizes that targets are about
+    python -m bench.bench_kernels --only loss --quick the sizes that the targets are set for
     writes bench/results/kernels_{cpu,gpu}.json
 
-Without a GPU it times the twins, eager and compiled, which is what runs there. A kernel that does not give its twin's
-results is not timed, and the exit code is 1. On a GPU each figure is a CUDA graph of several calls over inputs that
-together exceed the L2 cache (where 32 of them do), replayed in turn with the others; "launched" is the same calls made
-one by one, and all there is of peers that wait for the device, which no graph can hold. GB/s counts the bytes that any
-implementation must move: each input read once, each output written once.
+Without a GPU it times the twins, eager and compiled, which run there. A kernel whose results differ from its twin's is
+not timed, and the exit code is 1. On a GPU each figure is the time of a CUDA graph of several calls, whose inputs
+together exceed the L2 cache (unless that takes more than 32 of them), replayed in turn with the other candidates.
+"launched" is the time of the same calls without a graph, and the only figure for peers that wait for the device, which
+a graph cannot capture. GB/s counts the bytes that any implementation must move: each input read once, each output
+written once.
 
 Shapes: H heads, B batch, C classes or channels, K teacher's classes, S side.
 """
@@ -42,13 +43,13 @@ from fastofa.kernels.choice import HAS_TRITON, can_run_triton
 from fastofa.kernels.reference import dense_probs, ofa_loss_dense
 
 HEADS, TOPK, BASELINE = 5, 16, "twin, eager"
-MOST_INPUTS_MB = 200  # of rotating inputs: four times an H100's L2 cache
+MAX_INPUTS_MB = 200  # of rotating inputs: four times an H100's L2 cache
 
 Call = Callable[[int], Any]
 
 
 class Inputs:
-    """Made from seeds 0, 1, ... when one is first asked for: those of all cases together do not fit in memory."""
+    """Made from seeds 0, 1, ... on first use, since the inputs of all cases together do not fit in memory."""
 
     def __init__(self, make: Callable[[int], Any], count: int) -> None:
         self.make, self.count = make, count
@@ -68,7 +69,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """One size of one kernel and the implementations of it; each is called with the number of the input to take."""
+    """One size of one kernel and the implementations of it; each is called with the number of an input."""
 
     kernel: str
     size: str
@@ -79,19 +80,19 @@ class Case:
     compare: tuple[str, ...] = ()
     """Candidates that must give the twin's results; peers that compute something else are not among them."""
     tolerance: float = 0.02
-    """Greatest difference to the twin, as a share of its greatest number."""
+    """Largest difference from the twin, as a share of the twin's largest value."""
     waiting: tuple[str, ...] = ()
-    """Candidates that wait for the device, so that no CUDA graph can be made of them."""
+    """Candidates that wait for the device, so that a CUDA graph cannot capture them."""
     inputs: Inputs | None = None
-    """The different ones; None: one, which the candidates hold."""
+    """The inputs to rotate over; None: the candidates hold a single one."""
     skipped: dict[str, str] = field(default_factory=dict)
     by_norm: bool = False
-    """Differences are of whole tensors' norms: where rounding decides what a ReLU passes, single numbers may differ."""
+    """Compare the norms of whole tensors: where rounding decides what a ReLU passes, single values may differ."""
 
 
 def rotate(make: Callable[[int], Any], bytes_each: float, device: torch.device) -> Inputs:
-    """On a GPU as many as exceed its cache."""
-    count = max(2, int(MOST_INPUTS_MB * 1e6 // bytes_each) + 1) if device.type == "cuda" else 1
+    """On a GPU enough inputs to exceed its cache."""
+    count = max(2, int(MAX_INPUTS_MB * 1e6 // bytes_each) + 1) if device.type == "cuda" else 1
     return Inputs(make, min(count, 32))
 
 
@@ -99,7 +100,7 @@ def rotate(make: Callable[[int], Any], bytes_each: float, device: torch.device) 
 
 
 def loss_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Forward and gradient of five heads against the sixteen best classes."""
+    """Forward and gradient of five heads against the top 16 classes."""
     gpu = device.type == "cuda"
     sizes = [(c, b) for c in (100, 1000, 21841) for b in (256, 1024, 2048)] if gpu else [(100, 256), (1000, 256)]
     if quick:
@@ -156,7 +157,7 @@ def loss_case(device: torch.device, dtype: torch.dtype, num_classes: int, batch:
 
 
 def liger_losses(num_classes: int) -> dict[str, Callable[..., Tensor]]:
-    """Peers: Liger-Kernel's two divergences, which take dense log-probabilities and know no target enhancement."""
+    """Peers: Liger-Kernel's two divergences, which take dense log-probabilities and have no target enhancement."""
     from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
 
     def on_log_probs(loss: Callable[[Tensor, Tensor], Tensor], log_target: bool) -> Callable[..., Tensor]:
@@ -269,7 +270,7 @@ def depthwise_case(device: torch.device, work: str, batch: int, channels: int, s
     scale, shift = torch.rand(2, channels, device=device)
 
     def twin(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        """On a GPU cuDNN's."""
+        """cuDNN's, on a GPU."""
         if work == "folded":
             return depthwise_conv3x3(x, weight, stride, scale, shift, "relu", impl="torch")
         if work == "forward":
@@ -509,7 +510,7 @@ KERNELS = {"loss": loss_cases, "crop": crop_cases, "depthwise": depthwise_cases,
 
 
 def gate(case: Case) -> dict[str, str]:
-    """Why candidates are not timed: their results are not the twin's, which comes first, or they fail."""
+    """Why candidates are not timed: their results differ from the twin's, which runs first, or they fail."""
     expected = _flat(patiently(lambda: next(iter(case.candidates.values()))(0)))
     red = {}
     for name, call in case.candidates.items():
@@ -543,7 +544,7 @@ def _flat(result: Any) -> list[Tensor]:
 def measure(
     case: Case, device: torch.device, rounds: int, copy_gb_s: float, red: dict[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """A row per candidate; all take turns, but those that `gate` has found wrong."""
+    """A row per candidate; all take turns, except those that `gate` rejected."""
     red = gate(case) if red is None else red
     ready = {name: call for name, call in case.candidates.items() if name not in red}
     gpu = device.type == "cuda"

@@ -2,12 +2,12 @@
 
     python -m bench.bench_loader                     writes bench/results/loaders_{cpu,gpu}.json
     python -m bench.bench_loader --workers 1 2 4 8   a sweep
-    python -m bench.bench_loader --data photos       a folder of yours; its other forms are written for the time being
+    python -m bench.bench_loader --data photos       your own folder; its other forms are written temporarily
 
-Made-up photographs with the statistics of real ones (1/f noise) as JPEGs of quality 90, in sizes and bytes like
-ImageNet's; the record tells both. What is measured is in lib/loaders.py. Each measurement is a process of its own: what
-it takes before its first batches (FFCV's compiling, say) is not counted, nor is the memory of mapped files. They take
-turns, round by round.
+By default it makes photographs with the statistics of real ones (1/f noise) as JPEGs of quality 90, with sizes and
+bytes like ImageNet's; the record states both. lib/loaders.py holds the implementations. Each measurement runs in a
+process of its own. The time before its first batches (FFCV's compilation, say) and the memory of mapped files are not
+counted. The implementations take turns, round by round.
 """
 
 import itertools
@@ -51,9 +51,9 @@ def measure(task: Task) -> dict[str, float]:
 
 
 def _measured(task: Task, sender: Any) -> None:
-    """Batches that lay ready when the clock starts are as many as lie ready when it stops.
+    """As many batches are ready when the clock starts as when it stops.
 
-    Memory is that of some batches afterwards, since to ask for it holds a process up.
+    Memory is measured over some batches afterwards, since measuring it slows a process down.
     """
     torch.set_num_threads(1)
     sizes = IMPLEMENTATIONS[task.name].run(task)
@@ -66,10 +66,10 @@ def _measured(task: Task, sender: Any) -> None:
     seconds, cpu = time.perf_counter() - began, sum(_cpu_s(pid) for pid in _tree(os.getpid())) - cpu
     memory_mb = max(sum(_memory_mb(pid) for pid in _tree(os.getpid())) for _ in itertools.islice(sizes, 8))
     sender.send({"images_per_second": images / seconds, "cpu_s_per_1000": cpu / images * 1000, "memory_mb": memory_mb})
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or PyTorch reports the workers' end as a failure
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or PyTorch reports the end of the workers as a failure
     for pid in _tree(os.getpid())[1:]:
         os.kill(pid, signal.SIGKILL)
-    os._exit(0)  # some of the peers would not end by themselves, left early
+    os._exit(0)  # some of the peers do not end by themselves when they are left early
 
 
 def _tree(pid: int | None) -> list[int]:
@@ -87,7 +87,7 @@ def _cpu_s(pid: int) -> float:
 
 
 def _memory_mb(pid: int) -> float:
-    """Its own memory, and its share of what it shares with others; not what it maps of files."""
+    """Its own memory and its part of shared memory, without mapped files."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gpu = device == "cuda"
     parser = command_line.parser(__doc__)
-    parser.add_argument("--data", type=Path, help="an image folder with train/; by default images are made up")
+    parser.add_argument("--data", type=Path, help="an image folder with train/; by default synthetic images")
     names = f"some of: {'; '.join(IMPLEMENTATIONS)}"
     parser.add_argument(
         "--only", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME", default=list(IMPLEMENTATIONS), help=names
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[224])
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 64)
     parser.add_argument("--workers", type=int, nargs="+", default=[choose_workers(None)])
-    parser.add_argument("--count", type=int, default=4096 if gpu else 512, help="images made up")
+    parser.add_argument("--count", type=int, default=4096 if gpu else 512, help="synthetic images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=64 if gpu else 16, help="batches a round")
     args = parser.parse_args(argv)
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table(rows: list[dict[str, Any]], baseline: str) -> str:
-    """Of one size and one number of workers."""
+    """The rows of one image size and one number of workers."""
     header = ["implementation", "images/s", f"x {baseline}", "x stock", "CPU s/1000", "memory MB"]
     lines = [
         [

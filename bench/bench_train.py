@@ -9,8 +9,8 @@
                                                                   some rows, and where the first one's time goes
     writes bench/results/train_{cpu,gpu}.json, which bench.plot draws
 
-Synthetic uint8 batches in device memory, except in the rows with a loader: what is measured is the step. From
-"+ one loss, no syncs" on it is the very Step that `fastofa train` takes. Every row of a job is timed in every round.
+The batches are synthetic uint8 images in device memory, except in the rows with a loader, so the step alone is timed.
+From "+ one loss, no syncs" on it is the Step of `fastofa train`. Every row of a job is timed in every round.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ class Row:
 
     name: str
     idea: str
-    """What it is an instance of: its colour in the chart."""
+    """The kind of idea, which decides its colour in the chart."""
     options: StepOptions | None = None
-    """How our step is taken; None: somebody else's."""
+    """Options of our step; None: another project's step."""
     loader: str | None = None
     """A pipeline in front of the step."""
     gpu_only: str | None = None
-    """Why it is left out on a CPU."""
+    """Why it is skipped on a CPU."""
 
 
 ONLINE = StepOptions(online_teacher=True, channels_last=False)
@@ -122,10 +122,10 @@ def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[StepOpt
 def warm_up(
     rows: list[Row], job: Job, precision: str, loaders: bool, folder: Path
 ) -> tuple[dict[str, TakeStep], dict[str, dict[str, str]]]:
-    """The rows that run here, compiled and warm; and of the others why not.
+    """The steps of the rows that run here, compiled and warm, and the reasons why the others do not.
 
-    What compiles does so before the job's turn, beside other jobs; cuDNN chooses its algorithms in the turn, by timing
-    them. The published code compiles nothing and takes much memory: it waits for the turn.
+    Rows compile before the job's turn, beside other jobs; cuDNN times and chooses its algorithms in the turn. The
+    published code compiles nothing and takes much memory, so it starts in the turn.
     """
     steps: dict[str, TakeStep] = {}
     missing: dict[str, dict[str, str]] = {}
@@ -140,7 +140,7 @@ def warm_up(
             steps[row.name] = step = patiently(lambda: build(row, job, precision, folder, opened))
             _take(step, job.device)
             print(f"{row.name}: compiled and warm in {time.monotonic() - began:.0f} s", flush=True)
-        except Exception as error:  # of a compiler, say: the other rows are still worth their time
+        except Exception as error:  # from a compiler, say: the other rows are still measured
             if is_out_of_memory(error):
                 missing[row.name] = {"skipped": f"does not fit in the GPU's memory at batch {job.batch_size}"}
                 torch.cuda.empty_cache()
@@ -149,7 +149,7 @@ def warm_up(
             missing[row.name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
 
     first = [row for row in rows if row.name not in (OFFICIAL, OFFICIAL_FP16)]
-    # A CUDA graph keeps the algorithms that it was recorded with.
+    # A CUDA graph keeps the algorithms that were chosen when it was recorded.
     torch.backends.cudnn.benchmark = any(row.options is not None and row.options.cuda_graphs for row in first)
     for row in first:
         warm(row)
@@ -165,7 +165,7 @@ def warm_up(
 
 
 def _take(step: TakeStep, device: torch.device) -> None:
-    """Until it is warm."""
+    """Run it until it is warm."""
     calls = 3 if device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third
     patiently(lambda: interleaved_ms({"": step}, device, rounds=0, calls=0, warmup=calls))
 
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=20 if gpu else 2, help="steps a round")
     parser.add_argument("--name", default="train", help="of the record")
     args = parser.parse_args(argv)
-    # What the published code's PyTorch 1.10 did by itself; it and `fastofa train` let cuDNN benchmark, too (warm_up).
+    # The default of PyTorch 1.10, which the published code used; both also let cuDNN benchmark (warm_up).
     torch.set_float32_matmul_precision("high")
     settings = {name: getattr(args, name) for name in ("image_size", "batch_size", "num_classes", "rounds", "calls")}
     jobs: list[dict[str, Any]] = []

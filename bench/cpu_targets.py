@@ -1,4 +1,4 @@
-"""Three promises about training on a CPU, kept or not: channels-last and compiling never cost anything, exits little.
+"""Three targets for training on a CPU: channels-last and compilation never slow it down, exits cost little.
 
     python -m bench.cpu_targets                       writes bench/results/cpu_targets.json
     python -m bench.cpu_targets --students resnet18 mobilenetv2_100 deit_tiny_patch16_224
@@ -35,8 +35,8 @@ PAIRS = {
     "compiled over eager, OFA": ("compiled, channels-last, ofa", "eager, channels-last, ofa"),
     "compiled over eager, plain": ("compiled, channels-last, scratch", "eager, channels-last, scratch"),
 }
-# Not promised, but good to know: is bf16 worth it on this CPU?
-TOLD = {
+# No target, but worth knowing: does bf16 pay on this CPU?
+REPORTED = {
     "bf16 over fp32, OFA": ("eager, bf16, ofa", "eager, channels-last, ofa"),
     "bf16 over fp32, plain": ("eager, bf16, scratch", "eager, channels-last, scratch"),
 }
@@ -47,10 +47,10 @@ OVERHEADS = {
 
 
 def check(job: Job, rounds: int, calls: int) -> list[dict[str, Any]]:
-    """One record for each promise; two steps at a time take turns, as a training has the caches to itself."""
+    """One row per target. Only two steps take turns at a time, since a training run has the caches to itself."""
     steps = {name: our_step(job, options) for name, options in STEPS.items()}
     found = []
-    for name, (ours, baseline) in {**PAIRS, **OVERHEADS, **TOLD}.items():
+    for name, (ours, baseline) in {**PAIRS, **OVERHEADS, **REPORTED}.items():
         two = {name: steps[name] for name in (ours, baseline)}
         times = interleaved_ms(two, job.device, rounds, calls, warmup=1)
         ratio = median_ratio(times, ours, baseline)

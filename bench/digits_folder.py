@@ -1,4 +1,4 @@
-"""A folder of JPEGs to try things on: scikit-learn's digits, enlarged, a folder per class.
+"""Write a folder of JPEGs to try the commands on: scikit-learn's digits, enlarged, a folder per class.
 
 python -m bench.digits_folder photos
 """

@@ -1,12 +1,12 @@
-"""How long ImageNet would take: an epoch and a whole training, from the three rates that can limit it.
+"""How long an epoch and a whole training run on ImageNet would take, from the three rates that can limit them.
 
     python -m bench.epoch                       writes bench/results/epoch_{cpu,gpu}.json
 
 Extrapolated, not trained: 1,281,167 images over the rates of the step (OFA-KD from cached predictions), of the loader,
-and of the teacher that fills the cache, once for every epoch's view. Rates that records in bench/results/ hold for this
-student, teacher, image size and machine are taken from there, the others measured briefly. Processes and threads load
-while the device trains, so the slower of both counts; pipeline `resident` runs on the device itself, so both add up.
-Evaluation is left out.
+and of the teacher, which fills the cache with one view per epoch. Rates are read from records in bench/results/ if they
+match this student, teacher, image size and machine; the others are measured briefly. Processes and threads load images
+while the device trains, so the slower of the two counts; pipeline `resident` runs on the device itself, so their times
+add up. Evaluation is left out.
 """
 
 import statistics
@@ -48,7 +48,7 @@ class Rates:
 
 
 def from_records(folder: Path, kind: str, job: Job) -> dict[str, Any] | None:
-    """What a record of this machine holds, or None."""
+    """The result of a record of this machine, or None."""
     path = folder / f"{kind}_{'gpu' if job.device.type == 'cuda' else 'cpu'}.json"
     if not path.exists():
         return None
@@ -124,7 +124,7 @@ def measure(job: Job, sizes: list[int], pipeline: str, records: Path, rounds: in
 
 
 def together(step: float, loader: float, pipeline: str) -> float:
-    """Images a second of a step and its loader."""
+    """Images a second of a step together with its loader."""
     return 1 / (1 / step + 1 / loader) if pipeline == "resident" else min(step, loader)
 
 

@@ -1,13 +1,13 @@
-"""Everything that wants a GPU, in one call: for whoever has one for a quarter of an hour.
+"""Everything that needs a GPU, in one call of a quarter of an hour.
 
     python -m bench.gpu                       in 7 minutes; writes bench/results/gpu/*.json and *.log
     python -m bench.gpu --only resnet18 tests
-    python -m bench.gpu --minutes 4           what does not fit is left out, the least worth first, and named
-    python -m bench.gpu --dry-run             every job at a tiny size, on any machine and without a time limit
+    python -m bench.gpu --minutes 4           jobs that do not fit are left out, the least important first, and listed
+    python -m bench.gpu --dry-run             every job at a tiny size, on any machine, without a time limit
 
-Needs the checkout and its Python libraries, nothing installed; the tests need tyro and hypothesis, too, from any folder
-in PYTHONPATH. Every job is a process. All compile side by side, since a GPU idles while a compiler runs; then each
-measures alone, in the order of JOBS. Tests run while the jobs compile.
+It needs the checkout and its Python libraries; fastofa need not be installed. The tests also need tyro and hypothesis,
+from any folder in PYTHONPATH. Every job is a process. All compile at the same time, since a GPU idles while a compiler
+runs; then each measures alone, in the order of JOBS. Tests run while the jobs compile.
 Exit code 1 if a job failed or was left out, 2 without a GPU.
 """
 
@@ -27,7 +27,7 @@ from bench.lib import command_line
 from bench.lib.turns import VARIABLE
 
 ROOT = Path(__file__).parent.parent
-COMPILING = 0.6  # share of the time after which the turns begin even if some jobs still compile
+COMPILING = 0.6  # share of the time after which turns begin even if some jobs still compile
 ALONE_S = 90.0  # that a job may take to measure
 COMPILE_PROCESSES = "5"  # of each job
 
@@ -40,7 +40,7 @@ class Job:
     arguments: tuple[str, ...]
     tiny: tuple[str, ...]
     takes_turns: bool = True
-    """Does it wait for its turn? Else it runs while the others compile."""
+    """Whether it waits for its turn; otherwise it runs while the others compile."""
 
 
 def ladder(name: str, student: str, teacher: str, batch: int, *rows: str, profile: bool = True) -> Job:
@@ -61,7 +61,7 @@ SWIN = "swin_tiny_patch4_window7_224"
 CACHED, PLAIN = "+ cached teacher", "plain training"
 LOADERS = ("packed", "resident", "packed, gather only", "ffcv", "torchvision", "dali")
 
-# In order of worth: what comes last is what a slow machine loses.
+# The most important first: a slow machine loses the last ones.
 JOBS = (
     Job(
         "tests",
@@ -70,7 +70,7 @@ JOBS = (
         takes_turns=False,
     ),
     ladder("resnet18", "resnet18", SWIN, 1024, CACHED, PLAIN, "+ loss kernel"),
-    # Two rows a job: what is warming up at the same time must fit into 80 GB, 13 GB a job at this size.
+    # Two rows per job: all jobs that warm up at the same time must fit into 80 GB, and one takes 13 GB at this size.
     ladder("resnet18_kernels", "resnet18", SWIN, 1024, "+ all kernels", "plain training, stem and norm kernels"),
     ladder("resnet18_stem", "resnet18", SWIN, 1024, "+ stem and norm kernels", "+ stem kernels"),
     ladder("resnet18_exits", "resnet18", SWIN, 1024, "+ norm kernels", "+ exits kernel"),
@@ -106,7 +106,7 @@ JOBS = (
 
 @dataclass
 class Running:
-    """A job's process, its log, and what came of it."""
+    """A job's process, its log and its outcome."""
 
     job: Job
     turn: Path
@@ -136,7 +136,7 @@ class Running:
         self.measured_s = time.monotonic() - began
 
     def stop(self, status: str) -> None:
-        """With its loaders' workers and compilers, which are in its session."""
+        """Kill it together with its workers and compilers, which are in its session."""
         self.status = status
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -153,7 +153,7 @@ def command(job: Job, dry_run: bool, out: Path) -> list[str]:
 
 
 def start(job: Job, dry_run: bool, out: Path, turns: Path) -> Running:
-    """Its lines go to OUT/NAME.log and, behind its name, to the terminal as they come."""
+    """Its output goes to OUT/NAME.log and, prefixed with its name, to the terminal."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": COMPILE_PROCESSES}
     own |= {"TORCHDYNAMO_DISABLE": "1"} if dry_run else {}
@@ -181,7 +181,7 @@ def _tee(lines: IO[bytes], log: Path, name: str) -> None:
 
 
 def run(jobs: list[Job], dry_run: bool, out: Path, seconds: float) -> list[Running]:
-    """All of them; what does not fit into the time is stopped and says so."""
+    """Run all of them; jobs that do not fit into the time are stopped and reported."""
     began = time.monotonic()
     until = began + seconds
     with tempfile.TemporaryDirectory() as folder:

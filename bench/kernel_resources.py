@@ -2,7 +2,7 @@
 
     python -m bench.kernel_resources                 writes bench/results/kernel_resources.json
 
-Every kernel in its hot form is compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200).
+Every kernel is compiled ahead of time, in the form that training uses most, for sm_80 (A100) and sm_90 (H100, H200).
 """
 
 import os
@@ -35,12 +35,12 @@ ARCHITECTURES = (80, 90)
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation of a kernel, and what is promised of it."""
+    """One specialisation of a kernel, with its limits."""
 
     name: str
     kernel: Any
     pointers: dict[str, str]
-    """Type of each pointer argument, "*bf16" and so on; all are taken to be 16-byte aligned."""
+    """Type of each pointer argument, "*bf16" and so on; all are assumed to be 16-byte aligned."""
     constants: dict[str, Any]
     scalars: dict[str, str] = field(default_factory=dict)
     """Type of each other runtime argument, "i32" or "fp32"."""
@@ -48,10 +48,10 @@ class Case:
     """Scalars that are multiples of 16."""
     num_warps: int = 4
     register_limit: int | None = None
-    """What the launcher allows the compiler."""
+    """The limit that the launcher gives to the compiler."""
     max_registers: int = 128
     wide_loads: bool = True
-    """Reads its tensors by 128 bits at a time."""
+    """Reads its tensors 128 bits at a time."""
 
 
 def cases() -> list[Case]:
@@ -59,7 +59,7 @@ def cases() -> list[Case]:
 
 
 def loss_cases() -> list[Case]:
-    """All of the objective, bf16, five heads, the sixteen best classes; rows of whole 16 bytes, and others."""
+    """All of the objective, bf16, five heads, the top 16 classes; rows of a multiple of 16 bytes, and others."""
     found = []
     for num_classes, temperature, gradient in (
         (1000, 1.0, False),
@@ -238,8 +238,8 @@ def _resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = dict(re.findall(r"(REG|STACK):(\d+)", told.stdout))
+        printed = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK):(\d+)", printed.stdout))
     return {"registers": int(found["REG"]), "stack": int(found["STACK"])}
 
 

@@ -1,17 +1,17 @@
-"""Kill commands at random moments: does each end, leave nothing running, and go on to the same result?
+"""Kill commands at random moments: does each end, leave no process behind, and reach the same result when rerun?
 
     python -m bench.kills --count 60
     python -m bench.kills --count 10 --only precompute torchrun --seed 1
 
-SIGINT, SIGTERM and SIGKILL hit `train`, `precompute`, `write`, `evaluate` and a `torchrun` of two ranks, all with
-`--workers 2`, between their start and their end: the process itself, its whole group as a terminal or a cluster does
-it, or one of its decoding processes or ranks. Then the same command runs again (a training with --resume), now and
-then killed once more. Printed is a line for each kill and a table; the exit code is 1 where a command
+SIGINT, SIGTERM and SIGKILL are sent to `train`, `precompute`, `write`, `evaluate` and a `torchrun` of two ranks, all
+with `--workers 2`, between their start and their end: to the process itself, to its whole group as a terminal or a
+cluster does, or to one of its decoding processes or ranks. Then the same command runs again (`train` with --resume) and
+is sometimes killed once more. It prints a line for each kill and a table. The exit code is 1 if a command
 
 - hung: it was still there 20 s after the signal,
 - left processes: they were still there 20 s after its end,
 - showed a traceback, or
-- came to another result than undisturbed.
+- reached another result than an undisturbed run.
 """
 
 import hashlib
@@ -56,13 +56,13 @@ TRAIN = (
 class Command:
     name: str
     line: str
-    """Of `fastofa`, its place called OUT."""
+    """Arguments of `fastofa`, with OUT for its output."""
     again: str
-    """What is added when it runs once more in the same place."""
+    """Added when it runs again on the same output."""
     result: Callable[[Path], str]
-    """sha256 of what came of it."""
+    """sha256 of its result."""
     source: str = ""
-    """What its place is a copy of; else it is new."""
+    """What its output starts as a copy of; otherwise it is new."""
     ranks: int = 1
 
     def argv(self, out: Path, again: bool) -> list[str]:
@@ -149,7 +149,7 @@ def _free_port() -> int:
 
 
 class Started:
-    """A command that runs; everything that it started, and its children started, can be found."""
+    """A running command; finds every process that it and its children started."""
 
     def __init__(self, argv: list[str], folder: Path, mark: str) -> None:
         self.mark, self.log = mark, folder / f"{mark}.log"
@@ -159,7 +159,7 @@ class Started:
             )
 
     def processes(self) -> list[int]:
-        """All that are there, but for those that ended and were not yet asked for their exit code."""
+        """All that are running, without zombies."""
         found = []
         for place in Path("/proc").glob("[0-9]*"):
             try:
@@ -211,11 +211,11 @@ HEADER = ["command", "kills", "hung", "left processes", "tracebacks", "finished 
 
 
 def strike(started: Started, command: Command, rng: random.Random) -> str | None:
-    """Send a signal; says which, and to whom. None if the command had ended."""
+    """Send a signal; returns which and to which process, or None if the command had ended."""
     signum = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
     main = started.process.pid
     others = [pid for pid in started.processes() if pid != main]
-    # Of torchrun itself SIGKILL would leave the ranks without anybody to end them.
+    # SIGKILL to torchrun itself would leave the ranks without a parent that ends them.
     targets = ["group"] if signum != signal.SIGKILL else ["another"]
     targets += ["process"] if command.ranks == 1 or signum != signal.SIGKILL else []
     target = rng.choice(targets)
@@ -235,7 +235,7 @@ def strike(started: Started, command: Command, rng: random.Random) -> str | None
 
 
 def kill_once(started: Started, command: Command, seconds: float, rng: random.Random, tally: Tally) -> str | None:
-    """Wait for a moment of its undisturbed time, strike, watch it end; a line of what happened, None if too late."""
+    """Kill it at a random moment of its undisturbed run time and watch it end; what happened, or None if too late."""
     moment = rng.uniform(rng.choice([0.02, 0.6]), 1) * seconds  # half of them after the imports
     if started.ended(moment) or (said := strike(started, command, rng)) is None:
         return None
@@ -264,7 +264,7 @@ def kill_once(started: Started, command: Command, seconds: float, rng: random.Ra
 
 
 def run(command: Command, folder: Path, number: int, count: int, rng: random.Random, tally: Tally, known: dict) -> None:
-    """One place: killed once or more, then finished and compared with the undisturbed result."""
+    """One output: killed once or more, then finished and compared with the undisturbed result."""
     suffix = ".beton" if command.name == "write" else ""
     out = folder / f"{command.name}-{number}{suffix}"
     if command.source:
@@ -278,7 +278,7 @@ def run(command: Command, folder: Path, number: int, count: int, rng: random.Ran
         if line:
             print(f"{command.name:11} {line}", flush=True)
             kill = rng.random() < 0.3
-        # What `write` writes gets its name when it is whole, and is not made again.
+        # `write` renames its output when it is complete, and then does not write it again.
         is_written = command.name == "write" and out.exists()
         if line and not is_written and started.process.returncode != 0:
             continue
@@ -297,7 +297,7 @@ def run(command: Command, folder: Path, number: int, count: int, rng: random.Ran
 
 
 def undisturbed(command: Command, folder: Path) -> tuple[str, float]:
-    """What comes of it, and the seconds that it takes."""
+    """Its result, and the seconds that it takes."""
     out = folder / f"{command.name}-undisturbed{'.beton' if command.name == 'write' else ''}"
     if command.source:
         shutil.copytree(folder / command.source, out)
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=[c.name for c in COMMANDS], help="these commands")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # commands inherit it where it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # commands would inherit an ignored SIGINT
     chosen = [c for c in COMMANDS if not args.only or c.name in args.only]
     tallies = {c.name: Tally() for c in chosen}
     with tempfile.TemporaryDirectory(prefix="kills-") as place:

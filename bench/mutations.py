@@ -1,13 +1,13 @@
-"""Damaged images: how many are left out, and how many stay though one sees the damage.
+"""Damaged images: how many are reported, and how many are visibly damaged and not reported.
 
     python -m bench.mutations                          2,000 of them, a table by format and by kind of damage
-    python -m bench.mutations --count 200 --folder out     where they are kept, to be looked at
+    python -m bench.mutations --count 200 --folder out     keeps them in a folder, to look at
 
-Photographs are encoded as JPEG, PNG and WebP, damaged by a seed (damage.py) and opened as `--skip-corrupt` opens a
-folder. Of those that stay, the decoded pixels are compared with the undamaged image's. Damage is visible where the mean
-absolute difference over a block of 16 x 16 pixels is 16 of 255 or more, or the size is another.
+Photographs are encoded as JPEG, PNG and WebP, damaged by a seed (lib/damage.py) and opened as `--skip-corrupt` opens a
+folder. The decoded pixels of those that stay are compared with the undamaged image's. Damage is visible if the mean
+absolute difference over a block of 16 x 16 pixels is 16 of 255 or more, or if the size differs.
 
-Ends with 1 if a visibly damaged image stayed in silence.
+The exit code is 1 if a visibly damaged image was not reported.
 """
 
 import io
@@ -33,7 +33,7 @@ from fastofa.system.errors import BadInput
 
 BLOCK, VISIBLE = 16, 16.0  # pixels a side; levels of 255, on average over a block
 LISTED = 20
-OUTCOMES = ("refused", "same pixels", "invisible", "visible and silent")
+OUTCOMES = ("refused", "same pixels", "invisible", "visible, not reported")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def encoded(pixels: np.ndarray, form: str) -> bytes:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest mean absolute difference over a block of two images [3, H, W]; infinite where sizes differ."""
+    """The largest mean absolute difference over a block of two images [3, H, W]; infinite if sizes differ."""
     if a.shape != b.shape:
         return np.inf
     error = np.abs(a.astype(int) - b.astype(int)).mean(axis=0)
@@ -84,7 +84,7 @@ class Case:
 
 
 def write_cases(folder: Path, count: int, seed: int) -> list[Case]:
-    """FOLDER/train/a/NUMBER.SUFFIX, each a part of a photograph that was encoded, then damaged."""
+    """FOLDER/train/a/NUMBER.SUFFIX, each a part of a photograph, encoded, then damaged."""
     photos, cases = load_sample_images().images, []
     for number in range(count):
         rng = np.random.default_rng([seed, number])
@@ -102,7 +102,7 @@ def write_cases(folder: Path, count: int, seed: int) -> list[Case]:
 
 
 def outcomes(folder: Path, cases: Sequence[Case]) -> list[tuple[str, float]]:
-    """(one of OUTCOMES, how far the pixels are from the undamaged ones) of each."""
+    """(one of OUTCOMES, the difference from the undamaged pixels) for each."""
     dataset = open_dataset(str(folder), skip_corrupt=True)
     kept = {name: i for i, name in enumerate(dataset.names)}
     found = []
@@ -114,7 +114,7 @@ def outcomes(folder: Path, cases: Sequence[Case]) -> list[tuple[str, float]]:
             whole.write_bytes(encoded(case.pixels, case.form))
             try:
                 image = dataset.read(kept[case.name]).numpy()
-            except (KeyError, BadInput):  # left out, or named when it is read
+            except (KeyError, BadInput):  # left out, or refused when it is read
                 found.append((OUTCOMES[0], 0.0))
                 continue
             level = difference(image, read_image(whole).numpy())
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{table('damage', [case.kind for case in cases], found)}")
     silent = [(case, level) for case, (outcome, level) in zip(cases, found, strict=True) if outcome == OUTCOMES[3]]
     if silent:
-        print(f"\n{len(silent)} visibly damaged images stayed in silence, the first of them:")
+        print(f"\n{len(silent)} visibly damaged images were not reported, the first of them:")
         for case, level in silent[:LISTED]:
             print(f"{case.name}  {case.form}, {case.kind}: {level:.0f} of 255")
     return int(bool(silent))

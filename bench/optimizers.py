@@ -1,9 +1,9 @@
-"""The update alone: torch's fused, foreach and one-by-one forms, timm's LAMB, NVIDIA apex's where it is built.
+"""The update alone: torch's fused, foreach and one-by-one forms, timm's LAMB, NVIDIA apex's if it is built.
 
     python -m bench.optimizers            writes bench/results/optimizers_{cpu,gpu}.json
 
-Beside the time: how far the weights are from those of the plain one-by-one form after ten steps on the same gradients,
-published even where it is zero. The weights and gradients are those of the student with its exits, channels-last.
+Beside the time it reports the distance of the weights from those of the one-by-one form after ten steps on the same
+gradients, even if it is zero. The weights and gradients are those of the student with its exits, channels-last.
 """
 
 import importlib
@@ -57,7 +57,7 @@ def _apex(name: str) -> Any:
 
 
 class Update:
-    """One optimiser on its own copy of the weights, with gradients that stay as they are."""
+    """One optimiser on its own copy of the weights, with constant gradients."""
 
     def __init__(self, weights: list[Tensor], gradients: list[Tensor], build: Build) -> None:
         self.parameters = [nn.Parameter(w.clone()) for w in weights]

@@ -3,7 +3,7 @@
     python -m bench.plot                               from bench/results to docs
     python -m bench.plot --records FOLDER --out FOLDER
 
-Of each the GPU's record where there is one, else the CPU's.
+Each chart is drawn from the GPU's record if there is one, otherwise from the CPU's.
 """
 
 from pathlib import Path

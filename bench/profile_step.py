@@ -1,14 +1,14 @@
-"""Where a training step's time goes, kernel by kernel, and how near each is to what memory allows.
+"""Where a training step's time goes, kernel by kernel, and how close each comes to the memory bandwidth.
 
     python -m bench.profile_step                                        on a CPU: ResNet-18's step, a row per operation
     python -m bench.profile_step --students resnet18 resnet50 mobilenetv2_100                    on a GPU: per kernel
     writes bench/results/profile_{cpu,gpu}.json and, with --docs, docs/profile.md
 
-torch.profiler's trace gives the time of every kernel (on a CPU: the operation's own time, its children's left out) and
-the operation that launched it with the shapes it was given. The bytes come from those shapes: operands read once and
+torch.profiler's trace gives the time of every kernel (on a CPU: the operation's own time, without its children) and the
+operation that launched it, with the shapes of its operands. The bytes come from those shapes: operands read once and
 results written once, by the rules of bench.roofline (batch norm 3 passes forward, 5 backward); a compiled kernel's are
-its arguments. Where an operation launches several kernels its bytes are shared among them by time. What re-reads or
-rearranges data more often than that shows as a low share of the bandwidth that a copy reaches in the same run.
+its arguments. If an operation launches several kernels, its bytes are divided among them by time. A kernel that reads
+or rearranges data more often shows a low share of the bandwidth that a copy reaches in the same run.
 """
 
 import ast
@@ -36,8 +36,8 @@ BYTES = {
     "unsigned char": 1, "signed char": 1, "bool": 1,
 }  # fmt: skip
 
-# Why a kernel of the top ten stays as it is: the first pattern that its name contains holds. Filled by hand, after
-# looking; a GPU's kernels get theirs when there is a GPU's table to look at.
+# Why a kernel of the top ten stays as it is: the first pattern that its name contains applies. Written by hand from
+# the CPU's table; none has been written for a GPU's kernels yet.
 REASONS = {
     "depthwise": "the exits'; always oneDNN's (cuDNN's on a GPU), inductor has no template for it",
     "convolution_backward": "the network's own arithmetic, by oneDNN no slower than a matrix product",
@@ -56,7 +56,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One kernel that ran, or on a CPU one operation."""
+    """One kernel that ran (on a CPU: one operation)."""
 
     name: str
     ms: float
@@ -68,7 +68,7 @@ class Sample:
 
 
 def samples(events: list[dict[str, Any]]) -> list[Sample]:
-    """What ran in a chrome trace: kernels where there are any, otherwise operations."""
+    """What ran in a chrome trace: kernels if there are any, otherwise operations."""
     operations = [e for e in events if e.get("cat") == "cpu_op"]
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
@@ -127,11 +127,11 @@ def _dims(operation: dict[str, Any]) -> list[list[int]]:
 
 
 def cost(operation: dict[str, Any]) -> tuple[float, float]:
-    """Bytes that an operation must move and FLOPs it must do, from the shapes it was given; nan: not in the trace."""
+    """Bytes that an operation must move and FLOPs that it must do, from its shapes; nan: not in the trace."""
     name, dims = operation["name"].removeprefix("aten::"), _dims(operation)
     types = operation["args"].get("Input type", [])
     inputs = [math.prod(d) * BYTES[t] for d, t in zip(dims, types, strict=False) if d and t in BYTES]
-    if not inputs:  # numbers only, or a list of tensors, whose sizes are not told
+    if not inputs:  # numbers only, or a list of tensors, whose sizes are not in the trace
         return (math.nan if "TensorList" in types or "Input Dims" not in operation["args"] else 0.0), 0.0
     if name.startswith("triton"):
         return sum(inputs), 0.0  # a compiled kernel's arguments are all it reads and writes
@@ -210,7 +210,7 @@ def profile_step(job: Job, options: StepOptions, calls: int) -> dict[str, Any]:
 
     for _ in range(3):
         take()
-    # Beside the profile, which slows a step down.
+    # Timed separately, since the profiler slows a step down.
     rounds = [timed_ms(take, job.device, calls) for _ in range(3)]
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     peak = machine.measure(job.device, dtype)

@@ -1,10 +1,10 @@
-"""Reading a .beton that is not in memory: samples in random order or page by page, asked for ahead or when touched.
+"""Reading a .beton larger than memory: in random order or page by page, with and without read-ahead.
 
 python -m bench.read_order            writes bench/results/read_order_cpu.json
 
-A file of 12 GB, of which a measurement reads the first part of an epoch, so that in random order, as in a file much
-larger than the memory, what lies beside an image is seldom of use. Nothing of the file is in memory before; in the
-last two cases all that is read is, which shows what the CPU alone can do and what asking costs it. Images are cropped
+Each measurement reads the first part of an epoch from a file of 12 GB, so that in random order, as with a file much
+larger than memory, the neighbours of an image on the disk are seldom used. The file is not cached before; in the last
+two cases the images to read are, which shows the speed of the CPU alone and the cost of read-ahead. Images are cropped
 to a small size, so that the disk takes most of the time.
 """
 
@@ -32,7 +32,7 @@ from fastofa.views.policy import ViewPolicy
 IMAGES, READ = 61_440, 8192
 EACH = SIDE * SIDE * 3  # bytes
 IMAGE_SIZE, BATCH, ROUNDS = 64, 256, 5
-CASES = {  # order, is it asked for ahead, is it in memory before
+CASES = {  # order, read-ahead, cached before
     "random, when touched": ("random", False, False),
     "random, ahead": ("random", True, False),
     "pages, when touched": ("pages", False, False),
@@ -43,7 +43,7 @@ CASES = {  # order, is it asked for ahead, is it in memory before
 
 
 def write_pixels(path: Path) -> None:
-    """Noise, since a disk may compress; on the disk and out of memory as it grows."""
+    """Noise, since a disk may compress; flushed and dropped from the page cache as the file grows."""
     rng = np.random.default_rng(0)
     with open(path, "wb") as file:
         for _ in range(IMAGES // 1024):
@@ -54,12 +54,12 @@ def write_pixels(path: Path) -> None:
 
 
 def evict(file: int) -> None:
-    """Only what is written and not mapped leaves the memory."""
+    """Drops pages that are written to the disk and not mapped."""
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def open_pixels(path: Path) -> Dataset:
-    """As `open_dataset` gives a .beton of pixels, whose images lie in random order."""
+    """The data set that `open_dataset` returns for a .beton of pixels in shuffled order."""
     sizes, labels = np.full((IMAGES, 2), SIDE), np.zeros(IMAGES, dtype=np.int64)
     places = np.random.default_rng(0).permutation(IMAGES)
     spans = np.stack([EACH * places, np.full(IMAGES, EACH)], axis=1)
@@ -71,7 +71,7 @@ def open_pixels(path: Path) -> Dataset:
 
 
 def measure(path: Path, case: str, number: int) -> tuple[float, float]:
-    """Images a second, and bytes read from the disk for each byte of them."""
+    """Images a second, and bytes read from the disk per byte of images."""
     kind, ahead, in_memory = CASES[case]
     with open(path, "rb") as file:
         evict(file.fileno())
@@ -83,19 +83,19 @@ def measure(path: Path, case: str, number: int) -> tuple[float, float]:
         for batch in pipeline.epoch(views, order):
             del batch
     before, began = read_bytes(), time.perf_counter()
-    with nullcontext() if ahead else patch("fastofa.pipelines.threaded.read_ahead", ask_nothing):
+    with nullcontext() if ahead else patch("fastofa.pipelines.threaded.read_ahead", no_read_ahead):
         images = sum(len(batch.labels) for batch in pipeline.epoch(views, order))
     seconds = time.perf_counter() - began
     return images / seconds, (read_bytes() - before) / (images * EACH)
 
 
-def ask_nothing(*_: object) -> Generator[None, None, None]:
+def no_read_ahead(*_: object) -> Generator[None, None, None]:
     """In place of `read_ahead`."""
     yield from ()
 
 
 def read_bytes() -> int:
-    """That this process made the disk read so far."""
+    """Read from the disk by this process so far."""
     return int(Path("/proc/self/io").read_text().partition("\nread_bytes: ")[2].split()[0])
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         write_pixels(path)
         for number in range(ROUNDS):
             cases = list(CASES)
-            # Each another epoch: below the file there are caches, too.
+            # Each reads another epoch, since the disk has caches of its own.
             for i, case in enumerate(cases[number:] + cases[:number]):
                 found[case].append(measure(path, case, number * len(cases) + i))
     baseline = [rate for rate, _ in found["random, when touched"]]

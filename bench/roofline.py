@@ -1,16 +1,16 @@
 """The floor under a training step: each operation at the machine's peak arithmetic or bandwidth, whichever is slower.
 
-    python -m bench.roofline                                        at this machine's peaks, measured before
+    python -m bench.roofline                                        at this machine's peaks, measured first
     python -m bench.roofline --tflops 790 --gb-per-second 4300      at given ones: a table, no record
     writes bench/results/roofline_{cpu,gpu}.json
 
 The student is trained for one step on PyTorch's `meta` device, which computes shapes only, and every operation that
-reaches memory is written down: what it reads and writes, what it multiplies. What one assumes decides the figure:
+reaches memory is recorded: what it reads, writes and multiplies. The figure depends on these assumptions:
 
-- activations and weights in bf16 (or the dtype asked for), each read or written once by an operation that needs it;
+- activations and weights in bf16 (or the given dtype), each read or written once by an operation that needs it;
 - batch norm is passes of its own over memory: 3 forward (read for the statistics; read, write), 5 backward;
-- an element-wise operation beside a norm (ReLU, a residual sum) rides on the norm's pass and is free; GELU stands
-  between two matrix products, which no compiler folds it into: passes of its own;
+- an element-wise operation beside a norm (ReLU, a residual sum) is part of the norm's pass and free; GELU stands
+  between two matrix products, into which no compiler fuses it, and has passes of its own;
 - the matrix of attention weights never leaves the chip;
 - the update reads weight, gradient and momentum and writes two of them, fp32.
 """
@@ -36,7 +36,7 @@ TEACHER_DIM = 192  # deit_tiny's
 
 @dataclass(frozen=True)
 class Operation:
-    """One pass over memory, with what it computes on the way."""
+    """One pass over memory, and what it computes."""
 
     kind: str
     flops: float
@@ -47,7 +47,7 @@ class Operation:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down the operations that run under it, forward and backward."""
+    """Records the operations that run under it, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def _convolution(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
 
 
 def _convolution_backward(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
-    """One pass for the input's gradient, where one is asked for (not in the first layer), one for the weight's."""
+    """One pass for the input's gradient, if it is needed (not in the first layer), one for the weight's."""
     gradient, x, weight = args[:3]
     return [_conv_pass(x, weight, gradient, args[9]) for wanted in args[10][:2] if wanted]
 
@@ -93,14 +93,14 @@ def _matmul(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
 
 
 def _attention(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
-    """Batched products are attention's; what is square there (tokens x tokens) stays on the chip."""
+    """Batched products are attention's; square operands (tokens x tokens) stay on the chip."""
     a, b = args[:2]
     moved = [t for t in (a, b, out[0]) if t.shape[-1] != t.shape[-2]]
     return [Operation("attention", 2 * a.numel() * b.shape[-1], size(*moved))]
 
 
 def _passes(kind: str, count: int, tensor: int = 0) -> Callable[[Sequence[Any], Sequence[Tensor]], list[Operation]]:
-    """That many passes over the tensor which is argument number `tensor`."""
+    """This many passes over argument number `tensor`."""
     return lambda args, out: [Operation(kind, 0, count * size(args[tensor]))]
 
 
@@ -145,7 +145,7 @@ def operations(
 def floor_ms(
     student: str, image_size: int, batch_size: int, num_classes: int, exits: bool, peak: machine.Machine
 ) -> float:
-    """Milliseconds that no step can be faster than."""
+    """The shortest possible step, in milliseconds."""
     dtype = getattr(torch, peak.dtype)
     found = operations(student, image_size, batch_size, num_classes, exits, dtype)
     return sum(operation.ms(peak) for operation in found)

@@ -1,4 +1,4 @@
-"""Look at the augmentation: one row for each of four photographs, its crop and then several views of a recipe.
+"""Draw the augmentation: a row for each of four photographs, first its crop, then several views of a recipe.
 
 OMP_NUM_THREADS=1 python -m bench.show_views             writes docs/views.png
 """

@@ -1,4 +1,4 @@
-"""What happens to files: bits flip, parts are lost, zeroed, moved or added. All of it by a seed."""
+"""Damage to the bytes of a file, chosen by a seed: bits flip, parts are lost, zeroed, moved or added."""
 
 import random
 from collections.abc import Callable
@@ -71,7 +71,7 @@ BYTES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 
 def damage_bytes(data: bytes, seed: int) -> tuple[str, bytes]:
-    """What was done, and what came of it, which is something else; now and then nothing is left."""
+    """The kind of damage and the damaged bytes, which differ from the original and are sometimes empty."""
     rng = random.Random(seed)
     while True:
         kind = rng.choice([*BYTES] * 4 + ["emptied"])

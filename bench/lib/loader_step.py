@@ -1,4 +1,4 @@
-"""A pipeline in front of something: of the ladder's step, or of nothing, when its rate is wanted."""
+"""A pipeline in front of the ladder's step, or alone to measure its rate."""
 
 import itertools
 import time
@@ -24,12 +24,12 @@ from fastofa.views.order import epoch_order
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views
 
-DALI_QUEUE = 2  # its prefetch_queue_depth, where nothing is said
+DALI_QUEUE = 2  # the default of its prefetch_queue_depth
 HEIGHT, WIDTH = SIZES[0]
 
 
 def open_source(pipeline: str, folder: Path, count: int, side: int = SIDE) -> Dataset:
-    """What a pipeline reads: pixels in memory, or files that are written where there are none yet."""
+    """The data set that a pipeline reads: pixels in memory, or files, which are written if they do not exist."""
     if pipeline == "resident":
         return in_memory(count, side)
     data = folder / "photographs"
@@ -39,12 +39,12 @@ def open_source(pipeline: str, folder: Path, count: int, side: int = SIDE) -> Da
 
 
 def made_ahead(pipeline: str, workers: int) -> int:
-    """Batches that lie ready while one is used."""
+    """Batches that are ready while one is in use."""
     return {"torchvision": 2 * workers, "dali": DALI_QUEUE, "resident": 0}.get(pipeline, AHEAD)
 
 
 def views_and_order(dataset: Dataset) -> tuple[Views, np.ndarray]:
-    """An epoch nearly without end, so that no worker is started twice: one order again and again."""
+    """An almost endless epoch, so that workers start only once: one order, repeated."""
     views = draw_views(ViewPolicy(), dataset.sizes, 0, 0)
     return views, np.tile(epoch_order(len(dataset), seed=0, epoch=0), 1 + 1_000_000 // len(dataset))
 
@@ -55,7 +55,7 @@ def stream(pipeline: Any, dataset: Dataset) -> Iterator[Batch]:
 
 
 class LoaderStep:
-    """Our step behind a pipeline. Entered for a round: workers run only then, and what they had ready is used up."""
+    """Our step behind a pipeline. Its workers run only during a round, which begins by using up the ready batches."""
 
     def __init__(self, job: Job, step: Step, targets: Any, pipeline: str, folder: Path) -> None:
         self.step, self.targets = step, targets
@@ -79,7 +79,7 @@ class LoaderStep:
 
 
 def rate(pipeline: Any, dataset: Dataset, device: torch.device, ready: int, calls: int) -> float:
-    """Images a second of a pipeline that nothing waits for."""
+    """Images a second of a pipeline alone."""
     batches = stream(pipeline, dataset)
     for _ in range(ready + 1):
         next(batches)

@@ -1,6 +1,6 @@
 """The loaders that bench_loader measures: every pipeline, and what other libraries do with the same images.
 
-Each crops at random, resizes to one size and flips, but for `packed, gather only`, which leaves that to a GPU. It
+Each crops at random, resizes to one size and flips, except `packed, gather only`, which leaves that to a GPU. Each
 yields the number of images of every batch.
 """
 
@@ -29,11 +29,11 @@ BASELINE, GATHER = "PIL + DataLoader", "packed, gather only"
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures; it crosses to that process."""
+    """What one process measures; it is pickled."""
 
     name: str
     sources: dict[str, str]
-    """Paths of the same images by form."""
+    """Paths of the same images, by form."""
     image_size: int
     batch_size: int
     workers: int
@@ -54,7 +54,7 @@ class Implementation:
     peer: str | None = None
     """The implementation that it is compared with, at equal settings."""
     gpu_only: str | None = None
-    """Why it is left out on a CPU."""
+    """Why it is skipped on a CPU."""
 
     def skip_reason(self, device: str) -> str | None:
         """Why it is not measured here; None: it is."""
@@ -172,7 +172,7 @@ def nvimagecodec(task: Task) -> Iterator[int]:
 
 
 def decoded_crops(task: Task) -> Iterator[Tensor]:
-    """uint8 [B, 3, S, S] on the device: its decoder takes a batch of files, and of each the crop; ours resizes."""
+    """uint8 [B, 3, S, S] on the device: its decoder decodes the crops of a batch of files; our kernel resizes them."""
     from nvidia import nvimgcodec
 
     dataset, device = open_dataset(task.sources["folder"]), torch.device(task.device)

@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured where and when the step is: arithmetic and memory bandwidth."""
+"""The peaks of this machine, arithmetic and memory bandwidth, measured in the same run as the step."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,22 @@ import torch
 from bench.lib.timing import timed_ms
 
 ROUNDS = 10
-BF16_PAYS = 1.2  # bf16 is worth its rows where it multiplies matrices this much faster than fp32
+BF16_PAYS = 1.2  # bf16 pays if it multiplies matrices this much faster than fp32
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Peaks to hold a step against."""
+    """Peaks to compare a step with."""
 
     tflops: float
     """Of a large matrix product."""
     gb_per_second: float
-    """Of a large copy, bytes read and bytes written both counted."""
+    """Of a large copy, counting bytes read and bytes written."""
     dtype: str
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """The best of many short rounds, as a peak is meant; a quarter of a second on a GPU, one on a CPU."""
+    """The best of many short rounds; takes a quarter of a second on a GPU, a second on a CPU."""
     n = 8192 if device.type == "cuda" else 1536
     a = torch.randn(n, n, device=device).to(dtype)
     product = torch.empty_like(a)
@@ -40,7 +40,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def best(device: torch.device) -> Machine:
-    """In the dtype that training is fastest in: bf16, but fp32 on a CPU without instructions for bf16."""
+    """In the dtype that trains fastest: bf16, or fp32 on a CPU without bf16 instructions."""
     bf16 = measure(device, torch.bfloat16)
     if device.type == "cuda":
         return bf16

@@ -1,4 +1,4 @@
-"""Made-up photographs with the statistics of real ones (1/f noise), in memory or as JPEGs."""
+"""Synthetic photographs with the statistics of real ones (1/f noise), in memory or as JPEGs."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -17,12 +17,12 @@ from fastofa.data.dataset import Dataset, from_array
 SIDE, QUALITY = 256, 90
 # Of twenty images (height, width): most of ImageNet's have a longer side of 500 pixels, some are larger.
 SIZES = [(375, 500)] * 10 + [(333, 500)] * 4 + [(500, 375)] * 3 + [(500, 333)] * 2 + [(600, 800)]
-GROWTH = 1.1  # in strength from one scale to the next, twice as coarse: JPEGs of 109 kB
+GROWTH = 1.1  # of the amplitude from each scale to the next coarser one: gives JPEGs of 109 kB
 CLASSES = 10
 
 
 def photographs(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """uint8 [count, 3, height, width]: noise of every scale, the coarser the stronger; JPEGs as large as ImageNet's."""
+    """uint8 [count, 3, height, width]: noise of every scale, stronger at coarser ones; JPEGs as large as ImageNet's."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(count, 3, height, width)
     for level in range(8):
@@ -32,7 +32,7 @@ def photographs(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def write_folder(out: Path, count: int, sizes: list[tuple[int, int]]) -> None:
-    """OUT/train/CLASS/NAME.jpg, of these (height, width) in turn; made by all cores."""
+    """OUT/train/CLASS/NAME.jpg, with these sizes (height, width) in turn; uses all cores."""
     for label in range(min(CLASSES, count)):
         (out / "train" / str(label)).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"), torch.set_num_threads, (1,)) as pool:

@@ -1,4 +1,4 @@
-"""A number with what it needs to be believed: machine, versions, commit, command. And tables that people read."""
+"""Records: a result with machine, versions, commit and command. And tables for the terminal."""
 
 import json
 import os
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def write_record(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """FOLDER/NAME.json: the result and where, when and from what it came."""
+    """FOLDER/NAME.json: the result, its machine, date, commit and command."""
     folder.mkdir(parents=True, exist_ok=True)
     module = getattr(sys.modules["__main__"].__spec__, "name", "")
     made = {
@@ -36,7 +36,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of this checkout; on a machine that has only the files, what FASTOFA_COMMIT says."""
+    """Of this checkout; without git, the value of FASTOFA_COMMIT."""
     try:
         here = Path(__file__).parent
         command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
@@ -47,7 +47,7 @@ def commit() -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose columns line up in a terminal, too; the first `left` columns are text."""
+    """A Markdown table whose columns also line up in a terminal; the first `left` columns are text."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ FORMS = {"torchvision": "folder", "dali": "folder", "ffcv": "beton", "packed": "
 
 
 def write_form(form: str, data: Path, out: Path, side: int = SIDE) -> str:
-    """What to open: the folder DATA itself, or a file in OUT that is written unless it is there.
+    """The path to open: the folder DATA itself, or a file in OUT, which is written if it does not exist.
 
     form: "folder", "beton" (its JPEGs), "raw" (a .beton of pixels), "pack" (images of SIDE x SIDE pixels).
     """

@@ -104,7 +104,7 @@ def our_config(job: Job, options: StepOptions) -> TrainConfig:
 
 
 def open_step(job: Job, options: StepOptions) -> tuple[Step, Any]:
-    """The Step that `fastofa train` takes, and its targets: None for the method that has no teacher."""
+    """The Step of `fastofa train` and its targets, None for the method without a teacher."""
     config = our_config(job, options)
     step = Step(job.build_student(config.exits), config, job.device)
     if not options.channels_last:
@@ -153,9 +153,9 @@ class OnlineTeacher:
 
 def official_step(job: Job, fp16: bool = False) -> TakeStep:
     """As the published train.py takes it: eager, channels first, the teacher run at every step, a loss per head made
-    of a softmax and then its logarithm, every loss fetched to the CPU, the device waited for at the end.
+    of a softmax and then its logarithm, every loss fetched to the CPU, a synchronisation at the end.
 
-    On today's PyTorch, with our exits, which are the published ones.
+    It runs on today's PyTorch, with our exits, which equal the published ones.
     """
     student = job.build_student((1, 2, 3, 4)).to(job.device).train()
     teacher = job.build_teacher().to(job.device)
@@ -169,7 +169,7 @@ def official_step(job: Job, fp16: bool = False) -> TakeStep:
         return -(weights * F.softmax(logits, dim=1).log()).sum(dim=1).mean()
 
     def step() -> list[float]:
-        images = student.normalize(batch.images)  # which its loader does on the device
+        images = student.normalize(batch.images)  # its loader does this on the device
         with torch.autocast(job.device.type, torch.float16, enabled=fp16):
             with torch.no_grad():
                 teacher_logits = teacher(images)

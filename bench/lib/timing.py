@@ -1,4 +1,4 @@
-"""Timing that compares: every candidate in every round, interleaved, so that a noisy machine disturbs all alike."""
+"""Comparative timing: every candidate runs in every round, so that a noisy machine disturbs all alike."""
 
 import gc
 import statistics
@@ -13,10 +13,10 @@ import torch
 def interleaved_ms(
     steps: dict[str, Callable[[], object]], device: torch.device, rounds: int, calls: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Milliseconds a call, one figure a round, for each candidate; the device is waited for around every round.
+    """Milliseconds per call, one figure per round, for each candidate; the device is synchronised around every round.
 
-    A round begins with one call that is not timed: the candidate before has filled the caches. A candidate that is a
-    context manager is entered for its round (a loader, say, whose workers must not run during another's).
+    A round begins with a call that is not timed, since the previous candidate has filled the caches. A candidate that
+    is a context manager is entered for its round (a loader, say, whose workers must not run during another's).
     """
     for step in steps.values():
         with _entered(step):
@@ -33,7 +33,7 @@ def interleaved_ms(
 
 
 def captured(call: Callable[[int], object], calls: int) -> Callable[[], None]:
-    """A CUDA graph of call(0) .. call(calls - 1): what is left is the device's time, no launches."""
+    """A CUDA graph of call(0) .. call(calls - 1): its replay takes the device's time alone, without launches."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -48,7 +48,7 @@ def captured(call: Callable[[int], object], calls: int) -> Callable[[], None]:
 
 
 def timed_ms(step: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Milliseconds a call; what the device still had to do before is not counted, what it was given is."""
+    """Milliseconds per call, including the work it queues on the device; earlier work is finished first."""
     wait(device)
     began = time.perf_counter()
     for _ in range(calls):

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "BENCH_TURN"
-PATIENCE = 8  # times that something is tried while other jobs have the device's memory
+PATIENCE = 8  # attempts while other jobs hold the device's memory
 
 
 def wait_for_turn() -> None:
-    """Called between compiling and measuring; gives back the device memory that PyTorch caches while it waits."""
+    """Called between compiling and measuring; releases the device memory that PyTorch caches while it waits."""
     if VARIABLE not in os.environ:
         return
     turn = Path(os.environ[VARIABLE])
@@ -30,7 +30,7 @@ def wait_for_turn() -> None:
 
 
 def patiently(call: Callable[[], Any]) -> Any:
-    """What it returns; tried again where other jobs have the device's memory just now."""
+    """The result of the call, repeated while other jobs hold the device's memory."""
     for _ in range(PATIENCE - 1 if VARIABLE in os.environ else 0):
         try:
             return call()
@@ -43,5 +43,5 @@ def patiently(call: Callable[[], Any]) -> Any:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """PyTorch's own error, or that of a library which found no memory for its workspace."""
+    """PyTorch's own error, or that of a library without memory for its workspace."""
     return "out of memory" in str(error) or "_STATUS_ALLOC_FAILED" in str(error)

@@ -1,4 +1,4 @@
-"""What the charts share: middle tones on a transparent ground, readable on white and on near-black."""
+"""What the charts share: medium tones on a transparent background, readable on white and on near-black."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ def bars(
 
 
 def head(axes: Axes, title: str, legend: dict[str, str]) -> None:
-    """A title, and below it what the colours mean."""
+    """A title, and the legend below it."""
     axes.set_title(title, fontsize=15, weight="bold", loc="left", pad=30, x=0)
     axes.legend(
         [Patch(color=colour) for colour in legend.values()], list(legend),
@@ -58,7 +58,7 @@ def head(axes: Axes, title: str, legend: dict[str, str]) -> None:
 
 
 def foot(axes: Axes, text: str, made: dict[str, Any]) -> None:
-    """How it was measured, and by which date and commit."""
+    """How it was measured, with date and commit."""
     axes.annotate(
         f"{text} {made['date']}, commit {made['commit']}.", (0, 0), (0, -8), xycoords="axes fraction",
         textcoords="offset points", fontsize=10, va="top", linespacing=1.5,

@@ -13,7 +13,7 @@ from bench.plots import charts
 
 OURS, PEERS = charts.VIOLET, charts.RED
 GROUPS = {"JPEGs, decoded": ("folder", "beton"), "pixels, as they are": ("raw", "pack")}
-SWEEP = 3  # numbers of workers from which on lines are drawn
+SWEEP = 3  # lines are drawn from this many numbers of workers on
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
@@ -69,7 +69,7 @@ def colour(row: dict[str, Any]) -> str:
 
 
 def lines(axes: Axes, rows: list[dict[str, Any]], counts: list[int]) -> None:
-    """Images/s over workers, both logarithmic; each line's name at its end, moved away from the others' names."""
+    """Images/s over workers, both logarithmic; each line is labelled at its end, without overlap."""
     by_name = {row["pipeline"]: [r for r in rows if r["pipeline"] == row["pipeline"]] for row in rows}
     rates = {name: [row["images_per_second"] for row in points] for name, points in by_name.items()}
     for name, points in by_name.items():
@@ -99,7 +99,7 @@ def lines(axes: Axes, rows: list[dict[str, Any]], counts: list[int]) -> None:
 
 
 def apart(places: list[float], gap: float) -> list[float]:
-    """Ascending places, each moved up as little as it takes to be a gap above the one below; all centred again."""
+    """Ascending places, moved up just enough to be a gap apart, then centred again."""
     moved: list[float] = []
     for place in places:
         moved.append(max(place, moved[-1] + gap) if moved else place)
