@@ -320,7 +320,7 @@ def test_when_a_rank_is_killed_the_other_reports_it_and_exits(config, pair, tmp_
         assert ranks.wait() == [1, -signal.SIGKILL], ranks.said()
     said = ranks.said()[0]
     assert "Traceback" not in said
-    assert re.match(r"fastofa: rank 0: lost the other ranks \(.+\); start the same command", said.splitlines()[-1])
+    assert re.match(r"fastofa: rank 0: lost the other ranks \(.+\); run the same command", said.splitlines()[-1])
     train_on(2, config("killed", resume=True))
     same_run(c.out, pair)
 
