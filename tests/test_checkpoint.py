@@ -377,10 +377,10 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_loaded(tm
         capsys.readouterr()
         assert other.load(tmp_path) == (step, {"summed": step})
         assert_same(other.everything(), expected[step])
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 3 - step
-        assert str(damaged) in said[-1]
-        assert said[-1].endswith("; resuming from the checkpoint before it")
+        stderr = capsys.readouterr().err.splitlines()
+        assert len(stderr) == 3 - step
+        assert str(damaged) in stderr[-1]
+        assert stderr[-1].endswith("; resuming from the checkpoint before it")
     damage(newest_first[2])
     with pytest.raises(BadInput, match=re.escape(str(newest_first[2]))):
         Training("adamw").load(tmp_path)

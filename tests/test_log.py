@@ -161,8 +161,8 @@ def test_a_failing_tensorboard_is_reported_once_and_logging_goes_on(tmp_path, mo
         log.add("step", step, {"epoch": 0, "loss": 0.5})
     log.close()
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
-    said = capsys.readouterr().err
-    assert said.count("TensorBoard: could not log to it (division by zero)") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.count("TensorBoard: could not log to it (division by zero)") == 1
 
 
 # --- Weights & Biases -------------------------------------------------------------------------------------------------

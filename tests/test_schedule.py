@@ -18,8 +18,10 @@ from fastofa.runs.recipes import RECIPES, with_size_defaults
 from fastofa.training.schedule import cautions, image_size, learning_rate
 
 
-def config(**given: Any) -> TrainConfig:
-    return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **given})
+def config(**overrides: Any) -> TrainConfig:
+    return TrainConfig(
+        **{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **overrides}
+    )
 
 
 def rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
@@ -175,8 +177,8 @@ def test_image_sizes_never_shrink(epochs, start, full, growth):
 def test_settings_for_longer_runs_are_reported():
     """Warm-up, decay or moving average of a long recipe in a short run; the suggested value is not reported."""
 
-    def reported(name: str, **given: Any) -> list[str]:
-        return cautions(RECIPES[name](data="d", student="s", out=Path("o"), **given), steps_per_epoch=18)
+    def reported(name: str, **overrides: Any) -> list[str]:
+        return cautions(RECIPES[name](data="d", student="s", out=Path("o"), **overrides), steps_per_epoch=18)
 
     (warmup, average) = reported("imagenet_vit_mlp", epochs=4)
     assert warmup == (

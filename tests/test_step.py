@@ -37,22 +37,22 @@ CPU, SIZE, BATCH = torch.device("cpu"), 32, 20
 SCREEN = 50  # lines
 
 
-def config(**given: Any) -> TrainConfig:
+def config(**overrides: Any) -> TrainConfig:
     values = {"data": "digits:100", "student": "test_vit", "out": Path("run"), "optimizer": "sgd", "lr": 0.05}
-    return RECIPES["digits"](**{**values, **given})
+    return RECIPES["digits"](**{**values, **overrides})
 
 
-def make_step(rank: int = 0, **given: Any) -> Step:
+def make_step(rank: int = 0, **overrides: Any) -> Step:
     """A step of a Transformer, which has no batch norm; the initial weights are always the same."""
-    c = config(**given)
+    c = config(**overrides)
     torch.manual_seed(7)
     return Step(Student(c.student, 10, SIZE, drop_path=c.drop_path).train(), c, CPU, World(rank=rank))
 
 
-def some_targets(device: torch.device = CPU, **given: Any) -> DeviceTargets:
+def some_targets(device: torch.device = CPU, **overrides: Any) -> DeviceTargets:
     """Targets for a hundred samples, always the same."""
     generator = torch.Generator().manual_seed(8)
-    return DeviceTargets(*answers(torch.randn(100, 10, generator=generator).log_softmax(-1), 4), device, **given)
+    return DeviceTargets(*answers(torch.randn(100, 10, generator=generator).log_softmax(-1), 4), device, **overrides)
 
 
 @pytest.fixture

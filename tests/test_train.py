@@ -709,7 +709,7 @@ def test_a_plan_says_what_it_is_timing_and_writes_nothing(on_photos, monkeypatch
         "plan: timing evaluation",
     ]
     assert "estimated cost on this machine" in said.out
-    assert "nothing was written" in said.out
+    assert "no run was started" in said.out
     assert not config.out.exists()
 
 

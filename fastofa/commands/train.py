@@ -61,5 +61,5 @@ def _print_plan(plan: Plan, config: TrainConfig) -> None:
         if slow
         else "the step is the bottleneck, the loader keeps up"
     )
-    cache = f", the cache has {filesize.decimal(plan.cache_bytes)}" if plan.cache_bytes else ""
-    print(f"{limit}; the run's folder takes {filesize.decimal(plan.run_bytes)}{cache}; nothing was written")
+    cache = f", the cache {filesize.decimal(plan.cache_bytes)}" if plan.cache_bytes else ""
+    print(f"{limit}; the run's folder takes {filesize.decimal(plan.run_bytes)}{cache}; no run was started")

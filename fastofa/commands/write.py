@@ -4,8 +4,8 @@
     fastofa write photos photos.beton               JPEGs in FFCV's format, or with --raw pixels; the CPU crops
     fastofa write photos photos.pack --verify       write it unless it exists, then compare it with its checksums
 
-Then use `--data photos.pack` instead of `--data photos`, with the same caches. Every image is decoded. If some cannot be
-decoded, they are named and nothing is written; --skip-corrupt leaves them out. The output gets its name only when it
+Then use `--data photos.pack` instead of `--data photos`, with the same caches. Every image is decoded. If some cannot
+be decoded, they are named and nothing is written; --skip-corrupt leaves them out. The output gets its name only when it
 is complete.
 """
 

@@ -83,7 +83,7 @@ def best_top1(run: Path, step: int, file: str = BEST) -> float:
         if info["step"] <= step:
             return float(info["top1"])
     except (BadInput, KeyError, TypeError, ValueError) as error:
-        notice(f"{path}: could not be read and is deleted; the next evaluation writes it anew ({error})")
+        notice(f"{path}: could not be read and is deleted; the next evaluation writes a new one ({error})")
     path.unlink(missing_ok=True)
     return -1
 

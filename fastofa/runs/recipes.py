@@ -237,7 +237,7 @@ def with_size_defaults(config: TrainConfig, images: int, rows: int, multiple: in
 
 
 def default_policy(data: str, recipe: str = "") -> ViewPolicy:
-    """The published augmentation of a recipe; for the digits without flips, since a mirrored digit is not a digit."""
+    """The published augmentation of a recipe; for digits without flips, as a mirrored digit is a different symbol."""
     policy = VIEWS.get(recipe, ViewPolicy())
     if data.partition(":")[0] == "digits":
         return dataclasses.replace(policy, scale=(0.6, 1.0), flip=0.0)
