@@ -307,7 +307,7 @@ def test_best_weights_of_a_future_that_was_given_up_are_forgotten(on_photos, cap
     best.write_bytes(whole[:-9])
     assert best_top1(config.out, 9) == -1
     assert not best.exists()
-    assert "could not be read and is removed" in capsys.readouterr().err
+    assert "could not be read and is deleted" in capsys.readouterr().err
 
 
 def test_without_a_checkpoint_it_says_so(on_photos, poison):

@@ -916,7 +916,7 @@ def test_only_a_beton_is_read_by_pages(on_beton, photos, tmp_path):
     for data in (photos, tmp_path / "x.pack"):
         config = on_beton("run", order="pages", data=str(data))
         with pytest.raises(
-            BadInput, match=r"order: expected random for .*, got pages; `fastofa write .* NAME\.beton` makes a file"
+            BadInput, match=r"order: expected random for .*, got pages; `fastofa write .* NAME\.beton` writes a file"
         ):
             train(config)
         assert not config.out.exists()

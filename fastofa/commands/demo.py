@@ -40,7 +40,7 @@ VIEWS, TOPK = 30, 5
 METHODS: dict[Method, str] = {
     "scratch": "labels only",
     "kd": "labels + KD (final logits)",
-    "ofa": "labels + OFA (four exits too)",
+    "ofa": "labels + OFA (also four exits)",
 }
 MARKER = "demo.json"
 
