@@ -1,4 +1,4 @@
-"""A checkpoint brings back all that the next step depends on, or says why it does not fit and changes nothing."""
+"""A checkpoint restores everything the next step depends on, or reports why it does not fit and changes nothing."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ SIDE = 16
 
 
 class Cnn(nn.Sequential):
-    """Convolution (channels-last, as a student's), batch norm, dropout and a linear layer."""
+    """Convolutions, channels-last as in a student, batch norm, dropout and a linear layer."""
 
     def __init__(self, classes: int = 4, width: int = 6) -> None:
         super().__init__(
@@ -52,7 +52,7 @@ class Cnn(nn.Sequential):
 
 
 class Training:
-    """A model with all that a run keeps of it, made from a seed."""
+    """A model with its optimiser and moving average, created from a seed."""
 
     def __init__(self, optimizer: str, ema: bool = True, seed: int = 0, model: nn.Module | None = None) -> None:
         torch.manual_seed(seed)
@@ -74,7 +74,7 @@ class Training:
         return None if self.ema is None else self.ema.module
 
     def steps(self, first: int, count: int) -> None:
-        """Batches and dropout are functions of the step, as in a run."""
+        """Train `count` steps; batches and dropout are functions of the step, as in a run."""
         self.model.train()
         for step in range(first, first + count):
             torch.manual_seed(step)
@@ -94,21 +94,21 @@ class Training:
         return load_newest(run, self.model, self.optimizer, self.ema_module)
 
     def everything(self) -> dict[str, Tensor]:
-        """Weights, average and optimiser state, under one name each."""
-        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        """Weights, moving average and optimiser state by name."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.ema is not None:
-            found |= {f"ema.{name}": value for name, value in self.ema.module.state_dict().items()}
+            tensors |= {f"ema.{name}": value for name, value in self.ema.module.state_dict().items()}
         state = self.optimizer.state_dict()
         for number, values in state["state"].items():
-            found |= {f"state.{number}.{key}": torch.as_tensor(value) for key, value in values.items()}
+            tensors |= {f"state.{number}.{key}": torch.as_tensor(value) for key, value in values.items()}
         for number, group in enumerate(state["param_groups"]):
             if "step" in group:
-                found[f"group.{number}.step"] = torch.as_tensor(group["step"])
-        return {name: value.clone() for name, value in found.items()}
+                tensors[f"group.{number}.step"] = torch.as_tensor(group["step"])
+        return {name: value.clone() for name, value in tensors.items()}
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """Bit for bit, and of the same kind."""
+    """The tensors and their dtypes are equal, bit for bit."""
     assert a.keys() == b.keys()
     assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
 
@@ -118,8 +118,8 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("ema", [True, False])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_everything_comes_back_bit_for_bit(tmp_path, optimizer, ema):
-    """Into a model of another seed, with a number of steps of its own."""
+def test_everything_is_restored_bit_for_bit(tmp_path, optimizer, ema):
+    """Into a model of another seed that has taken another number of steps."""
     before = Training(optimizer, ema)
     before.steps(0, 3)
     before.save(tmp_path, 3, sums=[0.1, 2.0], summed=2)
@@ -133,8 +133,8 @@ def test_everything_comes_back_bit_for_bit(tmp_path, optimizer, ema):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_going_on_after_loading_equals_never_having_stopped(tmp_path, optimizer):
-    """Ten more steps with dropout: weights, average and optimiser are the same to the last bit."""
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, optimizer):
+    """Ten more steps with dropout: weights, moving average and optimiser are equal to the last bit."""
     straight = Training(optimizer)
     straight.steps(0, 3)
     straight.save(tmp_path, 3)
@@ -149,7 +149,7 @@ def test_going_on_after_loading_equals_never_having_stopped(tmp_path, optimizer)
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_checkpoint_before_the_first_step(tmp_path, optimizer):
-    """The optimiser keeps nothing yet, and what another one kept is forgotten."""
+    """It holds no optimiser state, and restoring it clears the state that is there."""
     Training(optimizer).save(tmp_path, 0)
     straight = Training(optimizer)
     straight.steps(0, 2)
@@ -161,7 +161,7 @@ def test_a_checkpoint_before_the_first_step(tmp_path, optimizer):
     assert_same(resumed.everything(), expected)
 
 
-def test_a_timm_model_with_stochastic_depth_goes_on_the_same(tmp_path):
+def test_a_timm_model_with_stochastic_depth_is_resumed_exactly(tmp_path):
     def build(seed: int) -> Training:
         torch.manual_seed(seed)
         return Training("adamw", model=timm.create_model("test_convnext", num_classes=4, drop_path_rate=0.3))
@@ -188,11 +188,11 @@ def test_a_timm_model_with_stochastic_depth_goes_on_the_same(tmp_path):
     assert_same(resumed.everything(), expected)
 
 
-# --- What does not fit ------------------------------------------------------------------------------------------------
+# --- Checkpoints that do not fit --------------------------------------------------------------------------------------
 
 
 def refused(file: Path, training: Training, message: str) -> None:
-    """BadInput with this message, and nothing is changed by it."""
+    """Loading raises BadInput with this message and changes nothing."""
     before = training.everything()
     with pytest.raises(BadInput, match=message):
         training.load(run_of(file))
@@ -227,7 +227,7 @@ def other() -> Training:
     ],
 )
 def test_keys_that_do_not_fit_are_named_and_nothing_is_changed(saved, other, part, change, message):
-    """Also where it is only the moving average, which is looked at last."""
+    """Also if only the moving average, which is checked last, does not fit."""
     tensors, info = load_tensors(saved)
     if change == "missing":
         del tensors[f"{part}.7.bias"]
@@ -245,7 +245,7 @@ def test_a_model_of_another_size_names_a_few_keys_and_counts_the_rest(saved):
     )
 
 
-def test_with_and_without_a_moving_average_do_not_mix(saved, tmp_path):
+def test_checkpoints_with_and_without_a_moving_average_are_not_interchangeable(saved, tmp_path):
     refused(saved, Training("adamw", ema=False), "does not fit this run's ema: missing none; unexpected 0.weight")
     plain = Training("adamw", ema=False).save(tmp_path / "plain", 0)
     refused(plain, Training("adamw"), "does not fit this run's ema: missing 0.weight")
@@ -256,7 +256,7 @@ def test_with_and_without_a_moving_average_do_not_mix(saved, tmp_path):
     [("7.bias.exp_avg", torch.zeros(5)), ("8.bias.exp_avg", torch.zeros(4)), ("group9.step", torch.tensor(3.0))],
 )
 def test_optimiser_state_that_does_not_fit_is_named_and_nothing_is_changed(saved, other, key, value):
-    """Of another shape than its parameter, of no parameter, of no group."""
+    """Another shape than its parameter's, an unknown parameter, an unknown group."""
     tensors, info = load_tensors(saved)
     tensors[f"optimizer.{key}"] = value
     save_tensors(saved, tensors, info)
@@ -265,7 +265,7 @@ def test_optimiser_state_that_does_not_fit_is_named_and_nothing_is_changed(saved
 
 @pytest.mark.parametrize("load", ["everything", "student only"])
 def test_damaged_files_and_pickles_are_refused(saved, other, load):
-    """Truncated, with one bit flipped, empty, missing, or a pickle in place of it (which is not loaded)."""
+    """Truncated, one bit flipped, empty, missing, or replaced by a pickle, which is not loaded."""
     data = saved.read_bytes()
     flipped = bytearray(data)
     flipped[-5] ^= 1
@@ -286,13 +286,13 @@ def test_damaged_files_and_pickles_are_refused(saved, other, load):
     torch.save({"student": other.model.state_dict()}, saved)
     attempt("expected a safetensors file, got one that is a pickle")
     saved.unlink()
-    attempt("expected a checkpoint, found none" if load == "everything" else "no checkpoint yet")
+    attempt("expected a checkpoint, found none" if load == "everything" else "expected a checkpoint, found none yet")
     assert_same(other.everything(), before)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_each_of_as_many_ranks_takes_its_own(tmp_path, ranks):
-    """Of what two ranks saved; any other number of them, and who evaluates or exports, takes the mean."""
+def test_each_rank_restores_its_own_statistics_if_the_number_of_ranks_is_unchanged(tmp_path, ranks):
+    """Two ranks saved them; any other number of ranks, evaluation and export use the mean."""
     training = Training("sgd")
     training.steps(0, 2)
     own = torch.arange(12.0).reshape(2, 6)
@@ -300,8 +300,11 @@ def test_each_of_as_many_ranks_takes_its_own(tmp_path, ranks):
     before = training.everything()
     save_checkpoint(tmp_path, 2, training.model, training.optimizer, training.ema_module, {}, 2, by_rank)
     assert_same(training.everything(), before)
-    each = [name for name in load_tensors(newest(tmp_path))[0] if name.startswith("ranks.")]
-    assert sorted(each) == ["ranks.ema.1.running_mean", "ranks.student.1.running_mean"]  # the others do not differ
+    by_rank_names = [name for name in load_tensors(newest(tmp_path))[0] if name.startswith("ranks.")]
+    assert sorted(by_rank_names) == [
+        "ranks.ema.1.running_mean",
+        "ranks.student.1.running_mean",
+    ]  # the ranks' other tensors are equal
     mean = torch.arange(3.0, 9.0)
     for rank in range(ranks):
         other = Training("sgd", seed=1)
@@ -315,7 +318,7 @@ def test_each_of_as_many_ranks_takes_its_own(tmp_path, ranks):
         assert torch.equal(student[1].running_mean, expected)
 
 
-# --- Which are kept, and which is taken -------------------------------------------------------------------------------
+# --- Which are kept, and which is loaded ------------------------------------------------------------------------------
 
 
 def names(run: Path) -> list[str]:
@@ -324,7 +327,7 @@ def names(run: Path) -> list[str]:
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_the_newest_few_are_kept(tmp_path, keep):
-    """And the best weights, whenever they were."""
+    """The best weights are kept as well, whatever their step."""
     training = Training("sgd")
     save_best(tmp_path, training.model, {"step": 2, "top1": 0.5})
     for step in (2, 4, 300, 12_345_678):
@@ -334,7 +337,7 @@ def test_the_newest_few_are_kept(tmp_path, keep):
     assert [file.stem for file in checkpoints(tmp_path)] == kept[::-1]
 
 
-def test_keeping_fewer_than_there_were(tmp_path):
+def test_keeping_fewer_than_before(tmp_path):
     for step in range(4):
         Training("sgd").save(tmp_path, step, keep=9)
     Training("sgd").save(tmp_path, 4, keep=2)
@@ -360,7 +363,7 @@ def make_pickle(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, make_pickle])
-def test_a_damaged_newest_one_is_told_and_the_one_before_it_taken(tmp_path, damage, capsys):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_loaded(tmp_path, damage, capsys):
     training = Training("adamw")
     expected = {}
     for step in (1, 2, 3):
@@ -374,25 +377,25 @@ def test_a_damaged_newest_one_is_told_and_the_one_before_it_taken(tmp_path, dama
         capsys.readouterr()
         assert other.load(tmp_path) == (step, {"summed": step})
         assert_same(other.everything(), expected[step])
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 3 - step
-        assert str(damaged) in said[-1]
-        assert said[-1].endswith("; going on from the checkpoint before it")
+        stderr = capsys.readouterr().err.splitlines()
+        assert len(stderr) == 3 - step
+        assert str(damaged) in stderr[-1]
+        assert stderr[-1].endswith("; resuming from the checkpoint before it")
     damage(newest_first[2])
     with pytest.raises(BadInput, match=re.escape(str(newest_first[2]))):
         Training("adamw").load(tmp_path)
 
 
-def test_one_that_does_not_fit_is_refused_though_an_older_one_would(tmp_path):
-    """It is no damage, but another configuration."""
+def test_a_newest_checkpoint_that_does_not_fit_is_refused_even_if_an_older_one_fits(tmp_path):
+    """It is not damaged but belongs to another configuration."""
     Training("adamw", model=Cnn(width=8)).save(tmp_path, 1)
     Training("adamw").save(tmp_path, 2)
     with pytest.raises(BadInput, match="does not fit this run's student"):
         Training("adamw", model=Cnn(width=8)).load(tmp_path)
 
 
-def test_the_best_weights_are_loaded_where_they_are_asked_for(tmp_path):
-    """Those that were evaluated; info says when."""
+def test_the_best_weights_are_loaded_on_request(tmp_path):
+    """They are those that were evaluated; their info has the step."""
     training = Training("sgd")
     assert training.ema is not None
     training.steps(0, 1)
@@ -409,12 +412,12 @@ def test_the_best_weights_are_loaded_where_they_are_asked_for(tmp_path):
 
 def test_without_an_evaluation_there_are_no_best_weights(tmp_path):
     Training("sgd").save(tmp_path, 3)
-    with pytest.raises(BadInput, match="no evaluation yet, so no best weights"):
+    with pytest.raises(BadInput, match="expected best weights, found none before the first evaluation"):
         load_student(tmp_path, Cnn(), "best")
 
 
-def test_weights_and_their_average_are_loaded_where_they_are_asked_for(tmp_path):
-    """Of the newest checkpoint and of the best evaluations; best alone is whichever had the better top-1."""
+def test_weights_and_moving_average_are_loaded_on_request(tmp_path):
+    """Those of the newest checkpoint and of the best evaluations; `best` is whichever has the higher top-1."""
     training = Training("sgd")
     assert training.ema is not None
     saved: dict[Weights, dict[str, Tensor]] = {}
@@ -444,7 +447,7 @@ def test_weights_and_their_average_are_loaded_where_they_are_asked_for(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_not_loaded(tmp_path):
-    """Those of a run that diverged, saved by whatever."""
+    """As those of a run that diverged."""
     training = Training("sgd", ema=False)
     with torch.no_grad():
         training.model[0].weight[0, 0, 0, 0] = torch.nan
@@ -459,7 +462,7 @@ def test_weights_that_are_not_finite_are_not_loaded(tmp_path):
 # --- The file ---------------------------------------------------------------------------------------------------------
 
 
-def test_load_student_takes_the_moving_average_where_there_is_one(tmp_path):
+def test_load_student_prefers_the_moving_average(tmp_path):
     for ema in (True, False):
         training = Training("sgd", ema)
         training.steps(0, 3)
@@ -472,7 +475,7 @@ def test_load_student_takes_the_moving_average_where_there_is_one(tmp_path):
         assert torch.equal(student[0].weight, training.model[0].weight) is not ema
 
 
-def test_load_student_names_what_does_not_fit(saved):
+def test_load_student_names_keys_that_do_not_fit(saved):
     student = Cnn(classes=5)
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(BadInput, match=r"does not fit this run's ema: .*of another shape 7.bias, 7.weight"):
@@ -481,7 +484,7 @@ def test_load_student_names_what_does_not_fit(saved):
 
 
 def test_the_file_is_safetensors_and_nothing_else(saved):
-    """A JSON header that accounts for every byte after it, one metadata key, no pickle; equal states, equal bytes."""
+    """Its header accounts for every byte, it has one metadata key and no pickle; equal states give equal bytes."""
     data = saved.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -500,8 +503,8 @@ def test_the_file_is_safetensors_and_nothing_else(saved):
     assert [file.name for file in saved.parent.iterdir()] == ["step-00000002.safetensors"]
 
 
-def test_the_optimisers_state_lands_where_its_parameters_are(tmp_path):
-    """Fused AdamW on a GPU wants its count of steps there, too. The device here is `meta`, the only other one."""
+def test_the_optimisers_state_is_restored_on_the_device_of_its_parameters(tmp_path):
+    """Fused AdamW on a GPU needs its step count there. Here the device is `meta`, the only one beside the CPU."""
     training = Training("adamw", ema=False)
     training.steps(0, 2)
     path = training.save(tmp_path, 2)

@@ -234,10 +234,13 @@ REFUSED = {
     "export over a folder": ("export run teacher", "teacher: exists already; choose another place or remove it"),
     "export no run": ("export cache new", "cache: expected a run made by `fastofa train`, found no config.json"),
     "export a model": ("export teacher new", "teacher/config.json: expected what `fastofa train` writes"),
-    "export what is only begun": ("export begun new", "begun: no checkpoint yet; run `fastofa train` with --resume"),
+    "export what is only begun": (
+        "export begun new",
+        "begun: expected a checkpoint, found none yet; run `fastofa train` with --resume",
+    ),
     "evaluate no run": ("evaluate nowhere --data digits", "nowhere: expected a run made by `fastofa train`, found no"),
     "evaluate a cache": ("evaluate cache --data digits", "cache: expected a run made by `fastofa train`, found no"),
-    "evaluate what is only begun": ("evaluate begun --data digits", "begun: no checkpoint yet"),
+    "evaluate what is only begun": ("evaluate begun --data digits", "begun: expected a checkpoint, found none yet"),
     "evaluate other classes": (
         "evaluate run --data photos",
         "expected the 10 classes that run was trained on, got 2: lacking 0, 1, 2, ...; others are china, flower",
@@ -705,7 +708,7 @@ def test_damaged_checkpoint(copied, damage, message):
     damage(Path("run", CHECKPOINT))
     if damage == Path.unlink:
         for argv in READERS[1:]:
-            refused(argv, "run: no checkpoint yet; run `fastofa train` with --resume")
+            refused(argv, "run: expected a checkpoint, found none yet; run `fastofa train` with --resume")
     else:
         for argv in READERS:
             refused(argv, f"run/{CHECKPOINT}...{message}")
@@ -719,7 +722,7 @@ def test_damaged_newest_checkpoint_of_several(copied):
         refused(argv, f"run3/{CHECKPOINT}...truncated or damaged")
     error = succeeds(f"{TRAIN} --out run3 --resume --keep 2")
     assert f"run3/{CHECKPOINT}: " in error
-    assert "going on from the checkpoint before it" in error
+    assert "resuming from the checkpoint before it" in error
     same_run(Path("run3"), Path("run"))
 
 
@@ -741,8 +744,8 @@ STUDENT, EMA, ADAM = "student.backbone.bn1.weight", "ema.backbone.bn1.weight", "
         ({ADAM: None}, "does not fit this run's optimizer: exits.0.head.bias.exp_avg (missing)", READERS[:1]),
         ({ADAM: torch.zeros(3)}, "does not fit this run's optimizer: exits.0.head.bias.exp_avg", READERS[:1]),
         ({"optimizer.more.exp_avg": torch.zeros(2)}, "does not fit this run's optimizer: more.exp_avg", READERS[:1]),
-        ({"position": None}, "expected what `fastofa train` saves, it lacks position", READERS[:1]),
-        ({"step": None}, "expected what `fastofa train` saves, it lacks step", READERS[:1]),
+        ({"position": None}, "expected a checkpoint of `fastofa train`, got one without position", READERS[:1]),
+        ({"step": None}, "expected a checkpoint of `fastofa train`, got one without step", READERS[:1]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )

@@ -58,9 +58,9 @@ STEPS = 20
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class Ranks:
@@ -91,10 +91,10 @@ class Ranks:
         for process in self.processes:
             process.join(max(end - time.monotonic(), 0))
         codes = [process.exitcode for process in self.processes]
-        assert None not in codes, self.said()
+        assert None not in codes, self.output()
         return codes
 
-    def said(self) -> list[str]:
+    def output(self) -> list[str]:
         return [log.read_text() if log.exists() else "" for log in self.logs]
 
     def reach(self, run: Path, step: int) -> None:
@@ -156,7 +156,7 @@ def wait_for_step(run: Path, step: int, alive: Callable[[], bool]) -> None:
 def train_on(ranks: int, config: TrainConfig) -> Path:
     """Train on this number of ranks and return the run's folder."""
     with Ranks(ranks, config.out.with_suffix(".logs"), _train, config) as started:
-        assert started.wait() == [0] * ranks, started.said()
+        assert started.wait() == [0] * ranks, started.output()
     return config.out
 
 
@@ -170,13 +170,13 @@ def config(cache: TeacherCache, tmp_path_factory: pytest.TempPathFactory) -> Cal
     """config(name, ...): twenty steps of SGD on a Transformer, which has no batch norm."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def make(name: str, **given: Any) -> TrainConfig:
+    def make(name: str, **overrides: Any) -> TrainConfig:
         values = {
             "data": "digits:100", "cache": cache.path, "student": "test_vit", "out": folder / name, "epochs": 4,
             "batch_size": 20, "optimizer": "sgd", "lr": 0.02, "warmup_epochs": 1, "pipeline": "resident",
             "log_every": 1, "eval_every": 2, "checkpoint_every": 5, "timeout_s": 2 * PATIENCE_S,
         }  # fmt: skip
-        return recipes.digits(**{**values, **given})
+        return recipes.digits(**{**values, **overrides})
 
     return make
 
@@ -224,7 +224,7 @@ def test_the_number_of_ranks_and_parts_does_not_change_the_training(config, alon
 
 @pytest.mark.slow
 def test_bf16_gradient_compression_changes_little(config, alone):
-    """Losses of the first steps differ from those of fp32 gradients, by less than 1%."""
+    """After the first step the losses differ from those without compression, by less than 1%."""
     run = train_on(2, config("bf16", grad_compression="bf16", epochs=2))
     first, rough = ([row["loss"] for row in log_of(out) if row["kind"] == "step"] for out in (alone, run))
     assert rough[0] == pytest.approx(first[0], rel=1e-8)
@@ -240,21 +240,21 @@ def test_running_statistics_are_the_mean_over_the_ranks(config):
     train_on(2, c)
     dataset, cache = open_dataset(c.data), TeacherCache.open(c.cache)
     views = cache.targets(0)[0]
-    found: list[dict[str, Tensor]] = []
+    own: list[dict[str, Tensor]] = []
     for rank in range(2):
         torch.manual_seed(c.seed)
         run = Run(c.out, c, dataset.classes, cache.teacher_dim, dataset.fingerprint)
         student = run.build_student().to(memory_format=torch.channels_last).train()
         order = epoch_order(len(dataset), c.seed, 0, rank, 2)
         student(next(open_pipeline("resident", dataset, 32, 25).epoch(views, order)).images)
-        found.append({name: value for name, value in student.named_buffers() if name.endswith(("_mean", "_var"))})
+        own.append({name: value for name, value in student.named_buffers() if name.endswith(("_mean", "_var"))})
     tensors, _ = load_tensors(c.out / "checkpoints" / "step-00000001.safetensors")
-    assert len(found[0]) > 10
-    for name in found[0]:
-        mean = (found[0][name] + found[1][name]) / 2
+    assert len(own[0]) > 10
+    for name in own[0]:
+        mean = (own[0][name] + own[1][name]) / 2
         for part in ("student", "ema"):  # the average begins as the student after its first step
             torch.testing.assert_close(tensors[f"{part}.{name}"], mean, rtol=1e-8, atol=1e-8)
-    assert max(float((found[0][name] - found[1][name]).abs().max()) for name in found[0]) > 1e-2
+    assert max(float((own[0][name] - own[1][name]).abs().max()) for name in own[0]) > 1e-2
 
 
 # --- Interrupted ------------------------------------------------------------------------------------------------------
@@ -265,11 +265,11 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, alone, pair, tm
     """All exit with the signal's code. Resumed on two ranks the bytes are the same, on one or four the figures."""
     c = config("stopped")
     with Ranks(2, tmp_path, _train_until, c, signal.SIGTERM) as ranks:
-        assert ranks.wait() == [128 + signal.SIGTERM] * 2, ranks.said()
+        assert ranks.wait() == [128 + signal.SIGTERM] * 2, ranks.output()
     step = load_tensors(newest(c.out))[1]["step"]
     assert 7 <= step <= 9
-    said, rank_1 = ranks.said()
-    assert said.splitlines()[-1] == (
+    output, rank_1 = ranks.output()
+    assert output.splitlines()[-1] == (
         f"fastofa: saved step {step} of 20 in {c.out}; run the same command with --resume to go on"
     )
     assert rank_1 == ""
@@ -284,17 +284,17 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, alone, pair, tm
 @pytest.mark.slow
 def test_a_stop_between_two_checkpoints_and_logs_changes_no_bit(config, tmp_path):
     """Of a CNN, whose batch norm statistics differ between ranks. The run can also be resumed on one rank."""
-    given: dict[str, Any] = {"student": "test_resnet", "ema": 0.9, "log_every": 4}
-    undisturbed = train_on(2, config("cnn-pair", **given))
-    c = config("cnn-stopped", **given)
+    overrides: dict[str, Any] = {"student": "test_resnet", "ema": 0.9, "log_every": 4}
+    undisturbed = train_on(2, config("cnn-pair", **overrides))
+    c = config("cnn-stopped", **overrides)
     with Ranks(2, tmp_path, _train_until, c, signal.SIGTERM) as ranks:
-        assert ranks.wait() == [128 + signal.SIGTERM] * 2, ranks.said()
+        assert ranks.wait() == [128 + signal.SIGTERM] * 2, ranks.output()
     tensors, info = load_tensors(newest(c.out))
     assert info["step"] == 9  # the vote at the eighth step is known at the ninth
     assert any(name.startswith("ranks.ema.") for name in tensors)
     assert not any(name.startswith("ranks.") for name in load_tensors(newest(undisturbed))[0])
     for count in (1, 2):
-        resumed = config(f"cnn-stopped-{count}", resume=True, **given)
+        resumed = config(f"cnn-stopped-{count}", resume=True, **overrides)
         shutil.copytree(c.out, resumed.out)
         train_on(count, resumed)
         assert [(row["kind"], row["step"]) for row in log_of(resumed.out)] == [
@@ -307,9 +307,9 @@ def test_a_stop_between_two_checkpoints_and_logs_changes_no_bit(config, tmp_path
 def test_if_one_rank_is_not_finite_all_refuse_to_save(config, tmp_path):
     c = config("spoiled", student="test_resnet", log_every=4)
     with Ranks(2, tmp_path, _train_and_spoil, c) as ranks:
-        assert ranks.wait() == [2, 2], ranks.said()
-    for said in ranks.said():
-        assert "the weights are no longer finite between steps 8 and 9" in said.splitlines()[-1], said
+        assert ranks.wait() == [2, 2], ranks.output()
+    for output in ranks.output():
+        assert "the weights are no longer finite between steps 8 and 9" in output.splitlines()[-1], output
 
 
 @pytest.mark.slow
@@ -317,10 +317,10 @@ def test_when_a_rank_is_killed_the_other_reports_it_and_exits(config, pair, tmp_
     """With exit code 1 and one line, long before --timeout-s. The resumed run ends in the same bytes."""
     c = config("killed")
     with Ranks(2, tmp_path, _train_until, c, signal.SIGKILL) as ranks:
-        assert ranks.wait() == [1, -signal.SIGKILL], ranks.said()
-    said = ranks.said()[0]
-    assert "Traceback" not in said
-    assert re.match(r"fastofa: rank 0: lost the other ranks \(.+\); start the same command", said.splitlines()[-1])
+        assert ranks.wait() == [1, -signal.SIGKILL], ranks.output()
+    output = ranks.output()[0]
+    assert "Traceback" not in output
+    assert re.match(r"fastofa: rank 0: lost the other ranks \(.+\); run the same command", output.splitlines()[-1])
     train_on(2, config("killed", resume=True))
     same_run(c.out, pair)
 
@@ -344,15 +344,15 @@ def test_a_run_killed_at_random_is_resumed_on_another_number_of_ranks(config, al
 @pytest.mark.slow
 def test_a_bad_batch_size_ends_all_ranks_alike(config, tmp_path):
     """Exit code 2 and one line from each; nothing is written."""
-    for given, message in (
+    for overrides, message in (
         ({"batch_size": 20}, r"batch-size: expected a multiple of 3 \(3 ranks\), got 20"),
         ({"batch_size": 30, "accumulate": 4}, r"batch-size: expected a multiple of 12 \(3 ranks x 4 parts\), got 30"),
     ):
-        c = config("refused", **given)
+        c = config("refused", **overrides)
         with Ranks(3, tmp_path, _train, c) as ranks:
-            assert ranks.wait() == [2, 2, 2], ranks.said()
-        for said in ranks.said():
-            assert re.fullmatch(f"fastofa: error: {message}\n", said), said
+            assert ranks.wait() == [2, 2, 2], ranks.output()
+        for output in ranks.output():
+            assert re.fullmatch(f"fastofa: error: {message}\n", output), output
         assert not c.out.exists()
 
 
@@ -367,15 +367,20 @@ def _train_with_memory(rank: int, config: TrainConfig) -> None:
 
 @pytest.mark.slow
 def test_all_ranks_use_the_order_that_rank_0_chooses(config, tmp_path):
-    """Only on rank 0 the file does not fit into memory: all read by pages, as one process with --order pages does."""
+    """The file exceeds the memory of rank 0 alone: all ranks read by pages, as one process with --order pages does."""
     write(WriteConfig("digits:100", tmp_path / "x.beton", raw=True))
-    given: dict[str, Any] = {"data": str(tmp_path / "x.beton"), "method": "scratch", "cache": None, "pipeline": "auto"}
-    for name, ranks, order in (("pages", 1, "pages"), ("found", 2, "auto")):
-        c = config(name, order=order, **given)
+    overrides: dict[str, Any] = {
+        "data": str(tmp_path / "x.beton"),
+        "method": "scratch",
+        "cache": None,
+        "pipeline": "auto",
+    }
+    for name, ranks, order in (("pages", 1, "pages"), ("chosen", 2, "auto")):
+        c = config(name, order=order, **overrides)
         with Ranks(ranks, tmp_path / name, _train_with_memory, c) as started:
-            assert started.wait() == [0] * ranks, started.said()
-    assert read_json(config("found").out / "config.json")["config"]["order"] == "pages"
-    assert_near(config("found").out, config("pages").out)
+            assert started.wait() == [0] * ranks, started.output()
+    assert read_json(config("chosen").out / "config.json")["config"]["order"] == "pages"
+    assert_near(config("chosen").out, config("pages").out)
 
 
 def _train_here(rank: int, configs: list[TrainConfig]) -> None:
@@ -389,7 +394,7 @@ def _train_here(rank: int, configs: list[TrainConfig]) -> None:
 @pytest.mark.parametrize("differs", ["data", "pages"])
 def test_nodes_with_different_data_are_refused(config, tmp_path, differs):
     """Other images, or the same images on other pages, with which the ranks would show some images twice."""
-    given: dict[str, Any] = {"method": "scratch", "cache": None}
+    overrides: dict[str, Any] = {"method": "scratch", "cache": None}
     if differs == "data":
         places = ["digits:100", "digits:50"]
         message = (
@@ -399,13 +404,13 @@ def test_nodes_with_different_data_are_refused(config, tmp_path, differs):
         places = [str(tmp_path / f"{name}.beton") for name in ("pixels", "jpegs")]
         write(WriteConfig("digits:100", Path(places[0]), raw=True))
         write(WriteConfig("digits:100", Path(places[1])))
-        given["order"] = "pages"
+        overrides["order"] = "pages"
         message = r"the pages of .*\.beton: expected the same content on all nodes, got .* on 1 of 2 ranks; .*"
-    configs = [config("other", data=place, pipeline="auto", **given) for place in places]
+    configs = [config("other", data=place, pipeline="auto", **overrides) for place in places]
     with Ranks(2, tmp_path, _train_here, configs) as ranks:
-        assert ranks.wait() == [2, 2], ranks.said()
-    for said in ranks.said():
-        assert re.fullmatch(f"fastofa: error: {message}\n", said), said
+        assert ranks.wait() == [2, 2], ranks.output()
+    for output in ranks.output():
+        assert re.fullmatch(f"fastofa: error: {message}\n", output), output
     assert not configs[0].out.exists()
 
 
@@ -458,36 +463,36 @@ def agreed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of `_agree` on two ranks."""
     out = tmp_path_factory.mktemp("agreed")
     with Ranks(2, out, _agree, out) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said()
+        assert ranks.wait() == [0, 0], ranks.output()
     return [eval((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_each_rank_knows_its_place(agreed):
-    assert [found["world"] for found in agreed] == [(0, 2, 0, 2, True), (1, 2, 1, 2, False)]
+    assert [result["world"] for result in agreed] == [(0, 2, 0, 2, True), (1, 2, 1, 2, False)]
 
 
 def test_broadcast_gives_rank_0s_number(agreed):
-    assert [found["broadcast"] for found in agreed] == [[0, 1, 2]] * 2
+    assert [result["broadcast"] for result in agreed] == [[0, 1, 2]] * 2
 
 
 def test_sum_and_gather_leave_their_input_unchanged(agreed):
     """Large whole numbers are exact."""
-    assert [found["sum"] for found in agreed] == [[3.0, 4.0]] * 2
-    assert [found["values"] for found in agreed] == [[1.0, 2.0], [2.0, 2.0]]
-    assert [found["gathered"] for found in agreed] == [[[1.0, 2.0], [2.0, 2.0]]] * 2
-    assert [found["ids"] for found in agreed] == [[2**41 + 1]] * 2
+    assert [result["sum"] for result in agreed] == [[3.0, 4.0]] * 2
+    assert [result["values"] for result in agreed] == [[1.0, 2.0], [2.0, 2.0]]
+    assert [result["gathered"] for result in agreed] == [[[1.0, 2.0], [2.0, 2.0]]] * 2
+    assert [result["ids"] for result in agreed] == [[2**41 + 1]] * 2
 
 
 def test_all_wait_for_the_slowest_rank(agreed):
     """In no_timeout also beyond the timeout."""
-    assert [found["all done"] for found in agreed] == [True, True]
-    assert [found["waited"] for found in agreed] == [True, True]
+    assert [result["all done"] for result in agreed] == [True, True]
+    assert [result["waited"] for result in agreed] == [True, True]
 
 
 def test_only_running_statistics_are_averaged(agreed):
     """Of every batch norm; counters and weights stay unchanged."""
-    for rank, found in enumerate(agreed):
-        state = found["state"]
+    for rank, result in enumerate(agreed):
+        state = result["state"]
         assert (state["0.running_mean"], state["1.running_mean"]) == ([0.5, 0.5], [1.5, 1.5])
         assert state["0.running_var"] == state["1.running_var"] == [3.0, 3.0]
         assert state["0.num_batches_tracked"] == 7
@@ -496,8 +501,8 @@ def test_only_running_statistics_are_averaged(agreed):
 
 def test_a_vote_is_known_to_all_at_the_next_step(agreed):
     """The maximum over the ranks. `finish` returns the last one, once."""
-    assert [found["votes"] for found in agreed] == [[0, 0, 2, 15, 0]] * 2
-    assert [found["last"] for found in agreed] == [[0, 0]] * 2
+    assert [result["votes"] for result in agreed] == [[0, 0, 2, 15, 0]] * 2
+    assert [result["last"] for result in agreed] == [[0, 0]] * 2
 
 
 def _wait_for_rank_1(rank: int, where: str, out: Path) -> None:
@@ -520,13 +525,13 @@ def _wait_for_rank_1(rank: int, where: str, out: Path) -> None:
 def test_ctrl_c_ends_a_wait_for_a_rank_that_never_arrives(tmp_path, where):
     with Ranks(2, tmp_path, _wait_for_rank_1, where, tmp_path) as ranks:
         while not all((tmp_path / f"{rank}").exists() for rank in range(2)):
-            assert all(process.is_alive() for process in ranks.processes), ranks.said()
+            assert all(process.is_alive() for process in ranks.processes), ranks.output()
             time.sleep(0.01)
         time.sleep(0.5)  # rank 0 waits by now; if not, the case is easier
         first = ranks.processes[0]
         os.kill(first.pid, signal.SIGINT)
         first.join(PATIENCE_S)
-        assert first.exitcode in (-signal.SIGINT, 1), ranks.said()
+        assert first.exitcode in (-signal.SIGINT, 1), ranks.output()
         assert ranks.processes[1].is_alive()
 
 
@@ -608,19 +613,21 @@ class Torchrun:
 @pytest.mark.slow
 def test_a_run_under_torchrun_survives_a_stop_and_a_killed_rank(config):
     """SIGTERM saves, `--resume` goes on, and --max-restarts restarts a rank killed by SIGKILL."""
-    given = {"epochs": 20, "eval_every": 10, "lr": 0.001}  # in fp32 the figures diverge with larger or more steps
-    train(config("long", **given))
-    c = config("torchrun", **given)
+    overrides = {"epochs": 20, "eval_every": 10, "lr": 0.001}  # in fp32 the figures diverge with larger or more steps
+    train(config("long", **overrides))
+    c = config("torchrun", **overrides)
     with Torchrun(c, restarts=0) as started:
         started.reach(c.out, 3)
         started.process.send_signal(signal.SIGTERM)  # torchrun forwards it
         assert started.process.wait(PATIENCE_S) != 0
-    said = started.log.read_text()
+    output = started.log.read_text()
     step = load_tensors(newest(c.out))[1]["step"]
     assert 3 <= step < 100
-    assert said.count(f"fastofa: saved step {step} of 100 in {c.out}; run the same command with --resume") == 1, said
+    assert output.count(f"fastofa: saved step {step} of 100 in {c.out}; run the same command with --resume") == 1, (
+        output
+    )
 
-    with Torchrun(config("torchrun", resume=True, **given), restarts=1) as started:
+    with Torchrun(config("torchrun", resume=True, **overrides), restarts=1) as started:
         started.reach(c.out, min(step + 20, 80))
         os.kill(started.ranks()[-1], signal.SIGKILL)
         assert started.process.wait(PATIENCE_S) == 0, started.log.read_text()
@@ -642,9 +649,9 @@ def test_torchrun_does_not_restart_ranks_that_refuse_their_input(config, tmp_pat
     c = config("stops", data="x.beton", method="scratch", cache=None, pipeline="auto")
     with Torchrun(c, restarts=3, command=script) as started:
         assert started.process.wait(PATIENCE_S) not in (0, None)
-    said = started.log.read_text()
-    assert said.count("fastofa: error: x.beton does not exist; `fastofa write DATA x.beton` makes it\n") == 1, said
-    assert said.count("fastofa: error: ") <= 2, said  # rank 0 may be killed before it can report why it stops
+    output = started.log.read_text()
+    assert output.count("fastofa: error: x.beton does not exist; `fastofa write DATA x.beton` makes it\n") == 1, output
+    assert output.count("fastofa: error: ") <= 2, output  # rank 0 may be killed before it can report why it stops
     assert not (c.out / "config.json").exists()
 
 

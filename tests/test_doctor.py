@@ -1,4 +1,4 @@
-"""`fastofa doctor` finds what is really here, and sees through packages that only look right."""
+"""`fastofa doctor` reports what works, and recognises other packages of the same name and broken ones."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ PARTS = ["machine", "CUDA", "Triton", "C++ compiler", "FFCV", "DALI", "NVIDIA ap
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch):
-    """install(name, version, files) puts a fake distribution where this process and its children find it first."""
+    """install(name, version, files) writes a fake distribution that this process and its children import first."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -40,20 +40,19 @@ def install(tmp_path: Path, monkeypatch):
 @pytest.fixture(scope="module")
 def findings() -> dict[str, Finding]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)  # which conftest sets
+        patch.delenv("TRITON_INTERPRET", raising=False)  # conftest sets it
         return {finding.part: finding for finding in examine()}
 
 
-def test_every_part_is_looked_at_and_says_something(findings):
-    """What is missing says what to do."""
+def test_every_part_has_one_line_of_detail(findings):
     assert list(findings) == PARTS
     for finding in findings.values():
         assert finding.detail
         assert "\n" not in finding.detail
 
 
-def test_what_is_here_is_found(findings):
-    """Versions of this environment; a GPU, a compiler and the optional packages exactly if they are here."""
+def test_installed_parts_are_found(findings):
+    """The versions of this environment, and the GPU, compiler and optional packages that exist here."""
     for text in (
         f"Python {platform.python_version()}",
         f"torch {torch.__version__}",
@@ -75,14 +74,14 @@ def test_what_is_here_is_found(findings):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_what_is_lacking(findings):
-    """Of a CUDA build: the driver; of a CPU build: the right torch."""
+def test_without_a_gpu_the_remedy_is_named(findings):
+    """With a CUDA build of torch it is a driver, with a CPU build another torch."""
     wanted = "install the CUDA build" if torch.version.cuda is None else f"a driver for CUDA {torch.version.cuda}"
     assert wanted in findings["CUDA"].detail
     assert not findings["Triton"].present
 
 
-def test_without_a_compiler_it_says_how_to_get_one(monkeypatch, tmp_path):
+def test_without_a_compiler_the_remedy_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     finding = doctor._compiler()
@@ -93,16 +92,16 @@ def test_without_a_compiler_it_says_how_to_get_one(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("number", ["0.9.10", None])
-def test_the_other_apex_is_reported_as_the_mix_up(install, number):
-    """PyPI's `apex` imports, but has neither amp_C nor optimizers; also as a bare folder without metadata."""
+def test_pypis_apex_is_recognised(install, number):
+    """PyPI's `apex` can be imported but has neither amp_C nor optimizers; also without metadata."""
     install("apex", number, {"apex/__init__.py": "", "apex/forms.py": ""})
     finding = doctor._apex()
     assert not finding.present
-    found = "the `apex` 0.9.10 found here" if number else "the `apex` found here"
+    found = "the installed `apex` 0.9.10" if number else "the installed `apex`"
     assert finding.detail.startswith(f"{found} is not NVIDIA's or lacks amp_C; build it from github.com/NVIDIA/apex")
 
 
-def test_an_apex_without_its_compiled_part_is_reported(install):
+def test_an_apex_without_its_cuda_extension_is_reported(install):
     """NVIDIA's sources installed without --cuda_ext: FusedLAMB imports, amp_C does not."""
     install("apex", "0.1", {"apex/__init__.py": "", "apex/optimizers.py": "class FusedLAMB: pass"})
     assert not doctor._apex().present
@@ -115,10 +114,12 @@ def test_nvidias_apex_is_found(install):
     assert doctor._apex() == Finding("NVIDIA apex", True, "0.1")
 
 
-def test_no_apex_is_no_fault(monkeypatch):
+def test_without_apex_it_is_called_optional(monkeypatch):
     monkeypatch.setattr(doctor, "_imports", lambda _: False)
     monkeypatch.setattr(doctor, "_version", lambda _: "")
-    assert doctor._apex().detail.startswith("optional, for its FusedLAMB alone: build it from github.com/NVIDIA/apex")
+    assert doctor._apex().detail.startswith(
+        "optional, useful only for its FusedLAMB: build it from github.com/NVIDIA/apex"
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,11 +128,11 @@ def test_no_apex_is_no_fault(monkeypatch):
     ids=["raises", "aborts"],
 )
 def test_a_broken_ffcv_is_reported(install, text):
-    """Installed, but raising on import or taking its process down (not this one): named, with the remedy."""
+    """FFCV that raises on import or aborts its process is reported with the remedy."""
     install("ffcv", "1.0.2", {"ffcv/__init__.py": text})
     finding = doctor._ffcv()
     assert not finding.present
-    assert finding.detail.startswith("1.0.2 is installed but does not import; ")
+    assert finding.detail.startswith("1.0.2 is installed but cannot be imported; ")
     assert "apt-get install libturbojpeg0-dev" in finding.detail
 
 
@@ -141,7 +142,7 @@ def test_a_working_ffcv_is_found(install):
 
 
 @pytest.mark.parametrize(("cuda", "package"), [("12.8", "nvidia-dali-cuda120"), ("13.0", "nvidia-dali-cuda130")])
-def test_the_dali_that_is_named_fits_torchs_cuda(monkeypatch, cuda, package):
+def test_the_named_dali_package_fits_torchs_cuda(monkeypatch, cuda, package):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(doctor, "_imports", lambda _: False)
     monkeypatch.setattr(doctor, "_version", lambda _: "")

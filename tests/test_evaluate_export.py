@@ -260,7 +260,7 @@ def test_evaluate_refuses(photo_run, photos, tmp_path):
     with pytest.raises(BadInput, match=r"expected the 2 classes that .* was trained on, got 10: lacking china, flower"):
         evaluate(photo_run.path, "digits")
     newest(photo_run.path).unlink()
-    with pytest.raises(BadInput, match=r"no checkpoint yet; run `fastofa train` with --resume"):
+    with pytest.raises(BadInput, match=r"expected a checkpoint, found none yet; run `fastofa train` with --resume"):
         evaluate(photo_run.path, str(photos))
     assert not (photo_run.path / "evaluation.json").exists()
 

@@ -56,7 +56,7 @@ def test_a_run_goes_on_with_the_views_it_began_with(on_photos, grow, capsys):
     grow(4)
     capsys.readouterr()
     train(dataclasses.replace(grown, resume=True))
-    assert "cache: 4 views by now; this run replays the 2 it began with" in capsys.readouterr().err
+    assert "cache: has 4 views now; this run goes on with the 2 it began with" in capsys.readouterr().err
     same_run(grown.out, straight.out)
     assert len(open_run(grown.out).answers) == 2
 
@@ -68,7 +68,7 @@ def test_an_unfinished_cache_serves_what_it_has(on_photos, grow, capsys):
     (cache / view_file(3)).unlink()
     config = on_photos(cache=cache, epochs=5, checkpoint_every=3, keep=9, eval_every=5)
     train(config)
-    assert f"cache {cache}: finished views: 3 of 4; this run replays 3 to its end" in capsys.readouterr().err
+    assert f"cache {cache}: finished views: 3 of 4; this run replays 3 until it ends" in capsys.readouterr().err
     assert open_run(config.out).answers == TeacherCache.open(cache).digests(3)
     (cache / view_file(3)).write_bytes(fourth)
     back(config.out, 4)

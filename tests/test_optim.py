@@ -16,8 +16,10 @@ from fastofa.training import optim
 from fastofa.training.optim import create_optimizer, set_learning_rate
 
 
-def config(**given) -> TrainConfig:
-    return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **given})
+def config(**arguments) -> TrainConfig:
+    return TrainConfig(
+        **{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **arguments}
+    )
 
 
 def decays(student: nn.Module, c: TrainConfig) -> dict[str, float]:
@@ -114,8 +116,8 @@ def test_fused_optimisers_equal_plain_ones(name, plain):
 class Fused(torch.optim.SGD):
     """Stands in for an optimiser of apex and records its arguments."""
 
-    def __init__(self, params: Any, lr: float, **given: Any) -> None:
-        self.given = given
+    def __init__(self, params: Any, lr: float, **arguments: Any) -> None:
+        self.arguments = arguments
         super().__init__(params, lr=lr)
 
 
@@ -149,8 +151,8 @@ def test_apex_optimisers_are_created(apex, gpu, name, kind, expected):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
     optimizer: Any = create_optimizer(model, config(optimizer=name, lr=0.3, weight_decay=0.02))
     assert type(optimizer) is getattr(apex, kind)
-    assert {key: optimizer.given[key] for key in expected} == expected
-    assert "fused" not in optimizer.given
+    assert {key: optimizer.arguments[key] for key in expected} == expected
+    assert "fused" not in optimizer.arguments
     actual = {id(p): (g["weight_decay"], g["lr"]) for g in optimizer.param_groups for p in g["params"]}
     assert actual == {id(p): (0.02 if p.ndim > 1 else 0, 0.3) for p in model.parameters()}
 

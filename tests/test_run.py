@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fastofa
 import fastofa.training.loop
 from fastofa.methods.objective import Objective
-from fastofa.runs.checkpoint import BEST, BEST_EMA, FOLDER, best_until, checkpoints
+from fastofa.runs.checkpoint import BEST, BEST_EMA, FOLDER, best_top1, checkpoints
 from fastofa.runs.config import Weights
 from fastofa.runs.log import read_metrics
 from fastofa.runs.run import open_run
@@ -302,14 +302,14 @@ def test_best_weights_of_a_future_that_was_given_up_are_forgotten(on_photos, cap
     train(config)
     best = config.out / FOLDER / BEST
     whole, info = best.read_bytes(), load_tensors(best)[1]
-    assert best_until(config.out, info["step"]) == info["top1"]
-    assert best_until(config.out, info["step"] - 1) == -1
+    assert best_top1(config.out, info["step"]) == info["top1"]
+    assert best_top1(config.out, info["step"] - 1) == -1
     assert not best.exists()
-    assert best_until(config.out, 9) == -1
+    assert best_top1(config.out, 9) == -1
     best.write_bytes(whole[:-9])
-    assert best_until(config.out, 9) == -1
+    assert best_top1(config.out, 9) == -1
     assert not best.exists()
-    assert "could not be read and is removed" in capsys.readouterr().err
+    assert "could not be read and is deleted" in capsys.readouterr().err
 
 
 def test_without_a_checkpoint_it_says_so(on_photos, poison):

@@ -1,4 +1,4 @@
-"""The learning rate against timm's schedulers and ffcv-imagenet's ramp, the growing pictures against its formula."""
+"""The learning rate equals that of timm's schedulers and ffcv-imagenet's ramp; image sizes grow by its formula."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +18,14 @@ from fastofa.runs.recipes import RECIPES, with_size_defaults
 from fastofa.training.schedule import cautions, image_size, learning_rate
 
 
-def config(**given: Any) -> TrainConfig:
-    return TrainConfig(**{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **given})
+def config(**overrides: Any) -> TrainConfig:
+    return TrainConfig(
+        **{"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits", **overrides}
+    )
 
 
 def rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
-    """Of every step of a run."""
+    """The learning rate of every step of a run."""
     return [learning_rate(c, step, steps_per_epoch) for step in range(c.epochs * steps_per_epoch)]
 
 
@@ -43,12 +45,12 @@ def timm_rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "imagenet_fast"])
-def test_every_step_of_a_recipe_has_timms_rate(name):
+def test_the_learning_rates_of_the_recipes_equal_timms(name):
     c = with_size_defaults(RECIPES[name](data="digits", student="test_resnet", out=Path("run")), 1000, 1000, 1)
-    got = rates(c, 7)
-    assert got == pytest.approx(timm_rates(c, 7), rel=1e-9, abs=1e-15)
-    assert got[0] == pytest.approx(c.warmup_lr if c.warmup_epochs else c.lr)
-    assert max(got) <= c.lr
+    actual = rates(c, 7)
+    assert actual == pytest.approx(timm_rates(c, 7), rel=1e-9, abs=1e-15)
+    assert actual[0] == pytest.approx(c.warmup_lr if c.warmup_epochs else c.lr)
+    assert max(actual) <= c.lr
 
 
 @settings(max_examples=150, deadline=None)
@@ -63,14 +65,14 @@ def test_every_step_of_a_recipe_has_timms_rate(name):
     decay_epochs=st.integers(1, 40) | st.sampled_from([0.5, 2.4]),
     decay_rate=st.floats(0.01, 1),
 )
-def test_every_step_has_timms_rate(steps_per_epoch, **values):
-    """Any schedule: a warm-up longer than the run, from above the rate, of part of an epoch; decays between epochs."""
+def test_learning_rates_equal_timms(steps_per_epoch, **values):
+    """Also if the warm-up exceeds the run, starts above lr or ends mid-epoch, and if decays are mid-epoch."""
     c = config(**values)
     assert rates(c, steps_per_epoch) == pytest.approx(timm_rates(c, steps_per_epoch), rel=1e-9, abs=1e-15)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_after_the_last_step_the_rate_is_the_least(schedule):
+def test_after_the_last_step_the_learning_rate_is_min_lr(schedule):
     c = config(epochs=3, lr=0.1, min_lr=0.01, schedule=schedule)
     assert [learning_rate(c, step, 5) for step in (15, 16, 100)] == pytest.approx([0.01] * 3)
 
@@ -88,7 +90,7 @@ def test_after_the_last_step_the_rate_is_the_least(schedule):
     warmup_lr=st.floats(0, 1),
 )
 def test_linear_is_two_straight_lines(steps_per_epoch, **values):
-    """Through (0, warmup_lr), (end of the warm-up, lr), (end, min_lr); the first alone where the warm-up is longer."""
+    """Through (0, warmup_lr), (end of warm-up, lr), (end, min_lr); only the first line if the warm-up is longer."""
     c = config(schedule="linear", **values)
     last = c.epochs * steps_per_epoch
     knots = [0, c.warmup_epochs * steps_per_epoch, last], [c.warmup_lr, c.lr, c.min_lr]
@@ -100,32 +102,32 @@ def test_linear_is_two_straight_lines(steps_per_epoch, **values):
 
 
 @pytest.mark.parametrize("epochs", [16, 32, 88])
-def test_imagenet_fast_has_ffcvs_rate(epochs):
-    """Up for two epochs from a ten-thousandth of 0.5, then down to 0, step by step."""
+def test_imagenet_fast_has_ffcvs_learning_rate(epochs):
+    """It rises for two epochs from a ten-thousandth of 0.5 to 0.5, then falls to 0."""
     c = recipes.imagenet_fast(epochs, data="d", student="s", out=Path("o"))
     expected = np.interp(np.arange(epochs * 5) / 5, [0, 2, epochs], [0.5e-4, 0.5, 0])
     assert rates(c, 5) == pytest.approx(expected, rel=1e-9)
 
 
-def test_no_epoch_jumps_and_all_of_the_rate_is_used():
-    got = rates(config(schedule="linear", epochs=10, lr=0.5, warmup_epochs=2, warmup_lr=0.0), 100)
-    assert max(abs(a - b) for a, b in pairwise(got)) <= 0.5 / 200 + 1e-12
-    assert (got[0], max(got)) == (0, 0.5)
+def test_the_learning_rate_has_no_jumps_and_reaches_its_maximum():
+    actual = rates(config(schedule="linear", epochs=10, lr=0.5, warmup_epochs=2, warmup_lr=0.0), 100)
+    assert max(abs(a - b) for a, b in pairwise(actual)) <= 0.5 / 200 + 1e-12
+    assert (actual[0], max(actual)) == (0, 0.5)
 
 
-# --- Growing pictures -------------------------------------------------------------------------------------------------
+# --- Growing images ---------------------------------------------------------------------------------------------------
 
 
 def sizes(c: TrainConfig, full: int) -> list[int]:
     return [image_size(c, epoch, full) for epoch in range(c.epochs)]
 
 
-def test_without_a_first_size_pictures_do_not_grow():
+def test_without_start_size_images_do_not_grow():
     assert sizes(config(epochs=5, growth=(0.0, 1.0)), 224) == [224] * 5
 
 
-def test_pictures_grow_as_they_do_in_ffcv_imagenet():
-    """rn18_88_epochs: 160 px up to epoch 65, 192 px from epoch 76 on, rounded to 32 px on the straight line between."""
+def test_image_sizes_grow_as_in_ffcv_imagenet():
+    """rn18_88_epochs: 160 px up to epoch 65, 192 px from epoch 76 on, between them linear, rounded to 32 px."""
 
     def ffcv(epoch: int, low: int, high: int) -> int:
         size = np.interp(epoch, [65, 76], [low, high])
@@ -138,16 +140,16 @@ def test_pictures_grow_as_they_do_in_ffcv_imagenet():
 
 
 def test_a_ramp_by_hand():
-    """Ten epochs, 96 to 192 px between epochs 2 and 6: 96 + 24 an epoch, to the nearest multiple of 32."""
+    """Ten epochs, 96 to 192 px between epochs 2 and 6: 96 + 24 per epoch, to the nearest multiple of 32."""
     c = config(epochs=10, start_size=96, growth=(0.2, 0.6))
     assert sizes(c, 192) == [96, 96, 96, 128, 128, 160, 192, 192, 192, 192]  # 120 -> 128, 144 -> 128 (even), 168 -> 160
 
 
 def test_imagenet_fast_grows_before_its_end():
     c = recipes.imagenet_fast(data="d", student="s", out=Path("o"))
-    got = sizes(c, c.image_size)
-    assert (got[0], got[-1], set(got)) == (160, 192, {160, 192})
-    assert got.index(192) in (12, 13)
+    actual = sizes(c, c.image_size)
+    assert (actual[0], actual[-1], set(actual)) == (160, 192, {160, 192})
+    assert actual.index(192) in (12, 13)
 
 
 @settings(max_examples=300, deadline=None)
@@ -157,41 +159,41 @@ def test_imagenet_fast_grows_before_its_end():
     full=st.integers(1, 400),
     growth=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).map(tuple),
 )
-def test_pictures_only_grow(epochs, start, full, growth):
-    """From the first size to the full one, whatever they are; between them in multiples of 32."""
+def test_image_sizes_never_shrink(epochs, start, full, growth):
+    """They grow from the first size to the full one, whatever these are; between them they are multiples of 32."""
     start, full = sorted((start, full))
     c = config(epochs=epochs, start_size=start, growth=growth)
-    got = sizes(c, full)
-    assert got == sorted(got)
-    assert start <= got[0] <= got[-1] <= full
-    assert {size % 32 for size in got if size not in (start, full)} <= {0}
-    assert all(size == full for epoch, size in enumerate(got) if epoch >= growth[1] * epochs)
+    actual = sizes(c, full)
+    assert actual == sorted(actual)
+    assert start <= actual[0] <= actual[-1] <= full
+    assert {size % 32 for size in actual if size not in (start, full)} <= {0}
+    assert all(size == full for epoch, size in enumerate(actual) if epoch >= growth[1] * epochs)
     assert image_size(c, epochs, full) == full
 
 
-# --- What comes too late ----------------------------------------------------------------------------------------------
+# --- Settings that suit longer runs -----------------------------------------------------------------------------------
 
 
-def test_what_comes_too_late_for_a_run_is_told():
-    """A warm-up, decay or average of a long recipe in a short run; with a value that suits it, and is quiet then."""
+def test_settings_for_longer_runs_are_reported():
+    """Warm-up, decay or moving average of a long recipe in a short run; the suggested value is not reported."""
 
-    def told(name: str, **given: Any) -> list[str]:
-        return cautions(RECIPES[name](data="d", student="s", out=Path("o"), **given), steps_per_epoch=18)
+    def reported(name: str, **overrides: Any) -> list[str]:
+        return cautions(RECIPES[name](data="d", student="s", out=Path("o"), **overrides), steps_per_epoch=18)
 
-    (warmup, average) = told("imagenet_vit_mlp", epochs=4)
+    (warmup, average) = reported("imagenet_vit_mlp", epochs=4)
     assert warmup == (
         "warmup-epochs 20: the run has 4 epochs, so the learning rate never reaches --lr 0.0005; --warmup-epochs 0.2 "
         "would suit it"
     )
     assert average.startswith("ema 0.99996: the average is over 25,000 steps, the run has 72, so it holds much of the ")
     assert "; --ema 0.861 would suit it" in average
-    assert told("imagenet_vit_mlp", epochs=4, warmup_epochs=0.2, ema=0.861) == []
-    (decay,) = told("imagenet_cnn", epochs=20)
+    assert reported("imagenet_vit_mlp", epochs=4, warmup_epochs=0.2, ema=0.861) == []
+    (decay,) = reported("imagenet_cnn", epochs=20)
     assert decay.startswith(
         "decay-epochs 30: the run has 20 epochs, so the learning rate never falls; --decay-epochs 6 "
     )
-    assert told("imagenet_cnn", epochs=20, decay_epochs=6.0) == []
-    assert [told(name) for name in ("digits", "imagenet_fast", "imagenet_cnn", "cifar_cnn", "cifar_vit_mlp")] == [
+    assert reported("imagenet_cnn", epochs=20, decay_epochs=6.0) == []
+    assert [reported(name) for name in ("digits", "imagenet_fast", "imagenet_cnn", "cifar_cnn", "cifar_vit_mlp")] == [
         []
     ] * 5
     steps = 1000  # 2 / (1 - 0.998)

@@ -219,7 +219,7 @@ def test_what_a_person_asks_of_a_cache(photo_cache):
     assert said["teacher"] == f"test_efficientnet at 32 px, fp32, weights {sha256[:12]}"
     assert said["data"].endswith(", 24 images, 2 classes")
     assert said["classes"] == "china, flower"
-    assert (said["answers"], said["views"], said["flip"]) == ("top 2 of 2", "3, seed 0", "0.5")
+    assert (said["predictions"], said["views"], said["flip"]) == ("top 2 of 2", "3, seed 0", "0.5")
 
 
 @pytest.mark.parametrize("kind", ["digits", "photos"])

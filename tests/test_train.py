@@ -703,13 +703,13 @@ def test_a_plan_says_what_it_is_timing_and_writes_nothing(on_photos, monkeypatch
     said = capsys.readouterr()
     assert [line for line in said.err.splitlines() if line.startswith("plan: ")] == [
         "plan: timing training steps at 32 px",
-        "plan: timing pipeline at 32 px",
+        "plan: timing the pipeline at 32 px",
         "plan: timing training steps at 64 px",
-        "plan: timing pipeline at 64 px",
+        "plan: timing the pipeline at 64 px",
         "plan: timing evaluation",
     ]
-    assert "what it would cost here" in said.out
-    assert "no run was begun" in said.out
+    assert "estimated cost on this machine" in said.out
+    assert "no run was started" in said.out
     assert not config.out.exists()
 
 
@@ -916,7 +916,7 @@ def test_only_a_beton_is_read_by_pages(on_beton, photos, tmp_path):
     for data in (photos, tmp_path / "x.pack"):
         config = on_beton("run", order="pages", data=str(data))
         with pytest.raises(
-            BadInput, match=r"order: expected random for .*, got pages; `fastofa write .* NAME\.beton` makes a file"
+            BadInput, match=r"order: expected random for .*, got pages; `fastofa write .* NAME\.beton` writes a file"
         ):
             train(config)
         assert not config.out.exists()
@@ -962,5 +962,5 @@ def test_half_of_torchruns_environment_is_told(environment, tmp_path, monkeypatc
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
-    with pytest.raises(BadInput, match="WORLD_SIZE is set, but not all that torchrun sets with it"):
+    with pytest.raises(BadInput, match="WORLD_SIZE: expected all environment variables of torchrun"):
         train(recipes.digits(**config))

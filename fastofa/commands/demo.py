@@ -1,9 +1,9 @@
-"""The whole job on real data, in minutes on a CPU: a Transformer teaches a small CNN through a cache.
+"""Distil a Transformer into a small CNN through a teacher cache, on real data, in minutes on a CPU.
 
     fastofa demo
 
-The task is made hard for the student on purpose: the teacher learned from 1,198 labelled digits, the student sees 100.
-The three students differ only in what they take from the teacher.
+The task is deliberately hard for the student: the teacher learns from 1,198 labelled digits, the student from 100. The
+three students differ only in what they learn from the teacher.
 """
 
 import shutil
@@ -35,18 +35,18 @@ from fastofa.training.validate import accuracy
 from fastofa.views.table import center_views
 
 TEACHER, STUDENT = "pvt_v2_b0", "test_resnet"
-ALL_LABELS, FEW_LABELS = "digits:", "digits:100"  # with the colon no folder of that name is in the way
+ALL_LABELS, FEW_LABELS = "digits:", "digits:100"  # with the colon the name cannot mean a folder
 VIEWS, TOPK = 30, 5
 METHODS: dict[Method, str] = {
     "scratch": "labels only",
     "kd": "labels + KD (final logits)",
-    "ofa": "labels + OFA (four exits too)",
+    "ofa": "labels + OFA (also four exits)",
 }
 MARKER = "demo.json"
 
 
 def demo(out: Path) -> dict[str, Result]:
-    """Raises BadInput if `out` holds something else."""
+    """Run the demo in the folder `out`. Raises BadInput if `out` holds something else than an earlier demo."""
     with writing(out):
         return _demo(out)
 
@@ -54,12 +54,12 @@ def demo(out: Path) -> dict[str, Result]:
 def _demo(out: Path) -> dict[str, Result]:
     if out.exists():
         if not (out / MARKER).exists():
-            raise BadInput(f"{out}: exists and is no earlier demo; choose another --out")
+            raise BadInput(f"{out}: expected a new folder or an earlier demo, got something else; choose another --out")
         shutil.rmtree(out)
     write_json(out / MARKER, {"finished": False})
     results: dict[str, Result] = {}
 
-    notice(f"1/4 a Transformer ({TEACHER}) learns the digits from all labelled images")
+    notice(f"1/4 training the teacher, a Transformer ({TEACHER}), on all labelled images")
     config = recipes.digits(
         data=ALL_LABELS, student=TEACHER, method="scratch", out=out / "teacher-run",
         epochs=10, batch_size=64, lr=1e-3, warmup_epochs=1, eval_every=5,
@@ -67,24 +67,24 @@ def _demo(out: Path) -> dict[str, Result]:
     results["teacher"] = train(config)
     export(config.out, out / "teacher")
 
-    notice(f"2/4 its answers for {VIEWS} views of the student's 100 images go into a cache")
+    notice(f"2/4 caching its predictions for {VIEWS} views of the student's 100 images")
     began = time.monotonic()
     cache = precompute(PrecomputeConfig(FEW_LABELS, str(out / "teacher"), out / "cache", VIEWS, TOPK))
     precompute_s = time.monotonic() - began
 
-    for method, what in METHODS.items():
-        notice(f"3/4 a small CNN ({STUDENT}) learns from 100 images: {what}")
+    for method, sources in METHODS.items():
+        notice(f"3/4 training the student, a small CNN ({STUDENT}), on 100 images: {sources}")
         config = recipes.digits(data=FEW_LABELS, cache=cache.path, student=STUDENT, method=method, out=out / method)
         results[method] = train(config)
-    draw_comparison({what: out / method for method, what in METHODS.items()}, out / "curves.png")
+    draw_comparison({sources: out / method for method, sources in METHODS.items()}, out / "curves.png")
 
-    notice("4/4 the OFA student is exported, and plain timm loads it")
+    notice("4/4 exporting the OFA student and loading it with timm alone")
     line = export(out / "ofa", out / "student")
     top1 = _top1_in_plain_timm(out / "student")
     values = {name: vars(result) for name, result in results.items()}
     write_json(out / MARKER, {"finished": True, "precompute_seconds": precompute_s, "timm_top1": top1, **values})
     _print(results, cache.views * cache.num_samples / precompute_s, precompute_s)
-    print(f"curves: {out / 'curves.png'}\nplain timm, from {out / 'student'}: top-1 {top1:.2%}\n{line}")
+    print(f"curves: {out / 'curves.png'}\ntimm alone, from {out / 'student'}: top-1 {top1:.2%}\n{line}")
     if top1 != results["ofa"].top1:
         raise RuntimeError(f"the exported student has top-1 {top1:.2%}, the run had {results['ofa'].top1:.2%}")
     return results
@@ -92,7 +92,7 @@ def _demo(out: Path) -> dict[str, Result]:
 
 @torch.inference_mode()
 def _top1_in_plain_timm(folder: Path) -> float:
-    """timm's own loading, and the normalisation that the exported config.json names."""
+    """Top-1 of the exported model, loaded by timm, with the normalisation in its config.json."""
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     dataset = open_dataset(ALL_LABELS, "val")
     config = model.pretrained_cfg
@@ -102,21 +102,21 @@ def _top1_in_plain_timm(folder: Path) -> float:
     return accuracy(model(batch.images).topk(5).indices.numpy(), dataset.labels)[0]
 
 
-def _print(results: dict[str, Result], answers_per_second: float, precompute_s: float) -> None:
+def _print(results: dict[str, Result], views_per_second: float, precompute_s: float) -> None:
     table = Table(title="599 validation digits; the students train on 100 images", title_justify="left")
     for name in ("model", "learns from"):
         table.add_column(name)
     for name in ("top-1", "images/s", "seconds"):
         table.add_column(name, justify="right")
 
-    def row(model: str, what: str, result: Result) -> None:
+    def row(model: str, sources: str, result: Result) -> None:
         speed = f"{result.images_per_second:,.0f}"
-        table.add_row(model, what, f"{result.top1:.2%}", speed, f"{result.seconds:.1f}")
+        table.add_row(model, sources, f"{result.top1:.2%}", speed, f"{result.seconds:.1f}")
 
     row(f"teacher {TEACHER}", "1,198 labelled images", results["teacher"])
-    table.add_row("its cache", f"{VIEWS} views, top {TOPK}", "", f"{answers_per_second:,.0f}", f"{precompute_s:.1f}")
-    for method, what in METHODS.items():
-        row(f"student {STUDENT}", what, results[method])
+    table.add_row("teacher cache", f"{VIEWS} views, top {TOPK}", "", f"{views_per_second:,.0f}", f"{precompute_s:.1f}")
+    for method, sources in METHODS.items():
+        row(f"student {STUDENT}", sources, results[method])
     Console().print(table)
 
 

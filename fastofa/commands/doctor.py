@@ -1,8 +1,8 @@
-"""What acceleration is present on this machine, and what each missing part would need.
+"""Report which accelerators and optional libraries work on this machine, and how to install the missing ones.
 
     fastofa doctor
 
-All of it is optional: everything runs on a CPU with what `pip install` brings.
+All of them are optional: everything runs on a CPU with the libraries that `pip install` brings.
 """
 
 import os
@@ -25,11 +25,11 @@ class Finding:
     part: str
     present: bool
     detail: str
-    """What was found, or what to do to get it."""
+    """The version found, or how to install the part."""
 
 
 def examine() -> list[Finding]:
-    """Every part is really imported or run, not just looked up."""
+    """Examine every part by importing or running it."""
     return [_machine(), _cuda(), _triton(), _compiler(), _ffcv(), _dali(), _apex()]
 
 
@@ -65,15 +65,15 @@ def _triton() -> Finding:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Finding("Triton", True, f"{triton.__version__}, interpreted (TRITON_INTERPRET=1), which is slow")
     if not torch.cuda.is_available():
-        return Finding("Triton", False, f"{triton.__version__} is installed, it needs a GPU to run on")
+        return Finding("Triton", False, f"{triton.__version__} is installed but needs a GPU")
     return Finding("Triton", True, triton.__version__)
 
 
 def _compiler() -> Finding:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler:
-        return Finding("C++ compiler", True, f"{compiler}: torch.compile works on the CPU, too")
-    return Finding("C++ compiler", False, "for torch.compile on the CPU and to build FFCV: apt-get install g++")
+        return Finding("C++ compiler", True, f"{compiler}: torch.compile also works on the CPU")
+    return Finding("C++ compiler", False, "needed for torch.compile on the CPU and to build FFCV: apt-get install g++")
 
 
 def _ffcv() -> Finding:
@@ -81,8 +81,8 @@ def _ffcv() -> Finding:
         "FFCV",
         "ffcv",
         "from ffcv.loader import Loader",
-        "optional, for benchmarks against it (a .beton is read without it): apt-get install libturbojpeg0-dev "
-        "libopencv-dev pkg-config g++, then pip install ffcv==1.0.2",
+        "optional, only for benchmarks against it (.beton files are read without it): apt-get install "
+        "libturbojpeg0-dev libopencv-dev pkg-config g++, then pip install ffcv==1.0.2",
     )
 
 
@@ -91,31 +91,33 @@ def _dali() -> Finding:
 
     builds = ["nvidia-dali-cuda120", "nvidia-dali-cuda130"]
     fitting = builds[(torch.version.cuda or "").startswith("13")]
-    remedy = f"pip install {fitting} (it fits this torch's CUDA {torch.version.cuda}; works without a GPU, too)"
+    remedy = f"pip install {fitting} (it fits this torch's CUDA {torch.version.cuda}; also works without a GPU)"
     installed = next(filter(_version, builds), fitting)
     return _try_import("DALI", installed, "import nvidia.dali.fn", remedy)
 
 
 def _apex() -> Finding:
-    """NVIDIA's apex has `amp_C`, compiled; the `apex` on PyPI is a package of another purpose."""
-    remedy = "build it from github.com/NVIDIA/apex with --cpp_ext --cuda_ext; `pip install apex` gets something else"
+    """Look for NVIDIA's apex with its compiled module `amp_C`; the `apex` on PyPI is an unrelated package."""
+    remedy = (
+        "build it from github.com/NVIDIA/apex with --cpp_ext --cuda_ext; `pip install apex` installs another package"
+    )
     if _imports("import amp_C; from apex.optimizers import FusedLAMB"):
         return Finding("NVIDIA apex", True, _version("apex"))
     if _version("apex") or _imports("import apex"):
-        found = f"`apex` {_version('apex')}".strip()
-        return Finding("NVIDIA apex", False, f"the {found} found here is not NVIDIA's or lacks amp_C; {remedy}")
-    return Finding("NVIDIA apex", False, f"optional, for its FusedLAMB alone: {remedy}")
+        installed = f"`apex` {_version('apex')}".strip()
+        return Finding("NVIDIA apex", False, f"the installed {installed} is not NVIDIA's or lacks amp_C; {remedy}")
+    return Finding("NVIDIA apex", False, f"optional, useful only for its FusedLAMB: {remedy}")
 
 
 def _try_import(part: str, distribution: str, statement: str, remedy: str) -> Finding:
     if _imports(statement):
         return Finding(part, True, _version(distribution))
-    broken = f"{_version(distribution)} is installed but does not import; " if _version(distribution) else ""
+    broken = f"{_version(distribution)} is installed but cannot be imported; " if _version(distribution) else ""
     return Finding(part, False, f"{broken}{remedy}")
 
 
 def _imports(statement: str) -> bool:
-    """In another process: a compiled library that does not fit can take its process down."""
+    """Try the import in another process, since an incompatible compiled library can abort its process."""
     return subprocess.run([sys.executable, "-c", statement], capture_output=True, check=False).returncode == 0
 
 

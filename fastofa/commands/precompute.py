@@ -1,10 +1,10 @@
-"""Ask the teacher once about every view of every picture, and keep its answers.
+"""Run the teacher once on every view of every image and store its predictions.
 
     fastofa precompute --data photos --teacher convnext_tiny.in12k_ft_in1k --views 300 --topk 16 --out cache
     fastofa precompute ... --recipe imagenet_vit_mlp        with the augmentation published for Transformers and MLPs
 
-The same command goes on where it stopped. A larger --views adds views to a cache, also while runs use it: they replay
-the views that they began with. With a smaller one there is nothing to do.
+After an interruption the same command goes on where it stopped. A larger --views adds views to a cache, also while runs
+use it: they replay the views that they began with. With a smaller --views there is nothing to do.
 """
 
 from rich import filesize

@@ -1,11 +1,12 @@
 """Train a student from a teacher cache.
 
     fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_cnn --out run
-    fastofa train ... --resume      go on after an interruption, mid-epoch, to the same weights
-    fastofa train ... --plan        what it would cost: steps timed here, hours, disk
+    fastofa train ... --resume      resume after an interruption, also mid-epoch, with the same final weights
+    fastofa train ... --plan        estimate hours and disk space from steps timed here
     torchrun --no-python --nproc-per-node 8 fastofa train ...       the same job on eight GPUs
 
-The run's folder holds its log, its checkpoints and a report; Ctrl-C or SIGTERM saves before the command ends.
+The run's folder holds its log, its checkpoints and a report. Ctrl-C or SIGTERM saves a checkpoint before the command
+ends.
 """
 
 from rich import filesize
@@ -21,8 +22,8 @@ from fastofa.training.plan import Plan, plan
 
 def main(config: TrainConfig) -> None:
     if config.plan:
-        if found := plan(config):
-            _show(*found)
+        if estimate := plan(config):
+            _print_plan(*estimate)
         return
     result = train(config)
     if not torchrun.is_main():
@@ -35,9 +36,11 @@ def main(config: TrainConfig) -> None:
     )
 
 
-def _show(plan: Plan, config: TrainConfig) -> None:
-    table = Table(title=f"{config.student}, recipe {config.recipe}: what it would cost here", title_justify="left")
-    for name in ("image size", "epochs", "images/s needed", "loader's images/s", "hours"):
+def _print_plan(plan: Plan, config: TrainConfig) -> None:
+    table = Table(
+        title=f"{config.student}, recipe {config.recipe}: estimated cost on this machine", title_justify="left"
+    )
+    for name in ("image size", "epochs", "images/s needed", "loader images/s", "hours"):
         table.add_column(name, justify="right")
     for r in plan.rates:
         hours = r.epochs * plan.images / min(r.step, r.loader) / 3600
@@ -54,9 +57,9 @@ def _show(plan: Plan, config: TrainConfig) -> None:
     Console().print(table)
     slow = [r for r in plan.rates if r.loader < r.step]
     limit = (
-        f"the loader limits it: {min(r.loader / r.step for r in slow):.0%} of what the step takes"
+        f"the loader is the bottleneck: it supplies {min(r.loader / r.step for r in slow):.0%} of what the step needs"
         if slow
-        else "the step limits it, the loader keeps up"
+        else "the step is the bottleneck, the loader keeps up"
     )
-    cache = f", and the cache of {filesize.decimal(plan.cache_bytes)} is read" if plan.cache_bytes else ""
-    print(f"{limit}; the run folder takes {filesize.decimal(plan.run_bytes)}{cache}; no run was begun")
+    cache = f", the cache {filesize.decimal(plan.cache_bytes)}" if plan.cache_bytes else ""
+    print(f"{limit}; the run's folder takes {filesize.decimal(plan.run_bytes)}{cache}; no run was started")

@@ -1,12 +1,12 @@
-"""Write a data set in a form that is read faster.
+"""Write a dataset in a format that is faster to read.
 
-    fastofa write photos photos.pack --size 160     pixels of one size, for GPUs that crop
-    fastofa write photos photos.beton               JPEGs in FFCV's format, for CPUs that crop; --raw for pixels
-    fastofa write photos photos.pack --verify       compare it with its checksums, having written it if it is not there
+    fastofa write photos photos.pack --size 160     pixels of one size; the GPU crops
+    fastofa write photos photos.beton               JPEGs in FFCV's format, or with --raw pixels; the CPU crops
+    fastofa write photos photos.pack --verify       write it unless it exists, then compare it with its checksums
 
-Then `--data photos.pack` instead of `--data photos`, with the same caches. Every picture is decoded; those that cannot
-be are named, and nothing is written, or they are left out by --skip-corrupt. The output has its name only when it is
-whole.
+Then use `--data photos.pack` instead of `--data photos`, with the same caches. Every image is decoded. If some cannot
+be decoded, they are named and nothing is written; --skip-corrupt leaves them out. The output gets its name only when it
+is complete.
 """
 
 from rich import filesize
@@ -23,7 +23,7 @@ def main(config: WriteConfig) -> None:
     *first, last = ((split, len(part.names)) for split, part in index.splits.items())
     images = ", ".join([*(f"{split} {count:,}" for split, count in first), f"{last[0]} {counted(last[1], 'image')}"])
     size = sum(file.bytes for file in index.files.values())
-    checked = ", as it was written" if config.verify else ""
+    checked = ", checksums match" if config.verify else ""
     kind = f"{index.size} px" if index.size else "pixels" if index.raw else "JPEGs"
-    what = f"{images} of {counted(len(index.classes), 'class')}, {kind}, {filesize.decimal(size)}"
-    print(escaped(f"{config.out}: {what}{checked}"))
+    content = f"{images} of {counted(len(index.classes), 'class')}, {kind}, {filesize.decimal(size)}"
+    print(escaped(f"{config.out}: {content}{checked}"))

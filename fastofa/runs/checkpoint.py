@@ -1,11 +1,11 @@
-"""A checkpoint is one safetensors file: student with exits, optimiser, EMA and position. No pickle.
+"""Checkpoints: student with exits, optimiser, moving average and position in one safetensors file. No pickle.
 
     RUN/checkpoints/step-00001000.safetensors   student.NAME, ema.NAME, optimizer.PARAMETER.KEY; the newest few are kept
-                                                ranks.student.NAME, ranks.ema.NAME: [ranks, ...], where the ranks differ
-    RUN/checkpoints/best.safetensors            student.NAME: the weights of the best evaluation, with its figures
-    RUN/checkpoints/best-ema.safetensors        the same of the moving average, where there is one
+                                                ranks.student.NAME, ranks.ema.NAME: [ranks, ...], if the ranks differ
+    RUN/checkpoints/best.safetensors            student.NAME: the weights of the best evaluation, with its accuracy
+    RUN/checkpoints/best-ema.safetensors        the same for the moving average, if there is one
 
-Random numbers need no state: every step has its own (see step.py).
+No random state is saved, since every step seeds its own random numbers (see step.py).
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ FOLDER, BEST, BEST_EMA = "checkpoints", "best.safetensors", "best-ema.safetensor
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Those of a run, newest first."""
+    """The step checkpoints of a run, newest first."""
     return sorted((run / FOLDER).glob("step-*.safetensors"), reverse=True)
 
 
@@ -38,16 +38,18 @@ def save_checkpoint(
     keep: int,
     by_rank: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write everything that the next step depends on, atomically, and leave the newest `keep`. `position` is JSON.
+    """Write everything that the next step depends on, atomically, then delete all but the newest `keep` checkpoints.
 
-    `by_rank` has under student.NAME or ema.NAME what each rank has, [ranks, ...]; their mean is saved, too.
+    Args:
+        position: JSON.
+        by_rank: the ranks' own tensors, [ranks, ...], under student.NAME or ema.NAME; their mean is saved as well.
     """
     tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
     if ema is not None:
         tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
-    for name, each in (by_rank or {}).items():
-        if bool((each != each[0]).any()):
-            tensors |= {name: each.mean(0), f"ranks.{name}": each}
+    for name, values in (by_rank or {}).items():
+        if bool((values != values[0]).any()):
+            tensors |= {name: values.mean(0), f"ranks.{name}": values}
     scalars: dict[str, Any] = {}
     for key, value in _optimizer_state(student, optimizer):
         if isinstance(value, Tensor):
@@ -57,21 +59,21 @@ def save_checkpoint(
     path = run / FOLDER / f"step-{step:08d}.safetensors"
     save_tensors(path, tensors, {"step": step, "position": position, "optimizer": scalars})
     newest_first = checkpoints(run)
-    place = newest_first.index(path)
-    # Newer ones are of a future that did not come to be: the run went on from before them, since they were damaged.
-    for superseded in newest_first[:place] + newest_first[place + keep :]:
+    index = newest_first.index(path)
+    # Newer checkpoints are stale: they were damaged, so the run resumed from an earlier one.
+    for superseded in newest_first[:index] + newest_first[index + keep :]:
         superseded.unlink(missing_ok=True)
 
 
 def save_best(run: Path, student: nn.Module, info: dict[str, Any], file: str = BEST) -> None:
-    """Keep the weights that were just evaluated as the best ones; `info` is JSON: step, top1 and more of them."""
+    """Save the weights that were just evaluated as the best; `info` is JSON with at least step and top1."""
     save_tensors(run / FOLDER / file, {f"student.{name}": value for name, value in student.state_dict().items()}, info)
 
 
-def best_until(run: Path, step: int, file: str = BEST) -> float:
-    """Top-1 of the best weights that are kept; -1 where there are none.
+def best_top1(run: Path, step: int, file: str = BEST) -> float:
+    """Return top-1 of the best weights saved up to `step`; -1 if there are none.
 
-    Those of a later step than `step`, which a resumed run may not come by again, and damaged ones are removed.
+    Deletes damaged files, and weights of a later step, which a resumed run may not reach again.
     """
     path = run / FOLDER / file
     if not path.exists():
@@ -81,7 +83,7 @@ def best_until(run: Path, step: int, file: str = BEST) -> float:
         if info["step"] <= step:
             return float(info["top1"])
     except (BadInput, KeyError, TypeError, ValueError) as error:
-        notice(f"{path}: could not be read and is removed, the next evaluation's weights take its place ({error})")
+        notice(f"{path}: could not be read and is deleted; the next evaluation writes a new one ({error})")
     path.unlink(missing_ok=True)
     return -1
 
@@ -94,27 +96,30 @@ def load_newest(
     rank: int = 0,
     ranks: int = 1,
 ) -> tuple[int, dict[str, Any]]:
-    """Bring all of them back to the newest checkpoint that is whole; returns its step and position.
+    """Restore student, optimiser and moving average from the newest undamaged checkpoint.
 
-    What was saved by rank goes back to each rank of as many, else all get the mean. A damaged checkpoint is reported,
-    and the one before it is used.
+    Tensors saved by rank are restored on each rank if the number of ranks is unchanged; otherwise all get the mean. A
+    damaged checkpoint is reported and the one before it is used.
+
+    Returns:
+        The step and the position.
 
     Raises:
-        BadInput: none is whole, or keys or shapes do not fit; nothing was changed then.
+        BadInput: there is no undamaged checkpoint, or keys or shapes do not fit; nothing is changed.
     """
-    found = checkpoints(run)
-    for path in found:
+    paths = checkpoints(run)
+    for path in paths:
         try:
             tensors, info = load_tensors(path)
         except BadInput as error:
-            if path == found[-1]:
+            if path == paths[-1]:
                 raise
-            notice(f"{error}; going on from the checkpoint before it")
+            notice(f"{error}; resuming from the checkpoint before it")
             continue
-        each = _under("ranks.", tensors)
-        tensors |= {name: value[rank] for name, value in each.items() if value.shape[:1] == (ranks,)}
+        by_rank = _strip_prefix("ranks.", tensors)
+        tensors |= {name: value[rank] for name, value in by_rank.items() if value.shape[:1] == (ranks,)}
         return _restore(path, tensors, info, student, optimizer, ema)
-    raise BadInput(f"{run}: expected a checkpoint, found none")
+    raise BadInput(f"{run}: expected a checkpoint, found none; train from the beginning without --resume")
 
 
 def _restore(
@@ -125,110 +130,116 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     ema: nn.Module | None,
 ) -> tuple[int, dict[str, Any]]:
-    if lacking := {"step", "position", "optimizer"} - info.keys():
-        raise BadInput(f"{path}: expected what `fastofa train` saves, it lacks {', '.join(sorted(lacking))}")
+    if missing := {"step", "position", "optimizer"} - info.keys():
+        raise BadInput(
+            f"{path}: expected a checkpoint of `fastofa train`, got one without {', '.join(sorted(missing))}"
+        )
     parts = {"student.": student.state_dict(), "ema.": {} if ema is None else ema.state_dict()}
     for prefix, own in parts.items():
         _check_keys(path, prefix, own, tensors)
-    state = {**_under("optimizer.", tensors), **info["optimizer"]}
+    state = {**_strip_prefix("optimizer.", tensors), **info["optimizer"]}
     _check_optimizer(path, student, optimizer, state)
-    student.load_state_dict(_under("student.", tensors))
+    student.load_state_dict(_strip_prefix("student.", tensors))
     if ema is not None:
-        ema.load_state_dict(_under("ema.", tensors))
+        ema.load_state_dict(_strip_prefix("ema.", tensors))
     _restore_optimizer(student, optimizer, state)
     return info["step"], info["position"]
 
 
 def load_student(run: Path, student: nn.Module, weights: Weights = "last") -> dict[str, Any]:
-    """Only the weights to evaluate or export; returns what their file says of itself.
+    """Load only the weights, for evaluation or export; return the JSON object of their file.
 
     Args:
-        weights: raw or ema, of the newest checkpoint; best-raw or best-ema, of the best evaluation; last: the average
-            where there is one; best: what had the better top-1.
+        weights: raw or ema: those of the newest checkpoint. best-raw or best-ema: those of the best evaluation. last:
+            ema if there is a moving average, else raw. best: best-raw or best-ema, whichever has the higher top-1.
 
     Raises:
-        BadInput: there is none, it is damaged, does not fit or is not finite.
+        BadInput: there are no such weights, or they are damaged, do not fit or are not finite.
     """
-    path, prefix, tensors, info = _find(run, weights)
+    path, prefix, tensors, info = _read_weights(run, weights)
     for part in dict.fromkeys((prefix, "ema.", "student.")):
-        if part == prefix or _under(part, tensors):
+        if part == prefix or _strip_prefix(part, tensors):
             _check_keys(path, part, student.state_dict(), tensors)
-    found = _under(prefix, tensors)
-    if odd := sorted(name for name, value in found.items() if not bool(value.isfinite().all())):
+    state = _strip_prefix(prefix, tensors)
+    if infinite := sorted(name for name, value in state.items() if not bool(value.isfinite().all())):
         raise BadInput(
-            f"{path}: expected finite weights, these are not: {_some(odd)}; the run diverged, train anew with a lower "
-            "--lr or --clip"
+            f"{path}: expected finite weights, these are not: {_abbreviated(infinite)}; the run diverged, train again "
+            "with a lower --lr or --clip"
         )
-    student.load_state_dict(found)
+    student.load_state_dict(state)
     return info
 
 
-def _find(run: Path, weights: Weights) -> tuple[Path, str, dict[str, Tensor], dict[str, Any]]:
-    """The file, the prefix of the names in it, its tensors and what it says of itself."""
+def _read_weights(run: Path, weights: Weights) -> tuple[Path, str, dict[str, Tensor], dict[str, Any]]:
+    """The file that holds these weights, their prefix in it, its tensors and its JSON object."""
     if weights in ("last", "raw", "ema"):
         newest = checkpoints(run)[:1]
         if not newest:
-            raise BadInput(f"{run}: no checkpoint yet; run `fastofa train` with --resume until it saves one")
+            raise BadInput(
+                f"{run}: expected a checkpoint, found none yet; run `fastofa train` with --resume until it saves one"
+            )
         tensors, info = load_tensors(newest[0])
         averaged = any(name.startswith("ema.") for name in tensors)
         if weights == "ema" and not averaged:
             raise BadInput(f"{run}: expected a moving average for --weights ema, the run has none; use --weights raw")
         return newest[0], "ema." if averaged and weights != "raw" else "student.", tensors, info
     files = {"best": (BEST_EMA, BEST), "best-ema": (BEST_EMA,), "best-raw": (BEST,)}[weights]
-    found = [run / FOLDER / file for file in files if (run / FOLDER / file).exists()]
-    if not found:
-        other = "use --weights last, or train on with --resume"
+    paths = [run / FOLDER / file for file in files if (run / FOLDER / file).exists()]
+    if not paths:
+        remedy = "use --weights last, or go on training with --resume"
         if weights == "best-ema" and (run / FOLDER / BEST).exists():
-            raise BadInput(f"{run}: expected a moving average for --weights best-ema, the run has none; {other}")
-        raise BadInput(f"{run}: no evaluation yet, so no best weights; {other}")
-    opened = [(path, *load_tensors(path)) for path in found]
-    path, tensors, info = max(opened, key=lambda file: float(file[2].get("top1", 0)))  # of equal ones the average
+            raise BadInput(f"{run}: expected a moving average for --weights best-ema, the run has none; {remedy}")
+        raise BadInput(f"{run}: expected best weights, found none before the first evaluation; {remedy}")
+    opened = [(path, *load_tensors(path)) for path in paths]
+    path, tensors, info = max(opened, key=lambda file: float(file[2].get("top1", 0)))  # the average if they are equal
     return path, "student.", tensors, info
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _strip_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _check_keys(path: Path, prefix: str, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    found = _under(prefix, tensors)
-    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    reshaped = [k for k in sorted(own.keys() & found.keys()) if own[k].shape != found[k].shape]
+    saved = _strip_prefix(prefix, tensors)
+    missing, unexpected = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    reshaped = [k for k in sorted(own.keys() & saved.keys()) if own[k].shape != saved[k].shape]
     if missing or unexpected or reshaped:
         raise BadInput(
-            f"{path}: does not fit this run's {prefix.rstrip('.')}: missing {_some(missing)}; unexpected "
-            f"{_some(unexpected)}; of another shape {_some(reshaped)}; was config.json edited?"
+            f"{path}: does not fit this run's {prefix.rstrip('.')}: missing {_abbreviated(missing)}; unexpected "
+            f"{_abbreviated(unexpected)}; of another shape {_abbreviated(reshaped)}; was config.json edited?"
         )
 
 
-def _some(keys: list[str]) -> str:
+def _abbreviated(keys: list[str]) -> str:
     return "none" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Any]]:
-    """(name, tensor or number) of all that the optimiser keeps between steps; learning rates follow from the step."""
+    """Name and value (tensor or number) of the optimiser's state; learning rates are computed from the step instead."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             yield f"{names[parameter]}.{key}", value
     for i, group in enumerate(optimizer.param_groups):
-        if "step" in group:  # timm's LAMB counts in the group
+        if "step" in group:  # timm's LAMB keeps its step count in the group
             yield f"group{i}.step", group["step"]
 
 
 def _check_optimizer(path: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     own = {name: tuple(parameter.shape) for name, parameter in student.named_parameters()}
     own |= {f"group{i}": () for i in range(len(optimizer.param_groups))}
-    odd = []
+    unfit = []
     for key, value in state.items():
         shape = own.get(key.rpartition(".")[0])
         if shape is None or tuple(torch.as_tensor(value).shape) not in (shape, ()):
-            odd.append(key)
-    found = {(name, item) for name, _, item in (key.rpartition(".") for key in state) if not name.startswith("group")}
-    names, items = {name for name, _ in found}, {item for _, item in found}
-    odd += [f"{name}.{item} (missing)" for name in names & own.keys() for item in items if (name, item) not in found]
-    if odd:
-        raise BadInput(f"{path}: does not fit this run's optimizer: {_some(sorted(odd))}; was config.json edited?")
+            unfit.append(key)
+    saved = {(name, item) for name, _, item in (key.rpartition(".") for key in state) if not name.startswith("group")}
+    names, items = {name for name, _ in saved}, {item for _, item in saved}
+    unfit += [f"{name}.{item} (missing)" for name in names & own.keys() for item in items if (name, item) not in saved]
+    if unfit:
+        raise BadInput(
+            f"{path}: does not fit this run's optimizer: {_abbreviated(sorted(unfit))}; was config.json edited?"
+        )
 
 
 def _restore_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -241,9 +252,9 @@ def _restore_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer, sta
         if name not in parameters:
             optimizer.param_groups[int(name.removeprefix("group"))][item] = value
         elif isinstance(value, Tensor) and value.ndim:
-            # As the optimiser makes it: in the parameter's memory format, on which the last bit of a norm depends.
-            place = torch.empty_like(parameters[name], dtype=value.dtype, requires_grad=False)
-            optimizer.state[parameters[name]][item] = place.copy_(value)
-        else:  # the step's number: fused optimisers want it where their parameter is
+            # In the parameter's memory format, as the optimiser creates it: the last bit of a norm depends on it.
+            tensor = torch.empty_like(parameters[name], dtype=value.dtype, requires_grad=False)
+            optimizer.state[parameters[name]][item] = tensor.copy_(value)
+        else:  # the step count, which fused optimisers need on the parameter's device
             device = parameters[name].device
             optimizer.state[parameters[name]][item] = value.to(device) if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""Accuracy, and the log of a run: metrics.jsonl (one object per logged step and per epoch), TensorBoard, wandb."""
+"""The log of a run: metrics.jsonl (one object per logged step and per epoch), TensorBoard, Weights & Biases."""
 
 import hashlib
 import importlib
@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import read_file, reason, write_atomic
 from fastofa.system.progress import notice
 
 FILE, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 ACCURACY = {"top1", "top5"}
-OF_BOTH = {"top1_raw", "top5_raw", "top1_ema", "top5_ema"}  # besides, where there is a moving average
+RAW_AND_EMA = {"top1_raw", "top5_raw", "top1_ema", "top5_ema"}  # in addition, if there is a moving average
 Row = dict[str, Any]
 
 
@@ -27,20 +27,20 @@ Row = dict[str, Any]
 
 
 def read_metrics(run: Path, until: float = math.inf) -> list[Row]:
-    """Rows of metrics.jsonl up to a step; lines that cannot be read are left out."""
+    """The rows of metrics.jsonl up to a step; damaged lines are left out."""
     return [row for row, _ in _read_log(run)[0] if row["step"] <= until]
 
 
 def damaged_lines(run: Path) -> int:
-    """Lines of metrics.jsonl that cannot be read."""
+    """The number of damaged lines in metrics.jsonl."""
     return len(_read_log(run)[1])
 
 
 def _read_log(run: Path) -> tuple[list[tuple[Row, bytes]], list[bytes]]:
-    """The rows, each with its line, in the order of their steps; and the lines that are no rows.
+    """The rows with their lines, in order of their steps, and the damaged lines.
 
-    Steps rise from line to line. Where they do not, as few lines as possible are at fault: a damaged number costs its
-    own line and none after it. A last line that a kill cut off is neither.
+    Steps increase from line to line. If they do not, as few lines as possible count as damaged, so a damaged number
+    costs its own line alone. A last line cut off by a kill is in neither list.
     """
     if not os.path.lexists(run / FILE):
         return [], []
@@ -49,92 +49,93 @@ def _read_log(run: Path) -> tuple[list[tuple[Row, bytes]], list[bytes]]:
     if _row(last) is not None:
         lines.append(last)
     rows = {i: row for i, row in enumerate(map(_row, lines)) if row is not None}
-    places = list(rows)
-    rise = {places[i] for i in _longest_rise([(row["step"], row["kind"] == "epoch") for row in rows.values()])}
-    return [(rows[i], lines[i]) for i in sorted(rise)], [line for i, line in enumerate(lines) if i not in rise]
+    numbers = list(rows)
+    keys = [(row["step"], row["kind"] == "epoch") for row in rows.values()]
+    good = {numbers[i] for i in _longest_increasing(keys)}
+    return [(rows[i], lines[i]) for i in sorted(good)], [line for i, line in enumerate(lines) if i not in good]
 
 
 def _row(line: bytes) -> Row | None:
-    """A line's object if it is what `MetricsLog.add` writes, else None."""
+    """Parse a line written by `MetricsLog.add`; None for any other line."""
     try:
-        row = json.loads(line.decode(), parse_constant=_no_number)
+        row = json.loads(line.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or row.get("kind") not in ("step", "epoch"):
         return None
-    whole = all(type(row.get(name)) is int and row[name] >= 0 for name in ("step", "epoch"))
+    counts = all(type(row.get(name)) is int and row[name] >= 0 for name in ("step", "epoch"))
     numbers = all(type(value) in (int, float) and math.isfinite(value) for name, value in row.items() if name != "kind")
-    if not (whole and numbers):
+    if not (counts and numbers):
         return None
     shares = {name: value for name, value in row.items() if name.startswith("top")}
     if not all(0 <= value <= 1 for value in shares.values()):
         return None
-    complete = "loss" in row if row["kind"] == "step" else shares.keys() in (set(), ACCURACY, ACCURACY | OF_BOTH)
+    complete = "loss" in row if row["kind"] == "step" else shares.keys() in (set(), ACCURACY, ACCURACY | RAW_AND_EMA)
     return row if complete else None
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
 
 
-def _longest_rise(keys: Sequence[Any]) -> list[int]:
-    """Positions of a longest strictly rising subsequence (patience sorting)."""
-    least: list[Any] = []  # of the rises of each length, the least last key
-    ends: list[int] = []  # and its position
-    before: list[int] = []  # the position before each one in its rise; -1: none
+def _longest_increasing(keys: Sequence[Any]) -> list[int]:
+    """Positions of a longest strictly increasing subsequence (patience sorting)."""
+    least: list[Any] = []  # for each length, the smallest last key of a subsequence of that length
+    ends: list[int] = []  # the position of that key
+    before: list[int] = []  # for each position the previous one in its subsequence, -1 for none
     for i, key in enumerate(keys):
         length = bisect_left(least, key)
         before.append(ends[length - 1] if length else -1)
         least[length : length + 1], ends[length : length + 1] = [key], [i]
-    rise, at = [], ends[-1] if ends else -1
-    while at >= 0:
-        rise.append(at)
-        at = before[at]
-    return rise[::-1]
+    positions, i = [], ends[-1] if ends else -1
+    while i >= 0:
+        positions.append(i)
+        i = before[i]
+    return positions[::-1]
 
 
 class MetricsLog:
-    """Appends to a run's log; opened at a step, it forgets what was logged after it (a killed run's last steps).
+    """Appends to a run's log. Opening it at a step removes the rows of later steps, which a killed run may have left.
 
-    Lines that cannot be read are moved to metrics.damaged.jsonl. Every row goes to TensorBoard, too, and to `page`, a
-    page of Weights & Biases; where they fail, it says so once and goes on without them.
+    Damaged lines are moved to metrics.damaged.jsonl. Every row is also sent to TensorBoard and to `wandb_run`, a run of
+    Weights & Biases, if given; if one of them fails, this is reported once and logging goes on without it.
     """
 
-    def __init__(self, run: Path, step: int, page: Any = None) -> None:
-        self.run, self.page, self.hook = run, page, threading.excepthook
+    def __init__(self, run: Path, step: int, wandb_run: Any = None) -> None:
+        self.run, self.wandb_run, self.hook = run, wandb_run, threading.excepthook
         good, damaged = _read_log(run)
         if damaged:
-            aside = (run / DAMAGED).read_bytes() if (run / DAMAGED).exists() else b""
-            write_atomic(run / DAMAGED, aside + b"".join(line + b"\n" for line in damaged))
-            notice(f"{run / FILE}: {len(damaged)} of its lines could not be read and are kept aside in {run / DAMAGED}")
+            earlier = (run / DAMAGED).read_bytes() if (run / DAMAGED).exists() else b""
+            write_atomic(run / DAMAGED, earlier + b"".join(line + b"\n" for line in damaged))
+            notice(f"{run / FILE}: could not read {counted(len(damaged), 'line')}, moved to {run / DAMAGED}")
         write_atomic(run / FILE, b"".join(line + b"\n" for row, line in good if row["step"] <= step))
         threading.excepthook = self._in_thread
-        with _told(run):
+        with _write_errors(run):
             self.file = open(run / FILE, "a")  # noqa: SIM115 (closed by close)
         self.board: Any = None
         with self._optional("TensorBoard"):
-            from torch.utils.tensorboard import SummaryWriter  # seconds to import
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def add(self, kind: str, step: int, values: Row) -> None:
-        """One row: {"kind": "step" or "epoch", "step": ..., values}."""
-        with _told(self.run):
+        """Append one row: {"kind": "step" or "epoch", "step": ..., **values}."""
+        with _write_errors(self.run):
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self.file.flush()
         if self.board is not None:
             with self._optional("TensorBoard"):
                 for name, value in values.items():
                     self.board.add_scalar(f"{kind}/{name}", value, step)
-        if self.page is not None:
+        if self.wandb_run is not None:
             with self._optional("Weights & Biases"):
-                self.page.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+                self.wandb_run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
-        """Never fails: every row is written already, or `add` has told why not."""
+        """Close all logs. Never fails: every row is already written, or `add` has raised."""
         closings: list[Callable[[], Any]] = [self.file.close]
         closings += [self.board.close] if self.board is not None else []
-        closings += [self.page.finish] if self.page is not None else []
+        closings += [self.wandb_run.finish] if self.wandb_run is not None else []
         for close in closings:
             with suppress(Exception):
                 close()
@@ -142,52 +143,54 @@ class MetricsLog:
 
     @contextmanager
     def _optional(self, name: str) -> Iterator[None]:
+        """On any error report it and stop logging to TensorBoard or Weights & Biases."""
         try:
             yield
-        except Exception as error:  # the many kinds of others' libraries
+        except Exception as error:  # these libraries raise many kinds
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            notice(f"{name}: could not be written to ({reason}); the run goes on without it, {FILE} has every row")
+            notice(f"{name}: could not log to it ({reason}); the run goes on without it, {FILE} has every row")
             if name == "TensorBoard":
                 self.board = None
             else:
-                self.page = None
+                self.wandb_run = None
 
     def _in_thread(self, args: threading.ExceptHookArgs) -> None:
-        """TensorBoard writes in a thread; where that fails the next `add` tells it, in one line."""
+        """Silence errors of TensorBoard's writer thread, which the next `add` reports in one line."""
         if not issubclass(args.exc_type, OSError):
             self.hook(args)
 
 
 def import_wandb() -> Any:
-    """Weights & Biases, which is no part of what fastofa installs. Raises BadInput where it is missing."""
+    """Import Weights & Biases, which fastofa does not install. Raises BadInput if it is missing."""
     try:
         return importlib.import_module("wandb")
     except ImportError:
-        raise BadInput("wandb: expected Weights & Biases; pip install wandb, or leave --wandb out") from None
+        raise BadInput("wandb: expected the package wandb, found none; pip install wandb, or omit --wandb") from None
 
 
 def open_wandb(run: Path, project: str) -> Any:
-    """The run's page; a resumed run goes on in the same one.
+    """Open the run at Weights & Biases; a resumed run goes on with the same one.
 
     Raises:
-        BadInput: it cannot begin, without its login, say; the run's folder is then as it was.
+        BadInput: it could not be opened, for example without a login; the run's folder is left unchanged.
     """
     key = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     library, files = import_wandb(), run / "wandb"
     existed = files.exists()
-    with _told(run):
-        run.mkdir(parents=True, exist_ok=True)  # or it would write its files elsewhere
+    with _write_errors(run):
+        run.mkdir(parents=True, exist_ok=True)  # otherwise wandb writes its files elsewhere
     try:
         return library.init(project=project, name=run.name, id=key, resume="allow", dir=str(run))
-    except Exception as error:  # its many kinds
+    except Exception as error:  # wandb raises many kinds
         if not existed:
             shutil.rmtree(files, ignore_errors=True)
         cause = " ".join(str(error).split())[:200]
-        raise BadInput(f"wandb: could not begin ({cause}); `wandb login`, or leave --wandb out") from None
+        raise BadInput(f"wandb: could not open a run ({cause}); run `wandb login`, or omit --wandb") from None
 
 
 @contextmanager
-def _told(run: Path) -> Iterator[None]:
+def _write_errors(run: Path) -> Iterator[None]:
+    """Translate OSError into BadInput."""
     try:
         yield
     except OSError as error:

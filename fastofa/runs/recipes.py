@@ -210,11 +210,11 @@ def default_recipe(data: str) -> str:
 def with_size_defaults(config: TrainConfig, images: int, rows: int, multiple: int) -> TrainConfig:
     """Return `config` with the values it leaves open (None) chosen by the size of the training set.
 
-    Batch size: the largest power of two from 8 to 128 that gives at least 8 steps per epoch. Epochs: 3 million images
-    in total, 30 to 300 epochs (DeiT trains for 300); with --init 300,000 images, 30 to 100 epochs (Swin and ConvNeXt
-    are fine-tuned for 30 epochs, BiT with 256,000 images). Learning rate: at batch size 128 AdamW's usual 1e-3, for
-    fine-tuning a tenth of it, scaled with the square root of the batch size, as suits Adam (Malladi et al. 2022).
-    Warm-up: a twentieth of the epochs (DeiT a sixtieth, Swin a fifteenth).
+    Batch size: the largest power of two from 8 to 128 that gives at least 8 steps per epoch. Epochs: 3 million
+    images in total, 30 to 300 epochs (DeiT trains for 300); with --init 300,000 images, 30 to 100 epochs (Swin and
+    ConvNeXt are fine-tuned for 30 epochs, BiT with 256,000 images). Learning rate: at batch size 128 AdamW's usual
+    1e-3, for fine-tuning a tenth of it, scaled with the square root of the batch size, as suits Adam (Malladi et al.
+    2022). Warm-up: a twentieth of the epochs (DeiT a sixtieth, Swin a fifteenth).
 
     Args:
         images: number of training images.
@@ -237,7 +237,7 @@ def with_size_defaults(config: TrainConfig, images: int, rows: int, multiple: in
 
 
 def default_policy(data: str, recipe: str = "") -> ViewPolicy:
-    """The published augmentation of a recipe; for the digits without flips, since a mirrored digit is not a digit."""
+    """The published augmentation of a recipe; for digits without flips, as a mirrored digit is a different symbol."""
     policy = VIEWS.get(recipe, ViewPolicy())
     if data.partition(":")[0] == "digits":
         return dataclasses.replace(policy, scale=(0.6, 1.0), flip=0.0)

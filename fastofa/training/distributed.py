@@ -47,7 +47,7 @@ class World:
 
     @contextmanager
     def no_timeout(self) -> Iterator[None]:
-        """Wait at the end of the body for the slowest rank, also beyond `timeout`: it may take hours on one rank."""
+        """Wait at the end of the body for the slowest rank, even beyond `timeout`: the body may take hours."""
         if self.size == 1:
             yield
             return

@@ -176,7 +176,7 @@ class Job:
         self.sizes_seen: set[int] = set()
         self.loading: Generator[Batch, None, None] | None = None
         self.pixels: Difference | None = None
-        self.page: Any = None  # of Weights & Biases
+        self.wandb_run: Any = None
         self.report_failed = False
         self.clock = Clock()
         self.logged = Clock()  # as it was at the last log
@@ -197,7 +197,7 @@ class Job:
     def begin(self) -> None:
         """The first that is written, once nothing can be wrong any more."""
         if self.config.wandb is not None:
-            self.page = open_wandb(self.run.path, self.config.wandb)
+            self.wandb_run = open_wandb(self.run.path, self.config.wandb)
         self.run.save()
 
     def run_epochs(self) -> None:
@@ -206,10 +206,10 @@ class Job:
         if main:
             log_launch(self.run.path, self.step.steps, self.world.size, self.pixels and self.pixels.mean)
             self.best = {
-                file: checkpoint.best_until(self.run.path, self.step.steps, file)
+                file: checkpoint.best_top1(self.run.path, self.step.steps, file)
                 for file in (checkpoint.BEST, checkpoint.BEST_EMA)
             }
-        self.log = MetricsLog(self.run.path, self.step.steps, self.page) if main else None
+        self.log = MetricsLog(self.run.path, self.step.steps, self.wandb_run) if main else None
         rows = read_metrics(self.run.path, self.step.steps) if main else []
         ended = any(row["kind"] == "epoch" and row["step"] == self.step.steps for row in rows)
         # A checkpoint is saved before its epoch is evaluated: a run that ended in between evaluates now.

@@ -76,9 +76,9 @@ def measure(step: Step, pipeline: Pipeline, epochs: Epochs, val_images: int) -> 
     )
 
 
-def _announce(step: Step, what: str) -> None:
+def _announce(step: Step, activity: str) -> None:
     if step.world.is_main:
-        notice(f"plan: {what}")
+        notice(f"plan: {activity}")
 
 
 def _step_rate(step: Step, pipeline: Pipeline, epoch: Epoch, size: int) -> float:
