@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import timm
-import torch
+
+from fastofa import cli
 
 BIN = Path(sys.executable).parent
 ADDRESS = "10.77.0."  # of host 1 and 2
@@ -56,15 +57,13 @@ def hosts() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    """Two views of a hundred digits, answered by a small Transformer with random weights."""
-    torch.manual_seed(0)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two views of a hundred digits, answered by a small Transformer with random weights; work beside it."""
+    monkeypatch.chdir(tmp_path)
     model = timm.create_model("test_vit", num_classes=10, img_size=32)
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "teacher.safetensors")
+    safetensors.torch.save_file(model.state_dict(), "teacher.safetensors")
     teacher = ["--teacher", "test_vit", "--teacher-checkpoint", "teacher.safetensors", "--image-size", "32"]
-    command = [BIN / "fastofa", "precompute", "--data", "digits:100", *teacher, "--views", "2", "--topk", "5"]
-    subprocess.run([*command, "--out", "cache"], cwd=tmp_path, check=True, capture_output=True)
-    return tmp_path / "cache"
+    cli.main(["precompute", "--data", "digits:100", *teacher, "--views", "2", "--topk", "5", "--out", "cache"])
 
 
 def start(host: str, number: int, folder: Path) -> subprocess.Popen:
@@ -108,11 +107,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def test_a_host_is_cut_off_and_returns_and_the_run_finishes_as_on_one_host(hosts, cache, tmp_path):
-    alone = subprocess.run(
-        [BIN / "fastofa", "train", *RUN, "--cache", "cache", "--out", "alone"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert alone.returncode == 0, alone.stderr
+    cli.main(["train", *RUN, "--cache", "cache", "--out", "alone"])
     both = [start(host, number, tmp_path) for number, host in enumerate(hosts, start=1)]
     try:
         wait_for_step(tmp_path / "run", STEPS // 4)
