@@ -17,7 +17,6 @@ OPS = (
     "contrast", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
 )  # fmt: skip
 """Names of the numbers in `Views.ops`; all but "none" are equally likely."""
-SIGNED = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")  # to either side
 ENHANCE = ("color", "contrast", "brightness", "sharpness")
 COLUMNS = 5  # uniform numbers that one operation of one picture takes
 MAX = 10.0  # the end of the scale of magnitudes
