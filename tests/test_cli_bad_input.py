@@ -8,7 +8,6 @@ import dataclasses
 import errno
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import re
@@ -37,20 +36,9 @@ from fastofa.system.files import load_tensors, save_tensors
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import VAL, view_file
 from fastofa.teacher.header import HEADER
-from runs import same_run
+from runs import CONTEXT, same_run
 
 CHECKPOINT = "checkpoints/step-00000006.safetensors"
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "fastofa.training.loop",
-        "fastofa.teacher.precompute",
-        "torch.utils.tensorboard",
-        "matplotlib.figure",
-        "sklearn.datasets",
-    ]
-)
 
 PRECOMPUTE = "precompute --data digits:20 --teacher teacher --views 2 --topk 3 --image-size 32"
 TRAIN = (

@@ -3,7 +3,6 @@
 Ranks are processes of a forked server that meet as under torchrun, or, in the last test, torchrun's own.
 """
 
-import multiprocessing
 import os
 import random
 import re
@@ -39,18 +38,8 @@ from fastofa.training.distributed import Vote, World, check_shared, contact, joi
 from fastofa.training.loop import train
 from fastofa.training.step import Step
 from fastofa.views.order import epoch_order
-from runs import command_line, float64, log_of, make_cache, newest, same_run
+from runs import CONTEXT, command_line, float64, log_of, make_cache, newest, same_run
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "fastofa.training.loop",
-        "fastofa.teacher.precompute",
-        "torch.utils.tensorboard",
-        "matplotlib.figure",
-        "sklearn.datasets",
-    ]
-)
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 PATIENCE_S = 900  # which only a rank that hangs uses up
 STEPS = 20
