@@ -8,7 +8,6 @@ import dataclasses
 import errno
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import re
@@ -37,20 +36,10 @@ from fastofa.system.files import load_tensors, save_tensors
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import VAL, view_file
 from fastofa.teacher.header import HEADER
-from runs import same_run
+from runs import CONTEXT, same_run
 
 CHECKPOINT = "checkpoints/step-00000006.safetensors"
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "fastofa.training.loop",
-        "fastofa.teacher.precompute",
-        "torch.utils.tensorboard",
-        "matplotlib.figure",
-        "sklearn.datasets",
-    ]
-)
 
 PRECOMPUTE = "precompute --data digits:20 --teacher teacher --views 2 --topk 3 --image-size 32"
 TRAIN = (
@@ -158,92 +147,89 @@ def copied(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 REFUSED = {
     # names
-    "no such command": ("frobnicate", "unknown command 'frobnicate': expected one of demo, write, precompute, train"),
-    "no such student": (f"{TRAIN} --out new --student resnet1888", "unknown model 'resnet1888'...near it: resnet18"),
-    "no such teacher": (f"{PRECOMPUTE} --out new --teacher convnext_tinny", "unknown model 'convnext_tinny'...near"),
-    "student's tag": (f"{TRAIN} --out new --student test_resnet.best", "unknown model 'test_resnet.best'...tag (best)"),
-    "teacher's tag": (f"{PRECOMPUTE} --out new --teacher test_vit.best", "unknown model 'test_vit.best'...tag (best)"),
-    "train's data": (f"{TRAIN} --out new --data digit", "unknown data set 'digit': expected digits, digits:N"),
-    "precompute's data": (f"{PRECOMPUTE} --out new --data digit", "unknown data set 'digit': expected digits"),
-    "evaluate's data": ("evaluate run --data digit", "unknown data set 'digit': expected digits, digits:N"),
-    "digits by count": (f"{TRAIN} --out new --data digits:15", "expected N a multiple of 10 from 10 to...got '15'"),
+    "no such command": ("frobnicate", "'frobnicate'...demo, write, precompute, train"),
+    "no such student": (f"{TRAIN} --out new --student resnet1888", "'resnet1888'...resnet18"),
+    "no such teacher": (f"{PRECOMPUTE} --out new --teacher convnext_tinny", "'convnext_tinny'...convnext_tiny"),
+    "student's tag": (f"{TRAIN} --out new --student test_resnet.best", "'test_resnet.best'...best"),
+    "teacher's tag": (f"{PRECOMPUTE} --out new --teacher test_vit.best", "'test_vit.best'...best"),
+    "train's data": (f"{TRAIN} --out new --data digit", "'digit'...digits:N"),
+    "precompute's data": (f"{PRECOMPUTE} --out new --data digit", "'digit'...digits:N"),
+    "evaluate's data": ("evaluate run --data digit", "'digit'...digits:N"),
+    "digits by count": (f"{TRAIN} --out new --data digits:15", "digits...10...'15'"),
     "recipe": (f"{TRAIN} --out new --recipe imagenet", "recipe...expected...imagenet_cnn...imagenet"),
-    "no recipe, no cache": ("train --data digits:20 --student test_resnet --out new", "method ofa: expected --cache"),
-    "train's pipeline": (f"{TRAIN} --out new --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or one of res"),
-    "precompute's pipeline": (f"{PRECOMPUTE} --out new --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or"),
-    "evaluate's pipeline": ("evaluate run --data digits --pipeline ffvc", "unknown pipeline 'ffvc': expected auto or"),
-    "train's device": (f"{TRAIN} --out new --device gpu", "device 'gpu': expected auto, cpu, or a GPU of this machine"),
-    "precompute's device": (f"{PRECOMPUTE} --out new --device cuda:99", "device 'cuda:99': expected auto, cpu, or a"),
-    "evaluate's device": ("evaluate run --data digits --device gpu", "device 'gpu': expected auto, cpu, or a GPU"),
+    "no recipe, no cache": ("train --data digits:20 --student test_resnet --out new", "ofa...--cache"),
+    "train's pipeline": (f"{TRAIN} --out new --pipeline ffvc", "'ffvc'...auto...resident"),
+    "precompute's pipeline": (f"{PRECOMPUTE} --out new --pipeline ffvc", "'ffvc'...auto...resident"),
+    "evaluate's pipeline": ("evaluate run --data digits --pipeline ffvc", "'ffvc'...auto...resident"),
+    "train's device": (f"{TRAIN} --out new --device gpu", "device...'gpu'...auto, cpu"),
+    "precompute's device": (f"{PRECOMPUTE} --out new --device cuda:99", "device...'cuda:99'...auto, cpu"),
+    "evaluate's device": ("evaluate run --data digits --device gpu", "device...'gpu'...auto, cpu"),
     # pictures
-    "no folders": (f"{PRECOMPUTE} --out new --data teacher", "teacher: expected a folder with train/ and val/"),
-    "no pictures": (f"{PRECOMPUTE} --out new --data empty", "china: expected images (.jpg...found none"),
+    "no folders": (f"{PRECOMPUTE} --out new --data teacher", "teacher: ...train/...val/"),
+    "no pictures": (f"{PRECOMPUTE} --out new --data empty", "china...images...jpg"),
     "many sizes": (
         f"{PHOTO_PRECOMPUTE} --out new --pipeline resident",
-        "of one size...--pipeline auto",
+        "resident...size...--pipeline auto",
     ),
     # caches
-    "no cache": (f"{TRAIN} --out new --cache nowhere", "nowhere: expected a teacher cache...no cache.json"),
-    "no cache named": (TRAIN.replace("--cache cache", "--out new"), "method ofa: expected --cache"),
+    "no cache": (f"{TRAIN} --out new --cache nowhere", "nowhere...cache.json"),
+    "no cache named": (TRAIN.replace("--cache cache", "--out new"), "ofa...--cache"),
     "of other data": (
         f"{TRAIN} --out new --data digits:30",
-        "made from digits:20 (20...digits:30 (30 samples)",
+        "digits:20...20...digits:30...30",
     ),
-    "of other classes": (f"{TRAIN} --out new --data photos", "expected 2 classes, as photos has, got 10"),
+    "of other classes": (f"{TRAIN} --out new --data photos", "2 classes...photos...10"),
     "other crops": (
         f"{TRAIN} --out new --scale 0.5 1",
-        "views drawn with...scale=(0.5, 1.0)...precompute anew",
+        "scale=(0.5, 1.0)...precompute",
     ),
-    "other ratio": (f"{TRAIN} --out new --ratio 1 1", "expected views drawn with...ratio=(1.0, 1.0)...precompute anew"),
-    "other flips": (f"{TRAIN} --out new --flip 0.5", "expected views drawn with...flip=0.5...precompute anew"),
-    "other top-K": (f"{PRECOMPUTE} --out cache --topk 2", "cache made otherwise, it differs in topk (3 there, 2 here)"),
-    "other seed": (f"{PRECOMPUTE} --out cache --seed 1", "cache made otherwise, it differs in seed (0 there, 1 here)"),
-    "other size": (f"{PRECOMPUTE} --out cache --image-size 48", "cache made otherwise, it differs in teachers"),
-    "other digits": (f"{PRECOMPUTE} --out cache --data digits:30", "cache made otherwise, it differs in dataset"),
+    "other ratio": (f"{TRAIN} --out new --ratio 1 1", "ratio=(1.0, 1.0)...precompute"),
+    "other flips": (f"{TRAIN} --out new --flip 0.5", "flip=0.5...precompute"),
+    "other top-K": (f"{PRECOMPUTE} --out cache --topk 2", "cache...topk (3...2"),
+    "other seed": (f"{PRECOMPUTE} --out cache --seed 1", "cache...seed (0...1"),
+    "other size": (f"{PRECOMPUTE} --out cache --image-size 48", "cache...teacher...--out"),
+    "other digits": (f"{PRECOMPUTE} --out cache --data digits:30", "cache...dataset...--out"),
     "no place for a cache": (
         f"{PRECOMPUTE} --out run",
-        "run: expected an empty or new folder or a cache",
+        "run: ...folder...cache...--out",
     ),
-    "K above C": (f"{PRECOMPUTE} --out new --topk 11", "topk: expected at most the 10 classes of digits:20, got 11"),
+    "K above C": (f"{PRECOMPUTE} --out new --topk 11", "topk...10 classes...digits:20...11"),
     "no views": (f"{PRECOMPUTE} --out new --views 0", "views: expected at least 1, got 0"),
     "info on a run": (
         "cache info run",
-        "run: expected a teacher cache made by `fastofa precompute`",
+        "run: ...fastofa precompute",
     ),
-    "verify nothing": ("cache verify nowhere", "nowhere: expected a teacher cache"),
+    "verify nothing": ("cache verify nowhere", "nowhere: ...fastofa precompute"),
     # teachers
-    "teacher of two": (f"{PRECOMPUTE} --out new --teacher teacher2", "expected 10 classes...it has 2"),
-    "teacher of ten": (f"{PHOTO_PRECOMPUTE} --out new --teacher teacher", "expected 2 classes...it has 10"),
-    "no teacher in it": (f"{PRECOMPUTE} --out new --teacher photos", "could not read photos/config.json"),
-    "no weights": (f"{PRECOMPUTE} --out new --teacher test_vit --teacher-checkpoint no.pth", "no.pth: expected a file"),
-    "half a normalisation": (f"{PRECOMPUTE} --out new --mean 0.5 0.5 0.5", "expected both --mean and --std or neither"),
+    "teacher of two": (f"{PRECOMPUTE} --out new --teacher teacher2", "teacher2...10 classes...2"),
+    "teacher of ten": (f"{PHOTO_PRECOMPUTE} --out new --teacher teacher", "teacher...2 classes...10"),
+    "no teacher in it": (f"{PRECOMPUTE} --out new --teacher photos", "photos/config.json"),
+    "no weights": (f"{PRECOMPUTE} --out new --teacher test_vit --teacher-checkpoint no.pth", "no.pth"),
+    "half a normalisation": (f"{PRECOMPUTE} --out new --mean 0.5 0.5 0.5", "--mean...--std"),
     # students and runs
     "two stages": (
         f"{TRAIN} --out new --student levit_128s --image-size 224 --stages 1 2 3 4",
-        "student levit_128s: expected stages 1 2 3 4, it has 3, 4...use those it has with stages 3 4",
+        "levit_128s...1 2 3 4...3, 4...stages 3 4",
     ),
-    "batch": (f"{TRAIN} --out new --batch-size 21", "batch-size: expected at most the 20 training images...got 21"),
+    "batch": (f"{TRAIN} --out new --batch-size 21", "batch-size...20...21"),
     "run is there": (
         f"{TRAIN} --out run",
-        "run: holds a run already; go on with it by --resume or choose",
+        "run: ...--resume...--out",
     ),
     "other arguments": (
         f"{TRAIN} --out run --resume --lr 0.5 --epochs 9",
-        "--resume expects the run's own arguments, these differ: epochs: 9 here, 3 there; lr: 0.5 here, 0.002 there",
+        "--resume...epochs: 9...3...lr: 0.5...0.002",
     ),
-    "export over a folder": ("export run teacher", "teacher: exists already; choose another place or remove it"),
-    "export no run": ("export cache new", "cache: expected a run made by `fastofa train`, found no config.json"),
-    "export a model": ("export teacher new", "teacher/config.json: expected what `fastofa train` writes"),
-    "export what is only begun": (
-        "export begun new",
-        "begun: expected a checkpoint, found none yet; run `fastofa train` with --resume",
-    ),
-    "evaluate no run": ("evaluate nowhere --data digits", "nowhere: expected a run made by `fastofa train`, found no"),
-    "evaluate a cache": ("evaluate cache --data digits", "cache: expected a run made by `fastofa train`, found no"),
-    "evaluate what is only begun": ("evaluate begun --data digits", "begun: expected a checkpoint, found none yet"),
+    "export over a folder": ("export run teacher", "teacher: exists"),
+    "export no run": ("export cache new", "cache: ...fastofa train...config.json"),
+    "export a model": ("export teacher new", "teacher/config.json: ...fastofa train"),
+    "export what is only begun": ("export begun new", "begun: ...checkpoint...--resume"),
+    "evaluate no run": ("evaluate nowhere --data digits", "nowhere: ...fastofa train"),
+    "evaluate a cache": ("evaluate cache --data digits", "cache: ...fastofa train"),
+    "evaluate what is only begun": ("evaluate begun --data digits", "begun: ...checkpoint...--resume"),
     "evaluate other classes": (
         "evaluate run --data photos",
-        "expected the 10 classes that run was trained on, got 2: lacking 0, 1, 2, ...; others are china, flower",
+        "10 classes...run...2...0, 1, 2, ...china, flower",
     ),
 }
 
@@ -314,14 +300,14 @@ main(sys.argv[1:])
         REFUSED["other seed"],
         (
             f"{PRECOMPUTE} --out cache --flip 0.25 --scale 0.5 1",
-            "scale (0.6 1 there, 0.5 1 here); flip (0 there, 0.25 h",
+            "scale (0.6 1...0.5 1...flip (0...0.25",
         ),
         REFUSED["no place for a cache"],
         REFUSED["export over a folder"],
-        ("write nowhere new.pack", "unknown data set 'nowhere': expected digits, digits:N"),
+        ("write nowhere new.pack", "'nowhere'...digits:N"),
         (
             "write digits taken.pack",
-            "taken.pack: exists already; choose another place, remove it, or check it by --ver",
+            "taken.pack: exists...--verify",
         ),
     ],
 )
@@ -431,9 +417,7 @@ def test_only_train_shares_its_work_among_ranks(here, argv, monkeypatch):
     """Each rank would do all of it, over the others' files."""
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    refused(
-        argv, f"{argv.split()[0]}: expected one process, torchrun started 8 (WORLD_SIZE); start it without torchrun"
-    )
+    refused(argv, f"{argv.split()[0]}...8...WORLD_SIZE...torchrun")
 
 
 def test_another_rank_that_is_gone_is_one_line_too(monkeypatch):
@@ -458,7 +442,7 @@ def test_another_rank_that_is_gone_is_one_line_too(monkeypatch):
 def test_no_path_is_a_url(here, argv):
     """Which would become a local folder `s3:`."""
     (url,) = [part.partition("=")[2] or part.removeprefix("cifar100:") for part in argv.split() if "://" in part]
-    refused(argv, f"expected a path on this machine, got the URL {url}; mount it, or copy")
+    refused(argv, url)
 
 
 def test_names_do_not_give_orders_to_the_terminal(copied, capsys):
@@ -468,11 +452,11 @@ def test_names_do_not_give_orders_to_the_terminal(copied, capsys):
     shown = r"x\x1b]0;title\x07\n\u202efastofa: error: forged\udcff[red]"
     code, _, error = run_here(["cache", "verify", name])
     assert code == 2
-    assert_one_line(error, f"{shown}: expected a teacher cache")
+    assert_one_line(error, f"{shown}: ")
     shutil.copytree("cache", name, dirs_exist_ok=True)
     code, _, error = run_here(["cache", "info", name])
     assert code == 2
-    assert_one_line(error, f"{shown}/val.safetensors: expected a path in UTF-8")
+    assert_one_line(error, f"{shown}/val.safetensors: ...UTF-8")
     name, shown = name.replace("\udcff", ""), shown.replace(r"\udcff", "")
     shutil.copytree("cache", name)
     code, out, _ = run_here(["cache", "info", name])
@@ -489,20 +473,24 @@ def test_names_do_not_give_orders_to_the_terminal(copied, capsys):
         (
             RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
             1,
-            "memory ran out (CUDA...--accumulate",
+            "CUDA out of memory...--accumulate",
         ),
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, "memory ran out...lower --batch-size"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "memory ran out...--workers"),
-        (MemoryError(), 1, "memory ran out (MemoryError); lower --batch-size"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "memory ran out"),
-        (OSError(errno.EMFILE, "Too many open files", "x.jpg"), 2, "too many open files...ulimit -n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory...--batch-size"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            1,
+            "DefaultCPUAllocator...--workers",
+        ),
+        (MemoryError(), 1, "MemoryError...--batch-size"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "Cannot allocate memory...--batch-size"),
+        (OSError(errno.EMFILE, "Too many open files", "x.jpg"), 2, "ulimit -n"),
         (
             PermissionError(errno.EACCES, "Permission denied", "photos/train"),
             2,
-            "photos/train...its owner must",
+            "photos/train...Permission denied",
         ),
-        (OSError(errno.ELOOP, "Too many levels of symbolic links", "a"), 2, "a: Too many levels of symbolic links"),
-        (RuntimeError("fatal error: Python.h: No such file"), 2, "compile: expected Python's headers...--compile off"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "a"), 2, "a: Too many levels"),
+        (RuntimeError("fatal error: Python.h: No such file"), 2, "compile: ...Python...--compile off"),
         (Failed("a process that decodes images ended"), 1, "a process that decodes images ended"),
     ],
     ids=lambda value: type(value).__name__,
@@ -588,9 +576,9 @@ def edit(file: Path) -> None:
 DAMAGE = pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "truncated or damaged"),
-        (edit, "checksum does not match, it was edited or damaged"),
-        (Path.unlink, "is missing"),
+        (truncate, "damaged"),
+        (edit, "checksum"),
+        (Path.unlink, "missing"),
     ],
     ids=["truncated", "edited", "missing"],
 )
@@ -620,7 +608,7 @@ def test_damage_found_in_the_middle(copied):
     code, _, error = fastofa(f"{TRAIN} --out new")
     *progress, last = error.splitlines()
     assert code == 2
-    assert_one_line(f"{last}\n", f"{view_file(1)}...truncated or damaged")
+    assert_one_line(f"{last}\n", f"{view_file(1)}...damaged")
     assert "error" not in " ".join(progress)
     Path("cache", view_file(1)).unlink()
     succeeds(f"{PRECOMPUTE} --out cache")
@@ -662,13 +650,13 @@ def test_edited_header_of_a_cache(copied):
 @pytest.mark.parametrize(
     ("edited", "message"),
     [
-        ({"schema": 2}, "expected schema 3, got 2"),
-        ({"policy": {"scale": [0.1, 1], "ratio": [1, 1], "flip": 0, "auto_augment": 9}}, "it was edited"),
-        ({"topk": 4}, "val.safetensors: belongs to another cache"),
-        ({"seed": 1}, "val.safetensors: belongs to another cache"),
-        ({"views": "2"}, "it was edited"),
-        ({"teachers": []}, "it was edited"),
-        ({"policy": {}}, "it was edited"),
+        ({"schema": 2}, "schema 3...2"),
+        ({"policy": {"scale": [0.1, 1], "ratio": [1, 1], "flip": 0, "auto_augment": 9}}, "cache.json: ...precompute"),
+        ({"topk": 4}, "val.safetensors: ...another cache"),
+        ({"seed": 1}, "val.safetensors: ...another cache"),
+        ({"views": "2"}, "cache.json: ...precompute"),
+        ({"teachers": []}, "cache.json: ...precompute"),
+        ({"policy": {}}, "cache.json: ...precompute"),
     ],
 )
 def test_edited_field_of_a_cache(copied, edited, message):
@@ -681,7 +669,7 @@ def test_edited_field_of_a_cache(copied, edited, message):
 def test_header_that_is_no_json(copied):
     Path("cache", HEADER).write_text(Path("cache", HEADER).read_text()[:-30])
     for argv in ("cache info cache", f"{TRAIN} --out new", f"{PRECOMPUTE} --out cache"):
-        refused(argv, "cache/cache.json is not valid JSON")
+        refused(argv, "cache/cache.json...JSON")
 
 
 def test_edited_configuration_of_a_run(copied):
@@ -697,7 +685,7 @@ def test_edited_configuration_of_a_run(copied):
             count += "config.json: expected" in error
     assert count > 12
     Path("run", "config.json").write_text("{")
-    refused("export run new", "run/config.json is not valid JSON")
+    refused("export run new", "run/config.json...JSON")
 
 
 READERS = (f"{TRAIN} --out run --resume", "evaluate run --data digits:20", "export run new")
@@ -708,7 +696,7 @@ def test_damaged_checkpoint(copied, damage, message):
     damage(Path("run", CHECKPOINT))
     if damage == Path.unlink:
         for argv in READERS[1:]:
-            refused(argv, "run: expected a checkpoint, found none yet; run `fastofa train` with --resume")
+            refused(argv, "run: ...checkpoint...--resume")
     else:
         for argv in READERS:
             refused(argv, f"run/{CHECKPOINT}...{message}")
@@ -719,10 +707,10 @@ def test_damaged_newest_checkpoint_of_several(copied):
     succeeds(f"{TRAIN} --out run3 --checkpoint-every 4 --keep 2")
     truncate(Path("run3", CHECKPOINT))
     for argv in ("evaluate run3 --data digits:20", "export run3 new"):
-        refused(argv, f"run3/{CHECKPOINT}...truncated or damaged")
+        refused(argv, f"run3/{CHECKPOINT}...damaged")
     error = succeeds(f"{TRAIN} --out run3 --resume --keep 2")
     assert f"run3/{CHECKPOINT}: " in error
-    assert "resuming from the checkpoint before it" in error
+    assert "checkpoint before" in error
     same_run(Path("run3"), Path("run"))
 
 
@@ -732,20 +720,20 @@ STUDENT, EMA, ADAM = "student.backbone.bn1.weight", "ema.backbone.bn1.weight", "
 @pytest.mark.parametrize(
     ("change", "message", "readers"),
     [
-        ({STUDENT: None}, "does not fit this run's student: missing backbone.bn1.weight", READERS[:1]),
-        ({EMA: None}, "does not fit this run's ema: missing backbone.bn1.weight", READERS),
+        ({STUDENT: None}, "student...missing backbone.bn1.weight", READERS[:1]),
+        ({EMA: None}, "ema...missing backbone.bn1.weight", READERS),
         (
             {"student.more": torch.zeros(2)},
-            "this run's student: missing none; unexpected more",
+            "student...unexpected more",
             READERS[:1],
         ),
-        ({"ema.more": torch.zeros(2)}, "does not fit this run's ema: missing none; unexpected more", READERS),
-        ({STUDENT: torch.zeros(2)}, "student: missing none; unexpected none; of another shape backbone", READERS[:1]),
-        ({ADAM: None}, "does not fit this run's optimizer: exits.0.head.bias.exp_avg (missing)", READERS[:1]),
-        ({ADAM: torch.zeros(3)}, "does not fit this run's optimizer: exits.0.head.bias.exp_avg", READERS[:1]),
-        ({"optimizer.more.exp_avg": torch.zeros(2)}, "does not fit this run's optimizer: more.exp_avg", READERS[:1]),
-        ({"position": None}, "expected a checkpoint of `fastofa train`, got one without position", READERS[:1]),
-        ({"step": None}, "expected a checkpoint of `fastofa train`, got one without step", READERS[:1]),
+        ({"ema.more": torch.zeros(2)}, "ema...unexpected more", READERS),
+        ({STUDENT: torch.zeros(2)}, "student...shape backbone.bn1.weight", READERS[:1]),
+        ({ADAM: None}, "optimizer...exits.0.head.bias.exp_avg (missing", READERS[:1]),
+        ({ADAM: torch.zeros(3)}, "optimizer...exits.0.head.bias.exp_avg", READERS[:1]),
+        ({"optimizer.more.exp_avg": torch.zeros(2)}, "optimizer...more.exp_avg", READERS[:1]),
+        ({"position": None}, "fastofa train...position", READERS[:1]),
+        ({"step": None}, "fastofa train...step", READERS[:1]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
@@ -789,7 +777,7 @@ def test_a_pickle_in_place_of_tensors_is_not_opened(copied, file, commands, how)
     else:
         torch.save(tensors, file)
     for argv in commands:
-        refused(argv, f"{file}: expected...safetensors...a pickle")
+        refused(argv, f"{file}: ...safetensors...pickle")
     assert not Path("executed").exists()
     torch.load(file, weights_only=False) if how == "torch.save" else pickle.loads(Path(file).read_bytes())
     assert Path("executed").exists()  # so it would have shown
@@ -801,9 +789,9 @@ def test_weights_with_code_in_them_are_not_executed(copied, suffix):
     torch.save({"state_dict": {"head.weight": torch.zeros(2), "code": Code()}}, file)
     refused(
         f"{PRECOMPUTE} --out new --teacher test_vit --teacher-checkpoint {file}",
-        f"{file}: torch's weights-only reader refused it...mkdir",
+        f"{file}: ...mkdir",
     )
-    refused(f"{TRAIN} --out new --init {file}", f"{file}: torch's weights-only reader refused it...mkdir")
+    refused(f"{TRAIN} --out new --init {file}", f"{file}: ...mkdir")
     assert not Path("executed").exists()
 
 
@@ -848,14 +836,14 @@ def test_unreadable_pictures_are_named_and_can_be_left_out(copied):
     text, empty, half = (Path("photos", "train", name) for name in ("china/001.jpg", "flower/002.jpg", "china/003.jpg"))
     text.write_text("no picture")
     empty.write_bytes(b"")
-    refused(f"{PHOTO_PRECOMPUTE} --out new", f"2 unreadable images: ...{text}...{empty} (empty file)...--skip-corrupt")
+    refused(f"{PHOTO_PRECOMPUTE} --out new", f"2 unreadable...{text}...{empty}...--skip-corrupt")
     half.write_bytes(half.read_bytes()[:1000])
     error = succeeds(f"{PHOTO_PRECOMPUTE} --out new --skip-corrupt")
-    assert "photos/train: left out 3 unreadable images" in error
+    assert re.search(r"photos/train: .*\b3 unreadable", error)
     assert all(f"{file.parent.name}/{file.name}" in error for file in (text, empty, half))
     assert len(load_tensors(Path("new", view_file(0)))[0]["classes"]) == 24 - 3
     error = succeeds(f"{PHOTO_TRAIN} --cache new --out student")
-    assert "left out 3 unreadable images" in error
+    assert "3 unreadable" in error
     assert any("top1" in row for row in read_metrics(Path("student")))
 
 
@@ -864,7 +852,7 @@ def test_an_image_whose_header_alone_is_whole(copied):
     Path("photos", "train", "flower", "007.jpg").write_bytes(Path("photos/train/flower/007.jpg").read_bytes()[:2000])
     code, _, error = fastofa(f"{PHOTO_PRECOMPUTE} --out new")
     assert code == 2
-    assert_one_line(error.splitlines()[-1] + "\n", "1 unreadable image: photos/train/flower/007.jpg...--skip-corrupt")
+    assert_one_line(error.splitlines()[-1] + "\n", "1 unreadable...photos/train/flower/007.jpg...--skip-corrupt")
     assert "Traceback" not in error
     assert not Path("new").exists()
     assert fastofa(f"{PHOTO_PRECOMPUTE} --out new --skip-corrupt")[0] == 0  # as the line says
@@ -911,7 +899,7 @@ def full(argv: str, size: int, message: str, out: str) -> None:
 def test_full_disk_while_precomputing(copied, size, file):
     """The same command goes on once there is space."""
     argv = f"{PRECOMPUTE} --out new --data digits:1000"
-    full(argv, size, f"could not write new/{file}...free space", "new")
+    full(argv, size, f"new/{file}...free space", "new")
     succeeds(argv)
     succeeds(argv.replace("new", "new2"))
     assert contents(Path("new")) == contents(Path("new2"))
@@ -921,9 +909,9 @@ def test_full_disk_while_precomputing(copied, size, file):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (300, "could not write new/config.json"),
-        (2000, "could not write...new...free space"),  # the log
-        (100_000, "could not write new/checkpoints/...free space"),
+        (300, "new/config.json"),
+        (2000, "new...free space"),  # the log
+        (100_000, "new/checkpoints/...free space"),
     ],
     ids=["configuration", "log", "checkpoint"],
 )
@@ -946,6 +934,6 @@ def test_full_disk_while_training(copied, size, message):
 )
 def test_full_disk_while_exporting_and_evaluating(copied, argv, size, file, out):
     before = contents(copied)
-    full(argv, size, f"could not write {file}", out)
+    full(argv, size, file, out)
     assert contents(copied) == before
     succeeds(argv)

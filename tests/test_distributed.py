@@ -3,7 +3,6 @@
 The ranks are forked processes with torchrun's environment variables or, in the last tests, processes of torchrun.
 """
 
-import multiprocessing
 import os
 import random
 import re
@@ -40,18 +39,8 @@ from fastofa.training.distributed import Vote, World, check_shared, connection_e
 from fastofa.training.loop import train
 from fastofa.training.step import Step
 from fastofa.views.order import epoch_order
-from runs import command_line, float64, log_of, make_cache, newest, same_run
+from runs import CONTEXT, command_line, float64, log_of, make_cache, newest, same_run
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "fastofa.training.loop",
-        "fastofa.teacher.precompute",
-        "torch.utils.tensorboard",
-        "matplotlib.figure",
-        "sklearn.datasets",
-    ]
-)
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 PATIENCE_S = 900  # which only a rank that hangs uses up
 STEPS = 20

@@ -81,6 +81,17 @@ def fuzz(file: Path, use: Callable[[], Any], anywhere: int, in_regions: int = 0)
     assert found > len(cases) / 3  # else nothing was tried
 
 
+def fuzz_text(file: Path, case: Callable[[], str], bytes_too: bool = False) -> None:
+    """Damage what JSON says, or its bytes, by 60 seeds; `case()` says what is wrong then."""
+    text, wrong = file.read_text(), []
+    for seed in range(60):
+        kind, edited = damage_bytes(text.encode(), seed) if bytes_too else damage_json(text, seed)
+        file.write_bytes(edited if isinstance(edited, bytes) else edited.encode())
+        if said := complaint(case):
+            wrong.append(f"seed {seed} ({kind}): {said}")
+    assert wrong == [], "\n".join(wrong)
+
+
 # --- Teacher cache ----------------------------------------------------------------------------------------------------
 
 
@@ -128,18 +139,13 @@ def test_a_cache_with_damaged_bytes(cache, name):
 
 def test_a_cache_whose_header_was_edited(cache):
     """It is refused, or says the same of all that training takes."""
-    text, expected, wrong = (cache / HEADER).read_text(), all_of(cache), []
+    expected = all_of(cache)
 
     def case() -> str:
         named, result = refused(lambda: all_of(cache), cache)
         return "" if named or same(result, expected) else "silent, and the result is another"
 
-    for seed in range(60):
-        kind, edited = damage_json(text, seed)
-        (cache / HEADER).write_text(edited)
-        if said := complaint(case):
-            wrong.append(f"seed {seed} ({kind}): {said}")
-    assert wrong == [], "\n".join(wrong)
+    fuzz_text(cache / HEADER, case)
 
 
 DTYPES = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.bool]
@@ -242,8 +248,6 @@ def test_a_checkpoint_with_edited_tensors_and_right_checksums(run):
 def test_an_edited_configuration_of_a_run(run, bytes_too):
     """Text that anybody may change: it is a run's configuration, whose student can be built, or it is refused."""
     file = run / "config.json"
-    text = file.read_text()
-    wrong = []
 
     def build() -> int:
         opened = open_run(run)
@@ -253,12 +257,7 @@ def test_an_edited_configuration_of_a_run(run, bytes_too):
         named, size = refused(build, run)
         return "" if named or (type(size) is int and size > 0) else f"an image size of {size!r}"
 
-    for seed in range(60):
-        kind, edited = damage_bytes(text.encode(), seed) if bytes_too else damage_json(text, seed)
-        file.write_bytes(edited if isinstance(edited, bytes) else edited.encode())
-        if said := complaint(case):
-            wrong.append(f"seed {seed} ({kind}): {said}")
-    assert wrong == [], "\n".join(wrong)
+    fuzz_text(file, case, bytes_too)
 
 
 # --- Teacher ----------------------------------------------------------------------------------------------------------
@@ -269,8 +268,6 @@ def test_an_edited_configuration_of_a_teacher(made, tmp_path, bytes_too):
     """Text that anybody may change: a teacher that answers with log-probabilities comes of it, or a line."""
     folder = Path(shutil.copytree(made / "teacher", tmp_path / "teacher"))
     file = folder / "config.json"
-    text = file.read_text()
-    wrong = []
 
     def answers() -> Tensor:
         teacher = open_teacher(str(folder), tuple(map(str, range(CLASSES))))
@@ -285,12 +282,7 @@ def test_an_edited_configuration_of_a_teacher(made, tmp_path, bytes_too):
         fine = found.shape == (2, CLASSES) and found.isfinite().all() and found.exp().sum(1).sub(1).abs().max() < 1e-4
         return "" if fine else f"answers {found}"
 
-    for seed in range(60):
-        kind, edited = damage_bytes(text.encode(), seed) if bytes_too else damage_json(text, seed)
-        file.write_bytes(edited if isinstance(edited, bytes) else edited.encode())
-        if said := complaint(case):
-            wrong.append(f"seed {seed} ({kind}): {said}")
-    assert wrong == [], "\n".join(wrong)
+    fuzz_text(file, case, bytes_too)
 
 
 # --- Written forms ----------------------------------------------------------------------------------------------------

@@ -34,19 +34,8 @@ from fastofa.teacher.model import Teacher
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train
-from runs import command_line, newest, same_run
+from runs import CONTEXT, command_line, newest, same_run
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "fastofa.training.loop",
-        "fastofa.teacher.precompute",
-        "torch.utils.tensorboard",
-        "matplotlib.figure",
-        "sklearn.datasets",
-        "pytest",
-    ]
-)
 # A terminal and a cluster signal the decoding processes, too.
 TO = pytest.mark.parametrize(
     ("signum", "to"), [(signal.SIGINT, "group"), (signal.SIGTERM, "group"), (signal.SIGTERM, "process")]

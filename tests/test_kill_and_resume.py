@@ -43,24 +43,13 @@ from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train
 from fastofa.training.step import Step
-from runs import children, newest, same_run
+from runs import CONTEXT, children, newest, same_run
 
 pytestmark = pytest.mark.slow
 
 KILLS, IN_A_ROW = 20, 5
 STRIDE = 3  # of the file operations that a job is killed at
 FAR = 10**9
-# A forked server that has everything imported makes a new process a matter of milliseconds.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "fastofa.training.loop",
-        "fastofa.teacher.precompute",
-        "torch.utils.tensorboard",
-        "matplotlib.figure",
-        "sklearn.datasets",
-    ]
-)
 
 
 class Job:

@@ -628,13 +628,11 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(on_photos):
     config = on_photos(
         optimizer="sgd", lr=1e18, clip=None, epochs=4, log_every=2, checkpoint_every=1, student="test_resnet"
     )
-    with pytest.raises(
-        BadInput, match=r"the loss is no longer finite between steps (\d+) and (\d+); begin anew with a lower --lr"
-    ) as error:
+    with pytest.raises(BadInput, match=r"loss .*finite .*steps \d+ and \d+.*--lr") as error:
         train(config)
     last = rows(config.out, "step")
     assert all(math.isfinite(row["loss"]) for row in last)
-    assert f"try once more from {newest(config.out)} by --resume" in str(error.value)
+    assert f"{newest(config.out)} by --resume" in str(error.value)
     tensors, info = load_tensors(newest(config.out))
     assert all(map(math.isfinite, info["position"]["sums"]))
     first, last = map(int, re.findall(r"steps (\d+) and (\d+)", str(error.value))[0])
@@ -645,19 +643,10 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(on_photos):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"cache": None}, "method ofa: expected --cache, made by `fastofa precompute`; or --method scratch"),
-        ({"cache": None, "method": "kd"}, "method kd: expected --cache"),
-        ({"cache": Path("nowhere")}, "nowhere: expected a teacher cache made by `fastofa precompute`"),
-        ({"batch_size": 25}, "batch-size: expected at most the 24 training images of .*, got 25"),
-        ({"accumulate": 3}, r"batch-size: expected a multiple of 3 \(3 parts\), got 8"),
-        ({"sync_bn": True, "device": "cpu"}, "sync-bn: expected GPUs, the student is on the CPU; leave it out"),
-        ({"optimizer": "apex_lamb", "device": "cpu"}, "optimizer apex_.*: expected a GPU, the student is on cpu"),
-        ({"flip": 0.0}, r"expected views drawn with .*flip=0.0\), got .*flip=0.5\)"),
-        ({"data": "digits:100"}, "expected 10 classes, as digits:100 has, got 2"),
-        ({"pipeline": "resident"}, "pipeline resident: expected pictures of one size"),
-        ({"student": "test_resnetx"}, "unknown model 'test_resnetx'"),
-        ({"device": "cuda:99"}, "device 'cuda:99': expected auto, cpu, or a GPU of this machine"),
-        ({"init": "nowhere.pth"}, "nowhere.pth: expected a file with weights, found none"),
+        ({"batch_size": 25}, r"batch-size: .*\b24\b.*\b25\b"),
+        ({"flip": 0.0}, r"flip=0.0\b.*flip=0.5\b"),
+        ({"data": "digits:100"}, r"\b10 classes.*digits:100.*\b2\b"),
+        ({"pipeline": "resident"}, "resident: .*size"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(on_photos, given, message):
@@ -670,18 +659,19 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(on_photos, give
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"device": "cuda:99"}, "device 'cuda:99': expected auto, cpu, or a GPU"),
-        ({"sync_bn": True, "device": "cpu"}, "sync-bn: expected GPUs"),
-        ({"optimizer": "apex_sgd", "device": "cpu"}, "optimizer apex_.*: expected a GPU"),
-        ({"cache": None}, "method ofa: expected --cache"),
-        ({"cache": Path("nowhere")}, "nowhere: expected a teacher cache"),
-        ({"student": "test_resnetx"}, "unknown model 'test_resnetx'"),
-        ({"init": "nowhere.pth"}, "nowhere.pth: expected a file with weights, found none"),
-        ({"pipeline": "pytorch"}, "unknown pipeline 'pytorch': expected auto or one of resident, "),
-        ({"workers": -1}, "workers: expected at least 0, got -1"),
-        ({"accumulate": 3}, r"batch-size: expected a multiple of 3 \(3 parts\), got 8"),
-        ({"wandb": "mine"}, "wandb: expected Weights & Biases; pip install wandb"),
-        ({"out": "begun"}, "holds a run already; go on with it by --resume or choose another --out"),
+        ({"device": "cuda:99"}, "device 'cuda:99': .*auto, cpu"),
+        ({"sync_bn": True, "device": "cpu"}, "sync-bn: .*GPU"),
+        ({"optimizer": "apex_sgd", "device": "cpu"}, "optimizer apex_.*: .*GPU"),
+        ({"cache": None}, "ofa: .*--cache.*--method scratch"),
+        ({"cache": None, "method": "kd"}, "kd: .*--cache"),
+        ({"cache": Path("nowhere")}, "nowhere: .*fastofa precompute"),
+        ({"student": "test_resnetx"}, "'test_resnetx'"),
+        ({"init": "nowhere.pth"}, "nowhere.pth: "),
+        ({"pipeline": "pytorch"}, "'pytorch': .*auto.*resident"),
+        ({"workers": -1}, "workers: .*0.*-1"),
+        ({"accumulate": 3}, r"batch-size: .*\b3\b.*\b8\b"),
+        ({"wandb": "mine"}, "wandb: .*pip install wandb"),
+        ({"out": "begun"}, "begun: .*--resume.*--out"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_data_are_indexed(on_photos, tmp_path, monkeypatch, given, message):
@@ -694,6 +684,7 @@ def test_what_cannot_work_is_refused_before_the_data_are_indexed(on_photos, tmp_
     config = on_photos(**{**given, **({"out": tmp_path / given["out"]} if "out" in given else {})})
     with pytest.raises(BadInput, match=message):
         train(config)
+    assert config.out.exists() == ("out" in given)
 
 
 def test_a_plan_says_what_it_is_timing_and_writes_nothing(on_photos, monkeypatch, capsys):
@@ -742,7 +733,7 @@ def test_what_the_data_decide_is_kept_and_goes_on(photos, photo_cache, tmp_path,
     assert said in capsys.readouterr().err
     newest(config.out).unlink()
     train(dataclasses.replace(config, resume=True))
-    with pytest.raises(BadInput, match="these differ: batch_size: 4 here, 8 there"):
+    with pytest.raises(BadInput, match=r"batch_size: 4\b.*\b8\b"):
         train(dataclasses.replace(config, resume=True, batch_size=4, lr=2.5e-4))
 
 
@@ -827,9 +818,9 @@ def test_views_that_mix_reach_the_loss(name, digit_cache, tmp_path, monkeypatch)
 
 def test_batches_that_tear_pairs_apart_are_refused(tmp_path):
     config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
-    with pytest.raises(BadInput, match=r"batch-size: expected a multiple of 2 \(2 in a mixed pair\), got 25"):
+    with pytest.raises(BadInput, match=r"batch-size: .*\b2\b.*\b25\b"):
         train(recipes.imagenet_vit_mlp(**config, batch_size=25))
-    with pytest.raises(BadInput, match="batch-size: expected at most the 96 training images of digits:100, got 98"):
+    with pytest.raises(BadInput, match=r"batch-size: .*\b96\b.*digits:100.*\b98\b"):
         train(recipes.imagenet_stronger(**config, batch_size=98))
     assert not (tmp_path / "run").exists()
 
@@ -906,7 +897,7 @@ def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_beton, photos, tmp_p
 def test_a_run_by_pages_asks_for_its_beton(on_beton, photos):
     """Where it is to go on from the folder, without a word of the order."""
     train(on_beton("run", 1, epochs=1))
-    with pytest.raises(BadInput, match=r"run: the run goes by the pages of its \.beton; expected that as --data, got "):
+    with pytest.raises(BadInput, match=r"run: .*pages.*\.beton.*--data.*photos"):
         train(on_beton("run", resume=True, epochs=1, data=str(photos)))
 
 
@@ -915,9 +906,7 @@ def test_only_a_beton_is_read_by_pages(on_beton, photos, tmp_path):
     write(WriteConfig(str(photos), tmp_path / "x.pack", size=128))
     for data in (photos, tmp_path / "x.pack"):
         config = on_beton("run", order="pages", data=str(data))
-        with pytest.raises(
-            BadInput, match=r"order: expected random for .*, got pages; `fastofa write .* NAME\.beton` writes a file"
-        ):
+        with pytest.raises(BadInput, match=r"order: .*random.*pages.*fastofa write .*\.beton"):
             train(config)
         assert not config.out.exists()
     train(on_beton("auto", 1, data=str(tmp_path / "x.pack"), epochs=1))
@@ -939,21 +928,21 @@ def test_a_run_goes_on_with_a_moved_cache_but_not_with_one_made_anew(digit_cache
     header = json.loads((tmp_path / "moved" / "cache.json").read_text())
     teacher = str(digit_cache.path.parent / "teacher")
     other = precompute(PrecomputeConfig("digits:100", teacher, tmp_path / "other", header["views"], 3, seed=5))
-    with pytest.raises(BadInput, match=r"these differ: cache: .*other does not hold the answers"):
+    with pytest.raises(BadInput, match=r"cache: .*other.*answers"):
         train(dataclasses.replace(config, cache=other.path, resume=True))
 
 
 @pytest.mark.parametrize("given", [{"batch_size": 1}, {"batch_size": 2, "accumulate": 2}])
 def test_a_part_of_one_picture_is_refused_where_there_is_batch_norm(given, tmp_path):
     config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
-    with pytest.raises(BadInput, match="batch-size: expected at least two images in each part, since test_resnet has"):
+    with pytest.raises(BadInput, match=r"batch-size: .*test_resnet"):
         train(recipes.digits(**{**config, **given}))
     assert not (tmp_path / "run").exists()
 
 
 def test_the_pictures_cannot_shrink(tmp_path):
     config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
-    with pytest.raises(BadInput, match="start-size: expected at most the full 32 pixels, got 64"):
+    with pytest.raises(BadInput, match=r"start-size: .*\b32\b.*\b64\b"):
         train(recipes.digits(**config, start_size=64))
 
 
@@ -962,5 +951,5 @@ def test_half_of_torchruns_environment_is_told(environment, tmp_path, monkeypatc
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
-    with pytest.raises(BadInput, match="WORLD_SIZE: expected all environment variables of torchrun"):
+    with pytest.raises(BadInput, match="WORLD_SIZE"):
         train(recipes.digits(**config))

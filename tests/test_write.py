@@ -1,7 +1,6 @@
 """`fastofa write`: the same data set in another form, whole or not at all, and nothing unreadable passes in silence."""
 
 import io
-import multiprocessing
 import os
 import random
 import shutil
@@ -29,7 +28,7 @@ from fastofa.system.errors import BadInput
 from fastofa.system.files import save_tensors
 from fastofa.training.loop import train
 from fastofa.views.order import epoch_order
-from runs import make_cache
+from runs import CONTEXT, make_cache
 
 FORMS = {
     "pack": ("photos.pack", {"size": 128}),
@@ -38,8 +37,6 @@ FORMS = {
     "raw": ("photos.beton", {"raw": True}),
     "small raw": ("photos.beton", {"raw": True, "max_size": 64}),
 }
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastofa.data.write", "fastofa.data.written", "fastofa.data.folder"])
 
 
 def written(form: str, photos: Path, folder: Path) -> Path:
