@@ -231,7 +231,7 @@ REFUSED = {
         f"{TRAIN} --out run --resume --lr 0.5 --epochs 9",
         "--resume expects the run's own arguments, these differ: epochs: 9 here, 3 there; lr: 0.5 here, 0.002 there",
     ),
-    "export over a folder": ("export run teacher", "teacher: exists already; choose another place or remove it"),
+    "export over a folder": ("export run teacher", "teacher: already exists; choose another path or remove it"),
     "export no run": ("export cache new", "cache: expected a run made by `fastofa train`, found no config.json"),
     "export a model": ("export teacher new", "teacher/config.json: expected what `fastofa train` writes"),
     "export what is only begun": ("export begun new", "begun: no checkpoint yet; run `fastofa train` with --resume"),
@@ -318,7 +318,7 @@ main(sys.argv[1:])
         ("write nowhere new.pack", "unknown data set 'nowhere': expected digits, digits:N"),
         (
             "write digits taken.pack",
-            "taken.pack: exists already; choose another place, remove it, or check it by --ver",
+            "taken.pack: already exists; choose another path, remove it, or check it with --ver",
         ),
     ],
 )
@@ -848,11 +848,11 @@ def test_unreadable_pictures_are_named_and_can_be_left_out(copied):
     refused(f"{PHOTO_PRECOMPUTE} --out new", f"2 unreadable images: ...{text}...{empty} (empty file)...--skip-corrupt")
     half.write_bytes(half.read_bytes()[:1000])
     error = succeeds(f"{PHOTO_PRECOMPUTE} --out new --skip-corrupt")
-    assert "photos/train: left out 3 unreadable images" in error
+    assert "photos/train: skipped 3 unreadable images" in error
     assert all(f"{file.parent.name}/{file.name}" in error for file in (text, empty, half))
     assert len(load_tensors(Path("new", view_file(0)))[0]["classes"]) == 24 - 3
     error = succeeds(f"{PHOTO_TRAIN} --cache new --out student")
-    assert "left out 3 unreadable images" in error
+    assert "skipped 3 unreadable images" in error
     assert any("top1" in row for row in read_metrics(Path("student")))
 
 

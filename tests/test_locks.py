@@ -102,5 +102,5 @@ def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "student"
     with new_folder(path), pytest.raises(BadInput, match="another fastofa"), new_folder(path):
         raise AssertionError("must not get here")
-    with pytest.raises(BadInput, match="exists already"), new_folder(path):
+    with pytest.raises(BadInput, match="already exists"), new_folder(path):
         raise AssertionError("must not get here")

@@ -174,7 +174,7 @@ def test_pixels_do_not_depend_on_how_the_file_is_read(request, monkeypatch, sour
     pages = np.arange(len(dataset)) // 3  # 8 pages, as a larger file has them
     for views in (draw(dataset), draw_full(dataset)):
         truth = by_row(run(name, dataset, views, batch_size=24))
-        order = epoch_order(24, 9, 2, partner=views.partner, pages=pages)
+        order = epoch_order(24, 9, 2, partner=views.partner, page_ids=pages)
         found = by_row(run(name, dataset, views, order=order, batch_size=8, start=8, workers=2))
         assert list(found) == order[8:].tolist()
         assert same(truth, found)
@@ -567,7 +567,7 @@ def test_a_damaged_picture_of_a_beton_is_named(photos: Path, tmp_path: Path):
             run("ffcv", dataset, views, workers=2)
         assert threading.active_count() <= threads
     (tmp_path / "x.beton").write_bytes(whole[: begin + 9])
-    with pytest.raises(BadInput, match=f"image {dataset.names[17]} in .*x.beton is cut short"):
+    with pytest.raises(BadInput, match=f"image {dataset.names[17]} in .*x.beton is truncated"):
         run("ffcv", dataset, views, order=np.arange(17, 18))
 
 

@@ -443,7 +443,7 @@ def test_an_order_by_pages_is_an_order_of_few_pages_at_a_time(count, pages, mixe
 def test_an_order_by_pages_is_random_within_a_window_and_from_epoch_to_epoch():
     """Of 640 pages of ten samples: windows of other pages each time, of which all samples come before any other's."""
     page = np.arange(6400) // 10
-    orders = [epoch_order(6400, 0, epoch, pages=page) for epoch in (0, 1)]
+    orders = [epoch_order(6400, 0, epoch, page_ids=page) for epoch in (0, 1)]
     windows = [[frozenset(part) for part in page[order].reshape(-1, 10 * WINDOW).tolist()] for order in orders]
     for found in windows:
         assert [len(window) for window in found] == [WINDOW] * 10
@@ -455,7 +455,7 @@ def test_an_order_by_pages_is_random_within_a_window_and_from_epoch_to_epoch():
         inside = order.reshape(-1, 10 * WINDOW)
         place = np.arange(10 * WINDOW) - (10 * WINDOW - 1) / 2
         assert all(abs(np.corrcoef(place, window)[0, 1]) < 0.15 for window in inside)
-    assert np.array_equal(orders[0], epoch_order(6400, 0, 0, pages=page))
+    assert np.array_equal(orders[0], epoch_order(6400, 0, 0, page_ids=page))
 
 
 @pytest.mark.parametrize("mixup", [0.0, 1.0])

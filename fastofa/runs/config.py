@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from fastofa.data.headers import given_limits
+from fastofa.data.headers import parse_limits
 from fastofa.methods.options import Options
 from fastofa.system.errors import BadInput
 from fastofa.views.policy import ViewPolicy, changed_policy
@@ -191,7 +191,7 @@ class TrainConfig:
                 need(value in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
             numbers = value if isinstance(value, tuple) else (value,)
             need(not any(isinstance(v, float) and math.isinf(v) for v in numbers), name, "finite numbers")
-        given_limits(self.max_pixels, self.allow_warnings)
+        parse_limits(self.max_pixels, self.allow_warnings)
         named = self.kernels in (("auto",), ("off",)) or set(self.kernels) <= {"loss", "exits", "stem", "norms"}
         need(named, "kernels", "auto, off, or some of loss exits stem norms")
         for name in (

@@ -184,7 +184,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name only when it is whole.
 
     Raises:
-        BadInput: `path` exists already, another process is making it, or the disk is full; nothing is left behind.
+        BadInput: `path` already exists, another process is making it, or the disk is full; nothing is left behind.
     """
     _refuse_existing(path)
     temporary = temporary_name(path)
@@ -209,7 +209,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
-        raise BadInput(f"{path}: exists already; choose another place or remove it")
+        raise BadInput(f"{path}: already exists; choose another path or remove it")
 
 
 # --- Tensors ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastofa.data.headers import Limits, given_limits
+from fastofa.data.headers import Limits, parse_limits
 from fastofa.runs.config import MOST_EPOCHS
 from fastofa.runs.recipes import default_policy, recipe
 from fastofa.system.errors import BadInput, at_least
@@ -100,7 +100,7 @@ class PrecomputeConfig:
 
     def limits(self) -> Limits:
         """Which images are taken."""
-        return given_limits(self.max_pixels, self.allow_warnings)
+        return parse_limits(self.max_pixels, self.allow_warnings)
 
     def policy(self) -> ViewPolicy:
         """What to draw. Raises BadInput for impossible values."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastofa.data.dataset import Dataset
-from fastofa.data.headers import given_limits
+from fastofa.data.headers import parse_limits
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.reports.curves import draw_curves
@@ -110,7 +110,7 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         open_ = [name for name in SIZED if getattr(config, name) is None]
         config = dataclasses.replace(config, **{name: getattr(begun, name) for name in open_})
     with world.without_haste():  # the first opening of a folder opens every image
-        limits = given_limits(config.max_pixels, config.allow_warnings)
+        limits = parse_limits(config.max_pixels, config.allow_warnings)
         train_set, val_set = (
             open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
         )

@@ -46,7 +46,7 @@ def epoch_order(
     world_size: int = 1,
     partner: np.ndarray | None = None,
     repeats: int = 1,
-    pages: np.ndarray | None = None,
+    page_ids: np.ndarray | None = None,
 ) -> np.ndarray:
     """Sample ids of one rank's share of an epoch, int64: every world_size-th of a permutation by (seed, epoch).
 
@@ -58,17 +58,17 @@ def epoch_order(
         repeats: of the policy (repeated augmentation). The ids are then rows of `join_views` of as many views, the same
             views for `repeats` epochs in a row. Each of these takes another part of the samples, and all views of it
             next to each other; after them every row has been used once (but for a few that no part could hold).
-        pages: int64 [size], the page of the file in which each sample lies, where the file is to be read page by page:
+        page_ids: int64 [size], the page of the file in which each sample lies. If given, the file is read page by page:
             the pages are shuffled and taken `WINDOW` at a time, and the samples of these are shuffled together. A pair
             goes by the page of the first of its two; the other may lie anywhere in the file, so that of views that mix
             only one half is read page by page.
     """
     rng = random_stream(seed, ORDER, epoch // repeats)
-    if partner is None and repeats == 1 and pages is None:
+    if partner is None and repeats == 1 and page_ids is None:
         return rng.permutation(size)[rank::world_size]
     units = _units(size, partner)
     whole, alone = units[units[:, -1] >= 0], units[units[:, -1] < 0]
-    shuffled = whole[rng.permutation(len(whole)) if pages is None else _page_by_page(rng, pages[whole[:, 0]])]
+    shuffled = whole[rng.permutation(len(whole)) if page_ids is None else _page_by_page(rng, page_ids[whole[:, 0]])]
     if repeats == 1:
         mine = np.concatenate([shuffled, alone])[rank::world_size].reshape(-1)  # at the end it breaks no pair
         return mine[mine >= 0]
