@@ -21,7 +21,7 @@ from fastofa.runs.checkpoint import save_checkpoint
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.run import Run
 from fastofa.system.errors import BadInput
-from fastofa.teacher.model import Teacher, check_answers, open_teacher, report_accuracy
+from fastofa.teacher.model import Teacher, check_finite, open_teacher, report_accuracy
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.export import export
@@ -344,7 +344,9 @@ def test_of_more_classes_the_datas_are_kept(model, tmp_path):
     torch.testing.assert_close(
         teacher.log_probs(images).exp(), probs / probs.sum(1, keepdim=True), rtol=1e-3, atol=1e-4
     )
-    with pytest.raises(BadInput, match=f"teacher {tmp_path}: expected 3 classes .* it has 7, .*: it has no x, y; "):
+    with pytest.raises(
+        BadInput, match=f"teacher {tmp_path}: expected the data set.s 3 classes, got 7, .*: it has no x, y; "
+    ):
         open_teacher(str(tmp_path), ("f", "x", "y"))
 
 
@@ -454,17 +456,17 @@ def test_a_teacher_without_answers_is_refused_at_the_first_batch(tmp_path, value
         model.classifier.weight.mul_(value)
     folder = named(model, tmp_path / "teacher", list(TEN))
     config = PrecomputeConfig("digits:100", folder, tmp_path / "cache", views=1, topk=10)
-    with pytest.raises(BadInput, match=rf"teacher {NAME}: .*in the validation view it answers {message}"):
+    with pytest.raises(BadInput, match=rf"teacher {NAME}: .*in the validation view it predicts {message}"):
         precompute(config)
     assert not (tmp_path / "cache" / "val.safetensors").exists()
 
 
 def test_the_view_is_named(capsys):
     log_probs = torch.zeros(3, 2)
-    check_answers("t", log_probs, "view 7", ["a", "b", "c"])
+    check_finite("t", log_probs, "view 7", ["a", "b", "c"])
     log_probs[1, 0] = math.inf
-    with pytest.raises(BadInput, match=r"teacher t: .* in view 7 it answers minus infinity for b \(1 of 3 images\)"):
-        check_answers("t", -log_probs, "view 7", ["a", "b", "c"])
+    with pytest.raises(BadInput, match=r"teacher t: .* in view 7 it predicts minus infinity for b \(1 of 3 images\)"):
+        check_finite("t", -log_probs, "view 7", ["a", "b", "c"])
 
 
 def test_grey_teachers_are_named_as_such(tmp_path):

@@ -13,7 +13,7 @@ from fastofa.methods.options import Options
 from fastofa.system.errors import BadInput
 from fastofa.views.policy import ViewPolicy, changed_policy
 
-MOST_EPOCHS = 1_000_000
+MAX_EPOCHS = 1_000_000
 Method = Literal["ofa", "kd", "scratch"]
 Order = Literal["auto", "random", "pages"]
 Weights = Literal["last", "best", "raw", "ema", "best-raw", "best-ema"]
@@ -221,7 +221,7 @@ class TrainConfig:
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1 pixel")
         need(0 <= self.growth[0] <= self.growth[1] <= 1, "growth", "two rising numbers from 0 to 1")
         need(0 <= self.seed < 2**63, "seed", "a number from 0 to 2^63 - 1")
-        need(self.epochs is None or self.epochs <= MOST_EPOCHS, "epochs", f"at most {MOST_EPOCHS:,}")
+        need(self.epochs is None or self.epochs <= MAX_EPOCHS, "epochs", f"at most {MAX_EPOCHS:,}")
         if self.start_size is not None and self.image_size is not None:
             need(self.start_size <= self.image_size, "start_size", f"at most the full {self.image_size} pixels")
         need(not self.cuda_graphs or self.compile != "off", "compile", "on or auto with --cuda-graphs")

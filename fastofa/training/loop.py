@@ -33,7 +33,7 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice, progress_bar
-from fastofa.teacher.pixels import PICTURES, Difference, compare_seen
+from fastofa.teacher.pixels import IMAGES, Difference, compare_teacher_images
 from fastofa.training.clock import Clock
 from fastofa.training.distributed import Vote, World, check_same, check_shared, contact, join, statistics, was_restarted
 from fastofa.training.epochs import Epochs
@@ -95,7 +95,7 @@ def _train(config: TrainConfig, world: World) -> Result:
         for caution in cautions(job.config, job.epochs.steps):
             notice(caution)
     if job.pixels is not None:
-        notice(f"pixels of {PICTURES} pictures, compared with {config.cache}: {job.pixels}")
+        notice(f"pixels of {IMAGES} pictures, compared with {config.cache}: {job.pixels}")
     if world.is_main and (missing := not_replayed(config.recipe, job.epochs.policy)):
         notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws them")
     job.run_epochs()
@@ -183,7 +183,7 @@ class Job:
         if self.step.steps < self.last_step:
             self.epochs.load(self.step.steps // self.epochs.steps)
         if self.world.is_main and (cache := self.epochs.cache) is not None:
-            self.pixels = compare_seen(cache.path, self.train_pipeline, cache.targets(0)[0])
+            self.pixels = compare_teacher_images(cache.path, self.train_pipeline, cache.targets(0)[0])
 
     def begin(self) -> None:
         """The first that is written, once nothing can be wrong any more."""
