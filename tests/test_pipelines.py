@@ -671,7 +671,7 @@ def test_a_worker_that_is_killed_is_one_line(mixed):
     epoch = open_pipeline("torchvision", mixed, 32, batch_size=2, workers=2).epoch(draw(mixed), np.arange(24))
     next(epoch)
     os.kill((children() - before).pop(), signal.SIGKILL)
-    with pytest.raises(Failed, match=r"^a process that decodes .*killed by signal 9.* --workers \(0: none\)[^\n]+$"):
+    with pytest.raises(Failed, match=r"^a decoder process ended .killed by signal 9.* --workers \(0: none\)[^\n]+$"):
         list(epoch)
     assert children() <= before
 
@@ -779,12 +779,12 @@ def test_what_threads_gather_for_a_gpu(packed, monkeypatch, workers):
     """The very rows, in the order of the batch and of its partners; what a GPU makes of them is what a CPU crops."""
     views, order, here = draw_full(packed), epoch_order(24, seed=9, epoch=2), torch.device("cpu")
     gathered, cropped = (cls(Request(packed, 32, 7, here, workers, None)) for cls in (Gathered, Cropped))
-    monkeypatch.setattr(gathered, "_sent", lambda *tensors: tensors)
-    pairs = zip(gathered.filled(views, order), cropped.filled(views, order), strict=True)
+    monkeypatch.setattr(gathered, "_copy", lambda *tensors: tensors)
+    pairs = zip(gathered.host_batches(views, order), cropped.host_batches(views, order), strict=True)
     for (whole, crops), rows in zip(pairs, batches(views, order, 0, 7), strict=True):
         assert np.array_equal(whole.rows, rows)
         assert np.array_equal(whole.images, packed.pixels[with_partners(views, rows)])
-        arrived = gathered._arrived(whole.images, views, whole.needed, 32).permute(0, 2, 3, 1)
+        arrived = gathered._to_gpu(whole.images, views, whole.all_rows, 32).permute(0, 2, 3, 1)
         assert (arrived.int() - crops.images.int()).abs().max() <= 1
 
 
@@ -843,7 +843,7 @@ def test_a_gpu_is_given_the_pixels_of_the_cpu(request, name):
     [
         (
             {"name": "resident"},
-            "pipeline resident: expected pictures of one size, got heights .*--pipeline auto",
+            "pipeline resident: expected images of one size, got heights .*--pipeline auto",
         ),
         ({"name": "packed"}, r"pipeline packed: expected a \.pack, got .*; `fastofa write` makes one"),
         (
@@ -853,7 +853,7 @@ def test_a_gpu_is_given_the_pixels_of_the_cpu(request, name):
         ({"name": "ffcv"}, r"pipeline ffcv: expected a \.beton, got .*; `fastofa write` makes one"),
         pytest.param(
             {"name": "dali", "source": "packed"},
-            "pipeline dali: expected a folder of pictures, got ",
+            "pipeline dali: expected a folder of images, got ",
             marks=pytest.mark.dali,
         ),
         ({"name": "pillow"}, "unknown pipeline 'pillow': expected auto or one of .*resident.*torchvision"),
