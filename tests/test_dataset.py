@@ -1109,7 +1109,8 @@ def test_a_class_folder_that_may_not_be_read(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert refusal(folder) == (
-        f"could not list {folder}/train/flower: Permission denied; make it readable for this user (`chmod a+rX`) or remove it"
+        f"could not list {folder}/train/flower: Permission denied; make it readable for this user (`chmod a+rX`) or "
+        "remove it"
     )
 
 

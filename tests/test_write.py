@@ -772,9 +772,7 @@ def test_it_may_be_moved_and_renamed(beton: Path, pack: Path, tmp_path: Path):
 
 
 def test_the_validation_part_alone_is_no_data_set(beton: Path):
-    with pytest.raises(
-        BadInput, match=r"photos\.val\.beton: expected the training split .*photos\.beton as --data"
-    ):
+    with pytest.raises(BadInput, match=r"photos\.val\.beton: expected the training split .*photos\.beton as --data"):
         open_dataset(str(beton.with_suffix(".val.beton")))
 
 
