@@ -205,7 +205,7 @@ class Job:
         ended = any(row["kind"] == "epoch" and row["step"] == self.step.steps for row in rows)
         # A checkpoint is saved before its epoch is evaluated: a run that ended in between evaluates now.
         owed = bool(self.world.agree_on(int(position == 0 and first > 0 and not ended)))
-        with Interrupt() as self.interrupt, progress_bar(shown=main) as self.bar:
+        with Interrupt() as self.interrupt, progress_bar(enabled=main) as self.bar:
             self.task = self.bar.add_task(
                 f"train {c.student}",
                 total=self.last_step * c.batch_size,
