@@ -159,7 +159,10 @@ def copied(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 REFUSED = {
     # names
     "no such command": ("frobnicate", "unknown command 'frobnicate': expected one of demo, write, precompute, train"),
-    "no such student": (f"{TRAIN} --out new --student resnet1888", "unknown model 'resnet1888'...near it: resnet18"),
+    "no such student": (
+        f"{TRAIN} --out new --student resnet1888",
+        "unknown model 'resnet1888'...similar names: resnet18",
+    ),
     "no such teacher": (f"{PRECOMPUTE} --out new --teacher convnext_tinny", "unknown model 'convnext_tinny'...near"),
     "student's tag": (f"{TRAIN} --out new --student test_resnet.best", "unknown model 'test_resnet.best'...tag (best)"),
     "teacher's tag": (f"{PRECOMPUTE} --out new --teacher test_vit.best", "unknown model 'test_vit.best'...tag (best)"),
@@ -681,7 +684,7 @@ def test_edited_field_of_a_cache(copied, edited, message):
 def test_header_that_is_no_json(copied):
     Path("cache", HEADER).write_text(Path("cache", HEADER).read_text()[:-30])
     for argv in ("cache info cache", f"{TRAIN} --out new", f"{PRECOMPUTE} --out cache"):
-        refused(argv, "cache/cache.json is not valid JSON")
+        refused(argv, "cache/cache.json: expected JSON")
 
 
 def test_edited_configuration_of_a_run(copied):
@@ -697,7 +700,7 @@ def test_edited_configuration_of_a_run(copied):
             count += "config.json: expected" in error
     assert count > 12
     Path("run", "config.json").write_text("{")
-    refused("export run new", "run/config.json is not valid JSON")
+    refused("export run new", "run/config.json: expected JSON")
 
 
 READERS = (f"{TRAIN} --out run --resume", "evaluate run --data digits:20", "export run new")

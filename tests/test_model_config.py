@@ -84,7 +84,7 @@ def test_what_is_taken(folder):
         ({"model_args.depth": {"a": 1}}, "model_args 'depth' to be"),
         ({"model_args.depth": float("nan")}, "model_args 'depth' to be"),
         ({"model_args.act_layer": "a.b; c"}, "model_args 'act_layer' to be"),
-        ({"model_args.depth": 9}, "does not fit the model, missing blocks"),
+        ({"model_args.depth": 9}, "does not match the model: missing blocks"),
         ({"model_args.num_heads": 7}, "could not build test_vit of it"),
         ({"model_args.num_heads": 0}, "could not build test_vit of it"),
         ({"model_args": [1]}, "model_args to be an object"),
@@ -120,8 +120,8 @@ def test_what_is_taken(folder):
         ({"label_names": "abc"}, "label_names to be a list"),
         ({"label_descriptions": ["a"]}, "label_descriptions to be"),
         # One channel.
-        ({"model_args.in_chans": 1}, "takes images of 1 channel, expected 3"),
-        ({"pretrained_cfg.input_size": [1, 32, 32], "model_args.in_chans": 1}, "takes images of 1 channel, expected 3"),
+        ({"model_args.in_chans": 1}, "one for 1 channel"),
+        ({"pretrained_cfg.input_size": [1, 32, 32], "model_args.in_chans": 1}, "one for 1 channel"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, tmp_path, change, message):

@@ -441,7 +441,7 @@ def test_no_cache_and_headers_that_are_none(changed):
         TeacherCache.open(changed / "nowhere")
     header = (changed / HEADER).read_text()
     for text, message in (
-        (header[:50], "is not valid JSON"),
+        (header[:50], "expected JSON"),
         ("[]", "expected schema 3, got list"),
         ("{}", "expected schema 3, got None"),
         (
@@ -802,7 +802,7 @@ def test_more_classes_than_there_are_cannot_be_kept(make, tmp_path):
 def test_a_folder_with_other_things_is_left_alone(make, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(
-        BadInput, match="expected an empty or new folder or a cache, it holds other files; choose another"
+        BadInput, match="expected a new or empty folder or a cache, got a folder with other files; choose another"
     ):
         make(tmp_path)
     with pytest.raises(BadInput, match=r"out: expected a folder, could not read .*thesis.txt \(Not a directory\)"):

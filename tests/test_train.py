@@ -468,7 +468,9 @@ def test_pictures_grow_and_are_evaluated_larger(on_photos, seen, photos):
 @pytest.mark.parametrize("given", [{"start_size": 32}, {"eval_size": 96}])
 def test_a_student_of_one_size_says_so_before_anything_is_written(on_photos, given):
     config = on_photos(student="test_vit", image_size=64, **given)
-    with pytest.raises(BadInput, match=r"made for pictures of 64 px, cannot take those of (32|96) px .*choose a CNN"):
+    with pytest.raises(
+        BadInput, match=r"built for images of 64 px, does not accept images of (32|96) px .*choose a CNN"
+    ):
         train(config)
     assert not config.out.exists()
 
@@ -657,7 +659,7 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(on_photos):
         ({"pipeline": "resident"}, "pipeline resident: expected images of one size"),
         ({"student": "test_resnetx"}, "unknown model 'test_resnetx'"),
         ({"device": "cuda:99"}, "device 'cuda:99': expected auto, cpu, or a GPU of this machine"),
-        ({"init": "nowhere.pth"}, "nowhere.pth: expected a file with weights, found none"),
+        ({"init": "nowhere.pth"}, "nowhere.pth: expected a file with weights, but it does not exist"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(on_photos, given, message):
@@ -676,7 +678,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(on_photos, give
         ({"cache": None}, "method ofa: expected --cache"),
         ({"cache": Path("nowhere")}, "nowhere: expected a teacher cache"),
         ({"student": "test_resnetx"}, "unknown model 'test_resnetx'"),
-        ({"init": "nowhere.pth"}, "nowhere.pth: expected a file with weights, found none"),
+        ({"init": "nowhere.pth"}, "nowhere.pth: expected a file with weights, but it does not exist"),
         ({"pipeline": "pytorch"}, "unknown pipeline 'pytorch': expected auto or one of resident, "),
         ({"workers": -1}, "workers: expected at least 0, got -1"),
         ({"accumulate": 3}, r"batch-size: expected a multiple of 3 \(3 parts\), got 8"),

@@ -31,7 +31,7 @@ class SepConv(nn.Sequential):
 
 
 class ConvExit(nn.Module):
-    """Exit of a CNN's stage: [B, C, H, W] -> logits. Stage 4 has one 1x1 convolution, stage k < 4 has 4 - k SepConvs."""
+    """Exit of a CNN's stage: [B, C, H, W] -> logits. Stage 4 has one 1x1 convolution, k < 4 has 4 - k SepConvs."""
 
     def __init__(self, stage: int, channels: int, dim: int, num_classes: int) -> None:
         super().__init__()
