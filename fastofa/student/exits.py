@@ -97,7 +97,7 @@ class TokenExit(nn.Module):
 
 
 def init_exit(module: nn.Module) -> None:
-    """Initialise convolutions by Kaiming (fan out), batch norms to 1 and 0, linear layers truncated normal, std 0.02."""
+    """Initialise convolutions: Kaiming (fan out); batch norms: 1 and 0; linear layers: truncated normal, std 0.02."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.BatchNorm2d):
