@@ -161,9 +161,9 @@ REFUSED = {
     "no such command": ("frobnicate", "unknown command 'frobnicate': expected one of demo, write, precompute, train"),
     "no such student": (
         f"{TRAIN} --out new --student resnet1888",
-        "unknown model 'resnet1888'...similar names: resnet18",
+        "unknown model 'resnet1888'...similar...: resnet18",
     ),
-    "no such teacher": (f"{PRECOMPUTE} --out new --teacher convnext_tinny", "unknown model 'convnext_tinny'...near"),
+    "no such teacher": (f"{PRECOMPUTE} --out new --teacher convnext_tinny", "unknown model 'convnext_tinny'...similar"),
     "student's tag": (f"{TRAIN} --out new --student test_resnet.best", "unknown model 'test_resnet.best'...tag (best)"),
     "teacher's tag": (f"{PRECOMPUTE} --out new --teacher test_vit.best", "unknown model 'test_vit.best'...tag (best)"),
     "train's data": (f"{TRAIN} --out new --data digit", "unknown data set 'digit': expected digits, digits:N"),

@@ -86,7 +86,7 @@ def parameter_count(model: nn.Module) -> int:
 def test_unknown_model_has_suggestions(name: str, near: str) -> None:
     text = refusal(create_model, name, CLASSES)
     assert repr(name) in text
-    assert near in text.partition("near it")[2]
+    assert near in text.partition("similar names")[2]
 
 
 @pytest.mark.parametrize("name", ["", "../../etc/passwd", "hf-hub:timm/resnet18", "local-dir:x", "timm/no_such"])
@@ -456,7 +456,7 @@ def write(name: str, content: bytes) -> Callable[[Path], None]:
         (write("model.safetensors", pickle.dumps({"x": 1})), "a pickle"),
         (edit(architecture="absent"), "architecture"),
         (edit(architecture="no_such_model"), "no_such_model"),
-        (edit(architecture="test_vit"), "does not fit"),
+        (edit(architecture="test_vit"), "does not match"),
         (edit(num_classes="absent"), "num_classes"),
         (edit(num_classes=7), "fc.bias (7,), got (10,)"),
         (edit(num_classes="many"), "config.json"),
@@ -527,7 +527,7 @@ def test_weights_without_a_classifier_start_a_student(source: Any, tmp_path: Pat
         "fc.weight",
         "fc.bias",
     }
-    assert capsys.readouterr().err == f"{path}: has no classifier fc, it starts at random\n"
+    assert capsys.readouterr().err == f"{path}: has no classifier fc; it starts at random\n"
     assert "missing fc.bias, fc.weight" in refusal(load_file, other(), path)
 
 

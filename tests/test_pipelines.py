@@ -505,7 +505,7 @@ def test_an_epoch_may_be_empty_or_repeat_samples(digits):
         assert run(name, digits, views, order=np.arange(10), start=10, workers=2) == []
         twice = run(name, digits, views, order=np.array([3, 3, 5]))[0].images
         assert torch.equal(twice[0], twice[1])
-        with pytest.raises(ValueError, match=r"order: expected sample ids 0..99, got 0..100"):
+        with pytest.raises(ValueError, match=r"order: expected rows 0..99, got 0..100"):
             run(name, digits, views, order=np.arange(101))
 
 
@@ -645,7 +645,7 @@ def test_a_cache_made_through_torchvision_trains_through_dali(on_photos):
 def test_without_dali_one_line_says_how_to_get_it(mixed, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "fastofa.pipelines.dali_loader", raising=False)
-    with pytest.raises(BadInput, match=r"pipeline dali: needs DALI \(.*\); `fastofa doctor` says how to get it"):
+    with pytest.raises(BadInput, match=r"pipeline dali: needs DALI \(.*\); `fastofa doctor` says how to install it"):
         open_pipeline("dali", mixed, 32, 8)
 
 
@@ -845,12 +845,12 @@ def test_a_gpu_is_given_the_pixels_of_the_cpu(request, name):
             {"name": "resident"},
             "pipeline resident: expected images of one size, got heights .*--pipeline auto",
         ),
-        ({"name": "packed"}, r"pipeline packed: expected a \.pack, got .*; `fastofa write` makes one"),
+        ({"name": "packed"}, r"pipeline packed: expected a \.pack, got .*; `fastofa write` writes one"),
         (
             {"name": "ffcv", "source": "packed"},
             r"pipeline ffcv: expected a \.beton, got .*photos.pack; `fastofa write`",
         ),
-        ({"name": "ffcv"}, r"pipeline ffcv: expected a \.beton, got .*; `fastofa write` makes one"),
+        ({"name": "ffcv"}, r"pipeline ffcv: expected a \.beton, got .*; `fastofa write` writes one"),
         pytest.param(
             {"name": "dali", "source": "packed"},
             "pipeline dali: expected a folder of images, got ",

@@ -172,7 +172,7 @@ def test_what_cannot_be_asked_for_is_told_and_read_all_the_same(tmp_path, monkey
     dataset = open_dataset(str(tmp_path / "x.beton"))
     batches = open_pipeline("ffcv", dataset, 8, 100).epoch(views_of(dataset), np.arange(len(dataset)))
     assert sum(len(batch.labels) for batch in batches) == len(dataset)
-    assert capsys.readouterr().err.count("x.beton: not asked for ahead in this epoch") == 1
+    assert capsys.readouterr().err.count("x.beton: no read-ahead in this epoch") == 1
 
 
 @pytest.mark.parametrize("batch_size", [4, 1198])

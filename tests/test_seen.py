@@ -104,7 +104,7 @@ def test_a_cache_of_before_and_a_damaged_picture(on_photos, photo_cache, photos:
     with pytest.raises(BadInput, match=SEEN):
         compare_teacher_images(tmp_path, pipeline, views)
     Image.fromarray(np.zeros((SIZE, SIZE, 3), dtype=np.uint8)).save(tmp_path / SEEN)
-    with pytest.raises(BadInput, match="expected 8 square pictures side by side, it was edited; delete it"):
+    with pytest.raises(BadInput, match="expected 8 square images side by side, got 32 x 32 pixels; delete"):
         compare_teacher_images(tmp_path, pipeline, views)
     assert pipeline.image_size == 48
     assert torch.equal(*(next(pipeline.epoch(views, np.arange(8))).images for _ in range(2)))

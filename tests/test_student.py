@@ -519,9 +519,7 @@ def test_a_cnn_takes_pictures_of_other_sizes_and_is_not_changed_by_asking() -> N
 def test_a_transformer_of_fixed_size_does_not() -> None:
     student = Student("test_vit", 10, 64).train()
     student.check_sizes([64, 64])
-    message = (
-        "the student, built for images of 64 px, does not accept images of 32 px .*omit --start-size and --eval-size"
-    )
+    message = "the student, built for images of 64 px, does not accept .* 32 px .*omit --start-size and --eval-size"
     with pytest.raises(BadInput, match=message):
         student.check_sizes([64, 96, 32])
     assert student.training

@@ -281,9 +281,7 @@ def test_a_folder_that_is_no_model_is_refused(folder, tmp_path):
     with pytest.raises(BadInput, match=r"could not read .*config.json"):
         open_teacher(str(tmp_path), NAMES)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(
-        BadInput, match=r"config.json: expected timm's model configuration, but .architecture. is missing"
-    ):
+    with pytest.raises(BadInput, match=r"config.json: expected timm's model configuration, but .* is missing"):
         open_teacher(str(tmp_path), NAMES)
     shutil.copy(folder / "config.json", tmp_path)
     with pytest.raises(BadInput, match=r"model.safetensors: expected a file with weights, but it does not exist"):

@@ -523,8 +523,8 @@ def test_batches_start_anywhere_and_end_with_what_is_left():
 @pytest.mark.parametrize(
     ("order", "start", "message"),
     [
-        ([0, 30], 0, r"order: expected sample ids 0..29, got 0..30"),
-        ([0, -1], 0, r"order: expected sample ids 0..29, got -1..0"),
+        ([0, 30], 0, r"order: expected rows 0..29, got 0..30"),
+        ([0, -1], 0, r"order: expected rows 0..29, got -1..0"),
         ([0, 1], 3, r"start: expected 0..2, got 3"),
         ([0, 1], -1, r"start: expected 0..2, got -1"),
     ],
@@ -537,11 +537,11 @@ def test_batches_refuse_an_order_that_leaves_the_table(order, start, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scale": (0.0, 1.0)}, "expected scale with 0 < from <= to <= 1, got 0.0 1.0"),
+        ({"scale": (0.0, 1.0)}, "expected scale with 0 < minimum <= maximum <= 1, got 0.0 1.0"),
         ({"scale": (0.5, 0.2)}, "expected scale"),
         ({"scale": (0.5, 1.1)}, "expected scale"),
         ({"scale": (float("nan"), 1.0)}, "expected scale"),
-        ({"ratio": (-1.0, 1.0)}, "expected ratio with 0 < from <= to, got -1.0 1.0"),
+        ({"ratio": (-1.0, 1.0)}, "expected ratio with 0 < minimum <= maximum, got -1.0 1.0"),
         ({"ratio": (2.0, 1.0)}, "expected ratio"),
         ({"flip": -0.1}, "expected flip between 0 and 1, got -0.1"),
         ({"flip": 1.5}, "expected flip"),
