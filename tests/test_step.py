@@ -107,7 +107,7 @@ def test_the_exits_kernel_is_in_student_and_average():
 
 def test_kernels_need_a_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(BadInput, match="kernels: expected a GPU for loss, .* omit these kernels"):
+    with pytest.raises(BadInput, match=r"kernels: expected a GPU for loss, .* omit these kernels"):
         make_step(kernels=("loss",))
 
 
