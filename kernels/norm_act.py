@@ -325,8 +325,8 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         from fastofa.kernels import triton_norm_act_pool
 
         return triton_norm_act_pool.norm_act_pool(x, *arguments)
-    found = reference.norm_act_pool_places(x, *arguments)
-    return tuple(_channels_last(t.shape, t).copy_(t) for t in found)  # type: ignore[return-value]
+    maps = reference.norm_act_pool_places(x, *arguments)
+    return tuple(_channels_last(t.shape, t).copy_(t) for t in maps)  # type: ignore[return-value]
 
 
 @norm_act_pool_op.register_fake

@@ -249,9 +249,9 @@ def distillation_loss_op(
     """Total, gt, kd and ofa, fp32 [4]; only the total has a gradient. `weights` are those of gt, kd and ofa."""
     from fastofa.kernels import triton_ofa_loss
 
-    given = (logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix)
+    arguments = (logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix)
     with torch.cuda.device_of(logits):
-        return triton_ofa_loss.losses(*given)
+        return triton_ofa_loss.losses(*arguments)
 
 
 @distillation_loss_op.register_kernel("cpu")
@@ -285,9 +285,9 @@ def distillation_loss_backward_op(
     """The gradient of the logits [H, B, C], in their dtype, from that of the total [1]."""
     from fastofa.kernels import triton_ofa_loss
 
-    given = (logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix)
+    arguments = (logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix)
     with torch.cuda.device_of(logits):
-        return triton_ofa_loss.gradient(incoming, *given)
+        return triton_ofa_loss.gradient(incoming, *arguments)
 
 
 @distillation_loss_backward_op.register_kernel("cpu")
@@ -297,11 +297,11 @@ def _(incoming: Tensor, logits: Tensor, labels: Tensor, *arguments: Any) -> Tens
 
         return triton_ofa_loss.gradient(incoming, logits, labels, *arguments)
     *teacher, weights, smoothing, partner_labels, mix = arguments
-    found = reference.head_gradients(logits, _enhanced(labels, partner_labels, mix), *teacher)
-    found *= found.new_tensor([weights[2]] * (len(logits) - 1) + [weights[1]])[:, None, None]
+    gradient = reference.head_gradients(logits, _enhanced(labels, partner_labels, mix), *teacher)
+    gradient *= gradient.new_tensor([weights[2]] * (len(logits) - 1) + [weights[1]])[:, None, None]
     of_labels = reference.cross_entropy_gradient(logits[-1], labels, partner_labels, mix, smoothing)
-    found[-1] += weights[0] * of_labels
-    return (found * incoming).to(logits.dtype)
+    gradient[-1] += weights[0] * of_labels
+    return (gradient * incoming).to(logits.dtype)
 
 
 def _interpreted(logits: Tensor) -> bool:
@@ -338,12 +338,12 @@ def _(incoming: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save the tensors and the other inputs for backward, each in order."""
     ctx.save_for_backward(*(each for each in inputs if isinstance(each, Tensor)))
-    ctx.given = [None if isinstance(each, Tensor) else (each,) for each in inputs]
+    ctx.others = [None if isinstance(each, Tensor) else (each,) for each in inputs]
 
 
 def _inputs(ctx: Any) -> list[Any]:
     tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if given is None else given[0] for given in ctx.given]
+    return [next(tensors) if other is None else other[0] for other in ctx.others]
 
 
 def _backward_of_heads(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:

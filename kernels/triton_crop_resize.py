@@ -59,18 +59,18 @@ def _crop_resize_kernel(
     PIXELS: tl.constexpr = S * S
     BLOCKS: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
-    picture = (program // BLOCKS).to(tl.int64)
+    crop = (program // BLOCKS).to(tl.int64)
     pixel = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     y, x = pixel // S, pixel % S
 
-    image = picture
+    image = crop
     if WITH_IDS:
-        image = tl.load(ids + picture)
-    top = tl.load(boxes + picture * 4).to(tl.float32)
-    left = tl.load(boxes + picture * 4 + 1).to(tl.float32)
-    box_height = tl.load(boxes + picture * 4 + 2).to(tl.float32)
-    box_width = tl.load(boxes + picture * 4 + 3).to(tl.float32)
-    x = tl.where(tl.load(flips + picture), S - 1 - x, x)
+        image = tl.load(ids + crop)
+    top = tl.load(boxes + crop * 4).to(tl.float32)
+    left = tl.load(boxes + crop * 4 + 1).to(tl.float32)
+    box_height = tl.load(boxes + crop * 4 + 2).to(tl.float32)
+    box_width = tl.load(boxes + crop * 4 + 3).to(tl.float32)
+    x = tl.where(tl.load(flips + crop), S - 1 - x, x)
     row, away_y, last_row, per_row, rows = _filters(top, box_height, y, height, S, ANTIALIAS)
     column, away_x, last_column, per_column, columns = _filters(left, box_width, x, width, S, ANTIALIAS)
     rows = tl.where((image >= 0) & (image < count), rows, 0)  # an invalid id reads nothing and gives 0 / 0
@@ -98,7 +98,7 @@ def _crop_resize_kernel(
         red = red * scale_r + shift_r
         green = green * scale_g + shift_g
         blue = blue * scale_b + shift_b
-    to = result + picture * (PIXELS * 3) + pixel * 3
+    to = result + crop * (PIXELS * 3) + pixel * 3
     inside = pixel < PIXELS
     tl.store(to, red.to(result.dtype.element_ty), mask=inside)
     tl.store(to + 1, green.to(result.dtype.element_ty), mask=inside)

@@ -355,7 +355,7 @@ def tiling(batch: int, height: int, width: int, channels: int, stride: int) -> T
 def depthwise_conv3x3(
     x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, shift: Tensor | None, activation: str | None
 ) -> Tensor:
-    """As the operator of that name in depthwise.py."""
+    """Implements the operator of that name in depthwise.py."""
     batch, channels, height, width = x.shape
     size = (batch, channels, -(-height // stride), -(-width // stride))
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -369,7 +369,7 @@ def depthwise_conv3x3(
 
 
 def depthwise_conv3x3_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the operator of that name in depthwise.py."""
+    """Implements the operator of that name in depthwise.py."""
     dx, dscale, dshift = input_gradient(dy, x, *arguments)
     return dx, weight_gradient(dy, x, *arguments), dscale, dshift
 

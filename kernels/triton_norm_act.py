@@ -63,10 +63,10 @@ def _activate(value, ACTIVATION: tl.constexpr):
 @triton.jit
 def _passes(value, ACTIVATION: tl.constexpr):
     """Whether the activation passes the gradient on, from its input or its output."""
-    found = value > 0
+    passes = value > 0
     if ACTIVATION == "relu6":
-        found = found & (value < 6)
-    return found
+        passes = passes & (value < 6)
+    return passes
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _store_sums(sums, part, channels, first, second, C: tl.constexpr):
 
 @triton.jit
 def _add_up(sums, channels, parts, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Both sums of all programs [1, BLOCK_C], always added in the same order."""
+    """The two sums over all programs [1, BLOCK_C], added in a fixed order."""
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, parts, BLOCK_P):
@@ -97,7 +97,7 @@ def _add_up(sums, channels, parts, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK
 def _statistics_kernel(
     x, sums, rows, parts, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Of each program fp32 [P, 2, C]: sums of x less the channel's first value, and of its square."""
+    """Each program's sums of x minus the channel's first value, and of its square, fp32 [P, 2, C]."""
     channels, part = _place(C, BLOCK_C)
     first_value = _per_channel(x, channels, C)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -281,7 +281,7 @@ def norm_act(
     eps: float,
     activation: str | None,
 ) -> Tensor:
-    """As the operator of that name in norm_act.py."""
+    """Implements the operator of that name in norm_act.py."""
     x = x.contiguous(memory_format=torch.channels_last)
     other = x if residual is None else residual.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(x)
@@ -317,12 +317,12 @@ def coefficients(
         dy, x, x if y is None else y, mean, var, weight, bias, masked, sums, rows, parts, eps,
         WITH_RESIDUAL=y is not None, ACTIVATION=activation, **constants,
     )  # fmt: skip
-    found, dweight, dbias = _empty(x, 3, channels), _empty(x, channels), _empty(x, channels)
+    abc, dweight, dbias = _empty(x, 3, channels), _empty(x, channels), _empty(x, channels)
     _coefficients_kernel[(-(-channels // SUMMED_CHANNELS),)](
-        sums, mean, var, weight, found, dweight, dbias, count, parts, eps,
+        sums, mean, var, weight, abc, dweight, dbias, count, parts, eps,
         C=channels, BLOCK_P=BLOCK_P, BLOCK_C=SUMMED_CHANNELS,
     )  # fmt: skip
-    return masked, found, dweight, dbias
+    return masked, abc, dweight, dbias
 
 
 def norm_act_backward(
@@ -336,13 +336,13 @@ def norm_act_backward(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the operator of that name in norm_act.py."""
+    """Implements the operator of that name in norm_act.py."""
     dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
-    given = (mean, var, weight, bias)
-    masked, found, dweight, dbias = coefficients(dy, x, y, *given, eps, activation, x.numel() // x.shape[1])
-    known = y is not None  # g is already masked by the activation
-    dx = gradient_of_x(masked, x, *given, found, eps, None if known else activation)
-    return dx, masked if known and activation is not None else x.new_empty(0), dweight, dbias
+    norm = (mean, var, weight, bias)
+    masked, abc, dweight, dbias = coefficients(dy, x, y, *norm, eps, activation, x.numel() // x.shape[1])
+    is_masked = y is not None  # g is already masked by the activation
+    dx = gradient_of_x(masked, x, *norm, abc, eps, None if is_masked else activation)
+    return dx, masked if is_masked and activation is not None else x.new_empty(0), dweight, dbias
 
 
 def gradient_of_x(
@@ -352,12 +352,12 @@ def gradient_of_x(
     var: Tensor,
     weight: Tensor,
     bias: Tensor,
-    found: Tensor,
+    abc: Tensor,
     eps: float,
     activation: str | None,
 ) -> Tensor:
     """The second backward pass: dx, from the coefficients [3, C] of the first."""
     dx = torch.empty_like(x)
     grid, sizes, constants = _common(x, GRADIENT)
-    _gradient_kernel[grid](dy, x, mean, var, weight, bias, found, dx, *sizes, eps, ACTIVATION=activation, **constants)
+    _gradient_kernel[grid](dy, x, mean, var, weight, bias, abc, dx, *sizes, eps, ACTIVATION=activation, **constants)
     return dx

@@ -147,7 +147,7 @@ def _common(x: Tensor) -> tuple[tuple[int], tuple[int, ...], dict]:
 def norm_act_pool(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operator of that name in norm_act.py."""
+    """Implements the operator of that name in norm_act.py."""
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     size = (batch, channels, (height + 1) // 2, (width + 1) // 2)
@@ -171,11 +171,11 @@ def norm_act_pool_backward(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operator of that name in norm_act.py."""
+    """Implements the operator of that name in norm_act.py."""
     dy, x, greatest, places = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x, greatest, places))
     count = x.numel() // x.shape[1]
-    _, found, dweight, dbias = coefficients(dy, greatest, None, mean, var, weight, bias, eps, "relu", count)
+    _, abc, dweight, dbias = coefficients(dy, greatest, None, mean, var, weight, bias, eps, "relu", count)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     grid, sizes, constants = _common(x)
-    _gradient_kernel[grid](dy, places, x, mean, found, dx, *sizes, **constants)
+    _gradient_kernel[grid](dy, places, x, mean, abc, dx, *sizes, **constants)
     return dx, dweight, dbias

@@ -77,12 +77,12 @@ def _statistics(z, mask, greatest, inverse_temperature, TEMPERED: tl.constexpr):
 
 
 @triton.jit
-def _write_slope(gradient, at, mask, away, by_exp, by_tempered, given, inverse_temperature, TEMPERED: tl.constexpr):
+def _write_slope(gradient, at, mask, away, by_exp, by_tempered, target, inverse_temperature, TEMPERED: tl.constexpr):
     """Store dL/dz where z - greatest is `away`: both softmax terms, minus the weights that label and teacher assign."""
     if TEMPERED:
-        slope = by_exp * tl.exp(away) + by_tempered * tl.exp(away * inverse_temperature) - given
+        slope = by_exp * tl.exp(away) + by_tempered * tl.exp(away * inverse_temperature) - target
     else:
-        slope = (by_exp + by_tempered) * tl.exp(away) - given
+        slope = (by_exp + by_tempered) * tl.exp(away) - target
     tl.store(gradient + at, slope.to(gradient.dtype.element_ty), mask=mask)
 
 
@@ -216,21 +216,21 @@ def _loss_kernel(
             of_label = tl.where(is_last, gt_weight, 0.0) * scale
         by_exp = of_label / exponentials
         by_tempered = of_teacher * weight / tempered
-        given = of_teacher * w0 + of_label * smoothing / C
+        target = of_teacher * w0 + of_label * smoothing / C
 
         away = z - greatest
         at = first + columns
-        _write_slope(gradient, at, columns < inner, away, by_exp, by_tempered, given, inverse_temperature, TEMPERED)
+        _write_slope(gradient, at, columns < inner, away, by_exp, by_tempered, target, inverse_temperature, TEMPERED)
         if not ALIGNED:
             away_edge = z_edge - greatest
             _write_slope(
-                gradient, edge_at, at_edge, away_edge, by_exp, by_tempered, given, inverse_temperature, TEMPERED
+                gradient, edge_at, at_edge, away_edge, by_exp, by_tempered, target, inverse_temperature, TEMPERED
             )
         for start in range(BLOCK, C, BLOCK):
             at = first + start + columns
             here = columns < inner - start
             away = _read(logits, at, here) - greatest
-            _write_slope(gradient, at, here, away, by_exp, by_tempered, given, inverse_temperature, TEMPERED)
+            _write_slope(gradient, at, here, away, by_exp, by_tempered, target, inverse_temperature, TEMPERED)
 
         tl.debug_barrier()
         for start in range(0, K, BLOCK_K):
@@ -240,9 +240,9 @@ def _loss_kernel(
             known = number >= 0
             at_k = base + number
             away_k = tl.load(logits + at_k, mask=known, other=0.0).to(tl.float32) - greatest
-            given_k = of_teacher * _weights(number, at_temperature * normaliser, rest, label, power, PAPER)
-            given_k += of_label * _label_share(number, own, partner, mix, smoothing, C)
-            _write_slope(gradient, at_k, known, away_k, by_exp, by_tempered, given_k, inverse_temperature, TEMPERED)
+            target_k = of_teacher * _weights(number, at_temperature * normaliser, rest, label, power, PAPER)
+            target_k += of_label * _label_share(number, own, partner, mix, smoothing, C)
+            _write_slope(gradient, at_k, known, away_k, by_exp, by_tempered, target_k, inverse_temperature, TEMPERED)
         given_own = of_teacher * tl.where(own == label, label_weight, w0)
         given_own += of_label * _label_share(own, own, partner, mix, smoothing, C)
         is_new = valid & (own_known == 0)
@@ -311,31 +311,31 @@ def losses(logits: Tensor, *arguments: Any) -> Tensor:
     """Implements the operators in ofa_loss.py: each head's loss [H] or, with all arguments, the objective [4]."""
     heads, batch = logits.shape[:2]
     with_labels = len(arguments) > TEACHERS
-    found = logits.new_empty(4 if with_labels else heads, dtype=torch.float32)
+    result = logits.new_empty(4 if with_labels else heads, dtype=torch.float32)
     if not batch:
-        return found.zero_()
+        return result.zero_()
     row_losses = logits.new_empty(heads + with_labels, batch, dtype=torch.float32)
     weights = _launch(logits, row_losses, row_losses, logits, False, *arguments)
     if with_labels:
-        _total_kernel[(1,)](row_losses, found, batch, *weights, H=heads, BLOCK=1024)
+        _total_kernel[(1,)](row_losses, result, batch, *weights, H=heads, BLOCK=1024)
     else:
-        _heads_kernel[(heads,)](row_losses, found, batch, BLOCK=1024)
-    return found
+        _heads_kernel[(heads,)](row_losses, result, batch, BLOCK=1024)
+    return result
 
 
 def gradient(incoming: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype, from that of the heads' losses [H] or the total [1]."""
-    found = logits.new_empty(logits.shape)
-    if len(found[0]):
-        _launch(logits, incoming.contiguous(), incoming, found, True, *arguments)
-    return found
+    out = logits.new_empty(logits.shape)
+    if len(out[0]):
+        _launch(logits, incoming.contiguous(), incoming, out, True, *arguments)
+    return out
 
 
 def _launch(
     logits: Tensor,
     incoming: Tensor,
     row_losses: Tensor,
-    found: Tensor,
+    out: Tensor,
     gradient: bool,
     labels: Tensor,
     classes: Tensor,
@@ -362,7 +362,7 @@ def _launch(
         eps.contiguous(),
         incoming,
         row_losses,
-        found,
+        out,
         batch,
         *gt_kd_ofa,
         smoothing,
