@@ -76,7 +76,7 @@ def measure(path: Path, case: str, number: int) -> tuple[float, float]:
     with open(path, "rb") as file:
         evict(file.fileno())
     dataset = open_pixels(path)
-    order = epoch_order(IMAGES, 0, number, pages=dataset.pages if kind == "pages" else None)[:READ]
+    order = epoch_order(IMAGES, 0, number, page_ids=dataset.page_ids if kind == "pages" else None)[:READ]
     views = draw_views(ViewPolicy(), dataset.sizes, 0, number)
     pipeline = open_pipeline("ffcv", dataset, IMAGE_SIZE, BATCH, workers=choose_workers(None))
     if in_memory:

@@ -1,4 +1,4 @@
-"""The hot mathematics of fastofa, usable without the rest of it: depends on torch (and Triton) only.
+"""fastofa's performance-critical functions. They can be used alone and depend only on torch (and Triton).
 
 from fastofa.kernels import crop_resize, depthwise_conv3x3, distillation_loss, ofa_loss
 """

@@ -1,12 +1,12 @@
-"""RandAugment's operations, random erasing and mixing on batches of uint8 pictures, every picture with its own amount.
+"""RandAugment's operations, random erasing and mixing on batches of uint8 images, with a separate amount per image.
 
 OPERATIONS["rotate"](images, amounts, fill) -> images
 
-They give what Pillow gives through timm's AugmentOp with bilinear resampling; tests compare them. Nothing waits for the
-device, and no picture's pixels depend on the others in the batch.
+The results are those of Pillow through timm's AugmentOp with bilinear resampling, with which tests compare them.
+Nothing waits for the device, and the pixels of an image do not depend on the other images of the batch.
 
-Shapes: B batch, S side of a picture. Images are uint8 [B, 3, S, S] in any memory format, amounts float32 [B] on the CPU
-(where the tables live).
+Shapes: B batch, S side of an image. Images are uint8 [B, 3, S, S] in any memory format, amounts are float32 [B] on the
+CPU, where the tables are.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,16 @@ Color = tuple[int, int, int]
 
 
 def _per_image(values: Tensor, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B] on the CPU -> [B, 1, 1, 1] beside the images."""
+    """[B] on the CPU -> [B, 1, 1, 1] on the images' device."""
     return values.to(dtype).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def _choose(mask: Tensor, images: Tensor, others: Tensor) -> Tensor:
-    """The others where the mask [B, 1 or 3, S, S] says so: on a CPU much faster than torch.where."""
+    """The others where the mask [B, 1 or 3, S, S] is set; on a CPU, this is much faster than torch.where."""
     return images ^ ((images ^ others) & mask.to(torch.uint8) * 255)
 
 
-# --- Operations on each pixel by itself -------------------------------------------------------------------------------
+# --- Operations on single pixels --------------------------------------------------------------------------------------
 
 
 def invert(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
@@ -36,12 +36,12 @@ def invert(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
 
 
 def posterize(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
-    """Keep the highest `amount` bits, 0 to 8 (0: black, as in the Pillow of the publications)."""
+    """Keep the highest `amount` bits, 0 to 8. 0 gives black, as in the Pillow version used by the publications."""
     return images & _per_image(256 - 2 ** (8 - amounts), images, torch.int32).to(torch.uint8)
 
 
 def solarize(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
-    """Invert levels from `amount` on; 256 changes nothing."""
+    """Invert levels of at least `amount`; 256 changes nothing."""
     reached = images >= _per_image(amounts.clamp(max=255), images, torch.uint8)
     return images ^ reached.to(torch.uint8) * _per_image((amounts < 256) * 255, images, torch.uint8)
 
@@ -52,7 +52,7 @@ def solarize_add(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
 
 
 def _blend(base: Tensor | int, images: Tensor, factors: Tensor) -> Tensor:
-    """Pillow's Image.blend: fp32, clipped, what follows the point cut off."""
+    """Pillow's Image.blend: computed in fp32, clipped and truncated."""
     away = images.to(torch.float32) - base
     return away.mul_(_per_image(factors, images, torch.float32)).add_(base).clamp_(0, 255).to(torch.uint8)
 
@@ -73,7 +73,7 @@ def color(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
 
 
 def contrast(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
-    """Away from, or to, the mean of the picture's grey, which is rounded."""
+    """Blend with the rounded mean of the grey image; factors above 1 extrapolate away from it."""
     pixels = images.shape[2] * images.shape[3]
     total = _grey(images).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.int64)
     mean = torch.div(2 * total + pixels, 2 * pixels, rounding_mode="floor").to(torch.int32)
@@ -81,7 +81,7 @@ def contrast(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
 
 
 def sharpness(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
-    """Away from, or to, the picture smoothed by [[1 1 1] [1 5 1] [1 1 1]] / 13; its border is left as it is."""
+    """Blend with the image smoothed by [[1 1 1] [1 5 1] [1 1 1]] / 13, or extrapolate; its border stays unchanged."""
     if min(images.shape[2:]) < 3:
         return images.clone()
     values = images.to(torch.int16)
@@ -92,24 +92,24 @@ def sharpness(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
     return _blend(smooth, images, amounts)
 
 
-# --- Operations that look at the whole picture first ------------------------------------------------------------------
+# --- Operations that depend on the whole image ------------------------------------------------------------------------
 
 
 def _look_up(images: Tensor, table: Tensor) -> Tensor:
-    """Each channel through its own table [B, 3, 256]."""
+    """Map the levels of each channel by its own table, [B, 3, 256]."""
     return table.to(torch.uint8).gather(2, images.flatten(2).to(torch.int64)).view(images.shape)
 
 
 def auto_contrast(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
-    """Stretch each channel from its darkest to its lightest level over 0..255."""
+    """Stretch the range of each channel, from its lowest to its highest level, to 0..255."""
     low, high = (v.to(torch.float64)[..., None] for v in images.flatten(2).aminmax(dim=2))
-    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # a number / a tensor is rounded twice
+    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # number / tensor would round twice
     levels = torch.arange(256, dtype=torch.float64, device=images.device)
     return _look_up(images, torch.where(high > low, (levels * scale - low * scale).clamp(0, 255), levels))
 
 
 def equalize(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
-    """Make each channel's histogram flat."""
+    """Equalise each channel's histogram."""
     values = images.flatten(2).to(torch.int64)
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int64, device=images.device)
     counts.scatter_add_(2, values, torch.ones_like(values[..., :1]).expand_as(values))
@@ -124,12 +124,12 @@ def equalize(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
 # --- Operations that move pixels --------------------------------------------------------------------------------------
 
 
-# As Pillow's transform: an output pixel shows the source, bilinearly, at the place that its middle is sent to; the fill
-# colour where that lies outside. Near the edges the outermost pixels go on.
+# As in Pillow's transform, the centre of an output pixel is mapped to a position in the source, which is interpolated
+# bilinearly; outside of the source, it is the fill colour. Near the edges, the outermost pixels are repeated.
 
 
 def _slide(images: Tensor, by: Tensor, fill: Color) -> Tensor:
-    """Output pixel x of a row shows the source at x + by; `by` float64 [B, 1, S or 1, 1] on the CPU."""
+    """Shift rows: output pixel x is the source at x + `by`, which is float64 [B, 1, S or 1, 1] on the CPU."""
     size = images.shape[-1]
     x = torch.arange(size, dtype=torch.float64, device=images.device) + 0.5 + by.to(images.device, non_blocking=True)
     outside = (x < 0) | (x >= size)
@@ -141,13 +141,13 @@ def _slide(images: Tensor, by: Tensor, fill: Color) -> Tensor:
 
 
 def shear_x(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
-    """Each row by `amount` pixels more than the one above."""
+    """Shift each row by `amount` pixels more than the one above."""
     down = torch.arange(images.shape[-1], dtype=torch.float64) + 0.5
     return _slide(images, amounts.to(torch.float64).view(-1, 1, 1, 1) * down[:, None], fill)
 
 
 def translate_x(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
-    """By `amount` of the side; positive to the left."""
+    """Shift by `amount` as a fraction of the side; positive amounts shift to the left."""
     return _slide(images, amounts.to(torch.float64).view(-1, 1, 1, 1) * images.shape[-1], fill)
 
 
@@ -160,7 +160,7 @@ def translate_y(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
 
 
 def rotate(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
-    """By `amount` degrees, counter-clockwise, about the middle; interpolated in fp32, where Pillow has fp64."""
+    """Rotate by `amount` degrees counter-clockwise about the centre, interpolating in fp32 (Pillow uses fp64)."""
     batch, channels, size, _ = images.shape
     angle, middle = -torch.deg2rad(amounts.to(torch.float64)), size / 2
     cos, sin = angle.cos().round(decimals=15), angle.sin().round(decimals=15)
@@ -178,7 +178,7 @@ def rotate(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
     source = images.to(torch.float32, memory_format=torch.contiguous_format).flatten(2)
 
     def line(row: Tensor) -> Tensor:
-        """Of every output pixel, the interpolation along one row of the source: fp32 [B, 3, S * S]."""
+        """For every output pixel, the interpolation along one row of the source: fp32 [B, 3, S * S]."""
         row = row.to(torch.int64).clamp_(0, size - 1) * size
         near, beside = (source.gather(2, (row + v).flatten(1)[:, None].expand(-1, channels, -1)) for v in columns)
         return beside.sub_(near).mul_(along).add_(near)
@@ -214,20 +214,21 @@ def _inside(boxes: Tensor, images: Tensor) -> Tensor:
 
 
 def mixup(images: Tensor, others: Tensor, shares: Tensor) -> Tensor:
-    """share * image + (1 - share) * other, rounded to even; shares float32 [B] on the CPU."""
+    """share * image + (1 - share) * other, rounded half to even; shares float32 [B] on the CPU."""
     share = _per_image(shares, images, torch.float32)
     return (images * share).add_(others * (1 - share)).round_().to(torch.uint8)
 
 
 def cutmix(images: Tensor, others: Tensor, boxes: Tensor) -> Tensor:
-    """The other picture inside the box: top, left, bottom, right in pixels, int64 [B, 4] on the CPU."""
+    """Replace the box with the other image; boxes are top, left, bottom, right in pixels, int64 [B, 4] on the CPU."""
     return _choose(_inside(boxes, images), images, others)
 
 
 def erase(images: Tensor, boxes: Tensor, keys: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normal noise of `mean` and `std` (of pixels scaled to 0..1) inside the box, rounded and clipped to 0..255.
+    """Fill the box with normal noise of `mean` and `std` (RGB in 0..1), rounded and clipped to 0..255.
 
-    The noise is a pure function of (key, channel, row, column), the same on every device; keys int32 [B] on the CPU.
+    Boxes are as in `cutmix`, keys are int32 [B] on the CPU. The noise is a pure function of (key, channel, row, column)
+    and the same on every device.
     """
     bits = _scrambled(_places(images.shape[-1], images.device) ^ _per_image(keys, images, torch.int32))
     level = (bits & 0xFFFF) + 65536 * torch.arange(3, dtype=torch.int32, device=images.device).view(3, 1, 1)
@@ -237,12 +238,12 @@ def erase(images: Tensor, boxes: Tensor, keys: Tensor, mean: Sequence[float], st
 
 @lru_cache(maxsize=4)
 def _places(size: int, device: torch.device) -> Tensor:
-    """int32 [1, 3, S, S]: a hash of each place."""
+    """int32 [1, 3, S, S]: a hash of each position."""
     return _scrambled(torch.arange(3 * size * size, dtype=torch.int32, device=device).view(1, 3, size, size))
 
 
 def _scrambled(values: Tensor) -> Tensor:
-    """A 32-bit hash of each int32 (lowbias32): xor and shift, multiply, again; products wrap."""
+    """A 32-bit hash of each int32 (lowbias32): xor-shift and multiply, twice, with products modulo 2^32."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
         values = (values ^ (values >> shift & (1 << 32 - shift) - 1)) * factor
     return values ^ (values >> 16 & 0xFFFF)
@@ -250,7 +251,7 @@ def _scrambled(values: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _normal_levels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    """uint8 [3 * 65536]: for each channel, the quantiles of its normal distribution, so that 16 random bits choose."""
+    """uint8 [3 * 65536]: the quantiles of each channel's normal distribution, to be indexed by 16 random bits."""
     quantiles = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
     levels = [(m + s * quantiles) * 255 for m, s in zip(mean, std, strict=True)]
     return torch.cat(levels).round().clamp(0, 255).to(torch.uint8).to(device)

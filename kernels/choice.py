@@ -1,6 +1,6 @@
-"""Which implementation of a kernel runs: the Triton kernel, or its plain-PyTorch twin in reference.py.
+"""Choose the implementation of a kernel: the Triton kernel, or its plain-PyTorch twin in reference.py.
 
-A twin runs wherever PyTorch does, and under torch.compile becomes a few fused kernels. Triton kernels need a GPU, or
+A twin runs wherever PyTorch does, and torch.compile turns it into a few fused kernels. Triton kernels need a GPU, or
 Triton's interpreter (TRITON_INTERPRET=1), which tests use on a CPU.
 """
 
@@ -13,15 +13,15 @@ from torch import Tensor
 IMPLEMENTATIONS = (None, "triton", "torch")
 HAS_TRITON = find_spec("triton") is not None
 
-# Kernels that were measured to be faster than their compiled twins (docs/kernels.md): chosen on a GPU by impl=None.
+# Kernels that were measured to be faster than their compiled twins (docs/kernels.md); impl=None uses them on a GPU.
 MEASURED_FASTER = frozenset({"crop_resize", "norm_act", "norm_act_pool"})
 
 
 def use_triton(kernel: str, impl: str | None, device: torch.device) -> bool:
-    """Resolve `impl`: "triton", "torch", or None, which takes what was measured to be faster.
+    """Whether to run the Triton kernel, for `impl` "triton", "torch", or None: the one that was measured to be faster.
 
     Raises:
-        ValueError: `impl` is none of the three, or "triton" where it cannot run.
+        ValueError: `impl` has another value, or is "triton" where Triton cannot run.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
@@ -35,10 +35,10 @@ def use_triton(kernel: str, impl: str | None, device: torch.device) -> bool:
 
 
 def interpreted() -> bool:
-    """Do Triton kernels run in its interpreter, on a CPU?"""
+    """Whether Triton kernels run in Triton's interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def can_run_triton(x: Tensor) -> bool:
-    """Can Triton kernels, which know no float64, run on x?"""
+    """Whether Triton kernels, which do not support float64, can run on x."""
     return x.dtype != torch.float64 and (x.device.type == "cuda" or interpreted()) and HAS_TRITON

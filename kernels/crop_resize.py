@@ -1,4 +1,4 @@
-"""Crop, resize, flip and normalise: checks the arguments, then runs an implementation.
+"""Crop, resize, flip and normalise images: checks the arguments, then runs an implementation.
 
 Shapes: N images in the source, B crops, S side of the output.
 """
@@ -26,27 +26,29 @@ def crop_resize(
     dtype: torch.dtype = torch.uint8,
     impl: str | None = None,
 ) -> Tensor:
-    """Crops of a batch (or of a resident data set, by sample id), resized to S x S by antialiased bilinear filtering.
+    """Crop images of a batch (or of a resident data set, by sample id) and resize them to S x S: bilinear, antialiased.
 
     Equals torchvision's `resized_crop` and `horizontal_flip` up to their 8-bit rounding.
 
     Args:
         images: uint8 [N, H, W, 3].
         boxes: [B, 4] top, left, height, width in pixels of the source (fractions of a pixel are allowed): finite,
-            inside the picture, height and width > 0. Not looked at, as on a GPU that would wait for the device.
-        flip: bool [B], mirror left to right.
+            inside the image, height and width > 0. They are not checked, because on a GPU that would wait for it.
+        flip: bool [B], flip horizontally.
         size: S.
-        ids: int64 [B], which image each box belongs to; None: box i belongs to image i (B = N). Each in 0..N-1: numbers
-            outside raise on a CPU; on a GPU the kernel makes a floating picture NaN, and a uint8 picture anything.
-        mean, std: per channel, for pixels scaled to 0..1; both or neither, and only for a floating `dtype`.
+        ids: int64 [B], the image of each box, in 0..N-1; None: box i belongs to image i (B = N). Ids outside the range
+            raise on a CPU; on a GPU, the result is NaN for a floating-point dtype, and undefined for uint8.
+        mean, std: per channel, for pixels scaled to 0..1; both or neither, and only for a floating-point `dtype`.
         dtype: uint8 (rounded), or bf16, fp16, fp32.
-        impl: "triton", "torch" or None (choose). The kernel reads the pixels it needs, with no copy of images[ids].
+        impl: "triton", "torch" or None (choose). The kernel reads only the pixels it needs and does not copy
+            images[ids].
 
     Returns:
-        [B, 3, S, S] in channels-last memory format; floating results are pixels / 255, normalised if asked.
+        [B, 3, S, S] in channels-last memory format; floating-point results are pixels / 255, normalised by mean and
+        std if given.
 
     Raises:
-        ValueError: shapes, dtypes, devices or numbers that do not fit, saying what was expected and what came.
+        ValueError: invalid shapes, dtypes, devices or values; the message says what was expected and what it got.
     """
     _check(images, boxes, flip, size, ids, mean, std, dtype)
     triton = use_triton("crop_resize", impl, images.device)
@@ -96,7 +98,7 @@ def _check(
             raise ValueError(f"ids: expected numbers in 0..{len(images) - 1}, got {wrong[0]}")
 
 
-# --- The kernel as an operator of PyTorch; on a CPU it is the twin ----------------------------------------------------
+# --- The kernel as a PyTorch operator; on a CPU, it runs the twin -----------------------------------------------------
 
 
 @torch.library.custom_op("fastofa::crop_resize", mutates_args=(), device_types="cuda")

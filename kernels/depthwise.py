@@ -1,4 +1,5 @@
-"""The depthwise 3x3 convolution, channels last, with the batch norm and activation before it: checks, then runs it.
+"""Depthwise 3x3 convolution, channels last, with the batch norm and activation before it: checks the arguments, then
+runs an implementation.
 
 Shapes: B batch, C channels, H and W of the input.
 """
@@ -23,21 +24,21 @@ def depthwise_conv3x3(
     activation: str | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Depthwise 3x3 convolution of act(x * scale + shift) with one row of zeros as padding around it, and no bias.
+    """Depthwise 3x3 convolution of act(x * scale + shift), with a zero padding of 1 and no bias.
 
     Args:
-        x: [B, C, H, W] fp32, bf16, fp16 or float64, best in channels-last memory format: others are copied.
-        weight: floating [C, 1, 3, 3]; it may be fp32 beside a bf16 x. Sums are made in fp32 (float64 for float64).
+        x: [B, C, H, W] fp32, bf16, fp16 or float64, preferably in channels-last memory format; others are copied.
+        weight: floating [C, 1, 3, 3]; it may be fp32 with a bf16 x. Sums are computed in fp32 (float64 for float64).
         stride: 1 or 2.
         scale, shift: floating [C], both or neither: a batch norm before the convolution.
-        activation: None, "relu" or "relu6" after scale and shift, before the padding.
+        activation: None, "relu" or "relu6", applied after scale and shift, before the padding.
         impl: "triton", "torch" or None (choose).
 
     Returns:
         [B, C, ceil(H / stride), ceil(W / stride)] in x's dtype, differentiable in x, weight, scale and shift.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit, saying what was expected and what came.
+        ValueError: invalid shapes, dtypes, devices or options; the message says what was expected and what it got.
     """
     _check(x, weight, stride, scale, shift, activation)
     if not use_triton("depthwise_conv3x3", impl, x.device):
@@ -73,9 +74,9 @@ def _check(
         raise ValueError(f"expected all tensors on one device, got {sorted(map(str, devices))}")
 
 
-# --- The kernels as operators of PyTorch ------------------------------------------------------------------------------
+# --- The kernels as PyTorch operators ---------------------------------------------------------------------------------
 
-# On a CPU the operators are the twins.
+# On a CPU, the operators run the twins.
 
 
 @torch.library.custom_op("fastofa::depthwise_conv3x3", mutates_args=(), device_types="cuda")
@@ -115,7 +116,8 @@ def backward_op(
     shift: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx [B, C, H, W], channels last, and dw [C, 1, 3, 3], as x and weight; dscale, dshift fp32 [C] ([0] if none)."""
+    """dx [B, C, H, W], channels last, and dw [C, 1, 3, 3], with the dtypes of x and weight; dscale and dshift fp32 [C],
+    or [0] if there are none."""
     from fastofa.kernels import triton_depthwise
 
     with torch.cuda.device_of(x):

@@ -1,6 +1,7 @@
-"""Batch norm, an optional residual and an activation, channels last, as public functions: checks, then runs them.
+"""Batch norm, optional residual and activation, channels last: public functions that check their arguments, then run an
+implementation.
 
-Shapes: B batch, C channels, H and W sides, N = B H W values a channel.
+Shapes: B batch, C channels, H and W sides, N = B H W values per channel.
 """
 
 from typing import Any
@@ -30,20 +31,20 @@ def norm_act(
     """act(batch_norm(x) + residual), computed in fp32 (float64 for float64) and rounded once.
 
     Args:
-        x: [B, C, H, W] fp32, bf16, fp16 or float64, best in channels-last memory format: others are copied.
-        weight, bias: floating [C]; they may be fp32 beside a bf16 x.
-        running_mean, running_var: floating [C]; in training they are updated, otherwise used.
-        training: normalise by this batch's statistics.
-        momentum: share of this batch in the running statistics.
+        x: [B, C, H, W] fp32, bf16, fp16 or float64, preferably in channels-last memory format; others are copied.
+        weight, bias: floating [C]; they may be fp32 with a bf16 x.
+        running_mean, running_var: floating [C]; updated in training, otherwise used.
+        training: normalise by the statistics of this batch.
+        momentum: weight of this batch in the running statistics.
         activation: None, "relu" or "relu6".
-        residual: as x; added before the activation.
-        impl: "triton", "torch" or None (choose). The kernels are for training: otherwise the twin runs.
+        residual: added before the activation; shape, dtype and device as x.
+        impl: "triton", "torch" or None (choose). The kernels are for training; otherwise the twin runs.
 
     Returns:
         [B, C, H, W] in x's dtype, differentiable in x, weight, bias and residual.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit, saying what was expected and what came.
+        ValueError: invalid shapes, dtypes, devices or options; the message says what was expected and what it got.
     """
     _check(x, training, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if activation not in ACTIVATIONS:
@@ -76,9 +77,10 @@ def norm_act_pool(
     eps: float = 1e-5,
     impl: str | None = None,
 ) -> Tensor:
-    """3x3 maximum with stride 2 and padding 1 of relu(batch_norm(x)): a ResNet's stem; arguments as `norm_act`'s.
+    """3x3 max-pooling with stride 2 and padding 1 of relu(batch_norm(x)), as in a ResNet's stem.
 
-    Of equal values in x the first one gets the gradient. The kernels never store what is normalised.
+    The arguments are those of `norm_act`. Of equal values in x, the first one gets the gradient. The kernels never
+    store the normalised map.
 
     Returns:
         [B, C, ceil(H / 2), ceil(W / 2)] in x's dtype, differentiable in x, weight and bias.
@@ -103,7 +105,7 @@ def channel_statistics(x: Tensor, impl: str | None = None) -> tuple[Tensor, Tens
     """Mean and biased variance of each channel, fp32 (or float64) [C], differentiable in x [B, C, H, W].
 
     Raises:
-        ValueError: fewer than two values a channel, and as `norm_act`.
+        ValueError: fewer than two values per channel, and as in `norm_act`.
     """
     _check(x, training=True)
     if not _use_triton("norm_act", impl, x):
@@ -115,7 +117,7 @@ def channel_statistics(x: Tensor, impl: str | None = None) -> tuple[Tensor, Tens
 def update_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, x: Tensor
 ) -> None:
-    """As nn.BatchNorm2d keeps them: the variance unbiased."""
+    """Update running statistics as nn.BatchNorm2d does, with the unbiased variance."""
     count = x.numel() // x.shape[1]
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
@@ -143,9 +145,9 @@ def _use_triton(kernel: str, impl: str | None, x: Tensor) -> bool:
     return triton
 
 
-# --- Statistics as an operator of PyTorch -----------------------------------------------------------------------------
+# --- Statistics as a PyTorch operator ---------------------------------------------------------------------------------
 
-# On a CPU the operators are the twins.
+# On a CPU, the operators run the twins.
 
 
 def _interpreted(x: Tensor) -> bool:
@@ -188,7 +190,7 @@ def _save_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _statistics_backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Tensor:
-    """One pass over x, which the compiler joins with what else is added to its gradient."""
+    """One pass over x, which the compiler fuses with other additions to its gradient."""
     x, mean = ctx.saved_tensors
     away = x.to(mean.dtype) - mean[:, None, None]
     count = x.numel() // x.shape[1]
@@ -200,7 +202,7 @@ statistics_op.register_autograd(_statistics_backward, setup_context=_save_mean)
 
 # --- Normalise, add, activate -----------------------------------------------------------------------------------------
 
-# The gradient of x is the whole of a batch norm's: mean and var are x's own.
+# The gradient of x includes the paths through mean and var, which are statistics of x.
 
 
 @torch.library.custom_op("fastofa::norm_act", mutates_args=(), device_types="cuda")
@@ -214,7 +216,7 @@ def norm_act_op(
     eps: float,
     activation: str | None,
 ) -> Tensor:
-    """As x, channels last."""
+    """A tensor like x, channels last."""
     from fastofa.kernels import triton_norm_act
 
     with torch.cuda.device_of(x):
@@ -257,9 +259,9 @@ def backward_op(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx and the residual's gradient as x, dweight and dbias fp32 [C]. `y`: the result, where there is a residual.
+    """dx and the residual's gradient, like x; dweight and dbias, fp32 [C]. `y` is the result if there is a residual.
 
-    The residual's is empty [0] without one, and without an activation, as it is then dy.
+    The residual's gradient is empty, [0], if there is no residual, or no activation, in which case it equals dy.
     """
     from fastofa.kernels import triton_norm_act
 
@@ -302,15 +304,15 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 norm_act_op.register_autograd(_backward, setup_context=_save)
 
 
-# --- Normalise, ReLU, maximum -----------------------------------------------------------------------------------------
+# --- Normalise, ReLU, max-pool ----------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("fastofa::norm_act_pool", mutates_args=(), device_types="cuda")
 def norm_act_pool_op(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, C, OH, OW], channels last: the result; the value of x it comes from; which of the nine that is, uint8,
-    9 where the result is 0 and no gradient passes."""
+    """[B, C, OH, OW], channels last: the result; the value of x from which it was computed; and the position of that
+    value among the nine, uint8, 9 if the result is 0 and no gradient passes."""
     from fastofa.kernels import triton_norm_act_pool
 
     with torch.cuda.device_of(x):
@@ -323,8 +325,8 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         from fastofa.kernels import triton_norm_act_pool
 
         return triton_norm_act_pool.norm_act_pool(x, *arguments)
-    found = reference.norm_act_pool_places(x, *arguments)
-    return tuple(_channels_last(t.shape, t).copy_(t) for t in found)  # type: ignore[return-value]
+    maps = reference.norm_act_pool_places(x, *arguments)
+    return tuple(_channels_last(t.shape, t).copy_(t) for t in maps)  # type: ignore[return-value]
 
 
 @norm_act_pool_op.register_fake
@@ -346,7 +348,7 @@ def pool_backward_op(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx as x, dweight and dbias fp32 [C]."""
+    """dx, like x; dweight and dbias, fp32 [C]."""
     from fastofa.kernels import triton_norm_act_pool
 
     with torch.cuda.device_of(x):

@@ -1,4 +1,4 @@
-"""The OFA loss, alone and with labels, as public functions: check the arguments, then run an implementation.
+"""The OFA loss, alone and with labels: public functions that check their arguments, then run an implementation.
 
 Shapes: H heads (the last one is the model's own), B batch, C classes, K classes kept of the teacher.
 """
@@ -25,26 +25,26 @@ def ofa_loss(
     impl: str | None = None,
     variant: str = "official",
 ) -> Tensor:
-    """OFA loss of each head against the teacher's top-K answer, mean over the batch (OFA-KD, NeurIPS 2023, eq. 7-9).
+    """OFA loss of each head for the teacher's top-K predictions, mean over the batch (OFA-KD, NeurIPS 2023, eq. 7-9).
 
     Args:
         logits: [H, B, C] fp32, bf16, fp16 or float64; the loss is computed in fp32 (float64 for float64).
-        labels: int64 [B], each in 0..C-1. Numbers outside raise on a CPU; on a GPU, where looking at them would wait
-            for the device, the kernel makes the loss NaN.
+        labels: int64 [B], each in 0..C-1. Others raise on a CPU; on a GPU, where checking would wait for the device,
+            the kernel returns NaN.
         classes: integer [B, K], the teacher's K classes of each sample, all different (K = C: the dense case).
-        log_probs: floating [B, K], the teacher's log-probabilities of those classes at temperature 1.
-            The mass they leave is spread evenly over the other C - K classes.
+        log_probs: floating [B, K], the teacher's log-probabilities of these classes at temperature 1. The remaining
+            probability is spread evenly over the other C - K classes.
         eps: exponent of the target enhancement, one number or one per head; 1 is soft-label cross-entropy.
-        temperature: divides the student's logits and the teacher's (renormalised); no T^2 factor, as published.
-        impl: "triton", "torch" or None (choose). The kernel reads the logits once for the loss and
-            once for the gradient.
+        temperature: divides the logits of student and teacher (renormalised); without a factor T^2, as published.
+        impl: "triton", "torch" or None (choose). The kernel reads the logits once for the loss and once for the
+            gradient.
         variant: "official" (the published code: every class to the power eps) or "paper" (only the target class).
 
     Returns:
         fp32 (or float64) [H], differentiable in `logits`.
 
     Raises:
-        ValueError: shapes, dtypes, devices or numbers that do not fit, saying what was expected and what came.
+        ValueError: invalid shapes, dtypes, devices or values; the message says what was expected and what it got.
     """
     eps = _check(logits, labels, classes, log_probs, eps, temperature, variant)
     if not use_triton("ofa_loss", impl, logits.device):
@@ -69,19 +69,19 @@ def distillation_loss(
     impl: str | None = None,
     variant: str = "official",
 ) -> tuple[Tensor, Tensor]:
-    """All of OFA-KD's objective (eq. 10): labels and teacher on the last head, the teacher on every other one.
+    """The objective of OFA-KD (eq. 10): labels and teacher for the last head, only the teacher for the others.
 
     total = gt_weight * CE(z[-1], label) + kd_weight * L_OFA(z[-1]; eps[-1]) + ofa_weight * sum_h L_OFA(z[h]; eps[h])
 
     Args:
-        smoothing: of the labels in CE, 0 to 1.
-        partner_labels, mix: for mixed pictures, int64 [B] and floating [B] or neither: the label is `mix` of its own
-            one and the rest of the partner's; the OFA loss enhances the class with more of it.
-        the others: as in `ofa_loss`.
+        smoothing: label smoothing in CE, 0 to 1.
+        partner_labels, mix: for mixed images, int64 [B] and floating [B], or neither. The label is `mix` times the
+            image's own one plus the rest of the partner's; the OFA loss enhances the class with the larger weight.
+        Others: as in `ofa_loss`.
 
     Returns:
-        total, fp32 (or float64) [], differentiable in `logits`; and its unweighted parts gt, kd, ofa [3], detached, for
-        logging without waiting for the device.
+        The total, fp32 (or float64) [], differentiable in `logits`; and its unweighted parts gt, kd, ofa [3], detached,
+        for logging without waiting for the device.
 
     Raises:
         ValueError: as `ofa_loss`.
@@ -116,7 +116,7 @@ def _check(
     temperature: float,
     variant: str,
 ) -> Tensor:
-    """Raises ValueError; gives eps [H] on the device. Class numbers are looked at by whoever uses them."""
+    """eps [H] on the device. Raises ValueError, except for class numbers, which the implementations check."""
     if logits.ndim != 3 or not logits.is_floating_point():
         raise ValueError(f"logits: expected floating [H, B, C], got {logits.dtype} {tuple(logits.shape)}")
     heads, batch, num_classes = logits.shape
@@ -172,11 +172,11 @@ def _check_triton(logits: Tensor) -> None:
         raise ValueError("impl: expected fp32, bf16 or fp16 logits for 'triton', got torch.float64; leave impl out")
 
 
-# --- The kernels as operators of PyTorch ------------------------------------------------------------------------------
+# --- The kernels as PyTorch operators ---------------------------------------------------------------------------------
 
-# Forward writes the losses only; backward reads the logits again and multiplies by what comes in before it writes their
-# gradient: three passes over memory, where storing a gradient to multiply it later takes four. On a CPU the operators
-# are the twins.
+# Forward writes only the losses. Backward reads the logits again and multiplies by the incoming gradient before it
+# writes theirs. That takes three passes over memory, whereas storing a gradient and multiplying it later takes four. On
+# a CPU, the operators run the twins.
 
 
 @torch.library.custom_op("fastofa::ofa_loss", mutates_args=(), device_types="cuda")
@@ -216,7 +216,7 @@ def ofa_loss_backward_op(
     temperature: float,
     variant: str,
 ) -> Tensor:
-    """The logits' gradient [H, B, C] in their dtype, given that of the losses [H]."""
+    """The gradient of the logits [H, B, C], in their dtype, from that of the losses [H]."""
     from fastofa.kernels import triton_ofa_loss
 
     with torch.cuda.device_of(logits):
@@ -246,12 +246,12 @@ def distillation_loss_op(
     partner_labels: Tensor | None,
     mix: Tensor | None,
 ) -> Tensor:
-    """Total, gt, kd and ofa, fp32 [4]; only the total has a gradient. `weights`: of gt, kd and ofa."""
+    """Total, gt, kd and ofa, fp32 [4]; only the total has a gradient. `weights` are those of gt, kd and ofa."""
     from fastofa.kernels import triton_ofa_loss
 
-    given = (logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix)
+    arguments = (logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix)
     with torch.cuda.device_of(logits):
-        return triton_ofa_loss.losses(*given)
+        return triton_ofa_loss.losses(*arguments)
 
 
 @distillation_loss_op.register_kernel("cpu")
@@ -282,12 +282,12 @@ def distillation_loss_backward_op(
     partner_labels: Tensor | None,
     mix: Tensor | None,
 ) -> Tensor:
-    """The logits' gradient [H, B, C] in their dtype, given that of the total [1]."""
+    """The gradient of the logits [H, B, C], in their dtype, from that of the total [1]."""
     from fastofa.kernels import triton_ofa_loss
 
-    given = (logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix)
+    arguments = (logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix)
     with torch.cuda.device_of(logits):
-        return triton_ofa_loss.gradient(incoming, *given)
+        return triton_ofa_loss.gradient(incoming, *arguments)
 
 
 @distillation_loss_backward_op.register_kernel("cpu")
@@ -297,11 +297,11 @@ def _(incoming: Tensor, logits: Tensor, labels: Tensor, *arguments: Any) -> Tens
 
         return triton_ofa_loss.gradient(incoming, logits, labels, *arguments)
     *teacher, weights, smoothing, partner_labels, mix = arguments
-    found = reference.head_gradients(logits, _enhanced(labels, partner_labels, mix), *teacher)
-    found *= found.new_tensor([weights[2]] * (len(logits) - 1) + [weights[1]])[:, None, None]
+    gradient = reference.head_gradients(logits, _enhanced(labels, partner_labels, mix), *teacher)
+    gradient *= gradient.new_tensor([weights[2]] * (len(logits) - 1) + [weights[1]])[:, None, None]
     of_labels = reference.cross_entropy_gradient(logits[-1], labels, partner_labels, mix, smoothing)
-    found[-1] += weights[0] * of_labels
-    return (found * incoming).to(logits.dtype)
+    gradient[-1] += weights[0] * of_labels
+    return (gradient * incoming).to(logits.dtype)
 
 
 def _interpreted(logits: Tensor) -> bool:
@@ -336,14 +336,14 @@ def _(incoming: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Tensors and what else there is, each in its order."""
+    """Save the tensors and the other inputs for backward, each in order."""
     ctx.save_for_backward(*(each for each in inputs if isinstance(each, Tensor)))
-    ctx.given = [None if isinstance(each, Tensor) else (each,) for each in inputs]
+    ctx.others = [None if isinstance(each, Tensor) else (each,) for each in inputs]
 
 
 def _inputs(ctx: Any) -> list[Any]:
     tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if given is None else given[0] for given in ctx.given]
+    return [next(tensors) if other is None else other[0] for other in ctx.others]
 
 
 def _backward_of_heads(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""Plain-PyTorch form of every kernel: the truth in tests, the fallback without a GPU, the baseline in benchmarks.
+"""Plain-PyTorch twin of every kernel: the reference in tests, the fallback without a GPU, the baseline in benchmarks.
 
 Shapes: H heads, B batch, C classes, K classes kept of the teacher, S side of an image.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 # --- OFA loss ---------------------------------------------------------------------------------------------------------
 # Official form, p the teacher's probabilities, m the one-hot target:
 #     w = (p + m)^eps - m          L = - sum_c w_c log softmax(z / T)_c
-# Paper's form: w_y = (1 + p_y)^eps for the target class, w_c = p_c for every other.
+# Paper's form: w_y = (1 + p_y)^eps for the target class, w_c = p_c for all others.
 
 
 def teacher_probs(log_probs: Tensor, num_classes: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Probabilities at temperature T of the K stored classes [B, K], and of each single other class [B]."""
+    """Probabilities at temperature T of the K stored classes [B, K], and of each one of the other classes [B]."""
     probs = log_probs.exp()
     others = num_classes - log_probs.shape[1]
     rest = (1 - probs.sum(dim=1)).clamp(min=0) / others if others else torch.zeros_like(probs[:, 0])
@@ -30,9 +30,9 @@ def teacher_probs(log_probs: Tensor, num_classes: int, temperature: float) -> tu
 def ofa_loss_dense(
     logits: Tensor, labels: Tensor, probs: Tensor, eps: Tensor, temperature: float = 1.0, variant: str = "official"
 ) -> Tensor:
-    """The definition, word by word: logits [H, B, C], the teacher's probabilities [B, C] at T, eps [H] -> [H].
+    """The definition, literally: logits [H, B, C], the teacher's probabilities [B, C] at T, eps [H] -> [H].
 
-    The oracle of the tests (in float64) and the baseline of the benchmarks; training uses `head_losses`.
+    Tests use it as the reference (in float64) and benchmarks as the baseline; training uses `head_losses`.
     """
     target = torch.nn.functional.one_hot(labels, logits.shape[-1]).to(probs.dtype)
     eps = eps.to(probs.dtype)[:, None, None]
@@ -44,7 +44,7 @@ def ofa_loss_dense(
 
 
 def dense_probs(classes: Tensor, log_probs: Tensor, num_classes: int, temperature: float = 1.0) -> Tensor:
-    """The teacher's whole distribution [B, C] that a top-K answer stands for."""
+    """The teacher's full distribution [B, C] that its top-K predictions represent."""
     probs, rest = teacher_probs(log_probs, num_classes, temperature)
     return rest[:, None].repeat(1, num_classes).scatter(1, classes.long(), probs)
 
@@ -58,9 +58,11 @@ def head_losses(
     temperature: float,
     variant: str,
 ) -> Tensor:
-    """[H], differentiable. Every class outside the top-K has one weight w0, so one pass over the logits is enough:
+    """[H], differentiable. All classes outside the top-K have the same weight w0, so one pass over the logits suffices:
 
-    L = W logsumexp(z) - (w0 sum_c z_c + sum_k (w_k - w0) z_k + [y not in K] (w_y - w0) z_y),  W the sum of all weights.
+    L = W logsumexp(z) - (w0 sum_c z_c + sum_k (w_k - w0) z_k + [y not in K] (w_y - w0) z_y),
+
+    where W is the sum of all weights.
     """
     z = _shifted(logits, temperature)
     classes = classes.long()
@@ -82,7 +84,7 @@ def head_gradients(
     temperature: float,
     variant: str,
 ) -> Tensor:
-    """[H, B, C]: of each head's loss, in closed form: dL/dz = (W softmax(z / T) - w) / T, over the batch."""
+    """[H, B, C]: the gradient of each head's loss in closed form: dL/dz = (W softmax(z / T) - w) / T, divided by B."""
     z = _shifted(logits, temperature)
     classes = classes.long()
     w0, wk, wy, total = sparse_weights(
@@ -103,8 +105,8 @@ def sparse_weights(
     temperature: float,
     variant: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w0 [H, B] of every class; what the K classes [H, B, K] and, if it is not among them, the label [H, B] add; all of
-    them together [H, B]."""
+    """The weight w0 [H, B] of every class; the additional weights of the K classes [H, B, K] and, if it is not among
+    them, of the label [H, B]; and the sum of all weights [H, B]."""
     probs, rest = teacher_probs(log_probs, num_classes, temperature)
     is_target = classes == labels[:, None]  # [B, K]
     missing = ~is_target.any(dim=1)  # [B]: the label is not among the K
@@ -122,17 +124,17 @@ def sparse_weights(
 
 
 def _shifted(logits: Tensor, temperature: float) -> Tensor:
-    """z / T less its greatest value, in fp32: weights and softmax do not care; cancellation does."""
+    """z / T minus its maximum, in fp32: this does not change weights and softmax, but avoids cancellation."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     return z - z.amax(dim=-1, keepdim=True).detach()
 
 
-# --- Cross-entropy with the labels of mixed pictures ------------------------------------------------------------------
+# --- Cross-entropy with the labels of mixed images --------------------------------------------------------------------
 
 
 def mixed_labels(labels: Tensor, partner_labels: Tensor, mix: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """[B, C], fp32 (float64 for a float64 `mix`): `mix` of an image's own label, the rest of its partner's, smoothed
-    (timm's mixup_target)."""
+    """[B, C], fp32 (float64 for a float64 `mix`): `mix` times the image's own label plus the rest of its partner's,
+    with label smoothing (timm's mixup_target)."""
     mix = mix.to(torch.promote_types(mix.dtype, torch.float32))
     both = mix.new_full((len(labels), num_classes), smoothing / num_classes)
     own, others = (share[:, None] * (1 - smoothing) for share in (mix, 1 - mix))
@@ -140,7 +142,7 @@ def mixed_labels(labels: Tensor, partner_labels: Tensor, mix: Tensor, num_classe
 
 
 def heavier(labels: Tensor, partner_labels: Tensor, mix: Tensor) -> Tensor:
-    """int64 [B]: argmax of the mixed label; of two equal shares the smaller class number, as argmax has it."""
+    """int64 [B]: argmax of the mixed label; for equal weights, the smaller class number, as argmax returns."""
     tie = torch.minimum(labels, partner_labels)
     return torch.where(mix == 0.5, tie, torch.where(mix > 0.5, labels, partner_labels))
 
@@ -148,7 +150,7 @@ def heavier(labels: Tensor, partner_labels: Tensor, mix: Tensor) -> Tensor:
 def cross_entropy(
     logits: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None, smoothing: float
 ) -> Tensor:
-    """Of [B, C] against smoothed, perhaps mixed labels -> []; 0 for an empty batch."""
+    """Logits [B, C] -> cross-entropy [] with smoothed and possibly mixed labels; 0 for an empty batch."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not len(labels):
         return logits.sum()
@@ -173,16 +175,16 @@ def cross_entropy_gradient(
 
 
 def resize_weights(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
-    """Bilinear weights [B, S, source] that map pixels start .. start + length onto S output pixels.
+    """Bilinear weights [B, S, source] that map pixels start .. start + length to S output pixels.
 
-    Antialiased: a filter grows with the scale.
+    Antialiased: a filter's width grows with the scale.
     """
     scale = (length / size)[:, None, None]
     out = torch.arange(size, device=start.device, dtype=start.dtype)[None, :, None]
     pixel = torch.arange(source, device=start.device, dtype=start.dtype)[None, None, :] + 0.5
     first, last = start[:, None, None], (start + length)[:, None, None]
     weights = (1 - ((pixel - first - (out + 0.5) * scale) / scale.clamp(min=1)).abs()).clamp(min=0)
-    weights = weights * ((pixel + 0.5 > first) & (pixel - 0.5 < last))  # the pixels that the box touches
+    weights = weights * ((pixel + 0.5 > first) & (pixel - 0.5 < last))  # only pixels that overlap the box
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
@@ -195,7 +197,7 @@ def crop_resize(
     std: Sequence[float] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Resizing is separable: two small matrix products per image, and a flip is the same weights in reverse."""
+    """Resizing is separable: two small matrix products per image. A flip reverses the weights."""
     batch, height, width, _ = images.shape
     top, left, box_height, box_width = boxes.to(torch.float32).unbind(dim=1)
     rows = resize_weights(top, box_height, height, size)
@@ -208,7 +210,9 @@ def crop_resize(
     else:
         out = out / 255
         if mean is not None and std is not None:
-            for channel, (m, d) in enumerate(zip(mean, std, strict=True)):  # a tensor of them would be waited for
+            for channel, (m, d) in enumerate(
+                zip(mean, std, strict=True)
+            ):  # copying them as a tensor would wait for the device
                 out[..., channel].sub_(m).div_(d)
     return out.to(dtype).contiguous().permute(0, 3, 1, 2)
 
@@ -219,7 +223,7 @@ def crop_resize(
 def depthwise_conv3x3(
     x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, shift: Tensor | None, activation: str | None
 ) -> Tensor:
-    """Batch norm's last step, the activation, and the convolution in x's dtype, as autocast runs it."""
+    """Scale and shift, the activation, and the convolution in x's dtype, as autocast runs it."""
     return F.conv2d(
         _before_conv(x, scale, shift, activation), weight.to(x.dtype), stride=stride, padding=1, groups=x.shape[1]
     )
@@ -234,7 +238,7 @@ def depthwise_gradients(
     shift: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of x, weight, scale and shift (the last two in fp32 or more, empty where there are none), in closed form."""
+    """Gradients of x, weight, scale and shift (the last two at least fp32, empty if there are none) in closed form."""
     convolved = _before_conv(x, scale, shift, activation)
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy, convolved, weight.to(x.dtype), None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], x.shape[1],
@@ -259,11 +263,11 @@ def _before_conv(x: Tensor, scale: Tensor | None, shift: Tensor | None, activati
     return z.to(x.dtype)
 
 
-# --- Batch norm, residual, activation, maximum ------------------------------------------------------------------------
+# --- Batch norm, residual, activation, max-pool -----------------------------------------------------------------------
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] in fp32 or more."""
+    """Mean and biased variance [C], at least fp32."""
     var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
     return mean, var
 
@@ -278,7 +282,7 @@ def norm_act(
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """In fp32 or more, rounded once. Given a batch's own statistics, autograd finds the whole gradient."""
+    """Computed at least in fp32 and rounded once. With a batch's own statistics, autograd gives the full gradient."""
     z = (x.to(mean.dtype) - mean[:, None, None]) * (weight * torch.rsqrt(var + eps))[:, None, None]
     z = z + bias[:, None, None]
     if residual is not None:
@@ -299,9 +303,9 @@ def norm_act_gradients(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of x, the residual, weight and bias (the last two in fp32 or more), in closed form, given a batch's statistics.
+    """Gradients of x, residual, weight and bias (the last two at least fp32) in closed form, for a batch's statistics.
 
-    `y`: the result, where a residual was added.
+    `y` is the result, if a residual was added.
     """
     inverse = torch.rsqrt(var + eps)
     away = x.to(mean.dtype) - mean[:, None, None]
@@ -316,7 +320,7 @@ def norm_act_gradients(
 def _norm_gradients(
     gradient: Tensor, products: Tensor, away: Tensor, inverse: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, weight and bias, from the gradient before the activation, and its products with x - mean."""
+    """Gradients of x, weight and bias, from the gradient before the activation and its products with x - mean."""
     dbias, dweight = gradient.sum(dim=(0, 2, 3)), products.sum(dim=(0, 2, 3)) * inverse
     count = away.numel() // away.shape[1]
     normalised = away * inverse[:, None, None]
@@ -325,7 +329,7 @@ def _norm_gradients(
 
 
 def norm_act_pool(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The maximum of what is not rounded yet, then rounded."""
+    """The maximum of unrounded values, rounded at the end."""
     z = norm_act(x.to(mean.dtype), mean, var, weight, bias, eps, "relu", None)
     return F.max_pool2d(z, 3, stride=2, padding=1).to(x.dtype)
 
@@ -333,7 +337,8 @@ def norm_act_pool(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Te
 def norm_act_pool_places(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, the value of x it comes from, and which of the nine that is: uint8, 9 where the result is 0."""
+    """The result, the value of x from which it was computed, and that value's position among the nine: uint8, 9 where
+    the result is 0."""
     z = norm_act(x.to(mean.dtype), mean, var, weight, bias, eps, "relu", None)
     y, index = F.max_pool2d(z, 3, stride=2, padding=1, return_indices=True)
     greatest = x.flatten(2).gather(2, index.flatten(2)).view(y.shape)
@@ -353,7 +358,7 @@ def norm_act_pool_gradients(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, weight and bias (the last two in fp32 or more), in closed form."""
+    """Gradients of x, weight and bias (the last two at least fp32) in closed form."""
     batch, channels, height, width = x.shape
     place = places.long()
     passes = place < 9

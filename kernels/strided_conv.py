@@ -1,9 +1,10 @@
-"""A strided convolution of few channels as one of stride 1 and many: the pixels of a square become channels. Exact.
+"""Computes a strided convolution of few channels exactly, as one of stride 1 on squares of pixels with many channels.
 
-Tensor cores want channels in eights, and a picture has three. With stride 2 every square of 2 x 2 pixels becomes one of
-12 channels (16 with padding), and a kernel of 7 x 7 one of 4 x 4 over squares, with zeros where it had no weights. A
-kernel as wide as its stride is a matrix product. The weights are rearranged on the way, so gradients reach them as they
-are stored; everything is plain PyTorch, which a compiler joins with what made the pixels.
+Tensor cores need channels in multiples of eight, but an image has three. With stride 2, every square of 2 x 2 pixels
+becomes one position of 12 channels (16 with padding), and a 7 x 7 kernel becomes a 4 x 4 kernel over squares, with
+zeros where it had no weights. If a kernel is as wide as its stride, the convolution is a matrix product. The weights
+are rearranged in the forward pass, so that their gradients have the stored layout. Everything is plain PyTorch, which a
+compiler fuses with the operations that produce the pixels.
 
 Shapes: B batch, C channels in, D channels out, S stride, K side of the kernel, T of the kernel over squares.
 """
@@ -20,13 +21,13 @@ def strided_conv2d(
     Args:
         x: [B, C, H, W].
         weight: [D, C, K, K].
-        multiple: the channels of squares are filled up with zeros to a multiple of this.
+        multiple: the channels of squares are padded with zeros to a multiple of this.
 
     Returns:
         [B, D, OH, OW], channels last.
 
     Raises:
-        ValueError: shapes or options that do not fit, saying what was expected and what came.
+        ValueError: invalid shapes or options; the message says what was expected and what it got.
     """
     if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] or weight.shape[2] != weight.shape[3]:
         raise ValueError(
@@ -42,12 +43,12 @@ def strided_conv2d(
     height, width = heights + taps - 1, widths + taps - 1  # of squares
     pad = [before * stride, width * stride - before * stride - x.shape[3]]
     pad += [before * stride, height * stride - before * stride - x.shape[2]]
-    x = F.pad(x, pad)  # what is negative is cut off: no kernel reaches it
+    x = F.pad(x, pad)  # negative padding crops pixels that no kernel reaches
     batch, channels = x.shape[:2]
     x = x.view(batch, channels, height, stride, width, stride).permute(0, 2, 4, 3, 5, 1)
     x = x.reshape(batch, height, width, stride * stride * channels)
 
-    lead = before * stride - padding  # rows of zeros above the kernel, so that its squares are the picture's
+    lead = before * stride - padding  # rows of zeros above the kernel, so that its squares align with the image's
     weight = F.pad(weight, [lead, taps * stride - lead - kernel] * 2)
     weight = weight.view(-1, channels, taps, stride, taps, stride).permute(0, 2, 4, 3, 5, 1)
     weight = weight.reshape(weight.shape[0], taps, taps, stride * stride * channels)
@@ -59,6 +60,6 @@ def strided_conv2d(
 
 
 def squares(kernel: int, stride: int, padding: int) -> tuple[int, int]:
-    """How many squares a kernel begins before its own output's, and how many it spans, T."""
+    """The number of squares by which a kernel begins before its output's square, and the number T that it spans."""
     before = -(-padding // stride)
     return before, (kernel - 1 - padding) // stride + before + 1

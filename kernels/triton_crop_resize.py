@@ -1,7 +1,7 @@
-"""Crop, resize, flip and normalise in Triton: every output pixel gathers the few source pixels under its filter.
+"""Crop, resize, flip and normalise in Triton: every output pixel gathers the source pixels under its filter.
 
-A program has a block of consecutive output pixels of one picture, three channels each, which share their weights. These
-are reference.py's, made where they are needed; how many pixels a filter spans is the picture's own number.
+A program computes a block of consecutive output pixels of one image. Their three channels share the filters' weights,
+which are those of reference.py, computed on the fly. The number of pixels that a filter spans differs between images.
 
 Shapes: N images in the source, B crops, S side of the output.
 """
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @triton.jit
 def _filters(start, length, out, source, S: tl.constexpr):
-    """Of the output pixels `out` along one axis, whose box has pixels start .. start + length of `source`.
+    """The filters of output pixels `out` along one axis, for a box of pixels start .. start + length of `source`.
 
-    Each one's first source pixel, and how far that is from the filter's centre; for all of them the last pixel that the
-    box touches, the filter's reach to each side as 1 / reach, and the most pixels it spans. Pixels stay inside the
-    picture, and their number within its size, whatever the box.
+    Returns, for each filter, its first source pixel and that pixel's distance from the filter's centre; and for all
+    filters the last pixel that overlaps the box, 1 / reach to each side, and the maximum number of pixels spanned.
+    Pixels stay inside the image, and their number within its size, whatever the box.
     """
     scale = tl.div_rn(length, S * 1.0)
     reach = tl.maximum(scale, 1.0)
@@ -35,7 +35,7 @@ def _filters(start, length, out, source, S: tl.constexpr):
 
 @triton.jit
 def _tap(first, away, highest, inverse_reach, step):
-    """Source pixel number `step` of each filter, and its weight: 0 beyond the box."""
+    """Source pixel number `step` of each filter, and its weight, which is 0 outside of the box."""
     at = first + step
     weight = tl.maximum(1.0 - tl.abs(away + step) * inverse_reach, 0.0)
     return tl.minimum(at, highest), tl.where(at <= highest, weight, 0.0)
@@ -43,7 +43,7 @@ def _tap(first, away, highest, inverse_reach, step):
 
 @triton.jit
 def _round(x):
-    """To a whole number, half to even, for what lies in 0..255: adding 1.5 * 2^23 leaves no bit for a fraction."""
+    """Round values in 0..255 half to even: adding 1.5 * 2^23 leaves no bits for a fraction."""
     return (x + 12582912.0) - 12582912.0
 
 
@@ -53,25 +53,25 @@ def _crop_resize_kernel(
     count, height, width, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     S: tl.constexpr, BLOCK: tl.constexpr, WITH_IDS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """images uint8 [count, height, width, 3], result [B, S, S, 3]: `scale` times a channel's value, plus `shift`."""
+    """images uint8 [count, height, width, 3] -> result [B, S, S, 3]: each channel times its `scale`, plus `shift`."""
     PIXELS: tl.constexpr = S * S
     BLOCKS: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
-    picture = (program // BLOCKS).to(tl.int64)
+    crop = (program // BLOCKS).to(tl.int64)
     pixel = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     y, x = pixel // S, pixel % S
 
-    image = picture
+    image = crop
     if WITH_IDS:
-        image = tl.load(ids + picture)
-    top = tl.load(boxes + picture * 4).to(tl.float32)
-    left = tl.load(boxes + picture * 4 + 1).to(tl.float32)
-    box_height = tl.load(boxes + picture * 4 + 2).to(tl.float32)
-    box_width = tl.load(boxes + picture * 4 + 3).to(tl.float32)
-    x = tl.where(tl.load(flips + picture), S - 1 - x, x)
+        image = tl.load(ids + crop)
+    top = tl.load(boxes + crop * 4).to(tl.float32)
+    left = tl.load(boxes + crop * 4 + 1).to(tl.float32)
+    box_height = tl.load(boxes + crop * 4 + 2).to(tl.float32)
+    box_width = tl.load(boxes + crop * 4 + 3).to(tl.float32)
+    x = tl.where(tl.load(flips + crop), S - 1 - x, x)
     row, away_y, last_row, per_row, rows = _filters(top, box_height, y, height, S)
     column, away_x, last_column, per_column, columns = _filters(left, box_width, x, width, S)
-    rows = tl.where((image >= 0) & (image < count), rows, 0)  # an id that does not exist: nothing is read, 0 / 0
+    rows = tl.where((image >= 0) & (image < count), rows, 0)  # an invalid id reads nothing and gives 0 / 0
 
     source = images + image * height * width * 3
     red = tl.zeros([BLOCK], tl.float32)
@@ -88,7 +88,7 @@ def _crop_resize_kernel(
             green += weight * tl.load(at + 1).to(tl.float32)
             blue += weight * tl.load(at + 2).to(tl.float32)
             weights += weight
-    if ROUND:  # exactly divided: what is next to a half would be rounded to the wrong side
+    if ROUND:  # divide exactly, because values near a half could be rounded in the wrong direction
         red, green, blue = tl.div_rn(red, weights), tl.div_rn(green, weights), tl.div_rn(blue, weights)
         red, green, blue = _round(red), _round(green), _round(blue)
     else:
@@ -96,7 +96,7 @@ def _crop_resize_kernel(
         red = red * scale_r + shift_r
         green = green * scale_g + shift_g
         blue = blue * scale_b + shift_b
-    to = result + picture * (PIXELS * 3) + pixel * 3
+    to = result + crop * (PIXELS * 3) + pixel * 3
     inside = pixel < PIXELS
     tl.store(to, red.to(result.dtype.element_ty), mask=inside)
     tl.store(to + 1, green.to(result.dtype.element_ty), mask=inside)
@@ -104,7 +104,7 @@ def _crop_resize_kernel(
 
 
 BLOCK = 512
-"""Output pixels of a program of 4 warps: 4 pixels, and so 12 loads at a time, of each thread."""
+"""Output pixels per program of 4 warps: each thread has 4 pixels, and thus 12 loads in flight."""
 
 
 def crop_resize(
@@ -117,7 +117,7 @@ def crop_resize(
     std: Sequence[float] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As the operator of that name in crop_resize.py."""
+    """Implements the operator of that name in crop_resize.py."""
     count, height, width, _ = images.shape
     batch = len(boxes)
     result = torch.empty(batch, size, size, 3, dtype=dtype, device=images.device)

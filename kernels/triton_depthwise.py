@@ -1,10 +1,9 @@
-"""The depthwise 3x3 convolution in Triton, channels last: forward, input gradient, weight gradient.
+"""Depthwise 3x3 convolution in Triton, channels last: forward, input gradient, weight gradient.
 
-A program has a tile of BLOCK_W columns and BLOCK_C channels of the output and walks down the rows of a strip, of one
-image or several. It reads every row once, as three tiles (what lies left of each column, at it, right of it), and what
-rows share stays in registers as sums that are not finished. The batch norm and the activation before the convolution
-are applied to what is read. Sums over the batch are written per program and added up afterwards, so they are the same
-in every run.
+A program computes a tile of BLOCK_W columns and BLOCK_C channels of the output and iterates down the rows of a strip,
+of one image or several. It reads every row once, as three tiles (left of each column, at it, and right of it), and
+keeps partial sums of the rows in registers. The batch norm and the activation before the convolution are applied on
+load. Sums over the batch are written per program and added up afterwards, so that they are the same in every run.
 
 Shapes: B batch, C channels, H and W of the input, OH and OW of the output, P programs per block of channels.
 """
@@ -22,7 +21,7 @@ from torch import Tensor
 
 @triton.jit
 def _place(images, out_height, out_width, rows, C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Columns [BLOCK_W, 1], channels [1, BLOCK_C], first row, row after the last, first image, number p < P."""
+    """Columns [BLOCK_W, 1], channels [1, BLOCK_C], first row, end of rows, first image, program number p < P."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     part = tl.program_id(0) // BLOCKS
     tiles = (out_width + BLOCK_W - 1) // BLOCK_W
@@ -41,7 +40,7 @@ def _per_channel(values, channels, stride: tl.constexpr, offset: tl.constexpr, C
 
 @triton.jit
 def _activate(value, ACTIVATION: tl.constexpr):
-    """NaN stays NaN."""
+    """The activation, which keeps NaN."""
     if ACTIVATION is not None:
         value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "relu6":
@@ -51,7 +50,7 @@ def _activate(value, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _read(image, row, column, channels, height, width, C: tl.constexpr):
-    """A tile of one row in fp32, 0 outside of the image."""
+    """Load a tile of one row in fp32, 0 outside of the image."""
     inside = (row >= 0) & (row < height) & (column < width) & (channels < C)
     return tl.load(image + row * width * C + (column * C + channels), mask=inside, other=0.0).to(tl.float32)
 
@@ -61,7 +60,7 @@ def _read_three(
     image, row, column, channels, height, width, scale, shift,
     C: tl.constexpr, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """act(x * scale + shift) left of each column, at it and right of it; the padding is 0."""
+    """act(x * scale + shift) left of each column, at it, and right of it; 0 in the padding."""
     at = image + row * width * C + (column * C + channels)
     inside = (row >= 0) & (row < height) & (channels < C)
     inside_a, inside_b = inside & (column > 0) & (column <= width), inside & (column < width)
@@ -78,7 +77,7 @@ def _read_three(
 
 @triton.jit
 def _weights(weight, channels, C: tl.constexpr):
-    """Nine [1, BLOCK_C] in fp32, row by row."""
+    """The nine weights of the kernel, [1, BLOCK_C] each, in fp32, row by row."""
     return (
         _per_channel(weight, channels, 9, 0, C), _per_channel(weight, channels, 9, 1, C),
         _per_channel(weight, channels, 9, 2, C), _per_channel(weight, channels, 9, 3, C),
@@ -107,7 +106,7 @@ def _forward_kernel(
     C: tl.constexpr, STRIDE: tl.constexpr, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y [B, OH, OW, C]. A row of the input is part of up to three rows of the output."""
+    """y [B, OH, OW, C]. A row of the input contributes to up to three rows of the output."""
     out_height, out_width = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
     columns, channels, first, last, image, _ = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
     inside = (columns < out_width) & (channels < C)
@@ -119,10 +118,10 @@ def _forward_kernel(
     for number in range(image, tl.minimum(image + images, batch)):
         source = x + tl.cast(number, tl.int64) * height * width * C
         target = y + tl.cast(number, tl.int64) * out_height * out_width * C
-        begun = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)  # sums that lack rows: of the next row of the output,
+        begun = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)  # partial sums of the next row of the output,
         if STRIDE == 1:
             later = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)  # and of the one after it
-            for row in range(first - 1, last + 1, 2):  # two rows at a time: more is under way from memory
+            for row in range(first - 1, last + 1, 2):  # two rows at a time, for more loads in flight
                 a, b, c = _read_three(
                     source, row, columns, channels, height, width, scale, shift, C, FOLDED, ACTIVATION
                 )
@@ -159,7 +158,7 @@ def _forward_kernel(
 def _read_x(
     image, row, column, channels, height, width, mask, C: tl.constexpr, FOLDED: tl.constexpr
 ):  # fmt: skip
-    """A tile of x, which only a folded kernel needs; where in the image it lies; and what of it is inside."""
+    """A tile of x (needed only with a folded batch norm), its offsets in the image, and a mask of those inside."""
     at = row * width * C + (column * C + channels)
     inside = mask & (row < height) & (column < width) & (channels < C)
     value = 0.0
@@ -172,7 +171,7 @@ def _read_x(
 def _store_dx(
     dx, gradient, x, at, inside, scale, shift, dscale, dshift, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """Write a tile of dx, given the gradient of what was convolved; add to the sums dscale and dshift."""
+    """Store a tile of dx, from the gradient of the convolution's input; accumulate dscale and dshift."""
     if FOLDED:
         before = x * scale + shift
         passes = inside
@@ -194,9 +193,9 @@ def _input_gradient_kernel(
     C: tl.constexpr, STRIDE: tl.constexpr, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx [B, H, W, C]; of each program the sums fp32 [P, 2, C] that dscale and dshift are made of.
+    """dx [B, H, W, C], and each program's partial sums of dscale and dshift, fp32 [P, 2, C].
 
-    Stride 1: dy convolved with the weight turned by 180 degrees. Stride 2: four values of dx from four of dy.
+    Stride 1: dy is convolved with the weight rotated by 180 degrees. Stride 2: four values of dx come from four of dy.
     """
     out_height, out_width = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
     columns, channels, first, last, image, part = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
@@ -229,7 +228,7 @@ def _input_gradient_kernel(
             for row in range(first, last):
                 c = _read(source, row + 1, columns, channels, out_height, out_width, C)
                 d = _read(source, row + 1, columns + 1, channels, out_height, out_width, C)
-                top, left = 2 * row, 2 * columns  # of four neighbours in dx: p q above r s
+                top, left = 2 * row, 2 * columns  # the four neighbours in dx: p q above r s
                 p, at_p, in_p = _read_x(values, top, left, channels, height, width, True, C, FOLDED)
                 q, at_q, in_q = _read_x(values, top, left + 1, channels, height, width, True, C, FOLDED)
                 r, at_r, in_r = _read_x(values, top + 1, left, channels, height, width, True, C, FOLDED)
@@ -270,7 +269,7 @@ def _weight_gradient_kernel(
     C: tl.constexpr, STRIDE: tl.constexpr, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of each program the sums fp32 [P, 9, C] that dw is made of: a row of x times each row of dy it is part of."""
+    """Each program's partial sums of dw, fp32 [P, 9, C]: a row of x times each row of dy to which it contributes."""
     out_height, out_width = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
     columns, channels, first, last, image, part = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
     scale, shift = 1.0, 0.0
@@ -320,12 +319,12 @@ def _weight_gradient_kernel(
 
 # --- Launch -----------------------------------------------------------------------------------------------------------
 
-PROGRAMS = 528  # at least, before a program takes several images: four per multiprocessor of an H100
-ROWS = 32  # at most, of one image
+PROGRAMS = 528  # the minimum before a program takes several images: four per multiprocessor of an H100
+ROWS = 32  # the maximum per strip of one image
 
 
 def register_limit(kernel: Any, stride: int) -> int | None:
-    """Room for three programs of 128 threads on a multiprocessor; with four values of dx at a time, for two."""
+    """Registers per thread so that three programs of 128 threads fit on a multiprocessor; two for stride 2's dx."""
     return None if kernel is _input_gradient_kernel and stride == 2 else 168
 
 
@@ -343,7 +342,7 @@ class Tiling:
 
 
 def tiling(batch: int, height: int, width: int, channels: int, stride: int) -> Tiling:
-    """Blocks of 1,024 numbers that reach over the edges least; strips of at most ROWS rows, or several small images."""
+    """Blocks of 1,024 elements that exceed the edges least; strips of at most ROWS rows, or several small images."""
     out_height, out_width = -(-height // stride), -(-width // stride)
     sizes = [(1024 // c, c) for c in ((128, 64, 32) if channels > 16 else (16, 8))]
     block_w, block_c = min(sizes, key=lambda size: -(-out_width // size[0]) * -(-channels // size[1]))
@@ -356,7 +355,7 @@ def tiling(batch: int, height: int, width: int, channels: int, stride: int) -> T
 def depthwise_conv3x3(
     x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, shift: Tensor | None, activation: str | None
 ) -> Tensor:
-    """As the operator of that name in depthwise.py."""
+    """Implements the operator of that name in depthwise.py."""
     batch, channels, height, width = x.shape
     size = (batch, channels, -(-height // stride), -(-width // stride))
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -370,7 +369,7 @@ def depthwise_conv3x3(
 
 
 def depthwise_conv3x3_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the operator of that name in depthwise.py."""
+    """Implements the operator of that name in depthwise.py."""
     dx, dscale, dshift = input_gradient(dy, x, *arguments)
     return dx, weight_gradient(dy, x, *arguments), dscale, dshift
 
@@ -409,7 +408,7 @@ def weight_gradient(
     shift: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    """dw [C, 1, 3, 3], as `weight`."""
+    """dw [C, 1, 3, 3], in the dtype of `weight`."""
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     if not x.numel():
         return weight.new_zeros(weight.shape)
@@ -423,7 +422,7 @@ def weight_gradient(
 
 
 def _common(x: Tensor, stride: int, scale: Tensor | None, activation: str | None) -> tuple[Tiling, tuple, dict]:
-    """The tiling, and what all three kernels are called with."""
+    """The tiling, and the arguments of all three kernels."""
     batch, channels, height, width = x.shape
     tiles = tiling(batch, height, width, channels, stride)
     constants = {
@@ -434,5 +433,5 @@ def _common(x: Tensor, stride: int, scale: Tensor | None, activation: str | None
 
 
 def _folded(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and shift; any tensor where there are none."""
+    """Scale and shift; a placeholder tensor if there are none."""
     return (x, x) if scale is None or shift is None else (scale.contiguous(), shift.contiguous())

@@ -1,9 +1,9 @@
 """Batch norm, residual and activation in Triton, channels last: statistics, one pass forward, two passes backward.
 
-A tensor is a matrix of M rows (pixels of all images) and C channels. A program has a block of channels and walks over
-every P-th tile of rows. Sums over the rows are written per program and added up by a second, small kernel, so they are
-the same in every run. Statistics are sums of what a channel's values differ from its first one: no cancellation where
-the mean is far from 0.
+A tensor is a matrix of M rows (the pixels of all images) and C channels. A program has a block of channels and iterates
+over every P-th tile of rows. Sums over the rows are written per program and added up by a second, small kernel, so that
+they are the same in every run. Statistics are sums of each channel's differences from its first value, which avoids
+cancellation if the mean is far from 0.
 
 Shapes: M rows, C channels, P programs per block of channels.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @triton.jit
 def _place(C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Channels [1, BLOCK_C], and the number p < P. Neighbouring programs have the same rows."""
+    """Channels [1, BLOCK_C], and the program number p < P. Neighbouring programs have the same rows."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     channels = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     return channels, tl.program_id(0) // BLOCKS
@@ -28,7 +28,7 @@ def _place(C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _tile(start, channels, rows, C: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Where a tile lies, and what of it is inside."""
+    """The offsets of a tile, and a mask of those inside."""
     row = tl.arange(0, BLOCK_M)[:, None]
     return tl.cast(start, tl.int64) * C + (row * C + channels), (row < rows - start) & (channels < C)
 
@@ -45,14 +45,14 @@ def _per_channel(values, channels, C: tl.constexpr):
 
 @triton.jit
 def _affine(means, variances, weight, bias, channels, eps, C: tl.constexpr):
-    """What a batch norm does to its channels: (value - mean) * scale + shift."""
+    """The mean, scale and shift with which a batch norm computes (value - mean) * scale + shift."""
     scale = _per_channel(weight, channels, C) * tl.rsqrt(_per_channel(variances, channels, C) + eps)
     return _per_channel(means, channels, C), scale, _per_channel(bias, channels, C)
 
 
 @triton.jit
 def _activate(value, ACTIVATION: tl.constexpr):
-    """NaN stays NaN."""
+    """The activation, which keeps NaN."""
     if ACTIVATION is not None:
         value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "relu6":
@@ -62,11 +62,11 @@ def _activate(value, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _passes(value, ACTIVATION: tl.constexpr):
-    """Does the activation hand on a gradient there, given its input or its output?"""
-    found = value > 0
+    """Whether the activation passes the gradient on, from its input or its output."""
+    passes = value > 0
     if ACTIVATION == "relu6":
-        found = found & (value < 6)
-    return found
+        passes = passes & (value < 6)
+    return passes
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _store_sums(sums, part, channels, first, second, C: tl.constexpr):
 
 @triton.jit
 def _add_up(sums, channels, parts, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Both sums of all programs [1, BLOCK_C], always added in the same order."""
+    """The two sums over all programs [1, BLOCK_C], added in a fixed order."""
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, parts, BLOCK_P):
@@ -97,7 +97,7 @@ def _add_up(sums, channels, parts, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK
 def _statistics_kernel(
     x, sums, rows, parts, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Of each program fp32 [P, 2, C]: sums of x less the channel's first value, and of its square."""
+    """Each program's sums of x minus the channel's first value, and of its square, fp32 [P, 2, C]."""
     channels, part = _place(C, BLOCK_C)
     first_value = _per_channel(x, channels, C)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -153,9 +153,9 @@ def _sums_kernel(
     C: tl.constexpr, WITH_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of each program fp32 [P, 2, C]: sums of g, and of g (x - mean). After a residual and an activation, `masked` = g.
+    """Each program's sums of g and of g (x - mean), fp32 [P, 2, C]. After residual and activation, `masked` = g.
 
-    Where the activation passes a gradient follows from x, or, after a residual, from y.
+    Where the activation passes the gradient on is derived from x, or, after a residual, from y.
     """
     channels, part = _place(C, BLOCK_C)
     mean, scale, shift = _affine(means, variances, weight, bias, channels, eps, C)
@@ -181,7 +181,7 @@ def _coefficients_kernel(
     sums, means, variances, weight, coefficients, dweight, dbias, count, parts, eps,
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """a, b, c fp32 [3, C] for `count` values a channel, and the gradients of weight and bias [C]."""
+    """a, b, c fp32 [3, C] for `count` values per channel, and the gradients of weight and bias [C]."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total, products = _add_up(sums, channels, parts, C, BLOCK_P, BLOCK_C)
     inverse = tl.rsqrt(_per_channel(variances, channels, C) + eps)
@@ -201,7 +201,7 @@ def _gradient_kernel(
     dy, x, means, variances, weight, bias, coefficients, dx, rows, parts, eps,
     C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = a g + b (x - mean) + c, with g = dy where the activation hands it on."""
+    """dx = a g + b (x - mean) + c, with g = dy where the activation passes it on."""
     channels, part = _place(C, BLOCK_C)
     mean, scale, shift = _affine(means, variances, weight, bias, channels, eps, C)
     a = _per_channel(coefficients, channels, C)
@@ -218,10 +218,11 @@ def _gradient_kernel(
 
 # --- Launch -----------------------------------------------------------------------------------------------------------
 
-# Of each kernel, the elements of a tile and the most programs: the best of a sweep on an H100 (docs/kernels.md).
+# For each kernel, the elements of a tile and the maximum number of programs: the best of a sweep on an H100
+# (docs/kernels.md).
 STATISTICS, APPLY = (2048, 1056), (4096, 8448)
 SUMS, GRADIENT = (2048, 528), (2048, 4224)
-BLOCK_P, SUMMED_CHANNELS = 128, 8  # of the small kernels that add up
+BLOCK_P, SUMMED_CHANNELS = 128, 8  # for the small kernels that add up partial sums
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class Tiling:
 
 
 def tiling(rows: int, channels: int, tile: tuple[int, int]) -> Tiling:
-    """Blocks of channels that reach least beyond the last one; of equals the widest. `tile`: STATISTICS or the like."""
+    """Blocks of channels that exceed the last channel least; of equals, the widest. `tile` is STATISTICS or similar."""
     elements, programs = tile
     if channels <= 32:
         block_c = max(triton.next_power_of_2(channels), 8)
@@ -250,7 +251,7 @@ def _empty(x: Tensor, *shape: int) -> Tensor:
 
 
 def _common(x: Tensor, tile: tuple[int, int]) -> tuple[tuple[int], tuple[int, int], dict]:
-    """Grid, rows and P, and the constants of a kernel over all of x, channels last."""
+    """The grid, rows and P, and the constants of a kernel that covers x, channels last."""
     channels = x.shape[1]
     rows = x.numel() // channels
     t = tiling(rows, channels, tile)
@@ -280,7 +281,7 @@ def norm_act(
     eps: float,
     activation: str | None,
 ) -> Tensor:
-    """As the operator of that name in norm_act.py."""
+    """Implements the operator of that name in norm_act.py."""
     x = x.contiguous(memory_format=torch.channels_last)
     other = x if residual is None else residual.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(x)
@@ -304,9 +305,9 @@ def coefficients(
     activation: str | None,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first pass backward: g, which is dy itself where only x is needed to know it; [3, C]; dweight and dbias [C].
+    """The first backward pass: g (dy itself if x alone gives the mask); coefficients [3, C]; dweight and dbias [C].
 
-    `y`: the result, after a residual.
+    `y` is the result, after a residual.
     """
     channels = x.shape[1]
     grid, (rows, parts), constants = _common(x, SUMS)
@@ -316,12 +317,12 @@ def coefficients(
         dy, x, x if y is None else y, mean, var, weight, bias, masked, sums, rows, parts, eps,
         WITH_RESIDUAL=y is not None, ACTIVATION=activation, **constants,
     )  # fmt: skip
-    found, dweight, dbias = _empty(x, 3, channels), _empty(x, channels), _empty(x, channels)
+    abc, dweight, dbias = _empty(x, 3, channels), _empty(x, channels), _empty(x, channels)
     _coefficients_kernel[(-(-channels // SUMMED_CHANNELS),)](
-        sums, mean, var, weight, found, dweight, dbias, count, parts, eps,
+        sums, mean, var, weight, abc, dweight, dbias, count, parts, eps,
         C=channels, BLOCK_P=BLOCK_P, BLOCK_C=SUMMED_CHANNELS,
     )  # fmt: skip
-    return masked, found, dweight, dbias
+    return masked, abc, dweight, dbias
 
 
 def norm_act_backward(
@@ -335,13 +336,13 @@ def norm_act_backward(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the operator of that name in norm_act.py."""
+    """Implements the operator of that name in norm_act.py."""
     dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
-    given = (mean, var, weight, bias)
-    masked, found, dweight, dbias = coefficients(dy, x, y, *given, eps, activation, x.numel() // x.shape[1])
-    known = y is not None  # what the activation stops is already left out
-    dx = gradient_of_x(masked, x, *given, found, eps, None if known else activation)
-    return dx, masked if known and activation is not None else x.new_empty(0), dweight, dbias
+    norm = (mean, var, weight, bias)
+    masked, abc, dweight, dbias = coefficients(dy, x, y, *norm, eps, activation, x.numel() // x.shape[1])
+    is_masked = y is not None  # g is already masked by the activation
+    dx = gradient_of_x(masked, x, *norm, abc, eps, None if is_masked else activation)
+    return dx, masked if is_masked and activation is not None else x.new_empty(0), dweight, dbias
 
 
 def gradient_of_x(
@@ -351,12 +352,12 @@ def gradient_of_x(
     var: Tensor,
     weight: Tensor,
     bias: Tensor,
-    found: Tensor,
+    abc: Tensor,
     eps: float,
     activation: str | None,
 ) -> Tensor:
-    """The second pass backward: dx, from the coefficients [3, C] of the first."""
+    """The second backward pass: dx, from the coefficients [3, C] of the first."""
     dx = torch.empty_like(x)
     grid, sizes, constants = _common(x, GRADIENT)
-    _gradient_kernel[grid](dy, x, mean, var, weight, bias, found, dx, *sizes, eps, ACTIVATION=activation, **constants)
+    _gradient_kernel[grid](dy, x, mean, var, weight, bias, abc, dx, *sizes, eps, ACTIVATION=activation, **constants)
     return dx

@@ -1,10 +1,10 @@
-"""Batch norm, ReLU and 3x3 maximum with stride 2 in Triton, channels last: the normalised map is never stored.
+"""Batch norm, ReLU and 3x3 max-pooling with stride 2 in Triton, channels last: the normalised map is never stored.
 
-A batch norm rises or falls with x all over a channel, so the greatest of nine is found in x itself, or in -x where the
-channel's scale is negative. Forward, a program has a tile of columns and channels of the result and walks down the rows
-of a strip, as the depthwise convolution does. It keeps the value of x that was found and its place; so backward, the
-sums over a channel come from maps of the result's size, and one pass over x makes its gradient: four values of dx from
-four of dy.
+Within a channel, a batch norm is monotonic in x, so that the maximum of nine values can be found in x itself, or in -x
+if the channel's scale is negative. In the forward pass, a program has a tile of columns and channels of the result and
+iterates down the rows of a strip, as in the depthwise convolution. It stores the maximal value of x and its position.
+In the backward pass, the sums over a channel are thus computed from maps of the result's size, and one pass over x
+computes its gradient: four values of dx from four of dy.
 
 Shapes: B batch, C channels, H and W of the input, OH and OW of the output.
 """
@@ -17,19 +17,19 @@ from torch import Tensor
 from fastofa.kernels.triton_depthwise import _place
 from fastofa.kernels.triton_norm_act import _affine, _per_channel, coefficients
 
-NOWHERE = tl.constexpr(9)  # the place where the result is 0
+NOWHERE = tl.constexpr(9)  # the position if the result is 0
 
 
 @triton.jit
 def _better(best, place, value, at):
-    """The greater one, and of equals the first."""
+    """The larger value with its position; of equal values, the first."""
     greater = value > best
     return tl.where(greater, value, best), tl.where(greater, at, place)
 
 
 @triton.jit
 def _best_of_row(image, row, column, channels, height, width, sign, C: tl.constexpr):
-    """The greatest of x * sign left of each column, at it and right of it, and which of the three it is."""
+    """The maximum of x * sign left of each column, at it, and right of it, and its position among the three."""
     at = image + row * width * C + (column * C + channels)
     inside = (row >= 0) & (row < height) & (channels < C)
     inside_a, inside_b = inside & (column > 0) & (column <= width), inside & (column < width)
@@ -48,7 +48,7 @@ def _forward_kernel(
     x, means, variances, weight, bias, y, greatest, places, batch, images, height, width, rows, eps,
     C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y, greatest, places [B, OH, OW, C]. A row of x with an odd number is part of two rows of them."""
+    """y, greatest, places [B, OH, OW, C]. A row of x with an odd number contributes to two rows of them."""
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
     columns, channels, first, last, image, _ = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
     inside = (columns < out_width) & (channels < C)
@@ -65,7 +65,7 @@ def _forward_kernel(
             best, place = _better(above, above_place, middle, middle_place + 3)
             best, place = _better(best, place, below, below_place + 6)
             value = best * sign
-            flat = inside & (scale == 0)  # all equal: the first of them
+            flat = inside & (scale == 0)  # all are equal: use the first
             corner = source + tl.maximum(2 * row - 1, 0) * width * C + tl.maximum(2 * columns - 1, 0) * C + channels
             value = tl.where(flat, tl.load(corner, mask=flat, other=0.0).to(tl.float32), value)
             result = tl.maximum((value - mean) * scale + shift, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -79,7 +79,7 @@ def _forward_kernel(
 
 @triton.jit
 def _read_slope(dy, places, image, row, column, channels, out_height, out_width, C: tl.constexpr):
-    """A tile of one row of dy, and the places; nowhere outside of the map."""
+    """A tile of one row of dy and of the positions, which are NOWHERE outside of the map."""
     inside = (row < out_height) & (column < out_width) & (channels < C)
     at = image + row * out_width * C + (column * C + channels)
     slope = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
@@ -147,7 +147,7 @@ def _common(x: Tensor) -> tuple[tuple[int], tuple[int, ...], dict]:
 def norm_act_pool(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operator of that name in norm_act.py."""
+    """Implements the operator of that name in norm_act.py."""
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     size = (batch, channels, (height + 1) // 2, (width + 1) // 2)
@@ -171,11 +171,11 @@ def norm_act_pool_backward(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operator of that name in norm_act.py."""
+    """Implements the operator of that name in norm_act.py."""
     dy, x, greatest, places = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x, greatest, places))
     count = x.numel() // x.shape[1]
-    _, found, dweight, dbias = coefficients(dy, greatest, None, mean, var, weight, bias, eps, "relu", count)
+    _, abc, dweight, dbias = coefficients(dy, greatest, None, mean, var, weight, bias, eps, "relu", count)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     grid, sizes, constants = _common(x)
-    _gradient_kernel[grid](dy, places, x, mean, found, dx, *sizes, **constants)
+    _gradient_kernel[grid](dy, places, x, mean, abc, dx, *sizes, **constants)
     return dx, dweight, dbias

@@ -1,11 +1,12 @@
-"""The OFA loss in Triton: the loss of one head and one sample, or its gradient, from one read of its logits.
+"""The OFA loss in Triton: the loss of one head and one sample, or its gradient, from a single read of the logits.
 
-A program has the row z of C logits of one (head, sample). In reference.py's closed form the loss needs max, sum and sum
-of exponentials of the row, and the logits of the teacher's K classes and of the label; the gradient is one formula for
-every class but those, which are written a second time, after a barrier. Nothing of size C comes from the teacher.
+A program handles the row z of C logits of one (head, sample). In reference.py's closed form, the loss needs the row's
+maximum, sum and sum of exponentials, and the logits of the teacher's K classes and of the label. The gradient is the
+same formula for all other classes; those of the teacher and the label are written again after a barrier. Nothing of
+size C is read from the teacher.
 
-Rows of C numbers start anywhere: what lies between 16-byte boundaries is read and written 16 bytes at a time, the few
-numbers before and after, the edges, one by one.
+Rows of C elements are not aligned. The part between 16-byte boundaries is read and written 16 bytes at a time; the few
+elements before and after it, the edges, one at a time.
 
 Shapes: H heads, B batch, C classes, K classes kept of the teacher.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 
 @triton.jit
 def _power(x, exponent):
-    """x^exponent for x >= 0, 0 for 0."""
+    """x^exponent for x >= 0; 0 for x = 0."""
     return tl.where(x > 0, tl.exp2(exponent * tl.log2(tl.maximum(x, 1e-37))), 0.0)
 
 
@@ -44,7 +45,7 @@ def _teacher(
 
 @triton.jit
 def _weights(number, probs, rest, label, eps, PAPER: tl.constexpr):
-    """w_k of some classes, given their numbers and the teacher's probabilities at T."""
+    """The weights w_k of classes, from their numbers and the teacher's probabilities at T."""
     is_label = number == label
     if PAPER:
         return tl.where(is_label, _power(1.0 + probs, eps), probs)
@@ -53,7 +54,7 @@ def _weights(number, probs, rest, label, eps, PAPER: tl.constexpr):
 
 @triton.jit
 def _label_share(number, own, partner, mix, smoothing, C: tl.constexpr):
-    """What the (smoothed, mixed) label gives to some classes."""
+    """The probabilities that the (smoothed, mixed) label assigns to classes."""
     return smoothing / C + (1.0 - smoothing) * (
         tl.where(number == own, mix, 0.0) + tl.where(number == partner, 1.0 - mix, 0.0)
     )
@@ -76,12 +77,12 @@ def _statistics(z, mask, greatest, inverse_temperature, TEMPERED: tl.constexpr):
 
 
 @triton.jit
-def _write_slope(gradient, at, mask, away, by_exp, by_tempered, given, inverse_temperature, TEMPERED: tl.constexpr):
-    """dL/dz where z - greatest is `away`: both softmaxes' shares, less what label and teacher give the class."""
+def _write_slope(gradient, at, mask, away, by_exp, by_tempered, target, inverse_temperature, TEMPERED: tl.constexpr):
+    """Store dL/dz where z - greatest is `away`: both softmax terms, minus the weights that label and teacher assign."""
     if TEMPERED:
-        slope = by_exp * tl.exp(away) + by_tempered * tl.exp(away * inverse_temperature) - given
+        slope = by_exp * tl.exp(away) + by_tempered * tl.exp(away * inverse_temperature) - target
     else:
-        slope = (by_exp + by_tempered) * tl.exp(away) - given
+        slope = (by_exp + by_tempered) * tl.exp(away) - target
     tl.store(gradient + at, slope.to(gradient.dtype.element_ty), mask=mask)
 
 
@@ -92,16 +93,16 @@ def _loss_kernel(
     H: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
     PAPER: tl.constexpr, TEMPERED: tl.constexpr, WITH_LABELS: tl.constexpr, MIXED: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """row_losses fp32 [H (+ 1 with labels), B], unweighted; or, with GRADIENT, the logits' gradient [H, B, C].
+    """row_losses fp32 [H (+ 1 with labels), B], unweighted; or, with GRADIENT, the gradient of the logits [H, B, C].
 
-    `incoming`: the gradient that arrives at each head's mean [H] or, with labels, at the weighted sum [1].
+    `incoming` is the gradient of each head's mean [H] or, with labels, of the weighted sum [1].
     """
     program = tl.program_id(0)
     head, row = program // batch, (program % batch).to(tl.int64)
     base = program.to(tl.int64) * C
     ALIGNED: tl.constexpr = C % VECTOR == 0
 
-    # Between 16-byte boundaries: `inner` numbers from `first` on; before them `before`, after them `after`.
+    # `inner` elements from `first` on are between 16-byte boundaries; `before` precede and `after` follow them.
     columns = tl.arange(0, BLOCK)
     edge = tl.arange(0, 2 * VECTOR)
     if ALIGNED:
@@ -116,7 +117,7 @@ def _loss_kernel(
         edge_at = base + tl.where(edge < VECTOR, edge, before + inner + edge - VECTOR)
         at_edge = tl.where(edge < VECTOR, edge < before, edge - VECTOR < after)
 
-    # Read the row. Its first block stays in registers, which for most C is all of it.
+    # Read the row. Its first block stays in registers; for most C, that is the whole row.
     z = _read(logits, first + columns, columns < inner)
     greatest = tl.max(z)
     if not ALIGNED:
@@ -138,7 +139,7 @@ def _loss_kernel(
         tempered = tempered * tl.exp(rise * inverse_temperature if TEMPERED else rise) + more_tempered
         greatest = greater
 
-    # The label: of a mixed picture, the OFA loss enhances the heavier one.
+    # The label. For a mixed image, the OFA loss enhances the class with the larger weight.
     own = tl.load(labels + row)
     partner, mix = own, 1.0
     if MIXED:
@@ -150,7 +151,7 @@ def _loss_kernel(
         label = own
     valid = (own >= 0) & (own < C) & (partner >= 0) & (partner < C)
 
-    # The teacher: what its K classes leave, for each of the others.
+    # The teacher: the probability of each class outside its K classes.
     mass, mass_tempered = 0.0, 0.0
     for start in range(0, K, BLOCK_K):
         number, probs, at_temperature, inside = _teacher(
@@ -159,14 +160,14 @@ def _loss_kernel(
         mass += tl.sum(probs)
         mass_tempered += tl.sum(at_temperature)
         valid = valid & inside
-    valid = valid & (mass == mass)  # a NaN of the teacher's
+    valid = valid & (mass == mass)  # a NaN from the teacher
     OTHERS: tl.constexpr = C - K
     rest = 0.0
     if OTHERS > 0:
         rest = tl.maximum(1.0 - mass, 0.0) / OTHERS
         if TEMPERED:
             rest = _power(rest, inverse_temperature)
-    # At T = 1 the K probabilities are taken as they are stored, at others all are normalised.
+    # At T = 1, the K probabilities are used as stored; at other temperatures, all are normalised.
     normaliser = 1.0
     if TEMPERED:
         normaliser = 1.0 / (mass_tempered + OTHERS * rest)
@@ -215,21 +216,21 @@ def _loss_kernel(
             of_label = tl.where(is_last, gt_weight, 0.0) * scale
         by_exp = of_label / exponentials
         by_tempered = of_teacher * weight / tempered
-        given = of_teacher * w0 + of_label * smoothing / C
+        target = of_teacher * w0 + of_label * smoothing / C
 
         away = z - greatest
         at = first + columns
-        _write_slope(gradient, at, columns < inner, away, by_exp, by_tempered, given, inverse_temperature, TEMPERED)
+        _write_slope(gradient, at, columns < inner, away, by_exp, by_tempered, target, inverse_temperature, TEMPERED)
         if not ALIGNED:
             away_edge = z_edge - greatest
             _write_slope(
-                gradient, edge_at, at_edge, away_edge, by_exp, by_tempered, given, inverse_temperature, TEMPERED
+                gradient, edge_at, at_edge, away_edge, by_exp, by_tempered, target, inverse_temperature, TEMPERED
             )
         for start in range(BLOCK, C, BLOCK):
             at = first + start + columns
             here = columns < inner - start
             away = _read(logits, at, here) - greatest
-            _write_slope(gradient, at, here, away, by_exp, by_tempered, given, inverse_temperature, TEMPERED)
+            _write_slope(gradient, at, here, away, by_exp, by_tempered, target, inverse_temperature, TEMPERED)
 
         tl.debug_barrier()
         for start in range(0, K, BLOCK_K):
@@ -239,9 +240,9 @@ def _loss_kernel(
             known = number >= 0
             at_k = base + number
             away_k = tl.load(logits + at_k, mask=known, other=0.0).to(tl.float32) - greatest
-            given_k = of_teacher * _weights(number, at_temperature * normaliser, rest, label, power, PAPER)
-            given_k += of_label * _label_share(number, own, partner, mix, smoothing, C)
-            _write_slope(gradient, at_k, known, away_k, by_exp, by_tempered, given_k, inverse_temperature, TEMPERED)
+            target_k = of_teacher * _weights(number, at_temperature * normaliser, rest, label, power, PAPER)
+            target_k += of_label * _label_share(number, own, partner, mix, smoothing, C)
+            _write_slope(gradient, at_k, known, away_k, by_exp, by_tempered, target_k, inverse_temperature, TEMPERED)
         given_own = of_teacher * tl.where(own == label, label_weight, w0)
         given_own += of_label * _label_share(own, own, partner, mix, smoothing, C)
         is_new = valid & (own_known == 0)
@@ -263,7 +264,7 @@ def _loss_kernel(
             )
 
 
-# --- Means over the batch, always summed in the same order ------------------------------------------------------------
+# --- Means over the batch, summed in a fixed order --------------------------------------------------------------------
 
 
 @triton.jit
@@ -297,44 +298,44 @@ def _total_kernel(row_losses, losses, batch, gt_weight, kd_weight, ofa_weight, H
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
-TEACHERS = 6  # arguments between the logits and those of the labels
+TEACHERS = 6  # number of arguments between the logits and those of the labels
 
 
 def block_sizes(num_classes: int, topk: int) -> tuple[int, int, int]:
-    """Logits and teacher's classes a program takes at a time, and its warps: 8 logits a thread, 16 in long rows."""
+    """Logits and teacher's classes per block, and warps of a program: 8 logits per thread, 16 in long rows."""
     block = min(max(triton.next_power_of_2(num_classes), 256), 4096)
     return block, min(triton.next_power_of_2(topk), 1024), min(block // 256, 8)
 
 
 def losses(logits: Tensor, *arguments: Any) -> Tensor:
-    """As the operators in ofa_loss.py: each head's loss [H] or, with all of the arguments, the objective's [4]."""
+    """Implements the operators in ofa_loss.py: each head's loss [H] or, with all arguments, the objective [4]."""
     heads, batch = logits.shape[:2]
     with_labels = len(arguments) > TEACHERS
-    found = logits.new_empty(4 if with_labels else heads, dtype=torch.float32)
+    result = logits.new_empty(4 if with_labels else heads, dtype=torch.float32)
     if not batch:
-        return found.zero_()
+        return result.zero_()
     row_losses = logits.new_empty(heads + with_labels, batch, dtype=torch.float32)
     weights = _launch(logits, row_losses, row_losses, logits, False, *arguments)
     if with_labels:
-        _total_kernel[(1,)](row_losses, found, batch, *weights, H=heads, BLOCK=1024)
+        _total_kernel[(1,)](row_losses, result, batch, *weights, H=heads, BLOCK=1024)
     else:
-        _heads_kernel[(heads,)](row_losses, found, batch, BLOCK=1024)
-    return found
+        _heads_kernel[(heads,)](row_losses, result, batch, BLOCK=1024)
+    return result
 
 
 def gradient(incoming: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
-    """Of the logits, contiguous and in their dtype, given the gradient of the heads' losses [H] or of the total [1]."""
-    found = logits.new_empty(logits.shape)
-    if len(found[0]):
-        _launch(logits, incoming.contiguous(), incoming, found, True, *arguments)
-    return found
+    """The gradient of the logits, contiguous, in their dtype, from that of the heads' losses [H] or the total [1]."""
+    out = logits.new_empty(logits.shape)
+    if len(out[0]):
+        _launch(logits, incoming.contiguous(), incoming, out, True, *arguments)
+    return out
 
 
 def _launch(
     logits: Tensor,
     incoming: Tensor,
     row_losses: Tensor,
-    found: Tensor,
+    out: Tensor,
     gradient: bool,
     labels: Tensor,
     classes: Tensor,
@@ -347,7 +348,7 @@ def _launch(
     partner_labels: Tensor | None = None,
     mix: Tensor | None = None,
 ) -> Sequence[float]:
-    """One program a row; gives the weights of gt, kd and ofa."""
+    """Launch one program per row; returns the weights of gt, kd and ofa."""
     heads, batch, num_classes = logits.shape
     gt_kd_ofa = weights or (0.0, 1.0, 1.0)
     block, block_k, num_warps = block_sizes(num_classes, classes.shape[1])
@@ -361,7 +362,7 @@ def _launch(
         eps.contiguous(),
         incoming,
         row_losses,
-        found,
+        out,
         batch,
         *gt_kd_ofa,
         smoothing,

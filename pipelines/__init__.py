@@ -1,4 +1,4 @@
-"""Pipelines: (data set, view table, order) -> batches of pixels. Deterministic: all randomness is in the table.
+"""Pipelines: (data set, view table, order) -> batches of images. They are deterministic: the table has all randomness.
 
 pipeline = open_pipeline("auto", dataset, image_size=224, batch_size=256)
 for batch in pipeline.epoch(views, order, start=0):
@@ -29,21 +29,24 @@ PIPELINES = {
 }
 
 
-SMALL = 0.25  # share of the free device memory that a pack may take to be kept there without being asked for
+SMALL = 0.25  # fraction of the free device memory up to which `choose` keeps a pack on the device
 
 
 class Pipeline(Protocol):
-    """What every pipeline offers."""
+    """The interface of every pipeline."""
 
     def epoch(
         self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
     ) -> Generator[Batch, None, None]:
-        """Batches of `order` (rows of `views`) from position `start` on; the last one may be smaller.
+        """Yield the batches of `order` from position `start` on; the last one may be smaller.
 
-        Threads or processes may work for it until it is exhausted or closed.
+        Threads or processes may run until the generator is exhausted or closed.
 
         Args:
-            image_size: S in pixels, for this epoch only; None: as the pipeline was opened.
+            views: the view table.
+            order: int64, rows of `views`.
+            start: position in `order` at which to start.
+            image_size: S in pixels, for this epoch only; None for the size with which the pipeline was opened.
         """
         ...
 
@@ -57,20 +60,21 @@ def open_pipeline(
     workers: int = 0,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Pipeline:
-    """A pipeline by name.
+    """Open a pipeline by name.
 
     Args:
-        name: "resident" (the data set in device memory), "packed" (a pack on the disk), "ffcv" (a .beton),
-            "dali" (a folder), "torchvision" (anything, by worker processes), or "auto": see `choose`, whose choice is
-            printed.
+        name: "resident" (the data set in device memory), "packed" (a pack on disk), "ffcv" (a .beton), "dali" (a
+            folder), "torchvision" (any data set, with worker processes), or "auto", which reports the choice of
+            `choose`.
         dataset: a `fastofa.data.dataset.Dataset`.
-        image_size, batch_size: of the batches it makes, in pixels and samples.
-        device: where the batches end up.
-        workers: decoding processes of the torchvision pipeline (0: in this process), threads of the others.
-        normalize: (mean, std) for floating images (bf16, on a CPU fp32); None: uint8 images.
+        image_size: S, the side of the images in pixels.
+        batch_size: samples per batch.
+        device: the device of the batches.
+        workers: decoder processes of the torchvision pipeline (0: decode in this process), or threads of the others.
+        normalize: (mean, std) of RGB in 0..1 for normalised images (bf16, on a CPU fp32); None for uint8 images.
 
     Raises:
-        BadInput: an unknown name, or a data set that the pipeline cannot serve.
+        BadInput: an unknown name, or a data set that the pipeline does not support.
     """
     if name == "auto":
         name, reason = choose(dataset, torch.device(device))
@@ -87,13 +91,13 @@ def open_pipeline(
 
 
 def choose(dataset: Any, device: torch.device) -> tuple[str, str]:
-    """The pipeline for this data set and device, and why."""
+    """The name of the pipeline for this data set and device, and the reason."""
     if dataset.pixels is None:
         if dataset.file is None:
-            return "torchvision", "the pictures are files"
-        return "ffcv", f"{dataset.spec} has FFCV's format"
+            return "torchvision", "the images are separate files"
+        return "ffcv", f"{dataset.spec} is in FFCV's format"
     if dataset.file is None:
-        return "resident", "the pictures are one array in memory"
+        return "resident", "the images are one array in memory"
     if device.type == "cuda" and dataset.pixels.nbytes <= torch.cuda.mem_get_info(device)[0] * SMALL:
         return "resident", f"{dataset.spec} takes less than {SMALL:.0%} of the free device memory"
     return "packed", f"{dataset.spec} has pixels of one size"
@@ -101,7 +105,7 @@ def choose(dataset: Any, device: torch.device) -> tuple[str, str]:
 
 @functools.cache
 def _say(line: str) -> None:
-    """Once, on the first of several ranks."""
+    """Print a notice once, on rank 0 only."""
     if torchrun.is_main():
         notice(line)
 

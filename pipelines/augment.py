@@ -1,10 +1,10 @@
-"""From cropped and flipped pictures to what the student sees: one function, for every pipeline and both devices.
+"""Augmentation of cropped and flipped images: operations, mixing and erasing, for every pipeline, on CPU and GPU.
 
 rows = with_partners(views, order[:256])
-images = ...                                  # the pictures of `rows`, cropped and flipped
-images = augment(images, views, rows, 256)    # of the first 256 of them
+images = ...                                  # the images of `rows`, cropped and flipped
+images = augment(images, views, rows, 256)    # the first 256 of them, augmented
 
-Which pictures an operation changes is worked out on the CPU, where the table is, so nothing here waits for a GPU.
+The images that an operation changes are selected on the CPU, where the table is, so that nothing waits for a GPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,31 +17,35 @@ from fastofa.kernels import augment as kernels
 from fastofa.views.rand_augment import OPS
 from fastofa.views.table import Views, pixel_boxes
 
-IN_CACHE = 100_000  # pixels
-# glibc gives large blocks back to the system when they are freed, and then the system has to clear new ones for every
-# operation, which takes longer than the operation. One block freed that is larger makes it keep them (mallopt(3)).
+CACHE_PIXELS = 100_000  # pixels whose intermediate results fit into a CPU's cache
+# glibc returns large blocks to the system when they are freed. The system then has to clear new ones for every
+# operation, which takes longer than the operation. Freeing one larger block raises the threshold (mallopt(3)), so that
+# glibc keeps them.
 torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def with_partners(views: Views, rows: np.ndarray) -> np.ndarray:
-    """The rows of a batch, and after them those partners that are not among them (none, if the order keeps pairs)."""
+    """The rows of a batch, followed by the partners that are not among them (none if the order keeps pairs together).
+
+    int64 [B] -> int64 [M], M >= B.
+    """
     if views.partner is None:
         return rows
     return np.concatenate([rows, np.setdiff1d(views.partner[rows], rows)])
 
 
 def augment(images: Tensor, views: Views, rows: np.ndarray, count: int) -> Tensor:
-    """uint8 [M, 3, S, S] of the table's `rows` -> [count, 3, S, S]: operations, mixing with the partner, erasing.
+    """Apply the table's operations, mixing and erasing: uint8 [M, 3, S, S] of `rows` [M] -> uint8 [count, 3, S, S].
 
-    The order is the published code's, whose loader erases on the device after its collate function has mixed. `images`
-    may be written over.
+    The order is that of the published code: its collate function mixes, then its loader erases on the device. `images`
+    may be overwritten.
     """
-    images = _operated(images, views.take(rows), views.mean)
-    images = _mixed(images, views.take(rows), rows, count)
-    return _erased(images, views.take(rows[:count]))
+    images = _apply_operations(images, views.take(rows), views.mean)
+    images = _mix(images, views.take(rows), rows, count)
+    return _erase(images, views.take(rows[:count]))
 
 
-def _operated(images: Tensor, table: Views, mean: Sequence[float]) -> Tensor:
+def _apply_operations(images: Tensor, table: Views, mean: Sequence[float]) -> Tensor:
     if table.ops is None or table.amounts is None:
         return images
     red, green, blue = (min(255, round(255 * value)) for value in mean)
@@ -53,7 +57,7 @@ def _operated(images: Tensor, table: Views, mean: Sequence[float]) -> Tensor:
     return images
 
 
-def _mixed(images: Tensor, table: Views, rows: np.ndarray, count: int) -> Tensor:
+def _mix(images: Tensor, table: Views, rows: np.ndarray, count: int) -> Tensor:
     if table.partner is None or table.mix is None or table.mix_box is None:
         return images
     by_row = np.argsort(rows, kind="stable")
@@ -61,17 +65,17 @@ def _mixed(images: Tensor, table: Views, rows: np.ndarray, count: int) -> Tensor
     is_cut = table.mix_box[:count, 2] > 0
     blended, cut = np.flatnonzero((table.mix[:count] < 1) & ~is_cut), np.flatnonzero(is_cut)
     mixed = images[:count].clone(memory_format=torch.preserve_format)
-    for which, kernel, given in (
+    for which, kernel, parameters in (
         (blended, kernels.mixup, table.mix),
         (cut, kernels.cutmix, pixel_boxes(table.mix_box, images.shape[-1])),
     ):
         for part in _parts(which, images):
             own, other = _get(images, part), _get(images, partner[part])
-            _put(mixed, part, kernel(own, other, torch.from_numpy(given[part])))
+            _put(mixed, part, kernel(own, other, torch.from_numpy(parameters[part])))
     return mixed
 
 
-def _erased(images: Tensor, table: Views) -> Tensor:
+def _erase(images: Tensor, table: Views) -> Tensor:
     if table.erase is None or table.noise is None:
         return images
     boxes = pixel_boxes(table.erase, images.shape[-1])
@@ -82,14 +86,14 @@ def _erased(images: Tensor, table: Views) -> Tensor:
 
 
 def _parts(which: np.ndarray, images: Tensor) -> Iterator[np.ndarray]:
-    """On a CPU a few pictures at a time, so that what comes in between stays in the processor's cache."""
-    at_once = max(1, IN_CACHE // images.shape[-1] ** 2) if images.device.type == "cpu" else max(1, len(which))
+    """Split indices of images: on a CPU into few at a time, so that intermediate results stay in its cache."""
+    at_once = max(1, CACHE_PIXELS // images.shape[-1] ** 2) if images.device.type == "cpu" else max(1, len(which))
     for first in range(0, len(which), at_once):
         yield which[first : first + at_once]
 
 
 def _get(images: Tensor, which: np.ndarray) -> Tensor:
-    """These pictures of a channels-last batch; whole rows of memory, which is much faster than images[which]."""
+    """Select images of a channels-last batch. Copying contiguous memory is much faster than images[which]."""
     at = torch.from_numpy(which).to(images.device, non_blocking=True)
     return images.permute(0, 2, 3, 1).index_select(0, at).permute(0, 3, 1, 2)
 
@@ -103,7 +107,7 @@ def _put(images: Tensor, which: np.ndarray, values: Tensor) -> None:
 
 
 def shares(views: Views, rows: np.ndarray, size: int) -> np.ndarray:
-    """float32 [B]: each row's own share of its picture, of cutmix counted in the pixels of a picture of `size`."""
+    """float32 [B]: the weight of each row's own label; for cutmix, its fraction of the pixels at image size `size`."""
     assert views.mix is not None
     assert views.mix_box is not None
     top, left, bottom, right = pixel_boxes(views.mix_box[rows], size).T

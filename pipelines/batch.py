@@ -1,4 +1,4 @@
-"""What a pipeline yields."""
+"""The batches that a pipeline yields."""
 
 import functools
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ class Batch(NamedTuple):
     labels: Tensor
     """int64 [B]."""
     sample_ids: Tensor
-    """int64 [B]: positions in the data set."""
+    """int64 [B]: indices into the data set."""
     rows: Tensor
-    """int64 [B]: of the view table and of the teacher's targets; equal to sample_ids unless views are joined."""
+    """int64 [B]: rows of the view table and of the teacher's targets; equal to sample_ids unless views are joined."""
     partner_labels: Tensor | None = None
-    """int64 [B]: of the pictures mixed in; None where the views do not mix."""
+    """int64 [B]: labels of the images mixed in; None if the views do not mix."""
     mix: Tensor | None = None
-    """float32 [B]: share of its own label, the rest is the partner's; None where the views do not mix."""
+    """float32 [B]: weight of the sample's own label, the rest is the partner's; None if the views do not mix."""
 
 
 def make_batch(
@@ -36,7 +36,10 @@ def make_batch(
     rows: np.ndarray,
     normalize: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Batch:
-    """Finished uint8 pictures of the table's `rows`, with what belongs to them; `labels` [N] of the whole data set."""
+    """A batch from augmented images, uint8 [B, 3, S, S], of the table's `rows` [B].
+
+    `labels` are those of the whole data set, int64 [N], on the device. `normalize` is as in `open_pipeline`.
+    """
 
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(labels.device, non_blocking=True)
@@ -50,15 +53,15 @@ def make_batch(
 
 
 def normalized(images: Tensor, normalize: tuple[Sequence[float], Sequence[float]] | None) -> Tensor:
-    """uint8 pixels as they are, or scaled to 0..1 and normalised: bf16 on a GPU, fp32 on a CPU."""
+    """uint8 [B, 3, S, S], unchanged or normalised by (mean, std) of RGB in 0..1: bf16 on a GPU, fp32 on a CPU."""
     if normalize is None:
         return images
-    mean, std = (_of_colours(tuple(values), images.device) for values in normalize)
+    mean, std = (_rgb_tensor(tuple(values), images.device) for values in normalize)
     values = (images.to(torch.float32) / 255 - mean) / std
     return values.to(torch.bfloat16 if images.is_cuda else torch.float32)
 
 
 @functools.cache
-def _of_colours(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [1, 3, 1, 1], made once: a GPU is waited for while it is given them."""
+def _rgb_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [1, 3, 1, 1], cached because the copy to a GPU waits for it."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)

@@ -1,10 +1,10 @@
-"""NVIDIA DALI: files are read, decoded within the crop, resized and flipped by its threads, or decoded by the GPU.
+"""NVIDIA DALI: its threads read files, decode the crop, resize and flip; with a GPU, the GPU decodes.
 
-What DALI cannot decode, and what may be damaged without its telling, is read by `Dataset.read`: that names a damaged
-file, and knows kinds that DALI does not.
+Files that DALI cannot decode, or that may be damaged without a DALI error, are read by `Dataset.read`, which names a
+damaged file and supports formats that DALI does not.
 
-Of a crop's edge DALI's resizing repeats the outermost pixels, where torchvision's filter ends: the outermost pixels of
-the output differ a little, and the mean of a picture the more, the smaller it is.
+At the edges of a crop, DALI's resizing repeats the outermost pixels, whereas torchvision truncates its filter. The
+outermost pixels of the output therefore differ slightly; the smaller an image, the more this changes its mean.
 """
 
 from collections import deque
@@ -29,22 +29,22 @@ try:
     from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 except (ImportError, OSError) as error:
     raise BadInput(
-        f"pipeline dali: needs DALI ({error}); `fastofa doctor` says how to get it, or use --pipeline torchvision"
+        f"pipeline dali: needs DALI ({error}); `fastofa doctor` says how to install it, or use --pipeline torchvision"
     ) from None
 
 JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
 class Pipeline:
-    """See `fastofa.pipelines.open_pipeline`. Needs a folder of pictures."""
+    """See `fastofa.pipelines.open_pipeline`. Needs a folder of images."""
 
     hardware_share = 0.9
-    """Share of the JPEGs that a GPU's JPEG unit decodes, where it has one (A100, H100); its cores take the others."""
+    """Fraction of the JPEGs decoded by a GPU's JPEG unit, if it has one (A100, H100); its cores decode the others."""
 
     def __init__(self, request: Request) -> None:
         dataset = request.dataset
         if dataset.root is None:
-            raise BadInput(f"pipeline dali: expected a folder of pictures, got {dataset.spec}; use --pipeline auto")
+            raise BadInput(f"pipeline dali: expected a folder of images, got {dataset.spec}; use --pipeline auto")
         self.dataset, self.device, self.workers = dataset, request.device, request.workers
         self.image_size, self.batch_size, self.normalize = request.image_size, request.batch_size, request.normalize
         self.sizes = dataset.stored_sizes
@@ -54,40 +54,40 @@ class Pipeline:
         self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
     ) -> Generator[Batch, None, None]:
         size = image_size or self.image_size
-        coming = deque((rows, with_partners(views, rows)) for rows in batches(views, order, start, self.batch_size))
-        while coming:
-            dali = self._build(views, [needed for _, needed in coming], size)
+        pending = deque((rows, with_partners(views, rows)) for rows in batches(views, order, start, self.batch_size))
+        while pending:
+            dali = self._build(views, [all_rows for _, all_rows in pending], size)
             failed = False
-            while coming and not failed:
-                rows, needed = coming.popleft()
+            while pending and not failed:
+                rows, all_rows = pending.popleft()
                 try:
-                    images = self._run(dali, views, needed, size)
-                except RuntimeError as error:  # after which a DALI pipeline is of no use
-                    notice(f"pipeline dali: reads a batch by torchvision, since DALI says: {_first_line(error)}")
-                    images, failed = self._slowly(views, needed, size), True
-                images = augment(images, views, needed, len(rows))
+                    images = self._run(dali, views, all_rows, size)
+                except RuntimeError as error:  # the DALI pipeline cannot be used after it
+                    notice(f"pipeline dali: reads a batch with torchvision because DALI failed: {_first_line(error)}")
+                    images, failed = self._read(views, all_rows, size), True
+                images = augment(images, views, all_rows, len(rows))
                 yield make_batch(images, self.labels, views, rows, self.normalize)
 
-    def _build(self, views: Views, wanted: list[np.ndarray], image_size: int) -> Any:
-        """A DALI pipeline whose runs give the pictures of `wanted`, one batch of the table's rows after the other.
+    def _build(self, views: Views, row_batches: list[np.ndarray], image_size: int) -> Any:
+        """A DALI pipeline that returns one batch per run, for the table's rows in `row_batches`.
 
-        And of each the file's bytes, and the height and width of the whole.
+        For each row it returns the cropped image, the bytes of the file, and the shape of the whole image.
         """
 
         def source() -> Iterator[tuple[Any, ...]]:
-            for rows in wanted:
+            for rows in row_batches:
                 ids, table = samples_of(rows, len(self.sizes)), views.take(rows)
                 paths = [np.frombuffer(str(self.dataset.path(i)).encode(), np.uint8) for i in ids]
                 boxes = table.boxes(self.sizes[ids])
                 size = np.full((len(ids), 2), image_size, np.float32)
-                size[table.flip, 1] *= -1  # a negative width mirrors
+                size[table.flip, 1] *= -1  # a negative width flips the image
                 yield paths, boxes[:, :2].astype(np.int32), boxes[:, 2:].astype(np.int32), size
 
         on_gpu = self.device.type == "cuda"
-        most = max(len(rows) for rows in wanted)
+        largest = max(len(rows) for rows in row_batches)
 
         @pipeline_def(
-            batch_size=most,
+            batch_size=largest,
             num_threads=max(self.workers, 1),
             device_id=(self.device.index or 0) if on_gpu else None,
             exec_dynamic=True,
@@ -107,21 +107,22 @@ class Pipeline:
         return dali
 
     def _run(self, dali: Any, views: Views, rows: np.ndarray, size: int) -> Tensor:
-        """uint8 [M, 3, S, S] on the device. Raises RuntimeError: DALI cannot read this batch, or one after it."""
-        # Bound to the stream that reads them: DALI takes their memory back when the tensor is gone, which it is while
-        # kernels still wait to read it; it must not be used again before that stream has done so.
+        """uint8 [M, 3, S, S] on the device. Raises RuntimeError if DALI cannot read this batch or one after it."""
+        # The outputs are bound to the stream that reads them. DALI reclaims their memory when the tensor is deleted,
+        # while kernels may still wait to read it; DALI must not reuse it before that stream has finished.
         images, files, shapes = dali.run(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
         images = to_torch_tensor(images.as_tensor(), copy=False).permute(0, 3, 1, 2)
-        is_cut = np.array([_is_cut(np.asarray(file)) for file in files])
-        is_other = (np.asarray(shapes.as_tensor())[:, :2] != self.sizes[samples_of(rows, len(self.sizes))]).any(axis=1)
-        doubtful = np.flatnonzero(is_cut | is_other)
-        if len(doubtful):
-            at = torch.from_numpy(doubtful).to(self.device)
-            images[at] = self._slowly(views, rows[doubtful], size)
+        is_truncated = np.array([_is_truncated(np.asarray(file)) for file in files])
+        expected = self.sizes[samples_of(rows, len(self.sizes))]
+        is_other_size = (np.asarray(shapes.as_tensor())[:, :2] != expected).any(axis=1)
+        suspect = np.flatnonzero(is_truncated | is_other_size)
+        if len(suspect):
+            at = torch.from_numpy(suspect).to(self.device)
+            images[at] = self._read(views, rows[suspect], size)
         return images
 
-    def _slowly(self, views: Views, rows: np.ndarray, size: int) -> Tensor:
-        """The same through torchvision. Raises BadInput, naming a file that is damaged."""
+    def _read(self, views: Views, rows: np.ndarray, size: int) -> Tensor:
+        """Same as `_run`, with torchvision, which is slower. Raises BadInput for a damaged file, naming it."""
         table, ids = views.take(rows), samples_of(rows, len(self.sizes))
         images = torch.empty(len(ids), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for out, i, box, flip in zip(images, ids, table.boxes(self.sizes[ids]).tolist(), table.flip, strict=True):
@@ -129,8 +130,8 @@ class Pipeline:
         return images.to(self.device)
 
 
-def _is_cut(file: np.ndarray) -> bool:
-    """A JPEG without its end? Then DALI makes up what is missing."""
+def _is_truncated(file: np.ndarray) -> bool:
+    """Whether it is a JPEG without an end marker, whose missing pixels DALI fills in silently."""
     return file[:2].tobytes() == JPEG_BEGIN and file[-2:].tobytes() != JPEG_END
 
 

@@ -1,9 +1,9 @@
-"""A .beton, FFCV's format: threads decode its JPEGs, or take its pixels, where they lie in the mapped file, and crop.
+"""A .beton, FFCV's format: threads decode JPEGs from the memory-mapped file, or use its pixels, and crop.
 
-FFCV's own Loader is not used: its decoder takes libjpeg's quick DCT and its resizing averages areas, where this has the
-very pixels of the torchvision pipeline, and is faster (bench/results/loaders_cpu.json). Besides, its random crops
-cannot be told, each Loader compiles anew, its batches are overwritten while they are used, and one that is left early
-leaks a thread.
+FFCV's own Loader is not used. Its decoder uses libjpeg's fast DCT and its resizing averages areas, whereas this
+pipeline gives the same pixels as the torchvision pipeline, and is faster (bench/results/loaders_cpu.json). Also, the
+Loader does not accept given crops, every Loader compiles its code again, its batches are overwritten while they are in
+use, and stopping early leaks a thread.
 """
 
 import numpy as np
@@ -21,11 +21,11 @@ class Pipeline(Threaded):
     def __init__(self, request: Request) -> None:
         dataset = request.dataset
         if dataset.spans is None or dataset.pixels is not None:
-            raise BadInput(f"pipeline ffcv: expected a .beton, got {dataset.spec}; `fastofa write` makes one")
+            raise BadInput(f"pipeline ffcv: expected a .beton, got {dataset.spec}; `fastofa write` writes one")
         super().__init__(request)
         self.spans = dataset.spans
         self.bytes = np.frombuffer(map_file(dataset.file), np.uint8)
 
-    def picture(self, sample_id: int) -> Tensor:
+    def read(self, sample_id: int) -> Tensor:
         begin, count = self.spans[sample_id].tolist()
         return self.dataset.unpack(sample_id, self.bytes[begin : begin + count])

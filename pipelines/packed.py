@@ -1,4 +1,4 @@
-"""A pack on the disk: threads gather the rows of a batch, the GPU crops them. Without a GPU the threads crop."""
+"""A pack on disk: threads gather the images of a batch and the GPU crops them. Without a GPU, the threads crop."""
 
 from collections.abc import Callable
 
@@ -14,21 +14,21 @@ from fastofa.views.table import Views, samples_of
 
 
 class Cropped(Threaded):
-    """The threads crop."""
+    """Threads crop."""
 
     def __init__(self, request: Request) -> None:
         dataset = request.dataset
         if dataset.pixels is None:
-            raise BadInput(f"pipeline packed: expected a .pack, got {dataset.spec}; `fastofa write` makes one")
+            raise BadInput(f"pipeline packed: expected a .pack, got {dataset.spec}; `fastofa write` writes one")
         super().__init__(request)
         self.pixels = dataset.pixels
 
-    def picture(self, sample_id: int) -> Tensor:
+    def read(self, sample_id: int) -> Tensor:
         return torch.from_numpy(self.pixels[sample_id]).permute(2, 0, 1)
 
 
 class Gathered(Cropped):
-    """The threads gather whole pictures, a GPU crops them."""
+    """Threads gather whole images, and a GPU crops them."""
 
     def _extent(self, size: int) -> tuple[int, int]:
         return self.pixels.shape[1:3]
@@ -39,12 +39,12 @@ class Gathered(Cropped):
 
         return copy
 
-    def _arrived(self, images: Tensor, views: Views, needed: np.ndarray, size: int) -> Tensor:
-        boxes = views.take(needed).boxes(self.sizes[samples_of(needed, len(self.sizes))])
-        pixels, box, flip = self._sent(images, torch.from_numpy(boxes), torch.from_numpy(views.flip[needed]))
+    def _to_gpu(self, images: Tensor, views: Views, rows: np.ndarray, size: int) -> Tensor:
+        boxes = views.take(rows).boxes(self.sizes[samples_of(rows, len(self.sizes))])
+        pixels, box, flip = self._copy(images, torch.from_numpy(boxes), torch.from_numpy(views.flip[rows]))
         return crop_resize(pixels, box, flip, size)
 
 
 def Pipeline(request: Request) -> Cropped:
-    """See `fastofa.pipelines.open_pipeline`. Needs pixels in one array, as a pack has them."""
+    """See `fastofa.pipelines.open_pipeline`. Needs pixels in one array, such as a pack's."""
     return Gathered(request) if request.device.type == "cuda" else Cropped(request)

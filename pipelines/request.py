@@ -1,4 +1,4 @@
-"""What is asked of a pipeline."""
+"""The arguments with which a pipeline is opened."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ class Request:
     dataset: Any
     """A `fastofa.data.dataset.Dataset`."""
     image_size: int
-    """Side of the pictures in pixels, where an epoch asks for no other."""
+    """Side of the images in pixels, unless an epoch overrides it."""
     batch_size: int
     device: torch.device
     workers: int
-    """Decoding processes or threads."""
+    """Decoder processes or threads."""
     normalize: tuple[Sequence[float], Sequence[float]] | None
-    """Mean and std for floating images; None: uint8."""
+    """Mean and std of RGB in 0..1 for normalised images; None for uint8 images."""

@@ -1,4 +1,4 @@
-"""The data set as uint8 in device memory; crop, resize, flip and augmentation there."""
+"""The data set as uint8 in device memory, where it is cropped, resized, flipped and augmented."""
 
 from collections.abc import Generator
 
@@ -18,7 +18,7 @@ from fastofa.views.table import Views, samples_of
 
 
 class Pipeline:
-    """See `fastofa.pipelines.open_pipeline`. Needs pictures of one size."""
+    """See `fastofa.pipelines.open_pipeline`. Needs images of one size."""
 
     def __init__(self, request: Request) -> None:
         dataset, self.device = request.dataset, request.device
@@ -27,7 +27,7 @@ class Pipeline:
         smallest, largest = self.sizes.min(axis=0), self.sizes.max(axis=0)
         if (smallest != largest).any():
             raise BadInput(
-                f"pipeline resident: expected pictures of one size, got heights {smallest[0]}..{largest[0]} and widths "
+                f"pipeline resident: expected images of one size, got heights {smallest[0]}..{largest[0]} and widths "
                 f"{smallest[1]}..{largest[1]}; use --pipeline auto"
             )
         if self.device.type == "cuda":
@@ -36,7 +36,7 @@ class Pipeline:
             pixels = torch.stack([dataset.read(i).permute(1, 2, 0) for i in range(len(dataset))])
         else:
             pixels = torch.from_numpy(dataset.pixels)
-        self.pixels = pixels.to(self.device)  # uint8 [N, H, W, 3]; on a CPU an array or a pack itself, not a copy
+        self.pixels = pixels.to(self.device)  # uint8 [N, H, W, 3]; on a CPU not a copy of the array or pack
         self.labels = torch.from_numpy(dataset.labels).to(self.device)
 
     def epoch(
@@ -44,13 +44,13 @@ class Pipeline:
     ) -> Generator[Batch, None, None]:
         size = image_size or self.image_size
         for rows in batches(views, order, start, self.batch_size):
-            needed = with_partners(views, rows)
-            crops = self._crops(views.take(needed), samples_of(needed, len(self.sizes)), size)
-            images = augment(crops, views, needed, len(rows))
+            all_rows = with_partners(views, rows)
+            crops = self._crops(views.take(all_rows), samples_of(all_rows, len(self.sizes)), size)
+            images = augment(crops, views, all_rows, len(rows))
             yield make_batch(images, self.labels, views, rows, self.normalize)
 
     def _crops(self, views: Views, ids: np.ndarray, size: int) -> Tensor:
-        """uint8 [B, 3, S, S]: row b of the views applied to picture ids[b]."""
+        """uint8 [B, 3, S, S]: row b of the views applied to image ids[b]."""
         boxes = views.boxes(self.sizes[ids])
         if self.device.type != "cpu":
             box, flip, at = (torch.from_numpy(v).to(self.device, non_blocking=True) for v in (boxes, views.flip, ids))
@@ -61,10 +61,13 @@ class Pipeline:
         return images
 
 
-def check_memory(need: int, device: torch.device, spec: str) -> None:
-    """Say what the pictures take of the device's memory. Raises BadInput if there is not as much left."""
+def check_memory(required: int, device: torch.device, spec: str) -> None:
+    """Report how much device memory the images take, in bytes `required`. Raises BadInput if less is free."""
     free, total = torch.cuda.mem_get_info(device)
-    text = f"{spec} takes {need / 2**30:.1f} GiB of {device}'s {total / 2**30:.0f} GiB, {free / 2**30:.1f} GiB are free"
-    if need > free:
+    text = (
+        f"{spec} takes {required / 2**30:.1f} GiB of {device}'s {total / 2**30:.0f} GiB, {free / 2**30:.1f} GiB are "
+        "free"
+    )
+    if required > free:
         raise BadInput(f"pipeline resident: {text}; use --pipeline packed, or write a smaller --size")
     notice(f"pipeline resident: {text}")

@@ -1,6 +1,6 @@
-"""Threads make the batches that come next while one is used; a GPU gets them on a stream of its own.
+"""Threads prepare the next batches while one is in use; they are copied to a GPU on a stream of their own.
 
-What a thread does should release the GIL: decoding, resizing and copying do.
+The work of a thread should release the GIL, as decoding, resizing and copying do.
 """
 
 from abc import ABC, abstractmethod
@@ -24,29 +24,29 @@ from fastofa.system.interrupt import PATIENCE_S, waiting
 from fastofa.views.order import batches
 from fastofa.views.table import Views, samples_of
 
-AHEAD = 2  # batches that are made while another is used
-QUEUED = 4  # batches that wait for a GPU; of steps that are one launch each, a CPU queues a thousand, all in memory
+AHEAD = 2  # batches that are prepared while another is in use
+MAX_QUEUED = 4  # batches that wait for a GPU; without a limit, a CPU queues up to a thousand steps of one launch each
 
 
-class Filled(NamedTuple):
-    """What the threads make of a batch."""
+class HostBatch(NamedTuple):
+    """A batch in host memory, as the threads prepare it."""
 
     rows: np.ndarray
-    """int64 [B], of the view table."""
-    needed: np.ndarray
-    """int64 [M]: the same, and of partners that are not among them."""
+    """int64 [B]: rows of the view table."""
+    all_rows: np.ndarray
+    """int64 [M]: the same rows, followed by partners that are not among them."""
     images: Tensor
-    """uint8 [M, H, W, 3] in host memory, pinned where a GPU is to have them."""
+    """uint8 [M, H, W, 3], pinned if they will be copied to a GPU."""
 
 
-class _Coming(NamedTuple):
-    """A batch on its way, and the parts that fill it."""
+class _Pending(NamedTuple):
+    """A batch in preparation, and the threads' tasks for its parts."""
 
-    batch: Filled
+    batch: HostBatch
     parts: list[Future[None]]
 
-    def wait(self) -> Filled:
-        """Raises what a thread raised; Stopped by a signal while one does not answer."""
+    def wait(self) -> HostBatch:
+        """The finished batch. Raises a thread's exception, or Stopped for a signal while waiting for a thread."""
         with waiting():
             for part in self.parts:
                 part.result()
@@ -54,17 +54,17 @@ class _Coming(NamedTuple):
 
 
 def _end(pool: ThreadPoolExecutor, running: Iterable[Future[None]]) -> bool:
-    """End the threads; False if one is still at work (the disk does not answer), which is left behind."""
+    """End the threads. False if one is still running (such as when the disk does not respond) and is left behind."""
     pool.shutdown(wait=False, cancel_futures=True)
-    begun = [future for future in running if not future.cancelled()]  # nobody tells `wait` of the others
-    done = not wait(begun, timeout=PATIENCE_S).not_done
+    started = [future for future in running if not future.cancelled()]  # `wait` is not notified of cancelled ones
+    done = not wait(started, timeout=PATIENCE_S).not_done
     if done:
         pool.shutdown()
     return done
 
 
 class Threaded(ABC):
-    """A pipeline (see `fastofa.pipelines.open_pipeline`) of which a subclass says how to get a picture."""
+    """A pipeline (see `fastofa.pipelines.open_pipeline`) whose subclasses define how to read an image."""
 
     def __init__(self, request: Request) -> None:
         self.dataset = request.dataset
@@ -75,93 +75,93 @@ class Threaded(ABC):
         self.queued: deque[torch.cuda.Event] = deque()
 
     @abstractmethod
-    def picture(self, sample_id: int) -> Tensor:
-        """uint8 [3, H, W], as it is stored. Called by threads."""
+    def read(self, sample_id: int) -> Tensor:
+        """An image as stored, uint8 [3, H, W]. Called by threads."""
 
     def epoch(
         self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
     ) -> Generator[Batch, None, None]:
-        with closing(self.filled(views, order, start, image_size)) as made:
-            for batch in made:
+        with closing(self.host_batches(views, order, start, image_size)) as host_batches:
+            for batch in host_batches:
                 yield self._finish(views, batch, image_size or self.image_size)
 
-    def filled(
+    def host_batches(
         self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
-    ) -> Generator[Filled, None, None]:
-        """The threads' part: pictures in host memory, for each batch of `epoch`. Closing it ends the threads."""
+    ) -> Generator[HostBatch, None, None]:
+        """The batches of `epoch` in host memory, before augmentation. Closing the generator ends the threads."""
         threads = max(self.workers, 1)
         pool = ThreadPoolExecutor(threads, "pipeline", initializer=torch.set_num_threads, initargs=(1,))
-        reader = ThreadPoolExecutor(1, "read-ahead")  # its own: where the disk has much to do, asking takes a while
+        reader = ThreadPoolExecutor(1, "read-ahead")  # a separate thread, because requests block when the disk is busy
         stop = Event()
-        asking = read_ahead(self.dataset, views, order[start:], self.batch_size, stop)
-        asked: deque[Future[None]] = deque()
-        coming: deque[_Coming] = deque()
+        requests = read_ahead(self.dataset, views, order[start:], self.batch_size, stop)
+        requested: deque[Future[None]] = deque()
+        pending: deque[_Pending] = deque()
         try:
             for rows in batches(views, order, start, self.batch_size):
-                asked.append(reader.submit(next, asking, None))
-                while asked and asked[0].done():
-                    asked.popleft().result()  # raises what the thread raised
-                coming.append(self._begin(pool, threads, views, rows, image_size or self.image_size))
-                if len(coming) > AHEAD:
-                    made = coming[0].wait()
-                    coming.popleft()
-                    yield made
-            while coming:
-                made = coming[0].wait()
-                coming.popleft()
-                yield made
+                requested.append(reader.submit(next, requests, None))
+                while requested and requested[0].done():
+                    requested.popleft().result()  # raises the thread's exception
+                pending.append(self._begin(pool, threads, views, rows, image_size or self.image_size))
+                if len(pending) > AHEAD:
+                    batch = pending[0].wait()
+                    pending.popleft()
+                    yield batch
+            while pending:
+                batch = pending[0].wait()
+                pending.popleft()
+                yield batch
             stop.set()
-            for call in asked:
-                call.result()
+            for request in requested:
+                request.result()
         finally:
             stop.set()
-            if _end(reader, asked) and _end(pool, [part for batch in coming for part in batch.parts]):
-                asking.close()
+            if _end(reader, requested) and _end(pool, [part for batch in pending for part in batch.parts]):
+                requests.close()
 
-    def _begin(self, pool: ThreadPoolExecutor, threads: int, views: Views, rows: np.ndarray, size: int) -> _Coming:
-        """Have uint8 [M, H, W, 3] filled with the pictures of `rows` and of partners that are not among them."""
-        needed = with_partners(views, rows)
-        shape = (len(needed), *self._extent(size), 3)
+    def _begin(self, pool: ThreadPoolExecutor, threads: int, views: Views, rows: np.ndarray, size: int) -> _Pending:
+        """Start the threads' tasks that prepare the images of `rows` and of partners that are not among them."""
+        all_rows = with_partners(views, rows)
+        shape = (len(all_rows), *self._extent(size), 3)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.stream is not None)
-        out = images.numpy()  # threads are never in inference mode, and could not write to a tensor made in it
-        fill = self._filler(samples_of(needed, len(self.sizes)), views.take(needed), out, size)
-        parts = [part for part in np.array_split(np.arange(len(needed)), threads) if len(part)]
-        return _Coming(Filled(rows, needed, images), [pool.submit(fill, part) for part in parts])
+        out = images.numpy()  # threads are not in inference mode and cannot write to a tensor created in it
+        fill = self._filler(samples_of(all_rows, len(self.sizes)), views.take(all_rows), out, size)
+        parts = [part for part in np.array_split(np.arange(len(all_rows)), threads) if len(part)]
+        return _Pending(HostBatch(rows, all_rows, images), [pool.submit(fill, part) for part in parts])
 
     def _extent(self, size: int) -> tuple[int, int]:
-        """Height and width of what the threads make."""
+        """Height and width of the images in host memory."""
         return size, size
 
     def _filler(self, ids: np.ndarray, table: Views, out: np.ndarray, size: int) -> Callable[[np.ndarray], None]:
-        """What a thread does for its part of a batch: places in `out`, in `ids` and in the table."""
+        """The threads' task. Its argument, int64, are positions in the batch: in `out`, `ids` and `table`."""
         boxes = table.boxes(self.sizes[ids])
 
         def crop(part: np.ndarray) -> None:
             for i in part.tolist():
-                image = self.picture(ids[i])
+                image = self.read(ids[i])
                 out[i] = crop_resize_one(image, boxes[i].tolist(), bool(table.flip[i]), size).permute(1, 2, 0)
 
         return crop
 
-    def _finish(self, views: Views, batch: Filled, size: int) -> Batch:
-        rows, needed, images = batch
-        images = images.permute(0, 3, 1, 2) if self.stream is None else self._arrived(images, views, needed, size)
-        return make_batch(augment(images, views, needed, len(rows)), self.labels, views, rows, self.normalize)
+    def _finish(self, views: Views, batch: HostBatch, size: int) -> Batch:
+        rows, all_rows, images = batch
+        images = images.permute(0, 3, 1, 2) if self.stream is None else self._to_gpu(images, views, all_rows, size)
+        return make_batch(augment(images, views, all_rows, len(rows)), self.labels, views, rows, self.normalize)
 
-    def _arrived(self, images: Tensor, views: Views, needed: np.ndarray, size: int) -> Tensor:
-        """On the GPU, uint8 [M, 3, S, S]."""
-        return self._sent(images)[0].permute(0, 3, 1, 2)
+    def _to_gpu(self, images: Tensor, views: Views, rows: np.ndarray, size: int) -> Tensor:
+        """The cropped images on the GPU, uint8 [M, 3, S, S]."""
+        return self._copy(images)[0].permute(0, 3, 1, 2)
 
-    def _sent(self, *tensors: Tensor) -> list[Tensor]:
-        """Copied on `stream` and used on the student's; PyTorch keeps the memory of both ends until then."""
+    def _copy(self, *tensors: Tensor) -> list[Tensor]:
+        """Copy to the GPU on `stream`, for use on the current stream. PyTorch keeps both memories until that use."""
         assert self.stream is not None
         with torch.cuda.stream(self.stream):
-            sent = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+            copies = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
         student = torch.cuda.current_stream(self.device)
         student.wait_stream(self.stream)
-        for tensor in sent:
+        for tensor in copies:
             tensor.record_stream(student)
         self.queued.append(student.record_event())
-        if len(self.queued) > QUEUED:
+        if len(self.queued) > MAX_QUEUED:
             self.queued.popleft().synchronize()
-        return sent
+        return copies

@@ -1,6 +1,6 @@
-"""The portable pipeline: worker processes decode whole batches with torchvision.io and crop from the view table.
+"""The portable pipeline: worker processes decode whole batches with torchvision.io and crop by the view table.
 
-The rest of the augmentation is done where the batch ends up: on the GPU, or without one in the worker processes.
+The rest of the augmentation runs on the GPU, or in the worker processes if there is none.
 """
 
 from collections.abc import Generator
@@ -14,7 +14,7 @@ from fastofa.data.decode import crop_resize_one
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.pipelines.request import Request
-from fastofa.pipelines.workers import Fill, filled
+from fastofa.pipelines.workers import Fill, fill_batches
 from fastofa.views.order import batches
 from fastofa.views.table import Views, samples_of
 
@@ -30,26 +30,26 @@ class Pipeline:
     def epoch(
         self, views: Views, order: np.ndarray, start: int = 0, image_size: int | None = None
     ) -> Generator[Batch, None, None]:
-        all_rows = list(batches(views, order, start, self.batch_size))
+        row_batches = list(batches(views, order, start, self.batch_size))
         size, on_cpu = image_size or self.image_size, self.device.type == "cpu"
         image_bytes = size * size * 3
 
         def fill(number: int, out: np.ndarray) -> int:
-            """With a GPU the pictures of the batch and of partners that are not among them, else finished ones."""
-            rows = all_rows[number]
-            needed = with_partners(views, rows)
-            images = torch.from_numpy(out[: len(needed) * image_bytes]).view(-1, size, size, 3).permute(0, 3, 1, 2)
-            self._read(views, needed, images)
+            """Fill `out` with augmented images; with a GPU, with cropped ones, followed by missing partners."""
+            rows = row_batches[number]
+            all_rows = with_partners(views, rows)
+            images = torch.from_numpy(out[: len(all_rows) * image_bytes]).view(-1, size, size, 3).permute(0, 3, 1, 2)
+            self._read(views, all_rows, images)
             if not on_cpu:
-                return len(needed) * image_bytes
-            finished = augment(images, views, needed, len(rows))
-            if finished.data_ptr() != images.data_ptr():
-                images[: len(rows)] = finished
+                return len(all_rows) * image_bytes
+            augmented = augment(images, views, all_rows, len(rows))
+            if augmented.data_ptr() != images.data_ptr():
+                images[: len(rows)] = augmented
             return len(rows) * image_bytes
 
-        most = self.batch_size * (1 if views.partner is None else 2)
-        with closing(self._filled(fill, len(all_rows), most * image_bytes)) as made:
-            for rows, pixels in zip(all_rows, made, strict=True):
+        max_images = self.batch_size * (1 if views.partner is None else 2)
+        with closing(self._fill_batches(fill, len(row_batches), max_images * image_bytes)) as filled:
+            for rows, pixels in zip(row_batches, filled, strict=True):
                 shape = (len(pixels) // image_bytes, size, size, 3)
                 images = torch.empty(shape, dtype=torch.uint8, pin_memory=not on_cpu)
                 images.numpy()[:] = pixels.reshape(shape)
@@ -58,17 +58,17 @@ class Pipeline:
                     images = augment(images, views, with_partners(views, rows), len(rows))
                 yield make_batch(images, self.labels, views, rows, self.normalize)
 
-    def _filled(self, fill: Fill, count: int, batch_bytes: int) -> Generator[np.ndarray, None, None]:
-        """By the workers, or without any in this process."""
+    def _fill_batches(self, fill: Fill, count: int, batch_bytes: int) -> Generator[np.ndarray, None, None]:
+        """The bytes of each batch, filled by the workers, or by this process if there are none."""
         if self.workers:
-            yield from filled(fill, count, batch_bytes, self.workers)
+            yield from fill_batches(fill, count, batch_bytes, self.workers)
             return
         memory = np.empty(batch_bytes, np.uint8)
         for number in range(count):
             yield memory[: fill(number, memory)]
 
     def _read(self, views: Views, rows: np.ndarray, images: Tensor) -> None:
-        """The pictures of the table's rows, cropped and flipped, into uint8 [M, 3, S, S]."""
+        """Write the images of the table's rows [M], cropped and flipped, into `images`, uint8 [M, 3, S, S]."""
         table, ids = views.take(rows), samples_of(rows, len(self.dataset))
         boxes = table.boxes(self.dataset.stored_sizes[ids])
         for out, i, box, flip in zip(images, ids, boxes.tolist(), table.flip.tolist(), strict=True):

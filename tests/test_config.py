@@ -41,7 +41,7 @@ WRONG = [
     *[(name, value, "expected at least 1") for name in ("epochs", "batch_size", "eval_every") for value in (0, -3)],
     *[(name, 0, "expected at least 1") for name in ("accumulate", "log_every", "checkpoint_every", "keep")],
     ("timeout_s", 0, "expected at least 1"),
-    *[("max_pixels", value, "expected a number of millions above 0") for value in (0, -1.0, NAN)],
+    *[("max_pixels", value, "expected millions of pixels above 0") for value in (0, -1.0, NAN)],
     *[
         (name, value, "expected a number of at least 0")
         for value in (-0.1, NAN)
@@ -105,9 +105,9 @@ def test_every_number_and_choice_is_checked():
         ({"std": (0.5, 0.5, 0.5)}, "mean: expected both --mean and --std or neither"),
         ({"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}, "std: expected three numbers above 0"),
         ({"mean": (NAN, 0.5, 0.5), "std": (0.5,) * 3}, "mean: expected three numbers, got"),
-        ({"scale": (0.0, 1.0)}, "view policy: expected scale with 0 < from <= to <= 1, got 0.0 1.0"),
+        ({"scale": (0.0, 1.0)}, "view policy: expected scale with 0 < minimum <= maximum <= 1, got 0.0 1.0"),
         ({"scale": (0.5, 1.5)}, "view policy: expected scale"),
-        ({"ratio": (2.0, 1.0)}, "view policy: expected ratio with 0 < from <= to, got 2.0 1.0"),
+        ({"ratio": (2.0, 1.0)}, "view policy: expected ratio with 0 < minimum <= maximum, got 2.0 1.0"),
         ({"flip": 1.5}, "view policy: expected flip between 0 and 1, got 1.5"),
         ({"method": "kd", "eps": (1.0, 1.2)}, "eps: expected 1 number above 0"),
         ({"stages": (1, 4), "eps": (1.0, 1.2)}, "eps: expected 1 or 3 numbers above 0"),

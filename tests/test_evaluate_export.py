@@ -394,7 +394,7 @@ def test_export_refuses_and_leaves_nothing(photo_run, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="expected a run made by `fastofa train`"):
         export(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(BadInput, match="taken: exists already; choose another place or remove it"):
+    with pytest.raises(BadInput, match="taken: already exists; choose another path or remove it"):
         export(photo_run.path, tmp_path / "taken")
     create_model = timm.create_model
 

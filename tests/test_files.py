@@ -314,7 +314,7 @@ def test_folder_of_a_failed_command_is_gone(tmp_path: Path, error: BaseException
 def test_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path, Path("."), Path("/")):
-        with pytest.raises(BadInput, match="exists already"), new_folder(path):
+        with pytest.raises(BadInput, match="already exists"), new_folder(path):
             raise AssertionError("must not get here")
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -59,7 +59,7 @@ def test_timm_students_are_the_same(name, options, stems, switched, left):
     norms = [m for m in other.modules() if isinstance(m, nn.BatchNorm2d | BatchNormAct2d)]
     assert sum(not isinstance(m, NormAct2d | NormActPool2d) for m in norms) == left
     assert list(other.state_dict()) == list(model.state_dict())
-    # Batch norm of a few nearly equal values, as of the last stage's single pixels, would magnify rounding a million times.
+    # Batch norm of a few nearly equal values, as of a last stage of one pixel, would magnify rounding a million times.
     side = 32 if name == "test_vit" else 96
     images = torch.randn(4, 3, side, side, dtype=torch.float64)
     for training in (True, False):

@@ -283,10 +283,10 @@ def test_a_warning_belongs_to_its_file(tmp_path: Path, photo: Image.Image, capfd
     """It is refused where images are checked, unless warnings are allowed; elsewhere it is named, once."""
     path = tmp_path / "half_grey.jpg"
     path.write_bytes(holed(as_bytes(photo.resize((300, 200)), "JPEG")))
-    with pytest.raises(BadInput, match=r"half_grey\.jpg \(Corrupt JPEG data: .*; --allow-warnings takes it"):
+    with pytest.raises(BadInput, match=r"half_grey\.jpg \(Corrupt JPEG data: .*; --allow-warnings accepts it"):
         read_image(path, strict=True)
     reason = checked_size(path, DEFAULT)
-    assert reason == "Corrupt JPEG data: premature end of data segment; --allow-warnings takes it as it decodes"
+    assert reason == "Corrupt JPEG data: premature end of data segment; --allow-warnings accepts it as decoded"
     assert capfd.readouterr().err == ""
     image = read_image(path, Limits(allow_warnings=True), strict=True)
     assert torch.equal(read_image(path), image)
@@ -385,7 +385,7 @@ def test_a_claim_of_too_many_pixels(tmp_path: Path, photo: Image.Image, monkeypa
     path = tmp_path / "bomb.jpg"
     path.write_bytes(claiming(photo, kind, side))
     monkeypatch.setattr("fastofa.data.decode.decode_image", lambda *_, **__: pytest.fail("decoded"))
-    claim = f"it claims {side:,} x {side:,}, more than 200,000,000 pixels; --max-pixels takes larger ones"
+    claim = f"its header claims {side:,} x {side:,}, more than 200,000,000 pixels; --max-pixels accepts larger ones"
     assert claim in refusal(path)
     assert header_size(path, DEFAULT) == checked_size(path, DEFAULT) == claim
     assert header_size(path, Limits(max_pixels=side * side)) == (side, side)
@@ -394,7 +394,7 @@ def test_a_claim_of_too_many_pixels(tmp_path: Path, photo: Image.Image, monkeypa
 def test_the_largest_size_that_is_taken(tmp_path: Path, photo: Image.Image) -> None:
     photo.save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", Limits(max_pixels=HEIGHT * WIDTH)).shape == (3, HEIGHT, WIDTH)
-    with pytest.raises(BadInput, match="it claims 67 x 101, more than 6,766 pixels"):
+    with pytest.raises(BadInput, match="its header claims 67 x 101, more than 6,766 pixels"):
         read_image(tmp_path / "a.png", Limits(max_pixels=HEIGHT * WIDTH - 1))
 
 

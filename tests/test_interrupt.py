@@ -216,7 +216,7 @@ def test_precompute_stops_and_goes_on_to_the_same_bytes(teacher, cache, tmp_path
     children = interrupt(command, signum, to)
     assert len(children) == (2 if to == "group" else 0)
     assert command.wait() == 128 + signum, command.error.read_text()
-    assert command.last_line() == f"fastofa: saved in {config.out}; run the same command again to go on"
+    assert command.last_line() == f"fastofa: saved in {config.out}; run the same command again to continue"
     assert 0 < len(load_tensors(config.out / PARTIAL)[0]["classes"]) < IMAGES
     assert [(config.out / view_file(view)).exists() for view in (0, 1)] == [True, False]
     until(lambda: not any(map(alive, children)))

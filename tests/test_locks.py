@@ -77,7 +77,7 @@ def test_where_the_file_system_has_no_locks_the_named_holder_counts(
             assert lock.read_text() == f"{os.getpid()} {here}\n"
     for holder in (f"{os.getppid()} {here}", "1 elsewhere"):
         lock.write_text(holder)
-        with pytest.raises(BadInput, match=rf"if it is gone, remove {lock}"), writing(tmp_path, inside=True):
+        with pytest.raises(BadInput, match=rf"if it no longer runs, remove {lock}"), writing(tmp_path, inside=True):
             raise AssertionError("must not get here")
         assert lock.read_text() == holder
 
@@ -86,14 +86,14 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     for place, cause in (("file/out", "Not a directory"), ("loop", "Not a directory"), ("file", "Not a directory")):
-        with pytest.raises(BadInput, match=f"{place}: cannot be written .*{cause}"), writing(tmp_path / place, True):
+        with pytest.raises(BadInput, match=f"{place}: not writable .*{cause}"), writing(tmp_path / place, True):
             raise AssertionError("must not get here")
 
 
 def test_a_lock_that_is_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".lock").symlink_to("victim")
-    with pytest.raises(BadInput, match="cannot be written"), writing(tmp_path, inside=True):
+    with pytest.raises(BadInput, match="not writable"), writing(tmp_path, inside=True):
         raise AssertionError("must not get here")
     assert (tmp_path / "victim").read_text() == "precious"
 
@@ -102,5 +102,5 @@ def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "student"
     with new_folder(path), pytest.raises(BadInput, match="another fastofa"), new_folder(path):
         raise AssertionError("must not get here")
-    with pytest.raises(BadInput, match="exists already"), new_folder(path):
+    with pytest.raises(BadInput, match="already exists"), new_folder(path):
         raise AssertionError("must not get here")

@@ -84,9 +84,9 @@ def test_what_is_taken(folder):
         ({"model_args.depth": {"a": 1}}, "model_args 'depth' to be"),
         ({"model_args.depth": float("nan")}, "model_args 'depth' to be"),
         ({"model_args.act_layer": "a.b; c"}, "model_args 'act_layer' to be"),
-        ({"model_args.depth": 9}, "does not fit the model, missing blocks"),
-        ({"model_args.num_heads": 7}, "could not build test_vit of it"),
-        ({"model_args.num_heads": 0}, "could not build test_vit of it"),
+        ({"model_args.depth": 9}, "does not match the model: missing blocks"),
+        ({"model_args.num_heads": 7}, "could not build test_vit from it"),
+        ({"model_args.num_heads": 0}, "could not build test_vit from it"),
         ({"model_args": [1]}, "model_args to be an object"),
         ({"num_classes": 10**9}, "num_classes to be 0 to 200,000"),
         ({"num_classes": -1}, "num_classes to be"),
@@ -113,15 +113,15 @@ def test_what_is_taken(folder):
         ({"pretrained_cfg.interpolation": ["bilinear"]}, "interpolation to be one of"),
         ({"pretrained_cfg": 3}, "pretrained_cfg to be an object"),
         # Names.
-        ({"label_names": ["a", "b"]}, "label_names to be 3 names, one a class, got '2'"),
+        ({"label_names": ["a", "b"]}, "label_names to be 3 names, one per class, got '2'"),
         ({"label_names": [1, 2, 3]}, "label_names to be words"),
         ({"label_names": {"9": "a"}}, "label_names to be of outputs below 3"),
         ({"label_names": {"one": "a"}}, "label_names to be of outputs below 3"),
         ({"label_names": "abc"}, "label_names to be a list"),
         ({"label_descriptions": ["a"]}, "label_descriptions to be"),
         # One channel.
-        ({"model_args.in_chans": 1}, "takes images of 1 channel, expected 3"),
-        ({"pretrained_cfg.input_size": [1, 32, 32], "model_args.in_chans": 1}, "takes images of 1 channel, expected 3"),
+        ({"model_args.in_chans": 1}, "one for 1 channel"),
+        ({"pretrained_cfg.input_size": [1, 32, 32], "model_args.in_chans": 1}, "one for 1 channel"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, tmp_path, change, message):

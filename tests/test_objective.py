@@ -16,7 +16,7 @@ from fastofa.kernels.reference import heavier, mixed_labels
 from fastofa.methods.objective import PARTS, Objective
 from fastofa.methods.targets import Targets
 from fastofa.runs.config import TrainConfig
-from fastofa.teacher.cache import answers
+from fastofa.teacher.cache import topk_targets
 
 B, C, K = 6, 9, 4
 
@@ -33,7 +33,7 @@ def case(heads: int, seed: int = 0) -> tuple[Tensor, Tensor, Targets]:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(heads, B, C, generator=generator)
     labels = torch.randint(0, C, (B,), generator=generator)
-    targets = answers(torch.log_softmax(2 * torch.randn(B, C, generator=generator), dim=-1), K)
+    targets = topk_targets(torch.log_softmax(2 * torch.randn(B, C, generator=generator), dim=-1), K)
     return logits, labels, Targets(targets.classes.to(torch.int32), targets.log_probs)
 
 

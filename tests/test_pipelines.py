@@ -174,7 +174,7 @@ def test_pixels_do_not_depend_on_how_the_file_is_read(request, monkeypatch, sour
     pages = np.arange(len(dataset)) // 3  # 8 pages, as a larger file has them
     for views in (draw(dataset), draw_full(dataset)):
         truth = by_row(run(name, dataset, views, batch_size=24))
-        order = epoch_order(24, 9, 2, partner=views.partner, pages=pages)
+        order = epoch_order(24, 9, 2, partner=views.partner, page_ids=pages)
         found = by_row(run(name, dataset, views, order=order, batch_size=8, start=8, workers=2))
         assert list(found) == order[8:].tolist()
         assert same(truth, found)
@@ -505,7 +505,7 @@ def test_an_epoch_may_be_empty_or_repeat_samples(digits):
         assert run(name, digits, views, order=np.arange(10), start=10, workers=2) == []
         twice = run(name, digits, views, order=np.array([3, 3, 5]))[0].images
         assert torch.equal(twice[0], twice[1])
-        with pytest.raises(ValueError, match=r"order: expected sample ids 0..99, got 0..100"):
+        with pytest.raises(ValueError, match=r"order: expected rows 0..99, got 0..100"):
             run(name, digits, views, order=np.arange(101))
 
 
@@ -567,7 +567,7 @@ def test_a_damaged_picture_of_a_beton_is_named(photos: Path, tmp_path: Path):
             run("ffcv", dataset, views, workers=2)
         assert threading.active_count() <= threads
     (tmp_path / "x.beton").write_bytes(whole[: begin + 9])
-    with pytest.raises(BadInput, match=f"image {dataset.names[17]} in .*x.beton is cut short"):
+    with pytest.raises(BadInput, match=f"image {dataset.names[17]} in .*x.beton is truncated"):
         run("ffcv", dataset, views, order=np.arange(17, 18))
 
 
@@ -645,7 +645,7 @@ def test_a_cache_made_through_torchvision_trains_through_dali(on_photos):
 def test_without_dali_one_line_says_how_to_get_it(mixed, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "fastofa.pipelines.dali_loader", raising=False)
-    with pytest.raises(BadInput, match=r"pipeline dali: needs DALI \(.*\); `fastofa doctor` says how to get it"):
+    with pytest.raises(BadInput, match=r"pipeline dali: needs DALI \(.*\); `fastofa doctor` says how to install it"):
         open_pipeline("dali", mixed, 32, 8)
 
 
@@ -671,7 +671,7 @@ def test_a_worker_that_is_killed_is_one_line(mixed):
     epoch = open_pipeline("torchvision", mixed, 32, batch_size=2, workers=2).epoch(draw(mixed), np.arange(24))
     next(epoch)
     os.kill((children() - before).pop(), signal.SIGKILL)
-    with pytest.raises(Failed, match=r"^a process that decodes .*killed by signal 9.* --workers \(0: none\)[^\n]+$"):
+    with pytest.raises(Failed, match=r"^a decoder process ended .killed by signal 9.* --workers \(0: none\)[^\n]+$"):
         list(epoch)
     assert children() <= before
 
@@ -779,12 +779,12 @@ def test_what_threads_gather_for_a_gpu(packed, monkeypatch, workers):
     """The very rows, in the order of the batch and of its partners; what a GPU makes of them is what a CPU crops."""
     views, order, here = draw_full(packed), epoch_order(24, seed=9, epoch=2), torch.device("cpu")
     gathered, cropped = (cls(Request(packed, 32, 7, here, workers, None)) for cls in (Gathered, Cropped))
-    monkeypatch.setattr(gathered, "_sent", lambda *tensors: tensors)
-    pairs = zip(gathered.filled(views, order), cropped.filled(views, order), strict=True)
+    monkeypatch.setattr(gathered, "_copy", lambda *tensors: tensors)
+    pairs = zip(gathered.host_batches(views, order), cropped.host_batches(views, order), strict=True)
     for (whole, crops), rows in zip(pairs, batches(views, order, 0, 7), strict=True):
         assert np.array_equal(whole.rows, rows)
         assert np.array_equal(whole.images, packed.pixels[with_partners(views, rows)])
-        arrived = gathered._arrived(whole.images, views, whole.needed, 32).permute(0, 2, 3, 1)
+        arrived = gathered._to_gpu(whole.images, views, whole.all_rows, 32).permute(0, 2, 3, 1)
         assert (arrived.int() - crops.images.int()).abs().max() <= 1
 
 
@@ -843,17 +843,17 @@ def test_a_gpu_is_given_the_pixels_of_the_cpu(request, name):
     [
         (
             {"name": "resident"},
-            "pipeline resident: expected pictures of one size, got heights .*--pipeline auto",
+            "pipeline resident: expected images of one size, got heights .*--pipeline auto",
         ),
-        ({"name": "packed"}, r"pipeline packed: expected a \.pack, got .*; `fastofa write` makes one"),
+        ({"name": "packed"}, r"pipeline packed: expected a \.pack, got .*; `fastofa write` writes one"),
         (
             {"name": "ffcv", "source": "packed"},
             r"pipeline ffcv: expected a \.beton, got .*photos.pack; `fastofa write`",
         ),
-        ({"name": "ffcv"}, r"pipeline ffcv: expected a \.beton, got .*; `fastofa write` makes one"),
+        ({"name": "ffcv"}, r"pipeline ffcv: expected a \.beton, got .*; `fastofa write` writes one"),
         pytest.param(
             {"name": "dali", "source": "packed"},
-            "pipeline dali: expected a folder of pictures, got ",
+            "pipeline dali: expected a folder of images, got ",
             marks=pytest.mark.dali,
         ),
         ({"name": "pillow"}, "unknown pipeline 'pillow': expected auto or one of .*resident.*torchvision"),

@@ -16,7 +16,7 @@ from fastofa.data.write_config import WriteConfig
 from fastofa.pipelines import open_pipeline
 from fastofa.runs.run import LAUNCHES
 from fastofa.system.errors import BadInput
-from fastofa.teacher.pixels import SEEN, compare_seen, save_seen
+from fastofa.teacher.pixels import SEEN, compare_teacher_images, save_teacher_images
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train
@@ -46,18 +46,18 @@ def test_the_difference_is_that_of_the_pixels(digits, tmp_path: Path, policy: Vi
     )  # fmt: skip
     views = draw_views(policy, few.sizes, seed=0, view=0)
     pipeline = open_pipeline("resident", few, 16, batch_size=5)
-    save_seen(tmp_path, pipeline, views)
+    save_teacher_images(tmp_path, pipeline, views)
     pipeline = open_pipeline("resident", few, 24, batch_size=5)  # the student's size
-    same = compare_seen(tmp_path, pipeline, views)
+    same = compare_teacher_images(tmp_path, pipeline, views)
     assert same == (0, 0)
-    assert str(same) == "the very ones that the teacher saw"
+    assert str(same) == "identical to those that the teacher saw"
 
     shown = np.asarray(Image.open(tmp_path / SEEN)).copy()
     shown += 2
     shown[:, :16] += 8
     Image.fromarray(shown).save(tmp_path / SEEN)
     pictures = min(count, 8)
-    assert compare_seen(tmp_path, pipeline, views) == pytest.approx((2 + 8 / pictures, 10))
+    assert compare_teacher_images(tmp_path, pipeline, views) == pytest.approx((2 + 8 / pictures, 10))
 
 
 def test_a_folders_cache_and_another_form(on_photos, photo_cache, photos: Path, tmp_path: Path, capsys):
@@ -72,9 +72,12 @@ def test_a_folders_cache_and_another_form(on_photos, photo_cache, photos: Path, 
         (launch,) = json.loads((tmp_path / name / LAUNCHES).read_text())
         found = launch["pixel_difference"]
         if name == "folder":
-            assert line == f"pixels of 8 pictures, compared with {photo_cache.path}: the very ones that the teacher saw"
+            assert (
+                line
+                == f"pixels of 8 pictures, compared with {photo_cache.path}: identical to those that the teacher saw"
+            )
         else:
-            assert f": on average {found:.2f} of 255 from those that the teacher saw" in line
+            assert f": mean difference {found:.2f} of 255 from those that the teacher saw" in line
         low, high = {"folder": (0, 0), "full": (0.1, 3), "small": (5, 40)}[name]
         assert low <= found <= high
 
@@ -95,13 +98,13 @@ def test_a_cache_of_before_and_a_damaged_picture(on_photos, photo_cache, photos:
     dataset = open_dataset(str(photos))
     views, _, _ = photo_cache.targets(0)
     pipeline = open_pipeline("torchvision", dataset, 48, 8)
-    assert compare_seen(tmp_path, pipeline, views) is None
+    assert compare_teacher_images(tmp_path, pipeline, views) is None
     whole = (photo_cache.path / SEEN).read_bytes()
     (tmp_path / SEEN).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BadInput, match=SEEN):
-        compare_seen(tmp_path, pipeline, views)
+        compare_teacher_images(tmp_path, pipeline, views)
     Image.fromarray(np.zeros((SIZE, SIZE, 3), dtype=np.uint8)).save(tmp_path / SEEN)
-    with pytest.raises(BadInput, match="expected 8 square pictures side by side, it was edited; delete it"):
-        compare_seen(tmp_path, pipeline, views)
+    with pytest.raises(BadInput, match="expected 8 square images side by side, got 32 x 32 pixels; delete"):
+        compare_teacher_images(tmp_path, pipeline, views)
     assert pipeline.image_size == 48
     assert torch.equal(*(next(pipeline.epoch(views, np.arange(8))).images for _ in range(2)))

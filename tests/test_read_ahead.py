@@ -47,13 +47,13 @@ def test_in_random_order_each_picture_is_asked_for_where_it_comes():
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_page_by_page_each_page_is_asked_for_whole_before_its_first_picture(ranks):
     dataset = shuffled(20_000)
-    order = epoch_order(20_000, 0, 0, ranks - 1, ranks, pages=dataset.pages)
+    order = epoch_order(20_000, 0, 0, ranks - 1, ranks, page_ids=dataset.page_ids)
     at, ranges, ahead = plan(dataset, views_of(dataset), order)
-    assert len(ranges) == len(set(ranges[:, 0].tolist())) == len(np.unique(dataset.pages[order]))
+    assert len(ranges) == len(set(ranges[:, 0].tolist())) == len(np.unique(dataset.page_ids[order]))
     for place, (begin, end) in zip(at.tolist(), ranges.tolist(), strict=True):
-        page = dataset.pages[order[place]]
-        assert place == np.flatnonzero(dataset.pages[order] == page)[0]
-        inside = dataset.spans[dataset.pages == page]
+        page = dataset.page_ids[order[place]]
+        assert place == np.flatnonzero(dataset.page_ids[order] == page)[0]
+        inside = dataset.spans[dataset.page_ids == page]
         assert (begin, end) == (inside[:, 0].min(), inside.sum(axis=1).max())
     assert (np.diff(at) > 0).all()
     assert ahead == pytest.approx(WINDOW * PAGE / EACH / ranks, rel=0.02)
@@ -63,12 +63,12 @@ def test_of_mixed_pictures_the_first_stands_for_its_page():
     """And the other is asked for alone, before the same pair."""
     dataset = shuffled(20_000)
     views = views_of(dataset, mixup=1.0)
-    order = epoch_order(20_000, 0, 0, partner=views.partner, pages=dataset.pages)
+    order = epoch_order(20_000, 0, 0, partner=views.partner, page_ids=dataset.page_ids)
     at, ranges, _ = plan(dataset, views, order)
     alone = np.diff(ranges, axis=1)[:, 0] == EACH
     assert np.array_equal(at[alone], np.arange(1, 20_000, 2))
     assert np.array_equal(ranges[alone, 0], dataset.spans[order[1::2], 0])
-    assert (~alone).sum() == len(np.unique(dataset.pages[order[::2]]))
+    assert (~alone).sum() == len(np.unique(dataset.page_ids[order[::2]]))
     assert (np.diff(at) >= 0).all()
 
 
@@ -80,9 +80,9 @@ def test_pictures_that_are_shown_again_are_asked_for_once():
     at, ranges, _ = plan(dataset, views, order)
     assert np.array_equal(at, np.arange(0, len(order), 3))
     assert np.array_equal(ranges[:, 0], dataset.spans[order[::3] % 60_000, 0])
-    order = epoch_order(60_000, 0, 0, repeats=3, pages=dataset.pages)
+    order = epoch_order(60_000, 0, 0, repeats=3, page_ids=dataset.page_ids)
     at, ranges, ahead = plan(dataset, views, order)
-    assert len(ranges) == len(np.unique(dataset.pages[order % 60_000]))
+    assert len(ranges) == len(np.unique(dataset.page_ids[order % 60_000]))
     assert ahead == pytest.approx(3 * WINDOW * PAGE / EACH, rel=0.1)
 
 
@@ -105,7 +105,7 @@ def test_every_byte_is_asked_for_once_and_batches_ahead(asked, tmp_path, monkeyp
     (tmp_path / "x").touch()
     monkeypatch.setattr(module, "_in_memory", lambda *_: False)
     dataset = shuffled(20_000, tmp_path / "x")
-    order = epoch_order(20_000, 0, 0, pages=dataset.pages if by_pages else None)
+    order = epoch_order(20_000, 0, 0, page_ids=dataset.page_ids if by_pages else None)
     asking = read_ahead(dataset, views_of(dataset), order, 500, Event())
     for first in range(0, 20_000, 500):
         next(asking, None)
@@ -172,7 +172,7 @@ def test_what_cannot_be_asked_for_is_told_and_read_all_the_same(tmp_path, monkey
     dataset = open_dataset(str(tmp_path / "x.beton"))
     batches = open_pipeline("ffcv", dataset, 8, 100).epoch(views_of(dataset), np.arange(len(dataset)))
     assert sum(len(batch.labels) for batch in batches) == len(dataset)
-    assert capsys.readouterr().err.count("x.beton: not asked for ahead in this epoch") == 1
+    assert capsys.readouterr().err.count("x.beton: no read-ahead in this epoch") == 1
 
 
 @pytest.mark.parametrize("batch_size", [4, 1198])

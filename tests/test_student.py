@@ -360,7 +360,7 @@ def test_any_choice_of_stages(name: str, stages: tuple[int, ...]) -> None:
 
 
 def test_pictures_that_a_model_cannot_take() -> None:
-    with pytest.raises(BadInput, match="cannot take pictures of 64 px"):
+    with pytest.raises(BadInput, match="does not accept images of 64 px"):
         student("efficientformer_l1", 64)
     with pytest.raises(BadInput, match="unknown model"):
         student("resnet19")
@@ -521,7 +521,7 @@ def test_a_cnn_takes_pictures_of_other_sizes_and_is_not_changed_by_asking() -> N
 def test_a_transformer_of_fixed_size_does_not() -> None:
     student = Student("test_vit", 10, 64).train()
     student.check_sizes([64, 64])
-    message = "the student, made for pictures of 64 px, cannot take those of 32 px .*leave --start-size and --eval-size"
+    message = "the student, built for images of 64 px, does not accept .* 32 px .*omit --start-size and --eval-size"
     with pytest.raises(BadInput, match=message):
         student.check_sizes([64, 96, 32])
     assert student.training

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastofa.teacher.cache import answers
-from fastofa.teacher.table_checks import answers_fault, views_fault
+from fastofa.teacher.cache import topk_targets
+from fastofa.teacher.table_checks import targets_fault, views_fault
 from fastofa.views.draw import draw_views
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.rand_augment import OPS, limits
@@ -44,15 +44,15 @@ def test_what_a_teacher_answers_is_taken(B, C, scale, equal, data):
     """Sharp and flat answers, all classes kept or some, equal logits."""
     topk = data.draw(st.integers(1, C))
     logits = torch.randn(B, C, generator=torch.Generator().manual_seed(C)) * scale
-    targets = answers((logits * 0 if equal else logits).log_softmax(-1), topk)
-    assert answers_fault(targets._asdict(), B, topk, C) == ""
+    targets = topk_targets((logits * 0 if equal else logits).log_softmax(-1), topk)
+    assert targets_fault(targets._asdict(), B, topk, C) == ""
 
 
 @pytest.mark.parametrize("C", [65_536, 70_000])
 def test_so_are_many_classes(C):
     """The mass of flat answers, rounded to float16 each, is near 1 still."""
-    targets = answers(torch.randn(3, C).log_softmax(-1), C)
-    assert answers_fault(targets._asdict(), 3, C, C) == ""
+    targets = topk_targets(torch.randn(3, C).log_softmax(-1), C)
+    assert targets_fault(targets._asdict(), 3, C, C) == ""
 
 
 def test_limits_are_those_of_the_published_operations():
@@ -97,33 +97,33 @@ ANSWERS = {
 
 @pytest.mark.parametrize(("name", "change", "message"), ANSWERS.values(), ids=ANSWERS.keys())
 def test_answers_that_no_teacher_gives(name: str, change: Callable, message: str):
-    tensors: dict[str, Any] = answers(torch.randn(N, C).log_softmax(-1), K)._asdict()
-    assert answers_fault(tensors, N, K, C) == ""
+    tensors: dict[str, Any] = topk_targets(torch.randn(N, C).log_softmax(-1), K)._asdict()
+    assert targets_fault(tensors, N, K, C) == ""
     changed = {**tensors, name: change(tensors[name])}
-    fault = answers_fault({key: value for key, value in changed.items() if value is not None}, N, K, C)
+    fault = targets_fault({key: value for key, value in changed.items() if value is not None}, N, K, C)
     assert re.search(message, fault), fault
 
 
 def test_of_all_classes_the_mass_is_one():
-    tensors = answers(torch.randn(N, C).log_softmax(-1), C)._asdict()
+    tensors = topk_targets(torch.randn(N, C).log_softmax(-1), C)._asdict()
     tensors["log_probs"][3] -= 0.1
-    assert "probabilities of all classes with a sum of 1" in answers_fault(tensors, N, C, C)
+    assert "probabilities of all classes with a sum of 1" in targets_fault(tensors, N, C, C)
     few = {name: tensor[:, :K].contiguous() for name, tensor in tensors.items()}
-    assert answers_fault(few, N, K, C) == ""
+    assert targets_fault(few, N, K, C) == ""
 
 
 def test_negative_classes_where_they_have_a_sign():
-    tensors = answers(torch.randn(2, 70_000).log_softmax(-1), K)._asdict()
+    tensors = topk_targets(torch.randn(2, 70_000).log_softmax(-1), K)._asdict()
     tensors["classes"][1, 2] = -1
-    assert "classes from 0 to 69999" in answers_fault(tensors, 2, K, 70_000)
+    assert "classes from 0 to 69999" in targets_fault(tensors, 2, K, 70_000)
 
 
 VIEWS = {
-    "beyond the edge": ("crop", lambda c: put(c, 5, [60_000, 0, 10_000, 9]), "crop a box of the picture"),
+    "beyond the edge": ("crop", lambda c: put(c, 5, [60_000, 0, 10_000, 9]), "crop to be a box inside the image"),
     "an empty crop": (
         "crop",
         lambda c: put(c, 5, [0, 0, 0, 9]),
-        r"crop a box of the picture, got \[0, 0, 0, 9\] for sam",
+        r"crop to be a box inside the image, got \[0, 0, 0, 9\] for sam",
     ),
     "crops of another dtype": ("crop", lambda c: c.astype(np.int32), r"crop uint16 \[40, 4\], got int32 \[40, 4\]"),
     "two numbers a crop": ("crop", lambda c: c[:, :2], r"crop uint16 \[40, 4\], got uint16 \[40, 2\]"),
@@ -140,18 +140,22 @@ VIEWS = {
         "amounts that the operations can have, got .* for sample 5",
     ),
     "no amount": ("amounts", lambda c: put(c, (5, 0), np.nan), "amounts that the operations can have, got .*nan"),
-    "no involution": ("partner", lambda c: put(c, 5, (c[5] + 1) % N), "partner whose partner is the sample"),
-    "no such partner": ("partner", lambda c: put(c, 5, N), "partner whose partner is the sample, got 40 for sample 5"),
-    "a partner before the first": ("partner", lambda c: put(c, 5, -1), "partner whose partner is the sample, got -1"),
-    "more than the whole": ("mix", lambda c: put(c, 5, 1.5), "mix from 0 to 1, of both partners the same, got 1.5"),
-    "no share": ("mix", lambda c: put(c, 5, np.nan), "mix from 0 to 1, of both partners the same, got nan"),
-    "one partner's share": ("mix", lambda c: put(c, 5, 0.123), "mix from 0 to 1, of both partners the same"),
-    "a box beyond the edge": ("mix_box", lambda c: put(c, 5, [65_535, 0, 5, 5]), "mix_box a box of the picture"),
-    "one partner's box": ("mix_box", lambda c: put(c, 5, [1, 1, 1, 1]), "mix_box .* of both partners the same"),
+    "no involution": ("partner", lambda c: put(c, 5, (c[5] + 1) % N), "partner to be mutual"),
+    "no such partner": ("partner", lambda c: put(c, 5, N), "partner to be mutual, got 40 for sample 5"),
+    "a partner before the first": ("partner", lambda c: put(c, 5, -1), "partner to be mutual, got -1"),
+    "more than the whole": ("mix", lambda c: put(c, 5, 1.5), "mix from 0 to 1 and equal for both partners, got 1.5"),
+    "no share": ("mix", lambda c: put(c, 5, np.nan), "mix from 0 to 1 and equal for both partners, got nan"),
+    "one partner's share": ("mix", lambda c: put(c, 5, 0.123), "mix from 0 to 1 and equal for both partners"),
+    "a box beyond the edge": (
+        "mix_box",
+        lambda c: put(c, 5, [65_535, 0, 5, 5]),
+        "mix_box to be a box inside the image",
+    ),
+    "one partner's box": ("mix_box", lambda c: put(c, 5, [1, 1, 1, 1]), "mix_box .* equal for both partners"),
     "erased beyond the edge": (
         "erase",
         lambda c: put(c, 5, [0, 65_000, 9, 9_999]),
-        "erase a box of the picture, got .* 5",
+        "erase to be a box inside the image, got .* 5",
     ),
     "noise of another dtype": ("noise", lambda c: c.astype(np.int64), r"noise int32 \[40\], got int64"),
     "a column less": ("noise", lambda _: None, "expected the columns amounts, .*, got "),
@@ -185,6 +189,6 @@ def test_the_row_is_named_in_large_tables_too():
     assert views_fault(columns, EVERYTHING, count) == ""
     columns["crop"][49_999] = [65_000, 0, 1_000, 9]
     assert views_fault(columns, EVERYTHING, count).endswith("for sample 49999")
-    tensors = answers(torch.randn(count, 5).log_softmax(-1), 2)._asdict()
+    tensors = topk_targets(torch.randn(count, 5).log_softmax(-1), 2)._asdict()
     tensors["log_probs"][49_999, 0] = torch.nan
-    assert answers_fault(tensors, count, 2, 5).endswith("for sample 49999")
+    assert targets_fault(tensors, count, 2, 5).endswith("for sample 49999")

@@ -24,7 +24,7 @@ from fastofa.pipelines import open_pipeline
 from fastofa.runs.recipes import default_policy
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, save_tensors
-from fastofa.teacher.cache import PARTIAL, VAL, TeacherCache, agreement, answers, view_file
+from fastofa.teacher.cache import PARTIAL, VAL, TeacherCache, agreement, topk_targets, view_file
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.header import HEADER, policy_from_json, policy_to_json
 from fastofa.teacher.model import Teacher, open_teacher
@@ -111,7 +111,7 @@ def test_answers_are_the_best_classes(B, C, data):
     """torch.topk's, best first, as uint16 and fp16; the log-probabilities of those very classes."""
     K = data.draw(st.integers(1, C))
     log_probs = torch.randn(B, C, generator=torch.Generator().manual_seed(C)).log_softmax(-1)
-    got = answers(log_probs, K)
+    got = topk_targets(log_probs, K)
     values, classes = log_probs.topk(K)
     assert (got.classes.dtype, got.log_probs.dtype) == (torch.uint16, torch.float16)
     assert torch.equal(got.classes.long(), classes)
@@ -125,7 +125,7 @@ def test_class_numbers_are_as_narrow_as_the_data_set_allows(C, dtype):
     best = [[C - 1, 32_768, 0], [32_767, 40_000, C - 2], [65_534, 1, 32_769]]
     for row, numbers in zip(log_probs, best, strict=True):
         row[numbers] = torch.tensor([-0.1, -2.0, -3.0])
-    got = answers(log_probs, 3)
+    got = topk_targets(log_probs, 3)
     assert got.classes.dtype == dtype
     assert got.classes.tolist() == best
     looked_up = DeviceTargets(*got, CPU).lookup(torch.tensor([2, 0, 1, 2]))
@@ -152,7 +152,7 @@ def test_a_ranks_share_answers_as_the_whole_table(dtype, dense):
     classes = torch.arange(40).view(10, 4).to(dtype)
     log_probs = torch.randn(10, 4).log_softmax(1).half()
     whole = DeviceTargets(classes, log_probs, CPU, dense)
-    share = DeviceTargets(classes, log_probs, CPU, dense, kept=np.array([7, 2, 9]))
+    share = DeviceTargets(classes, log_probs, CPU, dense, rows=np.array([7, 2, 9]))
     assert len(share.classes) == len(share.log_probs) == 3
     for ids in ([7, 2, 9], [9, 9, 7], [2], []):
         for a, b in zip(share.lookup(torch.tensor(ids).long()), whole.lookup(torch.tensor(ids).long()), strict=True):
@@ -335,7 +335,7 @@ def test_flags_change_the_recipes_views(make):
     assert set(cache.targets(0)[0].columns()) == {"crop", "flip", "erase", "noise"}
     cache = make(views=2, auto_augment="rand-m5-n1", repeats=2)
     assert cache.policy == ViewPolicy(auto_augment="rand-m5-n1", repeats=2)
-    with pytest.raises(BadInput, match="views: expected a multiple of 3, as repeated augmentation shows them, got 4"):
+    with pytest.raises(BadInput, match="views: expected a multiple of 3, the repeats of the augmentation, got 4"):
         make(views=4, recipe="imagenet_stronger")
     with pytest.raises(BadInput, match="recipe: expected --recipe with one of"):
         make(recipe="imagenet")
@@ -363,7 +363,7 @@ def test_check_takes_its_own_data_and_policy(photo_cache, photos):
 
 def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache, photos, tmp_path):
     digits = open_dataset("digits:100")
-    with pytest.raises(BadInput, match="expected 10 classes, as digits:100 has, got 2"):
+    with pytest.raises(BadInput, match="expected the 10 classes of digits:100, got 2"):
         photo_cache.check(digits, ViewPolicy())
     with pytest.raises(
         BadInput, match=r"made from digits:100 \(100 samples\), .* digits:200 \(200 samples\) as it is now"
@@ -381,7 +381,7 @@ def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache,
 def test_without_a_view_or_the_validation_answers_it_is_not_opened(changed, name):
     (changed / name).unlink()
     with pytest.raises(
-        BadInput, match=f"validation answers and 1 or more of its 3 views, {name} is missing; run .* ag"
+        BadInput, match=f"validation predictions and at least 1 of 3 views, but {name} is missing; run .* ag"
     ):
         TeacherCache.open(changed)
 
@@ -400,7 +400,7 @@ def test_it_opens_at_its_finished_views(changed, missing):
     if missing == 2:
         cache.verify()
     else:
-        with pytest.raises(BadInput, match=f"{view_file(1)} is missing, though later views are there"):
+        with pytest.raises(BadInput, match=f"{view_file(1)} is missing although later views exist"):
             cache.verify()
 
 
@@ -430,21 +430,23 @@ def test_digests_are_of_a_views_whole_content(changed, make):
     with pytest.raises(BadInput, match=f"{view_file(2)}: .*truncated or damaged"):
         TeacherCache.open(changed).digests(3)
     shutil.copy(changed / view_file(0), changed / view_file(2))
-    with pytest.raises(BadInput, match=f"{view_file(2)}: belongs to another cache or view"):
+    with pytest.raises(BadInput, match=f"{view_file(2)}: expected table . of"):
         TeacherCache.open(changed).digests(3)
 
 
 def test_no_cache_and_headers_that_are_none(changed):
-    with pytest.raises(BadInput, match=r"expected a teacher cache made by `fastofa precompute`, found no cache.json"):
+    with pytest.raises(
+        BadInput, match=r"expected a teacher cache made by `fastofa precompute`, but it contains no cache.json"
+    ):
         TeacherCache.open(changed / "nowhere")
     header = (changed / HEADER).read_text()
     for text, message in (
-        (header[:50], "is not valid JSON"),
+        (header[:50], "expected JSON"),
         ("[]", "expected schema 3, got list"),
         ("{}", "expected schema 3, got None"),
         (
             header.replace('"schema": 3', '"schema": 1'),
-            "expected schema 3, got 1; remove the cache and precompute anew",
+            "expected schema 3, got 1; remove the cache and precompute again",
         ),
         (header.replace('"topk"', '"top"'), "expected the fields topk, it was edited"),
     ):
@@ -458,9 +460,9 @@ def test_a_view_in_the_place_of_another_is_refused(changed):
     shutil.copy(changed / view_file(0), changed / view_file(1))
     cache = TeacherCache.open(changed)
     cache.targets(0)
-    with pytest.raises(BadInput, match=f"{view_file(1)}: belongs to another cache or view"):
+    with pytest.raises(BadInput, match=f"{view_file(1)}: expected table . of"):
         cache.targets(1)
-    with pytest.raises(BadInput, match=f"{view_file(1)}: belongs to another cache or view"):
+    with pytest.raises(BadInput, match=f"{view_file(1)}: expected table . of"):
         cache.verify()
 
 
@@ -473,7 +475,7 @@ def test_a_file_of_another_cache_is_refused(changed, make, given):
     for name in (view_file(0), VAL):
         kept = (changed / name).read_bytes()
         shutil.copy(other.path / name, changed / name)
-        with pytest.raises(BadInput, match=f"{name}: belongs to another cache or view"):
+        with pytest.raises(BadInput, match=f"{name}: expected table . of"):
             TeacherCache.open(changed).verify()
         (changed / name).write_bytes(kept)
     TeacherCache.open(changed).verify()
@@ -505,7 +507,10 @@ def test_values_that_cannot_be_are_found_in_spite_of_a_right_checksum(changed):
         ({"classes": unknown}, r"expected classes from 0 to 1, got \[.*\] for sample 3"),
         ({"log_probs": spoiled}, r"expected finite log_probs, got \[nan, .*\] for sample 3"),
         ({"log_probs": log_probs.float()}, "expected log_probs float16"),
-        ({"crop": outside}, r"expected crop a box of the picture, got \[60000, 60000, 9000, 9000\] for sample 3"),
+        (
+            {"crop": outside},
+            r"expected crop to be a box inside .*, got \[60000, 60000, 9000, 9000\] for sample 3",
+        ),
         ({"ops": classes}, "expected the columns crop, flip, got crop, flip, ops"),
     ):
         rewrite(view, **tensors)
@@ -562,7 +567,9 @@ def test_headers_of_another_shape_or_size(changed, field, value):
     header = json.loads((changed / HEADER).read_text())
     edit_header(changed, **{field: value(header)})
     named = "views" if "'repeats': 2}" in str(value(header)) else field  # three views are no whole groups then
-    message = f"expected what `fastofa precompute` writes as {named}.*, it was edited; remove the cache"
+    message = (
+        f"expected values that `fastofa precompute` writes for {named}.*, but the file was edited; remove the cache"
+    )
     with pytest.raises(BadInput, match=message) as error:
         TeacherCache.open(changed)
     assert len(str(error.value)) < 400
@@ -699,8 +706,8 @@ def test_an_image_that_cannot_be_read_for_a_while_costs_nothing(make, tmp_path, 
     monkeypatch.setattr(Dataset, "read", read)
     monkeypatch.setattr(Teacher, "log_probs", log_probs)
     for message in (
-        rf"{VAL}: unreadable image flower/001.jpg .*keeps 0 views and 5 answers of the next: the same command goes on",
-        rf"{view_file(1)}: unreadable image china/007.jpg .*keeps 1 view and 5 .* \(--skip-corrupt\) give another",
+        rf"{VAL}: unreadable image flower/001.jpg .*: 0 views and 5 predictions of the next; .* continues",
+        rf"{view_file(1)}: unreadable image china/007.jpg .*1 view and 5 .* \(--skip-corrupt\) give another",
     ):
         with pytest.raises(BadInput, match=message):
             make(tmp_path, **given)
@@ -740,13 +747,13 @@ def test_skip_corrupt_begins_anew_where_no_view_is_finished(photos, make, tmp_pa
         return original(self, sample_id)
 
     monkeypatch.setattr(Dataset, "read", read)
-    with pytest.raises(BadInput, match=rf"{broken}.*--skip-corrupt.*with others \(--skip-corrupt\) it begins anew"):
+    with pytest.raises(BadInput, match=rf"{broken}.*--skip-corrupt.*with others \(--skip-corrupt\) it starts over"):
         make(out, data=str(data), views=2, batch_size=5)
     monkeypatch.undo()
     capsys.readouterr()
     cache = make(out, data=str(data), views=1, batch_size=5, skip_corrupt=True)
     assert cache.num_samples == 23
-    assert "begins anew, as dataset changed and no view was finished" in capsys.readouterr().err
+    assert "starts over, because dataset changed and no view was finished" in capsys.readouterr().err
     broken.unlink()
     assert files(out) == files(make(data=str(data), views=1, batch_size=5).path)
     broken.write_bytes(whole)  # mended after all; a view is finished now
@@ -779,7 +786,7 @@ def test_what_is_cut_short_is_made_again(changed, make, capsys):
         assert f"{name}: expected a safetensors file, got one that is truncated or damaged" in capsys.readouterr().err
         assert files(changed) == whole
     shutil.copy(changed / view_file(0), changed / view_file(1))
-    with pytest.raises(BadInput, match=f"{view_file(1)}: belongs to another cache or view.*; delete it and run"):
+    with pytest.raises(BadInput, match=f"{view_file(1)}: expected table . of.*; delete it and run"):
         make(changed)
     (changed / view_file(1)).unlink()
     make(changed)
@@ -795,7 +802,7 @@ def test_more_classes_than_there_are_cannot_be_kept(make, tmp_path):
 def test_a_folder_with_other_things_is_left_alone(make, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(
-        BadInput, match="expected an empty or new folder or a cache, it holds other files; choose another"
+        BadInput, match="expected a new or empty folder or a cache, got a folder with other files; choose another"
     ):
         make(tmp_path)
     with pytest.raises(BadInput, match=r"out: expected a folder, could not read .*thesis.txt \(Not a directory\)"):

@@ -468,7 +468,7 @@ def test_pictures_grow_and_are_evaluated_larger(on_photos, seen, photos):
 @pytest.mark.parametrize("given", [{"start_size": 32}, {"eval_size": 96}])
 def test_a_student_of_one_size_says_so_before_anything_is_written(on_photos, given):
     config = on_photos(student="test_vit", image_size=64, **given)
-    with pytest.raises(BadInput, match=r"made for pictures of 64 px, cannot take those of (32|96) px .*choose a CNN"):
+    with pytest.raises(BadInput, match=r"built for images of 64 px, does not accept .* (32|96) px .*choose a CNN"):
         train(config)
     assert not config.out.exists()
 

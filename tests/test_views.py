@@ -443,7 +443,7 @@ def test_an_order_by_pages_is_an_order_of_few_pages_at_a_time(count, pages, mixe
 def test_an_order_by_pages_is_random_within_a_window_and_from_epoch_to_epoch():
     """Of 640 pages of ten samples: windows of other pages each time, of which all samples come before any other's."""
     page = np.arange(6400) // 10
-    orders = [epoch_order(6400, 0, epoch, pages=page) for epoch in (0, 1)]
+    orders = [epoch_order(6400, 0, epoch, page_ids=page) for epoch in (0, 1)]
     windows = [[frozenset(part) for part in page[order].reshape(-1, 10 * WINDOW).tolist()] for order in orders]
     for found in windows:
         assert [len(window) for window in found] == [WINDOW] * 10
@@ -455,7 +455,7 @@ def test_an_order_by_pages_is_random_within_a_window_and_from_epoch_to_epoch():
         inside = order.reshape(-1, 10 * WINDOW)
         place = np.arange(10 * WINDOW) - (10 * WINDOW - 1) / 2
         assert all(abs(np.corrcoef(place, window)[0, 1]) < 0.15 for window in inside)
-    assert np.array_equal(orders[0], epoch_order(6400, 0, 0, pages=page))
+    assert np.array_equal(orders[0], epoch_order(6400, 0, 0, page_ids=page))
 
 
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
@@ -523,8 +523,8 @@ def test_batches_start_anywhere_and_end_with_what_is_left():
 @pytest.mark.parametrize(
     ("order", "start", "message"),
     [
-        ([0, 30], 0, r"order: expected sample ids 0..29, got 0..30"),
-        ([0, -1], 0, r"order: expected sample ids 0..29, got -1..0"),
+        ([0, 30], 0, r"order: expected rows 0..29, got 0..30"),
+        ([0, -1], 0, r"order: expected rows 0..29, got -1..0"),
         ([0, 1], 3, r"start: expected 0..2, got 3"),
         ([0, 1], -1, r"start: expected 0..2, got -1"),
     ],
@@ -537,11 +537,11 @@ def test_batches_refuse_an_order_that_leaves_the_table(order, start, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scale": (0.0, 1.0)}, "expected scale with 0 < from <= to <= 1, got 0.0 1.0"),
+        ({"scale": (0.0, 1.0)}, "expected scale with 0 < minimum <= maximum <= 1, got 0.0 1.0"),
         ({"scale": (0.5, 0.2)}, "expected scale"),
         ({"scale": (0.5, 1.1)}, "expected scale"),
         ({"scale": (float("nan"), 1.0)}, "expected scale"),
-        ({"ratio": (-1.0, 1.0)}, "expected ratio with 0 < from <= to, got -1.0 1.0"),
+        ({"ratio": (-1.0, 1.0)}, "expected ratio with 0 < minimum <= maximum, got -1.0 1.0"),
         ({"ratio": (2.0, 1.0)}, "expected ratio"),
         ({"flip": -0.1}, "expected flip between 0 and 1, got -0.1"),
         ({"flip": 1.5}, "expected flip"),

@@ -41,14 +41,14 @@ def test_a_wrapped_state_dict(name, capsys):
     """Whatever it is called, beside whatever else a trainer saves."""
     optimizer = {"state": {0: {"exp_avg": torch.zeros(9)}}, "param_groups": [{"lr": 0.1}]}
     assert found({"epoch": 3, "rng": torch.zeros(5), "optimizer": optimizer, name: OWN}) == 1
-    assert capsys.readouterr().err == f"file: took the weights called {name}\n"
+    assert capsys.readouterr().err == f"file: uses the weights called {name}\n"
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_that_say_nothing(prefix, capsys):
     assert found(under(prefix)) == 1
     assert found({"model": under(prefix)}) == 1
-    assert capsys.readouterr().err == "file: took the weights called model\n"
+    assert capsys.readouterr().err == "file: uses the weights called model\n"
 
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "student.", "net.", "module.model.", "student.backbone."])
@@ -56,7 +56,7 @@ def test_prefixes_of_wrapping_modules(prefix, capsys):
     """What lies beside them (projectors, a criterion) is left out, and it is said which were taken."""
     assert found({**under(prefix), "criterion.weight": torch.zeros(4), "exits.0.bias": torch.zeros(1)}) == 1
     called = prefix.removeprefix("module.").rstrip(".")
-    assert capsys.readouterr().err == f"file: took the weights called {called}\n"
+    assert capsys.readouterr().err == f"file: uses the weights called {called}\n"
 
 
 def test_a_prefix_that_the_model_has_itself_stays():
@@ -86,24 +86,24 @@ def test_of_several_the_fitting_one_then_the_average(contents, taken, left, caps
     """Unless another is asked for."""
     assert found(contents) == 1
     said = capsys.readouterr().err
-    assert said == f"file: took the weights called {taken}, not {left}; save another as a file of its own\n"
+    assert said == f"file: uses the weights called {taken}, not {left}; to use others, save them in a separate file\n"
     assert found(contents, key=taken) == 1
     assert found(contents, key=taken.partition(".")[0]) == 1
     assert capsys.readouterr().err == ""
     if left not in ("first", "ema"):
         assert found(contents, key=left) == 2
-    with pytest.raises(BadInput, match=rf"file: expected weights called nothing, it holds .*{left}"):
+    with pytest.raises(BadInput, match=rf"file: expected weights called nothing, got .*{left}"):
         found(contents, key="nothing")
 
 
 def test_the_flag_that_chooses_is_named(capsys):
     SavedWeights("f", {"model": OWN, "model_ema": OWN}, flag="--teacher-checkpoint-key").of_model(OWN)
-    assert capsys.readouterr().err.endswith("not model; --teacher-checkpoint-key takes another\n")
+    assert capsys.readouterr().err.endswith("not model; --teacher-checkpoint-key chooses others\n")
 
 
 @pytest.mark.parametrize("contents", [{"epoch": 3}, {0: torch.zeros(1)}, {"a": {"b": [1]}}, {"a": {0: {}}}])
 def test_no_weights_at_all(contents):
-    with pytest.raises(BadInput, match="file: expected a state_dict of tensors, found none under"):
+    with pytest.raises(BadInput, match="file: expected a state_dict of tensors, found none in"):
         SavedWeights("file", contents).of_model(OWN)
 
 
@@ -125,7 +125,7 @@ def test_what_is_no_file_is_not_opened(tmp_path, suffix):
     (tmp_path / f"folder.{suffix}").mkdir()
     cases[tmp_path / f"loop.{suffix}"] = "symbolic links"
     cases[tmp_path / f"folder.{suffix}"] = "a folder"
-    cases[tmp_path / f"none.{suffix}"] = "found none"
+    cases[tmp_path / f"none.{suffix}"] = "does not exist"
     cases[path / "below"] = "Not a directory"
     for place, reason in cases.items():
         with pytest.raises(BadInput, match=rf"expected a file with weights, .*{reason}"):

@@ -88,7 +88,7 @@ def gathered(task: Task) -> Iterator[int]:
     """What `packed` does on the host where a GPU crops: whole images into one buffer, pinned if there is a GPU."""
     dataset = open_dataset(task.sources["pack"])
     request = Request(dataset, task.image_size, task.batch_size, torch.device(task.device), task.workers, None)
-    return (len(batch.rows) for batch in Gathered(request).filled(*views_and_order(dataset)))
+    return (len(batch.rows) for batch in Gathered(request).host_batches(*views_and_order(dataset)))
 
 
 # --- torchvision's, FFCV's, DALI's, nvImageCodec's --------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Data sets: every form an image folder comes in, opened, checked and written."""
+"""Data sets: open, check and write every form in which an image folder comes."""

@@ -1,4 +1,4 @@
-"""Many image files are looked at: their sizes, by the header or by decoding, and why some cannot be read."""
+"""Sizes of many image files, read from headers or by decoding, and the reasons why some are unreadable."""
 
 import io
 import os
@@ -14,12 +14,15 @@ from fastofa.data.headers import FIRST, Limits, Short, check_pixels, read_header
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import track
 
-ORIENTATION = 0x0112  # EXIF tag; 1 to 4 leave the sides as they are, 5 to 8 turn the image by a quarter
-warnings.filterwarnings("ignore", module="PIL")  # of EXIF data and of pixels: without a name, and checked here
+ORIENTATION = 0x0112  # EXIF tag; 1 to 4 keep height and width, 5 to 8 exchange them
+warnings.filterwarnings("ignore", module="PIL")  # about EXIF and large images: they name no file; checked here instead
 
 
 def header_size(path: Path, limits: Limits) -> tuple[int, int] | str:
-    """(height, width) of what `read_image` gives, or why it cannot be read; from the header where that settles it."""
+    """(height, width) of the image that `read_image` returns, or the reason why it is unreadable.
+
+    Reads the header only, unless the EXIF orientation may exchange the sides.
+    """
     try:
         data = read_file(path, FIRST)
         try:
@@ -36,7 +39,7 @@ def header_size(path: Path, limits: Limits) -> tuple[int, int] | str:
 
 
 def _keeps_sides(data: bytearray) -> bool:
-    """Surely, that is; Pillow and torchvision find an orientation in different places."""
+    """The EXIF orientation certainly keeps height and width. Pillow and torchvision look for it in different places."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.getexif().get(ORIENTATION) in (1, 2, 3, 4)
@@ -45,7 +48,7 @@ def _keeps_sides(data: bytearray) -> bool:
 
 
 def checked_size(path: Path, limits: Limits) -> tuple[int, int] | str:
-    """The same by decoding the whole image; one that shows signs of damage cannot be read."""
+    """Same as `header_size`, but decodes the whole image; one with signs of damage is unreadable."""
     try:
         _, height, width = read_image(path, limits, strict=True).shape
     except BadInput as error:
@@ -56,6 +59,7 @@ def checked_size(path: Path, limits: Limits) -> tuple[int, int] | str:
 def in_parallel(
     check: Callable[[Path, Limits], tuple[int, int] | str], paths: list[Path], limits: Limits, title: str
 ) -> list[tuple[int, int] | str]:
+    """The result of `check` for each path, in order, with a progress bar called `title`."""
     with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda path: check(path, limits), paths, chunksize=16)
-        return list(track(found, len(paths), title))
+        sizes = pool.map(lambda path: check(path, limits), paths, chunksize=16)
+        return list(track(sizes, len(paths), title))

@@ -1,4 +1,4 @@
-"""CIFAR-100 from its python archive as published, read without trusting its pickles."""
+"""Read CIFAR-100 from its published python archive without trusting its pickles."""
 
 import gzip
 import io
@@ -15,7 +15,7 @@ from fastofa.data.decode import read_file
 from fastofa.system.errors import BadInput
 
 ARCHIVE, FOLDER = "cifar-100-python.tar.gz", "cifar-100-python"
-MOST_BYTES = 1 << 30  # unpacked; CIFAR-100 has 186 MB
+MAX_BYTES = 1 << 30  # unpacked; CIFAR-100 takes 186 MB
 PLAIN = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -26,11 +26,11 @@ PLAIN = {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Builds numbers, strings, lists, dicts and numpy arrays, and nothing that could run code."""
+    """Unpickles numbers, strings, lists, dicts and numpy arrays, and refuses everything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in PLAIN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"its pickle refers to {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -42,12 +42,16 @@ def open_cifar100(spec: str, split: str, folder: Path) -> Dataset:
         classes = tuple(meta["fine_label_names"])
         names, labels = data["filenames"], np.asarray(data["fine_labels"], dtype=np.int64)
         if not all(isinstance(name, str) for name in (*classes, *names)):
-            raise TypeError("names that are text")
+            raise TypeError("names of type str")
         pixels = np.asarray(data["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{folder}: expected CIFAR-100's python archive, got one that lacks {error}") from None
     if not len(names) == len(labels) == len(pixels) > 0 or not 0 <= labels.min() <= labels.max() < len(classes):
-        raise BadInput(f"{folder}: the CIFAR-100 archive does not hold one name, label and picture for each sample")
+        raise BadInput(
+            f"{folder}: expected one name, label and image per sample in CIFAR-100's archive, got "
+            f"{len(names)} names, {len(labels)} labels and {len(pixels)} images, or labels out of range; "
+            "download it again"
+        )
     return from_array(spec, split, classes, list(names), labels, pixels)
 
 
@@ -59,9 +63,9 @@ def _load(folder: Path, member: str) -> dict[str, Any]:
             data = bytes(read_file(folder / member))
         else:
             with gzip.open(io.BytesIO(read_file(folder / ARCHIVE))) as whole:
-                unpacked = whole.read(MOST_BYTES)  # to its end, where its checksum is
+                unpacked = whole.read(MAX_BYTES)  # to the end, so that gzip compares the checksum
                 if whole.read(1):
-                    raise OSError(0, f"more than {MOST_BYTES:,} bytes")
+                    raise OSError(0, f"more than {MAX_BYTES:,} bytes")
             with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
                 file = archive.extractfile(f"{FOLDER}/{member}")
                 assert file is not None
@@ -73,4 +77,6 @@ def _load(folder: Path, member: str) -> dict[str, Any]:
     try:
         return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise BadInput(f"cifar100:{folder}: {member} is not the published file, {error}; fetch it again") from None
+        raise BadInput(
+            f"cifar100:{folder}: expected {member} as published, got another file ({error}); download it again"
+        ) from None

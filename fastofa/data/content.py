@@ -1,13 +1,13 @@
-"""What is in the files of a data set, by a sample of their bytes.
+"""Digests of a data set's files, computed from a sample of their bytes.
 
-Of each file the first, middle and last 4 kB are read, at each opening; of more than 10,000 files, of 10,000 that are
-evenly spread over all. So a file that was exchanged for another one of the same size is noticed. What is not noticed: a
-change between these parts only, and a change to files outside the sample (an exchange of two of a million files is
-found once in fifty times, of all files always).
+Each time a data set is opened, the first, middle and last 4 kB of each file are read; of more than 10,000 files, only
+of 10,000 evenly spaced ones. This detects a file that was replaced by another of the same size. It does not detect a
+change between these parts, or a change to files outside the sample (if two of a million files are exchanged, the chance
+of detecting it is one in fifty; if all are exchanged, it is always detected).
 
-10,000 files take 0.9 s where the system holds them in memory and 1.5 to 1.9 s from a local disk, of 40 kB each, on two
-busy cores (0.3 and 0.7 s of them computing): so 100,000 would take 9 s and 15 to 19 s, and 14 million take no longer
-than 10,000.
+On two busy cores, 10,000 files of 40 kB take 0.9 s from the page cache and 1.5 to 1.9 s from a local disk (0.3 and
+0.7 s of it CPU time). Larger data sets take no longer, because only 10,000 files are read; reading all of 100,000 would
+take 9 s and 15 to 19 s.
 """
 
 import hashlib
@@ -23,18 +23,18 @@ FILES = 10_000
 PART = 4096  # bytes
 DIGEST = 16  # bytes
 THREADS = 16  # they wait for a disk or a network more than they compute
-TOGETHER = 64  # files that a thread reads before it hands over
+CHUNK = 64  # files per task of a thread
 
 
 def sample(count: int) -> np.ndarray:
-    """int64, at most FILES: the places of the files that are read, evenly spread over all."""
+    """int64 [min(count, FILES)]: evenly spaced indices of the files that are read."""
     if count <= FILES:
         return np.arange(count)
     return np.arange(FILES) * count // FILES
 
 
 def digest(path: str, size: int) -> bytes | OSError:
-    """Of the parts of a file of `size` bytes, or why they cannot be read. Never waits for a FIFO's other end."""
+    """The digest of a file of `size` bytes, or the error that prevents reading it. Never blocks on a FIFO."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -46,15 +46,15 @@ def digest(path: str, size: int) -> bytes | OSError:
 
 
 def digest_of(file: int, begin: int, size: int) -> bytes:
-    """Of the parts of `size` bytes of an open file."""
+    """The digest of `size` bytes of an open file, from offset `begin`."""
     places = (0, (size - PART) // 2, size - PART) if size > 3 * PART else (0, PART, 2 * PART)
     parts = b"".join(os.pread(file, min(PART, size - place), begin + place) for place in places if place < size)
     return hashlib.blake2b(parts, digest_size=DIGEST).digest()
 
 
 def digests(files: Iterable[tuple[str, int]]) -> list[bytes | OSError]:
-    """Of each (path, size), in order."""
+    """The digest, or the error, for each (path, size), in order."""
     files = iter(files)
-    groups = iter(lambda: list(islice(files, TOGETHER)), [])
-    found = in_order(lambda group: [digest(path, size) for path, size in group], groups, THREADS)
-    return [one for group in found for one in group]
+    chunks = iter(lambda: list(islice(files, CHUNK)), [])
+    results = in_order(lambda chunk: [digest(path, size) for path, size in chunk], chunks, THREADS)
+    return [result for chunk in results for result in chunk]

@@ -1,4 +1,4 @@
-"""The table of a data set: labels, class names, image sizes, a fingerprint, and the pixels or where they lie."""
+"""The table of a data set: labels, class names, image sizes, a fingerprint, and the pixels or their location."""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,84 +23,88 @@ FFCV = (".beton", ".ffcv")  # what FFCV's own writer writes
 
 @dataclass(frozen=True)
 class Dataset:
-    """One split. Samples are in one order everywhere: class, then name; a sample id is a position in it."""
+    """One split of N samples. Every form has them in the same order, by class, then name; a sample id is an index."""
 
     spec: str
     split: str
     classes: tuple[str, ...]
     names: Sequence[str]
-    """Of each sample: the path below the split's folder, or the name inside the archive."""
+    """For each sample, its path relative to the split's folder, or its name in the archive."""
     labels: np.ndarray
     """int64 [N]."""
     sizes: np.ndarray
-    """int64 [N, 2]: height and width of the original picture in pixels, EXIF orientation applied."""
+    """int64 [N, 2]: height and width of the original image in pixels, after EXIF orientation."""
     fingerprint: str
-    """sha256 over names, byte sizes, labels and a sample of the content (see fastofa.data.content) of the originals."""
+    """sha256 of the originals' names, byte sizes, labels and a sample of their content (see fastofa.data.content)."""
     pixels: np.ndarray | None = None
-    """uint8 [N, H, W, 3] when the whole data set is one array, of a pack one mapped from its file; else None."""
+    """uint8 [N, H, W, 3] if the whole data set is one array (a pack's is memory-mapped); else None."""
     root: Path | None = None
-    """Folder that `names` are relative to."""
+    """The folder to which `names` are relative."""
     index: Path | None = None
-    """File that keeps sizes and the list of unreadable files."""
+    """The file that caches image sizes and the list of unreadable files."""
     skipped: tuple[str, ...] = ()
     """Files that were left out as unreadable, each with the reason."""
     file: Path | None = None
-    """Which holds the pictures: a .beton, or the images.npy of a .pack."""
+    """The file that contains the images: a .beton, or the images.npy of a .pack."""
     stored: np.ndarray | None = None
-    """int64 [N, 2]: height and width of the pictures in `file`."""
+    """int64 [N, 2]: height and width of the images in `file`."""
     spans: np.ndarray | None = None
-    """int64 [N, 2]: where in `file` each picture begins, and its bytes."""
+    """int64 [N, 2]: byte offset of each image in `file`, and its length in bytes."""
     is_raw: np.ndarray | None = None
-    """bool [N]: which images of a .beton are pixels; the others are JPEGs."""
+    """bool [N]: which images of a .beton are stored as pixels; the others are JPEGs."""
     shuffled: bool = True
-    """Where the images in `file` do not lie in the order of samples, they lie in random order."""
+    """If `file` does not store the images in order of sample ids, it stores them in random order."""
     limits: Limits = DEFAULT
-    """Which images are read."""
+    """The limits within which images are accepted."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def path(self, sample_id: int) -> Path:
-        """Where the picture lies, for data sets made of files."""
+        """The image's file, for data sets made of image files."""
         assert self.root is not None
         return self.root / self.names[sample_id]
 
     @property
     def stored_sizes(self) -> np.ndarray:
-        """int64 [N, 2]: height and width of what `read` gives, which is what crops are cut from."""
+        """int64 [N, 2]: height and width of the images that `read` returns, from which crops are cut."""
         return self.sizes if self.stored is None else self.stored
 
     @property
     def raw(self) -> bool:
-        """A .beton of pixels only."""
+        """It is a .beton that stores only pixels, no JPEGs."""
         return self.is_raw is not None and bool(self.is_raw.all())
 
     @property
-    def pages(self) -> np.ndarray | None:
-        """int64 [N]: the page of 8 MiB of `file` in which each picture begins, where a page is a random sample.
+    def page_ids(self) -> np.ndarray | None:
+        """int64 [N]: the 8 MiB page of `file` in which each image begins, if each page is a random set of samples.
 
-        None where images are files, or lie in the order of samples, class by class, or as FFCV's writer laid them.
+        None if images are separate files, are stored in order of sample ids (class by class), or FFCV wrote the file.
         """
         if self.spans is None or not self.shuffled or (np.diff(self.spans[:, 0]) > 0).all():
             return None
         return self.spans[:, 0] // PAGE
 
     def read(self, sample_id: int, strict: bool = False) -> Tensor:
-        """An image, uint8 [3, H, W], of an array a view. Raises BadInput, naming one that is damaged.
+        """An image, uint8 [3, H, W]; if the data set is an array, a view of it.
 
         Args:
+            sample_id: index of the image.
             strict: see `fastofa.data.decode.read_image`.
+
+        Raises:
+            BadInput: the image is damaged; the message names it.
         """
         if self.pixels is not None:
             return torch.from_numpy(self.pixels[sample_id]).permute(2, 0, 1)
         if self.spans is None:
             image = read_image(self.path(sample_id), self.limits, strict)
-            again = f"delete {self.index} to read the folder anew" if self.index else "start again"
-            return self._checked(sample_id, image, f"as when the folder was read; {again}")
+            again = f"delete {self.index} to index the folder again" if self.index else "start again"
+            return self._checked(sample_id, image, f"as when the folder was indexed; {again}")
         return self.unpack(sample_id, bytearray(self.stored_bytes(sample_id)), strict)
 
     def stored_bytes(self, sample_id: int) -> bytes:
-        """Of a picture's file, or of its part of `file`; of data sets made of either."""
+        """The bytes of an image's own file, or of its span of `file`."""
         if self.spans is None:
             return self.path(sample_id).read_bytes()
         assert self.file is not None
@@ -110,21 +114,21 @@ class Dataset:
             return file.read(count)
 
     def unpack(self, sample_id: int, data: bytearray | np.ndarray, strict: bool = False) -> Tensor:
-        """The same from a picture's bytes in a .beton; if they are pixels a view of them."""
+        """Same as `read`, from an image's bytes in a .beton; if they are pixels, the result is a view of them."""
         assert self.spans is not None
         if len(data) != self.spans[sample_id, 1]:
-            raise BadInput(f"image {self.names[sample_id]} in {self.file} is cut short; write that again")
+            raise BadInput(f"image {self.names[sample_id]} in {self.file} is truncated; write that file again")
         if self.is_raw is not None and self.is_raw[sample_id]:
             height, width = self.stored_sizes[sample_id].tolist()
             return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
         name = f"{self.names[sample_id]} in {self.file}"
-        claim = replace(self.limits, max_pixels=int(self.stored_sizes[sample_id].prod()))  # more is damage
+        limits = replace(self.limits, max_pixels=int(self.stored_sizes[sample_id].prod()))  # a larger image is damaged
         return self._checked(
-            sample_id, decode(data, name, claim, strict), f"as {self.file} says of it; write that again"
+            sample_id, decode(data, name, limits, strict), f"as {self.file} records; write that file again"
         )
 
     def _checked(self, sample_id: int, image: Tensor, remedy: str) -> Tensor:
-        """Raises BadInput if it has not the size that is known of it."""
+        """The image itself. Raises BadInput if its size differs from the recorded one."""
         height, width = self.stored_sizes[sample_id].tolist()
         if list(image.shape[1:]) != [height, width]:
             raise BadInput(
@@ -137,7 +141,16 @@ class Dataset:
 def from_array(
     spec: str, split: str, classes: tuple[str, ...], names: list[str], labels: np.ndarray, pixels: np.ndarray
 ) -> Dataset:
-    """A data set held as one array, brought into the one order (class, then name)."""
+    """A data set from arrays of N samples, sorted by class, then name.
+
+    Args:
+        spec: the name by which the user opened it.
+        split: "train" or "val".
+        classes: class names.
+        names: the name of each sample.
+        labels: integers [N].
+        pixels: uint8 [N, H, W, 3].
+    """
     order = sorted(range(len(names)), key=lambda i: (labels[i], names[i]))
     names = [names[i] for i in order]
     labels = np.asarray(labels, dtype=np.int64)[order]
@@ -148,7 +161,7 @@ def from_array(
 
 
 def fingerprint_of(names: Sequence[str], byte_sizes: np.ndarray, labels: np.ndarray, content: np.ndarray) -> str:
-    """sha256 over names, byte sizes, labels and content in sample order; `content` is uint8, of any shape."""
+    """sha256 of N names, byte sizes [N], labels [N] and content (uint8 of any shape), in order of sample ids."""
     digest = hashlib.sha256(Names.of(names).text)
     digest.update(np.asarray(byte_sizes, dtype="<i8").tobytes())
     digest.update(np.asarray(labels, dtype="<i8").tobytes())

@@ -1,6 +1,6 @@
-"""What libjpeg and libpng print while they decode is kept from the terminal, and given to who asked for the image.
+"""Capture what libjpeg and libpng print while they decode, so that it goes to the caller and not to the terminal.
 
-torchvision's decoders hide that there was a warning: libjpeg's is printed by C code, and that is all there is of it.
+torchvision does not report decoder warnings; the text that libjpeg's C code prints is the only sign of them.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class _Messages:
-    """C's `stderr` leads to a file in memory while anything is decoded. Python's own messages do not go through it."""
+    """Redirects C's `stderr` to an in-memory file while any thread decodes. Python's messages do not go through it."""
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None)
@@ -24,18 +24,18 @@ class _Messages:
         libc.fdopen.restype = ctypes.c_void_p
         libc.setbuf.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
         self.pointer = ctypes.c_void_p.in_dll(libc, "stderr")
-        self.usual, self.ours = self.pointer.value, libc.fdopen(self.file, b"a")
-        libc.setbuf(self.ours, None)
+        self.terminal, self.memory = self.pointer.value, libc.fdopen(self.file, b"a")
+        libc.setbuf(self.memory, None)
         self.changed = threading.Condition()
         self.decoding, self.alone = 0, False
 
     @contextmanager
     def listening(self, alone: bool) -> Iterator[None]:
-        """While threads decode, or this one alone."""
+        """Redirect while this thread decodes: at the same time as others, or `alone` with an empty file."""
         with self.changed:
             self.changed.wait_for(lambda: not (self.alone or (alone and self.decoding)))
             self.decoding, self.alone = self.decoding + 1, alone
-            self.pointer.value = self.ours
+            self.pointer.value = self.memory
             if alone:
                 os.ftruncate(self.file, 0)
         try:
@@ -44,7 +44,7 @@ class _Messages:
             with self.changed:
                 self.decoding, self.alone = self.decoding - 1, False
                 if not self.decoding:
-                    self.pointer.value = self.usual
+                    self.pointer.value = self.terminal
                 self.changed.notify_all()
 
     def size(self) -> int:
@@ -52,10 +52,10 @@ class _Messages:
 
 
 def with_messages(decode: Callable[[], T]) -> tuple[T, str]:
-    """What `decode` returns, and what C code printed for it: its first line, "" if none.
+    """The result of `decode`, and the first line that C code printed meanwhile ("" if it printed nothing).
 
-    Decoding goes on in many threads; where one of them printed something, each that may have been it decodes again
-    alone.
+    Many threads decode at the same time. If something was printed while several did, each of them decodes again alone
+    to find out whose message it was.
     """
     if _messages is None:
         return decode(), ""
@@ -73,10 +73,10 @@ def with_messages(decode: Callable[[], T]) -> tuple[T, str]:
 def _begin() -> None:
     global _messages
     inherited, _messages = _messages, None
-    if inherited is not None:  # of the process that this one was forked from, whose threads may have been decoding
-        inherited.pointer.value = inherited.usual
+    if inherited is not None:  # this process was forked, perhaps while threads of its parent were decoding
+        inherited.pointer.value = inherited.terminal
         os.close(inherited.file)
-    with suppress(AttributeError, ValueError):  # raised where it is not Linux: then nobody knows of messages
+    with suppress(AttributeError, ValueError):  # not on Linux: messages are not captured
         _messages = _Messages()
 
 

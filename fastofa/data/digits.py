@@ -7,7 +7,11 @@ from fastofa.system.errors import BadInput
 
 
 def open_digits(spec: str, split: str, count: str) -> Dataset:
-    """Every third picture is validation (599), the others are training (1,198), or the first N/10 of each class."""
+    """See `fastofa.data.open.open_dataset`.
+
+    Every third image belongs to the validation split (599), the others to the training split (1,198). `count` = "N"
+    keeps the first N/10 training images of each class; "" keeps all.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,7 +1,7 @@
-"""A folder of images: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg.
+"""Open a folder of images: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg.
 
-Names, byte sizes, labels and a sample of the content come from the folder each time; the sizes of the images need every
-file opened, so they are read once and kept in an index.
+Names, byte sizes, labels and a sample of the content are read from the folder each time. Reading image sizes requires
+opening every file, so they are read once and kept in an index.
 """
 
 import errno
@@ -21,9 +21,9 @@ from fastofa.system import torchrun
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.progress import notice
 
-NAMED = 5  # how many unreadable files an error names; all are named before it
-BLOCK = 100_000  # files whose paths are held at a time
-NOT_THE_FILES = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)  # errors that do not mean damage
+MAX_NAMED = 5  # unreadable files that an error names; notices before it name all of them
+BLOCK = 100_000  # files whose paths are in memory at a time
+ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)  # they do not mean that a file is damaged
 
 
 def open_image_folder(
@@ -32,8 +32,8 @@ def open_image_folder(
     """See `fastofa.data.open.open_dataset`."""
     listing = list_images(Path(spec), split)
     if torchrun.is_main():
-        for remark in listing.remarks:
-            notice(remark)
+        for text in listing.notices:
+            notice(text)
     root, names, byte_sizes = Path(spec) / split, listing.names, listing.byte_sizes
     content, unreadable = _content(root, listing)
     files, paths = Files(names, byte_sizes, content), index_paths(Path(spec), split)
@@ -46,15 +46,15 @@ def open_image_folder(
             known, index = read_index(paths, files, again=True)
             known.limit(limits, skip_corrupt)
             if len(_unknown(known, check)):
-                bad = _look(root, names, known, unreadable, skip_corrupt, check)
+                bad = _open_unknown(root, names, known, unreadable, skip_corrupt, check)
                 index = write_index(paths, files, known)
     if bad:
         _refuse(root, names, bad)
     if torchrun.is_main():
         for i, reason in known.skipped.items():
-            notice(f"left out: {root / names[i]}: {reason}")
+            notice(f"skipped: {root / names[i]}: {reason}")
         if known.skipped:
-            notice(f"{root}: left out {counted(len(known.skipped), 'unreadable image')}")
+            notice(f"{root}: skipped {counted(len(known.skipped), 'unreadable image')}")
 
     skipped = np.array(sorted(known.skipped), dtype=np.int64)
     labels, sizes = listing.labels, known.sizes
@@ -80,51 +80,55 @@ def open_image_folder(
 
 
 def _content(root: Path, listing: Listing) -> tuple[np.ndarray, dict[int, str]]:
-    """Digests uint8 [n, 16] of the sample, zeros where unreadable; and which files are not readable, and why."""
-    places, unreadable = sample(len(listing.names)), dict(listing.unreadable)
-    content = np.zeros((len(places), DIGEST), dtype=np.uint8)
-    rows = [row for row, i in enumerate(places.tolist()) if i not in unreadable]
-    wanted = ((f"{root}/{listing.names[i]}", int(listing.byte_sizes[i])) for i in places[rows].tolist())
-    for row, found in zip(rows, digests(wanted), strict=True):
-        if isinstance(found, bytes):
-            content[row] = np.frombuffer(found, dtype=np.uint8)
+    """Digests of the sampled files, uint8 [n, 16] (zeros where unreadable), and the unreadable files with reasons."""
+    sampled, unreadable = sample(len(listing.names)), dict(listing.unreadable)
+    content = np.zeros((len(sampled), DIGEST), dtype=np.uint8)
+    readable = [n for n, i in enumerate(sampled.tolist()) if i not in unreadable]
+    files = ((f"{root}/{listing.names[i]}", int(listing.byte_sizes[i])) for i in sampled[readable].tolist())
+    for n, result in zip(readable, digests(files), strict=True):
+        if isinstance(result, bytes):
+            content[n] = np.frombuffer(result, dtype=np.uint8)
         else:
-            unreadable[int(places[row])] = found.strerror or str(found)
+            unreadable[int(sampled[n])] = result.strerror or str(result)
     _check_access(root, listing.names, unreadable)
     return content, unreadable
 
 
 def _unknown(known: Known, check: bool) -> np.ndarray:
-    """int64: places of the files that have to be opened."""
+    """int64: indices of the files that must be opened; with `check`, of those that were not decoded yet."""
     unknown = (known.sizes[:, 0] == 0) | (~known.decoded if check else False)
     unknown[list(known.skipped)] = False
     return np.flatnonzero(unknown)
 
 
-def _look(
+def _open_unknown(
     root: Path, names: Names, known: Known, unreadable: dict[int, str], skip_corrupt: bool, check: bool
 ) -> dict[int, str]:
-    """Open the files of which the size is not known and note it; returns those that stand in the way, with reasons."""
+    """Open the files of unknown size and record their sizes in `known`.
+
+    Returns:
+        The unreadable files with reasons; none with `skip_corrupt`, which records them in `known.skipped`.
+    """
     bad: dict[int, str] = {}
 
-    def look(places: np.ndarray, decoded: bool, title: str) -> None:
-        for begin in range(0, len(places), BLOCK):
-            block = places[begin : begin + BLOCK].tolist()
+    def read_sizes(indices: np.ndarray, decoded: bool, title: str) -> None:
+        for begin in range(0, len(indices), BLOCK):
+            block = indices[begin : begin + BLOCK].tolist()
             size_of = checked_size if decoded else header_size
-            found = in_parallel(size_of, [root / names[i] for i in block], known.limits or DEFAULT, title)
-            bad.update({i: size for i, size in zip(block, found, strict=True) if isinstance(size, str)})
-            known.sizes[block] = [(0, 0) if isinstance(size, str) else size for size in found]
-            known.decoded[block] |= [decoded and not isinstance(size, str) for size in found]
+            sizes = in_parallel(size_of, [root / names[i] for i in block], known.limits or DEFAULT, title)
+            bad.update({i: size for i, size in zip(block, sizes, strict=True) if isinstance(size, str)})
+            known.sizes[block] = [(0, 0) if isinstance(size, str) else size for size in sizes]
+            known.decoded[block] |= [decoded and not isinstance(size, str) for size in sizes]
 
     unknown = _unknown(known, check)
     is_unreadable = np.isin(unknown, list(unreadable))
     bad.update({i: unreadable[i] for i in unknown[is_unreadable].tolist()})
-    look(unknown[~is_unreadable], check, f"indexing {root}")
+    read_sizes(unknown[~is_unreadable], check, f"indexing {root}")
     _check_access(root, names, bad)
-    if bad and not skip_corrupt:  # all are decoded, to name every one at once
+    if bad and not skip_corrupt:  # decode all, so that the error names every unreadable file
         rest = ~known.decoded
         rest[[*bad, *known.skipped]] = False
-        look(np.flatnonzero(rest), True, f"decoding {root}")
+        read_sizes(np.flatnonzero(rest), True, f"decoding {root}")
     if skip_corrupt:
         known.skipped |= bad
         return {}
@@ -133,37 +137,38 @@ def _look(
 
 def _refuse(root: Path, names: Names, bad: dict[int, str]) -> None:
     raise BadInput(
-        f"{counted(len(bad), 'unreadable image')}: {_named(root, names, bad)}; mend or remove such files, or give "
-        "`fastofa precompute`, `fastofa write` or `fastofa train` --skip-corrupt, which names them and leaves them out"
+        f"{counted(len(bad), 'unreadable image')}: {_name_files(root, names, bad)}; repair or remove such files, or "
+        "give `fastofa precompute`, `fastofa write` or `fastofa train` --skip-corrupt, which lists and skips them"
     )
 
 
 def _check_access(root: Path, names: Names, unreadable: dict[int, str]) -> None:
-    """Raises BadInput for files that cannot be opened although nothing is known to be wrong with them."""
-    for number in NOT_THE_FILES:
+    """Raises BadInput for files that may be whole but cannot be opened."""
+    for number in ACCESS_ERRORS:
         closed = {i: reason for i, reason in unreadable.items() if os.strerror(number) in reason}
         if closed:
-            what = remedy(OSError(number, os.strerror(number)))
-            raise BadInput(f"could not open {counted(len(closed), 'image')}: {_named(root, names, closed)}; {what}")
+            advice = remedy(OSError(number, os.strerror(number)))
+            files = _name_files(root, names, closed)
+            raise BadInput(f"could not open {counted(len(closed), 'image')}: {files}; {advice}")
 
 
-def _named(root: Path, names: Names, files: dict[int, str]) -> str:
-    """A few of the files with the reasons; where there are more, each of them was named before."""
+def _name_files(root: Path, names: Names, files: dict[int, str]) -> str:
+    """The first files with reasons, for an error; if there are more, notices name all of them first."""
     lines = [f"{root / names[i]} ({files[i]})" for i in sorted(files)]
-    if len(lines) > NAMED and torchrun.is_main():
+    if len(lines) > MAX_NAMED and torchrun.is_main():
         for line in lines:
             notice(f"unreadable: {line}")
-    return "; ".join(lines[:NAMED]) + (f" and {len(lines) - NAMED} more" if len(lines) > NAMED else "")
+    return "; ".join(lines[:MAX_NAMED]) + (f" and {len(lines) - MAX_NAMED} more" if len(lines) > MAX_NAMED else "")
 
 
 def _check_classes(root: Path, listing: Listing, labels: np.ndarray) -> None:
-    """Raises BadInput if a class has lost all of its images."""
+    """Raises BadInput if all images of a class were skipped."""
     if not len(labels):
         files = counted(len(listing.names), "file")
-        raise BadInput(f"{root}: expected images, but of {files} none is readable; mend some")
+        raise BadInput(f"{root}: expected images, got {files} of which none is readable; repair some")
     if len(lost := np.setdiff1d(listing.labels, labels)):
-        classes = [listing.classes[label] for label in lost[:NAMED].tolist()] + ["..."] * (len(lost) > NAMED)
+        classes = [listing.classes[label] for label in lost[:MAX_NAMED].tolist()] + ["..."] * (len(lost) > MAX_NAMED)
         raise BadInput(
-            f"{root}: all images of {counted(len(lost), 'class')} are unreadable ({', '.join(classes)}); mend some of "
-            "each, or remove such folders"
+            f"{root}: all images of {counted(len(lost), 'class')} are unreadable ({', '.join(classes)}); repair some "
+            "of each, or remove such folders"
         )

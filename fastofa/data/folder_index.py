@@ -1,11 +1,11 @@
-"""The index of an image folder: what opening every image once showed, so that the next opening need not.
+"""The index of an image folder: a cache of image sizes, so that the images need to be opened only once.
 
-DIR/.fastofa/SPLIT.safetensors, or below the user's cache folder where DIR cannot be written. It is a convenience: where
-it cannot be read it is made again, where it cannot be kept the images are opened each time.
+It is DIR/.fastofa/SPLIT.safetensors, or lies in the user's cache folder if DIR is not writable. An index that cannot be
+read is made again; if it cannot be written, the images are opened each time.
 
-Of 14 million made-up names it has 642 MB. Once they are listed, the folder is opened in 12 s, in 2.9 GB at most (the
-listing has 0.7 of them, Python with its libraries 0.7); in 63 s and 4.5 GB where a thousandth of the files were removed
-since. That was on two cores of a machine with five times as much to do.
+For 14 million synthetic names it takes 642 MB. After the files are listed, the folder opens in 12 s with a peak of
+2.9 GB of memory (0.7 GB of it the listing, 0.7 GB Python and its libraries), or in 63 s and 4.5 GB if a thousandth of
+the files were removed since. Measured on two cores of a machine with five times as many busy processes.
 """
 
 import fcntl
@@ -31,80 +31,85 @@ from fastofa.system.progress import notice
 
 
 class Files(NamedTuple):
-    """By which an index recognises N files."""
+    """The properties by which an index recognises N files."""
 
     names: Names
     byte_sizes: np.ndarray
     """int64 [N]."""
     content: np.ndarray
-    """uint8 [n, 16]: digests of those that `content.sample` names."""
+    """uint8 [n, 16]: digests of the files that `content.sample` selects."""
 
 
 @dataclass
 class Known:
-    """What is known of N files."""
+    """What is known about N files."""
 
     sizes: np.ndarray
     """int64 [N, 2]: height and width, 0 where unknown."""
     decoded: np.ndarray
-    """bool [N]: all of the image was decoded, not only its header."""
+    """bool [N]: the whole image was decoded, not only its header read."""
     skipped: dict[int, str]
-    """By place: unreadable files that --skip-corrupt leaves out, and why."""
+    """Indices of the unreadable files that --skip-corrupt skips, with reasons."""
     limits: Limits | None = None
-    """Within which that is so; None where nothing is known."""
+    """The limits that were applied; None if nothing is known."""
 
     @classmethod
     def nothing(cls, count: int) -> "Known":
         return cls(np.zeros((count, 2), dtype=np.int64), np.zeros(count, dtype=bool), {})
 
     def limit(self, limits: Limits, skip_corrupt: bool) -> None:
-        """Forget what is otherwise within these. What one command was told to take, later ones take as well, unless
-        they are to leave out again what is unreadable."""
+        """Apply the limits of a command, and forget what no longer holds within them.
+
+        Images that an earlier command was allowed to accept stay accepted. With `skip_corrupt`, exactly `limits` apply:
+        if they changed, all images have to be decoded again.
+        """
         before = self.limits or limits
         if not skip_corrupt:
-            most, allow = max(limits.max_pixels, before.max_pixels), limits.allow_warnings or before.allow_warnings
-            limits = Limits(most, allow)
+            limits = Limits(max(limits.max_pixels, before.max_pixels), limits.allow_warnings or before.allow_warnings)
         elif limits != before:
             self.skipped, self.decoded[:] = {}, False
         self.limits = limits
 
 
 def index_paths(top: Path, split: str) -> list[Path]:
-    """Where the index may be, the best place first."""
+    """The paths at which the index may be, the preferred one first."""
     beside = top / ".fastofa"
     key = hashlib.sha256(os.path.realpath(os.fsencode(top))).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     places = [beside, Path(cache) / "fastofa" / key]
     if not os.access(beside if beside.is_dir() else top, os.W_OK):
         places.reverse()
-    # Without a home the second place is unknown. Through a planted link somebody's own file would be overwritten.
+    # Without a home folder the second path is unknown. Through a planted link, a user's file could be overwritten.
     return [place / f"{split}.safetensors" for place in places if not (place.is_symlink() or str(place)[0] == "~")]
 
 
 def read_index(paths: list[Path], files: Files, again: bool = False) -> tuple[Known, Path | None]:
-    """What the first whole index says of these files, and where it is; a damaged one is reported, but not `again`."""
+    """What the first intact index knows about these files, and its path (None if there is none).
+
+    A damaged index is reported, unless this is done `again` after a first attempt.
+    """
     for path in paths:
         try:
             if not stat.S_ISREG(os.lstat(path).st_mode):
-                raise BadInput(f"{path}: expected an index of images, got what is no file")
-            there, known = _load(path)
+                raise BadInput(f"{path}: expected an index of images, got something that is not a regular file")
+            indexed, known = _load(path)
         except FileNotFoundError:
             continue
         except OSError as error:
             problem = f"could not read {path}: {error.strerror}"
         except RecursionError:
-            problem = f"{path}: expected an index of images, got JSON of too many levels"
+            problem = f"{path}: expected an index of images, got JSON nested too deeply"
         except BadInput as error:
             problem = str(error)
         else:
-            return _recognise(files, there, known), path
+            return _recognise(files, indexed, known), path
         if not again:
-            notice(f"{problem}; reading the folder anew")
+            notice(f"{problem}; indexing the folder again")
     return Known.nothing(len(files.names)), None
 
 
 def write_index(paths: list[Path], files: Files, known: Known) -> Path | None:
-    """The first place that took it. None if none did, which is reported."""
+    """Write the index to the first path that is writable and return that path; report it if there is none."""
     skipped = sorted(known.skipped)
     reasons = "".join(known.skipped[i].replace("\0", " ") + "\0" for i in skipped).encode(errors="replace")
     tensors = {
@@ -117,23 +122,23 @@ def write_index(paths: list[Path], files: Files, known: Known) -> Path | None:
         "reasons": torch.tensor(np.frombuffer(reasons, dtype=np.uint8)),
         "limits": torch.tensor(astuple(known.limits or DEFAULT)),
     }
-    refused = []
+    errors = []
     for path in paths:
         try:
             save_tensors(path, tensors, {})
             return path
         except BadInput as error:
-            refused.append(str(error))
-    why = refused[0] if refused else "no place for an index"
-    notice(f"the sizes of the images cannot be kept and are read again each time: {why}")
+            errors.append(str(error))
+    reason = errors[0] if errors else "no folder for an index"
+    notice(f"the index of the images cannot be written, so every image is opened each time: {reason}")
     return None
 
 
 @contextmanager
 def making(paths: list[Path]) -> Iterator[None]:
-    """One process at a time makes an index; the others wait here, however long, and then find it made.
+    """Let one process at a time make an index; the others wait for it without a time limit, and then read it.
 
-    By a lock that ends with its holder. Where no place or file system offers one, each process makes its own index.
+    The lock is released when its holder ends. If no file system offers one, each process makes its own index.
     """
     file = _open_lock(paths)
     if file is None:
@@ -165,7 +170,7 @@ def _open_lock(paths: list[Path]) -> int | None:
 
 
 def _load(path: Path) -> tuple[Files, Known]:
-    """Raises BadInput for whatever is not an index."""
+    """Raises BadInput for a file that is not an index."""
     tensors, _ = load_tensors(path)
     try:
         columns = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -181,38 +186,39 @@ def _load(path: Path) -> tuple[Files, Known]:
             raise ValueError
         if (sizes < 0).any() or (skipped < 0).any() or (skipped >= count).any():
             raise ValueError
-        most, allow = columns["limits"].tolist()
-        left = dict(zip(skipped.tolist(), reasons, strict=True))
-        known = Known(sizes.astype(np.int64), columns["decoded"], left, Limits(most, bool(allow)))
+        max_pixels, allow_warnings = columns["limits"].tolist()
+        with_reasons = dict(zip(skipped.tolist(), reasons, strict=True))
+        limits = Limits(max_pixels, bool(allow_warnings))
+        known = Known(sizes.astype(np.int64), columns["decoded"], with_reasons, limits)
     except (KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: expected an index of images, got another safetensors file") from None
     return Files(names, columns["byte_sizes"], columns["content"]), known
 
 
-def _recognise(files: Files, there: Files, known: Known) -> Known:
-    """Of these files, what is known of those that are still the same by name, size and content."""
-    if files.names == there.names and all(map(np.array_equal, files[1:], there[1:])):
+def _recognise(files: Files, indexed: Files, known: Known) -> Known:
+    """What is known about `files`, from what is known about the `indexed` ones with the same name, size and content."""
+    if files.names == indexed.names and all(map(np.array_equal, files[1:], indexed[1:])):
         return known
-    found = Known.nothing(len(files.names))
-    place = files.names.places_in(there.names)
-    here = np.flatnonzero(place >= 0)
-    here = here[there.byte_sizes[place[here]] == files.byte_sizes[here]]
-    mine, theirs = _rows(len(files.names))[here], _rows(len(there.names))[place[here]]
-    both = np.flatnonzero((mine >= 0) & (theirs >= 0))
-    changed = (files.content[mine[both]] != there.content[theirs[both]]).any(axis=1)
-    here = np.delete(here, both[changed])
-    found.sizes[here] = known.sizes[place[here]]
-    found.decoded[here] = known.decoded[place[here]]
-    found.limits = known.limits
+    result = Known.nothing(len(files.names))
+    place = files.names.places_in(indexed.names)
+    same = np.flatnonzero(place >= 0)
+    same = same[indexed.byte_sizes[place[same]] == files.byte_sizes[same]]
+    row, indexed_row = _content_rows(len(files.names))[same], _content_rows(len(indexed.names))[place[same]]
+    comparable = np.flatnonzero((row >= 0) & (indexed_row >= 0))
+    changed = (files.content[row[comparable]] != indexed.content[indexed_row[comparable]]).any(axis=1)
+    same = np.delete(same, comparable[changed])
+    result.sizes[same] = known.sizes[place[same]]
+    result.decoded[same] = known.decoded[place[same]]
+    result.limits = known.limits
     if known.skipped:
-        back = np.full(len(there.names), -1)
-        back[place[here]] = here
-        found.skipped = {int(back[i]): reason for i, reason in known.skipped.items() if back[i] >= 0}
-    return found
+        inverse = np.full(len(indexed.names), -1)
+        inverse[place[same]] = same
+        result.skipped = {int(inverse[i]): reason for i, reason in known.skipped.items() if inverse[i] >= 0}
+    return result
 
 
-def _rows(count: int) -> np.ndarray:
-    """int64 [N]: the row in `Files.content` of each file, -1 of those outside the sample."""
+def _content_rows(count: int) -> np.ndarray:
+    """int64 [N]: each file's row in `Files.content`, -1 for files outside the sample."""
     rows = np.full(count, -1)
     rows[sample(count)] = np.arange(len(sample(count)))
     return rows

@@ -1,9 +1,9 @@
-"""Which files of a split's folder are images, and of which class: by names and kinds only.
+"""List the images of a split's folder and their classes, by file names and types only.
 
-    DIR/train/CLASS/*.jpg       and in folders below CLASS
+    DIR/train/CLASS/*.jpg       also in subfolders of CLASS
 
-Links to folders and files are followed. What is not taken is counted by kind and reported, never dropped in silence;
-some of it is opened, to tell of images that have other names.
+Links to folders and files are followed. Other entries are counted by kind and reported, never skipped silently. Some of
+them are opened to find images whose suffix hides what they are.
 """
 
 import errno
@@ -22,14 +22,14 @@ from fastofa.data.quick_checks import no_split
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.threads import in_order
 
-NAMED = 5  # how many examples an error names
-EXAMPLES = 2  # how many a remark names of each kind
-OPENED = 300  # how many files with other suffixes are looked into
-START, GIF_START = 12, 1 << 20  # bytes that say whether it is an image; and whether a GIF has one frame
+MAX_NAMED = 5  # examples that an error names
+EXAMPLES = 2  # examples of each kind that a notice names
+MAX_OPENED = 300  # files with other suffixes that are opened
+START, GIF_START = 12, 1 << 20  # bytes that show whether a file is an image; and whether a GIF has one frame
 THREADS = 16  # they wait for a disk or a network more than they compute
 SPLITS = ("train", "val")
 
-# What systems, file managers and editors leave behind; never a class, never an image.
+# Names that operating systems, file managers and editors leave behind; never a class or an image.
 LEFTOVERS = {
     "__macosx", "network trash folder", "temporary items", "icon\r",  # macOS
     "$recycle.bin", "recycler", "recycled", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini",
@@ -40,111 +40,116 @@ LEFTOVERS = {
 BACKUP = re.compile(r".*~|~\$.*|#.*#|.*\.(bak|orig|tmp|swp)", re.IGNORECASE | re.DOTALL)
 
 _SPECIAL = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-_LINKS = {errno.ENOENT: "a link that leads nowhere", errno.ELOOP: "a link that leads in a circle"}
+_LINKS = {errno.ENOENT: "a broken link", errno.ELOOP: "a circular link"}
 HIDDEN, LEFTOVER, OUTSIDE = "hidden", "of the system or an editor", "outside the class folders"
-LOOP, BROKEN = "leading back to a folder that lies above or is taken already", "leading nowhere"
+LOOP, BROKEN = "linked to a folder that contains it or is listed already", "linked to nothing"
 
 
 class Listing(NamedTuple):
     classes: tuple[str, ...]
-    """Of the training split, whichever split is listed."""
+    """The classes of the training split, whichever split is listed."""
     names: Names
-    """Paths below the split's folder in sample order: class, then name."""
+    """Paths relative to the split's folder in the order of sample ids: class, then name."""
     labels: np.ndarray
     """int64 [N]."""
     byte_sizes: np.ndarray
-    """int64 [N], 0 for what is no file."""
+    """int64 [N], 0 for entries that are not regular files."""
     unreadable: dict[int, str]
-    """Why, by place in the order: links that lead nowhere, FIFOs and the like, which must not be opened."""
-    remarks: list[str]
-    """What a person should know."""
+    """Indices of broken links, FIFOs and the like, which must not be opened, with reasons."""
+    notices: list[str]
+    """One-line messages for the user."""
 
 
-class _Left(NamedTuple):
+class _Skipped(NamedTuple):
     kind: str
     name: str
-    other_file: bool = False
-    """A file left out for nothing but its suffix."""
+    other_suffix: bool = False
+    """A regular file, skipped only because of its suffix."""
 
 
 class _Class(NamedTuple):
-    """What one class folder holds."""
+    """The contents of one class folder."""
 
     text: bytes
     byte_sizes: list[int]
     unreadable: dict[int, str]
-    left: list[_Left]
+    skipped: list[_Skipped]
     nested: list[str]
-    """Images in folders below."""
+    """Images in subfolders."""
 
 
 def list_images(top: Path, split: str) -> Listing:
-    """Raises BadInput: no such folder, one that may not be read, no classes, a class without images, unknown ones."""
+    """List one split of the data set in folder `top`.
+
+    Raises:
+        BadInput: the folder is missing or not readable, has no class or an unknown one, or a class has no images.
+    """
     root = top / split
     if not is_folder(root):
         raise no_split(top, split)
-    classes, left = _class_folders(top, root)
+    classes, skipped = _class_folders(top, root)
     train = classes
     if split != "train" and is_folder(top / "train"):
         train = _class_folders(top, top / "train")[0]
     if extra := sorted(classes.keys() - train.keys()):
-        more = f" and {len(extra) - NAMED} more" if len(extra) > NAMED else ""
+        more = f" and {len(extra) - MAX_NAMED} more" if len(extra) > MAX_NAMED else ""
         raise BadInput(
             f"{root}: expected the classes of {top / 'train'}, found {counted(len(extra), 'other')}: "
-            f"{', '.join(extra[:NAMED])}{more}; rename or remove such folders, or give them training images"
+            f"{', '.join(extra[:MAX_NAMED])}{more}; rename or remove such folders, or add training images for them"
         )
 
     listed, labels, done = [], [], 0
     unreadable: dict[int, str] = {}
-    taken = {identity: name for name, identity in reversed(classes.items())}
-    above = _folders_above(*(top / split for split in SPLITS)) | taken.keys()
-    here = [(label, name) for label, name in enumerate(train) if name in classes]
-    for (label, _), found in zip(
-        here, in_order(lambda item: _list_class(root, item[1], above), here, THREADS), strict=True
+    first_with = {identity: name for name, identity in reversed(classes.items())}
+    excluded = _parent_folders(*(top / split for split in SPLITS)) | first_with.keys()
+    labelled = [(label, name) for label, name in enumerate(train) if name in classes]
+    for (label, _), contents in zip(
+        labelled, in_order(lambda item: _list_class(root, item[1], excluded), labelled, THREADS), strict=True
     ):
-        listed.append(found)
-        labels.append(np.full(len(found.byte_sizes), label, dtype=np.int64))
-        unreadable |= {done + i: reason for i, reason in found.unreadable.items()}
-        done += len(found.byte_sizes)
+        listed.append(contents)
+        labels.append(np.full(len(contents.byte_sizes), label, dtype=np.int64))
+        unreadable |= {done + i: reason for i, reason in contents.unreadable.items()}
+        done += len(contents.byte_sizes)
     if not done:
         raise BadInput(
             f"{root}: expected a folder per class with images ({', '.join(SUFFIXES)}), found no image"
-            + (f"; there are {_by_kind(left)}" if left else "")
+            + (f" but {_by_kind(skipped)}" if skipped else "")
         )
-    remarks = []
-    if left := left + [one for found in listed for one in found.left]:
-        remarks.append(_left_out(root, left))
-    if nested := [name for found in listed for name in found.nested]:
+    notices = []
+    if skipped := skipped + [entry for contents in listed for entry in contents.skipped]:
+        notices.append(_skipped_notice(root, skipped))
+    if nested := [name for contents in listed for name in contents.nested]:
         folder = nested[0].partition("/")[0]
-        remarks.append(
-            f"{root}: folders below the class folders hold {counted(len(nested), 'image')}, such as {nested[0]}, which "
-            f"counts as {folder}"
+        notices.append(
+            f"{root}: subfolders of the class folders contain {counted(len(nested), 'image')}, such as {nested[0]}, "
+            f"which counts as {folder}"
         )
     for name, identity in classes.items():
-        if taken[identity] != name:
-            remarks.append(f"{root}: {name} is the same folder as {taken[identity]}; its images count for both classes")
+        if (other := first_with[identity]) != name:
+            notices.append(f"{root}: {name} is the same folder as {other}; its images count for both classes")
     return Listing(
         classes=tuple(train),
-        names=Names(b"".join(found.text for found in listed)),
+        names=Names(b"".join(contents.text for contents in listed)),
         labels=np.concatenate(labels),
-        byte_sizes=np.array([size for found in listed for size in found.byte_sizes], dtype=np.int64),
+        byte_sizes=np.array([size for contents in listed for size in contents.byte_sizes], dtype=np.int64),
         unreadable=unreadable,
-        remarks=remarks,
+        notices=notices,
     )
 
 
 def list_below(folder: Path) -> tuple[list[Path], list[str]]:
-    """The images in a folder and in all folders below it, sorted by path, whatever the folders mean; and remarks.
+    """The images in a folder and in all its subfolders, sorted by path; and notices on what was skipped.
 
-    Raises BadInput: no image, a folder that may not be read, a name that is not UTF-8.
+    Raises:
+        BadInput: no image, a folder that is not readable, a name that is not UTF-8.
     """
-    found = _list_class(folder, ".", _folders_above(folder))
-    left = [one._replace(name=one.name.removeprefix("./")) for one in found.left]
-    return [folder / name for name in Names(found.text)], [_left_out(folder, left)] if left else []
+    contents = _list_class(folder, ".", _parent_folders(folder))
+    skipped = [entry._replace(name=entry.name.removeprefix("./")) for entry in contents.skipped]
+    return [folder / name for name in Names(contents.text)], [_skipped_notice(folder, skipped)] if skipped else []
 
 
 def is_folder(path: Path) -> bool:
-    """Raises BadInput where that cannot be known: a folder above it may not be read, links lead in a circle."""
+    """Raises BadInput if that cannot be determined: a parent folder is not readable, or links are circular."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
@@ -153,105 +158,110 @@ def is_folder(path: Path) -> bool:
         raise BadInput(f"could not open {path}: {error.strerror}; give this user access or another path") from None
 
 
-def _class_folders(top: Path, root: Path) -> tuple[dict[str, tuple[int, int]], list[_Left]]:
-    """Class names in order, with the identity of each folder; and what else lies in a split's folder."""
-    classes, left, above = {}, [], _folders_above(*(top / split for split in SPLITS))
+def _class_folders(top: Path, root: Path) -> tuple[dict[str, tuple[int, int]], list[_Skipped]]:
+    """Class names in order, with the device and inode of each folder; and the other entries of a split's folder."""
+    classes, skipped, parents = {}, [], _parent_folders(*(top / split for split in SPLITS))
     for entry in _entries(str(root)):
         if kind := _leftover(entry.name):
-            left.append(_Left(kind, entry.name))
+            skipped.append(_Skipped(kind, entry.name))
             continue
         try:
             status = entry.stat()
         except OSError as error:
             if entry.is_symlink() and entry.name.lower().endswith(SUFFIXES):
-                left.append(_Left(OUTSIDE, entry.name))
+                skipped.append(_Skipped(OUTSIDE, entry.name))
                 continue
             raise BadInput(
                 f"{entry.path}: expected a class folder, got {_why(entry, error)}; {remedy(error)}"
             ) from None
         if not stat.S_ISDIR(status.st_mode):
-            left.append(_Left(OUTSIDE, entry.name))
-        elif (identity := (status.st_dev, status.st_ino)) in above:
-            left.append(_Left(LOOP, entry.name))
+            skipped.append(_Skipped(OUTSIDE, entry.name))
+        elif (identity := (status.st_dev, status.st_ino)) in parents:
+            skipped.append(_Skipped(LOOP, entry.name))
         else:
             classes[entry.name] = identity
-    return dict(sorted(classes.items())), left
+    return dict(sorted(classes.items())), skipped
 
 
-def _folders_above(*roots: Path) -> set[tuple[int, int]]:
-    """Identities of these folders and of all folders that hold them: no part of a class, by whatever link."""
-    above = set()
+def _parent_folders(*roots: Path) -> set[tuple[int, int]]:
+    """Device and inode of these folders and of all folders above them; no link makes them part of a class."""
+    parents = set()
     for root in roots:
         for path in (root, *root.absolute().parents, *Path(os.path.realpath(root)).parents):
             try:
                 status = os.stat(path)
             except OSError:
                 continue
-            above.add((status.st_dev, status.st_ino))
-    return above
+            parents.add((status.st_dev, status.st_ino))
+    return parents
 
 
-def _list_class(root: Path, name: str, above: set[tuple[int, int]]) -> _Class:
-    """Raises BadInput: no image, a folder that may not be read, a name that is not UTF-8.
+def _list_class(root: Path, name: str, excluded: set[tuple[int, int]]) -> _Class:
+    """List one class folder and its subfolders. No folder is entered twice, so that circular links end.
 
     Args:
-        above: folders that are never entered; nor is any folder twice, so links that lead in circles come to an end.
+        root: the split's folder.
+        name: the class.
+        excluded: device and inode of folders that are never entered.
+
+    Raises:
+        BadInput: there is no image, a folder is not readable, or a name is not UTF-8.
     """
-    found: list[tuple[str, int, str | None]] = []  # name, bytes, why it cannot be read
-    left: list[_Left] = []
-    folders, entered = [name], set(above)
+    images: list[tuple[str, int, str | None]] = []  # path, bytes, why it is unreadable
+    skipped: list[_Skipped] = []
+    folders, entered = [name], set(excluded)
     while folders:
         folder = folders.pop()
         for entry in _entries(str(root / folder)):
             path = f"{folder}/{entry.name}"
-            image = entry.name.lower().endswith(SUFFIXES)
+            is_image = entry.name.lower().endswith(SUFFIXES)
             if kind := _leftover(entry.name):
-                left.append(_Left(kind, path))
+                skipped.append(_Skipped(kind, path))
                 continue
             try:
                 status = entry.stat()
             except OSError as error:
-                if image:
-                    found.append((path, 0, _why(entry, error)))
+                if is_image:
+                    images.append((path, 0, _why(entry, error)))
                 else:
-                    left.append(_Left(BROKEN if entry.is_symlink() else _why(entry, error), path))
+                    skipped.append(_Skipped(BROKEN if entry.is_symlink() else _why(entry, error), path))
                 continue
             if stat.S_ISDIR(status.st_mode):
                 if (identity := (status.st_dev, status.st_ino)) in entered:
-                    left.append(_Left(LOOP, path))
+                    skipped.append(_Skipped(LOOP, path))
                 else:
                     entered.add(identity)
                     folders.append(path)
-            elif not image:
+            elif not is_image:
                 suffix = os.path.splitext(entry.name)[1].lower() or "without suffix"
-                left.append(_Left(suffix, path, stat.S_ISREG(status.st_mode)))
+                skipped.append(_Skipped(suffix, path, stat.S_ISREG(status.st_mode)))
             elif stat.S_ISREG(status.st_mode):
-                found.append((path, status.st_size, None))
+                images.append((path, status.st_size, None))
             else:
-                found.append((path, 0, f"{_SPECIAL.get(stat.S_IFMT(status.st_mode), 'a special file')}, not a file"))
-    if not found:
+                images.append((path, 0, f"{_SPECIAL.get(stat.S_IFMT(status.st_mode), 'a special file')}, not a file"))
+    if not images:
         raise BadInput(
             f"{root / name}: expected images ({', '.join(SUFFIXES)}), found none"
-            + (f" but {_by_kind(left)}" if left else "")
-            + (_misnamed(root, left) or "; add some, or remove the folder")
+            + (f" but {_by_kind(skipped)}" if skipped else "")
+            + (_misnamed(root, skipped) or "; add some, or remove the folder")
         )
-    found.sort()
+    images.sort()
     try:
-        text = "".join(f"{path}\0" for path, _, _ in found).encode()
+        text = "".join(f"{path}\0" for path, _, _ in images).encode()
     except UnicodeEncodeError:
-        path = next(path for path, _, _ in found if not _is_utf8(path))
+        path = next(path for path, _, _ in images if not _is_utf8(path))
         raise BadInput(f"{root}: expected names in UTF-8, got {path!r}; rename it") from None
     return _Class(
         text=text,
-        byte_sizes=[size for _, size, _ in found],
-        unreadable={i: reason for i, (_, _, reason) in enumerate(found) if reason is not None},
-        left=left,
-        nested=[path for path, _, _ in found if path.count("/") > 1],
+        byte_sizes=[size for _, size, _ in images],
+        unreadable={i: reason for i, (_, _, reason) in enumerate(images) if reason is not None},
+        skipped=skipped,
+        nested=[path for path, _, _ in images if path.count("/") > 1],
     )
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """By name, links last: of two ways into a folder the one without a link is taken, in every copy the same."""
+    """Sorted by name with links last, so that every copy of the data set enters a folder by the same path."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
@@ -260,60 +270,62 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _leftover(name: str) -> str | None:
-    """What kind of leftover a name says the file or folder is, if any."""
+    """The kind of leftover that a file or folder is by its name, if any."""
     if name.startswith("."):
         return HIDDEN
     return LEFTOVER if name.lower() in LEFTOVERS or BACKUP.fullmatch(name) else None
 
 
 def _why(entry: os.DirEntry[str], error: OSError) -> str:
-    """What an entry is that leads to nothing that can be looked at."""
+    """Why an entry has no status."""
     if entry.is_symlink() and error.errno in _LINKS:
         return _LINKS[error.errno]
     return error.strerror or str(error)
 
 
 def remedy(error: OSError) -> str:
-    """What to do about a folder or file that cannot be opened."""
+    """Advice for a folder or file that cannot be opened."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "raise the limit on open files (`ulimit -n 4096`) and start again"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return "let this user read it (`chmod a+rX`) or remove it"
-    return "mend or remove it"
+        return "make it readable for this user (`chmod a+rX`) or remove it"
+    return "repair or remove it"
 
 
-def _left_out(root: Path, left: list[_Left]) -> str:
-    """What was not taken, in a line."""
-    what = "1 file or folder" if len(left) == 1 else f"{len(left):,} files and folders"
-    return f"{root}: left out {what}: {_by_kind(left)}; images end in {', '.join(SUFFIXES)}{_misnamed(root, left)}"
+def _skipped_notice(root: Path, skipped: list[_Skipped]) -> str:
+    """One line on the files and folders that are not part of the data set."""
+    entries = "1 file or folder" if len(skipped) == 1 else f"{len(skipped):,} files and folders"
+    return (
+        f"{root}: skipped {entries}: {_by_kind(skipped)}; images end in {', '.join(SUFFIXES)}{_misnamed(root, skipped)}"
+    )
 
 
-def _by_kind(left: list[_Left]) -> str:
-    """By kind, the most frequent first, with examples."""
+def _by_kind(skipped: list[_Skipped]) -> str:
+    """Counts and examples of each kind, the most frequent first."""
     kinds: dict[str, list[str]] = {}
-    for one in left:
-        kinds.setdefault(one.kind, []).append(one.name)
+    for entry in skipped:
+        kinds.setdefault(entry.kind, []).append(entry.name)
     return ", ".join(
         f"{len(names)} {kind} ({', '.join(sorted(names)[:EXAMPLES])}{', ...' if len(names) > EXAMPLES else ''})"
         for kind, names in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
     )
 
 
-def _misnamed(root: Path, left: list[_Left]) -> str:
-    """How many of the files with other suffixes are images nevertheless, and what to do; empty if there are none."""
-    files = [one.name for one in left if one.other_file]
-    opened = files[:: -(-len(files) // OPENED)] if files else []
-    found = [name for name in opened if _is_image(root / name)]
-    if not found:
+def _misnamed(root: Path, skipped: list[_Skipped]) -> str:
+    """How many files with other suffixes are images by content, and what to do about it; "" if there are none."""
+    files = [entry.name for entry in skipped if entry.other_suffix]
+    opened = files[:: -(-len(files) // MAX_OPENED)] if files else []
+    images = [name for name in opened if _is_image(root / name)]
+    if not images:
         return ""
     of = "those files" if opened == files else f"{len(opened)} of those files that were opened"
-    examples = f"{', '.join(sorted(found)[:EXAMPLES])}{', ...' if len(found) > EXAMPLES else ''}"
-    what, them = ("is an image", "it") if len(found) == 1 else ("are images", "such files")
-    return f"; {len(found)} of {of} {what} by content ({examples}): rename {them} to end so"
+    examples = f"{', '.join(sorted(images)[:EXAMPLES])}{', ...' if len(images) > EXAMPLES else ''}"
+    what, them = ("is an image", "it") if len(images) == 1 else ("are images", "such files")
+    return f"; {len(images)} of {of} {what} by content ({examples}): rename {them} to end in one of these suffixes"
 
 
 def _is_image(path: Path) -> bool:
-    """By its content: one that would be read if it had another name."""
+    """The file's content is an image that would be accepted with another name."""
     try:
         kind = kind_of(read_file(path, START))
         if kind == "GIF":

@@ -1,4 +1,4 @@
-"""What an image file is and how large, from its first bytes; and which images are taken."""
+"""The kind and size of an image file from its first bytes, and the limits within which images are accepted."""
 
 import struct
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from fastofa.system.errors import BadInput
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EXIF = b"Exif\0"
-FIRST = 64 << 10  # bytes, in which most headers end
-FOREIGN = {  # what else is found under an image's name
+FIRST = 64 << 10  # bytes that contain most headers
+FOREIGN = {  # other kinds of files that are found with an image's suffix
     b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"8BPS": "a Photoshop file", b"%PDF": "a PDF",
     b"\0\0\x01\0": "an icon", b"\xff\x0a": "a JPEG XL", b"\0\0\0\x0cJXL ": "a JPEG XL",
     b"\xff\x4f\xff\x51": "a JPEG 2000", b"\0\0\0\x0cjP  ": "a JPEG 2000",
     b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip file",
 }  # fmt: skip
-BRANDS = {b"avif": "an AVIF", b"avis": "an AVIF"}  # of files that begin with an ftyp box; HEIC has many
+BRANDS = {b"avif": "an AVIF", b"avis": "an AVIF"}  # in the ftyp box at the start of a file; HEIC has many
 
 
 def kind_of(start: bytes | bytearray) -> str | None:
-    """Of an image that is read, by its first 12 bytes: JPEG, PNG, WebP or GIF."""
+    """The kind of an image by its first 12 bytes: JPEG, PNG, WebP or GIF; None for others."""
     if start.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if start.startswith(PNG):
@@ -35,51 +35,51 @@ class Header(NamedTuple):
     kind: str
     """JPEG, PNG, WebP or GIF."""
     height: int
-    """As stored, before EXIF orientation is applied."""
+    """Pixels as stored, before EXIF orientation is applied."""
     width: int
     may_turn: bool
-    """It has EXIF data, whose orientation may exchange the sides."""
+    """There are EXIF data, whose orientation may exchange height and width."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Which images are taken."""
+    """The limits within which images are accepted."""
 
     max_pixels: int = 200_000_000
-    """By the header, so that a small file cannot claim all memory."""
+    """Height times width by the header, so that a small file cannot exhaust the memory."""
     allow_warnings: bool = False
-    """Where every image is checked: also those that the decoder warns of, or whose data show damage."""
+    """When all images are checked, also accept those with a decoder warning or signs of damage."""
 
 
 DEFAULT = Limits()
 
 
-def given_limits(millions: float, allow_warnings: bool) -> Limits:
-    """As the flags give them. Raises BadInput."""
+def parse_limits(millions: float, allow_warnings: bool) -> Limits:
+    """The limits from the values of --max-pixels and --allow-warnings. Raises BadInput."""
     if not 0 < millions < 1e6:
-        raise BadInput(f"max-pixels: expected a number of millions above 0, as 200, got {millions}")
+        raise BadInput(f"max-pixels: expected millions of pixels, above 0 and below 1,000,000, got {millions}")
     return Limits(round(millions * 1e6), allow_warnings)
 
 
 def check_pixels(header: "Header", limits: Limits) -> None:
-    """Raises ValueError if an image claims more than are taken."""
+    """Raises ValueError if an image has more pixels than the limit."""
     if header.height * header.width > limits.max_pixels:
-        remedy = "; --max-pixels takes larger ones" if limits.max_pixels >= DEFAULT.max_pixels else ""
+        remedy = "; --max-pixels accepts larger ones" if limits.max_pixels >= DEFAULT.max_pixels else ""
         raise ValueError(
-            f"it claims {header.height:,} x {header.width:,}, more than {limits.max_pixels:,} pixels{remedy}"
+            f"its header claims {header.height:,} x {header.width:,}, more than {limits.max_pixels:,} pixels{remedy}"
         )
 
 
 class Short(ValueError):
-    """The bytes end before the size is known."""
+    """The bytes end before the size of the image."""
 
 
 def read_header(data: bytes | bytearray | np.ndarray) -> Header:
-    """Of a file's bytes, of which the first FIRST usually suffice.
+    """Read the header from the bytes of a file; the first FIRST bytes usually suffice.
 
     Raises:
-        Short: these do not.
-        ValueError: it is of no kind that is read.
+        Short: the bytes do not suffice.
+        ValueError: the file is not a JPEG, PNG, WebP or GIF, or its header is damaged.
     """
     try:
         return _header(bytes(data[:FIRST]))
@@ -151,7 +151,7 @@ def _webp(start: bytes) -> Header:
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", start, 26))
     else:
         raise ValueError("truncated or damaged")
-    return Header("WebP", height, width, False)  # its EXIF orientation is not applied
+    return Header("WebP", height, width, False)  # torchvision does not apply a WebP's EXIF orientation
 
 
 def _foreign(start: bytes) -> str:

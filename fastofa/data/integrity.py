@@ -1,9 +1,9 @@
-"""Damage that decoders pass over.
+"""Detect damage that decoders ignore.
 
-PNG      every chunk has a checksum; libpng refuses wrong ones of pixels and only warns of others
-WebP     has none, and its decoder takes whatever it finds for pixels. But damage changes how many bytes they take:
-         of a sound file, one that lacks its last bytes cannot be decoded; where it can, what was to follow was left
-JPEG     its decoder warns (see decoder_messages)
+PNG      Every chunk has a checksum. libpng refuses pixel data with a wrong one, but only warns about other chunks.
+WebP     There is no checksum, and the decoder accepts any bytes as pixels. But damage changes how many bytes they take.
+         An intact file cannot be decoded without its last bytes; if a file can, not all of its data were used.
+JPEG     The decoder warns (see decoder_messages).
 """
 
 import struct
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torchvision.io import decode_webp
 
-# Bytes at the end of a WebP's data that need not be there. Of lossy ones libwebp writes up to 3; lossless ones may be
-# decoded without more than that, if their last pixels are the ones that missing bits stand for.
+# Bytes at the end of a WebP's data that decoding may not need. libwebp writes up to 3 of them in lossy files. Lossless
+# files can be decoded without even more bytes if their last pixels happen to be those that missing bits decode to.
 SPARE = {b"VP8 ": 6, b"VP8L": 32}
 
 
 def damage(kind: str, data: bytearray | np.ndarray) -> str:
-    """Of a file that was decoded: what is wrong with it, "" if nothing is known."""
+    """Signs of damage in a file that was decoded without an error; "" if there are none."""
     if kind == "PNG":
         return _png(bytes(data))
     if kind == "WebP":
@@ -46,14 +46,14 @@ def _webp(data: bytes) -> str:
         at += 8 + count + count % 2
     spare = SPARE.get(name, 0)
     shorter = [frame[:-spare]]
-    if name == b"VP8 ":  # of two parts; the first ends where the header says
+    if name == b"VP8 ":  # two partitions; the header gives the length of the first one
         tag = int.from_bytes(frame[:3], "little")
         first = (tag >> 5) - spare
         if first > 0:
             shorter.append(
                 (first << 5 | tag & 31).to_bytes(3, "little") + frame[3 : 10 + first] + frame[10 + first + spare :]
             )
-    return "not all of its data belong to the image" if any(_decodes(name, part) for part in shorter) else ""
+    return "the image does not use all of its data" if any(_decodes(name, part) for part in shorter) else ""
 
 
 def _decodes(name: bytes, frame: bytes) -> bool:

@@ -1,6 +1,7 @@
-"""Many names in one block of memory: 14 million take 0.5 GB where a list of strings takes 1.4 GB.
+"""Many names in one block of memory: 14 million take 0.5 GB, whereas a list of strings takes 1.4 GB.
 
-A forked worker shares the block; a list's pages are copied as soon as its strings are looked at.
+A forked worker shares the block. It would copy the memory of a list as soon as it reads the strings, because that
+changes their reference counts.
 """
 
 import operator
@@ -9,23 +10,23 @@ from typing import overload
 
 import numpy as np
 
-BLOCK = 1 << 16  # names that are decoded at a time
+BLOCK = 1 << 16  # names decoded at a time
 
 
 class Names(Sequence[str]):
-    """Behaves like a list of strings, none of which holds a NUL, as file names never do.
+    """A sequence of strings without NUL characters, which file names never contain.
 
     Args:
-        text: each name in UTF-8 and a NUL behind it.
+        text: each name in UTF-8, followed by a NUL.
     """
 
     def __init__(self, text: bytes) -> None:
         self.text = text
         ends = np.flatnonzero(np.frombuffer(text, dtype=np.uint8) == 0) + 1
         self.bounds = np.concatenate([[0], ends])
-        """int64 [N + 1]: where each name begins in `text`, and where the last one ends."""
+        """int64 [N + 1]: the offset of each name in `text`, and the end of the last one."""
         if self.bounds[-1] != len(text):
-            raise ValueError("expected a NUL behind every name")
+            raise ValueError("expected a NUL after every name")
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "Names":
@@ -44,7 +45,7 @@ class Names(Sequence[str]):
             return [self[i] for i in range(*place.indices(len(self)))]
         i = operator.index(place)
         if not -len(self) <= i < len(self):
-            raise IndexError(f"name {i} of {len(self)}")
+            raise IndexError(f"expected an index below {len(self)}, got {i}")
         i %= len(self)
         return self.text[self.bounds[i] : self.bounds[i + 1] - 1].decode()
 
@@ -61,24 +62,25 @@ class Names(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def without(self, places: np.ndarray) -> "Names":
-        """The names but for those at some places."""
+        """The names except those at the given indices (int64)."""
         keep = np.ones(len(self.text), dtype=bool)
         for i in places.tolist():
             keep[self.bounds[i] : self.bounds[i + 1]] = False
         return Names(np.frombuffer(self.text, dtype=np.uint8)[keep].tobytes())
 
     def places_in(self, other: "Names") -> np.ndarray:
-        """int64 [N]: where each name stands in `other`, -1 where it does not."""
+        """int64 [N]: the index of each name in `other`, -1 if it is absent."""
         if self.text == other.text:
             return np.arange(len(self))
         if not len(other):
             return np.full(len(self), -1)
-        # By 64-bit hashes, whose seed is new in each process: among 14 million names two are alike once in 100,000
-        # comparisons. A dictionary would take five times the memory.
-        mine, theirs = (np.fromiter(map(hash, names), np.int64, len(names)) for names in (self, other))
-        rows, others = np.argsort(mine), np.argsort(theirs)  # both sorted, so that memory is read in order
-        found = others[np.minimum(np.searchsorted(theirs[others], mine[rows]), len(other) - 1)]
-        is_same = theirs[found] == mine[rows]
+        # Compares 64-bit hashes, seeded anew in each process: for 14 million names, one comparison in 100,000 has a
+        # collision. A dictionary would take five times the memory.
+        hashes, other_hashes = (np.fromiter(map(hash, names), np.int64, len(names)) for names in (self, other))
+        order, other_order = np.argsort(hashes), np.argsort(other_hashes)  # both sorted: memory is read in order
+        nearest = np.searchsorted(other_hashes[other_order], hashes[order])
+        candidates = other_order[np.minimum(nearest, len(other) - 1)]
+        is_same = other_hashes[candidates] == hashes[order]
         places = np.full(len(self), -1)
-        places[rows[is_same]] = found[is_same]
+        places[order[is_same]] = candidates[is_same]
         return places

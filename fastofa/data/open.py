@@ -1,12 +1,12 @@
-"""Open a data set by what the user calls it:
+"""Open a data set by its specification:
 
 open_dataset("digits")              scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels
-open_dataset("digits:100")          the same, with only 100 training pictures
-open_dataset("cifar100:DIR")        DIR holds cifar-100-python.tar.gz or the folder it unpacks to
+open_dataset("digits:100")          the same, with only 100 training images
+open_dataset("cifar100:DIR")        DIR contains cifar-100-python.tar.gz or the folder it unpacks to
 open_dataset("path/to/DIR")         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP)
-open_dataset("photos.pack")         any of these, as `fastofa write` wrote it: pixels of one size in one file
-open_dataset("photos.beton")        the same in FFCV's format, with photos.val.beton and photos.beton.safetensors
-open_dataset("train.beton")         the same as FFCV's own writer wrote it, with val.beton beside it
+open_dataset("photos.pack")         any of these, written by `fastofa write`: pixels of one size in one file
+open_dataset("photos.beton")        the same in FFCV's format, next to photos.val.beton and photos.beton.safetensors
+open_dataset("train.beton")         written by FFCV's own writer, next to val.beton
 """
 
 import os
@@ -29,12 +29,12 @@ def open_dataset(
     Args:
         spec: see the top of this file.
         split: "train" or "val".
-        skip_corrupt: decode every file once, list the unreadable ones and leave them out (folders only).
-        check: decode every file once and refuse unreadable ones (folders only; what was written has been checked).
-        limits: which images are taken.
+        skip_corrupt: decode every file once, list the unreadable ones and skip them (folders only).
+        check: decode every file once and refuse unreadable ones (folders only; `fastofa write` has checked the others).
+        limits: the limits within which images are accepted.
 
     Raises:
-        BadInput: unknown data set, missing folder, no or unreadable pictures.
+        BadInput: unknown data set, missing folder, no images or unreadable ones.
     """
     if split not in ("train", "val"):
         raise BadInput(f"unknown split {split!r}: expected train or val")
@@ -42,9 +42,9 @@ def open_dataset(
     is_digits, is_cifar100 = name == "digits" and "/" not in rest, name == "cifar100" and rest != ""
     is_folder = _is_folder(spec)
     if is_folder and (is_digits or is_cifar100):
-        other = "rename the folder for the built-in one" if rest else f"{name}: for the built-in one"
+        other = "rename the folder to use the built-in one" if rest else f"{name}: for the built-in one"
         raise BadInput(
-            f"{spec}: expected one data set of this name, got two, the built-in one and the folder "
+            f"{spec}: expected one data set with this name, got two: the built-in one and the folder "
             f"{os.path.abspath(spec)}; give {os.path.join('.', spec)} for the folder, or {other}"
         )
     if is_digits:
@@ -62,7 +62,7 @@ def open_dataset(
 
 
 def _is_folder(spec: str) -> bool:
-    """Raises BadInput where that cannot be known: a folder above it may not be read, the name is too long."""
+    """Raises BadInput if that cannot be determined: a parent folder is not readable, or the name is too long."""
     try:
         return Path(spec).is_dir()
     except OSError as error:

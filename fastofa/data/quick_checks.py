@@ -1,4 +1,4 @@
-"""What is refused before torch is imported: data sets that are not there, places that are taken."""
+"""Checks that need no torch, so that they fail early: the data set must exist and the output must not."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,17 @@ from fastofa.data.write_config import WriteConfig
 from fastofa.system.errors import BadInput
 
 SPLITS = ("train", "val")
-OTHER_DATA = (".pack", ".beton", ".ffcv")  # suffixes of data sets that are no folders of images
+OTHER_DATA = (".pack", ".beton", ".ffcv")  # suffixes of data sets that are not image folders
 
 
 def check_written(config: WriteConfig) -> None:
-    """Raises BadInput if there is something that is not to be verified."""
+    """Raises BadInput if OUT exists, unless --verify asks to check it."""
     if os.path.lexists(config.out) and not config.verify:
-        raise BadInput(f"{config.out}: exists already; choose another place, remove it, or check it by --verify")
+        raise BadInput(f"{config.out}: already exists; choose another path, remove it, or check it with --verify")
 
 
 def check_data(data: str, splits: tuple[str, ...]) -> None:
-    """Raises BadInput for a folder of images that is not there, or lacks one of its splits."""
+    """Raises BadInput for an image folder that does not exist or lacks one of the splits."""
     if data.partition(":")[0] in ("digits", "cifar100") or Path(data).suffix in OTHER_DATA:
         return
     if _is_missing(Path(data)):
@@ -37,7 +37,7 @@ def no_split(data: Path, split: str) -> BadInput:
 
 
 def _is_missing(path: Path) -> bool:
-    """Surely, that is: not where it may not be looked at."""
+    """The path certainly does not exist; False where permissions leave that unknown."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

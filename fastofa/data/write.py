@@ -1,4 +1,4 @@
-"""Write a data set as a .pack or a .beton: both splits, every image decoded and checked, whole or not at all."""
+"""Write both splits of a data set as a .pack or .beton. Every image is decoded and checked; the writing is atomic."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from rich import filesize
 from torch import Tensor
 from torchvision.io import encode_jpeg
 
-from fastofa.data.beton import MOST_BYTES, MOST_PIXELS, PAGE, Picture, read_layout, write_beton
+from fastofa.data.beton import MAX_BYTES, MAX_SIDE, PAGE, StoredImage, read_layout, write_beton
 from fastofa.data.dataset import FFCV, FORMS, Dataset
 from fastofa.data.decode import resize
 from fastofa.data.names import Names
@@ -48,10 +48,10 @@ ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
 def write(config: WriteConfig) -> None:
-    """Write, and verify if asked to.
+    """Run `fastofa write`: write the data set, and verify it if `config.verify`.
 
     Raises:
-        BadInput: unreadable pictures, each named; a place that is taken; a full disk; with `verify`, damage.
+        BadInput: unreadable images (notices name each), OUT exists, the disk is full, or verifying finds damage.
     """
     check_written(config)
     sources = _open_splits(config)
@@ -67,7 +67,7 @@ def write(config: WriteConfig) -> None:
 
 
 def _open_splits(config: WriteConfig) -> list[Dataset]:
-    """Raises BadInput when what is wrong with either has been told."""
+    """Open the splits. Raises BadInput after reporting what is wrong with either of them."""
     sources, problems = [], []
     for split in _splits(config.data):
         try:
@@ -82,30 +82,30 @@ def _open_splits(config: WriteConfig) -> list[Dataset]:
 
 
 def _splits(data: str) -> list[Literal["train", "val"]]:
-    """Both, but for a folder that has training pictures only."""
-    found: list[Literal["train", "val"]] = ["train", "val"]
+    """Both splits, or only "train" if the data set has no validation split."""
+    both: list[Literal["train", "val"]] = ["train", "val"]
     if Path(data).suffix in FORMS + FFCV and os.path.exists(data):
-        there = splits_of(Path(data))
-        return [split for split in found if split in there]
-    here = [split for split in found if os.path.isdir(os.path.join(data, split))]
-    return here if "train" in here else found
+        written = splits_of(Path(data))
+        return [split for split in both if split in written]
+    folders = [split for split in both if os.path.isdir(os.path.join(data, split))]
+    return folders if "train" in folders else both
 
 
 def _check_form(config: WriteConfig) -> None:
-    """Raises BadInput if what lies there has another size or kind of pictures than was asked for."""
+    """Raises BadInput if the existing file has another image size or storage than the flags ask for."""
     index = read_index(config.out)
     if config.size not in (None, index.size):
-        raise BadInput(f"{config.out}: expected images of {config.size} pixels, as asked for, got {index.size}")
+        raise BadInput(f"{config.out}: expected images of {config.size} pixels because of --size, got {index.size}")
     if config.raw and not index.raw:
-        raise BadInput(f"{config.out}: expected pixels, as asked for by --raw, got JPEGs")
+        raise BadInput(f"{config.out}: expected pixels because of --raw, got JPEGs")
 
 
 def _check_source(config: WriteConfig, sources: list[Dataset]) -> None:
     for source in sources:
         if open_written(config.out, source.split, source.limits).fingerprint != source.fingerprint:
             raise BadInput(
-                f"{config.out}: is whole, but was not made from {config.data} as it is now ({source.split} differs); "
-                "write it again elsewhere"
+                f"{config.out}: is intact, but was not written from {config.data} in its present state ({source.split} "
+                "differs); write it again to another path"
             )
 
 
@@ -118,8 +118,8 @@ def _write_pack(config: WriteConfig, sources: list[Dataset]) -> None:
             header = {"descr": "|u1", "fortran_order": False, "shape": (total, size, size, 3)}
             np.lib.format.write_array_header_1_0(file, header)
             for source in sources:
-                for picture in _pictures(config, source, index, np.arange(len(source))):
-                    file.write(picture.data)
+                for image in _images(config, source, index, np.arange(len(source))):
+                    file.write(image.data)
         np.save(folder / LABELS, np.concatenate([source.labels for source in sources]))
         for name in (IMAGES, LABELS):
             count = (folder / name).stat().st_size
@@ -134,10 +134,10 @@ def _write_beton(config: WriteConfig, sources: list[Dataset]) -> None:
 
 
 def _fill_beton(config: WriteConfig, sources: list[Dataset]) -> None:
-    if config.out.exists():  # by now
-        raise BadInput(f"{config.out}: exists already; choose another place or remove it")
+    if config.out.exists():  # another process wrote it meanwhile
+        raise BadInput(f"{config.out}: already exists; choose another path or remove it")
     index = _index(config, sources, None)
-    files: dict[Path, Path] = {}  # by their later names
+    files: dict[Path, Path] = {}  # temporary names by final names
     try:
         for source in sources:
             largest = _largest(config, source)
@@ -145,11 +145,11 @@ def _fill_beton(config: WriteConfig, sources: list[Dataset]) -> None:
             remove_leftovers(final, locked=True)
             files[final] = temporary = temporary_name(final)
             order = _shuffled(len(source)) if source.split == "train" else np.arange(len(source))
-            pictures = _pictures(config, source, index, order)
-            write_beton(temporary, pictures, order, source.labels, config.raw, largest)
+            images = _images(config, source, index, order)
+            write_beton(temporary, images, order, source.labels, config.raw, largest)
             index.files[source.split] = File(temporary.stat().st_size, read_layout(temporary).crc32)
         write_index(index_path(config.out), index)
-        for final in sorted(files, key=lambda path: path == config.out):  # by the last one it is whole
+        for final in sorted(files, key=lambda path: path == config.out):  # OUT comes last and completes the data set
             os.replace(files[final], final)
     except OSError as error:
         raise BadInput(f"could not write {config.out}: {reason(error)}") from None
@@ -159,12 +159,12 @@ def _fill_beton(config: WriteConfig, sources: list[Dataset]) -> None:
 
 
 def _shuffled(count: int) -> np.ndarray:
-    """The order in which training pictures lie in a .beton: a page then holds many classes, and can be read whole."""
+    """The order of training images in a .beton. Each page then contains many classes, so that it can be read whole."""
     return np.random.default_rng(0).permutation(count)
 
 
 def _index(config: WriteConfig, sources: list[Dataset], size: int | None) -> Index:
-    """What lies beside the images; their checksums and the files' are added while they are written."""
+    """The index without checksums; those of images and files are added while they are written."""
     parts = {
         source.split: Part(source.fingerprint, Names.of(source.names), source.sizes, np.zeros(len(source), np.int64))
         for source in sources
@@ -173,12 +173,12 @@ def _index(config: WriteConfig, sources: list[Dataset], size: int | None) -> Ind
 
 
 def _largest(config: WriteConfig, source: Dataset) -> int:
-    """Bytes of the largest picture, as pixels. Raises BadInput for one that the format has no room for."""
+    """Bytes of the largest image as pixels. Raises BadInput for an image that is too large for the format."""
     sizes = np.array([_limited(config, *size) for size in source.stored_sizes.tolist()])
     count = sizes.prod(axis=1) * 3
-    for i in np.flatnonzero((sizes.max(axis=1) > MOST_PIXELS) | (count > MOST_BYTES))[:1]:
+    for i in np.flatnonzero((sizes.max(axis=1) > MAX_SIDE) | (count > MAX_BYTES))[:1]:
         raise BadInput(
-            f"{source.names[i]}: expected at most {MOST_PIXELS} pixels a side and {MOST_BYTES:,} bytes of pixels in a "
+            f"{source.names[i]}: expected at most {MAX_SIDE} pixels per side and {MAX_BYTES:,} bytes of pixels in a "
             f".beton, got {sizes[i, 0]} x {sizes[i, 1]} pixels; give --max-size"
         )
     if config.raw:
@@ -186,72 +186,72 @@ def _largest(config: WriteConfig, source: Dataset) -> int:
     return int(count.max())
 
 
-def _check_space(out: Path, need: int) -> None:
-    place = next(folder for folder in out.resolve().parents if os.path.exists(folder))
-    if (free := shutil.disk_usage(place).free) < need:
+def _check_space(out: Path, required: int) -> None:
+    folder = next(folder for folder in out.resolve().parents if os.path.exists(folder))
+    if (free := shutil.disk_usage(folder).free) < required:
         raise BadInput(
-            f"{out}: needs {filesize.decimal(need)}, {filesize.decimal(free)} are free; free space, choose another "
-            "place or smaller pictures"
+            f"{out}: needs {filesize.decimal(required)}, but only {filesize.decimal(free)} are free; free some space, "
+            "or choose another disk or smaller images"
         )
 
 
-def _pictures(config: WriteConfig, source: Dataset, index: Index, order: np.ndarray) -> Iterator[Picture]:
-    """The pictures in this order of samples, decoded in threads; notes their checksums in the index.
+def _images(config: WriteConfig, source: Dataset, index: Index, order: np.ndarray) -> Iterator[StoredImage]:
+    """The images in this order of sample ids, decoded in threads; adds their checksums to the index.
 
     Raises:
-        BadInput: at the end, if some are unreadable; each has been named.
+        BadInput: at the end, if some are unreadable; notices have named each.
     """
     checksums, bad = index.splits[source.split].crc32, []
 
-    def work(i: int) -> tuple[Picture, int] | str:
+    def work(i: int) -> tuple[StoredImage, int] | str:
         try:
-            picture = _packed(config, source, i) if config.out.suffix == ".pack" else _encoded(config, source, i)
+            image = _packed(config, source, i) if config.out.suffix == ".pack" else _encoded(config, source, i)
         except BadInput as error:
             return str(error)
-        return picture, zlib.crc32(picture.data)
+        return image, zlib.crc32(image.data)
 
     title = f"writing {config.out.name} {source.split}"
-    made = in_order(work, order.tolist(), choose_workers(config.workers))
-    for i, found in zip(order.tolist(), track(made, len(source), title), strict=True):
-        if isinstance(found, str):
-            notice(found)
-            bad.append(found)
+    results = in_order(work, order.tolist(), choose_workers(config.workers))
+    for i, result in zip(order.tolist(), track(results, len(source), title), strict=True):
+        if isinstance(result, str):
+            notice(result)
+            bad.append(result)
         elif not bad:
-            checksums[i] = found[1]
-            yield found[0]
+            image, checksums[i] = result
+            yield image
     if bad:
         images = counted(len(bad), "unreadable image")
         raise BadInput(f"nothing was written: {images} in {source.spec}, the first: {bad[0]}")
 
 
-def _checked(config: WriteConfig, source: Dataset, i: int) -> Tensor:
-    """An image; one that shows signs of damage is unreadable. With --skip-corrupt they were all looked at before."""
+def _read(config: WriteConfig, source: Dataset, i: int) -> Tensor:
+    """An image; one with signs of damage is refused, unless --skip-corrupt has checked all images already."""
     return source.read(i, strict=not config.skip_corrupt)
 
 
-def _packed(config: WriteConfig, source: Dataset, i: int) -> Picture:
+def _packed(config: WriteConfig, source: Dataset, i: int) -> StoredImage:
     size = config.size or SIZE
-    return _pixels(resize(_checked(config, source, i), size, size))
+    return _pixels(resize(_read(config, source, i), size, size))
 
 
-def _encoded(config: WriteConfig, source: Dataset, i: int) -> Picture:
-    image = _checked(config, source, i)
+def _encoded(config: WriteConfig, source: Dataset, i: int) -> StoredImage:
+    image = _read(config, source, i)
     height, width = _limited(config, *image.shape[1:])
     smaller = resize(image, height, width)
     if config.raw:
         return _pixels(smaller)
     if smaller is image and config.quality is None and (data := _upright_jpeg(source, i, image)) is not None:
-        return Picture(data, height, width)
-    return Picture(encode_jpeg(smaller.contiguous(), config.quality or QUALITY).numpy().data, height, width)
+        return StoredImage(data, height, width)
+    return StoredImage(encode_jpeg(smaller.contiguous(), config.quality or QUALITY).numpy().data, height, width)
 
 
-def _pixels(image: Tensor) -> Picture:
+def _pixels(image: Tensor) -> StoredImage:
     _, height, width = image.shape
-    return Picture(image.permute(1, 2, 0).contiguous().numpy().reshape(-1).data, height, width)
+    return StoredImage(image.permute(1, 2, 0).contiguous().numpy().reshape(-1).data, height, width)
 
 
 def _limited(config: WriteConfig, height: int, width: int) -> tuple[int, int]:
-    """Height and width with the longer side within --max-size."""
+    """Height and width, scaled so that the longer side is at most --max-size."""
     longer = max(height, width)
     if config.max_size is None or longer <= config.max_size:
         return height, width
@@ -259,13 +259,13 @@ def _limited(config: WriteConfig, height: int, width: int) -> tuple[int, int]:
 
 
 def _upright_jpeg(source: Dataset, i: int, image: Tensor) -> bytes | None:
-    """As it is stored, if it is a JPEG of three colours that needs no turning and takes less than its pixels."""
+    """The original JPEG, if it is RGB and upright and takes no more bytes than its pixels (or a page); else None."""
     if source.pixels is not None or (source.is_raw is not None and source.is_raw[i]):
         return None
     data = source.stored_bytes(i)
     try:
         with Image.open(io.BytesIO(data)) as file:
-            as_it_is = file.format == "JPEG" and file.mode == "RGB" and file.getexif().get(ORIENTATION, 1) == 1
-    except Exception:  # Pillow raises many kinds, also for what torchvision reads
+            suitable = file.format == "JPEG" and file.mode == "RGB" and file.getexif().get(ORIENTATION, 1) == 1
+    except Exception:  # Pillow raises many types of exceptions, also for files that torchvision reads
         return None
-    return data if as_it_is and len(data) <= max(image.numel(), PAGE) else None
+    return data if suitable and len(data) <= max(image.numel(), PAGE) else None

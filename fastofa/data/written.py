@@ -1,14 +1,15 @@
-"""The forms that `fastofa write` gives a data set, opened and checked.
+"""Open and verify data sets that `fastofa write` wrote.
 
-photos.pack/     images.npy uint8 [N, S, S, 3] and labels.npy int64 [N], first the training split, then the other;
-                 dataset.safetensors
-photos.beton     the training split in FFCV's format; photos.val.beton the validation split; photos.beton.safetensors
+photos.pack/     images.npy uint8 [N, S, S, 3] and labels.npy int64 [N], the training split first, then the validation
+                 split; dataset.safetensors
+photos.beton     the training split in FFCV's format; photos.val.beton, the validation split; photos.beton.safetensors
 
-The .safetensors is the index: of every image its name, the original's height and width and a checksum, the class names
-and the fingerprint of the source. So a data set is the same one in every form, and a cache made from one serves the
-others. Whatever is read when a data set is opened is compared with a checksum; images are when they are verified.
+The .safetensors is the index. It contains each image's name, original height and width and checksum, the class names
+and the fingerprint of the source. A data set thus has the same identity in every form, and a teacher cache made from
+one form can be used with the others. Everything that is read on opening is compared with a checksum; images are
+compared only by `verify`.
 
-A file that FFCV's own writer wrote has no index: there, numbers are the names.
+A file written by FFCV's own writer has no index; its samples and classes are named by numbers.
 """
 
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastofa.data.beton import filled_gap, read_layout
+from fastofa.data.beton import find_nonzero_gap, read_layout
 from fastofa.data.content import DIGEST, digest_of, sample
 from fastofa.data.dataset import FFCV, Dataset, fingerprint_of
 from fastofa.data.headers import Limits
@@ -33,43 +34,43 @@ from fastofa.system.threads import in_order
 
 SCHEMA = 2
 IMAGES, LABELS = "images.npy", "labels.npy"
-NAMED = 5  # how many damaged images an error names; the others are listed before it
-MOST_CLASSES = 1_000_000  # of a file without class names
+MAX_NAMED = 5  # damaged images that an error names; notices before it name the others
+MAX_CLASSES = 1_000_000  # in a file without class names
 
 
 @dataclass
 class Part:
-    """What the index says of the N samples of a split."""
+    """The index's entries for the N samples of a split."""
 
     fingerprint: str
     names: Names
     sizes: np.ndarray
-    """int64 [N, 2]: height and width of the originals."""
+    """int64 [N, 2]: height and width of the original images in pixels."""
     crc32: np.ndarray
-    """int64 [N]: of each image as it is stored."""
+    """int64 [N]: checksum of each image as stored."""
 
 
 @dataclass
 class File:
-    """What the index says of a file."""
+    """The index's entry for a file."""
 
     bytes: int
     crc32: int
-    """Of all that belongs to no image."""
+    """Checksum of all bytes outside the images."""
 
 
 @dataclass
 class Index:
     source: str
-    """--data of the command that wrote it."""
+    """DATA of the command that wrote it."""
     classes: tuple[str, ...]
     size: int | None
-    """Of a pack: height and width of its images."""
+    """Pack: height and width of the images in pixels; None for a .beton."""
     raw: bool
-    """Of a .beton: pixels, not JPEGs."""
+    """Beton: all images are stored as pixels, none as a JPEG."""
     splits: dict[str, Part]
     files: dict[str, File]
-    """Of a pack by their names, of a .beton by their splits."""
+    """By file name for a pack, by split for a .beton."""
 
 
 def index_path(path: Path) -> Path:
@@ -77,19 +78,19 @@ def index_path(path: Path) -> Path:
 
 
 def beton_path(path: Path, split: str) -> Path:
-    """The file of one split; `path` is the training split's."""
+    """The file of one split; `path` is that of the training split."""
     return path if split == "train" else path.with_suffix(f".{split}{path.suffix}")
 
 
 def is_foreign(path: Path) -> bool:
-    """Did FFCV's own writer write it? Raises BadInput for what is no such file."""
+    """Whether FFCV's own writer wrote the file. Raises BadInput if it is in another format."""
     if path.suffix not in FFCV or os.path.lexists(index_path(path)) or not os.path.exists(path):
         return False
-    return not read_layout(path).ours
+    return not read_layout(path).by_fastofa
 
 
 def splits_of(path: Path) -> list[str]:
-    """Which splits a written data set has. Raises BadInput."""
+    """The splits of a written data set. Raises BadInput as `read_index` does."""
     if is_foreign(path):
         return ["train", "val"] if _foreign_val(path) else ["train"]
     return list(read_index(path).splits)
@@ -113,22 +114,23 @@ def write_index(path: Path, index: Index) -> None:
 
 
 def read_index(path: Path) -> Index:
-    """Of a .pack or .beton. Raises BadInput if it is missing, damaged or of another version."""
+    """Read the index of a .pack or .beton. Raises BadInput if it is missing, damaged or of another version."""
     if not os.path.exists(path):
-        raise BadInput(f"{path} does not exist; `fastofa write DATA {path}` makes it")
-    found = index_path(path)
-    if not os.path.exists(found):
+        raise BadInput(f"{path} does not exist; `fastofa write DATA {path}` writes it")
+    file = index_path(path)
+    if not os.path.exists(file):
         training = path.with_name(path.name.replace(".val.beton", ".beton"))
         if training != path and os.path.exists(index_path(training)):
-            raise BadInput(f"{path}: expected {training} as --data, whose validation part this is")
+            raise BadInput(f"{path}: expected the training split {training} as --data, got its validation split")
         raise BadInput(
-            f"{path}: expected {found} with it, as `fastofa write` makes them; move all its files or write it again"
+            f"{path}: expected its index {file}, which `fastofa write` writes with it; move all its files together or "
+            "write it again"
         )
-    tensors, info = load_tensors(found)
+    tensors, info = load_tensors(file)
     try:
         if info["schema"] != SCHEMA:
             raise BadInput(
-                f"{found}: expected schema {SCHEMA}, got {info['schema']}; write {path} again by this version"
+                f"{file}: expected schema {SCHEMA}, got {info['schema']}; write {path} again with this version"
             )
         columns = {name: tensor.numpy() for name, tensor in tensors.items()}
         return Index(
@@ -140,11 +142,11 @@ def read_index(path: Path) -> Index:
             files={name: File(*file) for name, file in info["files"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise BadInput(f"{found}: expected an index that `fastofa write` wrote, got another file") from None
+        raise BadInput(f"{file}: expected an index that `fastofa write` wrote, got another file") from None
 
 
 def _part(columns: dict[str, np.ndarray], split: str, fingerprint: str) -> Part:
-    """Raises KeyError or ValueError for what write_index does not write."""
+    """Raises KeyError or ValueError for tensors that `write_index` does not write."""
     names, sizes = Names(columns[f"{split}.names"].tobytes()), columns[f"{split}.sizes"]
     crc32 = columns[f"{split}.crc32"]
     if sizes.shape != (len(names), 2) or crc32.shape != (len(names),) or (sizes < 1).any():
@@ -161,7 +163,7 @@ def open_written(path: Path, split: str, limits: Limits) -> Dataset:
         return _open_foreign(path, split, limits)
     index = read_index(path)
     if split not in index.splits:
-        raise BadInput(f"{path}: expected the split {split}, it holds {', '.join(index.splits)} only")
+        raise BadInput(f"{path}: expected the split {split}, it contains only {', '.join(index.splits)}")
     part = index.splits[split]
     form = _open_pack if path.suffix == ".pack" else _open_beton
     dataset = Dataset(
@@ -178,7 +180,7 @@ def open_written(path: Path, split: str, limits: Limits) -> Dataset:
     if not 0 < len(dataset.names) == len(dataset.labels) == len(dataset.stored_sizes) or not (
         0 <= dataset.labels.min() <= dataset.labels.max() < len(dataset.classes)
     ):
-        raise BadInput(f"{path}: its files are not of one writing; remove them and write it again")
+        raise BadInput(f"{path}: its files do not belong together; remove them and write it again")
     return dataset
 
 
@@ -187,23 +189,23 @@ def _open_pack(path: Path, split: str, index: Index) -> dict[str, Any]:
         _check(path / name, index.files[name], _head(path, name, index))
     counts = {name: len(part.names) for name, part in index.splits.items()}
     first = 0 if split == "train" else counts.get("train", 0)
-    rows = slice(first, first + counts[split])
+    in_split = slice(first, first + counts[split])
     spans = _pack_spans(path, index)
     size = index.size or 0
     pixels = np.frombuffer(map_file(path / IMAGES), np.uint8, offset=int(spans[0, 0]))
-    # What the checksum says was written is not parsed again: of N int64 the last 8 N bytes.
+    # The checksum has confirmed the file, so its header need not be parsed: the last 8 N bytes are N int64.
     labels = np.frombuffer((path / LABELS).read_bytes()[-8 * len(spans) :], "<i8")
     return {
-        "labels": labels[rows].astype(np.int64),
-        "pixels": pixels.reshape(-1, size, size, 3)[rows],
+        "labels": labels[in_split].astype(np.int64),
+        "pixels": pixels.reshape(-1, size, size, 3)[in_split],
         "file": path / IMAGES,
         "stored": np.full((counts[split], 2), size, dtype=np.int64),
-        "spans": spans[rows],
+        "spans": spans[in_split],
     }
 
 
 def _pack_spans(path: Path, index: Index) -> np.ndarray:
-    """int64 [N, 2]: where the images of both splits begin, and their bytes: they fill the end of the file."""
+    """int64 [N, 2]: byte offset and length of the images of both splits, which fill the end of the file."""
     size, count = index.size, sum(len(part.names) for part in index.splits.values())
     if not isinstance(size, int) or index.files[IMAGES].bytes < count * size * size * 3:
         raise BadInput(f"{index_path(path)}: expected an index that `fastofa write` wrote, got another file")
@@ -213,7 +215,7 @@ def _pack_spans(path: Path, index: Index) -> np.ndarray:
 
 
 def _head(path: Path, name: str, index: Index) -> int:
-    """How many bytes of a pack's file belong to no image."""
+    """The number of bytes at the start of a pack's file that precede the images."""
     return int(_pack_spans(path, index)[0, 0]) if name == IMAGES else index.files[name].bytes
 
 
@@ -223,7 +225,7 @@ def _open_beton(path: Path, split: str, index: Index) -> dict[str, Any]:
     _check_size(file, expected.bytes)
     layout = read_layout(file)
     if layout.crc32 != expected.crc32:
-        raise BadInput(f"{file}: the checksum of its tables does not match, it is damaged; write {path} again")
+        raise BadInput(f"{file}: is damaged: the checksum of its tables does not match; write {path} again")
     return {
         "labels": layout.labels, "file": file, "stored": layout.sizes, "spans": layout.spans, "is_raw": layout.is_raw,
     }  # fmt: skip
@@ -231,7 +233,7 @@ def _open_beton(path: Path, split: str, index: Index) -> dict[str, Any]:
 
 def _check_size(file: Path, expected: int) -> None:
     if not os.path.exists(file):
-        raise BadInput(f"{file} is missing; remove what is left and write it again")
+        raise BadInput(f"{file} is missing; remove the other files and write the data set again")
     if file.stat().st_size != expected:
         raise BadInput(
             f"{file}: expected {expected:,} bytes, got {file.stat().st_size:,}; remove it and write it again"
@@ -239,14 +241,14 @@ def _check_size(file: Path, expected: int) -> None:
 
 
 def _check(file: Path, expected: File, head: int) -> None:
-    """Raises BadInput unless a pack's file has its size and its first bytes their checksum."""
+    """Raises BadInput unless the size and the checksum of the first `head` bytes of a pack's file match the index."""
     _check_size(file, expected.bytes)
     if head_crc32(file, head) != expected.crc32:
-        raise BadInput(f"{file}: its checksum does not match, it is damaged; remove it and write it again")
+        raise BadInput(f"{file}: is damaged: its checksum does not match; remove it and write it again")
 
 
 def head_crc32(file: Path, count: int) -> int:
-    """Of the first bytes of a file."""
+    """The checksum of the first `count` bytes of a file. Raises BadInput if it cannot be read."""
     try:
         with open(file, "rb") as handle:
             return zlib.crc32(handle.read(count))
@@ -254,20 +256,23 @@ def head_crc32(file: Path, count: int) -> int:
         raise BadInput(f"could not read {file}: {error.strerror}") from None
 
 
-# --- What FFCV's own writer wrote -------------------------------------------------------------------------------------
+# --- Files of FFCV's own writer ---------------------------------------------------------------------------------------
 
 
 def _open_foreign(path: Path, split: str, limits: Limits) -> Dataset:
-    """Samples by label, then number; classes are the numbers up to the largest label of either split."""
+    """Open a file of FFCV's own writer. Samples are sorted by label, then by their position in the file.
+
+    The classes are the numbers up to the largest label of either split.
+    """
     val = _foreign_val(path)
     if split == "val" and val is None:
         places = " or ".join(map(str, _val_names(path)))
-        raise BadInput(f"{path}: expected its validation split beside it as {places}, found none")
+        raise BadInput(f"{path}: expected its validation split next to it as {places}, found none")
     layouts = {name: read_layout(file) for name, file in (("train", path), ("val", val)) if file is not None}
     for name, layout in layouts.items():
-        if layout.labels.min() < 0 or layout.labels.max() >= MOST_CLASSES:
+        if layout.labels.min() < 0 or layout.labels.max() >= MAX_CLASSES:
             raise BadInput(
-                f"{path}: expected labels from 0 to {MOST_CLASSES - 1:,}, got {layout.labels.min()} to "
+                f"{path}: expected labels from 0 to {MAX_CLASSES - 1:,}, got {layout.labels.min()} to "
                 f"{layout.labels.max()} ({name}); write it again with such labels"
             )
     file, layout = (path if split == "train" else val), layouts[split]
@@ -276,11 +281,11 @@ def _open_foreign(path: Path, split: str, limits: Limits) -> Dataset:
     if (large := np.flatnonzero(layout.sizes.prod(axis=1) > limits.max_pixels)).size:
         height, width = layout.sizes[large[0]].tolist()
         raise BadInput(
-            f"{file}: sample {large[0]} claims {height:,} x {width:,}, more than {limits.max_pixels:,} pixels; "
-            "--max-pixels takes larger ones"
+            f"{file}: the header of sample {large[0]} claims {height:,} x {width:,}, more than {limits.max_pixels:,} "
+            "pixels; --max-pixels accepts larger ones"
         )
     names, labels, spans = Names.of(f"{i:08d}" for i in order.tolist()), layout.labels[order], layout.spans[order]
-    notice(f"{file}: written by FFCV, samples and classes have numbers for names")
+    notice(f"{file}: written by FFCV; samples and classes are named by numbers")
     return Dataset(
         spec=str(path),
         split=split,
@@ -299,7 +304,7 @@ def _open_foreign(path: Path, split: str, limits: Limits) -> Dataset:
 
 
 def _val_names(path: Path) -> list[Path]:
-    """Under which the validation split is looked for, beside the training split's file."""
+    """The paths at which the validation split may be, next to the training split's file."""
     names = [beton_path(path, "val")]
     if "train" in path.name:
         names.append(path.with_name(path.name.replace("train", "val")))
@@ -312,12 +317,12 @@ def _foreign_val(path: Path) -> Path | None:
 
 def _content(file: Path, spans: np.ndarray) -> np.ndarray:
     """uint8 [n, 16]: digests of a sample of the images."""
-    chosen = spans[sample(len(spans))].tolist()
-    found = np.zeros((len(chosen), DIGEST), np.uint8)
+    sampled = spans[sample(len(spans))].tolist()
+    digests = np.zeros((len(sampled), DIGEST), np.uint8)
     with open(file, "rb") as handle:
-        for row, (begin, count) in zip(found, chosen, strict=True):
-            row[:] = np.frombuffer(digest_of(handle.fileno(), begin, count), np.uint8)
-    return found
+        for digest, (begin, count) in zip(digests, sampled, strict=True):
+            digest[:] = np.frombuffer(digest_of(handle.fileno(), begin, count), np.uint8)
+    return digests
 
 
 # --- Verifying --------------------------------------------------------------------------------------------------------
@@ -327,7 +332,7 @@ def verify(path: Path, workers: int) -> None:
     """Compare every byte with the checksums and decode every image.
 
     Raises:
-        BadInput: naming the images and files that are damaged.
+        BadInput: some are damaged; the message names images and files.
     """
     index = read_index(path)
     datasets = {split: open_written(path, split, Limits(1 << 62)) for split in index.splits}
@@ -336,13 +341,13 @@ def verify(path: Path, workers: int) -> None:
         for name, why in _damaged_images(datasets[split], part.crc32, workers):
             bad.append(f"{split}/{name} ({why})")
         file = beton_path(path, split)
-        if path.suffix != ".pack" and (place := filled_gap(file)) is not None:
-            bad.append(f"{file} (not empty between its images, after byte {place:,})")
+        if path.suffix != ".pack" and (offset := find_nonzero_gap(file)) is not None:
+            bad.append(f"{file} (there are bytes other than zero between its images, after byte {offset:,})")
     if bad:
-        for line in bad[NAMED:]:
+        for line in bad[MAX_NAMED:]:
             notice(f"damaged: {line}")
-        more = f" and the {len(bad) - NAMED} above" if len(bad) > NAMED else ""
-        raise BadInput(f"{path}: {len(bad)} damaged: {'; '.join(bad[:NAMED])}{more}; remove it and write it again")
+        more = f" and the {len(bad) - MAX_NAMED} above" if len(bad) > MAX_NAMED else ""
+        raise BadInput(f"{path}: {len(bad)} damaged: {'; '.join(bad[:MAX_NAMED])}{more}; remove it and write it again")
 
 
 def _damaged_images(dataset: Dataset, expected: np.ndarray, workers: int) -> Iterator[tuple[str, str]]:
@@ -356,8 +361,8 @@ def _damaged_images(dataset: Dataset, expected: np.ndarray, workers: int) -> Ite
         return None
 
     assert dataset.spans is not None
-    order = np.argsort(dataset.spans[:, 0]).tolist()  # as they lie there
-    found = in_order(check, order, workers)
-    for i, reason in zip(order, track(found, len(dataset), f"verifying {dataset.spec} {dataset.split}"), strict=True):
+    order = np.argsort(dataset.spans[:, 0]).tolist()  # in file order
+    results = in_order(check, order, workers)
+    for i, reason in zip(order, track(results, len(dataset), f"verifying {dataset.spec} {dataset.split}"), strict=True):
         if reason:
             yield dataset.names[i], reason

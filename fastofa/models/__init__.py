@@ -1,1 +1,1 @@
-"""timm models, their weights, and the kernels that are put into them."""
+"""timm models and their weights."""

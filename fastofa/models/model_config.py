@@ -1,7 +1,7 @@
-"""config.json of a folder with a model, as `fastofa export` and timm write it, every value checked.
+"""Read and check config.json from a model's folder, as `fastofa export` and timm write it.
 
-Such a folder comes from anywhere. Only the architecture, arguments of the architecture's own class, known settings of
-the preprocessing and the names of the classes are taken.
+Such a folder may come from an untrusted source. Only the architecture, arguments of the architecture's own class, known
+preprocessing settings and the class names are used, and every value is checked.
 """
 
 import inspect
@@ -16,10 +16,10 @@ from fastofa.system.errors import BadInput
 from fastofa.system.files import read_json
 
 CHANNELS = 3  # RGB
-LARGEST_SIDE, MOST_CLASSES = 2048, 200_000
-LARGEST_NUMBER, DEEPEST, LONGEST = 16_384, 256, 64  # of model_args: any number, a number of layers, a list
+MAX_SIDE, MAX_CLASSES = 2048, 200_000
+MAX_NUMBER, MAX_LAYERS, MAX_LENGTH = 16_384, 256, 64  # in model_args: of any number, a number of layers, a list
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
-# Of timm.create_model itself, not of a model: what they do is load, fetch or wrap.
+# Arguments of timm.create_model itself, not of an architecture; they load, download or wrap.
 NOT_ARCHITECTURE = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict",
     "pretrained_filter_fn", "checkpoint_path", "cache_dir", "features_only", "feature_cfg", "scriptable", "exportable",
@@ -29,62 +29,64 @@ NOT_ARCHITECTURE = {
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The checked contents of a config.json."""
+
     path: Path
     architecture: str
     num_classes: int
     arguments: dict[str, Any] = field(default_factory=dict)
-    """What timm.create_model needs besides the name and the number of classes."""
+    """Arguments of timm.create_model besides the name and the number of classes."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     """Those of RULES that the file gives."""
     label_names: dict[int, str] = field(default_factory=dict)
-    """Of each output; empty where the file names none."""
+    """Class name by output index; empty if the file names none."""
     label_descriptions: dict[str, str] = field(default_factory=dict)
-    """By label name."""
+    """Description by class name."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Raises BadInput: missing, no JSON, no model's configuration, or a value that cannot be."""
+    """Read a config.json. Raises BadInput if it is missing, not a model configuration, or has impossible values."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise BadInput(f"{path}: expected timm's model configuration, got {type(values).__name__}")
-    if "pretrained_cfg" not in values and "input_size" in values:  # as old timm wrote it, all on one level
+    if "pretrained_cfg" not in values and "input_size" in values:  # old versions of timm wrote all on one level
         values = {**values, "pretrained_cfg": values, "label_names": values.get("label_names", values.get("labels"))}
-    if lacking := [name for name in ("architecture", "num_classes", "pretrained_cfg") if name not in values]:
-        raise BadInput(f"{path}: expected timm's model configuration, it lacks {lacking[0]!r}")
+    if missing := [name for name in ("architecture", "num_classes", "pretrained_cfg") if name not in values]:
+        raise BadInput(f"{path}: expected timm's model configuration, but {missing[0]!r} is missing")
     settings = values["pretrained_cfg"]
 
-    def need(fits: bool, name: str, value: Any, expected: str) -> None:
-        if not fits:
+    def need(valid: bool, name: str, value: Any, expected: str) -> None:
+        if not valid:
             raise BadInput(f"{path}: expected {name} to be {expected}, got {_short(value)}")
 
     architecture, num_classes = values["architecture"], values["num_classes"]
     need(isinstance(architecture, str), "architecture", architecture, "a timm model's name")
-    need(_whole(num_classes, 0, MOST_CLASSES), "num_classes", num_classes, f"0 to {MOST_CLASSES:,}")
+    need(_whole(num_classes, 0, MAX_CLASSES), "num_classes", num_classes, f"0 to {MAX_CLASSES:,}")
     need(isinstance(settings, dict), "pretrained_cfg", settings, "an object")
     arguments = values.get("model_args") or {}
     need(isinstance(arguments, dict), "model_args", arguments, "an object")
     arguments = {
         key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items() if key != "num_classes"
-    }  # stands above, too
+    }  # num_classes is also a field of its own
     for key, value in arguments.items():
-        largest = DEEPEST if "depth" in key or "layers" in key else LARGEST_SIDE if "size" in key else LARGEST_NUMBER
+        largest = MAX_LAYERS if "depth" in key or "layers" in key else MAX_SIDE if "size" in key else MAX_NUMBER
         need(_simple(value, largest), f"model_args {key!r}", value, f"a word or numbers up to {largest:,}")
 
     preprocessing = {key: settings[key] for key in RULES if settings.get(key) is not None}
     channels: Any = arguments.get("in_chans", preprocessing.get("input_size"))
     channels = channels[0] if isinstance(channels, list) and channels else channels
-    if channels != CHANNELS and _whole(channels, 1, LARGEST_NUMBER):
+    if channels != CHANNELS and _whole(channels, 1, MAX_NUMBER):
         raise BadInput(channels_message(str(path), channels))
     for key, value in preprocessing.items():
-        fits, expected = RULES[key]
-        need(fits(value), key, value, expected)
+        is_valid, expected = RULES[key]
+        need(is_valid(value), key, value, expected)
     preprocessing = {key: tuple(v) if isinstance(v, list) else v for key, v in preprocessing.items()}
 
     names = values.get("label_names") or settings.get("label_names") or {}
     named = isinstance(names, list | dict)
     need(named, "label_names", names, "a list, or an object from output to name")
     if isinstance(names, list):
-        need(len(names) == num_classes, "label_names", f"{len(names):,}", f"{num_classes:,} names, one a class")
+        need(len(names) == num_classes, "label_names", f"{len(names):,}", f"{num_classes:,} names, one per class")
         names = dict(enumerate(names))
     wrong = [k for k in names if not (str(k).isdecimal() and len(str(k)) < 9 and int(k) < num_classes)]
     need(not wrong, "label_names", wrong[:1], f"of outputs below {num_classes:,}")
@@ -101,9 +103,9 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def check_arguments(config: ModelConfig, model_class: type) -> None:
-    """Raises BadInput unless every argument is one of the architecture's own class."""
+    """Raises BadInput unless every argument is a parameter of the architecture's class."""
     known = inspect.signature(model_class).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())  # into the configuration of its layers
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())  # passed on to the configuration of its layers
     for key in config.arguments:
         if key in NOT_ARCHITECTURE or not (key in known or takes_any):
             raise BadInput(
@@ -113,8 +115,8 @@ def check_arguments(config: ModelConfig, model_class: type) -> None:
 
 def channels_message(what: str, channels: int) -> str:
     return (
-        f"{what}: takes images of {channels} channel{'s' * (channels != 1)}, expected {CHANNELS}: fastofa reads every "
-        "image as RGB; choose or train a model of three channels"
+        f"{what}: expected a model for images of {CHANNELS} channels, because fastofa reads every image as RGB, got "
+        f"one for {channels} channel{'s' * (channels != 1)}; choose or train another model"
     )
 
 
@@ -129,21 +131,21 @@ def _are_numbers(values: Any, smallest: float = -math.inf, largest: float = math
 
 
 def _simple(value: Any, largest: int) -> bool:
-    """A number in bounds, a switch, a word, or a short list of such."""
+    """Whether it is a number within bounds, a bool, a word, or a short list of these."""
     if isinstance(value, list | tuple):
-        return len(value) <= LONGEST and all(_simple(v, largest) and not isinstance(v, list) for v in value)
+        return len(value) <= MAX_LENGTH and all(_simple(v, largest) and not isinstance(v, list) for v in value)
     if isinstance(value, str):
         return re.fullmatch(r"\w{0,64}", value, re.ASCII) is not None
     return value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= largest)
 
 
 def _is_input_size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_whole(v, 1, LARGEST_SIDE) for v in value)
+    return isinstance(value, list) and len(value) == 3 and all(_whole(v, 1, MAX_SIDE) for v in value)
 
 
 _SIDES: tuple[Callable[[Any], bool], str] = (
     lambda v: _is_input_size(v) and v[1] == v[2],
-    f"[3, side, side] with a side of 1 to {LARGEST_SIDE:,} pixels",
+    f"[3, side, side] with a side of 1 to {MAX_SIDE:,} pixels",
 )
 _SHARE: tuple[Callable[[Any], bool], str] = (lambda v: _are_numbers([v], 0.05, 2), "a number from 0.05 to 2")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {

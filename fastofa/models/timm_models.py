@@ -1,4 +1,4 @@
-"""timm models by name: creation, input size, normalisation; and their weights, from timm, from a file or a folder."""
+"""Create timm models by name, with weights from timm, a file or a folder; their input size and normalisation."""
 
 import difflib
 import hashlib
@@ -17,7 +17,7 @@ from fastofa.models.weights import SavedWeights, read_weights
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 
-# The paper's two small Swin students, which timm has no name for: (timm's name, arguments).
+# The paper's two small Swin students, for which timm has no names: (timm's name, arguments).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "swin_nano_patch4_window7_224": (
         "swin_tiny_patch4_window7_224",
@@ -28,9 +28,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"embed_dim": 48, "depths": (2, 2, 2, 2), "num_heads": (2, 4, 8, 16)},
     ),
 }
-CONFIG, FILES = "config.json", ("model.safetensors", "pytorch_model.bin")  # of a folder with a model
-SPARE = 100_000_000  # numbers that a model may hold beside its weights: positions, masks
-# A classifier of another size in a file: refuse it, let the model have as many classes, or let it start at random.
+CONFIG, FILES = "config.json", ("model.safetensors", "pytorch_model.bin")  # in a folder with a model
+SPARE = 100_000_000  # numbers that a model may have besides its weights, such as positions and masks
+# If a file has a classifier of another size: refuse it, adopt its number of classes, or start it at random.
 OtherClasses = Literal["refuse", "adopt", "restart"]
 
 
@@ -38,13 +38,13 @@ def resolve(name: str, image_size: int | None = None, drop_path: float | None = 
     """timm's own name and the arguments that build the model.
 
     Raises:
-        BadInput: timm has no such model; the nearest names are given.
+        BadInput: timm has no such model; the message suggests similar names.
     """
     name, arguments = VARIANTS.get(name, (name.removeprefix("timm/"), {}))
     if not timm.is_model(name):
         known = [*VARIANTS, *timm.list_models()]
-        near = [n for n in known if name and n.startswith(name)] or difflib.get_close_matches(name, known)
-        hint = f"; near it: {', '.join(near[:3])}" if near else ""
+        similar = [n for n in known if name and n.startswith(name)] or difflib.get_close_matches(name, known)
+        hint = f"; similar names: {', '.join(similar[:3])}" if similar else ""
         raise BadInput(f"unknown model {name!r}: expected a timm model, see timm.list_models(){hint}")
     arguments = dict(arguments)
     try:
@@ -65,18 +65,19 @@ def create_model(
     drop_path: float | None = None,
     init: str | SavedWeights | None = None,
 ) -> Any:
-    """A timm model; models with a fixed input size are built for `image_size`.
+    """Create a timm model; one with a fixed input size is built for `image_size`.
 
     Args:
         name: see `resolve`.
-        num_classes: of the classifier; None: as many as the weights have.
-        image_size: side of the input in pixels; None: the model's own.
-        drop_path: stochastic depth; None: the model's own, 0: none.
+        num_classes: outputs of the classifier; None for as many as the weights have.
+        image_size: side of the input in pixels; None for the model's own.
+        drop_path: rate of stochastic depth; None for the model's own, 0 for none.
         init: None for random weights, "pretrained" for timm's published ones, a .safetensors or .pth file, a folder
             with a model (see `find_folder`), or weights. A classifier of another size starts at random.
 
     Raises:
-        BadInput: unknown model or tag, a size the model cannot be built for, weights that cannot be had or do not fit.
+        BadInput: unknown model or tag, a size for which the model cannot be built, or weights that are unavailable or
+            do not match the model.
     """
     timm_name, arguments = resolve(name, image_size, drop_path)
     if num_classes is not None:
@@ -87,14 +88,14 @@ def create_model(
             return _build_with(weights, timm_name, arguments, "adopt" if num_classes is None else "restart")
         return timm.create_model(timm_name, pretrained=init is not None, **arguments)
     except (RuntimeError, AssertionError, TypeError, ValueError, KeyError) as error:
-        if drop_path == 0 and "drop_path_rate" in str(error):  # a model that has none to switch off
+        if drop_path == 0 and "drop_path_rate" in str(error):  # the model has no stochastic depth
             return create_model(name, num_classes, image_size, None, init)
         size = f" at {image_size} px" if image_size is not None else ""
         start = f" from {init}" if isinstance(init, str) else ""
         raise BadInput(f"could not build {name}{size}{start}: {' '.join(str(error).split())[:300]}") from None
     except BadInput:
         raise
-    except Exception as error:  # the hub's and the network's many kinds
+    except Exception as error:  # the hub and the network raise many types
         if init is None:
             raise
         raise BadInput(
@@ -103,19 +104,22 @@ def create_model(
 
 
 def _weights_of(init: str, timm_name: str) -> SavedWeights:
-    """Of a file, or of a folder with a model of this architecture."""
+    """The weights from a file, or from a folder with a model of this architecture."""
     folder = find_folder(init)
     if folder is None:
         return read_weights(Path(init))
-    found = resolve(read_model_config(folder / CONFIG).architecture)[0].partition(".")[0]
-    if found != timm_name.partition(".")[0]:
-        raise BadInput(f"{init}: expected the weights of a {timm_name}, it holds a {found}")
+    architecture = resolve(read_model_config(folder / CONFIG).architecture)[0].partition(".")[0]
+    if architecture != timm_name.partition(".")[0]:
+        raise BadInput(f"{init}: expected the weights of {timm_name}, got those of {architecture}")
     return read_weights(_weights_file(folder))
 
 
 def _build_with(weights: SavedWeights, timm_name: str, arguments: dict[str, Any], other_classes: OtherClasses) -> Any:
-    """The model with these weights. timm builds it and calls its loader, which is ours here: it is handed timm's own
-    conversion of the publishers' checkpoints, and every weight must fit, where timm's would let some pass."""
+    """The model with these weights.
+
+    timm builds the model and calls its loader, for which `load_weights` is substituted here: it also gets timm's own
+    conversion of published checkpoints, but requires every weight to match, which timm's loader does not.
+    """
 
     def load(model: nn.Module, *_: Any, filter_fn: Callable[..., Any] | None = None, **__: Any) -> None:
         load_weights(model, weights, filter_fn, other_classes)
@@ -130,15 +134,15 @@ def load_weights(
     convert: Callable[..., Any] | None = None,
     other_classes: OtherClasses = "refuse",
 ) -> None:
-    """Load them into the model; every name and shape must fit, as they are or as timm's `convert` makes them.
+    """Load weights into a model. All names and shapes must match, as stored or after timm's conversion.
 
     Raises:
-        BadInput: names or shapes that do not fit; the model stays as it was.
+        BadInput: names or shapes do not match; the model is unchanged.
     """
     own = model.state_dict()
     tensors = weights.of_model(own)
     if convert is not None and not _same_shapes(own, tensors):
-        tensors = _converted(tensors, convert, model)
+        tensors = _convert(tensors, convert, model)
     classifier = model.pretrained_cfg.get("classifier") if other_classes != "refuse" else None
     for name in (classifier,) if isinstance(classifier, str) else classifier or ():
         tensors = _fit_classifier(model, tensors, name, weights.source, other_classes)
@@ -148,7 +152,7 @@ def load_weights(
     reshaped = [k for k in sorted(own.keys() & tensors.keys()) if own[k].shape != tensors[k].shape]
     if missing or unexpected:
         raise BadInput(
-            f"{weights.source}: does not fit the model, missing {_some(missing)}, unexpected {_some(unexpected)}"
+            f"{weights.source}: does not match the model: missing {_some(missing)}, unexpected {_some(unexpected)}"
         )
     first = model.pretrained_cfg.get("first_conv")
     for name in (first,) if isinstance(first, str) else first or ():
@@ -157,8 +161,8 @@ def load_weights(
     if reshaped:
         key = reshaped[0]
         raise BadInput(
-            f"{weights.source}: does not fit the model, expected {key} {tuple(own[key].shape)}, got "
-            f"{tuple(tensors[key].shape)} ({len(reshaped)} such); is it of this architecture and number of classes?"
+            f"{weights.source}: does not match the model: expected {key} {tuple(own[key].shape)}, got "
+            f"{tuple(tensors[key].shape)} ({len(reshaped)} such tensors); check the architecture and number of classes"
         )
     model.load_state_dict({**tensors, **{key: own[key] for key in counters}})
 
@@ -167,22 +171,23 @@ def _same_shapes(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> bool:
     return own.keys() == tensors.keys() and all(own[key].shape == tensors[key].shape for key in own)
 
 
-def _converted(tensors: dict[str, Tensor], convert: Callable[..., Any], model: nn.Module) -> dict[str, Tensor]:
-    """As timm's own function for this architecture renames, reshapes and resizes the publishers' weights."""
+def _convert(tensors: dict[str, Tensor], convert: Callable[..., Any], model: nn.Module) -> dict[str, Tensor]:
+    """Published weights, renamed, reshaped and resized by timm's function for this architecture, if it succeeds."""
     try:
         try:
-            found = convert(dict(tensors), model)
-        except TypeError:  # older ones take the weights alone
-            found = convert(dict(tensors))
-    except Exception:  # it stumbles over other architectures' weights in many ways
+            converted = convert(dict(tensors), model)
+        except TypeError:  # older functions take only the weights
+            converted = convert(dict(tensors))
+    except Exception:  # it can fail in many ways for weights of another architecture
         return tensors
-    return found if isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values()) else tensors
+    is_valid = isinstance(converted, dict) and all(isinstance(v, Tensor) for v in converted.values())
+    return converted if is_valid else tensors
 
 
 def _fit_classifier(
     model: Any, tensors: dict[str, Tensor], name: str, source: str, other_classes: OtherClasses
 ) -> dict[str, Tensor]:
-    """The weights with a classifier of the model's number of classes; or the model with one of the weights'."""
+    """The weights with a classifier that matches the model; with "adopt", the model's classifier is changed instead."""
     own, keys = model.state_dict(), (f"{name}.weight", f"{name}.bias")
     weight = tensors.get(keys[0])
     if other_classes == "adopt":
@@ -192,22 +197,22 @@ def _fit_classifier(
     if keys[0] not in own or (weight is not None and weight.shape[:1] == own[keys[0]].shape[:1]):
         return tensors
     if weight is None and keys[1] not in tensors:
-        notice(f"{source}: has no classifier {name}, it starts at random")
+        notice(f"{source}: has no classifier {name}; it starts at random")
     fresh = nn.init.trunc_normal_(torch.empty_like(own[keys[0]]), std=0.02)
     zeros = {keys[1]: torch.zeros_like(own[keys[1]])} if keys[1] in own else {}
     return {**tensors, keys[0]: fresh, **zeros}
 
 
 def find_folder(name: str) -> Path | None:
-    """A folder with a model: FOLDER or local-dir:FOLDER as it is, hf-hub:OWNER/NAME fetched; None for anything else.
+    """The folder of a model: FOLDER or local-dir:FOLDER, or hf-hub:OWNER/NAME after a download; None for other names.
 
     Raises:
-        BadInput: no such folder, or the hub does not give it.
+        BadInput: there is no such folder, or the download failed.
     """
     source, _, place = name.partition(":")
     if source == "local-dir":
         if not Path(place).is_dir():
-            raise BadInput(f"{name}: expected a folder with a model, there is none")
+            raise BadInput(f"{name}: expected a folder with a model, but it does not exist")
         return Path(place)
     if source in ("hf-hub", "hf_hub"):
         return _fetch(name, place)
@@ -215,14 +220,14 @@ def find_folder(name: str) -> Path | None:
 
 
 def _fetch(name: str, place: str) -> Path:
-    """config.json and the weights of a model on the hub, into the hub's own cache."""
+    """Download config.json and the weights of a model from the hub into the hub's own cache; returns their folder."""
     try:
         config = _hub.download_from_hf(place, CONFIG)
         try:
             _hub.download_from_hf(place, FILES[0])
         except _hub.EntryNotFoundError:
             _hub.download_from_hf(place, FILES[1])
-    except Exception as error:  # the hub's and the network's many kinds
+    except Exception as error:  # the hub and the network raise many types
         raise BadInput(
             f"could not get {name} ({first_line(error)}); without a network, give a folder with its files"
         ) from None
@@ -234,10 +239,10 @@ def _weights_file(folder: Path) -> Path:
 
 
 def open_model_folder(folder: Path) -> tuple[Any, ModelConfig]:
-    """A model from a folder with config.json and model.safetensors, as `fastofa export` and timm write them.
+    """Open a model from a folder with config.json and model.safetensors, as `fastofa export` and timm write them.
 
     Raises:
-        BadInput: the folder lacks one of them, they do not fit each other, or a value in config.json cannot be.
+        BadInput: one of the files is missing, they do not match each other, or config.json has impossible values.
     """
     config = read_model_config(folder / CONFIG)
     try:
@@ -248,30 +253,31 @@ def open_model_folder(folder: Path) -> tuple[Any, ModelConfig]:
     arguments |= {**config.arguments, "num_classes": config.num_classes}
     arguments["pretrained_cfg_overlay"] = config.preprocessing
     try:
-        with torch.device("meta"):  # whatever the sizes, it takes no memory
+        with torch.device("meta"):  # takes no memory, whatever the sizes
             check_arguments(config, type(timm.create_model(name)))
             skeleton = timm.create_model(name, **arguments)
-        described = sum(t.numel() for part in (skeleton.parameters(), skeleton.buffers()) for t in part)
-        if described > 2 * weights.numbers + SPARE:
+        numbers = sum(t.numel() for part in (skeleton.parameters(), skeleton.buffers()) for t in part)
+        if numbers > 2 * weights.numbers + SPARE:
             raise BadInput(
-                f"{config.path}: describes a model of {described:,} numbers, {weights.source} holds {weights.numbers:,}"
+                f"{config.path}: describes a model of {numbers:,} numbers, but {weights.source} contains only "
+                f"{weights.numbers:,}; restore the original files"
             )
         return _build_with(weights, name, arguments, "refuse"), config
     except BadInput:
         raise
-    except Exception as error:  # arguments that cannot be fail in many ways
-        raise BadInput(f"{config.path}: could not build {name} of it, {first_line(error)}") from None
+    except Exception as error:  # impossible arguments can fail in many ways
+        raise BadInput(f"{config.path}: could not build {name} from it: {first_line(error)}") from None
 
 
 def check_channels(model: Any, what: str) -> None:
-    """Raises BadInput unless the model takes RGB."""
+    """Raises BadInput unless the model's input is RGB."""
     channels = getattr(model, "in_chans", CHANNELS)
     if channels != CHANNELS:
         raise BadInput(channels_message(what, channels))
 
 
 def input_size(model: Any) -> int:
-    """Side of the pictures the model is made for, in pixels."""
+    """Side in pixels of the images for which the model was made."""
     return int(model.pretrained_cfg["input_size"][-1])
 
 
@@ -281,7 +287,7 @@ def normalization(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 over every tensor of the state_dict, whatever file it came from."""
+    """sha256 of all tensors of the state_dict, independent of the file from which they were loaded."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from fastofa.data.headers import given_limits
+from fastofa.data.headers import parse_limits
 from fastofa.methods.options import Options
 from fastofa.system.errors import BadInput
 from fastofa.views.policy import ViewPolicy, changed_policy
 
-MOST_EPOCHS = 1_000_000
+MAX_EPOCHS = 1_000_000
 Method = Literal["ofa", "kd", "scratch"]
 Order = Literal["auto", "random", "pages"]
 Weights = Literal["last", "best", "raw", "ema", "best-raw", "best-ema"]
@@ -191,7 +191,7 @@ class TrainConfig:
                 need(value in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
             numbers = value if isinstance(value, tuple) else (value,)
             need(not any(isinstance(v, float) and math.isinf(v) for v in numbers), name, "finite numbers")
-        given_limits(self.max_pixels, self.allow_warnings)
+        parse_limits(self.max_pixels, self.allow_warnings)
         named = self.kernels in (("auto",), ("off",)) or set(self.kernels) <= {"loss", "exits", "stem", "norms"}
         need(named, "kernels", "auto, off, or some of loss exits stem norms")
         for name in (
@@ -221,7 +221,7 @@ class TrainConfig:
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1 pixel")
         need(0 <= self.growth[0] <= self.growth[1] <= 1, "growth", "two rising numbers from 0 to 1")
         need(0 <= self.seed < 2**63, "seed", "a number from 0 to 2^63 - 1")
-        need(self.epochs is None or self.epochs <= MOST_EPOCHS, "epochs", f"at most {MOST_EPOCHS:,}")
+        need(self.epochs is None or self.epochs <= MAX_EPOCHS, "epochs", f"at most {MAX_EPOCHS:,}")
         if self.start_size is not None and self.image_size is not None:
             need(self.start_size <= self.image_size, "start_size", f"at most the full {self.image_size} pixels")
         need(not self.cuda_graphs or self.compile != "off", "compile", "on or auto with --cuda-graphs")

@@ -21,4 +21,4 @@ def check_vacant(config: TrainConfig) -> None:
 def check_new(out: Path) -> None:
     """Raises BadInput if there is something."""
     if os.path.lexists(out):
-        raise BadInput(f"{out}: exists already; choose another place or remove it")
+        raise BadInput(f"{out}: already exists; choose another path or remove it")

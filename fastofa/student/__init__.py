@@ -1,4 +1,4 @@
-"""The student: a timm model, its four stages and an exit at each."""
+"""The student: a timm model with an exit at each of its four stages."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Exits: what maps the features of a student's stage into the logits space (OFA-KD, section 3.2, as published).
+"""Exits: modules that map the features of a student's stage to logits (OFA-KD, section 3.2, as published).
 
 Shapes: B batch, C channels of a stage, D channels of an exit's last layer, L tokens, P prefix tokens.
 """
@@ -10,8 +10,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-GRID = 7  # tokens are merged down to a grid of about this side
-HEADS = 4
+GRID = 7  # side of the grid to which tokens are merged, approximately
+HEADS = 4  # attention heads
 
 
 class SepConv(nn.Sequential):
@@ -31,7 +31,7 @@ class SepConv(nn.Sequential):
 
 
 class ConvExit(nn.Module):
-    """Exit of a CNN's stage: [B, C, H, W] -> logits. Stage 4 has one 1x1 convolution, stage k has 4 - k SepConvs."""
+    """Exit of a CNN's stage: [B, C, H, W] -> logits. Stage 4 has one 1x1 convolution, k < 4 has 4 - k SepConvs."""
 
     def __init__(self, stage: int, channels: int, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ConvExit(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """[B, H, W, C] -> [B, H/2, W/2, D]: 2x2 neighbours side by side, LayerNorm, Linear; odd sides are padded."""
+    """[B, H, W, C] -> [B, H/2, W/2, D]: concatenate 2x2 neighbours, LayerNorm, Linear; odd sides are padded."""
 
     def __init__(self, dim: int, out_dim: int, activation: nn.Module) -> None:
         super().__init__()
@@ -65,10 +65,10 @@ class PatchMerging(nn.Module):
 
 
 class TokenExit(nn.Module):
-    """Exit of a token model's stage: tokens [B, L, C] (and prefix tokens [B, P, C]) -> logits.
+    """Exit of a token model's stage: tokens [B, L, C] and, if any, prefix tokens [B, P, C] -> logits.
 
-    Merges the tokens down to a grid of about 7x7, runs max(4 - stage, 1) transformer blocks of the student's final
-    width, and classifies the class token, or the mean of the tokens where there is none.
+    It merges the tokens to a grid of about 7x7, runs max(4 - stage, 1) transformer blocks of the student's final width,
+    and classifies the class token, or the mean of the tokens if there is none.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TokenExit(nn.Module):
             activation = nn.GELU() if i == 0 or i < merges - 1 else nn.Identity()
             layers.append(PatchMerging(channels if i == 0 else dim, dim, activation))
         if merges == 0 and channels != dim:
-            layers.append(nn.Linear(channels, dim))  # small pictures: nothing to merge, but the width must fit
+            layers.append(nn.Linear(channels, dim))  # small images: nothing to merge, but the width must match
         self.merge = nn.Sequential(*layers)
         self.project_prefix = nn.Linear(channels, dim) if class_token and channels != dim else nn.Identity()
         self.blocks = nn.Sequential(*(Block(dim, HEADS) for _ in range(max(4 - stage, 1))))
@@ -99,7 +99,7 @@ class TokenExit(nn.Module):
 
 
 def init_exit(module: nn.Module) -> None:
-    """Convolutions kaiming (fan out), batch norms 1 and 0, linear layers truncated normal with std 0.02."""
+    """Initialise convolutions: Kaiming (fan out); batch norms: 1 and 0; linear layers: truncated normal, std 0.02."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.BatchNorm2d):

@@ -1,7 +1,7 @@
-"""The depthwise kernel inside a model: its 3x3 depthwise convolutions run it, the batch norms before them folded in.
+"""Run a model's 3x3 depthwise convolutions with the kernel, with the batch norms before them folded in.
 
-A folded batch norm returns the input with its scale and shift; the convolution applies them while it reads.
-Modules change their class only: parameters, buffers and their names stay, so checkpoints and exports do, too.
+A folded batch norm returns the input with its scale and shift; the convolution applies them on load. Only the classes
+of modules change. Parameters, buffers and their names stay the same, and so do checkpoints and exports.
 
 Shapes: B batch, C channels.
 """
@@ -22,7 +22,7 @@ ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
 
 class Folded(NamedTuple):
-    """act(x * scale + shift), not computed yet: x [B, C, H, W], scale and shift fp32 [C]."""
+    """The deferred computation of act(x * scale + shift): x [B, C, H, W], scale and shift fp32 [C]."""
 
     x: Tensor
     scale: Tensor | None = None
@@ -31,7 +31,7 @@ class Folded(NamedTuple):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """3x3, padding 1, no bias, one filter a channel; runs the kernel where Triton can."""
+    """A depthwise convolution, 3x3, padding 1, no bias, with the kernel if Triton can run."""
 
     def forward(self, input: Tensor | Folded) -> Tensor:
         x, scale, shift, activation = input if isinstance(input, Folded) else Folded(input)
@@ -42,7 +42,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm, and the activation after it, for a DepthwiseConv2d to apply; statistics as nn.BatchNorm2d's."""
+    """A batch norm and the activation after it, which the next DepthwiseConv2d applies; else as nn.BatchNorm2d."""
 
     activation: str | None
 
@@ -54,7 +54,7 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
         return Folded(input, scale, self.bias - mean * scale, self.activation)
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance fp32 [C] over the batch; keeps the running ones."""
+        """Mean and biased variance of the batch, fp32 [C]; updates the running ones."""
         mean, var = channel_statistics(x, "triton" if can_run_triton(x) else "torch")
         running = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         update_running(*running, mean.detach(), var.detach(), cast(float, self.momentum), x)
@@ -63,15 +63,18 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
 
 
 def use_depthwise_kernel(module: nn.Module) -> int:
-    """Switch the depthwise 3x3 convolutions of exits and MobileNet blocks in `module` to the kernel; how many.
+    """Switch the depthwise 3x3 convolutions of exits and MobileNet blocks in `module` to the kernel.
 
-    The results stay the same up to rounding. What is compiled, copied or wrapped must be so afterwards, and batch norms
-    that are to be synchronised before: those are not folded.
+    The results stay the same up to rounding. Compile, copy or wrap the module only afterwards, but convert batch norms
+    to synchronised ones before, because those are not folded.
+
+    Returns:
+        The number of convolutions that were switched.
     """
     switched = 0
     for block in module.modules():
         if isinstance(block, ConvExit):
-            layers = [layer for layer in block.blocks.modules() if not any(layer.children())]  # as they run
+            layers = [layer for layer in block.blocks.modules() if not any(layer.children())]  # in forward order
             for number, layer in enumerate(layers):
                 switched += _switch(layer, *layers[max(number - 2, 0) : number])
         elif isinstance(block, InvertedResidual):
@@ -82,7 +85,11 @@ def use_depthwise_kernel(module: nn.Module) -> int:
 
 
 def _switch(conv: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None) -> bool:
-    """Is it a convolution for the kernel? What runs before it is folded in if it is a batch norm and an activation."""
+    """Switch a convolution that the kernel supports, and fold in the norm and activation before it if possible.
+
+    Returns:
+        Whether it was switched.
+    """
     if not (
         type(conv) is nn.Conv2d
         and conv.groups == conv.in_channels == conv.out_channels
@@ -100,7 +107,7 @@ def _switch(conv: nn.Module, norm: nn.Module | None = None, activation: nn.Modul
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
-    """A batch norm with weights and running statistics, of no other kind, and nothing dropped after it."""
+    """Whether it is a plain batch norm with weights and running statistics, not followed by DropBlock."""
     return (
         isinstance(norm, nn.BatchNorm2d)
         and type(norm) in (nn.BatchNorm2d, BatchNormAct2d)

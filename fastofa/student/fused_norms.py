@@ -1,8 +1,8 @@
-"""The batch-norm and stem kernels inside a model: what stands around a batch norm is computed with it.
+"""Run a model's batch norms and stem with the kernels, which compute neighbouring operations together with them.
 
-Activations, residuals and a ResNet's max-pool go into the batch norm before them, and a convolution of the pixels runs
-over squares of them. Modules change their class only: parameters, buffers and their names stay, so checkpoints and
-exports do, too. What is not recognised stays as it is.
+Activations, residuals and a ResNet's max-pool are fused into the batch norm before them, and a convolution of the
+pixels runs on squares of pixels. Only the classes of modules change. Parameters, buffers and their names stay the same,
+and so do checkpoints and exports. Modules that are not recognised stay unchanged.
 
 Shapes: B batch, C channels.
 """
@@ -27,12 +27,12 @@ FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "r
 
 
 class NormAct2d(nn.BatchNorm2d):
-    """A batch norm, a residual if one is given, and the activation after it."""
+    """A batch norm, the addition of a residual if one is given, and the activation after it."""
 
     activation: str | None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not self.training:  # the library's way, in few passes without a compiler, too
+        if not self.training:  # PyTorch's implementation needs few passes, even without a compiler
             y = super().forward(input)
             return FUNCTIONS[self.activation](y if residual is None else y + residual)
         if residual is not None:
@@ -42,7 +42,7 @@ class NormAct2d(nn.BatchNorm2d):
 
 
 class NormActPool2d(nn.BatchNorm2d):
-    """A batch norm, ReLU, and the 3x3 maximum with stride 2."""
+    """A batch norm, ReLU, and 3x3 max-pooling with stride 2."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -51,7 +51,7 @@ class NormActPool2d(nn.BatchNorm2d):
 
 
 class StridedConv2d(nn.Conv2d):
-    """A convolution of the pixels, over squares of them."""
+    """A convolution of the pixels, computed on squares of pixels (see `fastofa.kernels.strided_conv2d`)."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_autocast_enabled(input.device.type):
@@ -60,7 +60,7 @@ class StridedConv2d(nn.Conv2d):
 
 
 class FusedBasicBlock(BasicBlock):
-    """Without attention and stochastic depth."""
+    """A block without attention and stochastic depth, whose last batch norm adds the residual."""
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -69,7 +69,7 @@ class FusedBasicBlock(BasicBlock):
 
 
 class FusedBottleneck(Bottleneck):
-    """Without attention and stochastic depth."""
+    """A block without attention and stochastic depth, whose last batch norm adds the residual."""
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -79,7 +79,7 @@ class FusedBottleneck(Bottleneck):
 
 
 class FusedInvertedResidual(InvertedResidual):
-    """With a residual, without stochastic depth."""
+    """A block with a residual and without stochastic depth, whose last batch norm adds the residual."""
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -90,20 +90,23 @@ class FusedInvertedResidual(InvertedResidual):
 
 
 def _arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
-    """Of a batch in training, which is counted."""
+    """The kernel's arguments for a batch in training; increments the norm's batch counter."""
     cast(Tensor, norm.num_batches_tracked).add_(1)
     names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
     return {name: getattr(norm, name) for name in names} | {"impl": "triton" if can_run_triton(x) else "torch"}
 
 
-# --- Into a model -----------------------------------------------------------------------------------------------------
+# --- Switching a model's modules --------------------------------------------------------------------------------------
 
 
 def use_norm_kernels(module: nn.Module) -> int:
-    """Switch the batch norms in `module`, and what follows them, to the kernel; how many.
+    """Switch the batch norms in `module`, with the operations that follow them, to the kernel.
 
-    The results stay the same up to rounding. What is compiled, copied or wrapped must be so afterwards, and batch norms
-    that are to be synchronised, or folded into a depthwise convolution, before: those stay.
+    The results stay the same up to rounding. Compile, copy or wrap the module only afterwards. Before, convert batch
+    norms to synchronised ones or fold them into depthwise convolutions: those are not switched.
+
+    Returns:
+        The number of batch norms that were switched.
     """
     before = sum(isinstance(each, NormAct2d) for each in module.modules())
     for block in module.modules():
@@ -132,9 +135,13 @@ def use_norm_kernels(module: nn.Module) -> int:
 
 
 def use_stem_kernels(module: nn.Module) -> int:
-    """Switch convolutions of the pixels, and a ResNet's batch norm, ReLU and max-pool after them; how many.
+    """Switch convolutions of the pixels, and a ResNet's batch norm, ReLU and max-pool after them, to kernels.
 
-    As `use_norm_kernels`, and before it. The ResNet's features of reduction 2 then come after its max-pool.
+    See `use_norm_kernels`, which has to come after this. The ResNet's features of reduction 2 are then those after its
+    max-pool.
+
+    Returns:
+        The number of convolutions and batch norms that were switched.
     """
     switched = 0
     for block in module.modules():
@@ -156,7 +163,11 @@ def use_stem_kernels(module: nn.Module) -> int:
 
 
 def _switch_norm(norm: nn.Module, activation: nn.Module | None = None, absorb: bool = False) -> bool:
-    """Is it a batch norm for the kernel? The activation goes into it if it can; with `absorb` it must."""
+    """Switch a batch norm that the kernel supports, and fuse the activation if possible; with `absorb` only if so.
+
+    Returns:
+        Whether it was switched.
+    """
     if not is_plain_norm(norm):
         return False
     own = ACTIVATIONS.get(type(getattr(norm, "act", nn.Identity())), "other")
@@ -178,7 +189,7 @@ def _is_stem_pool(pool: nn.Module) -> bool:
 
 
 def _is_of_pixels(conv: nn.Module) -> bool:
-    """At most four channels come in, and its kernel covers every pixel."""
+    """Whether it is a convolution with at most four input channels whose kernel covers every pixel."""
     return (
         type(conv) is nn.Conv2d
         and conv.in_channels <= 4

@@ -1,4 +1,4 @@
-"""Which Triton kernels run in a student: what was named, or what was measured to be faster."""
+"""Choose the Triton kernels that run in a student: those named, or those measured to be faster."""
 
 from collections.abc import Sequence
 
@@ -11,25 +11,27 @@ from fastofa.student.fused_norms import use_norm_kernels, use_stem_kernels
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 
-MEASURED_FASTER = ("exits", "stem", "norms")  # in a whole step (docs/kernels.md)
-MEASURED_ON = 9  # compute capability: H100 and H200
-SWITCHES = {"exits": use_depthwise_kernel, "stem": use_stem_kernels, "norms": use_norm_kernels}  # in this order
+MEASURED_FASTER = ("exits", "stem", "norms")  # in a whole training step (docs/kernels.md)
+MEASURED_ON = 9  # major compute capability of H100 and H200
+SWITCHES = {"exits": use_depthwise_kernel, "stem": use_stem_kernels, "norms": use_norm_kernels}  # applied in this order
 
 
 def check_kernels(kernels: Sequence[str], device: torch.device) -> None:
-    """Raises BadInput for kernels that were named and need a GPU."""
+    """Raises BadInput if kernels are named that need a GPU, and `device` is none."""
     named = [kernel for kernel in kernels if kernel not in ("auto", "off")]
     if named and device.type != "cuda" and not interpreted():
-        raise BadInput(f"kernels: expected a GPU for {' '.join(named)}, the student is on the CPU; leave it out")
+        raise BadInput(
+            f"kernels: expected a GPU for {' '.join(named)}, but the student is on the CPU; omit these kernels"
+        )
 
 
 def use_kernels(student: nn.Module, kernels: Sequence[str], device: torch.device, report: bool = True) -> None:
-    """Switch the student's modules to the kernels, which are those of TrainConfig.kernels; "loss" is not in a module.
+    """Switch the student's modules to the kernels of TrainConfig.kernels, except "loss", which is not in a module.
 
-    Of "auto", whatever stands in the way leaves the student as it is, and one notice says so if `report`.
+    If "auto" fails for any reason, the student stays unchanged, and a notice says so if `report`.
 
     Raises:
-        BadInput: kernels that were named need a GPU.
+        BadInput: kernels are named that need a GPU.
     """
     automatic = "auto" in kernels
     if automatic:
@@ -37,7 +39,7 @@ def use_kernels(student: nn.Module, kernels: Sequence[str], device: torch.device
     check_kernels(kernels, device)
     if automatic and kernels and not HAS_TRITON:
         if report:
-            notice("kernels auto: Triton is not installed; PyTorch's own kernels run")
+            notice("kernels auto: Triton is not installed; PyTorch's own kernels are used")
         return
     kinds = [(module, type(module)) for module in student.modules()]
     try:
@@ -50,7 +52,7 @@ def use_kernels(student: nn.Module, kernels: Sequence[str], device: torch.device
         for module, kind in kinds:
             module.__class__ = kind
         if report:
-            notice(f"kernels auto: {type(error).__name__} in this student ({error}); PyTorch's own kernels run")
+            notice(f"kernels auto: {type(error).__name__} in this student ({error}); PyTorch's own kernels are used")
 
 
 def _was_measured(device: torch.device) -> bool:

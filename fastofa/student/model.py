@@ -1,4 +1,4 @@
-"""A timm model, its four stages, and an exit at each: images -> logits of all heads.
+"""A timm model with an exit at each of its four stages: images -> logits of all heads.
 
 Shapes: B batch, S image side, C classes, H heads (the exits in stage order, then the model's own head).
 """
@@ -16,22 +16,23 @@ from fastofa.system.errors import BadInput
 
 
 class Student(nn.Module):
-    """Any timm model with OFA's exits: `student(images) -> logits [H, B, C]`, the last head the model's own.
+    """Any timm model with OFA's exits: `student(images) -> logits [H, B, C]`; the last head is the model's own.
 
     Args:
         model_name: a timm name, or swin_nano_patch4_window7_224 / swin_pico_patch4_window7_224.
         num_classes: C.
-        image_size: S; None: the model's own.
-        teacher_dim: width of the teacher's last features; a CNN's exits are as wide as the wider of both.
-        stages: which stages get an exit, 1 to 4; () for a model without exits.
-        drop_path: stochastic depth of the backbone; None: the model's own, 0: none.
-        mean, std: normalisation of the pixels; None: the model's own.
-        init: where the backbone's weights start, see `create_model`.
+        image_size: S in pixels; None for the model's own.
+        teacher_dim: number of the teacher's last features; a CNN's exits have the larger width of teacher and student.
+        stages: the stages that get an exit, 1 to 4; () for none.
+        drop_path: rate of stochastic depth in the backbone; None for the model's own, 0 for none.
+        mean: normalisation of RGB in 0..1; None for the model's own.
+        std: see `mean`.
+        init: initial weights of the backbone, see `create_model`.
 
-    Images are uint8 [B, 3, S, S] (normalised here) or floating and already normalised.
+    Images are uint8 [B, 3, S, S], which the student normalises, or floating-point and already normalised.
 
     Raises:
-        BadInput: unknown model, or a stage that the model does not have, naming those it has.
+        BadInput: unknown model, or a stage that the model does not have; the message names those it has.
     """
 
     mean: Tensor
@@ -62,17 +63,16 @@ class Student(nn.Module):
             self._add_exits(model_name, num_classes, teacher_dim, stages)
 
     def _add_exits(self, model_name: str, num_classes: int, teacher_dim: int, stages: tuple[int, ...]) -> None:
-        self.is_token_model, self.output_format, found = probe_stages(self.backbone, self.image_size)
-        lacking = [s for s in stages if s not in found]
-        if lacking:
-            names = ", ".join(map(str, found)) or "none"
-            remedy = f"use those it has with stages {' '.join(map(str, found))}" if found else "choose another student"
+        self.is_token_model, self.output_format, available = probe_stages(self.backbone, self.image_size)
+        if any(stage not in available for stage in stages):
+            names = ", ".join(map(str, available)) or "none"
+            remedy = f"give --stages {' '.join(map(str, available))}" if available else "choose another student"
             raise BadInput(
                 f"student {model_name}: expected stages {' '.join(map(str, stages))}, it has {names} (a stage's "
-                f"features are 4, 8, 16 or 32 times smaller than the picture); {remedy}"
+                f"features are 4, 8, 16 or 32 times smaller than the image); {remedy}"
             )
-        self.stages = [found[s] for s in sorted(stages)]
-        self.indices = [stage.index for stage in self.stages if stage.index >= 0] or [0]  # timm wants one at least
+        self.stages = [available[s] for s in sorted(stages)]
+        self.indices = [stage.index for stage in self.stages if stage.index >= 0] or [0]  # timm needs at least one
         width = self.backbone.num_features
         for stage in self.stages:
             if self.is_token_model:
@@ -83,7 +83,7 @@ class Student(nn.Module):
             self.exits.append(exit_)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 pixels -> normalised fp32; floating images pass as they are."""
+        """uint8 images -> normalised fp32; floating-point images are returned unchanged."""
         return (images.float() / 255 - self.mean) / self.std if images.dtype == torch.uint8 else images
 
     def forward(self, images: Tensor) -> Tensor:
@@ -99,22 +99,22 @@ class Student(nn.Module):
         return torch.stack([*logits, self.backbone.forward_head(final)])
 
     def classify(self, images: Tensor) -> Tensor:
-        """The model's own logits alone, [B, C], without the exits' work."""
+        """Only the model's own logits, [B, C], without running the exits."""
         return self.backbone(self.normalize(images))
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """Those that no head depends on: layers that some timm models have but do not use."""
+        """Parameters on which no head depends: some timm models have layers that they do not use."""
         training = self.training
         self.eval()
         images = torch.zeros(1, 3, self.image_size, self.image_size, device=self.mean.device)
         with torch.enable_grad():
-            found = torch.autograd.grad(self(images).sum(), list(self.parameters()), allow_unused=True)
+            gradients = torch.autograd.grad(self(images).sum(), list(self.parameters()), allow_unused=True)
         self.train(training)
-        return [p for p, gradient in zip(self.parameters(), found, strict=True) if gradient is None]
+        return [p for p, gradient in zip(self.parameters(), gradients, strict=True) if gradient is None]
 
     @torch.no_grad()
     def check_sizes(self, sizes: Iterable[int]) -> None:
-        """Raises BadInput unless the student takes pictures of each of these sides."""
+        """Raises BadInput unless the student accepts images of each of these sides in pixels."""
         for size in sorted(set(sizes) - {self.image_size}):
             images = torch.zeros(1, 3, size, size, device=self.mean.device)
             training = self.training
@@ -122,13 +122,14 @@ class Student(nn.Module):
                 self.eval()(images)
             except (RuntimeError, AssertionError, ValueError) as error:
                 raise BadInput(
-                    f"the student, made for pictures of {self.image_size} px, cannot take those of {size} px "
-                    f"({first_line(error)}); leave --start-size and --eval-size out or choose a CNN"
+                    f"the student, built for images of {self.image_size} px, does not accept images of {size} px "
+                    f"({first_line(error)}); omit --start-size and --eval-size, or choose a CNN"
                 ) from None
             finally:
                 self.train(training)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm exempts from weight decay besides biases and norms (position embeddings, tokens)."""
+        """Names of parameters that timm exempts from weight decay besides biases and norms, such as position
+        embeddings and tokens."""
         own = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else set()
         return {f"backbone.{name}" for name in own}

@@ -1,1 +1,1 @@
-"""The machine: files, devices, processes, signals, errors, progress."""
+"""Access to the machine: files, devices, processes, signals, errors and progress."""

@@ -1,4 +1,4 @@
-"""What a number needs to be believed: the machine and the versions it was made with."""
+"""The machine and the library versions with which a result was measured."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """Processor, cores and threads of this process, GPU, and the versions of what computes."""
+    """Processor, cores and threads of this process, GPU, and the versions of Python and the libraries."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),

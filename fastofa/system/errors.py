@@ -1,39 +1,39 @@
-"""What ends a command with one line instead of a traceback, and how such lines are worded."""
+"""Exceptions that end a command with one line instead of a traceback, and helpers for the wording of such lines."""
 
 from typing import Any
 
 
 class BadInput(Exception):
-    """One clear line: what was expected, what came, what to do. Commands print it and exit with code 2.
+    """Invalid input. The message is one line: expected, got, remedy. Commands print it and exit with code 2.
 
-    No ValueError, which tyro would catch from a configuration and print in a box.
+    It is not a ValueError, because tyro catches those from a configuration and prints them in a box.
     """
 
 
 class Failed(Exception):
-    """The machine or another process gave out: one line, with what to do. Commands print it and exit with code 1."""
+    """The machine or another process failed. The message is one line with a remedy. Commands exit with code 1."""
 
 
 class LostContact(Failed):
-    """Another rank is gone; nothing more can be computed together."""
+    """Another rank is gone, so that collective operations are no longer possible."""
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 image", "2,000 images", "0 classes": the noun in the singular, with its adjectives."""
+    """ "1 image", "2,000 images", "0 classes"; `noun` is singular and may include adjectives."""
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending}"
 
 
 def escaped(text: str) -> str:
-    """One line that a terminal shows as it is: control characters, and those that turn or hide text, are spelled out.
+    """One line that a terminal shows literally: control characters and invisible or bidirectional ones are escaped.
 
-    A name on the disk may hold any of them, an escape sequence or a second line, say.
+    File names may contain any of these, such as an escape sequence or a line break.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
-    """Raises BadInput for a number below it; None, and what is left open while tyro parses, passes."""
+    """Raises BadInput if one of these fields is a number below `least`; None and tyro's placeholders are accepted."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, int) and value < least:

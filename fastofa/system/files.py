@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and safetensors with one JSON header."""
+"""Atomic writing of files and folders, and safetensors files with a JSON header and a checksum."""
 
 import errno
 import functools
@@ -26,23 +26,23 @@ from torch import Tensor
 from fastofa.system.errors import BadInput
 from fastofa.system.locks import is_alive, writing
 
-MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # in Python's mmap since 3.13
-UNTOUCHED_S = 3600  # after which a temporary file of an unknown process is a leftover
-# What helps against which error of a write; others need another place.
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE since Python 3.13
+STALE_S = 3600  # age in seconds from which on a temporary file of an unknown process is a leftover
+# Remedies for errors on writing; for other errors, another path.
 REMEDIES = {
     errno.ENOSPC: "free space or choose another place",
     errno.EDQUOT: "free space or choose another place",
     errno.EFBIG: "free space or choose another place",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EACCES: "its owner must allow you to write there, or choose another place",
     errno.EPERM: "its owner must allow you to write there, or choose another place",
-    errno.EROFS: "choose a place that may be written",
-    errno.EIO: "look at the disk, or choose another place",
+    errno.EROFS: "choose a writable place",
+    errno.EIO: "check the disk, or choose another place",
 }
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, and what helps."""
+    """The error's text and a remedy."""
     return f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, 'choose another place')}"
 
 
@@ -50,10 +50,10 @@ def reason(error: OSError) -> str:
 
 
 def regular_file(path: Path) -> Path:
-    """The path itself. Raises BadInput unless it is a file with bytes in it: a pipe would be waited for without an end.
+    """The path itself, if it is a regular file. Reading a pipe, for example, could block forever.
 
-    A folder, a socket, a device, a link that leads nowhere or to itself, a folder that may not be searched: each is
-    named.
+    Raises:
+        BadInput: it is missing, a folder, pipe, socket or device, a broken or circular link, or not accessible.
     """
     try:
         mode = os.stat(path).st_mode
@@ -71,7 +71,7 @@ def regular_file(path: Path) -> Path:
 
 
 def read_file(path: Path) -> bytes:
-    """Raises BadInput: missing, no file, or it cannot be read."""
+    """The bytes of a file. Raises BadInput if it is missing, not a regular file, or not readable."""
     try:
         return regular_file(path).read_bytes()
     except OSError as error:
@@ -79,9 +79,10 @@ def read_file(path: Path) -> bytes:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """A file's bytes, read when they are touched. Private: PyTorch wants memory it may write to, the file stays.
+    """Map a file into memory. Its bytes are read on access.
 
-    Without a reserve for what might be written, which Linux refuses for a file larger than the machine's memory.
+    The mapping is private and writable, because PyTorch needs writable memory; the file does not change. No memory is
+    reserved for writes, because Linux refuses that for files larger than the machine's memory.
     """
     with open(regular_file(path), "rb") as file:
         flags, prot = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
@@ -89,27 +90,28 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def read_json(path: Path) -> Any:
-    """Raises BadInput if the file is missing or is not JSON."""
+    """The value in a JSON file. Raises BadInput if the file is missing or not JSON."""
     data = read_file(path)
     try:
         return json.loads(data)
     except RecursionError:
-        why = "it is nested too deep"
+        why = "it is nested too deeply"
     except ValueError as error:
         why = str(error)
-    raise BadInput(f"{path} is not valid JSON ({why}); it was edited or damaged, make it again")
+    raise BadInput(f"{path}: expected JSON, got an edited or damaged file ({why}); make it again")
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, flush it to the disk, then rename: readers see the old file or the new one.
+    """Write `data` to a temporary file, flush it to the disk, then rename: readers see the old file or the new one.
 
-    The temporary name is new each time, and is no link that somebody laid there. What killed processes left is removed.
+    The temporary name is new each time, and a link planted there is not followed. Temporary files left by killed
+    processes are removed.
 
     Raises:
-        BadInput: the disk is full or the folder cannot be written; the temporary file is gone.
+        BadInput: the disk is full or the folder is not writable; the temporary file is removed.
     """
     with replacing(path, f" ({len(data) / 1e6:.1f} MB)") as file:
         file.write(data)
@@ -138,17 +140,22 @@ def replacing(path: Path, size: str = "") -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise BadInput(f"could not write {path}{size}: {reason(error)}; nothing half-written was left") from None
+            raise BadInput(f"could not write {path}{size}: {reason(error)}; no partial file was left") from None
         raise
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` for what is to replace it, which says whose it is."""
+    """A temporary name next to `path` that identifies this process."""
     return path.with_name(f".{path.name}.{os.getpid()}-{_here()}-{secrets.token_hex(4)}.tmp")
 
 
 def remove_leftovers(path: Path, locked: bool = False) -> None:
-    """Remove what killed processes left of `path`; with its lock held all that is there, but for this process's."""
+    """Remove temporary files and folders of `path` that killed processes left behind.
+
+    Args:
+        path: the final path.
+        locked: this process holds the lock of `path`, so that other hosts' temporary files are leftovers, too.
+    """
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)-([0-9a-f]+)-[0-9a-f]+\.tmp")
     with suppress(OSError):
         for entry in list(os.scandir(path.parent)):
@@ -161,13 +168,13 @@ def remove_leftovers(path: Path, locked: bool = False) -> None:
 
 def _is_left(entry: os.DirEntry[str], pid: int, place: str, locked: bool) -> bool:
     if place != _here():
-        return locked or time.time() - entry.stat(follow_symlinks=False).st_mtime > UNTOUCHED_S
-    return not is_alive(pid) or (locked and pid == os.getpid())  # a killed process of the same number, then
+        return locked or time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_S
+    return not is_alive(pid) or (locked and pid == os.getpid())  # a killed process with the same pid left it
 
 
 @functools.cache
 def _here() -> str:
-    """Of this host and this container: where a process's number means that process."""
+    """A hash of this host and container, within which a pid identifies a process."""
     try:
         container = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -181,29 +188,29 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is filled file by file. What killed processes left in it is removed.
+    """Hold the lock of a folder that is filled file by file. Leftovers of killed processes are removed.
 
     Raises:
         BadInput: another process is writing there.
     """
     with writing(folder, inside=True):
-        for left in {*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")}:
-            name = left.name.rsplit(".", 2)[0].removeprefix(".")
-            remove_leftovers(left.with_name(name), locked=True)
+        for leftover in {*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")}:
+            name = leftover.name.rsplit(".", 2)[0].removeprefix(".")
+            remove_leftovers(leftover.with_name(name), locked=True)
         yield
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name only when it is whole.
+    """A temporary folder to fill, which is renamed to `path` when it is complete.
 
     Raises:
-        BadInput: `path` exists already, another process is making it, or the disk is full; nothing is left behind.
+        BadInput: `path` already exists, another process is writing it, or the disk is full; nothing is left behind.
     """
     _refuse_existing(path)
     temporary = temporary_name(path)
     with writing(path):
-        _refuse_existing(path)  # made meanwhile
+        _refuse_existing(path)  # another process may have made it meanwhile
         remove_leftovers(path, locked=True)
         try:
             temporary.mkdir()
@@ -223,25 +230,25 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
-        raise BadInput(f"{path}: exists already; choose another place or remove it")
+        raise BadInput(f"{path}: already exists; choose another path or remove it")
 
 
 # --- Tensors ----------------------------------------------------------------------------------------------------------
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-    """A safetensors file with `info` and a checksum of everything in its header; equal contents give equal bytes."""
+    """Write a safetensors file whose header contains `info` and a checksum of both. Equal contents give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One metadata key: safetensors writes several in an order that changes from process to process.
+    # Only one metadata key, because safetensors writes several in an order that differs between processes.
     header = {"fastofa": json.dumps({"sha256": _checksum(tensors, info), "info": info}, sort_keys=True)}
     write_atomic(path, safetensors.torch.save(tensors, header))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the info of a file made by `save_tensors`, verified against its checksum.
+    """The tensors and the info of a file from `save_tensors`, verified by its checksum.
 
     Raises:
-        BadInput: missing, truncated, edited, or not a safetensors file (a pickle, say: pickles are never loaded).
+        BadInput: the file is missing, truncated, edited, or not a safetensors file. Pickles are never loaded.
     """
     try:
         with safetensors.safe_open(_utf8(regular_file(path)), framework="pt") as file:
@@ -253,27 +260,27 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError as error:
         raise BadInput(f"could not read {path}: {error.strerror or error}") from None
     except (KeyError, TypeError, RecursionError):
-        raise BadInput(f"{path} is a safetensors file, but not one that fastofa wrote") from None
+        raise BadInput(f"{path}: expected a file that fastofa wrote, got another safetensors file") from None
     except (safetensors.SafetensorError, ValueError):
         kind = "a pickle" if is_pickle(path) else "truncated or damaged"
         raise BadInput(f"{path}: expected a safetensors file, got one that is {kind}; make it again") from None
     if _checksum(tensors, info) != expected:
-        raise BadInput(f"{path}: its checksum does not match, it was edited or damaged; delete it and make it again")
+        raise BadInput(f"{path}: its checksum does not match: it was edited or damaged; delete it and make it again")
     return tensors, info
 
 
 def read_info(path: Path) -> tuple[dict[str, Any], str]:
-    """The info of a file made by `save_tensors` and its checksum, as the file says it; the tensors are not read.
+    """The info and the recorded checksum of a file from `save_tensors`; the tensors are not read.
 
     Raises:
-        BadInput: as `load_tensors`, but for an edited file.
+        BadInput: as `load_tensors`, except that edits are not detected.
     """
     try:
         with safetensors.safe_open(_utf8(regular_file(path)), framework="pt") as file:
             header = json.loads(file.metadata()["fastofa"])
         return header["info"], header["sha256"]
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
-        load_tensors(path)  # says what is wrong with it
+        load_tensors(path)  # raises BadInput with the reason
         raise
 
 
@@ -289,10 +296,10 @@ def _utf8(path: Path) -> Path:
 
 
 def is_pickle(path: Path) -> bool:
-    """Does the file start like torch.save's zip or like a bare pickle?"""
+    """Whether the file starts like torch.save's zip or like a plain pickle."""
     with open(path, "rb") as file:
         start = file.read(9)
-    is_safetensors = start[4:] == b"\0\0\0\0{"  # its length may begin like a pickle
+    is_safetensors = start[4:] == b"\0\0\0\0{"  # its header's length may look like the start of a pickle
     return not is_safetensors and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 

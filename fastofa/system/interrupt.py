@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM end a long job at its next safe point; a second one ends it at once.
+"""Ctrl-C and SIGTERM end a long job at its next safe point; a second signal ends it at once.
 
-A second SIGTERM to a rank is ignored: a cluster sends one to every process, and torchrun forwards its own.
-A job that waits for something from outside (a picture from a disk that does not answer) is not waited for long.
+A second SIGTERM to a rank is ignored, because a cluster sends one to every process and torchrun forwards its own. If a
+job is waiting for something external, such as a disk that does not respond, it ends after PATIENCE_S.
 """
 
 import os
@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-PATIENCE_S = 10.0  # that a wait may last after a signal
+PATIENCE_S = 10.0  # seconds that a wait may last after a signal
 
 
 class Stopped(Exception):
-    """A job saved its state because of a signal; commands print the message and exit with 128 + signum."""
+    """A job ended because of a signal, after saving. Commands print the message and exit with code 128 + signum."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -24,19 +24,19 @@ class Stopped(Exception):
 
 
 class Interrupt:
-    """`with Interrupt() as interrupt:` then look at `interrupt.signum` where it is safe to stop.
+    """`with Interrupt() as interrupt:`, then check `interrupt.signum` where it is safe to stop.
 
-    Outside the main thread, where Python gives no signals, it is never set.
+    Outside the main thread, where Python delivers no signals, it stays None.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self.waits = False
+        self.is_waiting = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
         global _current
-        handlers = {signal.SIGINT: self._note, signal.SIGTERM: self._note, signal.SIGALRM: self._give_up}
+        handlers = {signal.SIGINT: self._record, signal.SIGTERM: self._record, signal.SIGALRM: self._time_out}
         try:
             self._before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
         except ValueError:
@@ -50,18 +50,18 @@ class Interrupt:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum: int, _: FrameType | None) -> None:
+    def _record(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum
-        if self.waits:
+        if self.is_waiting:
             signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
         if signum == signal.SIGINT or os.environ.get("WORLD_SIZE", "1") == "1":
             signal.signal(signum, self._before[signum])
 
-    def _give_up(self, _signum: int, _: FrameType | None) -> None:
-        if self.waits and self.signum is not None:
+    def _time_out(self, _signum: int, _: FrameType | None) -> None:
+        if self.is_waiting and self.signum is not None:
             raise Stopped(
-                f"stopped while it waited for images for {PATIENCE_S:.0f} s; run the same command again (train: with "
-                "--resume) to go on from what was saved before",
+                f"stopped after waiting {PATIENCE_S:.0f} s for images; run the same command again (train: with "
+                "--resume) to continue from the last save",
                 self.signum,
             )
 
@@ -71,17 +71,17 @@ _current: Interrupt | None = None
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Around a wait that may never end: once there is a signal, it raises Stopped after PATIENCE_S."""
+    """Wrap a wait that may never end: after a signal, it raises Stopped within PATIENCE_S."""
     interrupt = _current
     if interrupt is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    interrupt.waits = True
+    interrupt.is_waiting = True
     if interrupt.signum is not None:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
     try:
         yield
     finally:
-        interrupt.waits = False
+        interrupt.is_waiting = False
         if interrupt.signum is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,8 +1,8 @@
-"""One writer at a time: a second one is refused at once, with the name of the first.
+"""Locks that allow one writer at a time. A second writer is refused at once, with the pid and host of the first.
 
-The lock is flock's on a small file that names the holder, so it ends with the process, however that ends. On a network
-file system it holds between hosts, too. On one that has no flock the named holder counts: on this host if the process
-lives, from another one until its file is removed.
+A lock is an flock on a small file that names the holder. It is released when the process ends, for whatever reason. On
+a network file system it also works between hosts. If the file system does not support flock, the named holder decides:
+the lock is held while its process exists on this host, or, if it is on another host, until the file is removed.
 """
 
 import errno
@@ -19,7 +19,7 @@ NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 def is_alive(pid: int) -> bool:
-    """Does this host have the process?"""
+    """Whether the process exists on this host."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -31,12 +31,12 @@ def is_alive(pid: int) -> bool:
 
 @contextmanager
 def writing(out: Path, inside: bool = False) -> Iterator[None]:
-    """Hold the lock on `out`, a file beside it, or inside the folder that it is or will be.
+    """Hold the lock on `out`, which is a file next to it, or inside the folder `out` if `inside`.
 
-    Folders on the way to the lock are made, and removed again where nothing was written.
+    Missing parent folders are created, and removed again if they stay empty.
 
     Raises:
-        BadInput: another process holds it, or the place cannot be written.
+        BadInput: another process holds it, or the folder is not writable.
     """
     place = Path(os.path.abspath(out))
     lock = place / ".lock" if inside else place.parent / f".{place.name}.lock"
@@ -48,11 +48,11 @@ def writing(out: Path, inside: bool = False) -> Iterator[None]:
         _remove_empty(missing)
         no_folder = isinstance(error, FileExistsError | NotADirectoryError)
         cause = "Not a directory" if no_folder else error.strerror
-        raise BadInput(f"{out}: cannot be written ({cause}: {error.filename}); choose another place") from None
+        raise BadInput(f"{out}: not writable ({cause}: {error.filename}); choose another place") from None
     try:
         yield
     finally:
-        with suppress(OSError):  # while it is held: nobody else can have it, or take a file that is removed for it
+        with suppress(OSError):  # removed while held, so that no other process can hold it or mistake the file for it
             lock.unlink()
         os.close(file)
         _remove_empty(missing)
@@ -65,7 +65,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _take(out: Path, lock: Path) -> int:
-    """An open file of the lock, held."""
+    """Open the lock's file and acquire the lock."""
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         try:
@@ -77,13 +77,13 @@ def _take(out: Path, lock: Path) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # whoever had it has removed it meanwhile
+        os.close(file)  # the previous holder has removed the file meanwhile
 
 
 def _hold(out: Path, lock: Path, file: int) -> None:
-    """Raises BadInput if another process does."""
+    """Acquire the lock. Raises BadInput if another process holds it."""
     pid, host = _holder(file)
-    remedy = "wait for its end or choose another place"
+    remedy = "wait until it ends or choose another place"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
@@ -94,7 +94,7 @@ def _hold(out: Path, lock: Path, file: int) -> None:
             raise
         if not pid or (host == socket.gethostname() and not is_alive(pid)):
             return
-        remedy += f"; if it is gone, remove {lock}"
+        remedy += f"; if it no longer runs, remove {lock}"
     who = f"another fastofa (pid {pid} on {host})" if pid else "another fastofa"
     raise BadInput(f"{out}: {who} is writing there; {remedy}")
 
@@ -107,6 +107,6 @@ def _is(lock: Path, file: int) -> bool:
 
 
 def _holder(file: int) -> tuple[int, str]:
-    """(0, "") where it is not known."""
+    """The holder's pid and host; (0, "") if unknown."""
     pid, _, host = os.pread(file, 300, 0).decode(errors="replace").strip().partition(" ")
     return (int(pid), host) if pid.isascii() and pid.isdecimal() else (0, "")

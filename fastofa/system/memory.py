@@ -1,4 +1,4 @@
-"""How much memory this machine has, or lets this process have."""
+"""The memory of this machine, or the limit on this process."""
 
 import os
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ GROUPS, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def memory_bytes() -> int:
-    """The machine's memory, or a container's or job's limit where that is smaller; what files keep of it included."""
+    """The machine's memory in bytes, or the limit of a container or job if smaller; the page cache counts as well."""
     return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_limits()])
 
 
 def _limits() -> Iterator[int]:
-    """Of the control groups that this process is in, in bytes."""
+    """The limits in bytes of the control groups to which this process belongs."""
     for line in GROUPS.read_text().splitlines() if GROUPS.exists() else ():
         _, controllers, group = line.split(":", 2)
         if controllers in ("", "memory"):  # version 2, version 1

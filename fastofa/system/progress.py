@@ -1,7 +1,7 @@
-"""What a person sees while he waits: one bar with images a second and the time left, and one-line notices.
+"""Progress for the user: a bar with images per second and the time left, and one-line notices.
 
-Where the output is no terminal (a file, a pipe, a cluster's log) there is no bar: a line each time something is done
-(an epoch, a view), and a line a minute.
+If the output is not a terminal (but a file, a pipe or a cluster's log), there is no bar, but a line after each finished
+unit (an epoch or a view) and a line per minute.
 """
 
 import time
@@ -45,12 +45,12 @@ class TimeLeft(TimeRemainingColumn):
 
 
 class Bar(Progress):
-    """A bar counted in images; tasks may set the field `note` (loss and the like)."""
+    """A progress bar in images. Tasks may set the field `note`, such as the loss."""
 
-    def __init__(self, shown: bool) -> None:
-        self.drawn = shown and is_terminal()
-        self.lines = shown and not self.drawn
-        self.said_at = time.monotonic()
+    def __init__(self, enabled: bool) -> None:
+        self.drawn = enabled and is_terminal()
+        self.prints_lines = enabled and not self.drawn
+        self.printed_at = time.monotonic()
         super().__init__(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=12),
@@ -68,17 +68,17 @@ class Bar(Progress):
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         super().advance(task_id, advance)
-        if self.lines and time.monotonic() - self.said_at > LINE_EVERY_S:
-            self._say(task_id)
+        if self.prints_lines and time.monotonic() - self.printed_at > LINE_EVERY_S:
+            self._print_line(task_id)
 
     def done(self, task_id: TaskID, note: str) -> None:
-        """An epoch, a view: the bar's note, or a line."""
+        """Report a finished unit, such as an epoch or a view: in the bar's note, or by a line."""
         self.update(task_id, note=note)
-        if self.lines:
-            self._say(task_id)
+        if self.prints_lines:
+            self._print_line(task_id)
 
-    def _say(self, task_id: TaskID) -> None:
-        """The same as the bar shows, but for the bar."""
+    def _print_line(self, task_id: TaskID) -> None:
+        """Print the texts of the bar as a line."""
         (task,) = (task for task in self.tasks if task.id == task_id)
         speed, left = (
             ImagesPerSecond().render(task).plain,
@@ -86,22 +86,26 @@ class Bar(Progress):
         )
         parts = (task.description, f"{task.percentage:.0f}%", speed, task.fields["note"], left)
         notice(", ".join(part for part in parts if part and "-:--" not in part))
-        self.said_at = time.monotonic()
+        self.printed_at = time.monotonic()
 
 
-def progress_bar(shown: bool = True) -> Bar:
-    return Bar(shown)
+def progress_bar(enabled: bool = True) -> Bar:
+    return Bar(enabled)
 
 
 def is_terminal() -> bool:
-    """Where a bar can move. FORCE_COLOR makes colours, not a terminal."""
+    """Whether the output is a terminal, in which a bar can move. FORCE_COLOR only enables colours."""
     return console.is_interactive and console.file.isatty()
 
 
 def track(items: Iterable[T], total: int, title: str, images: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
-    """Yield the items with a bar counted in images (one an item unless told) that goes away at the end.
+    """Yield the items, with a progress bar in images that disappears at the end.
 
-    Without a title there is no bar: something else shows the progress.
+    Args:
+        items: the items.
+        total: number of images.
+        title: title of the bar; "" for no bar, if progress is shown elsewhere.
+        images: number of images of an item; by default 1.
     """
     if not title:
         yield from items
@@ -115,10 +119,10 @@ def track(items: Iterable[T], total: int, title: str, images: Callable[[T], int]
 
 
 def plain(text: str) -> Text:
-    """For a cell or the title of a table: what a name holds is neither markup nor an order to the terminal."""
+    """Text for a table's cell or title, in which neither markup nor control characters have an effect."""
     return Text(escaped(text))
 
 
 def notice(text: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     console.print(escaped(text), markup=False, highlight=False, soft_wrap=True)

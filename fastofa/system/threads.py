@@ -1,4 +1,4 @@
-"""Work in threads, for what releases the GIL: reading, decoding, resizing and checksums do."""
+"""Run functions in threads. They should release the GIL, as reading, decoding, resizing and checksums do."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,11 +9,11 @@ import torch
 
 S = TypeVar("S")
 T = TypeVar("T")
-IN_FLIGHT = 16  # results for each thread that are worked on, or wait to be taken
+IN_FLIGHT = 16  # results per thread that are in progress or waiting to be consumed
 
 
 def in_order(work: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:
-    """work(item) of each, in their order, never far ahead of who takes them; an error in a thread is raised here."""
+    """Yield work(item) for each item, in order, running a limited number ahead; a thread's exception is raised here."""
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     running: deque[Future[T]] = deque()
     try:

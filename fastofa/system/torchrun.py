@@ -1,6 +1,6 @@
-"""What torchrun has to be told by its ranks.
+"""Communication of a rank with torchrun.
 
-It starts all ranks again whenever one fails, whatever the exit code says; only a signal stops it.
+torchrun restarts all ranks whenever one fails, whatever its exit code; only a signal stops it.
 """
 
 import os
@@ -9,24 +9,24 @@ from pathlib import Path
 
 
 def is_rank() -> bool:
-    """Is this process one of several?"""
+    """Whether this process is one of several ranks."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def is_main() -> bool:
-    """Is it rank 0, or on its own?"""
+    """Whether this process is rank 0 or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def stop() -> None:
-    """Have the torchrun of this host stop now, where it would start the ranks again: that would fail alike."""
-    tried, most = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    if tried < most and (pid := _agent()):
+    """Stop this host's torchrun if it would restart the ranks, which would fail in the same way."""
+    restarts, maximum = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if restarts < maximum and (pid := _agent()):
         os.kill(pid, signal.SIGTERM)
 
 
 def _agent() -> int | None:
-    """The nearest process above this one that has not the variables which torchrun gives to what it starts."""
+    """The pid of torchrun: the nearest ancestor without the environment variables that torchrun sets for its ranks."""
     pid = os.getppid()
     try:
         while b"\0TORCHELASTIC_RUN_ID=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():

@@ -1,1 +1,1 @@
-"""The teacher, and the cache that holds its predictions for every view."""
+"""The teacher, and the cache of its predictions for every view."""

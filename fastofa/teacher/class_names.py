@@ -1,7 +1,8 @@
-"""Which of a teacher's outputs is which class of the data? By their names, never by their places alone.
+"""Match a teacher's outputs with the classes of the data by name, not only by position.
 
-timm numbers class folders in natural order whatever their case (c1, c2, c10), torchvision and fastofa by code points
-(c1, c10, c2). And a teacher may know more classes than the data has: the thousand of ImageNet, ten of which are here.
+timm numbers class folders in natural order, ignoring case (c1, c2, c10); torchvision and fastofa number them in the
+order of code points (c1, c10, c2). A teacher may also have more classes than the data, such as ImageNet's thousand when
+the data have ten of them.
 """
 
 import re
@@ -18,25 +19,25 @@ from timm.utils.misc import natural_key
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.progress import notice
 
-SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet
+SYNSET = re.compile(r"n\d{8}")  # the name of an ImageNet class
 
 
 @dataclass(frozen=True)
 class OutputNames:
-    """What is known of a teacher's outputs."""
+    """What is known about a teacher's outputs."""
 
     count: int
     names: dict[int, str] = field(default_factory=dict)
-    """By output, as its config.json names them."""
+    """Class name by output index, from its config.json."""
     descriptions: dict[str, str] = field(default_factory=dict)
-    """Other words for a name: "tench, Tinca tinca"."""
+    """Description by class name, such as "tench, Tinca tinca"."""
 
 
 def match_classes(teacher: str, outputs: OutputNames, classes: Sequence[str]) -> list[int]:
-    """The output for each class of the data, in the data's order. One notice says what is not plain.
+    """The index of the teacher's output for each class of the data, in the data's order.
 
     Raises:
-        BadInput: the names do not match, or, without names, the numbers of classes do not.
+        BadInput: the names do not match; or the outputs have no names and the numbers of classes differ.
     """
     subset = None if outputs.names else infer_imagenet_subset({"num_classes": outputs.count})
     if subset is not None:
@@ -46,41 +47,44 @@ def match_classes(teacher: str, outputs: OutputNames, classes: Sequence[str]) ->
     named = list(outputs.names.items())
     words = [(output, word) for output, name in named for word in _words(outputs.descriptions.get(name, ""))]
     failures: list[tuple[int, str]] = []
-    for how, form, known in (
+    for how, normalize, known in (
         ("by name", str, named),
-        ("by name, whatever case, spaces, - and _", _loose, named),
+        ("by name, ignoring case, spaces, - and _", _loose, named),
         ("by description", _loose, words),
     ):
-        columns, failure = _match(known, classes, form)
+        columns, failure = _match(known, classes, normalize)
         if columns is not None:
-            _tell(teacher, outputs, subset, columns, classes, how)
+            _report_match(teacher, outputs, subset, columns, classes, how)
             return columns
         failures.append(failure)
     same_count = outputs.count == len(classes)
     if same_count and (subset is not None or not outputs.names):
-        _tell_order(teacher, classes)
+        _report_assumed_order(teacher, classes)
         return list(range(len(classes)))
-    wanted = counted(len(classes), "class")
-    expected = f"teacher {teacher}: expected {wanted} as in the data set, it has {outputs.count}"
+    expected = f"teacher {teacher}: expected the data set's {counted(len(classes), 'class')}, got {outputs.count}"
     train = "train one on these images (`fastofa train --method scratch`) and give its run as --teacher"
     if not outputs.names:
         raise BadInput(f"{expected}, without names; {train}, or give --teacher-checkpoint")
-    source = f"taken for those of {subset}" if subset else "named by label_names in its config.json"
-    remedy = "correct label_names (without any, the order is taken to be the data's)" if same_count else "rename yours"
+    source = f"assumed to be those of {subset}" if subset else "named by label_names in its config.json"
+    remedy = (
+        "correct label_names (without them, the order of the data is assumed)"
+        if same_count
+        else "rename the data's classes"
+    )
     raise BadInput(f"{expected}, {source}: {min(failures)[1]}; {train}, or {remedy}")
 
 
 def _lemmas(names: Iterable[str]) -> dict[str, str]:
-    """What timm knows of ImageNet's synsets: "n01440764" is "tench, Tinca tinca"."""
-    info, found = ImageNetInfo(), {}
+    """timm's descriptions of ImageNet synsets: "n01440764" is "tench, Tinca tinca"."""
+    info, descriptions = ImageNetInfo(), {}
     for name in names:
         with suppress(KeyError):
-            found[name] = info.label_name_to_description(name)
-    return found
+            descriptions[name] = info.label_name_to_description(name)
+    return descriptions
 
 
 def _words(description: str) -> set[str]:
-    """ "tench, Tinca tinca" may be called by both together or by either."""
+    """The names that a description allows: "tench, Tinca tinca" allows the whole of it and each of its two parts."""
     return {description, *description.split(",")} - {""}
 
 
@@ -89,54 +93,54 @@ def _loose(name: str) -> str:
 
 
 def _match(
-    known: Iterable[tuple[int, str]], classes: Sequence[str], form: Callable[[str], str]
+    known: Iterable[tuple[int, str]], classes: Sequence[str], normalize: Callable[[str], str]
 ) -> tuple[list[int] | None, tuple[int, str]]:
-    """The output of each class; or None, for how many there is none, and why."""
-    found: dict[str, set[int]] = {}
+    """The output of each class; or None with the number of classes without an output, and the reason."""
+    outputs_by_name: dict[str, set[int]] = {}
     for output, name in known:
-        found.setdefault(form(name), set()).add(output)
-    matches = [found.get(form(name), set()) for name in classes]
+        outputs_by_name.setdefault(normalize(name), set()).add(output)
+    matches = [outputs_by_name.get(normalize(name), set()) for name in classes]
     used = Counter(next(iter(outputs)) for outputs in matches if len(outputs) == 1)
-    lacking = [name for name, outputs in zip(classes, matches, strict=True) if not outputs]
-    doubtful = [
+    missing = [name for name, outputs in zip(classes, matches, strict=True) if not outputs]
+    ambiguous = [
         n for n, outputs in zip(classes, matches, strict=True) if len(outputs) > 1 or used[min(outputs, default=-1)] > 1
     ]
-    if lacking:
-        return None, (len(lacking), f"it has no {_some(lacking)}")
-    if doubtful:
-        return None, (0, f"more than one could be {_some(doubtful)}")
+    if missing:
+        return None, (len(missing), f"it has no {_some(missing)}")
+    if ambiguous:
+        return None, (0, f"more than one could be {_some(ambiguous)}")
     return [outputs.pop() for outputs in matches], (0, "")
 
 
-def _tell(
+def _report_match(
     teacher: str, outputs: OutputNames, subset: str | None, columns: list[int], classes: Sequence[str], how: str
 ) -> None:
     if len(columns) < outputs.count:
-        those = f"the {outputs.count:,} classes of {subset}" if subset else f"its {outputs.count:,} classes"
+        of = f"the {outputs.count:,} classes of {subset}" if subset else f"its {outputs.count:,} classes"
         notice(
-            f"teacher {teacher}: kept {len(columns):,} of {those}, matched {how}; its probabilities are shared "
-            "among these alone"
+            f"teacher {teacher}: kept {len(columns):,} of {of}, matched {how}; its probabilities are renormalised "
+            "over these"
         )
     elif columns != list(range(len(columns))):
-        theirs = _some([outputs.names[i] for i in range(len(columns))])
+        teacher_order = _some([outputs.names[i] for i in range(len(columns))])
         notice(
-            f"teacher {teacher}: its classes are in another order ({theirs}) than the data's ({_some(classes)}), "
-            f"matched {how}"
+            f"teacher {teacher}: its classes are in another order ({teacher_order}) than the data's "
+            f"({_some(classes)}), matched {how}"
         )
     elif how != "by name":
         notice(f"teacher {teacher}: its classes are the data's, matched {how}")
 
 
-def _tell_order(teacher: str, classes: Sequence[str]) -> None:
-    """Without names the order is assumed."""
+def _report_assumed_order(teacher: str, classes: Sequence[str]) -> None:
+    """Report that the outputs have no names and are assumed to be in the order of the data's classes."""
     natural = sorted(classes, key=natural_key)
     other = (
-        f"; if it was trained by timm, whose order is {_some(natural)}, its answers are wrong: give label_names in "
+        f"; if timm trained it, its order is {_some(natural)} and its predictions will be wrong: add label_names to "
         "its config.json"
         if natural != list(classes)
         else ""
     )
-    notice(f"teacher {teacher}: has no label_names, its outputs are taken to be {_some(classes)}{other}")
+    notice(f"teacher {teacher}: has no label_names; its outputs are assumed to be {_some(classes)}{other}")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,45 +1,46 @@
-"""cache.json: what a cache is, and whether a file says it rightly."""
+"""cache.json, the header of a teacher cache: read, check and write it."""
 
 import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
-from fastofa.runs.config import MOST_EPOCHS
+from fastofa.runs.config import MAX_EPOCHS
 from fastofa.system.errors import BadInput
 from fastofa.system.files import read_json, write_json
 from fastofa.views.policy import ViewPolicy
 
 SCHEMA = 3
-MOST_VIEWS = MOST_EPOCHS  # an epoch shows one
-AGAIN = "run `fastofa precompute` again with the arguments it was begun with"
+MAX_VIEWS = MAX_EPOCHS  # an epoch replays one view
+AGAIN = "run `fastofa precompute` again with the same arguments"
 HEADER = "cache.json"
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """cache.json. Raises BadInput: missing, damaged, of another schema."""
+    """The contents of cache.json. Raises BadInput if it is missing, damaged, or has another schema version."""
     file = path / HEADER
     try:
-        found = file.is_file()
+        exists = file.is_file()
     except OSError as error:
         raise BadInput(f"could not read {path}: {error.strerror}") from None
-    if not found:
-        raise BadInput(f"{path}: expected a teacher cache made by `fastofa precompute`, found no {HEADER}")
+    if not exists:
+        raise BadInput(f"{path}: expected a teacher cache made by `fastofa precompute`, but it contains no {HEADER}")
     header = read_json(file)
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         schema = header.get("schema") if isinstance(header, dict) else type(header).__name__
         raise BadInput(
-            f"{file}: expected schema {SCHEMA}, got {str(schema)[:80]}; remove the cache and precompute anew with this "
-            "version"
+            f"{file}: expected schema {SCHEMA}, got {str(schema)[:80]}; remove the cache and precompute it again with "
+            "this version"
         )
     if missing := sorted(FIELDS - header.keys()):
         raise BadInput(
-            f"{file}: expected the fields {', '.join(missing)}, it was edited; remove the cache and precompute anew"
+            f"{file}: expected the fields {', '.join(missing)}, but the file was edited; remove the cache and "
+            "precompute it again"
         )
-    if odd := [name for name, fits in _fits(header).items() if not fits]:
+    if invalid := [name for name, is_valid in _validity(header).items() if not is_valid]:
         raise BadInput(
-            f"{file}: expected what `fastofa precompute` writes as {', '.join(odd)}, it was edited; remove the cache "
-            "and precompute anew"
+            f"{file}: expected values that `fastofa precompute` writes for {', '.join(invalid)}, but the file was "
+            "edited; remove the cache and precompute it again"
         )
     return header
 
@@ -50,8 +51,8 @@ FIELDS = {
 }  # fmt: skip
 
 
-def _fits(header: dict[str, Any]) -> dict[str, bool]:
-    """Does each field hold a value of its kind and size?"""
+def _validity(header: dict[str, Any]) -> dict[str, bool]:
+    """Whether the value of each field has the right type and range."""
     classes, policy, teachers, versions = (header[name] for name in ("classes", "policy", "teachers", "versions"))
     return {
         **{name: _whole(header[name], 1, 2**31 - 1) for name in ("num_samples", "num_val_samples", "num_classes")},
@@ -60,12 +61,12 @@ def _fits(header: dict[str, Any]) -> dict[str, bool]:
         and all(isinstance(name, str) for name in classes)
         and len(classes) == header["num_classes"],
         "topk": _whole(header["topk"], 1, header["num_classes"]),
-        "policy": _policy_fits(policy),
+        "policy": _is_policy(policy),
         "seed": _whole(header["seed"], 0, 2**63 - 1),
-        "views": _whole(header["views"], 1, MOST_VIEWS)
-        and _policy_fits(policy)
+        "views": _whole(header["views"], 1, MAX_VIEWS)
+        and _is_policy(policy)
         and header["views"] % policy_from_json(policy).repeats == 0,
-        "teachers": isinstance(teachers, list) and len(teachers) == 1 and _teacher_fits(teachers[0]),
+        "teachers": isinstance(teachers, list) and len(teachers) == 1 and _is_teacher(teachers[0]),
         "pipeline": isinstance(header["pipeline"], str),
         "versions": isinstance(versions, dict) and len(versions) <= 100 and _texts(versions, tuple(versions)),
     }
@@ -83,7 +84,7 @@ def _texts(value: Any, names: tuple[str, ...]) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
 
 
-def _teacher_fits(teacher: Any) -> bool:
+def _is_teacher(teacher: Any) -> bool:
     return (
         _texts(teacher, ("name", "sha256", "precision"))
         and _whole(teacher.get("image_size"), 1, 1 << 16)
@@ -91,8 +92,8 @@ def _teacher_fits(teacher: Any) -> bool:
     )
 
 
-def _policy_fits(values: Any) -> bool:
-    """Is it what `policy_to_json` makes of a policy?"""
+def _is_policy(values: Any) -> bool:
+    """Whether `policy_to_json` could have returned these values."""
     if not isinstance(values, dict):
         return False
     lengths = {"scale": 2, "ratio": 2, "mean": 3, "std": 3}
@@ -103,7 +104,7 @@ def _policy_fits(values: Any) -> bool:
         if not (name == "auto_augment" or all(_number(number, 0, math.inf) for number in numbers)):
             return False
     try:
-        return policy_to_json(policy_from_json(values)) == values and _whole(values.get("repeats", 1), 1, MOST_VIEWS)
+        return policy_to_json(policy_from_json(values)) == values and _whole(values.get("repeats", 1), 1, MAX_VIEWS)
     except (AttributeError, KeyError, TypeError, ValueError, BadInput):
         return False
 
@@ -113,19 +114,19 @@ def write_header(path: Path, header: dict[str, Any]) -> None:
 
 
 def identity(header: dict[str, Any]) -> dict[str, Any]:
-    """What the answers depend on: two caches with the same identity hold the same views."""
+    """The part of the header on which predictions depend: two caches with the same identity have the same views."""
     dataset = {split: header["dataset"][split] for split in ("train", "val")}
     return {"dataset": dataset, **{k: header[k] for k in ("classes", "topk", "policy", "seed", "teachers")}}
 
 
 def policy_to_json(policy: ViewPolicy) -> dict[str, Any]:
-    """Scale, ratio and flip, and of the others those that differ from their defaults."""
+    """Scale, ratio and flip, and those of the other fields that differ from their defaults."""
     values = dataclasses.asdict(policy)
-    left_out = {field.name for field in dataclasses.fields(policy) if values[field.name] == field.default}
-    left_out -= {"scale", "ratio", "flip"}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in left_out}
+    omitted = {field.name for field in dataclasses.fields(policy) if values[field.name] == field.default}
+    omitted -= {"scale", "ratio", "flip"}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in omitted}
 
 
 def policy_from_json(values: dict[str, Any]) -> ViewPolicy:
-    kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return ViewPolicy(kept.pop("scale"), kept.pop("ratio"), kept.pop("flip"), **kept)
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return ViewPolicy(fields.pop("scale"), fields.pop("ratio"), fields.pop("flip"), **fields)

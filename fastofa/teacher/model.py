@@ -1,4 +1,4 @@
-"""The teacher: a timm model with its own normalisation and its own input size, giving log-probabilities.
+"""The teacher: a timm model with its own normalisation and input size, which computes log-probabilities.
 
 Shapes: B batch, S image side, C classes of the data, O outputs of the model.
 """
@@ -34,7 +34,7 @@ from fastofa.teacher.class_names import OutputNames, match_classes
 
 @dataclass(frozen=True)
 class Teacher:
-    """Made by `open_teacher`."""
+    """A timm model ready to predict the data's classes; see `open_teacher`."""
 
     name: str
     model: Any
@@ -42,20 +42,20 @@ class Teacher:
     image_size: int
     """S, in pixels."""
     crop: float
-    """Side of the central square that it is evaluated on, as a share of the picture's shorter side."""
+    """Side of the central square for evaluation, as a fraction of the image's shorter side."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     bf16: bool
-    """Does it compute in bf16? The log-probabilities are fp32 either way."""
+    """Whether it computes in bf16. The log-probabilities are fp32 either way."""
     columns: tuple[int, ...] | None = None
-    """The output of each class, where they are not the data's classes in the data's order."""
+    """The output for each class of the data; None if the outputs are the data's classes in the same order."""
 
     @torch.inference_mode()
     def log_probs(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] on the teacher's device -> fp32 [B, C] at temperature 1.
+        """Images uint8 [B, 3, S, S] on the teacher's device -> log-probabilities fp32 [B, C] at temperature 1.
 
-        Where it has more outputs than the data has classes: given that it is one of these, as a student that knows no
-        others is to learn it. So the softmax is over the kept ones.
+        If the teacher has more outputs than the data has classes, the softmax covers only the data's classes. The
+        result is conditional on these, which is what a student without the other classes has to learn.
         """
         mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         normalized = (images.float() / 255 - mean) / std
@@ -66,7 +66,7 @@ class Teacher:
         return torch.log_softmax(logits.float(), dim=-1)
 
     def describe(self) -> dict[str, Any]:
-        """What a cache remembers of it."""
+        """The teacher's entry in the header of a cache."""
         return {
             "name": self.name,
             "sha256": weights_sha256(self.model),
@@ -91,19 +91,23 @@ def open_teacher(
     bf16: bool = False,
     checkpoint_key: str | None = None,
 ) -> Teacher:
-    """A teacher ready to answer.
+    """Open a teacher and try it on two black images.
 
     Args:
         name: a timm model with its tag ("convnext_tiny.in12k_ft_in1k"); a folder with config.json and weights, as
-            `fastofa export` and timm write it, or the same as local-dir:FOLDER or hf-hub:OWNER/NAME; a run's folder.
-        classes: of the data; the teacher's outputs are matched with them by name (`fastofa.teacher.class_names`).
-        checkpoint: weights from a .safetensors or .pth file instead of timm's; a config.json beside it that names the
-            same architecture gives normalisation, input size and names of classes.
-        image_size, mean, std: instead of the teacher's own.
-        checkpoint_key: which of the file's weights, where it holds several.
+            written by `fastofa export` or timm, also as local-dir:FOLDER; hf-hub:OWNER/NAME; or a run's folder.
+        classes: class names of the data; the teacher's outputs are matched with them (`fastofa.teacher.class_names`).
+        checkpoint: a .safetensors or .pth file with weights to use instead of timm's. A config.json next to it, if it
+            names the same architecture, supplies normalisation, input size and class names.
+        image_size: side of the input in pixels; None for the teacher's own.
+        mean: normalisation of RGB in 0..1; None for the teacher's own.
+        std: see `mean`.
+        device: where it computes; None for the CPU.
+        bf16: compute in bf16.
+        checkpoint_key: which weights to use if the file contains several.
 
     Raises:
-        BadInput: unknown model, weights that cannot be had or do not fit, classes that cannot be matched.
+        BadInput: unknown model, weights that are unavailable or do not match it, or classes that cannot be matched.
     """
     device = device or torch.device("cpu")
     folder = find_folder(name) if checkpoint is None else None
@@ -125,7 +129,7 @@ def open_teacher(
         model=model.eval().to(device, memory_format=torch.channels_last),
         device=device,
         image_size=image_size or input_size(model),
-        crop=min(float(model.pretrained_cfg.get("crop_pct") or 0.875), 1.0),  # VOLO's 1.15 would be beyond the edges
+        crop=min(float(model.pretrained_cfg.get("crop_pct") or 0.875), 1.0),  # VOLO's 1.15 would exceed the image
         mean=tuple(mean or own_mean),
         std=tuple(std or own_std),
         bf16=bf16,
@@ -133,13 +137,13 @@ def open_teacher(
     )
     side = teacher.image_size
     try:
-        found = teacher.log_probs(torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device))
-    except Exception as error:  # one that a strange config.json describes fails in many ways
+        log_probs = teacher.log_probs(torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device))
+    except Exception as error:  # a model from an unusual config.json can fail in many ways
         raise BadInput(
             f"teacher {name}: does not run at {side} px ({first_line(error)}); give another --image-size"
         ) from None
-    if found.shape != (2, len(classes)):
-        raise BadInput(f"teacher {name}: expected logits [images, classes], got {list(found.shape)} of two images")
+    if log_probs.shape != (2, len(classes)):
+        raise BadInput(f"teacher {name}: expected logits [images, classes], got {list(log_probs.shape)} for two images")
     return teacher
 
 
@@ -149,10 +153,10 @@ def _with_checkpoint(
     if checkpoint.is_dir():
         raise BadInput(f"teacher-checkpoint: expected a file, got the folder {checkpoint}; give it as --teacher")
     weights = read_weights(checkpoint, key, "--teacher-checkpoint-key")
-    architecture, beside = resolve(name)[0].partition(".")[0], checkpoint.parent / CONFIG
-    values = read_json(beside) if beside.is_file() else {}
+    architecture, config_file = resolve(name)[0].partition(".")[0], checkpoint.parent / CONFIG
+    values = read_json(config_file) if config_file.is_file() else {}
     same = isinstance(values, dict) and values.get("architecture") == architecture
-    config = read_model_config(beside) if same else ModelConfig(beside, architecture, 0)
+    config = read_model_config(config_file) if same else ModelConfig(config_file, architecture, 0)
     own_size = config.preprocessing.get("input_size")
     model = create_model(name, None, image_size or (own_size[-1] if own_size else None), init=weights)
     model.pretrained_cfg = {**model.pretrained_cfg, **config.preprocessing}
@@ -160,7 +164,7 @@ def _with_checkpoint(
 
 
 def _of_run(folder: Path) -> tuple[str, Any, OutputNames]:
-    """Its student as `fastofa export` would write it."""
+    """The run's student, as `fastofa export` would write it."""
     run = open_run(folder)
     student = run.trained_student()
     model, side = student.backbone, student.image_size
@@ -174,34 +178,35 @@ def _names(config: ModelConfig) -> OutputNames:
     return OutputNames(config.num_classes, config.label_names, config.label_descriptions)
 
 
-def check_answers(teacher: str, log_probs: Tensor, view: str, samples: Sequence[str]) -> None:
-    """Raises BadInput unless every answer is finite, in the precision that the cache keeps, too.
+def check_finite(teacher: str, log_probs: Tensor, view: str, samples: Sequence[str]) -> None:
+    """Raises BadInput unless all log-probabilities are finite.
 
     Args:
-        log_probs: [B, K], of the classes that are kept, as they are stored.
-        view: which, for the message.
-        samples: [B], their names.
+        teacher: its name, for the message.
+        log_probs: float16 [B, K], as the cache stores them.
+        view: description of the view, for the message.
+        samples: names of the B samples, for the message.
     """
-    odd = (~log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
-    if not odd:
+    bad = (~log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if not bad:
         return
-    what = f"teacher {teacher}: expected finite log-probabilities, in {view} it answers"
-    if log_probs[odd[0]].isnan().any():
+    expected = f"teacher {teacher}: expected finite log-probabilities, in {view} it predicts"
+    where = f"for {samples[bad[0]]} ({len(bad)} of {counted(len(samples), 'image')})"
+    if log_probs[bad[0]].isnan().any():
         raise BadInput(
-            f"{what} NaN for {samples[odd[0]]} ({len(odd)} of {counted(len(samples), 'image')}); its weights are "
-            "damaged or overflow: try --precision fp32, else take another teacher"
+            f"{expected} NaN {where}; its weights are damaged or its activations overflow: try --precision fp32, or "
+            "choose another teacher"
         )
     raise BadInput(
-        f"{what} minus infinity for {samples[odd[0]]} ({len(odd)} of {counted(len(samples), 'image')}): it is surer "
-        "than float16 can say; lower --topk"
+        f"{expected} minus infinity {where}: the probability is smaller than float16 can represent; lower --topk"
     )
 
 
 def report_accuracy(teacher: str, top1: float, num_classes: int, images: int) -> None:
-    """One line on how good it is on the validation images, and a warning where it might as well guess."""
+    """Report the teacher's accuracy on the validation images, with a warning if it is near chance."""
     chance = 1 / num_classes
     near = (
-        f": near chance ({chance:.2%}); are its classes and their order, its --mean and --std those of the data?"
+        f": near chance ({chance:.2%}); check that its classes, their order, --mean and --std match the data"
         if top1 < chance + min(chance, 0.1)
         else ""
     )

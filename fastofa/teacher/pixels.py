@@ -1,9 +1,9 @@
-"""Do teacher and student see the same pixels? The cache keeps a few pictures as the teacher saw them.
+"""Compare a pipeline's pixels with those that the teacher saw, of which the cache keeps a few images.
 
-    CACHE/seen.png                  pictures of view 0, side by side, at the teacher's size
+    CACHE/seen.png                  images of view 0, side by side, at the teacher's input size
 
-A view is the same region of a picture in every form of the data and through every pipeline, but not to the last bit:
-a pack stores fewer pixels, decoders round otherwise. The difference is reported when a run begins.
+A view is the same region of an image in every form of the data and with every pipeline, but its pixels may differ: a
+pack stores fewer pixels, and decoders round differently. The difference is reported at startup.
 """
 
 from contextlib import closing
@@ -22,58 +22,61 @@ from fastofa.system.files import write_atomic
 from fastofa.views.table import Views
 
 SEEN = "seen.png"
-PICTURES = 8  # spread over the classes, as samples are sorted by them
+IMAGES = 8  # evenly spaced in the order of samples, and thus spread over the classes
 
 
 class Difference(NamedTuple):
-    """Of pixels, 0 to 255."""
+    """Mean absolute differences of pixel values, which are 0 to 255."""
 
     mean: float
-    """Over all pixels and colours of all pictures."""
+    """Over all images."""
     worst: float
-    """The same of the picture where it is largest."""
+    """Over the image in which it is largest."""
 
     def __str__(self) -> str:
         if self.worst == 0:
-            return "the very ones that the teacher saw"
+            return "identical to those that the teacher saw"
         return (
-            f"on average {self.mean:.2f} of 255 from those that the teacher saw, at most {self.worst:.2f} in a picture"
+            f"mean difference {self.mean:.2f} of 255 from those that the teacher saw, {self.worst:.2f} in the worst "
+            "image"
         )
 
 
-def save_seen(cache: Path, pipeline: Pipeline, views: Views) -> None:
+def save_teacher_images(cache: Path, pipeline: Pipeline, views: Views) -> None:
     """Write CACHE/seen.png; `views` is view 0."""
-    side_by_side = torch.cat(list(_pictures(pipeline, views)), dim=2)
+    side_by_side = torch.cat(list(_images(pipeline, views)), dim=2)
     write_atomic(cache / SEEN, encode_png(side_by_side).numpy().tobytes())
 
 
-def compare_seen(cache: Path, pipeline: Pipeline, views: Views) -> Difference | None:
-    """How far a pipeline's pixels are from the teacher's.
+def compare_teacher_images(cache: Path, pipeline: Pipeline, views: Views) -> Difference | None:
+    """The difference between a pipeline's pixels and those that the teacher saw.
 
     Args:
+        cache: folder of the cache.
+        pipeline: the pipeline to compare.
         views: view 0 of the cache.
 
     Returns:
-        None: the cache was made before it kept such pictures.
+        The difference; None if the cache has no seen.png.
 
     Raises:
         BadInput: seen.png is damaged.
     """
     if not (cache / SEEN).is_file():
         return None
-    seen = read_image(cache / SEEN)
-    size, width = seen.shape[1:]
-    count = min(PICTURES, len(views))
+    side_by_side = read_image(cache / SEEN)
+    size, width = side_by_side.shape[1:]
+    count = min(IMAGES, len(views))
     if width != count * size:
-        pictures = counted(count, "square picture")
-        raise BadInput(f"{cache / SEEN}: expected {pictures} side by side, it was edited; delete it")
-    here = _pictures(pipeline, views, size)
-    each = (torch.stack(seen.split(size, dim=2)).float() - here.float()).abs().mean(dim=(1, 2, 3))
-    return Difference(each.mean().item(), each.max().item())
+        images = counted(count, "square image")
+        raise BadInput(f"{cache / SEEN}: expected {images} side by side, got {width} x {size} pixels; delete the file")
+    expected, actual = torch.stack(side_by_side.split(size, dim=2)), _images(pipeline, views, size)
+    by_image = (expected.float() - actual.float()).abs().mean(dim=(1, 2, 3))
+    return Difference(by_image.mean().item(), by_image.max().item())
 
 
-def _pictures(pipeline: Pipeline, views: Views, size: int | None = None) -> Tensor:
-    """uint8 [8, 3, S, S], of fewer samples fewer."""
-    rows = np.linspace(0, len(views) - 1, min(PICTURES, len(views))).astype(np.int64)
-    with closing(pipeline.epoch(views, rows, image_size=size)) as batches:
+def _images(pipeline: Pipeline, views: Views, size: int | None = None) -> Tensor:
+    """uint8 [IMAGES, 3, S, S], or fewer images if there are fewer samples."""
+    sample_ids = np.linspace(0, len(views) - 1, min(IMAGES, len(views))).astype(np.int64)
+    with closing(pipeline.epoch(views, sample_ids, image_size=size)) as batches:
         return torch.cat([batch.images.cpu() for batch in batches])

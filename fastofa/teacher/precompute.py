@@ -27,13 +27,22 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling, read_info
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import Bar, notice, progress_bar
-from fastofa.teacher.cache import PARTIAL, VAL, TeacherCache, answers, check_origin, read_table, view_file, write_table
+from fastofa.teacher.cache import (
+    PARTIAL,
+    VAL,
+    TeacherCache,
+    check_origin,
+    read_table,
+    topk_targets,
+    view_file,
+    write_table,
+)
 from fastofa.teacher.header import HEADER, identity, policy_to_json, read_header, write_header
-from fastofa.teacher.model import Teacher, check_answers, open_teacher, report_accuracy
-from fastofa.teacher.pixels import save_seen
+from fastofa.teacher.model import Teacher, check_finite, open_teacher, report_accuracy
+from fastofa.teacher.pixels import save_teacher_images
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.quick_checks import check_cache, other_cache
-from fastofa.teacher.table_checks import answers_fault
+from fastofa.teacher.table_checks import targets_fault
 from fastofa.views.draw import draw_views
 from fastofa.views.order import pair_order
 from fastofa.views.policy import ViewPolicy
@@ -43,11 +52,11 @@ SAVE_EVERY_S = 300  # seconds between two saves of an unfinished view
 
 
 def precompute(config: PrecomputeConfig) -> TeacherCache:
-    """Write or go on with the cache.
+    """Write a teacher cache, or continue an unfinished one.
 
     Raises:
-        BadInput: see the fields of the configuration; a cache with other arguments in the same place.
-        Stopped: by Ctrl-C or SIGTERM, after saving.
+        BadInput: a value of the configuration is invalid, or --out contains a cache made with other arguments.
+        Stopped: after Ctrl-C or SIGTERM; the predictions so far are saved.
     """
     device = _check_early(config)
     with filling(config.out):
@@ -97,25 +106,25 @@ def _precompute(config: PrecomputeConfig, device: torch.device) -> TeacherCache:
     with Interrupt() as interrupt:
         job = _Job(config.out, header, teacher, config, interrupt)
         job.write_val(val, val_pipeline)
-        todo = [view for view in range(config.views) if not job.is_made(view_file(view), view)]
-        if todo[:1] == [0]:  # later, the images could be others than those of the answers
-            with job.keeping(0, []):
-                save_seen(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
+        todo = [view for view in range(config.views) if not job.is_finished(view_file(view), view)]
+        if todo[:1] == [0]:  # written with view 0, because the images may change later
+            with job.saving(0, []):
+                save_teacher_images(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
         job.write_views(todo, train, train_pipeline, policy)
     cache = TeacherCache.open(config.out)
     if cache.views == header["views"]:
-        (config.out / PARTIAL).unlink(missing_ok=True)  # of a process that was killed
+        (config.out / PARTIAL).unlink(missing_ok=True)  # left behind by a process that was killed
     return cache
 
 
 def _check_early(config: PrecomputeConfig) -> torch.device:
-    """The device; raises BadInput for what is known before all pictures are decoded, which may take hours."""
+    """The device. Raises BadInput for whatever can be checked before all images are decoded, which may take hours."""
     check_cache(config)
     if (config.out / HEADER).exists():
         read_header(config.out)
     config.policy()
     if config.teacher_checkpoint is not None and not config.teacher_checkpoint.exists():
-        raise BadInput(f"{config.teacher_checkpoint}: expected a file with weights, found none")
+        raise BadInput(f"{config.teacher_checkpoint}: expected a file with weights, but it does not exist")
     if config.teacher_checkpoint is not None or find_folder(config.teacher) is None:
         resolve(config.teacher)
     if config.pipeline not in ("auto", *PIPELINES):
@@ -124,34 +133,31 @@ def _check_early(config: PrecomputeConfig) -> torch.device:
 
 
 def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """Write the header, or find the same one there; returns the one that holds."""
+    """Write the header, or compare it with an existing one. Returns the header that is now in cache.json."""
     if not (out / HEADER).exists():
         write_header(out, header)
         return header
-    found = read_header(out)
-    mine, theirs = identity(header), identity(found)
-    different = [key for key in mine if mine[key] != theirs[key]]
-    if different and not _may_begin_anew(out, different):
-        raise other_cache(out, [f"{key} ({_short(theirs[key])} there, {_short(mine[key])} here)" for key in different])
+    existing = read_header(out)
+    new, old = identity(header), identity(existing)
+    different = [key for key in new if new[key] != old[key]]
+    if different and not _may_start_over(out, different):
+        raise other_cache(out, [f"{key} ({_short(old[key])} there, {_short(new[key])} here)" for key in different])
     if different:
-        notice(f"{out}: begins anew, as {' and '.join(different)} changed and no view was finished")
+        notice(f"{out}: starts over, because {' and '.join(different)} changed and no view was finished")
         for file in (VAL, PARTIAL):
             (out / file).unlink(missing_ok=True)
         write_header(out, header)
         return header
-    if header["views"] > found["views"]:
-        found = {**found, "views": header["views"]}
-        write_header(out, found)
-    elif header["views"] < found["views"]:
-        notice(
-            f"{out}: is to hold {counted(found['views'], 'view')} already; with --views {header['views']} none of them "
-            "is removed"
-        )
-    return found
+    if header["views"] > existing["views"]:
+        existing = {**existing, "views": header["views"]}
+        write_header(out, existing)
+    elif header["views"] < existing["views"]:
+        notice(f"{out}: was started with --views {existing['views']}; --views {header['views']} removes none of them")
+    return existing
 
 
-def _may_begin_anew(out: Path, different: list[str]) -> bool:
-    """Is nothing finished that took long? With other data (--skip-corrupt, say) validation answers do not count."""
+def _may_start_over(out: Path, different: list[str]) -> bool:
+    """Whether no finished work would be lost: no view, and no validation predictions unless only the data changed."""
     data_only = set(different) <= {"dataset", "classes"}
     return not any(out.glob("view-*.safetensors")) and (data_only or not (out / VAL).exists())
 
@@ -169,28 +175,28 @@ class _Job:
     config: PrecomputeConfig
     interrupt: Interrupt
 
-    def is_made(self, file: str, table: int | str) -> bool:
-        """Is this table of the cache finished? One that is cut short is not. Raises BadInput for another cache's."""
+    def is_finished(self, file: str, table: int | str) -> bool:
+        """Whether this table of the cache is finished, and not truncated. Raises BadInput if it is another cache's."""
         if not (self.out / file).is_file():
             return False
         try:
             info, _ = read_info(self.out / file)
         except BadInput as error:
-            notice(f"{error}: this is done now")
+            notice(f"{error}: it is computed again now")
             return False
         check_origin(self.out / file, info, self.header, table)
         return True
 
     def write_val(self, dataset: Dataset, pipeline: Pipeline) -> None:
-        """The teacher's answers for the validation pictures, which also say how good it is."""
-        if self.is_made(VAL, VAL):
+        """Write the teacher's predictions for the validation images, and report its accuracy."""
+        if self.is_finished(VAL, VAL):
             return
         views = center_views(dataset.sizes, self.teacher.crop)
         with progress_bar() as bar:
             task = bar.add_task("validation", total=len(dataset), note="")
-            found = self._ask(dataset, pipeline, views, VAL, bar, task)
-        self._commit(VAL, found._asdict(), VAL)
-        correct = found.classes[:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
+            targets = self._predict(dataset, pipeline, views, VAL, bar, task)
+        self._commit(VAL, targets._asdict(), VAL)
+        correct = targets.classes[:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
         top1 = float(correct.float().mean())
         report_accuracy(self.teacher.name, top1, len(dataset.classes), len(dataset))
 
@@ -204,79 +210,79 @@ class _Job:
             for view in todo:
                 bar.update(task, note=f"view {view + 1} of {total}")
                 views = draw_views(policy, dataset.sizes, self.config.seed, view)
-                found = self._ask(dataset, pipeline, views, view, bar, task)
+                targets = self._predict(dataset, pipeline, views, view, bar, task)
                 columns = {name: torch.from_numpy(column) for name, column in views.columns().items()}
-                self._commit(view_file(view), {**columns, **found._asdict()}, view)
+                self._commit(view_file(view), {**columns, **targets._asdict()}, view)
                 bar.done(task, f"view {view + 1} of {total} done")
 
-    def _ask(
+    def _predict(
         self, dataset: Dataset, pipeline: Pipeline, views: Views, table: int | str, bar: Bar, task: TaskID
     ) -> Targets:
-        """The teacher's answers for every row of a table, in sample order."""
-        # As a disk reads the file, and a picture that is mixed with another is read once.
+        """The teacher's predictions for every row of a table, in the order of sample ids."""
+        # In file order, for sequential reads; mixed images follow each other, so that each is read once.
         order = pair_order(views, None if dataset.spans is None else dataset.spans[:, 0])
         partial = f"first rows of {table} in the order {hashlib.sha256(order.tobytes()).hexdigest()}"
         parts = self._read_partial(partial, len(order))
         done = sum(len(part.classes) for part in parts)
         bar.advance(task, done)
         saved_at = time.monotonic()
-        with self.keeping(table, parts, partial), closing(pipeline.epoch(views, order, start=done)) as batches:
+        with self.saving(table, parts, partial), closing(pipeline.epoch(views, order, start=done)) as batches:
             for batch in batches:
-                found = answers(self.teacher.log_probs(batch.images), self.header["topk"])
-                seen = [dataset.names[i] for i in batch.sample_ids.tolist()]
-                where = f"view {table}" if isinstance(table, int) else "the validation view"
-                check_answers(self.teacher.name, found.log_probs, where, seen)
-                parts.append(found)
+                targets = topk_targets(self.teacher.log_probs(batch.images), self.header["topk"])
+                names = [dataset.names[i] for i in batch.sample_ids.tolist()]
+                which = f"view {table}" if isinstance(table, int) else "the validation view"
+                check_finite(self.teacher.name, targets.log_probs, which, names)
+                parts.append(targets)
                 bar.advance(task, len(batch.labels))
                 if self.interrupt.signum is not None:
-                    raise Stopped(f"saved in {self.out}; run the same command again to go on", self.interrupt.signum)
+                    raise Stopped(f"saved in {self.out}; run the same command again to continue", self.interrupt.signum)
                 if time.monotonic() - saved_at > SAVE_EVERY_S:
                     self._save(parts, partial)
                     saved_at = time.monotonic()
-        in_order, place = _joined(parts), np.argsort(order)
-        return Targets(*(torch.from_numpy(values.numpy()[place]) for values in in_order))
+        joined, place = _joined(parts), np.argsort(order)
+        return Targets(*(torch.from_numpy(values.numpy()[place]) for values in joined))
 
     @contextmanager
-    def keeping(self, table: int | str, parts: list[Targets], partial: str = "") -> Iterator[None]:
-        """Saves the answers of a table whatever ends the work on it; bad input is reported with the table's name."""
+    def saving(self, table: int | str, parts: list[Targets], partial: str = "") -> Iterator[None]:
+        """Save the predictions of an unfinished table if an exception occurs; BadInput gets the table's name."""
         try:
             yield
         except Stopped:
             self._save(parts, partial)
             raise
         except Exception as error:
-            with suppress(BadInput):  # a full disk, say: the error that came first counts
+            with suppress(BadInput):  # such as a full disk; the first error is the one to report
                 self._save(parts, partial)
             if not isinstance(error, BadInput):
                 raise
             name = table if isinstance(table, str) else view_file(table)
-            raise BadInput(f"{name}: {error}{self._kept(parts)}") from None
+            raise BadInput(f"{name}: {error}{self._how_to_continue(parts)}") from None
 
-    def _kept(self, parts: list[Targets]) -> str:
-        """What an error leaves, and how to go on from it."""
-        views, answered = len(list(self.out.glob("view-*.safetensors"))), sum(len(part.classes) for part in parts)
-        if not views and not answered:
+    def _how_to_continue(self, parts: list[Targets]) -> str:
+        """The end of an error message: what was saved, and how to continue."""
+        views, predicted = len(list(self.out.glob("view-*.safetensors"))), sum(len(part.classes) for part in parts)
+        if not views and not predicted:
             return ""
-        others = "give another --out" if views else "it begins anew"
+        otherwise = "give another --out" if views else "it starts over"
         return (
-            f"; {self.out} keeps {counted(views, 'view')} and {counted(answered, 'answer')} of the next: the same "
-            f"command goes on with the same images, with others (--skip-corrupt) {others}"
+            f"; saved in {self.out}: {counted(views, 'view')} and {counted(predicted, 'prediction')} of the next; the "
+            f"same command continues with the same images, with others (--skip-corrupt) {otherwise}"
         )
 
     def _save(self, parts: list[Targets], partial: str) -> None:
         if parts:
             write_table(self.out / PARTIAL, _joined(parts)._asdict(), self.header, partial)
 
-    def _read_partial(self, partial: str, most: int) -> list[Targets]:
-        """What an interrupted run had of this table, of `most` rows."""
+    def _read_partial(self, partial: str, rows: int) -> list[Targets]:
+        """The predictions that an interrupted run saved of this table, which has `rows` rows."""
         if not (self.out / PARTIAL).is_file():
             return []
         try:
             tensors = read_table(self.out / PARTIAL, self.header, partial)
         except BadInput:
-            return []  # of another table, whose view was finished after all, or from a file of another order
-        count = min(most, len(tensors.get("classes", ())))
-        if answers_fault(tensors, count, self.header["topk"], self.header["num_classes"]):
+            return []  # of another table, which was finished after all, or in another order
+        count = min(rows, len(tensors.get("classes", ())))
+        if targets_fault(tensors, count, self.header["topk"], self.header["num_classes"]):
             return []
         return [Targets(tensors["classes"], tensors["log_probs"])]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastofa.data.headers import Limits, given_limits
-from fastofa.runs.config import MOST_EPOCHS
+from fastofa.data.headers import Limits, parse_limits
+from fastofa.runs.config import MAX_EPOCHS
 from fastofa.runs.recipes import default_policy, recipe
 from fastofa.system.errors import BadInput, at_least
 from fastofa.views.policy import ViewPolicy, changed_policy
@@ -14,74 +14,74 @@ from fastofa.views.policy import ViewPolicy, changed_policy
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """Write a teacher cache: V views of the training set, each with the teacher's top-K answer for every picture."""
+    """Write a teacher cache: V views of the training set, each with the teacher's top-K predictions for every image."""
 
     data: str
-    """Data set: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or what `fastofa write` wrote."""
+    """Data set: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`."""
     teacher: str
-    """A timm model with its tag (convnext_tiny.in12k_ft_in1k), a folder that `fastofa train`, `fastofa export` or timm
-    wrote, or hf-hub:OWNER/NAME. Its classes are matched with the data's by name."""
+    """A timm model with its tag (convnext_tiny.in12k_ft_in1k), a folder written by `fastofa train`, `fastofa export` or
+    timm, or hf-hub:OWNER/NAME. Its classes are matched with the data's by name."""
     out: Path
     """Folder of the cache."""
     views: int
-    """Views of the training set. An epoch replays view (epoch modulo views): one for each is best, fewer are small.
-    More can be added later; fewer than the cache holds changes nothing."""
+    """Views of the training set. An epoch replays view (epoch modulo views). One view per epoch is best, fewer make a
+    smaller cache. More can be added later; a number below that of an existing cache changes nothing."""
     topk: int
-    """Classes kept of each answer, at 4 bytes a class. The mass they leave is spread over the other classes."""
+    """Classes stored per prediction, at 4 bytes each. The remaining probability is spread over the other classes."""
     teacher_checkpoint: Path | None = None
-    """The teacher's weights from a .safetensors or .pth file instead of timm's. A config.json beside it, if of the same
-    architecture, gives normalisation, input size and names of classes."""
+    """A .safetensors or .pth file with the teacher's weights, instead of timm's. A config.json next to it, if for the
+    same architecture, supplies normalisation, input size and class names."""
     teacher_checkpoint_key: str | None = None
-    """Which weights of that file, where it holds several: model, say, or model_ema. By default an average's; a line
-    says which."""
+    """Which weights to use if that file contains several, such as model or model_ema. Default: those of an average; a
+    notice says which were used."""
     image_size: int | None = None
-    """Side of the teacher's input in pixels; by default its own."""
+    """Side of the teacher's input in pixels. Default: its own."""
     mean: tuple[float, float, float] | None = None
-    """Normalisation of the teacher's pixels; by default its own."""
+    """Mean of RGB (0 to 1) for normalising the teacher's input. Default: its own."""
     std: tuple[float, float, float] | None = None
-    """Normalisation of the teacher's pixels; by default its own."""
+    """Standard deviation of RGB (0 to 1) for normalising the teacher's input. Default: its own."""
     scale: tuple[float, float] | None = None
-    """Share of the picture's area that a crop takes, from and to. By default 0.08 1 (digits: 0.6 1)."""
+    """Minimum and maximum area of a crop as a fraction of the image. Default: 0.08 1 (digits: 0.6 1)."""
     ratio: tuple[float, float] | None = None
-    """Width over height of a crop, from and to. By default 3/4 to 4/3."""
+    """Minimum and maximum aspect ratio (width over height) of a crop. Default: 3/4 4/3."""
     flip: float | None = None
-    """Probability of mirroring. By default 0.5 (digits: 0)."""
+    """Probability of a horizontal flip. Default: 0.5 (digits: 0)."""
     recipe: str = ""
-    """The training recipe whose published views are drawn; the flags above and the next five change them."""
+    """Draw the views of this training recipe, as published; the flags above and the next five override its values."""
     auto_augment: str | None = None
-    """RandAugment in timm's notation, as rand-m9-mstd0.5-inc1. By default the recipe's, or none."""
+    """RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1. Default: the recipe's, or none."""
     mixup: float | None = None
-    """Alpha of mixup. By default the recipe's, or 0: none."""
+    """Alpha of mixup. Default: the recipe's, or 0 (off)."""
     cutmix: float | None = None
-    """Alpha of cutmix. By default the recipe's, or 0: none."""
+    """Alpha of cutmix. Default: the recipe's, or 0 (off)."""
     erase: float | None = None
-    """Probability of random erasing. By default the recipe's, or 0."""
+    """Probability of random erasing. Default: the recipe's, or 0."""
     repeats: int | None = None
-    """Views of a sample that one epoch shows. By default the recipe's, or 1."""
+    """Repeated augmentation: views per sample in one epoch. Default: the recipe's, or 1."""
     seed: int = 0
-    """Of the views."""
+    """Random seed of the views."""
     skip_corrupt: bool = False
-    """Decode every file first, list the unreadable ones and leave them out for good. Without it they are refused."""
+    """Decode every file first, list the unreadable ones and skip them. Without it, unreadable files are an error."""
     allow_warnings: bool = False
-    """Take images that decode with signs of damage, too, as they decode."""
+    """Accept images that decode with signs of damage, and use them as decoded."""
     max_pixels: float = 200
-    """Millions of pixels of an image at most, by its header; larger ones are unreadable."""
+    """Maximum size of an image in millions of pixels, by its header; larger ones count as unreadable."""
     batch_size: int = 256
-    """Pictures the teacher sees at once."""
+    """Images per forward pass of the teacher."""
     device: str = "auto"
     """auto, cuda, cuda:1, cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the teacher's arithmetic; log-softmax is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of the teacher's computation; log-softmax is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     pipeline: str = "auto"
-    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
+    """resident, packed, ffcv, dali, torchvision, or auto, which reports its choice and the reason."""
     workers: int | None = None
-    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
+    """Decoder processes (torchvision pipeline) or threads (others). Default: one per core, at most 16."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "views", "topk", "batch_size")
         at_least(self, 0, "workers")
-        if self.views > MOST_EPOCHS:
-            raise BadInput(f"views: expected at most {MOST_EPOCHS:,}, got {self.views}")
+        if self.views > MAX_EPOCHS:
+            raise BadInput(f"views: expected at most {MAX_EPOCHS:,}, got {self.views}")
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"seed: expected a number from 0 to 2^63 - 1, got {self.seed}")
         if self.image_size is not None and self.image_size < 1:
@@ -99,16 +99,16 @@ class PrecomputeConfig:
             recipe(self.recipe)
 
     def limits(self) -> Limits:
-        """Which images are taken."""
-        return given_limits(self.max_pixels, self.allow_warnings)
+        """The limits within which images are accepted."""
+        return parse_limits(self.max_pixels, self.allow_warnings)
 
     def policy(self) -> ViewPolicy:
-        """What to draw. Raises BadInput for impossible values."""
+        """The policy by which views are drawn. Raises BadInput for impossible values."""
         names = ("scale", "ratio", "flip", "auto_augment", "mixup", "cutmix", "erase", "repeats")
-        given = {name: getattr(self, name) for name in names}
-        policy = changed_policy(default_policy(self.data, self.recipe), **given)
+        flags = {name: getattr(self, name) for name in names}
+        policy = changed_policy(default_policy(self.data, self.recipe), **flags)
         if self.views % policy.repeats:
             raise BadInput(
-                f"views: expected a multiple of {policy.repeats}, as repeated augmentation shows them, got {self.views}"
+                f"views: expected a multiple of {policy.repeats}, the repeats of the augmentation, got {self.views}"
             )
         return policy

@@ -1,4 +1,4 @@
-"""What is refused before torch is imported: a folder that holds another cache."""
+"""Checks of `fastofa precompute` that need no torch, so that they fail early: --out must not contain another cache."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ from fastofa.system.errors import BadInput
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.views.policy import ViewPolicy
 
-HEADER, TABLES = "cache.json", ("view-*.safetensors", "val.safetensors")  # of a teacher cache
+HEADER, TABLES = "cache.json", ("view-*.safetensors", "val.safetensors")  # files of a teacher cache
 
 
 def check_cache(config: PrecomputeConfig) -> None:
-    """Raises BadInput for an --out that holds something else than a cache, or one with other arguments."""
+    """Raises BadInput if --out contains other files, or a cache made with other arguments."""
     out = config.out
     try:
         others = [] if not out.exists() else [f.name for f in out.iterdir() if not f.name.startswith(".")]
@@ -22,30 +22,32 @@ def check_cache(config: PrecomputeConfig) -> None:
             f"out: expected a folder, could not read {out} ({error.strerror}); choose another --out"
         ) from None
     if others and HEADER not in others:
-        raise BadInput(f"{out}: expected an empty or new folder or a cache, it holds other files; choose another --out")
+        raise BadInput(
+            f"{out}: expected a new or empty folder or a cache, got a folder with other files; choose another --out"
+        )
     if any(any(out.glob(table)) for table in TABLES) and (different := _differences(config)):
         raise other_cache(out, different)
 
 
 def other_cache(out: Path, different: list[str]) -> BadInput:
     return BadInput(
-        f"{out}: holds a cache made otherwise, it differs in {'; '.join(different)}; choose another --out or remove it"
+        f"{out}: contains a cache made with other arguments: {'; '.join(different)}; choose another --out or remove it"
     )
 
 
 def _differences(config: PrecomputeConfig) -> list[str]:
-    """What the cache there was made with instead, as far as the arguments tell; nothing of one that is damaged."""
+    """The arguments that differ from those of the existing cache; none if the cache is damaged."""
     try:
         header = json.loads((config.out / HEADER).read_bytes())
         default = {field.name: field.default for field in dataclasses.fields(ViewPolicy)}
-        theirs = {"topk": header["topk"], "seed": header["seed"], **default, **header["policy"]}
+        cached = {"topk": header["topk"], "seed": header["seed"], **default, **header["policy"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-    mine = {"topk": config.topk, "seed": config.seed, **dataclasses.asdict(config.policy())}
+    requested = {"topk": config.topk, "seed": config.seed, **dataclasses.asdict(config.policy())}
     return [
-        f"{name.replace('_', '-')} ({_text(theirs[name])} there, {_text(value)} here)"
-        for name, value in mine.items()
-        if _text(theirs[name]) != _text(value)
+        f"{name.replace('_', '-')} ({_text(cached[name])} there, {_text(value)} here)"
+        for name, value in requested.items()
+        if _text(cached[name]) != _text(value)
     ]
 
 

@@ -1,7 +1,7 @@
-"""What the tables of a teacher cache may hold. A checksum says that a file is as it was written, not that it is right.
+"""Check the values in the tables of a teacher cache. A checksum shows that a file is unchanged, not that it is valid.
 
-Each function returns what is wrong, "expected ..., got ...", or an empty string. For a view of 1,281,167 images that
-takes one CPU core 0.6 s for the answers (K = 16), and 0.01 s (crop and flip) to 1.2 s (all) for the columns.
+Each function returns a fault, "expected ..., got ...", or "". For a view of 1,281,167 images, one CPU core takes 0.6 s
+to check the targets (K = 16), and 0.01 s (crop and flip) to 1.2 s (all columns) to check the view.
 
 Shapes: N samples, C classes, K classes kept.
 """
@@ -17,15 +17,15 @@ from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import UNIT
 
 ROWS_AT_ONCE = 1 << 14
-MASS_ERROR = 0.01  # float16 rounds log p by |log p| / 2048 at most, so their mass by their entropy / 2048
+MASS_ERROR = 0.01  # float16 rounds log p by at most |log p| / 2048, and thus the sum of p by the entropy / 2048
 
 
-def answers_fault(tensors: Mapping[str, Tensor], count: int, topk: int, num_classes: int) -> str:
-    """Of `classes` and `log_probs`: kinds and shapes [N, K]; classes that exist, each once a row; log-probabilities."""
+def targets_fault(tensors: Mapping[str, Tensor], count: int, topk: int, num_classes: int) -> str:
+    """Check `classes` and `log_probs`, [N, K] with N = `count`: types, shapes, ranges, order, sums of probabilities."""
     narrow = num_classes <= 1 << 16
     kinds = {"classes": torch.uint16 if narrow else torch.int32, "log_probs": torch.float16}
     if missing := kinds.keys() - tensors.keys():
-        return f"expected {' and '.join(kinds)}, {' and '.join(sorted(missing))} is missing"
+        return f"expected {' and '.join(kinds)}, but {' and '.join(sorted(missing))} is missing"
     for name, kind in kinds.items():
         if (tensors[name].dtype, tuple(tensors[name].shape)) != (kind, (count, topk)):
             return (
@@ -53,7 +53,7 @@ def answers_fault(tensors: Mapping[str, Tensor], count: int, topk: int, num_clas
 
 
 def views_fault(columns: Mapping[str, np.ndarray], policy: ViewPolicy, count: int) -> str:
-    """Of the columns of a view of `count` samples: those that the policy draws, with kinds, shapes and ranges."""
+    """Check the columns of a view of `count` samples: those that the policy draws, their types, shapes and ranges."""
     kinds = _column_kinds(policy, count)
     if columns.keys() != kinds.keys():
         return f"expected the columns {', '.join(sorted(kinds))}, got {', '.join(sorted(columns))}"
@@ -82,9 +82,9 @@ def _column_kinds(policy: ViewPolicy, count: int) -> dict[str, tuple[np.dtype, t
 
 
 def _column_faults(columns: Mapping[str, np.ndarray], rows: slice) -> dict[str, tuple[str, np.ndarray]]:
-    """For each column: what is expected of it, and which of the rows are otherwise, bool."""
+    """For each column, the expected property and a bool array of the rows that lack it."""
     crop = columns["crop"][rows]
-    faults = {"crop": ("a box of the picture", _leaves(crop) | (crop[:, 2:] == 0).any(axis=1))}
+    faults = {"crop": ("to be a box inside the image", _is_outside(crop) | (crop[:, 2:] == 0).any(axis=1))}
     if "ops" in columns:
         ops, amounts = columns["ops"][rows], columns["amounts"][rows]
         low, high = rand_augment.limits()
@@ -92,28 +92,31 @@ def _column_faults(columns: Mapping[str, np.ndarray], rows: slice) -> dict[str, 
         which = np.where(known, ops, 0)
         within = (low[which] <= amounts) & (amounts <= high[which])
         faults["ops"] = (f"from 0 to {len(rand_augment.OPS) - 1}", ~known.all(axis=1))
-        faults["amounts"] = ("that the operations can have", ~within.all(axis=1))
+        faults["amounts"] = ("within the ranges of the operations", ~within.all(axis=1))
     if "partner" in columns:
         partner, mix, box = columns["partner"], columns["mix"], columns["mix_box"]
-        mine = partner[rows]
-        inside = (mine >= 0) & (mine < len(partner))
-        other = np.where(inside, mine, 0)
-        itself = np.arange(len(partner))[rows]
-        faults["partner"] = ("whose partner is the sample", ~inside | (partner[other] != itself))
+        partners = partner[rows]
+        exists = (partners >= 0) & (partners < len(partner))
+        other = np.where(exists, partners, 0)
+        sample_ids = np.arange(len(partner))[rows]
+        faults["partner"] = ("to be mutual", ~exists | (partner[other] != sample_ids))
         share = mix[rows]
         faults["mix"] = (
-            "from 0 to 1, of both partners the same",
+            "from 0 to 1 and equal for both partners",
             ~((share >= 0) & (share <= 1) & (share == mix[other])),
         )
-        of_both = (box[rows] == box[other]).all(axis=1)
-        faults["mix_box"] = ("a box of the picture, of both partners the same", _leaves(box[rows]) | ~of_both)
+        same_box = (box[rows] == box[other]).all(axis=1)
+        faults["mix_box"] = (
+            "to be a box inside the image, equal for both partners",
+            _is_outside(box[rows]) | ~same_box,
+        )
     if "erase" in columns:
-        faults["erase"] = ("a box of the picture", _leaves(columns["erase"][rows]))
+        faults["erase"] = ("to be a box inside the image", _is_outside(columns["erase"][rows]))
     return faults
 
 
-def _leaves(boxes: np.ndarray) -> np.ndarray:
-    """Which boxes, uint16 [M, 4], are not inside the picture; place and extent are rounded each by itself."""
+def _is_outside(boxes: np.ndarray) -> np.ndarray:
+    """bool [M]: which boxes, uint16 [M, 4], exceed the image by more than the rounding of position and size."""
     return (boxes[:, :2].astype(np.int32) + boxes[:, 2:] > UNIT + 1).any(axis=1)
 
 

@@ -65,8 +65,8 @@ class Epochs:
         self.config = config = with_size_defaults(config, len(dataset), rows, math.prod(factors.values()))
         self.view_digests = () if self.cache is None else self._replayed_digests(self.cache, views)
         """The digest of each view that the run replays."""
-        self.pages = dataset.pages if config.order == "pages" else None
-        if config.order == "pages" and self.pages is None:
+        self.page_ids = dataset.page_ids if config.order == "pages" else None
+        if config.order == "pages" and self.page_ids is None:
             raise BadInput(
                 f"order: expected random for {config.data}, which has no pages, got pages; "
                 f"`fastofa write {config.data} NAME.beton{' --raw' * dataset.raw}` writes a file that has pages"
@@ -104,7 +104,7 @@ class Epochs:
     @property
     def pages_fingerprint(self) -> str:
         """sha256 over the page of each sample if the order goes by pages; else empty."""
-        return "" if self.pages is None else hashlib.sha256(self.pages.tobytes()).hexdigest()
+        return "" if self.page_ids is None else hashlib.sha256(self.page_ids.tobytes()).hexdigest()
 
     @property
     def teacher_dim(self) -> int:
@@ -141,6 +141,6 @@ class Epochs:
             self.world.size,
             partner=views.partner,
             repeats=self.policy.repeats,
-            pages=self.pages,
+            page_ids=self.page_ids,
         )
         return order[: self.steps * self.rank_batch_size]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastofa.data.dataset import Dataset
-from fastofa.data.headers import given_limits
+from fastofa.data.headers import parse_limits
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.reports.curves import draw_curves
@@ -33,7 +33,7 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice, progress_bar
-from fastofa.teacher.pixels import PICTURES, Difference, compare_seen
+from fastofa.teacher.pixels import IMAGES, Difference, compare_teacher_images
 from fastofa.training.clock import Clock
 from fastofa.training.distributed import (
     Vote,
@@ -104,7 +104,7 @@ def _train(config: TrainConfig, world: World) -> Result:
         for caution in cautions(job.config, job.epochs.steps):
             notice(caution)
     if job.pixels is not None:
-        notice(f"pixels of {PICTURES} pictures, compared with {config.cache}: {job.pixels}")
+        notice(f"pixels of {IMAGES} images, compared with {config.cache}: {job.pixels}")
     if world.is_main and (missing := augmentation_differences(config.recipe, job.epochs.policy)):
         notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws them")
     job.run_epochs()
@@ -119,7 +119,7 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         open_ = [name for name in SIZED if getattr(config, name) is None]
         config = dataclasses.replace(config, **{name: getattr(begun, name) for name in open_})
     with world.no_timeout():  # the first opening of a folder opens every image
-        limits = given_limits(config.max_pixels, config.allow_warnings)
+        limits = parse_limits(config.max_pixels, config.allow_warnings)
         train_set, val_set = (
             open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
         )
@@ -192,7 +192,7 @@ class Job:
         if self.step.steps < self.last_step:
             self.epochs.load(self.step.steps // self.epochs.steps)
         if self.world.is_main and (cache := self.epochs.cache) is not None:
-            self.pixels = compare_seen(cache.path, self.train_pipeline, cache.targets(0)[0])
+            self.pixels = compare_teacher_images(cache.path, self.train_pipeline, cache.targets(0)[0])
 
     def begin(self) -> None:
         """The first that is written, once nothing can be wrong any more."""
@@ -214,7 +214,7 @@ class Job:
         ended = any(row["kind"] == "epoch" and row["step"] == self.step.steps for row in rows)
         # A checkpoint is saved before its epoch is evaluated: a run that ended in between evaluates now.
         owed = bool(self.world.broadcast(int(position == 0 and first > 0 and not ended)))
-        with Interrupt() as self.interrupt, progress_bar(shown=main) as self.bar:
+        with Interrupt() as self.interrupt, progress_bar(enabled=main) as self.bar:
             self.task = self.bar.add_task(
                 f"train {c.student}",
                 total=self.last_step * c.batch_size,

@@ -59,14 +59,14 @@ def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order
     chosen: Order = "random"
     if world.is_main and config.resume and (config.out / CONFIG).exists():
         chosen = open_run(config.out).config.order
-    elif world.is_main and train_set.file is not None and train_set.pages is not None:
+    elif world.is_main and train_set.file is not None and train_set.page_ids is not None:
         size, memory = train_set.file.stat().st_size, memory_bytes()
         if size > memory:
             chosen = "pages"
             notice(f"order pages: {train_set.file} has {size / 1e9:,.1f} GB, the memory {memory / 1e9:,.1f} GB")
     orders = get_args(Order)
     chosen = orders[world.broadcast(orders.index(chosen))]
-    if chosen == "pages" and train_set.pages is None:
+    if chosen == "pages" and train_set.page_ids is None:
         raise BadInput(
             f"{config.out}: the run goes by the pages of its .beton; expected that as --data, got {config.data}"
         )

@@ -1,4 +1,4 @@
-"""Views: every augmentation of every image, drawn up front as a table."""
+"""Views: the augmentation of every image, drawn in advance as a table."""
 
 from typing import TYPE_CHECKING
 

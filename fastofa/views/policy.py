@@ -1,4 +1,4 @@
-"""What may be drawn: the policy of a view."""
+"""The policy of a view: the distributions from which augmentations are drawn."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,34 +10,34 @@ from fastofa.views import rand_augment
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """What may be drawn; the defaults are the published ImageNet recipe's."""
+    """The distributions from which views are drawn. The defaults are those of the published ImageNet recipe."""
 
     scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the crop as a share of the picture's, from and to."""
+    """Minimum and maximum area of a crop as a fraction of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the crop, from and to (uniform in its logarithm)."""
+    """Minimum and maximum aspect ratio (width over height) of a crop; its logarithm is uniform."""
     flip: float = 0.5
-    """Probability of mirroring left to right."""
+    """Probability of a horizontal flip."""
     auto_augment: str = ""
-    """RandAugment in timm's notation (rand-m9-mstd0.5-inc1), on the cropped picture; empty for none."""
+    """RandAugment of the cropped image in timm's notation (rand-m9-mstd0.5-inc1); "" for none."""
     mixup: float = 0.0
-    """Alpha of mixup's Beta distribution; 0 for none. Where cutmix is asked for too, each pair gets one of them."""
+    """Alpha of mixup's Beta distribution; 0 for none. With cutmix, too, each pair gets one of the two at random."""
     cutmix: float = 0.0
     """Alpha of cutmix's Beta distribution; 0 for none."""
     erase: float = 0.0
     """Probability of random erasing with normal noise."""
     repeats: int = 1
-    """Views that an epoch shows of a sample, of a share of the samples as much smaller (repeated augmentation)."""
+    """Repeated augmentation: an epoch shows this many views of a sample, for 1/repeats of the samples."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Colour where an operation moves the picture away, and mean of the erasing noise; of pixels scaled to 0..1."""
+    """RGB in 0..1: the fill colour where an operation moves the image away, and the mean of the erasing noise."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of the erasing noise."""
+    """RGB in 0..1: standard deviation of the erasing noise."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if not 0 < low <= high or (name == "scale" and high > 1):
                 limit = " <= 1" if name == "scale" else ""
-                raise BadInput(f"view policy: expected {name} with 0 < from <= to{limit}, got {low} {high}")
+                raise BadInput(f"view policy: expected {name} with 0 < minimum <= maximum{limit}, got {low} {high}")
         if not 0 <= self.flip <= 1:
             raise BadInput(f"view policy: expected flip between 0 and 1, got {self.flip}")
         if not 0 <= self.erase <= 1:
@@ -54,10 +54,10 @@ class ViewPolicy:
 
     @property
     def mixes(self) -> bool:
-        """Do its views pair the samples?"""
+        """Whether its views mix pairs of samples."""
         return self.mixup > 0 or self.cutmix > 0
 
 
-def changed_policy(policy: ViewPolicy, **given: Any) -> ViewPolicy:
-    """`policy` with what was given (and is not None) in place of its own. Raises BadInput for impossible values."""
-    return dataclasses.replace(policy, **{name: value for name, value in given.items() if value is not None})
+def changed_policy(policy: ViewPolicy, **changes: Any) -> ViewPolicy:
+    """`policy` with the changes that are not None. Raises BadInput for impossible values."""
+    return dataclasses.replace(policy, **{name: value for name, value in changes.items() if value is not None})

@@ -1,7 +1,7 @@
-"""RandAugment as a table: which operations a picture gets, and how much of each.
+"""RandAugment as a table: the operations applied to an image, and the amount of each.
 
-"rand-m9-mstd0.5-inc1" is timm's notation, and what is drawn is what timm draws: n operations a picture out of fifteen,
-each applied with probability p, at magnitude m with normal noise of standard deviation mstd, kept within 0..10.
+The notation, such as "rand-m9-mstd0.5-inc1", and the distributions are timm's: n operations per image out of fifteen,
+each applied with probability p, at magnitude m with normal noise of standard deviation mstd, clipped to 0..10.
 """
 
 import functools
@@ -16,68 +16,69 @@ OPS = (
     "none", "auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color",
     "contrast", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
 )  # fmt: skip
-"""Names of the numbers in `Views.ops`; all but "none" are equally likely."""
+"""Operations by their number in `Views.ops`; all but "none" are equally likely."""
 ENHANCE = ("color", "contrast", "brightness", "sharpness")
-COLUMNS = 5  # uniform numbers that one operation of one picture takes
-MAX = 10.0  # the end of the scale of magnitudes
+COLUMNS = 5  # uniform numbers per operation of an image
+MAX = 10.0  # the largest magnitude
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """The notation, taken apart."""
+    """The parsed notation."""
 
     magnitude: float = MAX
     std: float = 0.0
     increasing: bool = False
-    """Posterize, solarize and the enhancements become stronger as the magnitude grows (timm's inc1)."""
+    """Posterize, solarize and the enhancements become stronger with the magnitude (timm's inc1)."""
     layers: int = 2
     probability: float = 0.5
 
 
 def parse(text: str) -> RandAugment:
-    """Raises BadInput for anything but rand-mM[-mstdS][-inc1][-nN][-pP]; order and numbers as timm reads them."""
+    """Parse rand-mM[-mstdS][-inc1][-nN][-pP] as timm does, in any order. Raises BadInput for anything else."""
     kinds = {"m": ("magnitude", 0, 10), "mstd": ("std", 0, 100), "inc": ("increasing", 0, 1)}
     kinds |= {"n": ("layers", 1, 15), "p": ("probability", 0, 1)}
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     first, *sections = text.split("-")
     for section in sections:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section)
         name, low, high = kinds.get(match[1] if match else "", ("", 0, 0))
         whole = match is not None and (match[1] in ("mstd", "p") or match[2].isdigit())
-        if match is None or not whole or name in found or not low <= float(match[2]) <= high:
+        if match is None or not whole or name in values or not low <= float(match[2]) <= high:
             first = ""
             break
-        found[name] = float(match[2])
-    if first != "rand" or "magnitude" not in found:
+        values[name] = float(match[2])
+    if first != "rand" or "magnitude" not in values:
         raise BadInput(
-            f"auto-augment: expected rand-mM[-mstdS][-inc1][-nN][-pP] with M from 0 to 10, as in "
+            f"auto-augment: expected rand-mM[-mstdS][-inc1][-nN][-pP] with M from 0 to 10, such as "
             f"rand-m9-mstd0.5-inc1, got {text!r}"
         )
     return RandAugment(
-        magnitude=found["magnitude"],
-        std=found.get("std", 0.0),
-        increasing=bool(found.get("increasing", 0)),
-        layers=int(found.get("layers", 2)),
-        probability=found.get("probability", 0.5),
+        magnitude=values["magnitude"],
+        std=values.get("std", 0.0),
+        increasing=bool(values.get("increasing", 0)),
+        layers=int(values.get("layers", 2)),
+        probability=values.get("probability", 0.5),
     )
 
 
 def choose(policy: RandAugment, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`draws` uniform [N, layers, COLUMNS] -> numbers of operations uint8 and their amounts float32, [N, layers]."""
+    """`draws` uniform [N, layers, COLUMNS] -> operations uint8 and their amounts float32, [N, layers]."""
     which, applied, radius, angle, side = np.moveaxis(draws, -1, 0)
     ops = np.where(applied < policy.probability, 1 + (which * (len(OPS) - 1)).astype(np.uint8), 0).astype(np.uint8)
     magnitude = np.full(ops.shape, policy.magnitude)
     if policy.std:
-        normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller's: two draws, always
+        normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box-Muller always takes two draws
         magnitude = (policy.magnitude + policy.std * normal).clip(0, MAX)
     return ops, amounts(ops, magnitude, np.where(side < 0.5, -1, 1), policy.increasing).astype(np.float32)
 
 
 def amounts(ops: np.ndarray, magnitude: np.ndarray, side: np.ndarray, increasing: bool) -> np.ndarray:
-    """Magnitudes 0..10 in each operation's own unit, as timm's LEVEL_TO_ARG gives it.
+    """Convert magnitudes 0..10 to each operation's own unit, as timm's LEVEL_TO_ARG does.
 
-    rotate: degrees; shear: pixels a pixel; translate: share of the side; enhancements: factor (1 changes nothing);
-    posterize: bits kept; solarize: the first level that is inverted; solarize_add: added below 128. Else 0.
+    rotate: degrees; shear: pixels per pixel; translate: fraction of the side; enhancements: factor (1 changes nothing);
+    posterize: bits kept; solarize: the lowest level that is inverted; solarize_add: amount added to levels below 128;
+    other operations: 0.
     """
     level = magnitude / MAX
     bits, threshold = (level * 4).astype(np.int64), np.minimum(256, (level * 256).astype(np.int64))
@@ -95,7 +96,7 @@ def amounts(ops: np.ndarray, magnitude: np.ndarray, side: np.ndarray, increasing
 
 @functools.cache
 def limits() -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest amount of each operation, float32 [len(OPS)], of any notation."""
+    """The smallest and the largest amount of each operation, float32 [len(OPS)], for any notation."""
     ends = [
         amounts(np.arange(len(OPS)), np.full(len(OPS), magnitude), np.full(len(OPS), side), increasing)
         for magnitude in (0.0, MAX)

@@ -1,10 +1,11 @@
-"""The random streams of a seed."""
+"""The random streams of a seed, one for each kind of parameter."""
 
 import numpy as np
 
-# Random streams of a seed; views (and epochs) are numbered below 2^32.
+# Numbers of views and epochs are below 2^32.
 CROP, ORDER, OPS, ERASE, PAIRS, MIX = range(6)
 
 
 def random_stream(seed: int, stream: int, number: int) -> np.random.Generator:
+    """A generator for one stream of a view or epoch (`number`), independent of all others."""
     return np.random.Generator(np.random.Philox(key=[seed, (stream << 32) + number]))
