@@ -1,7 +1,9 @@
 """Train a student from a teacher cache.
 
     fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_cnn --out run
-    fastofa train ... --resume      go on after an interruption, mid-epoch, to the same weights
+    fastofa train --resume run      continue an interrupted run, mid-epoch, to the same weights
+    fastofa train --resume run --epochs 200         train a run for longer
+    fastofa train --config run/config.json --lr 0.05 --out other    the same run with another learning rate
     fastofa train ... --plan        what it would cost: steps timed here, hours, disk
     torchrun --no-python --nproc-per-node 8 fastofa train ...       the same job on eight GPUs
 

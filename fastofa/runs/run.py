@@ -8,7 +8,7 @@ from fastofa import __version__
 from fastofa.models.timm_models import find_folder
 from fastofa.models.weights import SavedWeights
 from fastofa.runs.checkpoint import checkpoints, load_student
-from fastofa.runs.config import TrainConfig, Weights
+from fastofa.runs.config import BUILT_IN, TrainConfig, Weights, from_folder
 from fastofa.runs.log import read_metrics
 from fastofa.student.model import Student
 from fastofa.system.environment import environment
@@ -85,9 +85,7 @@ class Run:
     @property
     def data(self) -> str:
         """The data set, found from any folder."""
-        kind = "cifar100:" if self.config.data.startswith("cifar100:") else ""
-        place = Path(self.folder, self.config.data.removeprefix(kind))
-        return f"{kind}{place}" if place.exists() else self.config.data
+        return from_folder(self.folder, self.config.data, BUILT_IN["data"])
 
 
 def is_run(path: Path) -> bool:

@@ -10,7 +10,6 @@ import re
 import secrets
 import shutil
 import socket
-import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,9 @@ from torch import Tensor
 
 from fastofa.system.errors import BadInput
 from fastofa.system.locks import is_alive, writing
+from fastofa.system.read import read_file as read_file
+from fastofa.system.read import read_json as read_json
+from fastofa.system.read import regular_file
 
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # in Python's mmap since 3.13
 UNTOUCHED_S = 3600  # after which a temporary file of an unknown process is a leftover
@@ -49,35 +51,6 @@ def reason(error: OSError) -> str:
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def regular_file(path: Path) -> Path:
-    """The path itself. Raises BadInput unless it is a file with bytes in it: a pipe would be waited for without an end.
-
-    A folder, a socket, a device, a link that leads nowhere or to itself, a folder that may not be searched: each is
-    named.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError as error:
-        raise BadInput(f"could not read {path}: it does not exist ({error.strerror})") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise BadInput(f"could not read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if stat.S_ISREG(mode):
-        return path
-    kinds = {
-        stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-    }  # fmt: skip
-    raise BadInput(f"{path}: expected a file, got {kinds.get(stat.S_IFMT(mode), 'something else')}")
-
-
-def read_file(path: Path) -> bytes:
-    """Raises BadInput: missing, no file, or it cannot be read."""
-    try:
-        return regular_file(path).read_bytes()
-    except OSError as error:
-        raise BadInput(f"could not read {path}: {error.strerror or error}") from None
-
-
 def map_file(path: Path) -> mmap.mmap:
     """A file's bytes, read when they are touched. Private: PyTorch wants memory it may write to, the file stays.
 
@@ -86,18 +59,6 @@ def map_file(path: Path) -> mmap.mmap:
     with open(regular_file(path), "rb") as file:
         flags, prot = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
-
-
-def read_json(path: Path) -> Any:
-    """Raises BadInput if the file is missing or is not JSON."""
-    data = read_file(path)
-    try:
-        return json.loads(data)
-    except RecursionError:
-        why = "it is nested too deep"
-    except ValueError as error:
-        why = str(error)
-    raise BadInput(f"{path} is not valid JSON ({why}); it was edited or damaged, make it again")
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""Files that are read whole: regular ones only, and JSON. Imports no torch, so that a configuration can be read."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from fastofa.system.errors import BadInput
+
+
+def regular_file(path: Path) -> Path:
+    """The path itself. Raises BadInput unless it is a file with bytes in it: a pipe would be waited for without an end.
+
+    A folder, a socket, a device, a link that leads nowhere or to itself, a folder that may not be searched: each is
+    named.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise BadInput(f"could not read {path}: it does not exist ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise BadInput(f"could not read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISREG(mode):
+        return path
+    kinds = {
+        stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }  # fmt: skip
+    raise BadInput(f"{path}: expected a file, got {kinds.get(stat.S_IFMT(mode), 'something else')}")
+
+
+def read_file(path: Path) -> bytes:
+    """Raises BadInput: missing, no file, or it cannot be read."""
+    try:
+        return regular_file(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"could not read {path}: {error.strerror or error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Raises BadInput if the file is missing or is not JSON."""
+    data = read_file(path)
+    try:
+        return json.loads(data)
+    except RecursionError:
+        why = "it is nested too deep"
+    except ValueError as error:
+        why = str(error)
+    raise BadInput(f"{path} is not valid JSON ({why}); it was edited or damaged, make it again")
