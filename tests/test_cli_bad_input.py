@@ -228,8 +228,9 @@ REFUSED = {
         "run: holds a run already; go on with it by --resume or choose",
     ),
     "other arguments": (
-        f"{TRAIN} --out run --resume --lr 0.5 --epochs 9",
-        "--resume expects the run's own arguments, these differ: epochs: 9 here, 3 there; lr: 0.5 here, 0.002 there",
+        f"{TRAIN} --out run --resume --lr 0.5 --epochs 2",
+        "--resume expects the run's own arguments, these differ: epochs: 2 here, 3 there; lr: 0.5 here, 0.002 there; "
+        "only more epochs",
     ),
     "export over a folder": ("export run teacher", "teacher: exists already; choose another place or remove it"),
     "export no run": ("export cache new", "cache: expected a run made by `fastofa train`, found no config.json"),

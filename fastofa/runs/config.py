@@ -303,7 +303,7 @@ class TrainConfig:
         return from_json(cls, values, "export the run with the version that made it, or train anew")
 
     def differences(self, other: "TrainConfig") -> list[str]:
-        """What would make a resumed run another run, one `name: mine, other's` each."""
+        """What would make a resumed run another run than `other`, one `name: mine, other's` each; epochs may grow."""
         free = {
             "out",
             "resume",
@@ -320,6 +320,8 @@ class TrainConfig:
         free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data", "cache"}
         free |= {"allow_warnings", "max_pixels"}  # which images they take is the data's fingerprint
         mine, theirs = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
+        if self.epochs is not None and other.epochs is not None and self.epochs > other.epochs:
+            free.add("epochs")
         return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if k not in free and mine[k] != theirs[k]]
 
 
