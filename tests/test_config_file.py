@@ -107,8 +107,8 @@ def test_what_does_not_go_together_is_one_line(there, argv, message):
 
 
 FILES: dict[str, tuple[str, str]] = {
-    "empty": ("", "not valid JSON"),
-    "no JSON": ("lr: 0.1", "not valid JSON"),
+    "empty": ("", "JSON"),
+    "no JSON": ("lr: 0.1", "JSON"),
     "deep": ("[" * 100_000 + "]" * 100_000, "nested too deep"),
     "deep but readable": ('{"config": ' + "[" * 400 + "]" * 400 + "}", "expected an object as config"),
     "a list": ("[1]", "expected an object as config, got [1]"),

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from fastofa.data.decoder_messages import with_messages
 from fastofa.data.headers import DEFAULT, Limits, check_pixels, read_header
 from fastofa.data.integrity import damage
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, Reason
 from fastofa.system.progress import notice
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
@@ -43,7 +43,7 @@ def read_image(path: Path, limits: Limits = DEFAULT, strict: bool = False) -> Te
     try:
         data = read_file(path)
     except OSError as error:
-        raise _unreadable(str(path), error.strerror or str(error)) from None
+        raise _unreadable(str(path), Reason.of(error)) from None
     return decode(data, str(path), limits, strict)
 
 
@@ -93,7 +93,7 @@ def check_still(data: bytearray | np.ndarray) -> None:
 
 
 def _unreadable(name: str, reason: str) -> BadInput:
-    return BadInput(f"unreadable image {name} ({reason}); {REMEDY}")
+    return BadInput(f"unreadable image {name} ({reason}); {REMEDY}", reason)
 
 
 _named = mmap.mmap(-1, 1 << 20)  # a byte for each name's hash, shared with the processes that are forked from this one

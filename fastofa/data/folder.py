@@ -18,7 +18,7 @@ from fastofa.data.folder_listing import Listing, list_images, remedy
 from fastofa.data.headers import DEFAULT, Limits
 from fastofa.data.names import Names
 from fastofa.system import torchrun
-from fastofa.system.errors import BadInput, counted
+from fastofa.system.errors import BadInput, Reason, counted
 from fastofa.system.progress import notice
 
 NAMED = 5  # how many unreadable files an error names; all are named before it
@@ -89,7 +89,7 @@ def _content(root: Path, listing: Listing) -> tuple[np.ndarray, dict[int, str]]:
         if isinstance(found, bytes):
             content[row] = np.frombuffer(found, dtype=np.uint8)
         else:
-            unreadable[int(places[row])] = found.strerror or str(found)
+            unreadable[int(places[row])] = Reason.of(found)
     _check_access(root, listing.names, unreadable)
     return content, unreadable
 
@@ -141,7 +141,7 @@ def _refuse(root: Path, names: Names, bad: dict[int, str]) -> None:
 def _check_access(root: Path, names: Names, unreadable: dict[int, str]) -> None:
     """Raises BadInput for files that cannot be opened although nothing is known to be wrong with them."""
     for number in NOT_THE_FILES:
-        closed = {i: reason for i, reason in unreadable.items() if os.strerror(number) in reason}
+        closed = {i: reason for i, reason in unreadable.items() if getattr(reason, "errno", 0) == number}
         if closed:
             what = remedy(OSError(number, os.strerror(number)))
             raise BadInput(f"could not open {counted(len(closed), 'image')}: {_named(root, names, closed)}; {what}")

@@ -19,7 +19,7 @@ from fastofa.data.decode import SUFFIXES, check_still, read_file
 from fastofa.data.early import no_split
 from fastofa.data.headers import kind_of
 from fastofa.data.names import Names
-from fastofa.system.errors import BadInput, counted
+from fastofa.system.errors import BadInput, Reason, counted
 from fastofa.system.threads import in_order
 
 NAMED = 5  # how many examples an error names
@@ -262,7 +262,7 @@ def _why(entry: os.DirEntry[str], error: OSError) -> str:
     """What an entry is that leads to nothing that can be looked at."""
     if entry.is_symlink() and error.errno in _LINKS:
         return _LINKS[error.errno]
-    return error.strerror or str(error)
+    return Reason.of(error)
 
 
 def remedy(error: OSError) -> str:

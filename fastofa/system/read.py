@@ -10,10 +10,10 @@ from fastofa.system.errors import BadInput
 
 
 def regular_file(path: Path) -> Path:
-    """The path itself. Raises BadInput unless it is a file with bytes in it: a pipe would be waited for without an end.
+    """The path itself, if it is a regular file. Reading a pipe, for example, could block forever.
 
-    A folder, a socket, a device, a link that leads nowhere or to itself, a folder that may not be searched: each is
-    named.
+    Raises:
+        BadInput: it is missing, a folder, pipe, socket or device, a broken or circular link, or not accessible.
     """
     try:
         mode = os.stat(path).st_mode
@@ -31,7 +31,7 @@ def regular_file(path: Path) -> Path:
 
 
 def read_file(path: Path) -> bytes:
-    """Raises BadInput: missing, no file, or it cannot be read."""
+    """The bytes of a file. Raises BadInput if it is missing, not a regular file, or not readable."""
     try:
         return regular_file(path).read_bytes()
     except OSError as error:
@@ -39,7 +39,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Raises BadInput if the file is missing or is not JSON."""
+    """The value in a JSON file. Raises BadInput if the file is missing or not JSON."""
     data = read_file(path)
     try:
         return json.loads(data)
