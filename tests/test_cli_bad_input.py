@@ -217,8 +217,8 @@ REFUSED = {
         "run: ...--resume...--out",
     ),
     "other arguments": (
-        f"{TRAIN} --out run --resume --lr 0.5 --epochs 9",
-        "--resume...epochs: 9...3...lr: 0.5...0.002",
+        f"{TRAIN} --out run --resume --lr 0.5 --epochs 2",
+        "--resume...epochs: 2...3...lr: 0.5...0.002...more epochs",
     ),
     "export over a folder": ("export run teacher", "teacher: exists"),
     "export no run": ("export cache new", "cache: ...fastofa train...config.json"),
@@ -633,6 +633,7 @@ def edits(value: Any) -> Any:
 def test_edited_header_of_a_cache(copied):
     """Whatever is done to cache.json, every command gives an answer or one line."""
     header = json.loads(Path("cache", HEADER).read_text())
+    del header["config"]  # only --config reads it
     count = 0
     for what, edited in edits(header):
         Path("cache", HEADER).write_text(json.dumps(edited))
@@ -895,7 +896,7 @@ def full(argv: str, size: int, message: str, out: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "file"), [(300, HEADER), (1500, VAL), (12_000, view_file(0))])
+@pytest.mark.parametrize(("size", "file"), [(300, HEADER), (3000, VAL), (12_000, view_file(0))])
 def test_full_disk_while_precomputing(copied, size, file):
     """The same command goes on once there is space."""
     argv = f"{PRECOMPUTE} --out new --data digits:1000"

@@ -236,7 +236,7 @@ def test_differences_are_what_makes_it_another_run():
         "student": "test_vit", "recipe": "cifar_cnn", "method": "kd", "stages": (1, 2),
         "eps": (1.5,), "temperature": 2.0, "variant": "paper", "gt_weight": 0.5, "kd_weight": 0.5, "ofa_weight": 0.5,
         "gt_loss": "bce",
-        "smoothing": 0.2, "epochs": 7, "batch_size": 8, "image_size": 64, "eval_crop": 0.5, "seed": 5, "init": "file",
+        "smoothing": 0.2, "epochs": 107, "batch_size": 8, "image_size": 64, "eval_crop": 0.5, "seed": 5, "init": "file",
         "drop_path": 0.2, "scale": (0.5, 1.0), "ratio": (1.0, 1.0), "flip": 0.3, "optimizer": "lamb", "lr": 0.7,
         "min_lr": 0.01, "weight_decay": 0.3, "schedule": "step", "decay_epochs": 9, "decay_rate": 0.5,
         "warmup_epochs": 2, "warmup_lr": 0.01, "clip": 1.0, "ema": 0.9, "precision": "bf16", "start_size": 32,
@@ -247,6 +247,7 @@ def test_differences_are_what_makes_it_another_run():
     for name, value in changed.items():
         (said,) = mine.differences(dataclasses.replace(mine, **{name: value}))
         assert said.startswith(f"{name}: ")
+    assert mine.differences(dataclasses.replace(mine, epochs=7)) == []  # a resumed run may get more
     both = mine.differences(dataclasses.replace(mine, mean=(0.5,) * 3, std=(0.5,) * 3))
     assert [text.partition(":")[0] for text in both] == ["mean", "std"]
     assert config(lr=0.1).differences(config(lr=0.2)) == ["lr: 0.1 here, 0.2 there"]

@@ -1,7 +1,9 @@
 """Pictures of every kind become upright uint8 RGB as Pillow sees them; what is no picture is refused by name."""
 
+import errno
 import io
 import os
+import pickle
 import struct
 import warnings
 import zlib
@@ -20,7 +22,7 @@ from torch import Tensor
 from fastofa.data.check_images import checked_size, header_size
 from fastofa.data.decode import SUFFIXES, crop_resize_one, decode, read_image
 from fastofa.data.headers import DEFAULT, Limits
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, Reason
 
 HEIGHT, WIDTH = 67, 101
 ORIENTATION = 0x0112
@@ -444,3 +446,23 @@ def test_crop_and_resize_equal_torchvision(photo: Image.Image, box: list[int], s
     got = crop_resize_one(image, box, flip, size)
     assert got.dtype == torch.uint8
     assert torch.equal(got, expected.flip(-1) if flip else expected)
+
+
+def test_an_errors_cause_is_a_field_of_it(tmp_path):
+    """Alone, without the file's name and the remedy; of a file that the system refuses with its number."""
+    folder = tmp_path / "a (b); c"
+    folder.mkdir()
+    (folder / "web.jpg").write_bytes(b"<html>")
+    with pytest.raises(BadInput) as refused:
+        read_image(folder / "web.jpg")
+    assert (
+        refused.value.reason
+        == "it is a web page, expected a JPEG, PNG or WebP"
+        == checked_size(folder / "web.jpg", DEFAULT)
+    )
+    with pytest.raises(BadInput) as missing:
+        read_image(folder / "none.jpg")
+    assert isinstance(missing.value.reason, Reason)
+    assert (missing.value.reason, missing.value.reason.errno) == (os.strerror(errno.ENOENT), errno.ENOENT)
+    again = pickle.loads(pickle.dumps(missing.value))  # as a worker process hands it over
+    assert (str(again), again.reason, again.reason.errno) == (str(missing.value), missing.value.reason, errno.ENOENT)

@@ -9,6 +9,7 @@ import inspect
 import re
 import shutil
 import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -19,9 +20,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastofa.data.write_config import WriteConfig
-from fastofa.runs.config import TrainConfig, Weights
+from fastofa.runs.config import SECTIONS as train_sections
+from fastofa.runs.config import TrainConfig, Weights, read_config
+from fastofa.runs.quick_checks import RUN
 from fastofa.runs.recipes import default_recipe, recipe
-from fastofa.system.errors import at_least
+from fastofa.system.errors import BadInput, at_least
+from fastofa.teacher.precompute_config import SECTIONS as precompute_sections
 from fastofa.teacher.precompute_config import PrecomputeConfig
 
 
@@ -139,9 +143,117 @@ def parse(command: str, argv: list[str]) -> Any:
     _give_help(config)
     if {"-h", "--help"} & set(argv):
         print(_wrapped(_docstring(command), shutil.get_terminal_size().columns), end="\n\n")
-    if command == "train":
-        return tyro.cli(config, args=argv, description="", prog=prog, default=_recipe_defaults(argv))
-    return tyro.cli(config, args=argv, description="", prog=prog)
+    if config not in DEFAULTS:
+        return tyro.cli(config, args=argv, description="", prog=prog)
+    form = _form(config, DEFAULTS[config](argv))
+    flat = (tyro.conf.OmitArgPrefixes,)
+    sections = vars(tyro.cli(form, args=argv, description="", prog=prog, config=flat)).values()
+    values = {name: value for section in sections for name, value in vars(section).items()}
+    return config(**{name: value for name, value in values.items() if name != FILE})
+
+
+# --- Configurations from a file ---------------------------------------------------------------------------------------
+
+FILE = "config"
+
+
+def _train_defaults(argv: list[str]) -> dict[str, Any]:
+    """Of the run to resume, of the file, or of the recipe that the arguments name or that suits their data."""
+    run, file, out = _given(argv, "--resume"), _given(argv, f"--{FILE}"), _given(argv, "--out")
+    if not run and not file:
+        name = _given(argv, "--recipe")
+        made = recipe(default_recipe(_given(argv, "--data") or "") if name is None else name)
+        return vars(made(data=tyro.MISSING, student=tyro.MISSING, out=tyro.MISSING))
+    _refuse_recipe(argv)
+    if not run:
+        assert file is not None
+        return {**vars(read_config(TrainConfig, Path(file))), "resume": False, "plan": False}
+    if file is not None:
+        raise BadInput(f"config: expected none beside --resume {run}, which takes all from its own config.json")
+    if out is not None and Path(out) != Path(run):
+        raise BadInput(f"out: expected none beside --resume {run}, which goes on in its own folder, got {out}")
+    if not (Path(run) / RUN).exists():
+        raise BadInput(f"resume: expected a run made by `fastofa train`, found no {RUN} in {run}")
+    return {**vars(read_config(TrainConfig, Path(run) / RUN)), "out": Path(run), "plan": False}
+
+
+def _precompute_defaults(argv: list[str]) -> dict[str, Any]:
+    """Of the file, else the configuration's own. Another cache needs another --out."""
+    file = _given(argv, f"--{FILE}")
+    if not file:
+        return {}
+    _refuse_recipe(argv)
+    return {**vars(read_config(PrecomputeConfig, Path(file))), "out": tyro.MISSING}
+
+
+def _refuse_recipe(argv: list[str]) -> None:
+    """Raises BadInput: a recipe's name would change without its values."""
+    if _given(argv, "--recipe") is not None:
+        raise BadInput("recipe: expected none beside the configuration of a file; give the flags that are to change")
+
+
+def _given(argv: list[str], flag: str) -> str | None:
+    """The flag's last value as it stands in the arguments, empty if none follows; None without the flag."""
+    found = None
+    for argument, following in zip(argv, [*argv, ""][1:], strict=True):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            found = value if equals else "" if following.startswith("-") else following
+    return found
+
+
+DEFAULTS: dict[type, Callable[[list[str]], dict[str, Any]]] = {
+    TrainConfig: _train_defaults,
+    PrecomputeConfig: _precompute_defaults,
+}
+
+
+# --- What tyro sees ---------------------------------------------------------------------------------------------------
+
+SECTIONS = {TrainConfig: train_sections, PrecomputeConfig: precompute_sections}
+_FILE_HELP = (
+    'Take the defaults from {}, a file with its "config" object, or that object alone. {}, and each flag changes one '
+    'field. Relative paths begin at the file\'s "folder", or at the working directory if it names none.'
+)
+FILE_HELP = {
+    TrainConfig: _FILE_HELP.format("a run's config.json", "--data, --student and --out then become optional"),
+    PrecomputeConfig: _FILE_HELP.format(
+        "a cache's cache.json, which says nothing of --device, --workers and other flags that leave the predictions "
+        "alone",
+        "Only --out is then required",
+    ),
+}
+# --resume alone, or with the run's folder, which _train_defaults reads.
+_RESUME = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=(0, 1),
+    metavar="[RUN]",
+    instance_from_str=lambda _: True,
+    is_instance=lambda value: isinstance(value, bool),
+    str_from_instance=lambda _: [],
+)
+
+
+def _form(config: type, defaults: dict[str, Any]) -> Any:
+    """The flat configuration as tyro takes it: a nested dataclass for each section, since that makes a titled group."""
+    sections: dict[str, list[Any]] = {}
+    for field in dataclasses.fields(config):
+        hint, default = config.__annotations__[field.name], defaults.get(field.name, field.default)
+        if field.name in SECTIONS[config]:
+            fields = sections[SECTIONS[config][field.name]] = []
+        if field.name == "resume":
+            hint = Annotated[object, _RESUME, dataclasses.replace(hint.__metadata__[0], help_behavior_hint="")]
+        needed = default is tyro.MISSING or default is dataclasses.MISSING
+        fields.append((field.name, hint, dataclasses.field() if needed else dataclasses.field(default=default)))
+    file = tyro.conf.arg(help=FILE_HELP[config], metavar="FILE", help_behavior_hint="")
+    next(iter(sections.values())).append((FILE, Annotated[Path | None, file], dataclasses.field(default=None)))
+    return _dataclass(
+        (f"section_{number}", Annotated[_dataclass(fields), tyro.conf.arg(name=title, help="")])
+        for number, (title, fields) in enumerate(sections.items())
+    )
+
+
+def _dataclass(fields: Iterable[Any]) -> Any:
+    return dataclasses.make_dataclass("Section", fields, kw_only=True)
 
 
 def _docstring(command: str) -> str:
@@ -182,15 +294,3 @@ def _give_help(config: type) -> None:
                 hint = (lambda default: "" if default == "None" else f"(default: {default})") if told else None
                 flowing = tyro.conf.arg(help=" ".join(text.split()), help_behavior_hint=hint)
                 config.__annotations__[name] = Annotated[config.__annotations__[name], flowing]
-
-
-def _recipe_defaults(argv: list[str]) -> TrainConfig:
-    """Of the recipe that the arguments name, or that suits their data. Raises BadInput for an unknown recipe."""
-    given = {"--recipe": "", "--data": ""}
-    for argument, following in zip(argv, [*argv, ""][1:], strict=True):
-        flag, equals, value = argument.partition("=")
-        if flag in given:
-            given[flag] = value if equals else following
-    named = any(argument.partition("=")[0] == "--recipe" for argument in argv)
-    name = given["--recipe"] if named else default_recipe(given["--data"])
-    return recipe(name)(data=tyro.MISSING, student=tyro.MISSING, out=tyro.MISSING)

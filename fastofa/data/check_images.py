@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastofa.data.decode import read_file, read_image
 from fastofa.data.headers import FIRST, Limits, Short, check_pixels, read_header
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, Reason
 from fastofa.system.progress import track
 
 ORIENTATION = 0x0112  # EXIF tag; 1 to 4 keep height and width, 5 to 8 exchange them
@@ -32,7 +32,7 @@ def header_size(path: Path, limits: Limits) -> tuple[int, int] | str:
             header = read_header(data)
         check_pixels(header, limits)
     except (OSError, ValueError) as error:
-        return getattr(error, "strerror", None) or str(error)
+        return Reason.of(error)
     if header.may_turn and not _keeps_sides(data):
         return checked_size(path, limits)
     return header.height, header.width
@@ -52,7 +52,7 @@ def checked_size(path: Path, limits: Limits) -> tuple[int, int] | str:
     try:
         _, height, width = read_image(path, limits, strict=True).shape
     except BadInput as error:
-        return str(error).removeprefix(f"unreadable image {path} (").rpartition("); ")[0]
+        return error.reason
     return height, width
 
 

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from fastofa.data.decoder_messages import with_messages
 from fastofa.data.headers import DEFAULT, Limits, check_pixels, read_header
 from fastofa.data.integrity import damage
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, Reason
 from fastofa.system.progress import notice
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
@@ -47,7 +47,7 @@ def read_image(path: Path, limits: Limits = DEFAULT, strict: bool = False) -> Te
     try:
         data = read_file(path)
     except OSError as error:
-        raise _unreadable(str(path), error.strerror or str(error)) from None
+        raise _unreadable(str(path), Reason.of(error)) from None
     return decode(data, str(path), limits, strict)
 
 
@@ -97,7 +97,7 @@ def check_still(data: bytearray | np.ndarray) -> None:
 
 
 def _unreadable(name: str, reason: str) -> BadInput:
-    return BadInput(f"unreadable image {name} ({reason}); {REMEDY}")
+    return BadInput(f"unreadable image {name} ({reason}); {REMEDY}", reason)
 
 
 _named = mmap.mmap(-1, 1 << 20)  # a byte per hash of a name, shared with forked processes

@@ -18,7 +18,7 @@ from fastofa.data.folder_listing import Listing, list_images, remedy
 from fastofa.data.headers import DEFAULT, Limits
 from fastofa.data.names import Names
 from fastofa.system import torchrun
-from fastofa.system.errors import BadInput, counted
+from fastofa.system.errors import BadInput, Reason, counted
 from fastofa.system.progress import notice
 
 MAX_NAMED = 5  # unreadable files that an error names; notices before it name all of them
@@ -89,7 +89,7 @@ def _content(root: Path, listing: Listing) -> tuple[np.ndarray, dict[int, str]]:
         if isinstance(result, bytes):
             content[n] = np.frombuffer(result, dtype=np.uint8)
         else:
-            unreadable[int(sampled[n])] = result.strerror or str(result)
+            unreadable[int(sampled[n])] = Reason.of(result)
     _check_access(root, listing.names, unreadable)
     return content, unreadable
 
@@ -145,7 +145,7 @@ def _refuse(root: Path, names: Names, bad: dict[int, str]) -> None:
 def _check_access(root: Path, names: Names, unreadable: dict[int, str]) -> None:
     """Raises BadInput for files that may be whole but cannot be opened."""
     for number in ACCESS_ERRORS:
-        closed = {i: reason for i, reason in unreadable.items() if os.strerror(number) in reason}
+        closed = {i: reason for i, reason in unreadable.items() if getattr(reason, "errno", 0) == number}
         if closed:
             advice = remedy(OSError(number, os.strerror(number)))
             files = _name_files(root, names, closed)

@@ -19,7 +19,7 @@ from fastofa.data.decode import SUFFIXES, check_still, read_file
 from fastofa.data.headers import kind_of
 from fastofa.data.names import Names
 from fastofa.data.quick_checks import no_split
-from fastofa.system.errors import BadInput, counted
+from fastofa.system.errors import BadInput, Reason, counted
 from fastofa.system.threads import in_order
 
 MAX_NAMED = 5  # examples that an error names
@@ -280,7 +280,7 @@ def _why(entry: os.DirEntry[str], error: OSError) -> str:
     """Why an entry has no status."""
     if entry.is_symlink() and error.errno in _LINKS:
         return _LINKS[error.errno]
-    return error.strerror or str(error)
+    return Reason.of(error)
 
 
 def remedy(error: OSError) -> str:

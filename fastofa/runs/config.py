@@ -1,4 +1,7 @@
-"""Everything that decides a training run, in one frozen value. Recipes fill it, flags change it, the run keeps it."""
+"""Everything that decides a training run, in one frozen value. Recipes fill it, flags change it, the run keeps it.
+
+The fields are flat, as the flags and config.json are; the help shows them under the titles of SECTIONS.
+"""
 
 import dataclasses
 import json
@@ -6,14 +9,18 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from fastofa.data.headers import parse_limits
 from fastofa.methods.options import Options
 from fastofa.system.errors import BadInput
+from fastofa.system.read import read_json
 from fastofa.views.policy import ViewPolicy, changed_policy
 
 MAX_EPOCHS = 1_000_000
+BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}  # texts that may be paths; one that is none
+MAX_NAMED = 8  # how many fields an error names
+Config = TypeVar("Config")
 Method = Literal["ofa", "kd", "scratch"]
 Order = Literal["auto", "random", "pages"]
 Weights = Literal["last", "best", "raw", "ema", "best-raw", "best-ema"]
@@ -26,6 +33,17 @@ if TYPE_CHECKING:
 else:
     SizedInt, SizedFloat = int | None, float | None
 SIZED = ("epochs", "batch_size", "lr", "warmup_epochs")
+# Titles in the help, each by the first of its fields.
+SECTIONS = {
+    "data": "model and data",
+    "method": "method",
+    "image_size": "image",
+    "epochs": "schedule",
+    "optimizer": "optimizer",
+    "device": "hardware",
+    "pipeline": "loader",
+    "log_every": "logging",
+}
 
 
 @dataclass(frozen=True)
@@ -44,13 +62,17 @@ class TrainConfig:
     for cifar100:DIR, photos for all other data. The help shows the defaults of the recipe that is named beside it."""
     cache: Path | None = None
     """Teacher cache made by `fastofa precompute`; only --method scratch can do without."""
+    init: str | None = None
+    """Where the student's weights start: nothing for random, "pretrained" for timm's published ones, a .safetensors or
+    .pth file, or a folder that `fastofa export` or timm wrote."""
+    drop_path: float | None = None
+    """Stochastic depth of the student. None: the model's own, which for some is not 0."""
     resume: bool = False
-    """Go on from the run's newest checkpoint; from the beginning where there is none yet. A process that torchrun
-    restarted does so by itself."""
+    """Continue from the newest checkpoint of the run in --out, or from the start if it has none yet. --resume RUN needs
+    no other flag: everything comes from RUN/config.json, and what does not change the result (--device, --workers, ...)
+    may be given beside it. A process that torchrun restarted resumes by itself."""
     plan: bool = False
     """Only say what the run would cost (steps timed here, hours, disk); write nothing."""
-    skip_corrupt: bool = False
-    """Decode every file of both splits first, list the unreadable ones and leave them out for good."""
 
     method: Method = "ofa"
     """ofa: every stage's exit and the final logits learn from the teacher; kd: the final logits only; scratch: labels
@@ -75,14 +97,6 @@ class TrainConfig:
     smoothing: float = 0.0
     """Label smoothing."""
 
-    epochs: SizedInt = 100
-    """Passes over the training set; epoch e replays view e modulo the cache's views. None: by the number of training
-    images, 30 to 300 (with --init 30 to 100)."""
-    batch_size: SizedInt = 512
-    """Images a step, over all ranks. The learning rate belongs to it: change both together. None: by the number of
-    training images, 8 to 128."""
-    accumulate: int = 1
-    """Parts a rank's share of a step is computed in, one after the other, where memory is short."""
     image_size: int | None = None
     """Side of the student's input in pixels; by default the model's own."""
     start_size: int | None = None
@@ -95,17 +109,6 @@ class TrainConfig:
     """Side of the central square that is evaluated, as a share of the picture's shorter side."""
     eval_flip: bool = False
     """Evaluate the mean of the logits of each picture and of its mirror image."""
-    seed: int = 0
-    """Of the initial weights, the order of samples, and the views where there is no cache."""
-    order: Order = "auto"
-    """random: any sample may come next; pages: first those of 64 random pages of the .beton (8 MiB each), then those of
-    the next 64, so that a disk reads long stretches. auto: pages where the .beton is larger than the machine's memory;
-    a run keeps the order it began with."""
-    init: str | None = None
-    """Where the student's weights start: nothing for random, "pretrained" for timm's published ones, a .safetensors or
-    .pth file, or a folder that `fastofa export` or timm wrote."""
-    drop_path: float | None = None
-    """Stochastic depth of the student. None: the model's own, which for some is not 0."""
     mean: tuple[float, float, float] | None = None
     """Normalisation of the pixels; by default the student's own."""
     std: tuple[float, float, float] | None = None
@@ -117,15 +120,24 @@ class TrainConfig:
     flip: float | None = None
     """Probability of mirroring. By default the cache's; another value is refused."""
 
-    optimizer: Optimizer = "sgd"
-    """sgd and adamw are torch's fused ones, lamb is timm's; apex_* are NVIDIA apex's, where it is built (see `fastofa
-    doctor`). Biases, norms and position embeddings are exempt from weight decay."""
+    epochs: SizedInt = 100
+    """Passes over the training set; epoch e replays view e modulo the cache's views. None: by the number of training
+    images, 30 to 300 (with --init 30 to 100). A resumed run may get more epochs, never fewer: from there on cosine,
+    linear and the growth of the images follow the curve of the new length (a line says by how much the learning rate
+    jumps), step stays as it is."""
+    batch_size: SizedInt = 512
+    """Images a step, over all ranks. The learning rate belongs to it: change both together. None: by the number of
+    training images, 8 to 128."""
+    seed: int = 0
+    """Of the initial weights, the order of samples, and the views where there is no cache."""
+    order: Order = "auto"
+    """random: any sample may come next; pages: first those of 64 random pages of the .beton (8 MiB each), then those of
+    the next 64, so that a disk reads long stretches. auto: pages where the .beton is larger than the machine's memory;
+    a run keeps the order it began with."""
     lr: SizedFloat = 0.1
     """Learning rate after warm-up. None: 1e-3, with --init 1e-4, times the root of batch size / 128."""
     min_lr: float = 0.0
     """Learning rate at the end."""
-    weight_decay: float = 1e-4
-    """Weight decay."""
     schedule: Literal["cosine", "step", "linear"] = "cosine"
     """How the learning rate falls."""
     decay_epochs: float = 30
@@ -136,6 +148,12 @@ class TrainConfig:
     """Epochs in which the learning rate rises linearly. None: a twentieth of the epochs."""
     warmup_lr: float = 1e-6
     """Learning rate at the first step of the warm-up."""
+
+    optimizer: Optimizer = "sgd"
+    """sgd and adamw are torch's fused ones, lamb is timm's; apex_* are NVIDIA apex's, where it is built (see `fastofa
+    doctor`). Biases, norms and position embeddings are exempt from weight decay."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
     clip: float | None = None
     """Largest gradient norm; None: not clipped, but lamb clips at 1 by itself."""
     ema: float | None = None
@@ -155,20 +173,26 @@ class TrainConfig:
     and none elsewhere. off: none."""
     cuda_graphs: bool = False
     """Replay the compiled program as CUDA graphs: less to launch, which helps small students and small batches."""
+    accumulate: int = 1
+    """Parts a rank's share of a step is computed in, one after the other, where memory is short."""
     sync_bn: bool = False
     """Batch statistics over all ranks' images (GPUs only)."""
     grad_compression: Literal["none", "bf16"] = "none"
     """Gradients travel between ranks as they are, or as bf16: half the bytes."""
     timeout_s: int = 600
     """Seconds that ranks wait for one another before they give up (and torchrun, if told so, restarts them)."""
+
     pipeline: str = "auto"
     """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
+    workers: int | None = None
+    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
+    skip_corrupt: bool = False
+    """Decode every file of both splits first, list the unreadable ones and leave them out for good."""
     allow_warnings: bool = False
     """With --skip-corrupt: take images that decode with signs of damage, too. Without it they are named and taken."""
     max_pixels: float = 200
     """Millions of pixels of an image at most, by its header; larger ones are unreadable."""
-    workers: int | None = None
-    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
+
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 1
@@ -271,31 +295,15 @@ class TrainConfig:
         return changed_policy(default, scale=self.scale, ratio=self.ratio, flip=self.flip)
 
     def to_json(self) -> dict[str, Any]:
-        return {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(self).items()}
+        return to_json(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
         """Raises BadInput if the file was written by another version or edited."""
-        if not isinstance(values, dict):
-            raise BadInput(f"expected an object as config, got {_text(values)}")
-        hints = get_type_hints(cls)
-        if odd := sorted(set(values) ^ set(hints)):
-            raise BadInput(
-                f"expected the fields of this version of fastofa, these differ: {', '.join(odd)}; export "
-                "the run with the version that made it, or train anew"
-            )
-        for name, hint in hints.items():
-            if not _fits(values[name], hint):
-                raise BadInput(
-                    f"expected {_words(hint)} as {name}, got {_text(values[name])}; it was edited or "
-                    "damaged, put its own value back"
-                )
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        cache = values["cache"]
-        return cls(**{**values, "out": Path(values["out"]), "cache": None if cache is None else Path(cache)})
+        return from_json(cls, values, "export the run with the version that made it, or train anew")
 
     def differences(self, other: "TrainConfig") -> list[str]:
-        """What would make a resumed run another run, one `name: mine, other's` each."""
+        """What would make a resumed run another run than `other`, one `name: mine, other's` each; epochs may grow."""
         free = {
             "out",
             "resume",
@@ -312,7 +320,69 @@ class TrainConfig:
         free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data", "cache"}
         free |= {"allow_warnings", "max_pixels"}  # which images they take is the data's fingerprint
         mine, theirs = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
+        if self.epochs is not None and other.epochs is not None and self.epochs > other.epochs:
+            free.add("epochs")
         return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if k not in free and mine[k] != theirs[k]]
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration's fields for a JSON file; paths become text."""
+    return {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(config).items()}
+
+
+def from_json(cls: type[Config], values: Any, remedy: str) -> Config:
+    """The configuration that `to_json` wrote. Raises BadInput for other fields (with `remedy`) and other types."""
+    if not isinstance(values, dict):
+        raise BadInput(f"expected an object as config, got {_text(values)}")
+    hints = get_type_hints(cls)
+    if odd := sorted(set(values) ^ set(hints)):
+        named = [_text(name).strip('"') for name in odd[:MAX_NAMED]] + ["..."] * (len(odd) > MAX_NAMED)
+        raise BadInput(f"expected the fields of this version of fastofa, these differ: {', '.join(named)}; {remedy}")
+    for name, hint in hints.items():
+        if not _fits(values[name], hint):
+            raise BadInput(
+                f"expected {_words(hint)} as {name}, got {_text(values[name])}; it was edited or damaged, put its own "
+                "value back"
+            )
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    paths = {k: Path(v) for k, v in given.items() if v is not None and _is_path(hints[k])}
+    return cls(**{**given, **paths})
+
+
+def read_config(cls: type[Config], file: Path) -> Config:
+    """The configuration in a file: its "config" object, or else all of it.
+
+    Relative paths begin at the file's "folder", or at the working directory if it has none.
+
+    Raises:
+        BadInput: the file cannot be read, or holds something else.
+    """
+    values, folder = read_json(file), ""
+    if isinstance(values, dict) and "config" in values:
+        values, folder = values["config"], values.get("folder", "")
+    try:
+        if not isinstance(folder, str):
+            raise BadInput(f"expected text as folder, got {_text(folder)}")
+        config = from_json(cls, values, "give a file that this version wrote")
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from None
+    if Path(folder) in (Path(), Path.cwd()):
+        return config
+    hints, fields = get_type_hints(cls), vars(config)
+    paths = {k: Path(folder, v) for k, v in fields.items() if v is not None and _is_path(hints[k])}
+    places = {k: from_folder(folder, fields[k], own) for k, own in BUILT_IN.items() if fields.get(k)}
+    return cls(**{**fields, **paths, **places})
+
+
+def from_folder(folder: str, name: str, built_in: str) -> str:
+    """A data set, model or weights file, where a relative path begins at `folder`; the name of anything else."""
+    kind = next((kind for kind in ("cifar100:", "local-dir:") if name.startswith(kind)), "")
+    place = Path(folder, name.removeprefix(kind))
+    return f"{kind}{place}" if name.partition(":")[0] != built_in and place.exists() else name
+
+
+def _is_path(hint: Any) -> bool:
+    return hint is Path or Path in get_args(hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -351,7 +421,10 @@ def _words(hint: Any) -> str:
 
 def _text(value: Any) -> str:
     """A value of a file in a message: its beginning."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "lists within lists"
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 

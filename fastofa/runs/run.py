@@ -8,7 +8,7 @@ from fastofa import __version__
 from fastofa.models.timm_models import find_folder
 from fastofa.models.weights import SavedWeights
 from fastofa.runs.checkpoint import checkpoints, load_student
-from fastofa.runs.config import TrainConfig, Weights
+from fastofa.runs.config import BUILT_IN, TrainConfig, Weights, from_folder
 from fastofa.runs.log import read_metrics
 from fastofa.student.model import Student
 from fastofa.system.environment import environment
@@ -16,7 +16,7 @@ from fastofa.system.errors import BadInput
 from fastofa.system.files import read_json, write_json
 
 CONFIG, LAUNCHES = "config.json", "environment.json"
-MOST_FEATURES = 1 << 20  # of a teacher's last layer
+MAX_FEATURES = 1 << 20  # of a teacher's last layer
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,7 @@ class Run:
     @property
     def data(self) -> str:
         """The data set, found from any folder."""
-        kind = "cifar100:" if self.config.data.startswith("cifar100:") else ""
-        place = Path(self.folder, self.config.data.removeprefix(kind))
-        return f"{kind}{place}" if place.exists() else self.config.data
+        return from_folder(self.folder, self.config.data, BUILT_IN["data"])
 
 
 def is_run(path: Path) -> bool:
@@ -116,7 +114,7 @@ def open_run(path: Path) -> Run:
         kinds = {"config": dict, "teacher_dim": int, **dict.fromkeys(texts, str), **dict.fromkeys(lists, list)}
         odd = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
         odd += [name for name in lists if not all(isinstance(text, str) for text in values[name])]
-        if odd or not 0 <= values["teacher_dim"] <= MOST_FEATURES:
+        if odd or not 0 <= values["teacher_dim"] <= MAX_FEATURES:
             raise TypeError(f"{', '.join(odd) or 'teacher_dim'} of its kind")
         config = TrainConfig.from_json(values["config"])
     except BadInput as error:

@@ -9,6 +9,23 @@ class BadInput(Exception):
     It is not a ValueError, because tyro catches those from a configuration and prints them in a box.
     """
 
+    def __init__(self, line: str = "", reason: str = "") -> None:
+        super().__init__(line)
+        self.reason = reason
+        """The cause alone, where a caller words its own line; a `Reason` if the system gave it."""
+
+
+class Reason(str):
+    """Why a file is unreadable, with the system's error number; 0 if the system did not refuse it."""
+
+    errno = 0
+
+    @classmethod
+    def of(cls, error: Exception) -> "Reason":
+        reason = cls(getattr(error, "strerror", None) or error)
+        reason.errno = getattr(error, "errno", None) or 0
+        return reason
+
 
 class Failed(Exception):
     """The machine or another process failed. The message is one line with a remedy. Commands exit with code 1."""

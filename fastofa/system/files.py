@@ -10,7 +10,6 @@ import re
 import secrets
 import shutil
 import socket
-import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,9 @@ from torch import Tensor
 
 from fastofa.system.errors import BadInput
 from fastofa.system.locks import is_alive, writing
+from fastofa.system.read import read_file as read_file
+from fastofa.system.read import read_json as read_json
+from fastofa.system.read import regular_file
 
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE since Python 3.13
 STALE_S = 3600  # age in seconds from which on a temporary file of an unknown process is a leftover
@@ -49,35 +51,6 @@ def reason(error: OSError) -> str:
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def regular_file(path: Path) -> Path:
-    """The path itself, if it is a regular file. Reading a pipe, for example, could block forever.
-
-    Raises:
-        BadInput: it is missing, a folder, pipe, socket or device, a broken or circular link, or not accessible.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError as error:
-        raise BadInput(f"could not read {path}: it does not exist ({error.strerror})") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise BadInput(f"could not read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if stat.S_ISREG(mode):
-        return path
-    kinds = {
-        stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-    }  # fmt: skip
-    raise BadInput(f"{path}: expected a file, got {kinds.get(stat.S_IFMT(mode), 'something else')}")
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises BadInput if it is missing, not a regular file, or not readable."""
-    try:
-        return regular_file(path).read_bytes()
-    except OSError as error:
-        raise BadInput(f"could not read {path}: {error.strerror or error}") from None
-
-
 def map_file(path: Path) -> mmap.mmap:
     """Map a file into memory. Its bytes are read on access.
 
@@ -87,18 +60,6 @@ def map_file(path: Path) -> mmap.mmap:
     with open(regular_file(path), "rb") as file:
         flags, prot = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises BadInput if the file is missing or not JSON."""
-    data = read_file(path)
-    try:
-        return json.loads(data)
-    except RecursionError:
-        why = "it is nested too deeply"
-    except ValueError as error:
-        why = str(error)
-    raise BadInput(f"{path}: expected JSON, got an edited or damaged file ({why}); make it again")
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------

@@ -97,6 +97,8 @@ def _precompute(config: PrecomputeConfig, device: torch.device) -> TeacherCache:
         "teachers": [teacher.describe()],
         "pipeline": choose(train, device)[0] if config.pipeline == "auto" else config.pipeline,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
+        "config": config.to_json(),  # for `precompute --config`
+        "folder": str(Path.cwd()),  # where its relative paths begin
     }
     train_pipeline, val_pipeline = (
         open_pipeline(config.pipeline, d, teacher.image_size, config.batch_size, device, choose_workers(config.workers))
@@ -149,7 +151,7 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
         write_header(out, header)
         return header
     if header["views"] > existing["views"]:
-        existing = {**existing, "views": header["views"]}
+        existing = {**existing, **{name: header[name] for name in ("views", "config", "folder")}}
         write_header(out, existing)
     elif header["views"] < existing["views"]:
         notice(f"{out}: was started with --views {existing['views']}; --views {header['views']} removes none of them")

@@ -1,15 +1,22 @@
 """The arguments of `fastofa precompute`."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastofa.data.headers import Limits, parse_limits
-from fastofa.runs.config import MAX_EPOCHS
+from fastofa.runs.config import MAX_EPOCHS, to_json
 from fastofa.runs.recipes import default_policy, recipe
 from fastofa.system.errors import BadInput, at_least
 from fastofa.views.policy import ViewPolicy, changed_policy
+
+# Titles in the help, each by the first of its fields.
+SECTIONS = {"data": "cache and teacher", "scale": "view", "skip_corrupt": "image", "batch_size": "hardware"}
+# What a cache does not remember: how its predictions were computed, and which images were left out (the data set's
+# index does). --out is always given.
+FREE = {"skip_corrupt", "allow_warnings", "batch_size", "device", "pipeline", "workers"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,11 @@ class PrecomputeConfig:
         self.limits()
         if self.recipe:
             recipe(self.recipe)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the predictions depend on; the rest at its defaults, so that equal caches are equal files."""
+        own = {field.name: field.default for field in dataclasses.fields(self) if field.name in FREE}
+        return {**to_json(self), **own, "out": ""}
 
     def limits(self) -> Limits:
         """The limits within which images are accepted."""

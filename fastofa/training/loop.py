@@ -47,7 +47,7 @@ from fastofa.training.distributed import (
 )
 from fastofa.training.epochs import Epochs
 from fastofa.training.preflight import check_early, check_place, choose_order, views_begun_with
-from fastofa.training.schedule import cautions, image_size, learning_rate, summary
+from fastofa.training.schedule import cautions, image_size, learning_rate, lengthened, summary
 from fastofa.training.step import SUMS, Step
 from fastofa.training.validate import accuracy, best_classes_each
 
@@ -196,8 +196,11 @@ class Job:
 
     def begin(self) -> None:
         """The first that is written, once nothing can be wrong any more."""
-        if self.config.wandb is not None:
-            self.wandb_run = open_wandb(self.run.path, self.config.wandb)
+        c, place = self.config, self.run.path
+        if c.resume and (place / CONFIG).exists() and (before := open_run(place).config).epochs < c.epochs:
+            notice(lengthened(before, c, self.step.steps, self.epochs.steps, self.step.student.image_size))
+        if c.wandb is not None:
+            self.wandb_run = open_wandb(place, c.wandb)
         self.run.save()
 
     def run_epochs(self) -> None:

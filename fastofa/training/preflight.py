@@ -74,9 +74,16 @@ def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order
 
 
 def views_begun_with(config: TrainConfig, world: World) -> int:
-    """How many views of the cache a run that goes on replays, as rank 0 finds it; 0 for one that begins."""
-    goes_on = world.is_main and config.resume and (config.out / CONFIG).exists()
-    return world.broadcast(len(open_run(config.out).answers) if goes_on else 0)
+    """How many views of the cache a resumed run replays, as rank 0 finds it; 0 where that is still to be chosen.
+
+    Chosen anew for a run that gets more epochs and has shown each of its views once: it takes those that follow.
+    """
+    views = 0
+    if world.is_main and config.resume and (config.out / CONFIG).exists():
+        begun = open_run(config.out)
+        once = config.epochs > begun.config.epochs and len(begun.answers) >= begun.config.epochs
+        views = 0 if once else len(begun.answers)
+    return world.broadcast(views)
 
 
 def check_place(run: Run) -> None:
@@ -94,7 +101,7 @@ def check_place(run: Run) -> None:
         different.append(f"data: {run.config.data} has other validation images than {found.config.data} had then")
     if (run.config.cache is None) != (found.config.cache is None):
         different.append(f"cache: {run.config.cache} here, {found.config.cache} there")
-    elif run.answers != found.answers:
+    elif run.answers[: len(found.answers)] != found.answers:
         pairs = enumerate(zip(run.answers, found.answers, strict=False))
         views = [str(view) for view, (mine, theirs) in pairs if mine != theirs]
         different.append(
@@ -105,6 +112,7 @@ def check_place(run: Run) -> None:
         different.append(f"data: the pages of {run.config.data} hold other samples than those the run began with")
     if different:
         new = "" if checkpoint.checkpoints(run.path) else "; it has no checkpoint yet, to begin anew remove it"
+        fewer = "; only more epochs are allowed" if run.config.epochs < found.config.epochs else ""
         raise BadInput(
-            f"{run.path}: --resume expects the run's own arguments, these differ: {'; '.join(different)}{new}"
+            f"{run.path}: --resume expects the run's own arguments, these differ: {'; '.join(different)}{fewer}{new}"
         )

@@ -47,6 +47,23 @@ def cautions(config: TrainConfig, steps_per_epoch: int) -> list[str]:
     return found
 
 
+def lengthened(before: TrainConfig, config: TrainConfig, step: int, steps_per_epoch: int, full: int) -> str:
+    """What more epochs change in a run that resumes at `step`, in one line; see `image_size` for `full`."""
+    old, new = (learning_rate(c, step, steps_per_epoch) for c in (before, config))
+    what = f"epochs {before.epochs:,} -> {config.epochs:,}: "
+    if config.schedule == "step":
+        what += f"the learning rate stays as it was, {new:.3g} at step {step:,}"
+    else:
+        what += (
+            f"from step {step:,} on the learning rate follows the {config.schedule} curve of the new length; at this "
+            f"step {new:.3g}, before {old:.3g}"
+        )
+    if config.start_size is not None:
+        small, large = (image_size(c, step // steps_per_epoch, full) for c in (config, before))
+        what += f"; the images grow over the new length, at this step {small} px, before {large} px"
+    return what
+
+
 def image_size(config: TrainConfig, epoch: int, full: int) -> int:
     """Side of an epoch's pictures: from start_size to `full` in steps of 32 pixels, linearly over config.growth."""
     if config.start_size is None:
