@@ -87,6 +87,14 @@ def test_resume_needs_the_runs_folder_only(there):
         assert parse("train", argv) == expected
 
 
+@pytest.mark.parametrize("argv", ["--resume RUN other", "--resume other RUN", "other --resume RUN"])
+def test_one_run_is_resumed(there, argv):
+    argv = argv.replace("RUN", str(there / "run")).replace("other", str(there / "run"), 1)
+    code, _, error = fastofa(f"train {argv}")
+    assert code == 2
+    assert str(there / "run") in "".join(line.strip("|│ ") for line in error.splitlines())
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -223,11 +223,19 @@ FILE_HELP = {
         "Only --out is then required",
     ),
 }
-# --resume alone, or with the run's folder, which _train_defaults reads.
+
+
+def _resumes(given: list[str]) -> bool:
+    """--resume alone, or with the run's folder, which _train_defaults reads."""
+    if len(given) > 1:
+        raise ValueError(f"expected one run, got {' '.join(given)}")
+    return True
+
+
 _RESUME = tyro.constructors.PrimitiveConstructorSpec(
     nargs=(0, 1),
     metavar="[RUN]",
-    instance_from_str=lambda _: True,
+    instance_from_str=_resumes,
     is_instance=lambda value: isinstance(value, bool),
     str_from_instance=lambda _: [],
 )
