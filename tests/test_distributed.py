@@ -26,7 +26,7 @@ from fastofa import cli
 from fastofa.data.open import open_dataset
 from fastofa.data.write import write
 from fastofa.data.write_config import WriteConfig
-from fastofa.pipelines import Batch, open_pipeline
+from fastofa.pipelines import open_pipeline
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.log import read_metrics
@@ -38,7 +38,7 @@ from fastofa.training.distributed import Vote, World, check_shared, contact, joi
 from fastofa.training.loop import train
 from fastofa.training.step import Step
 from fastofa.views.order import epoch_order
-from runs import CONTEXT, command_line, float64, log_of, make_cache, newest, same_run
+from runs import CONTEXT, children, command_line, float64, log_of, make_cache, newest, same_run
 
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 PATIENCE_S = 900  # which only a rank that hangs uses up
@@ -110,10 +110,10 @@ def _train_until(rank: int, config: TrainConfig, signum: int) -> None:
     """Rank 1 gets a signal as it begins its eighth step."""
     call = Step.__call__
 
-    def signalled(self: Step, parts: Sequence[Batch], lr: float) -> None:
+    def signalled(self: Step, *arguments: Any) -> None:
         if rank == 1 and self.steps == 7:
             os.kill(os.getpid(), signum)
-        call(self, parts, lr)
+        call(self, *arguments)
 
     Step.__call__ = signalled  # type: ignore[method-assign]
     _train(rank, config)
@@ -257,9 +257,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, alone, pair, tm
     step = load_tensors(newest(c.out))[1]["step"]
     assert 7 <= step <= 9
     said, nothing = ranks.said()
-    assert said.splitlines()[-1] == (
-        f"fastofa: saved step {step} of 20 in {c.out}; run the same command with --resume to go on"
-    )
+    assert re.fullmatch(rf"fastofa: .*\b{step} of 20\b.*{c.out}\b.*--resume\b.*", said.splitlines()[-1])
     assert nothing == ""
     for count, same in ((1, assert_near), (4, assert_near), (2, same_run)):
         resumed = config(f"stopped-{count}", resume=True)
@@ -308,7 +306,7 @@ def test_when_a_rank_is_killed_the_other_says_so_and_leaves(config, pair, tmp_pa
         assert ranks.wait() == [1, -signal.SIGKILL], ranks.said()
     said = ranks.said()[0]
     assert "Traceback" not in said
-    assert re.match(r"fastofa: rank 0: lost the other ranks \(.+\); start the same command", said.splitlines()[-1])
+    assert re.match(r"fastofa: rank 0: lost .*--resume", said.splitlines()[-1])
     train_on(2, config("killed", resume=True))
     same_run(c.out, pair)
 
@@ -333,8 +331,8 @@ def test_killed_at_random_it_goes_on_on_another_number_of_ranks(config, alone, t
 def test_what_does_not_fit_ends_all_ranks_alike(config, tmp_path):
     """Exit code 2 and one line from each; nothing is written."""
     for given, message in (
-        ({"batch_size": 20}, r"batch-size: expected a multiple of 3 \(3 ranks\), got 20"),
-        ({"batch_size": 30, "accumulate": 4}, r"batch-size: expected a multiple of 12 \(3 ranks x 4 parts\), got 30"),
+        ({"batch_size": 20}, r"batch-size: .*\b3\b.*\b20\b.*"),
+        ({"batch_size": 30, "accumulate": 4}, r"batch-size: .*\b12\b.*\b30\b.*"),
     ):
         c = config("refused", **given)
         with Ranks(3, tmp_path, _train, c) as ranks:
@@ -380,15 +378,13 @@ def test_every_node_has_the_same_data(config, tmp_path, differs):
     given: dict[str, Any] = {"method": "scratch", "cache": None}
     if differs == "data":
         places = ["digits:100", "digits:50"]
-        message = (
-            r"digits:\d+: expected the same on all nodes, 1 of 2 ranks have another than rank 0; copy it to all nodes"
-        )
+        message = r"digits:\d+: .*\b1 of 2 ranks\b.*"
     else:
         places = [str(tmp_path / f"{name}.beton") for name in ("pixels", "jpegs")]
         write(WriteConfig("digits:100", Path(places[0]), raw=True))
         write(WriteConfig("digits:100", Path(places[1])))
         given["order"] = "pages"
-        message = r"the pages of .*\.beton: expected the same on all nodes, 1 of 2 ranks have another than rank 0; .*"
+        message = r".*\.beton: .*\b1 of 2 ranks\b.*"
     configs = [config("other", data=place, pipeline="auto", **given) for place in places]
     with Ranks(2, tmp_path, _train_here, configs) as ranks:
         assert ranks.wait() == [2, 2], ranks.said()
@@ -543,7 +539,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
 def test_only_broken_connections_are_lost_contact(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     for error in (RuntimeError("[gloo/transport] Connection closed by peer"), torch.distributed.DistBackendError("x")):
-        with pytest.raises(LostContact, match=r"^rank 3: lost the other ranks \(.*\); .*--resume"), contact():
+        with pytest.raises(LostContact, match=r"^rank 3: lost .*--resume"), contact():
             raise error
     for error in (RuntimeError("size mismatch"), BadInput("gloo"), ValueError("NCCL")):
         with pytest.raises(type(error)), contact():
@@ -552,7 +548,7 @@ def test_only_broken_connections_are_lost_contact(monkeypatch):
 
 def test_a_folder_that_is_not_shared_is_told():
     check_shared(World(1, 2), True, "run/config.json")
-    with pytest.raises(BadInput, match=r"rank 1: expected run/config.json, which rank 0 just wrote; --out must be on"):
+    with pytest.raises(BadInput, match=r"rank 1: .*run/config.json.*--out"):
         check_shared(World(1, 2), False, "run/config.json")
 
 
@@ -585,8 +581,7 @@ class Torchrun:
         self.process.wait()
 
     def ranks(self) -> list[int]:
-        files = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return sorted({int(child) for file in files for child in file.read_text().split()})
+        return sorted(children(self.process.pid))
 
     def reach(self, run: Path, step: int) -> None:
         wait_for_step(run, step, lambda: self.process.poll() is None)
@@ -605,7 +600,7 @@ def test_under_torchrun_a_run_is_stopped_goes_on_loses_a_rank_and_finishes(confi
     said = started.log.read_text()
     step = load_tensors(newest(c.out))[1]["step"]
     assert 3 <= step < 100
-    assert said.count(f"fastofa: saved step {step} of 100 in {c.out}; run the same command with --resume") == 1, said
+    assert len(re.findall(rf"fastofa: .*\b{step} of 100\b.*{c.out}\b.*--resume\b", said)) == 1, said
 
     with Torchrun(config("torchrun", resume=True, **given), restarts=1) as started:
         started.reach(c.out, min(step + 20, 80))
@@ -642,5 +637,5 @@ def test_a_rank_whose_other_left_for_its_input_leaves_for_it_too(monkeypatch):
     with pytest.raises(BadInput, match="no such data"), contact():
         raise BadInput("no such data")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(BadInput, match="rank 0: stops, as rank 1 refused its input"), contact():
+    with pytest.raises(BadInput, match=r"rank 0: .*rank 1\b"), contact():
         raise RuntimeError("gloo: Connection closed by peer")
