@@ -14,9 +14,11 @@ os.environ.setdefault("TERM", "dumb")
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from timm.models import save_for_hf
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU; read where triton is imported
@@ -86,6 +88,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     root / split / name / f"{i:03d}.jpg", quality=92
                 )
     return root
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained teacher of ten classes whose answers are far from uniform, in timm's format."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    model = timm.create_model("test_efficientnet", num_classes=10)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    save_for_hf(model, str(folder), safe_serialization=True)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

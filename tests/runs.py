@@ -72,10 +72,17 @@ def command_line(command: str, config: Any) -> list[str]:
     return argv
 
 
-def children() -> set[int]:
-    """The processes that this one has started."""
-    files = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+def children(pid: int | None = None) -> set[int]:
+    """The processes that a process, by default this one, has started."""
+    files = Path(f"/proc/{pid or os.getpid()}/task").glob("*/children")
     return {int(child) for file in files for child in file.read_text().split()}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def newest(run: Path) -> Path:

@@ -26,7 +26,7 @@ from fastofa import cli
 from fastofa.data.open import open_dataset
 from fastofa.data.write import write
 from fastofa.data.write_config import WriteConfig
-from fastofa.pipelines import Batch, open_pipeline
+from fastofa.pipelines import open_pipeline
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.log import read_metrics
@@ -39,7 +39,7 @@ from fastofa.training.distributed import Vote, World, check_shared, connection_e
 from fastofa.training.loop import train
 from fastofa.training.step import Step
 from fastofa.views.order import epoch_order
-from runs import CONTEXT, command_line, float64, log_of, make_cache, newest, same_run
+from runs import CONTEXT, children, command_line, float64, log_of, make_cache, newest, same_run
 
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 PATIENCE_S = 900  # which only a rank that hangs uses up
@@ -592,8 +592,7 @@ class Torchrun:
         self.process.wait()
 
     def ranks(self) -> list[int]:
-        files = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return sorted({int(child) for file in files for child in file.read_text().split()})
+        return sorted(children(self.process.pid))
 
     def reach(self, run: Path, step: int) -> None:
         wait_for_step(run, step, lambda: self.process.poll() is None)

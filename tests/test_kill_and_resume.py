@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -20,16 +20,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from timm.layers import DropPath
-from timm.models import save_for_hf
 
 import fastofa.teacher.precompute
 import fastofa.training.loop
 from fastofa.data.open import open_dataset
-from fastofa.pipelines import Batch, workers
+from fastofa.pipelines import workers
 from fastofa.runs import recipes
 from fastofa.runs.checkpoint import checkpoints
 from fastofa.runs.config import TrainConfig
@@ -43,7 +41,7 @@ from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train
 from fastofa.training.step import Step
-from runs import CONTEXT, children, newest, same_run
+from runs import CONTEXT, alive, children, newest, same_run
 
 pytestmark = pytest.mark.slow
 
@@ -134,17 +132,6 @@ def _die_at(moment: int) -> None:
         fsync(file)
 
     os.fsync, os.replace, Path.unlink = half_written, around(replace), around(unlink)  # type: ignore[assignment]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An untrained teacher of ten classes whose answers are far from uniform, in timm's format."""
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("models") / "teacher"
-    model = timm.create_model("test_efficientnet", num_classes=10)
-    torch.nn.init.normal_(model.get_classifier().weight)
-    save_for_hf(model, str(folder), safe_serialization=True)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -313,26 +300,25 @@ def test_train_with_decoding_processes_survives_kills(folder, teacher, tmp_path)
     cache, _ = undisturbed(precompute, precompute_config(folder, teacher, tmp_path / "cache"))
     reference, _ = undisturbed(train, train_config(folder, cache, tmp_path / "reference"))
     config = train_config(folder, cache, tmp_path / "run", pipeline="torchvision", workers=2)
-    orphans: set[int] = set()
     for step in (1, 4, 7, 10):
         job = Job(functools.partial(_train_until, step), config)
         assert job.wait() == -signal.SIGKILL, job.log.read_text()
-        orphans |= {int(pid) for pid in orphans_of(config).read_text().split()}
+        orphans = {int(pid) for pid in orphans_of(config).read_text().split()}
+        assert len(orphans) == 2
+        wait_until(lambda orphans=orphans: not any(map(alive, orphans)))  # they hold the lock that they inherited
     Job(train, config).finish()
     same_run(config.out, reference)
-    assert len(orphans) == 8
-    wait_until(lambda: not any(map(alive, orphans)))
 
 
 def _train_until(step: int, config: TrainConfig) -> None:
     """Note the decoding processes, and die, as the step after this one begins."""
     call = Step.__call__
 
-    def dying(self: Step, parts: Sequence[Batch], lr: float) -> None:
+    def dying(self: Step, *arguments: Any) -> None:
         if self.steps == step:
             orphans_of(config).write_text(" ".join(map(str, children())))
             os.kill(os.getpid(), signal.SIGKILL)
-        call(self, parts, lr)
+        call(self, *arguments)
 
     Step.__call__ = dying  # type: ignore[method-assign]
     train(config)
@@ -357,10 +343,3 @@ def wait_until(reached: Callable[[], bool], seconds: float = 900) -> None:
     while not reached():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
