@@ -18,9 +18,6 @@ from fastofa.views.rand_augment import OPS
 from fastofa.views.table import Views, pixel_boxes
 
 IN_CACHE = 100_000  # pixels
-# glibc gives large blocks back to the system when they are freed, and then the system has to clear new ones for every
-# operation, which takes longer than the operation. One block freed that is larger makes it keep them (mallopt(3)).
-torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def with_partners(views: Views, rows: np.ndarray) -> np.ndarray:

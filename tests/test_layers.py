@@ -33,6 +33,7 @@ LATE = {
     ("digits.py", "sklearn.datasets"),
     ("export_onnx.py", "onnxruntime"),
     ("log.py", "torch.utils.tensorboard"),
+    ("tuning.py", "torch._dynamo.config"),
 }
 
 # Path.rglob does not follow the links fastofa/kernels and fastofa/pipelines before Python 3.13: each folder by name.

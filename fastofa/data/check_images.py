@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,6 @@ from fastofa.system.errors import BadInput
 from fastofa.system.progress import track
 
 ORIENTATION = 0x0112  # EXIF tag; 1 to 4 leave the sides as they are, 5 to 8 turn the image by a quarter
-warnings.filterwarnings("ignore", module="PIL")  # of EXIF data and of pixels: without a name, and checked here
 
 
 def header_size(path: Path, limits: Limits) -> tuple[int, int] | str:

@@ -57,7 +57,7 @@ class Evaluation:
 
 
 def evaluate(
-    run_folder: Path,
+    run_folder: str | Path,
     data: str | None = None,
     weights: Weights = "last",
     batch_size: int = 256,
@@ -75,6 +75,7 @@ def evaluate(
     Raises:
         BadInput: no run, no checkpoint, no data, a data set with other classes.
     """
+    run_folder = Path(run_folder)
     run = open_run(run_folder)
     dataset = open_dataset(data, "val") if data is not None else _own_data(run)
     if dataset.classes != run.classes:

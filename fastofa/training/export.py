@@ -36,7 +36,7 @@ SAMPLE = 100  # validation images that are looked at
 AT_ONCE = 50
 
 
-def export(run_folder: Path, out: Path, weights: Weights = "last", onnx: bool = False) -> str:
+def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", onnx: bool = False) -> str:
     """Write the model, load it back with timm, compare its answers with the run's; returns the line that loads it.
 
     Args:
@@ -46,6 +46,7 @@ def export(run_folder: Path, out: Path, weights: Weights = "last", onnx: bool = 
         BadInput: no run, no checkpoint, a folder that exists already, a full disk; a package that `onnx` needs is
             missing.
     """
+    run_folder, out = Path(run_folder), Path(out)
     check_new(out)
     if onnx:
         check_onnx()

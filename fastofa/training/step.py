@@ -23,6 +23,7 @@ from fastofa.student.kernels import check_kernels, use_kernels
 from fastofa.student.model import Student
 from fastofa.system.device import choose_bf16, choose_compile
 from fastofa.system.errors import BadInput
+from fastofa.system.tuning import allow_image_sizes
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.training.distributed import World
 from fastofa.training.optim import check_optimizer, create_optimizer, set_learning_rate
@@ -84,7 +85,7 @@ class Step:
         program = Program(student, config, device)
         self.bf16 = program.bf16
         if self.compiled:
-            torch._dynamo.config.recompile_limit = MOST_SIZES
+            allow_image_sizes(MOST_SIZES)
             program.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
         self.steps = 0
