@@ -84,7 +84,7 @@ class PredictConfig:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN|MODEL")]]
     """Folder that `fastofa train` or `fastofa export` wrote; also a folder of timm's, local-dir:FOLDER or
     hf-hub:OWNER/NAME."""
-    files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE|FOLDER ...")]]
+    files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")]]
     """Images, and folders of images, which are searched to any depth."""
     csv: Path | None = None
     """File for the predictions of all images. By default the first thousand are printed."""
