@@ -46,8 +46,9 @@ setup(
         "ffcv": ["ffcv"],
         "dali": ["nvidia-dali-cuda120"],
         "dali-cuda13": ["nvidia-dali-cuda130"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
         # NVIDIA's apex is not on PyPI (the `apex` there is something else): see `fastofa doctor`.
-        "test": ["pytest", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "scipy", "ruff", "mypy", "fastofa[onnx]"],
     },
     entry_points={"console_scripts": ["fastofa = fastofa.cli:main"]},
 )

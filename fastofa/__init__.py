@@ -12,6 +12,7 @@ from fastofa.system.lazy import lazy
 if TYPE_CHECKING:
     from fastofa.data.open import open_dataset as open_dataset
     from fastofa.runs.config import TrainConfig as TrainConfig
+    from fastofa.runs.recipes import recipe as recipe
     from fastofa.student.model import Student as Student
     from fastofa.system.errors import BadInput as BadInput
     from fastofa.teacher.cache import TeacherCache as TeacherCache
@@ -26,21 +27,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "BadInput": "fastofa.system.errors",
-        "PrecomputeConfig": "fastofa.teacher.precompute_config",
-        "Prediction": "fastofa.training.predict_files",
-        "Student": "fastofa.student.model",
-        "TeacherCache": "fastofa.teacher.cache",
-        "TrainConfig": "fastofa.runs.config",
-        "evaluate": "fastofa.training.evaluate",
-        "export": "fastofa.training.export",
-        "open_dataset": "fastofa.data.open",
-        "open_teacher": "fastofa.teacher.model",
-        "precompute": "fastofa.teacher.precompute",
-        "predict": "fastofa.training.predict_files",
-        "train": "fastofa.training.loop",
-    },
-)
+if not TYPE_CHECKING:  # or a type checker would let any name pass
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "BadInput": "fastofa.system.errors",
+            "PrecomputeConfig": "fastofa.teacher.precompute_config",
+            "Prediction": "fastofa.training.predict_files",
+            "Student": "fastofa.student.model",
+            "TeacherCache": "fastofa.teacher.cache",
+            "TrainConfig": "fastofa.runs.config",
+            "evaluate": "fastofa.training.evaluate",
+            "export": "fastofa.training.export",
+            "open_dataset": "fastofa.data.open",
+            "open_teacher": "fastofa.teacher.model",
+            "precompute": "fastofa.teacher.precompute",
+            "predict": "fastofa.training.predict_files",
+            "recipe": "fastofa.runs.recipes",
+            "train": "fastofa.training.loop",
+        },
+    )

@@ -4,7 +4,6 @@ Each command is a module with `main(config)`, imported only when its arguments w
 """
 
 import errno
-import getpass
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from fastofa import __version__
-from fastofa.system import torchrun
+from fastofa.system import torchrun, tuning
 from fastofa.system.errors import BadInput, Failed, escaped
 from fastofa.system.interrupt import Stopped
 
@@ -78,13 +77,7 @@ def _main(argv: list[str], own: bool) -> int:
     if argv[0] == "--version":
         print(f"fastofa {__version__}")
         return 0
-    # Before torch is imported. OpenMP threads that wait by spinning make a busy machine many times slower, threads that
-    # sleep at once a quiet one by a third: they spin for some microseconds.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name, as whom torch cannot be imported
-        os.environ["USER"] = str(os.getuid())
+    tuning.own_process()
     try:
         _run(argv, own)
     except BadInput as error:

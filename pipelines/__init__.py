@@ -18,6 +18,7 @@ from fastofa.pipelines.request import Request
 from fastofa.system import torchrun
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
+from fastofa.system.tuning import keep_freed_memory
 from fastofa.views.table import Views
 
 PIPELINES = {
@@ -86,6 +87,7 @@ def open_pipeline(
             f"expected image size and batch size of at least 1 and workers of at least 0, got {image_size}, "
             f"{batch_size} and {workers}"
         )
+    keep_freed_memory()
     request = Request(dataset, image_size, batch_size, torch.device(device), workers, normalize)
     return import_module(PIPELINES[name]).Pipeline(request)
 

@@ -18,10 +18,6 @@ from fastofa.views.rand_augment import OPS
 from fastofa.views.table import Views, pixel_boxes
 
 CACHE_PIXELS = 100_000  # pixels whose intermediate results fit into a CPU's cache
-# glibc returns large blocks to the system when they are freed. The system then has to clear new ones for every
-# operation, which takes longer than the operation. Freeing one larger block raises the threshold (mallopt(3)), so that
-# glibc keeps them.
-torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def with_partners(views: Views, rows: np.ndarray) -> np.ndarray:

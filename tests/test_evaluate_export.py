@@ -14,11 +14,15 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.metrics import confusion_matrix, recall_score
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+import fastofa.commands.evaluate
+import fastofa.commands.export
 import fastofa.training.evaluate
 import fastofa.training.export
+from fastofa.cli import main
 from fastofa.commands.arguments import EvaluateConfig, ExportConfig
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
@@ -130,7 +134,8 @@ def test_the_figures_are_those_of_a_loop_written_by_hand(digit_cache, tmp_path, 
     assert json.loads((run.path / "evaluation.json").read_text()) == {
         "data": "digits:100",
         "weights": "last",
-        **vars(found),
+        "images": 599,
+        **{name: getattr(found, name) for name in ("top1", "top5", "teacher_top1", "agreement")},
     }
 
 
@@ -283,6 +288,37 @@ def test_the_evaluate_command_prints_a_table(photo_run, photos, capsys):
     printed = capsys.readouterr().out
     for text in ("top-1", "top-5", "teacher's", "agreement", f"{found['top1']:.2%}", "100.00%"):
         assert text in printed
+
+
+def test_details_are_those_of_scikit_learn(photos, tmp_path, capsys):
+    """Recall of each class and the confusion matrix; of a class without images there is no recall."""
+    photos = shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".fastofa"))
+    shutil.copytree(photos / "train" / "china", photos / "train" / "zebra")
+    names = ("china", "flower", "zebra")
+    run = make_run(tmp_path / "run", names, data=str(photos))
+    out = tmp_path / "new" / "details.json"
+    main(["evaluate", str(run.path), "--workers", "0", "--json", str(out)])
+    details, summary = json.loads(out.read_text()), json.loads((run.path / "evaluation.json").read_text())
+    assert {key: details[key] for key in summary} == summary
+    assert summary.keys() | {"run", "classes", "confusion"} == details.keys()
+    val = open_dataset(str(photos), "val")
+    best = predict_by_hand(plain_student(run, "student"), pixels(val, 32, 0.8))[:, 0]
+    expected = confusion_matrix(val.labels, best, labels=range(3))
+    assert np.abs(np.array(details["confusion"]) - expected).sum() <= 2  # a tie
+    if (np.array(details["confusion"]) == expected).all():
+        recalls = recall_score(val.labels, best, labels=range(3), average=None, zero_division=0)
+        assert [entry["recall"] for entry in details["classes"][:2]] == pytest.approx(recalls[:2].tolist())
+    assert [(entry["name"], entry["images"]) for entry in details["classes"]] == list(
+        zip(names, (6, 6, 0), strict=True)
+    )
+    assert details["classes"][2]["recall"] is None
+
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", str(run.path), "--workers", "0", "--json", str(tmp_path / "folder")])
+    assert end.value.code == 2
+    assert list((tmp_path / "folder").iterdir()) == []
+    assert "folder: expected the name of a file, got a folder" in capsys.readouterr().err
 
 
 # --- Export -----------------------------------------------------------------------------------------------------------

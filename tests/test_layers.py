@@ -23,7 +23,7 @@ INSTALLED = {
     "torch", "torchvision", "timm", "triton", "numpy", "PIL", "safetensors", "sklearn", "tyro", "rich", "matplotlib",
     "tensorboard", "jinja2",
 }  # fmt: skip
-OPTIONAL = {"dali_loader.py": {"nvidia"}}  # extras, each imported by one file only
+OPTIONAL = {"dali_loader.py": {"nvidia"}, "export_onnx.py": {"onnxruntime"}}  # extras, each imported by one file only
 # Imported within a function: they take a second or more, and many a run does without.
 LATE = {
     ("cli.py", "fastofa.commands.arguments"),
@@ -31,7 +31,9 @@ LATE = {
     ("curves.py", "matplotlib"),
     ("curves.py", "matplotlib.figure"),
     ("digits.py", "sklearn.datasets"),
+    ("export_onnx.py", "onnxruntime"),
     ("log.py", "torch.utils.tensorboard"),
+    ("tuning.py", "torch._dynamo.config"),
 }
 
 # Path.rglob does not follow the links fastofa/kernels and fastofa/pipelines before Python 3.13: each folder by name.

@@ -93,9 +93,9 @@ def test_every_file_is_installed_once_and_under_fastofa(built):
     """The sources' own list, no bare `kernels` or `pipelines`, nothing twice through the links; bytes unchanged."""
     folder, names = built
     expected = {f"fastofa/{path.name}": path for path in (ROOT / "fastofa").glob("*.py")}
-    expected |= {f"fastofa/{name}": ROOT / "fastofa" / name for name in ("py.typed", "report.html.jinja")}
-    for name in ("kernels", "pipelines"):
-        expected |= {f"fastofa/{name}/{path.name}": path for path in (ROOT / name).glob("*.py")}
+    expected |= {f"fastofa/{name}": ROOT / "fastofa" / name for name in ("py.typed", "reports/report.html.jinja")}
+    for room in (path.parent for path in (ROOT / "fastofa").glob("*/__init__.py")):
+        expected |= {f"fastofa/{room.name}/{path.name}": path for path in room.glob("*.py")}
     assert sorted(names) == sorted(expected)
     for name, path in expected.items():
         assert (folder / name).read_bytes() == path.read_bytes()

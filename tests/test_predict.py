@@ -262,7 +262,7 @@ def test_a_csv_appears_whole_or_not_at_all(run, photos, tmp_path, monkeypatch):
     assert (tmp_path / "out.csv").read_text() == "old"
     assert sorted(tmp_path.iterdir()) == before
     assert len(taken) == 5
-    assert command("predict", run.path, photos / "val", "--csv", photos / "val") == 2
+    assert command("predict", run.path, photos / "val", "--csv", photos) == 2
 
 
 def test_the_table_names_files_and_classes(run, photos, monkeypatch, capsys):

@@ -57,6 +57,8 @@ class EvaluateConfig:
     """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
     workers: int | None = None
     """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
+    json: Path | None = None
+    """File for the same figures with the recall of each class and the confusion matrix."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size")
@@ -74,6 +76,9 @@ class ExportConfig:
     weights: Weights = "last"
     """last: as they are at the end; best: as they were at the run's best evaluation. Of a run with --ema both take the
     weights or their average, whichever had the better top-1 in the run; raw, ema, best-raw and best-ema say which."""
+    onnx: bool = False
+    """Write OUT/model.onnx, too: uint8 RGB pixels [batch, 3, size, size] -> logits, normalisation inside, opset 18. It
+    needs the packages onnx and onnxscript (pip install 'fastofa[onnx]')."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class PredictConfig:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN|MODEL")]]
     """Folder that `fastofa train` or `fastofa export` wrote; also a folder of timm's, local-dir:FOLDER or
     hf-hub:OWNER/NAME."""
-    files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE|FOLDER ...")]]
+    files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")]]
     """Images, and folders of images, which are searched to any depth."""
     csv: Path | None = None
     """File for the predictions of all images. By default the first thousand are printed."""

@@ -2,6 +2,7 @@
 
     fastofa evaluate run                    on the validation images that it was trained with
     fastofa evaluate run --data others
+    fastofa evaluate run --json evaluation.json         recall of each class and the confusion matrix, too
 
 Prints top-1, top-5 and agreement with the teacher, and writes them to RUN/evaluation.json.
 """
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from fastofa.commands.arguments import EvaluateConfig
 from fastofa.system.errors import counted
+from fastofa.system.files import write_json
 from fastofa.system.progress import plain
 from fastofa.training.evaluate import evaluate
 
@@ -18,6 +20,8 @@ from fastofa.training.evaluate import evaluate
 def main(config: EvaluateConfig) -> None:
     c = config
     found = evaluate(c.run, c.data, c.weights, c.batch_size, c.device, c.pipeline, c.workers)
+    if c.json is not None:
+        write_json(c.json, {"run": str(c.run), "weights": c.weights, **found.details()})
     title = f"{config.run} on {counted(found.images, 'image')} of {found.data}"
     table = Table(title=plain(title), title_justify="left")
     for name in ("top-1", "top-5", "teacher's top-1", "agreement"):

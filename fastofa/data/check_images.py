@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,6 @@ from fastofa.system.errors import BadInput, Reason
 from fastofa.system.progress import track
 
 ORIENTATION = 0x0112  # EXIF tag; 1 to 4 keep height and width, 5 to 8 exchange them
-warnings.filterwarnings("ignore", module="PIL")  # about EXIF and large images: they name no file; checked here instead
 
 
 def header_size(path: Path, limits: Limits) -> tuple[int, int] | str:

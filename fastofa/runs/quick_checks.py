@@ -1,6 +1,7 @@
-"""What is refused before torch is imported: a folder that holds a run already."""
+"""What is refused before torch is imported: a folder that holds a run already, a package that is not installed."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastofa.runs.config import TrainConfig
@@ -22,3 +23,12 @@ def check_new(out: Path) -> None:
     """Raises BadInput if there is something."""
     if os.path.lexists(out):
         raise BadInput(f"{out}: already exists; choose another path or remove it")
+
+
+def check_onnx() -> None:
+    """Raises BadInput unless the packages that PyTorch's ONNX exporter needs are installed."""
+    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+        raise BadInput(
+            f"onnx: expected the packages onnx and onnxscript, {' and '.join(missing)} not installed; "
+            "pip install 'fastofa[onnx]', or leave --onnx out"
+        )

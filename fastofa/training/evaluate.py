@@ -1,13 +1,16 @@
-"""How good a run's student is: top-1, top-5 and agreement with the teacher."""
+"""How good a run's student is: top-1, top-5 and agreement with the teacher; recall of each class and confusion."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import open_pipeline
+from fastofa.reports.confusion import confusion
 from fastofa.runs.config import Weights
 from fastofa.runs.run import Run, open_run
 from fastofa.system.device import choose_bf16, choose_device, choose_workers
@@ -28,10 +31,33 @@ class Evaluation:
     """None where there is no teacher cache of these images."""
     agreement: float | None
     """Share of images where student and teacher have the same best class."""
+    classes: tuple[str, ...] = field(repr=False)
+    confusion: np.ndarray = field(repr=False, compare=False)
+    """int64 [C, C]: images of each true class (row) by the student's best class (column)."""
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of all images together, as JSON has them."""
+        names = ("data", "images", "top1", "top5", "teacher_top1", "agreement")
+        return {name: getattr(self, name) for name in names}
+
+    def details(self) -> dict[str, Any]:
+        """`summary`, and "classes": [{name, images, recall}] and "confusion", a list of rows, in one order of classes.
+
+        Recall is the share of a class's images whose best class is theirs; None for a class without images.
+        """
+        counts = self.confusion.sum(axis=1).tolist()
+        recalls = [
+            int(hits) / count if count else None for hits, count in zip(self.confusion.diagonal(), counts, strict=True)
+        ]
+        classes = [
+            {"name": name, "images": count, "recall": recall}
+            for name, count, recall in zip(self.classes, counts, recalls, strict=True)
+        ]
+        return {**self.summary(), "classes": classes, "confusion": self.confusion.tolist()}
 
 
 def evaluate(
-    run_folder: Path,
+    run_folder: str | Path,
     data: str | None = None,
     weights: Weights = "last",
     batch_size: int = 256,
@@ -49,6 +75,7 @@ def evaluate(
     Raises:
         BadInput: no run, no checkpoint, no data, a data set with other classes.
     """
+    run_folder = Path(run_folder)
     run = open_run(run_folder)
     dataset = open_dataset(data, "val") if data is not None else _own_data(run)
     if dataset.classes != run.classes:
@@ -71,8 +98,10 @@ def evaluate(
         top5=top5,
         teacher_top1=None if teacher is None else agreement(dataset.labels, teacher),
         agreement=None if teacher is None else agreement(best[:, 0], teacher),
+        classes=dataset.classes,
+        confusion=confusion(best[:, 0], dataset.labels, len(dataset.classes)),
     )
-    write_json(run_folder / "evaluation.json", {"weights": weights, **dataclasses.asdict(found)})
+    write_json(run_folder / "evaluation.json", {"weights": weights, **found.summary()})
     return found
 
 

@@ -20,27 +20,36 @@ from timm.models import save_for_hf
 from fastofa.data.dataset import Dataset
 from fastofa.data.decode import crop_resize_one
 from fastofa.data.open import open_dataset
+from fastofa.models.normalized import Normalized
 from fastofa.runs.config import Weights
-from fastofa.runs.quick_checks import check_new
+from fastofa.runs.quick_checks import check_new, check_onnx
 from fastofa.runs.run import Run, open_run
 from fastofa.student.model import Student
 from fastofa.system.device import choose_device
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import new_folder
 from fastofa.system.progress import notice
+from fastofa.training.export_onnx import export_onnx
 from fastofa.views.table import center_views
 
 SAMPLE = 100  # validation images that are looked at
 AT_ONCE = 50
 
 
-def export(run_folder: Path, out: Path, weights: Weights = "last") -> str:
+def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", onnx: bool = False) -> str:
     """Write the model, load it back with timm, compare its answers with the run's; returns the line that loads it.
 
+    Args:
+        onnx: write OUT/model.onnx, too (see `fastofa.training.export_onnx`).
+
     Raises:
-        BadInput: no run, no checkpoint, a folder that exists already, a full disk.
+        BadInput: no run, no checkpoint, a folder that exists already, a full disk; a package that `onnx` needs is
+            missing.
     """
+    run_folder, out = Path(run_folder), Path(out)
     check_new(out)
+    if onnx:
+        check_onnx()
     run = open_run(run_folder)
     student = run.trained_student(weights)
     size, eval_size = student.image_size, run.config.eval_size or student.image_size
@@ -69,6 +78,9 @@ def export(run_folder: Path, out: Path, weights: Weights = "last") -> str:
         _compare_logits(student.cpu(), model)
         if sample is not None:
             _compare_answers(sample, model)
+        if onnx:
+            pixels = Normalized(student.backbone, student.mean, student.std).eval()
+            notice(f"export: {export_onnx(pixels, folder, run.classes, eval_size, run.config.eval_crop)}")
     return f"timm.create_model({json.dumps(f'local-dir:{out}', ensure_ascii=False)}, pretrained=True)"
 
 

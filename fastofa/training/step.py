@@ -22,6 +22,7 @@ from fastofa.student.kernels import check_kernels, use_kernels
 from fastofa.student.model import Student
 from fastofa.system.device import choose_bf16, choose_compile
 from fastofa.system.errors import BadInput
+from fastofa.system.tuning import allow_image_sizes
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.training.average import MovingAverage
 from fastofa.training.distributed import World
@@ -87,7 +88,7 @@ class Step:
         program = Program(student, config, device)
         self.bf16 = program.bf16
         if self.compiled:
-            torch._dynamo.config.recompile_limit = MAX_IMAGE_SIZES
+            allow_image_sizes(MAX_IMAGE_SIZES)
             program.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
         self.steps = 0
