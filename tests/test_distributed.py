@@ -34,7 +34,6 @@ from fastofa.runs.run import Run
 from fastofa.system.errors import BadInput, LostContact
 from fastofa.system.files import load_tensors, read_json
 from fastofa.teacher.cache import TeacherCache
-from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.training.distributed import Vote, World, check_shared, connection_errors, join, statistics
 from fastofa.training.loop import train
 from fastofa.training.step import Step
@@ -111,10 +110,10 @@ def _train_until(rank: int, config: TrainConfig, signum: int) -> None:
     """Train; rank 1 receives a signal at the start of its eighth step."""
     call = Step.__call__
 
-    def signalled(self: Step, parts: Sequence[Batch], targets: DeviceTargets | None, lr: float) -> None:
+    def signalled(self: Step, *arguments: Any) -> None:
         if rank == 1 and self.steps == 7:
             os.kill(os.getpid(), signum)
-        call(self, parts, targets, lr)
+        call(self, *arguments)
 
     Step.__call__ = signalled  # type: ignore[method-assign]
     _train(rank, config)
