@@ -592,7 +592,7 @@ DAMAGE = pytest.mark.parametrize(
     ("damage", "message"),
     [
         (truncate, "truncated or damaged"),
-        (edit, "checksum does not match, it was edited or damaged"),
+        (edit, "checksum does not match: it was edited or damaged"),
         (Path.unlink, "is missing"),
     ],
     ids=["truncated", "edited", "missing"],
@@ -666,12 +666,12 @@ def test_edited_header_of_a_cache(copied):
     ("edited", "message"),
     [
         ({"schema": 2}, "expected schema 3, got 2"),
-        ({"policy": {"scale": [0.1, 1], "ratio": [1, 1], "flip": 0, "auto_augment": 9}}, "it was edited"),
+        ({"policy": {"scale": [0.1, 1], "ratio": [1, 1], "flip": 0, "auto_augment": 9}}, "was edited"),
         ({"topk": 4}, "val.safetensors: expected table val.safetensors of"),
         ({"seed": 1}, "val.safetensors: expected table val.safetensors of"),
-        ({"views": "2"}, "it was edited"),
-        ({"teachers": []}, "it was edited"),
-        ({"policy": {}}, "it was edited"),
+        ({"views": "2"}, "was edited"),
+        ({"teachers": []}, "was edited"),
+        ({"policy": {}}, "was edited"),
     ],
 )
 def test_edited_field_of_a_cache(copied, edited, message):
