@@ -448,7 +448,7 @@ def test_no_cache_and_headers_that_are_none(changed):
             header.replace('"schema": 3', '"schema": 1'),
             "expected schema 3, got 1; remove the cache and precompute again",
         ),
-        (header.replace('"topk"', '"top"'), "expected the fields topk, was edited"),
+        (header.replace('"topk"', '"top"'), "expected the fields topk, but the file was edited"),
     ):
         (changed / HEADER).write_text(text)
         with pytest.raises(BadInput, match=message):
