@@ -176,7 +176,7 @@ REFUSED = {
     "no cache named": (TRAIN.replace("--cache cache", "--out new"), "ofa...--cache"),
     "of other data": (
         f"{TRAIN} --out new --data digits:30",
-        "digits:20...20...digits:30...30",
+        "digits:30...30...digits:20...20",
     ),
     "of other classes": (f"{TRAIN} --out new --data photos", "2 classes...photos...10"),
     "other crops": (

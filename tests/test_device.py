@@ -33,7 +33,7 @@ def test_a_device_that_is_named_is_taken():
 @pytest.mark.usefixtures("two_gpus")
 def test_more_processes_than_gpus_are_refused():
     with pytest.raises(
-        BadInput, match=r"expected at most 2 processes on this host, .* this is number 3; lower --nproc-per-node"
+        BadInput, match=r"expected at most 2 processes on this host, .* got number 3; lower --nproc-per-node"
     ):
         choose_device("auto", local_rank=2)
 

@@ -275,7 +275,7 @@ def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
     assert read_json(path) == INFO
     for damage in (b"", b'{"views": 3', b"\x80\x02}q\x00.", b"\xff\xfe"):
         path.write_bytes(damage)
-        with pytest.raises(BadInput, match="not valid JSON") as error:
+        with pytest.raises(BadInput, match="expected JSON") as error:
             read_json(path)
         one_line(error, path)
     path.write_text("[" * 100_000)

@@ -449,7 +449,7 @@ def write(name: str, content: bytes) -> Callable[[Path], None]:
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
-        (write("config.json", b"{"), "not valid JSON"),
+        (write("config.json", b"{"), "expected JSON"),
         (write("config.json", b"[1]"), "config.json"),
         (write("config.json", b"{}"), "architecture"),
         (write("model.safetensors", b"text"), "model.safetensors"),
@@ -550,7 +550,7 @@ def test_init_from_a_folder(source: Any, tmp_path: Path, form: str) -> None:
         text = refusal(create_model, "test_vit", CLASSES, init=form.format(folder))
         assert f"{folder}: expected the weights of test_vit, got those of test_resnet" in text
     assert "config.json" in refusal(create_model, NAME, CLASSES, init=form.format(tmp_path))
-    assert "there is none" in refusal(create_model, NAME, CLASSES, init=f"local-dir:{tmp_path}/none")
+    assert "does not exist" in refusal(create_model, NAME, CLASSES, init=f"local-dir:{tmp_path}/none")
 
 
 def test_a_model_of_the_hub(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_elsewhere_a_line_a_minute(output, monkeypatch):
 
 
 def test_ranks_that_show_nothing_say_nothing(output):
-    with progress_bar(shown=False) as bar:
+    with progress_bar(enabled=False) as bar:
         bar.done(bar.add_task("train", total=1), "epoch 1/1")
     assert output.getvalue() == ""
 

@@ -489,7 +489,7 @@ def test_foreign_files_are_refused_in_one_line(tmp_path):
     (run / "environment.json").write_text('{"date": 1}')
     refuses(r"environment\.json: expected a list")
     (run / "environment.json").write_text('[{"da')
-    refuses("not valid JSON")
+    refuses("expected JSON")
     (run / "environment.json").unlink()
     predict(run, np.array([1, 2]), np.array([1, 10]), classes=10)
     refuses("a prediction and a label among 10 classes")

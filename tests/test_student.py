@@ -321,7 +321,7 @@ def test_models_with_fewer_stages_say_which_they_have(name: str, found: tuple[in
     text = str(error.value)
     assert name in text
     assert f"it has {', '.join(map(str, found))} (" in text
-    assert f"with stages {' '.join(map(str, found))}" in text
+    assert f"--stages {' '.join(map(str, found))}" in text
     assert "\n" not in text
     model = student(name, image_size, stages=found)
     assert [stage.number for stage in model.stages] == list(found)

@@ -91,7 +91,7 @@ ANSWERS = {
     "fewer rows": ("classes", lambda t: t[:-1], r"classes uint16 \[40, 3\], got uint16 \[39, 3\]"),
     "more classes": ("log_probs", lambda t: t.repeat(1, 2), r"log_probs float16 \[40, 3\], got float16 \[40, 6\]"),
     "one dimension": ("log_probs", lambda t: t[:, 0], r"log_probs float16 \[40, 3\], got float16 \[40\]"),
-    "nothing": ("log_probs", lambda _: None, "expected classes and log_probs, log_probs is missing"),
+    "nothing": ("log_probs", lambda _: None, "expected classes and log_probs, but log_probs is missing"),
 }
 
 
@@ -137,9 +137,13 @@ VIEWS = {
     "too much": (
         "amounts",
         lambda c: put(c, (5, 0), 1000),
-        "amounts that the operations can have, got .* for sample 5",
+        "amounts within the ranges of the operations, got .* for sample 5",
     ),
-    "no amount": ("amounts", lambda c: put(c, (5, 0), np.nan), "amounts that the operations can have, got .*nan"),
+    "no amount": (
+        "amounts",
+        lambda c: put(c, (5, 0), np.nan),
+        "amounts within the ranges of the operations, got .*nan",
+    ),
     "no involution": ("partner", lambda c: put(c, 5, (c[5] + 1) % N), "partner to be mutual"),
     "no such partner": ("partner", lambda c: put(c, 5, N), "partner to be mutual, got 40 for sample 5"),
     "a partner before the first": ("partner", lambda c: put(c, 5, -1), "partner to be mutual, got -1"),

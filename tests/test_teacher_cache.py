@@ -448,7 +448,7 @@ def test_no_cache_and_headers_that_are_none(changed):
             header.replace('"schema": 3', '"schema": 1'),
             "expected schema 3, got 1; remove the cache and precompute again",
         ),
-        (header.replace('"topk"', '"top"'), "expected the fields topk, it was edited"),
+        (header.replace('"topk"', '"top"'), "expected the fields topk, but the file was edited"),
     ):
         (changed / HEADER).write_text(text)
         with pytest.raises(BadInput, match=message):
@@ -633,7 +633,7 @@ def test_other_arguments_do_not_go_on_with_a_cache(changed, make, teacher_of_10,
     if "data" in given:
         given = {**given, "teacher": str(teacher_of_10)}
     with pytest.raises(
-        BadInput, match=f"holds a cache made otherwise, it differs in .*{said}.*choose another --out or remove it"
+        BadInput, match=f"contains a cache made with other arguments: .*{said}.*choose another --out or remove it"
     ):
         make(changed, **given)
     assert files(changed) == before

@@ -43,7 +43,7 @@ class Dataset:
     index: Path | None = None
     """The file that caches image sizes and the list of unreadable files."""
     skipped: tuple[str, ...] = ()
-    """Files that were left out as unreadable, each with the reason."""
+    """Unreadable files that were skipped, each with the reason."""
     file: Path | None = None
     """The file that contains the images: a .beton, or the images.npy of a .pack."""
     stored: np.ndarray | None = None
