@@ -220,7 +220,7 @@ REFUSED = {
         f"{TRAIN} --out run --resume --lr 0.5 --epochs 2",
         "--resume...epochs: 2...3...lr: 0.5...0.002...more epochs",
     ),
-    "export over a folder": ("export run teacher", "teacher: exists"),
+    "export over a folder": ("export run teacher", "teacher: ...exists"),
     "export no run": ("export cache new", "cache: ...fastofa train...config.json"),
     "export a model": ("export teacher new", "teacher/config.json: ...fastofa train"),
     "export what is only begun": ("export begun new", "begun: ...checkpoint...--resume"),
@@ -307,7 +307,7 @@ main(sys.argv[1:])
         ("write nowhere new.pack", "'nowhere'...digits:N"),
         (
             "write digits taken.pack",
-            "taken.pack: exists...--verify",
+            "taken.pack: ...exists...--verify",
         ),
     ],
 )
@@ -653,8 +653,8 @@ def test_edited_header_of_a_cache(copied):
     [
         ({"schema": 2}, "schema 3...2"),
         ({"policy": {"scale": [0.1, 1], "ratio": [1, 1], "flip": 0, "auto_augment": 9}}, "cache.json: ...precompute"),
-        ({"topk": 4}, "val.safetensors: ...another cache"),
-        ({"seed": 1}, "val.safetensors: ...another cache"),
+        ({"topk": 4}, "val.safetensors: ...cache...another"),
+        ({"seed": 1}, "val.safetensors: ...cache...another"),
         ({"views": "2"}, "cache.json: ...precompute"),
         ({"teachers": []}, "cache.json: ...precompute"),
         ({"policy": {}}, "cache.json: ...precompute"),

@@ -41,7 +41,7 @@ WRONG = [
     *[(name, value, "expected at least 1") for name in ("epochs", "batch_size", "eval_every") for value in (0, -3)],
     *[(name, 0, "expected at least 1") for name in ("accumulate", "log_every", "checkpoint_every", "keep")],
     ("timeout_s", 0, "expected at least 1"),
-    *[("max_pixels", value, "expected millions of pixels above 0") for value in (0, -1.0, NAN)],
+    *[("max_pixels", value, "expected millions of pixels, above 0") for value in (0, -1.0, NAN)],
     *[
         (name, value, "expected a number of at least 0")
         for value in (-0.1, NAN)

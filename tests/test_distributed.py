@@ -637,7 +637,7 @@ def test_torchrun_does_not_restart_ranks_that_refuse_their_input(config, tmp_pat
     with Torchrun(c, restarts=3, command=script) as started:
         assert started.process.wait(PATIENCE_S) not in (0, None)
     output = started.log.read_text()
-    assert output.count("fastofa: error: x.beton does not exist; `fastofa write DATA x.beton` makes it\n") == 1, output
+    assert output.count("fastofa: error: x.beton does not exist; `fastofa write DATA x.beton` writes it\n") == 1, output
     assert output.count("fastofa: error: ") <= 2, output  # rank 0 may be killed before it can report why it stops
     assert not (c.out / "config.json").exists()
 

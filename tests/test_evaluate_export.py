@@ -228,7 +228,7 @@ def test_without_the_teachers_answers_for_these_pictures_there_is_no_agreement(
     assert (found.agreement, found.teacher_top1) == (None, None)
     said = capsys.readouterr().err
     expected = {
-        "gone": "found no cache.json",
+        "gone": "no cache.json",
         "unfinished": "is missing",
         "of other pictures": "other validation images",
     }

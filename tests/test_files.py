@@ -232,7 +232,7 @@ def test_a_link_in_the_files_place_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
-        (errno.ENOSPC, "free space"), (errno.EACCES, "allow you"), (errno.EROFS, "may be written"),
+        (errno.ENOSPC, "free space"), (errno.EACCES, "allow you"), (errno.EROFS, "writable"),
         (errno.ENOENT, "another place"), (errno.EMFILE, "ulimit -n"),
     ],
 )  # fmt: skip

@@ -73,8 +73,7 @@ def test_a_folders_cache_and_another_form(on_photos, photo_cache, photos: Path, 
         found = launch["pixel_difference"]
         if name == "folder":
             assert (
-                line
-                == f"pixels of 8 pictures, compared with {photo_cache.path}: identical to those that the teacher saw"
+                line == f"pixels of 8 images, compared with {photo_cache.path}: identical to those that the teacher saw"
             )
         else:
             assert f": mean difference {found:.2f} of 255 from those that the teacher saw" in line

@@ -139,7 +139,7 @@ def test_folders_are_searched_to_any_depth(photos, tmp_path, capsys):
     names = ["odd", "in/a.webp", "in/b/2.JPG", "in/b/deep/er/1.png", "in/train/0.jpeg"]
     assert found == [tmp_path / name for name in names]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{tmp_path / 'in'}: left out 4 files and folders: ")
+    assert line.startswith(f"{tmp_path / 'in'}: skipped 4 files and folders: ")
     for place in ([], [tmp_path / "gone.jpg"], [tmp_path / "in" / "c"]):
         with pytest.raises(BadInput, match="expected"):
             image_files(place)

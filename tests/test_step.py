@@ -217,7 +217,7 @@ def test_the_fused_optimisers_ask_for_no_number(batches, optimizer):
     made = make_step(optimizer=optimizer, clip=1.0, ema=0.9, smoothing=0.1, temperature=2.0, drop_path=0.2)
     made(batches[:1], some_targets(), lr=0.01)  # makes what is made once
     mixed = batches[2]._replace(partner_labels=batches[2].labels, mix=torch.rand(BATCH))
-    targets = some_targets(kept=np.arange(100))
+    targets = some_targets(rows=np.arange(100))
     with NoNumbers():
         made(batches[:2], targets, lr=0.01)
         made([mixed], targets, lr=0.01)

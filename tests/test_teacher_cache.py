@@ -365,15 +365,13 @@ def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache,
     digits = open_dataset("digits:100")
     with pytest.raises(BadInput, match="expected the 10 classes of digits:100, got 2"):
         photo_cache.check(digits, ViewPolicy())
-    with pytest.raises(
-        BadInput, match=r"made from digits:100 \(100 samples\), .* digits:200 \(200 samples\) as it is now"
-    ):
+    with pytest.raises(BadInput, match=r"made from digits:200 .*\(200 samples\), got .* digits:100 \(100 samples\)"):
         digit_cache.check(open_dataset("digits:200"), digit_cache.policy)
     with pytest.raises(BadInput, match=r"expected views drawn with .*flip=0.5\), got .*flip=0.0\)"):
         digit_cache.check(digits, dataclasses.replace(digit_cache.policy, flip=0.5))
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos" / "train" / "china" / "000.jpg").unlink()
-    with pytest.raises(BadInput, match=r"24 samples.*23 samples"):
+    with pytest.raises(BadInput, match=r"23 samples.*24 samples"):
         photo_cache.check(open_dataset(str(tmp_path / "photos")), ViewPolicy())
 
 
@@ -411,7 +409,7 @@ def test_views_that_an_epoch_shows_together_are_finished_together(make, tmp_path
         (cache.path / view_file(view)).unlink()
         assert TeacherCache.open(cache.path).views == 3
     (cache.path / view_file(2)).unlink()
-    with pytest.raises(BadInput, match=f"3 or more of its 6 views, {view_file(2)} is missing"):
+    with pytest.raises(BadInput, match=f"3 of 6 views, but {view_file(2)} is missing"):
         TeacherCache.open(cache.path)
 
 
@@ -430,7 +428,7 @@ def test_digests_are_of_a_views_whole_content(changed, make):
     with pytest.raises(BadInput, match=f"{view_file(2)}: .*truncated or damaged"):
         TeacherCache.open(changed).digests(3)
     shutil.copy(changed / view_file(0), changed / view_file(2))
-    with pytest.raises(BadInput, match=f"{view_file(2)}: expected table . of"):
+    with pytest.raises(BadInput, match=f"{view_file(2)}: expected table .* of"):
         TeacherCache.open(changed).digests(3)
 
 
@@ -446,7 +444,7 @@ def test_no_cache_and_headers_that_are_none(changed):
         ("{}", "expected schema 3, got None"),
         (
             header.replace('"schema": 3', '"schema": 1'),
-            "expected schema 3, got 1; remove the cache and precompute again",
+            "expected schema 3, got 1; remove the cache",
         ),
         (header.replace('"topk"', '"top"'), "expected the fields topk, but the file was edited"),
     ):
@@ -460,9 +458,9 @@ def test_a_view_in_the_place_of_another_is_refused(changed):
     shutil.copy(changed / view_file(0), changed / view_file(1))
     cache = TeacherCache.open(changed)
     cache.targets(0)
-    with pytest.raises(BadInput, match=f"{view_file(1)}: expected table . of"):
+    with pytest.raises(BadInput, match=f"{view_file(1)}: expected table .* of"):
         cache.targets(1)
-    with pytest.raises(BadInput, match=f"{view_file(1)}: expected table . of"):
+    with pytest.raises(BadInput, match=f"{view_file(1)}: expected table .* of"):
         cache.verify()
 
 
@@ -475,7 +473,7 @@ def test_a_file_of_another_cache_is_refused(changed, make, given):
     for name in (view_file(0), VAL):
         kept = (changed / name).read_bytes()
         shutil.copy(other.path / name, changed / name)
-        with pytest.raises(BadInput, match=f"{name}: expected table . of"):
+        with pytest.raises(BadInput, match=f"{name}: expected table .* of"):
             TeacherCache.open(changed).verify()
         (changed / name).write_bytes(kept)
     TeacherCache.open(changed).verify()
@@ -484,7 +482,7 @@ def test_a_file_of_another_cache_is_refused(changed, make, given):
 def test_an_edited_header_fits_no_table(changed):
     """A seed or a teacher that did not make these answers."""
     edit_header(changed, seed=7)
-    with pytest.raises(BadInput, match=f"{VAL}: belongs to another cache"):
+    with pytest.raises(BadInput, match=f"{VAL}: expected table .* of"):
         TeacherCache.open(changed).verify()
 
 
@@ -517,7 +515,9 @@ def test_values_that_cannot_be_are_found_in_spite_of_a_right_checksum(changed):
         cache = TeacherCache.open(changed)
         cache.targets(0)
         for read in (lambda cache=cache: cache.targets(1), cache.verify):
-            with pytest.raises(BadInput, match=rf"{view_file(1)}: {message}.*; delete it and run `fastofa precompute`"):
+            with pytest.raises(
+                BadInput, match=rf"{view_file(1)}: {message}.*; delete it,? and run `fastofa precompute`"
+            ):
                 read()
         view.write_bytes(kept[view])
     for tensors, message in (
@@ -606,7 +606,7 @@ def test_fewer_or_as_many_views_leave_everything_as_it_was(changed, make, capsys
     before = files(changed)
     for views, said in ((3, False), (1, True)):
         assert make(changed, views=views).views == 3
-        assert ("is to hold 3 views already; with --views 1 none" in capsys.readouterr().err) is said
+        assert ("was started with --views 3; --views 1" in capsys.readouterr().err) is said
     assert files(changed) == before
 
 
@@ -758,7 +758,7 @@ def test_skip_corrupt_begins_anew_where_no_view_is_finished(photos, make, tmp_pa
     assert files(out) == files(make(data=str(data), views=1, batch_size=5).path)
     broken.write_bytes(whole)  # mended after all; a view is finished now
     before = files(out)
-    with pytest.raises(BadInput, match=r"differs in dataset \(.*; choose another --out or remove it"):
+    with pytest.raises(BadInput, match=r"dataset \(.*--out"):
         make(out, data=str(data))
     assert files(out) == before
     shutil.rmtree(out)
@@ -769,7 +769,7 @@ def test_a_teacher_is_exchanged_only_where_nothing_was_finished(make, tmp_path, 
     """A cache that was only begun is nobody's."""
     for name in (view_file(0), view_file(1), view_file(2)):
         (changed / name).unlink()
-    with pytest.raises(BadInput, match=r"differs in teachers .*; choose another --out or remove it"):
+    with pytest.raises(BadInput, match=r"teachers .*--out"):
         make(changed, image_size=48)
     (changed / VAL).unlink()
     assert make(changed, image_size=48).header["teachers"][0]["image_size"] == 48
@@ -786,7 +786,7 @@ def test_what_is_cut_short_is_made_again(changed, make, capsys):
         assert f"{name}: expected a safetensors file, got one that is truncated or damaged" in capsys.readouterr().err
         assert files(changed) == whole
     shutil.copy(changed / view_file(0), changed / view_file(1))
-    with pytest.raises(BadInput, match=f"{view_file(1)}: expected table . of.*; delete it and run"):
+    with pytest.raises(BadInput, match=f"{view_file(1)}: expected table .* of.*; delete it,? and run"):
         make(changed)
     (changed / view_file(1)).unlink()
     make(changed)
