@@ -21,6 +21,7 @@ import torch
 
 from fastofa.system.errors import BadInput, Failed
 from fastofa.system.interrupt import waiting
+from fastofa.system.locks import close_inherited
 
 AHEAD = 2  # batches assigned to a worker at a time
 NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE since Python 3.13
@@ -131,6 +132,7 @@ def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
+    close_inherited()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent has already ended
         os._exit(1)

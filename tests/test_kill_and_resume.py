@@ -300,13 +300,15 @@ def test_train_with_decoding_processes_survives_kills(folder, teacher, tmp_path)
     cache, _ = undisturbed(precompute, precompute_config(folder, teacher, tmp_path / "cache"))
     reference, _ = undisturbed(train, train_config(folder, cache, tmp_path / "reference"))
     config = train_config(folder, cache, tmp_path / "run", pipeline="torchvision", workers=2)
-    for step in (1, 4, 7, 10):
+    every: set[int] = set()
+    for step in (1, 4, 7, 10):  # the next one starts at once: orphans do not hold the lock
         job = Job(functools.partial(_train_until, step), config)
         assert job.wait() == -signal.SIGKILL, job.log.read_text()
         orphans = {int(pid) for pid in orphans_of(config).read_text().split()}
         assert len(orphans) == 2
-        wait_until(lambda orphans=orphans: not any(map(alive, orphans)))  # they hold the lock that they inherited
+        every |= orphans
     Job(train, config).finish()
+    wait_until(lambda: not any(map(alive, every)))
     same_run(config.out, reference)
 
 

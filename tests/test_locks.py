@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import pytest
 
 from fastofa.system.errors import BadInput
 from fastofa.system.files import filling, new_folder
-from fastofa.system.locks import writing
+from fastofa.system.locks import close_inherited, writing
 
 HOLD = (
-    "import sys; from pathlib import Path; from fastofa.system.locks import writing\n"
+    "import sys; from pathlib import Path; from fastofa.system.locks import close_inherited, writing\n"
     "with writing(Path(sys.argv[1]), inside=True):\n    print('held', flush=True); input()"
 )
 
@@ -104,3 +105,28 @@ def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
         raise AssertionError("must not get here")
     with pytest.raises(BadInput, match="already exists"), new_folder(path):
         raise AssertionError("must not get here")
+
+
+def test_a_forked_process_does_not_keep_its_parents_lock(tmp_path):
+    """Or a run killed by SIGKILL could not be resumed before its decoding processes have ended."""
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        try:
+            with writing(tmp_path / "run"):
+                child = os.fork()
+                if child == 0:
+                    close_inherited()
+                    os.write(write, f"{os.getpid()}\n".encode())
+                    signal.pause()
+                signal.pause()
+        finally:
+            os._exit(1)
+    child = int(os.read(read, 100).decode())
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    try:
+        with writing(tmp_path / "run"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)

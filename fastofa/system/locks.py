@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastofa.system.errors import BadInput
 
+_held: set[int] = set()  # file descriptors of the locks that this process holds
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -49,13 +50,22 @@ def writing(out: Path, inside: bool = False) -> Iterator[None]:
         no_folder = isinstance(error, FileExistsError | NotADirectoryError)
         cause = "Not a directory" if no_folder else error.strerror
         raise BadInput(f"{out}: not writable ({cause}: {error.filename}); choose another place") from None
+    _held.add(file)
     try:
         yield
     finally:
+        _held.discard(file)
         with suppress(OSError):  # removed while held, so that no other process can hold it or mistake the file for it
             lock.unlink()
         os.close(file)
         _remove_empty(missing)
+
+
+def close_inherited() -> None:
+    """In a forked process: close the parent's locks, which would otherwise be held until this process ends, too."""
+    for file in _held:
+        os.close(file)
+    _held.clear()
 
 
 def _remove_empty(folders: list[Path]) -> None:
