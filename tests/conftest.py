@@ -14,15 +14,15 @@ os.environ.setdefault("TERM", "dumb")
 
 import numpy as np
 import pytest
-import timm
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
-from timm.models import save_for_hf
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU; read where triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU; read when timm imports triton
 
+import timm
+from timm.models import save_for_hf
 from torchvision.transforms.v2.functional import _geometry
 
 from fastofa.data.dataset import Dataset

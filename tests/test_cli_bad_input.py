@@ -35,7 +35,7 @@ from fastofa.system.errors import Failed, LostContact, counted
 from fastofa.system.files import load_tensors, save_tensors
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import VAL, view_file
-from fastofa.teacher.header import HEADER
+from fastofa.teacher.cache_header import HEADER
 from runs import CONTEXT, same_run
 
 CHECKPOINT = "checkpoints/step-00000006.safetensors"

@@ -16,7 +16,7 @@ from fastofa.runs.config import TrainConfig, read_config
 from fastofa.runs.run import Run, open_run
 from fastofa.system.files import read_json
 from fastofa.teacher.cache import TeacherCache
-from fastofa.teacher.header import policy_to_json, read_header
+from fastofa.teacher.cache_header import policy_to_json, read_header
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train

@@ -11,7 +11,8 @@ from torch import nn
 
 from fastofa.student.exits import ConvExit
 from fastofa.student.fused_depthwise import FoldedBatchNorm2d, use_depthwise_kernel
-from fastofa.student.fused_norms import NormAct2d, NormActPool2d, StridedConv2d, use_norm_kernels, use_stem_kernels
+from fastofa.student.fused_norms import NormAct2d, use_norm_kernels
+from fastofa.student.fused_stem import NormActPool2d, StridedConv2d, use_stem_kernels
 from test_fused_depthwise import DEVICE, assert_same, randomize, step
 
 # The interpreter computes what lies outside of the maps, too.

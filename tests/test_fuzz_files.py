@@ -25,7 +25,7 @@ from fastofa.runs import recipes
 from fastofa.runs.run import open_run
 from fastofa.system.files import load_tensors, save_tensors
 from fastofa.teacher.cache import VAL, TeacherCache, view_file
-from fastofa.teacher.header import HEADER
+from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.model import open_teacher
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig

@@ -36,7 +36,7 @@ from fastofa.runs.log import read_metrics
 from fastofa.runs.run import open_run
 from fastofa.system.files import load_tensors
 from fastofa.teacher.cache import PARTIAL
-from fastofa.teacher.header import HEADER
+from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train

@@ -5,11 +5,12 @@ import timm
 import torch
 from torch import nn
 
-from fastofa.student import kernels as student_kernels
+from fastofa.student import choose_kernels as student_kernels
+from fastofa.student.choose_kernels import use_kernels
 from fastofa.student.exits import ConvExit
 from fastofa.student.fused_depthwise import DepthwiseConv2d
-from fastofa.student.fused_norms import NormAct2d, NormActPool2d, StridedConv2d
-from fastofa.student.kernels import use_kernels
+from fastofa.student.fused_norms import NormAct2d
+from fastofa.student.fused_stem import NormActPool2d, StridedConv2d
 from fastofa.system.errors import BadInput
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")

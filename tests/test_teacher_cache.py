@@ -25,12 +25,12 @@ from fastofa.runs.recipes import default_policy
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, save_tensors
 from fastofa.teacher.cache import PARTIAL, VAL, TeacherCache, agreement, topk_targets, view_file
+from fastofa.teacher.cache_header import HEADER, policy_from_json, policy_to_json
 from fastofa.teacher.device_targets import DeviceTargets
-from fastofa.teacher.header import HEADER, policy_from_json, policy_to_json
 from fastofa.teacher.model import Teacher, open_teacher
-from fastofa.teacher.pixels import SEEN
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.teacher.reference_images import SEEN
 from fastofa.views.draw import draw_views
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views, center_views

@@ -130,7 +130,7 @@ def log_launch(path: Path, step: int, ranks: int, pixel_difference: float | None
     """environment.json: for each time the run was started or went on, when, where and with what.
 
     Args:
-        pixel_difference: mean, 0 to 255, from those that the teacher saw; None if unknown (`fastofa.teacher.pixels`).
+        pixel_difference: mean, 0 to 255, from those that the teacher saw; None if unknown (`teacher.reference_images`).
     """
     launches = read_json(path / LAUNCHES) if (path / LAUNCHES).exists() else []
     now = datetime.now().astimezone().isoformat(timespec="seconds")

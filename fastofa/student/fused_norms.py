@@ -17,7 +17,7 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from fastofa.kernels import norm_act, norm_act_pool, strided_conv2d
+from fastofa.kernels import norm_act
 from fastofa.kernels.choice import can_run_triton
 from fastofa.student.fused_depthwise import ACTIVATIONS, is_plain_norm
 
@@ -38,25 +38,7 @@ class NormAct2d(nn.BatchNorm2d):
         if residual is not None:
             dtype = torch.promote_types(input.dtype, residual.dtype)
             input, residual = input.to(dtype), residual.to(dtype)
-        return norm_act(input, **_arguments(self, input), activation=self.activation, residual=residual)
-
-
-class NormActPool2d(nn.BatchNorm2d):
-    """A batch norm, ReLU, and 3x3 max-pooling with stride 2."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return F.max_pool2d(F.relu(super().forward(input)), 3, 2, 1)
-        return norm_act_pool(input, **_arguments(self, input))
-
-
-class StridedConv2d(nn.Conv2d):
-    """A convolution of the pixels, computed on squares of pixels (see `fastofa.kernels.strided_conv2d`)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        return strided_conv2d(input, self.weight, self.bias, self.stride[0], cast(int, self.padding[0]))
+        return norm_act(input, **norm_arguments(self, input), activation=self.activation, residual=residual)
 
 
 class FusedBasicBlock(BasicBlock):
@@ -89,7 +71,7 @@ class FusedInvertedResidual(InvertedResidual):
         return self.bn3(self.conv_pwl(x), shortcut)
 
 
-def _arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
+def norm_arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
     """The kernel's arguments for a batch in training; increments the norm's batch counter."""
     cast(Tensor, norm.num_batches_tracked).add_(1)
     names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
@@ -134,34 +116,6 @@ def use_norm_kernels(module: nn.Module) -> int:
     return sum(isinstance(each, NormAct2d) for each in module.modules()) - before
 
 
-def use_stem_kernels(module: nn.Module) -> int:
-    """Switch convolutions of the pixels, and a ResNet's batch norm, ReLU and max-pool after them, to kernels.
-
-    See `use_norm_kernels`, which has to come after this. The ResNet's features of reduction 2 are then those after its
-    max-pool.
-
-    Returns:
-        The number of convolutions and batch norms that were switched.
-    """
-    switched = 0
-    for block in module.modules():
-        if _is_of_pixels(block):
-            block.__class__ = StridedConv2d
-            switched += 1
-        if (
-            isinstance(block, ResNet)
-            and _is_stem_pool(block.maxpool)
-            and type(block.bn1) is nn.BatchNorm2d
-            and is_plain_norm(block.bn1)
-            and type(block.act1) is nn.ReLU
-        ):
-            block.bn1.__class__ = NormActPool2d
-            for absorbed in (block.act1, block.maxpool):
-                cast(nn.Module, absorbed).__class__ = nn.Identity
-            switched += 1
-    return switched
-
-
 def _switch_norm(norm: nn.Module, activation: nn.Module | None = None, absorb: bool = False) -> bool:
     """Switch a batch norm that the kernel supports, and fuse the activation if possible; with `absorb` only if so.
 
@@ -179,23 +133,3 @@ def _switch_norm(norm: nn.Module, activation: nn.Module | None = None, absorb: b
     norm.__class__ = NormAct2d
     cast(NormAct2d, norm).activation = own
     return True
-
-
-def _is_stem_pool(pool: nn.Module) -> bool:
-    return type(pool) is nn.MaxPool2d and (
-        (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
-        == (3, 2, 1, 1, False, False)
-    )
-
-
-def _is_of_pixels(conv: nn.Module) -> bool:
-    """Whether it is a convolution with at most four input channels whose kernel covers every pixel."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv.in_channels <= 4
-        and conv.groups == 1
-        and conv.stride[0] == conv.stride[1] >= 2
-        and conv.kernel_size[0] == conv.kernel_size[1] >= conv.stride[0]
-        and conv.padding in [(p, p) for p in range(conv.kernel_size[0])]
-        and (conv.padding_mode, conv.dilation) == ("zeros", (1, 1))
-    )

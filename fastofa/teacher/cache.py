@@ -33,7 +33,7 @@ from fastofa.methods.targets import Targets
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import load_tensors, read_info, save_tensors
 from fastofa.system.progress import track
-from fastofa.teacher.header import AGAIN, HEADER, identity, policy_from_json, read_header
+from fastofa.teacher.cache_header import AGAIN, HEADER, identity, policy_from_json, read_header
 from fastofa.teacher.table_checks import targets_fault, views_fault
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views

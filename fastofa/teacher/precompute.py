@@ -37,11 +37,11 @@ from fastofa.teacher.cache import (
     view_file,
     write_table,
 )
-from fastofa.teacher.header import HEADER, identity, policy_to_json, read_header, write_header
+from fastofa.teacher.cache_header import HEADER, identity, policy_to_json, read_header, write_header
 from fastofa.teacher.model import Teacher, check_finite, open_teacher, report_accuracy
-from fastofa.teacher.pixels import save_teacher_images
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.quick_checks import check_cache, other_cache
+from fastofa.teacher.reference_images import save_teacher_images
 from fastofa.teacher.table_checks import targets_fault
 from fastofa.views.draw import draw_views
 from fastofa.views.order import pair_order

@@ -33,7 +33,7 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice, progress_bar
-from fastofa.teacher.pixels import IMAGES, Difference, compare_teacher_images
+from fastofa.teacher.reference_images import IMAGES, Difference, compare_teacher_images
 from fastofa.training.clock import Clock
 from fastofa.training.distributed import (
     Vote,

@@ -18,14 +18,14 @@ from fastofa.methods.objective import PARTS, Objective
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch
 from fastofa.runs.config import TrainConfig
-from fastofa.student.kernels import check_kernels, use_kernels
+from fastofa.student.choose_kernels import check_kernels, use_kernels
 from fastofa.student.model import Student
 from fastofa.system.device import choose_bf16, choose_compile
 from fastofa.system.errors import BadInput
 from fastofa.system.tuning import allow_image_sizes
 from fastofa.teacher.device_targets import DeviceTargets
-from fastofa.training.average import MovingAverage
 from fastofa.training.distributed import World
+from fastofa.training.moving_average import MovingAverage
 from fastofa.training.optim import check_optimizer, create_optimizer, set_learning_rate
 
 SUMS = (*PARTS, "grad_norm")

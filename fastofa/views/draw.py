@@ -14,7 +14,7 @@ import numpy as np
 
 from fastofa.views import rand_augment
 from fastofa.views.policy import ViewPolicy
-from fastofa.views.streams import CROP, ERASE, MIX, OPS, PAIRS, random_stream
+from fastofa.views.random_streams import CROP, ERASE, MIX, OPS, PAIRS, random_stream
 from fastofa.views.table import UNIT, Views, fractions
 
 TRIES = 10  # as in torchvision's RandomResizedCrop and timm's RandomErasing

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fastofa.views.policy import ViewPolicy
-from fastofa.views.streams import ORDER, random_stream
+from fastofa.views.random_streams import ORDER, random_stream
 from fastofa.views.table import Views
 
 WINDOW = 64  # pages of a file whose samples are shuffled together

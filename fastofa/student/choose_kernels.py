@@ -7,7 +7,8 @@ from torch import nn
 
 from fastofa.kernels.choice import HAS_TRITON, interpreted
 from fastofa.student.fused_depthwise import use_depthwise_kernel
-from fastofa.student.fused_norms import use_norm_kernels, use_stem_kernels
+from fastofa.student.fused_norms import use_norm_kernels
+from fastofa.student.fused_stem import use_stem_kernels
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from timm.utils import ModelEmaV3
 
-from fastofa.training.average import MovingAverage
+from fastofa.training.moving_average import MovingAverage
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])

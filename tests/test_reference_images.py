@@ -16,9 +16,9 @@ from fastofa.data.write_config import WriteConfig
 from fastofa.pipelines import open_pipeline
 from fastofa.runs.run import LAUNCHES
 from fastofa.system.errors import BadInput
-from fastofa.teacher.pixels import SEEN, compare_teacher_images, save_teacher_images
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.teacher.reference_images import SEEN, compare_teacher_images, save_teacher_images
 from fastofa.training.loop import train
 from fastofa.views.draw import draw_views
 from fastofa.views.policy import ViewPolicy
