@@ -258,7 +258,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, alone, pair, tm
     assert 7 <= step <= 9
     output, rank_1 = ranks.output()
     assert output.splitlines()[-1] == (
-        f"fastofa: saved step {step} of 20 in {c.out}; run the same command with --resume to go on"
+        f"fastofa: saved step {step} of 20 in {c.out}; run the same command with --resume to continue"
     )
     assert rank_1 == ""
     for count, same in ((1, assert_near), (4, assert_near), (2, same_run)):
