@@ -116,11 +116,13 @@ class TrainConfig:
     std: tuple[float, float, float] | None = None
     """Standard deviation of RGB (0 to 1) for normalising the student's input; by default the student's own."""
     scale: tuple[float, float] | None = None
-    """Minimum and maximum area of a crop as a fraction of the image. By default the cache's, no other is accepted."""
+    """Minimum and maximum area of a crop as a fraction of the image. By default the cache's; with a cache no other
+    value is accepted."""
     ratio: tuple[float, float] | None = None
-    """Minimum and maximum aspect ratio (width over height) of a crop. By default the cache's, no other is accepted."""
+    """Minimum and maximum aspect ratio (width over height) of a crop. By default the cache's; with a cache no other
+    value is accepted."""
     flip: float | None = None
-    """Probability of a horizontal flip. By default the cache's, no other is accepted."""
+    """Probability of a horizontal flip. By default the cache's; with a cache no other value is accepted."""
 
     epochs: SizedInt = 100
     """Passes over the training set. Epoch e replays view e modulo the cache's views. None: 30 to 300 by the number of
@@ -141,7 +143,7 @@ class TrainConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the run."""
     schedule: Literal["cosine", "step", "linear"] = "cosine"
-    """Schedule of the learning rate after the warm-up."""
+    """Schedule of the learning rate."""
     decay_epochs: float = 30
     """step: epochs between two decays."""
     decay_rate: float = 0.1
