@@ -1,4 +1,4 @@
-"""Checks that need no torch, so that they fail early: the output must not exist, packages must be installed."""
+"""Checks that need no torch, so that they fail early: the output must not exist and packages must be installed."""
 
 import os
 from importlib.util import find_spec

@@ -12,8 +12,8 @@ import warnings
 
 
 def own_process() -> None:
-    """Set up a process that runs a single command, before torch is imported: torch and its libraries read environment
-    variables at import.
+    """Set up a process that runs a single command. Call it before torch is imported, since torch and its libraries then
+    read the environment variables.
 
     OpenMP: waiting threads that spin slow down a busy machine many times, and threads that sleep at once slow down an
     idle one by a third. GOMP_SPINCOUNT lets them spin for some microseconds first. User: torch cannot be imported by a

@@ -52,7 +52,7 @@ from fastofa.training.step import SUMS, Step
 from fastofa.training.validate import accuracy, best_classes_each
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
-REPORT_EVERY_S = 60  # at least as many seconds between two reports of a running run
+REPORT_EVERY_S = 60  # minimum number of seconds between two reports during a run
 
 
 @dataclass(frozen=True)
@@ -416,7 +416,9 @@ class Job:
         rank, ranks = self.world.rank, self.world.size
         s.steps, position = checkpoint.load_newest(self.run.path, s.student, s.optimizer, ema, rank, ranks)
         newest = self.world.broadcast(s.steps)
-        check_shared(self.world, s.steps == newest, f"the checkpoint of step {newest} as the newest, not {s.steps}")
+        check_shared(
+            self.world, s.steps == newest, f"the checkpoint of step {newest} (its newest is of step {s.steps})"
+        )
         each = position.get("sums_by_rank", [])
         sums = each[rank] if len(each) == ranks else position["sums"]
         s.sums, s.summed = torch.tensor(sums, device=self.device), position["summed"]
