@@ -1,6 +1,7 @@
 """The command line: `fastofa COMMAND ...`.
 
-Each command is a module with `main(config)`, imported only when its arguments were parsed: torch takes seconds.
+Each command is a module with `main(config)`. It is imported only after its arguments are parsed, since importing torch
+takes seconds.
 """
 
 import errno
@@ -22,45 +23,46 @@ from fastofa.system.errors import BadInput, Failed, escaped
 from fastofa.system.interrupt import Stopped
 
 COMMANDS = {
-    "demo": "distil a small student on handwritten digits, from nothing, in a minute or two",
-    "write": "write a data set in a form that is read faster: a pack of pixels, or FFCV's .beton",
-    "precompute": "ask a teacher about every view of every image, and keep its answers",
+    "demo": "distil a small student on handwritten digits from scratch, in a minute or two",
+    "write": "write a dataset in a format that is faster to read: a pack of pixels, or FFCV's .beton",
+    "precompute": "run a teacher on every view of every image and store its predictions",
     "train": "distil a student from a teacher cache",
-    "evaluate": "top-1, top-5 and agreement with the teacher of a run",
+    "evaluate": "compute a run's top-1, top-5 and agreement with the teacher",
     "export": "write a run's student as a model that plain timm loads",
-    "predict": "the classes of images without labels, by a run's student or an exported model",
-    "cache": "info on a teacher cache, or verify its checksums",
-    "doctor": "what acceleration is present here, and what the missing parts need",
+    "predict": "predict the classes of unlabelled images with a run's student or an exported model",
+    "cache": "describe a teacher cache, or verify its checksums",
+    "doctor": "report which accelerators work here, and how to install what is missing",
 }
 USAGE = "usage: fastofa COMMAND [--help]\n\n" + "\n".join(f"  {name:12}{what}" for name, what in COMMANDS.items())
 
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://.*", re.IGNORECASE | re.DOTALL)
 INTERRUPTED = "interrupted; nothing more was saved"
-# How libraries say that memory ran out, beside MemoryError and ENOMEM.
+# How libraries report that memory ran out, besides MemoryError and ENOMEM.
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
 REMEDIES = {
-    errno.EACCES: "its owner must allow you to use it, or choose another place",
-    errno.EPERM: "its owner must allow you to use it, or choose another place",
-    errno.ELOOP: "a link leads to itself: remove it",
-    errno.ENOSPC: "free space or choose another place",
-    errno.EDQUOT: "free space or choose another place",
+    errno.EACCES: "get permission from its owner or choose another path",
+    errno.EPERM: "get permission from its owner or choose another path",
+    errno.ELOOP: "remove the link, which points to itself",
+    errno.ENOSPC: "free some space or choose another path",
+    errno.EDQUOT: "free some space or choose another path",
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit codes: 0; 1 after a failure of the machine, or with a traceback of ours; 2 after bad input (one line on
-    standard error); 128 + signal after a saved interruption.
+    """Run a command. Without `argv` the process is the command's own: after an error it exits without waiting for its
+    threads.
 
-    Without `argv` this is the process of the command, which then ends at once, whatever its threads are waiting for.
+    Exit codes: 0; 1 if the machine failed, or after an unexpected exception, with a traceback; 2 for bad input, with
+    one line on standard error; 128 + signal after an interruption.
     """
     own = argv is None or torchrun.is_rank()
     argv = sys.argv[1:] if argv is None else argv
     code = _main(argv, own)
     if code == 2 and torchrun.is_rank():
         torchrun.stop()
-    if torchrun.is_rank() or (own and code):  # the connections of a rank can hang while Python ends
+    if torchrun.is_rank() or (own and code):  # a rank's connections can hang while Python exits
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _main(argv: list[str], own: bool) -> int:
-    """The exit code."""
+    """Run the command and return its exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -84,16 +86,16 @@ def _main(argv: list[str], own: bool) -> int:
         return _say(str(error), 2)
     except Stopped as stop:
         code = 128 + stop.signum
-        if torchrun.is_main():  # all ranks stop together, one says so
+        if torchrun.is_main():  # all ranks stop together; one prints the message
             _say(str(stop), code)
         return code
     except Failed as error:
         return _say(str(error), 1)
-    except BrokenPipeError:  # `fastofa ... | head`: whoever read has enough
+    except BrokenPipeError:  # `fastofa ... | head`: the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _say(INTERRUPTED, 130)
-    except SystemExit as end:  # of tyro, which has said why
+    except SystemExit as end:  # raised by tyro, which has printed the reason
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         if known := _known(error):
@@ -111,14 +113,12 @@ def _run(argv: list[str], own: bool) -> None:
             f"{argv[0]}: expected one process, torchrun started {os.environ['WORLD_SIZE']} (WORLD_SIZE); start it "
             "without torchrun"
         )
-    for before, argument in pairwise(argv):
-        if found := URL.search(argument):
-            name = before.lstrip("-") if before.startswith("-") else argument.partition("=")[0].lstrip("-")
-            where = f"{name}: " if argument != found[0] or before.startswith("-") else ""
-            raise BadInput(
-                f"{where}expected a path on this machine, got the URL {found[0]}; mount it, or copy the files"
-            )
-    with _interrupted_at_once() if own else nullcontext():
+    for previous, argument in pairwise(argv):
+        if url := URL.search(argument):
+            name = previous.lstrip("-") if previous.startswith("-") else argument.partition("=")[0].lstrip("-")
+            flag = f"{name}: " if argument != url[0] or previous.startswith("-") else ""
+            raise BadInput(f"{flag}expected a path on this machine, got the URL {url[0]}; mount it or copy the files")
+    with _exiting_on_interrupt() if own else nullcontext():
         from fastofa.commands.arguments import parse
         from fastofa.commands.quick_checks import check
 
@@ -129,14 +129,15 @@ def _run(argv: list[str], own: bool) -> None:
 
 
 @contextmanager
-def _interrupted_at_once() -> Iterator[None]:
-    """Around imports, where libraries make something else of Ctrl-C, and where there is nothing to save."""
+def _exiting_on_interrupt() -> Iterator[None]:
+    """Exit at once on Ctrl-C. Used around imports: there is nothing to save, and libraries turn Ctrl-C into other
+    errors."""
 
     def leave(_signum: int, _: FrameType | None) -> NoReturn:
         _say(INTERRUPTED, 130)
         os._exit(130)
 
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # it is ignored in a shell's background
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a shell's background job ignores it
         yield
         return
     signal.signal(signal.SIGINT, leave)
@@ -147,12 +148,12 @@ def _interrupted_at_once() -> Iterator[None]:
 
 
 def _known(error: Exception) -> tuple[str, int] | None:
-    """The line and the exit code for what the machine lacks or refuses, wherever that was noticed."""
+    """The message and the exit code for a limit of the machine or a refusal of the system; None for other errors."""
     text, code = " ".join(str(error).split()), error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or code == errno.ENOMEM or OUT_OF_MEMORY.search(text):
         return (
-            f"memory ran out ({text[:200] or type(error).__name__}); lower --batch-size, or for train raise "
-            "--accumulate; fewer --workers need less, too",
+            f"out of memory ({text[:200] or type(error).__name__}); lower --batch-size, use fewer --workers, or for "
+            "train raise --accumulate",
             1,
         )
     if code in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
@@ -160,7 +161,7 @@ def _known(error: Exception) -> tuple[str, int] | None:
     if "Python.h" in text:
         return "compile: expected Python's headers, found none; apt-get install python3-dev, or --compile off", 2
     if isinstance(error, OSError) and error.filename is not None:
-        remedy = REMEDIES.get(error.errno or 0, "mend it or choose another place")
+        remedy = REMEDIES.get(error.errno or 0, "correct it or choose another path")
         return f"{error.filename}: {error.strerror}; {remedy}", 2
     return None
 

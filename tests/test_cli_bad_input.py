@@ -334,7 +334,7 @@ def test_a_restarted_rank_goes_on_with_the_run_that_is_there(copied, monkeypatch
     """torchrun starts it without --resume."""
     for name, value in (("RUN_ID", "1"), ("RESTART_COUNT", "1")):
         monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
-    assert "holds a run already" not in succeeds(f"{TRAIN} --out run")
+    assert "already contains a run" not in succeeds(f"{TRAIN} --out run")
 
 
 # --- The command line itself ------------------------------------------------------------------------------------------

@@ -418,7 +418,7 @@ def test_the_help_shows_the_values_of_the_recipe_that_is_named(capsys):
         parse("train", ["--help", "--recipe", "imagenet_fast"])
     said = " ".join(capsys.readouterr().out.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
     assert "(default: imagenet_fast)" in said
-    assert "Side of the pictures in the first epochs, for students that take any" in said
+    assert "Side of the images in the first epochs, for students that accept any size" in said
     assert "--epochs {None}|INT" in said
     assert "(default: 16)" in said
 

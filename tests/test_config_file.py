@@ -168,7 +168,7 @@ def test_a_run_again_by_its_file_and_resumed_by_its_folder(on_photos, tmp_path):
     assert train(resumed).top1 == result.top1
     code, _, error = run_here(["train", "--config", str(file)])
     assert code == 2
-    assert_one_line(error, "holds a run already; go on with it by --resume or choose another --out")
+    assert_one_line(error, "already contains a run; continue it with --resume or choose another --out")
 
 
 # --- Precompute -------------------------------------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def test_without_data_a_run_is_evaluated_on_its_own(photos, tmp_path, monkeypatc
     expected = evaluate(run.path, "photos", workers=0)
     capsys.readouterr()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    place, line = str(tmp_path / "photos"), f"data {tmp_path / 'photos'}, as the run was trained on"
+    place, line = str(tmp_path / "photos"), f"data {tmp_path / 'photos'}, which the run was trained on"
     assert evaluate(run.path, workers=0) == dataclasses.replace(expected, data=place)
     assert json.loads((run.path / "evaluation.json").read_text())["data"] == place
     assert capsys.readouterr().err.splitlines().count(line) == 1
@@ -254,7 +254,7 @@ def test_without_data_a_run_is_evaluated_on_its_own(photos, tmp_path, monkeypatc
     assert evaluate(run.path, workers=0).images == expected.images - 1
     assert f"{line}; its validation images have changed since" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "photos")
-    with pytest.raises(BadInput, match=f"{run.path}: its own data cannot be opened, give --data: .*'photos'"):
+    with pytest.raises(BadInput, match=f"{run.path}: could not open the run's own data, give --data: .*'photos'"):
         evaluate(run.path, workers=0)
 
 
@@ -262,7 +262,7 @@ def test_evaluate_refuses(photo_run, photos, tmp_path):
     """No run, no checkpoint yet, data of other classes."""
     with pytest.raises(BadInput, match=r"expected a run made by `fastofa train`, found no config.json"):
         evaluate(tmp_path, str(photos))
-    with pytest.raises(BadInput, match=r"expected the 2 classes that .* was trained on, got 10: lacking china, flower"):
+    with pytest.raises(BadInput, match=r"expected the 2 classes that .* was trained on, got 10: missing china, flower"):
         evaluate(photo_run.path, "digits")
     newest(photo_run.path).unlink()
     with pytest.raises(BadInput, match=r"expected a checkpoint, found none yet; run `fastofa train` with --resume"):
@@ -318,7 +318,7 @@ def test_details_are_those_of_scikit_learn(photos, tmp_path, capsys):
         main(["evaluate", str(run.path), "--workers", "0", "--json", str(tmp_path / "folder")])
     assert end.value.code == 2
     assert list((tmp_path / "folder").iterdir()) == []
-    assert "folder: expected the name of a file, got a folder" in capsys.readouterr().err
+    assert "folder: expected a file name, got a folder" in capsys.readouterr().err
 
 
 # --- Export -----------------------------------------------------------------------------------------------------------
@@ -460,30 +460,32 @@ def test_timms_own_transform_is_tried_on_the_runs_images(photo_run, tmp_path, ca
 
 def test_a_lost_normalisation_is_refused(photo_run, tmp_path, monkeypatch):
     """Ready tensors would not show it: labels are what the run answers, so its accuracy is 100%."""
-    own_answers, save = fastofa.training.export._own_answers, fastofa.training.export.save_for_hf
+    own_predictions, save = fastofa.training.export._own_predictions, fastofa.training.export.save_for_hf
 
-    def right_answers(*arguments: Any) -> Any:
-        sample = own_answers(*arguments)
-        return dataclasses.replace(sample, labels=sample.answers)
+    def right_predictions(*arguments: Any) -> Any:
+        sample = own_predictions(*arguments)
+        return dataclasses.replace(sample, labels=sample.predictions)
 
     def forgetful(model: nn.Module, folder: str, data_config: dict[str, Any], **given: Any) -> None:
         save(model, folder, data_config={**data_config, "mean": (5.0, 0.0, -5.0), "std": (0.01, 1, 9)}, **given)
 
-    monkeypatch.setattr(fastofa.training.export, "_own_answers", right_answers)
+    monkeypatch.setattr(fastofa.training.export, "_own_predictions", right_predictions)
     export(photo_run.path, tmp_path / "right")
     monkeypatch.setattr(fastofa.training.export, "save_for_hf", forgetful)
-    with pytest.raises(BadInput, match=r"through timm's own transform top-1 is \d+\.\d+% on 12 .*nothing was written"):
+    with pytest.raises(
+        BadInput, match=r"top-1 on 12 .* is \d+\.\d+% through timm's own transform.*nothing was written"
+    ):
         export(photo_run.path, tmp_path / "wrong")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["right", "run"]
 
 
 def test_without_its_images_an_export_is_compared_on_tensors(photo_run, tmp_path, capsys):
     """And says so; they may lie on another machine, or be others by now."""
-    for data, reason in (("nowhere", "there is no such folder"), ("digits", "digits has other classes now")):
+    for data, reason in (("nowhere", "there is no such folder"), ("digits", "the classes of digits have changed")):
         run = make_run(tmp_path / data, photo_run.classes, data=data)
         export(run.path, tmp_path / f"{data}-out")
         said = capsys.readouterr().err
-        assert "compared with the run on made-up images only" in said
+        assert "compared with the run on random images only" in said
         assert reason in said
 
 

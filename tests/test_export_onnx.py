@@ -91,7 +91,7 @@ def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, monkeypatch)
         return original(file, model, pixels)
 
     monkeypatch.setattr(fastofa.training.export_onnx, "_compare", other)
-    with pytest.raises(BadInput, match="expected the run's logits, onnxruntime's differ by up to"):
+    with pytest.raises(BadInput, match="expected the run's logits, but onnxruntime's differ by up to"):
         export(run.path, tmp_path / "out", onnx=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

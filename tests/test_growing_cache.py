@@ -58,7 +58,7 @@ def test_a_run_goes_on_with_the_views_it_began_with(on_photos, grow, capsys):
     train(dataclasses.replace(grown, resume=True))
     assert "cache: has 4 views now; this run goes on with the 2 it began with" in capsys.readouterr().err
     same_run(grown.out, straight.out)
-    assert len(open_run(grown.out).answers) == 2
+    assert len(open_run(grown.out).view_digests) == 2
 
 
 def test_an_unfinished_cache_serves_what_it_has(on_photos, grow, capsys):
@@ -69,11 +69,11 @@ def test_an_unfinished_cache_serves_what_it_has(on_photos, grow, capsys):
     config = on_photos(cache=cache, epochs=5, checkpoint_every=3, keep=9, eval_every=5)
     train(config)
     assert f"cache {cache}: finished views: 3 of 4; this run replays 3 until it ends" in capsys.readouterr().err
-    assert open_run(config.out).answers == TeacherCache.open(cache).digests(3)
+    assert open_run(config.out).view_digests == TeacherCache.open(cache).digests(3)
     (cache / view_file(3)).write_bytes(fourth)
     back(config.out, 4)
     train(dataclasses.replace(config, resume=True))
-    assert len(open_run(config.out).answers) == 3
+    assert len(open_run(config.out).view_digests) == 3
 
 
 def test_views_that_no_epoch_shows_may_change(on_photos, grow, capsys):
@@ -81,7 +81,7 @@ def test_views_that_no_epoch_shows_may_change(on_photos, grow, capsys):
     cache = grow(2)
     config = on_photos(cache=cache, epochs=1)
     train(config)
-    assert len(open_run(config.out).answers) == 1
+    assert len(open_run(config.out).view_digests) == 1
     (cache / view_file(1)).unlink()
     capsys.readouterr()
     train(dataclasses.replace(config, resume=True))
@@ -99,7 +99,7 @@ def test_what_is_not_what_the_run_began_with_is_refused(on_photos, grow):
     tensors["log_probs"][0] -= 0.5
     save_tensors(cache / view_file(1), tensors, said)
     with pytest.raises(
-        BadInput, match=r"cache: .* does not hold the answers of .*cache that the run began with \(view 1 changed\)"
+        BadInput, match=r"cache: .*cache does not contain the predictions that the run began with \(view 1 changed\)"
     ):
         train(resumed)
     (cache / view_file(1)).unlink()
@@ -120,7 +120,8 @@ def test_resume_compares_the_validation_images(on_photos, photos, photo_cache, t
     train(config)
     val = data / "val"
     (val / "china" / "000.jpg").rename(val / "flower" / "100.jpg")
-    with pytest.raises(BadInput, match=f"these differ: data: {data} has other validation images than {data} had then"):
+    message = f"these differ: data: the validation images of {data} are not those the run began with"
+    with pytest.raises(BadInput, match=message):
         train(dataclasses.replace(config, resume=True))
     (val / "flower" / "100.jpg").rename(val / "china" / "000.jpg")
     train(dataclasses.replace(config, resume=True))
@@ -178,7 +179,7 @@ def test_evaluate_takes_the_answers_that_the_run_began_with(
     said = capsys.readouterr().err
     assert (found.agreement is not None) is (state == "grown")
     expected = {
-        "made anew": f"no agreement with the teacher: {cache} does not hold the answers that the run began with",
+        "made anew": f"no agreement with the teacher: {cache} does not contain the predictions that the run began with",
         "cut short": "no agreement with the teacher: .*expected 2 views, finished: 1 of 2",
         "grown": "",
         "moved": f"no agreement with the teacher: {cache}: expected a teacher cache",

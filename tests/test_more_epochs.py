@@ -93,13 +93,13 @@ def test_it_takes_the_views_that_follow(on_photos, photos, photo_cache: TeacherC
     cache = precompute(PrecomputeConfig(str(photos), teacher, tmp_path / "cache", 4, topk=2, workers=0))
     config = on_photos(cache=cache.path)
     train(config)
-    assert open_run(config.out).answers == cache.digests(2)
+    assert open_run(config.out).view_digests == cache.digests(2)
     train(dataclasses.replace(config, epochs=3, resume=True))
-    assert open_run(config.out).answers == cache.digests(3)
+    assert open_run(config.out).view_digests == cache.digests(3)
     few = on_photos("few", epochs=3)
     train(few)
     train(dataclasses.replace(few, epochs=4, resume=True))
-    assert open_run(few.out).answers == photo_cache.digests(2)
+    assert open_run(few.out).view_digests == photo_cache.digests(2)
 
 
 def test_fewer_are_refused(on_photos):
@@ -116,7 +116,7 @@ def test_images_that_grow_are_named_too(on_photos):
     config: Any = on_photos(epochs=10, start_size=32, image_size=64, growth=(0.0, 1.0))
     longer = dataclasses.replace(config, epochs=20)
     line = lengthened(config, longer, 9 * STEPS, STEPS, 64)
-    assert "at this step 32 px, before 64 px" in line
+    assert "at this step 32 px instead of 64 px" in line
     assert "px" not in lengthened(
         dataclasses.replace(config, start_size=None), dataclasses.replace(longer, start_size=None), 3, STEPS, 64
     )

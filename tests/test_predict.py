@@ -154,7 +154,7 @@ def test_an_image_that_cannot_be_read_is_named_and_all_others_are_predicted(run,
     sound = [f"00{i}.jpg" for i in (0, 2, 3, 4, 5)]
     found = predict(run.path, folder, batch_size=2, workers=2)
     assert [next(found).file.name for _ in sound] == sound
-    with pytest.raises(UnreadableImages, match=r"expected 7 readable images, 2 could not be read"):
+    with pytest.raises(UnreadableImages, match=r"expected 7 readable images, but the 2 named above could not be read"):
         next(found)
     assert [p.file.name for p in predict(run.path, folder, skip_corrupt=True)] == sound
 

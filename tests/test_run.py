@@ -137,7 +137,7 @@ def test_last_is_the_better_of_weights_and_average(on_photos, monkeypatch):
 def test_an_average_longer_than_the_run_and_a_warm_up_too_are_told(on_photos, capsys):
     train(on_photos(epochs=1, ema=0.9999, warmup_epochs=20))
     said = capsys.readouterr().err
-    assert "ema 0.9999: the average is over 10,000 steps, the run has 3" in said
+    assert "ema 0.9999: the average is over 10,000 steps, but the run has 3" in said
     assert "warmup-epochs 20: the run has 1 epoch," in said
 
 
@@ -200,7 +200,7 @@ def test_a_report_that_fails_does_not_end_the_run(on_photos, monkeypatch, capsys
     train(config)
     assert len(rows(config.out, "epoch")) == 2
     said = capsys.readouterr().err
-    assert said.count("no new report and curves (division by zero); the run goes on") == 1
+    assert said.count("could not write the report and curves (division by zero); the run continues") == 1
 
 
 def test_predictions_are_those_of_the_last_evaluation(on_photos):
@@ -246,8 +246,8 @@ def test_a_number_that_is_not_finite_ends_the_run_before_it_is_saved(on_photos, 
         train(config)
     good = config.out / "checkpoints" / "step-00000004.safetensors"
     assert str(error.value) == (
-        f"the {what} is no longer finite between steps 3 and 6; begin anew with a lower --lr or --clip and another "
-        f"--out; or try once more from {good} by --resume"
+        f"the {what} is no longer finite between steps 3 and 6; start again with a lower --lr or --clip and another "
+        f"--out; or retry from {good} with --resume"
     )
     assert newest(config.out) == good
     tensors, info = load_tensors(good)
@@ -292,7 +292,7 @@ def test_checkpoints_without_their_configuration_are_not_taken_over(on_photos):
     train(config)
     (config.out / "config.json").unlink()
     for resume in (False, True):
-        with pytest.raises(BadInput, match=r"holds checkpoints of a run without its config\.json"):
+        with pytest.raises(BadInput, match=r"contains checkpoints of a run without its config\.json"):
             train(dataclasses.replace(config, resume=resume))
 
 
@@ -314,7 +314,7 @@ def test_best_weights_of_a_future_that_was_given_up_are_forgotten(on_photos, cap
 
 def test_without_a_checkpoint_it_says_so(on_photos, poison):
     poison(1, "loss")
-    with pytest.raises(BadInput, match=r"between steps 0 and 1; begin anew with a lower --lr or --clip and .* --out$"):
+    with pytest.raises(BadInput, match=r"between steps 0 and 1; start again with a lower --lr or --clip and .* --out$"):
         train(on_photos())
 
 
@@ -350,10 +350,10 @@ def test_logits_that_are_not_finite_are_no_accuracy(on_photos, monkeypatch):
 
     monkeypatch.setattr(Student, "classify", overflow)
     config = on_photos()
-    with pytest.raises(BadInput, match=r"the student answers NaN or infinity to \d+ of 12 validation images"):
+    with pytest.raises(BadInput, match=r"the student gives NaN or infinity for \d+ of 12 validation images"):
         train(config)
     assert not (config.out / FOLDER / BEST).exists()
-    with pytest.raises(BadInput, match="it diverged; train anew with a lower --lr or --clip"):
+    with pytest.raises(BadInput, match="it diverged, train again with a lower --lr or --clip"):
         evaluate(config.out, config.data, workers=0)
 
 

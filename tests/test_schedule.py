@@ -182,15 +182,15 @@ def test_settings_for_longer_runs_are_reported():
 
     (warmup, average) = reported("imagenet_vit_mlp", epochs=4)
     assert warmup == (
-        "warmup-epochs 20: the run has 4 epochs, so the learning rate never reaches --lr 0.0005; --warmup-epochs 0.2 "
-        "would suit it"
+        "warmup-epochs 20: the run has 4 epochs, so the learning rate never reaches --lr 0.0005; try --warmup-epochs "
+        "0.2"
     )
-    assert average.startswith("ema 0.99996: the average is over 25,000 steps, the run has 72, so it holds much of the ")
-    assert "; --ema 0.861 would suit it" in average
+    assert average.startswith("ema 0.99996: the average is over 25,000 steps, but the run has 72, ")
+    assert "; try --ema 0.861 (" in average
     assert reported("imagenet_vit_mlp", epochs=4, warmup_epochs=0.2, ema=0.861) == []
     (decay,) = reported("imagenet_cnn", epochs=20)
     assert decay.startswith(
-        "decay-epochs 30: the run has 20 epochs, so the learning rate never falls; --decay-epochs 6 "
+        "decay-epochs 30: the run has 20 epochs, so the learning rate never falls; try --decay-epochs 6"
     )
     assert reported("imagenet_cnn", epochs=20, decay_epochs=6.0) == []
     assert [reported(name) for name in ("digits", "imagenet_fast", "imagenet_cnn", "cifar_cnn", "cifar_vit_mlp")] == [

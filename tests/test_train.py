@@ -632,7 +632,7 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(on_photos):
         train(config)
     last = rows(config.out, "step")
     assert all(math.isfinite(row["loss"]) for row in last)
-    assert f"{newest(config.out)} by --resume" in str(error.value)
+    assert f"{newest(config.out)} with --resume" in str(error.value)
     tensors, info = load_tensors(newest(config.out))
     assert all(map(math.isfinite, info["position"]["sums"]))
     first, last = map(int, re.findall(r"steps (\d+) and (\d+)", str(error.value))[0])
@@ -743,7 +743,7 @@ def test_another_run_is_not_overwritten(on_photos):
     train(config)
     before = {file.name: file.read_bytes() for file in config.out.iterdir() if file.is_file()}
     for other, message in (
-        (config, "holds a run already; go on with it by --resume or choose another --out"),
+        (config, "already contains a run; continue it with --resume or choose another --out"),
         (dataclasses.replace(config, resume=True, lr=0.5), "these differ: lr: 0.5 here, 0.002 there"),
     ):
         with pytest.raises(BadInput, match=message):
@@ -761,7 +761,7 @@ def test_a_run_that_saved_nothing_is_begun_anew(on_photos, capsys):
     (again.out / "checkpoints/best.safetensors").unlink()
     capsys.readouterr()
     train(again)
-    assert "the run there has no checkpoint; beginning anew" in capsys.readouterr().err
+    assert "contains a run without a checkpoint; starting it again" in capsys.readouterr().err
     assert newest(straight.out).read_bytes() == newest(again.out).read_bytes()
     assert open_run(again.out).config.lr == straight.lr
 
@@ -830,7 +830,7 @@ def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
     """Without a cache, too, which would say so itself."""
     given: dict[str, Any] = {"student": "test_resnet", "method": "scratch", "out": tmp_path / "run", "epochs": 1}
     train(recipes.digits(data="digits:50", **given))
-    with pytest.raises(BadInput, match="data: digits:100 is not the data set of digits:50"):
+    with pytest.raises(BadInput, match="data: the training images of digits:100 are not those the run began with"):
         train(recipes.digits(data="digits:100", resume=True, **given))
 
 
@@ -861,7 +861,7 @@ def test_auto_reads_by_pages_what_is_larger_than_the_memory(on_beton, tmp_path, 
     ):  # fmt: skip
         config = on_beton(f"{order}-{expected}", memory, order=order, epochs=1)
         train(config)
-        said = f"order pages: {config.data} has 0.0 GB, the memory 0.0 GB" in capsys.readouterr().err
+        said = f"order pages: {config.data} has 0.0 GB, memory 0.0 GB" in capsys.readouterr().err
         assert said is (order == "auto" and expected == "pages")
         assert open_run(config.out).config.order == expected
         weights[expected].append(newest(config.out).read_bytes())
@@ -887,7 +887,10 @@ def test_a_resumed_run_keeps_its_order_whatever_the_memory(on_beton, monkeypatch
 def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_beton, photos, tmp_path):
     """Others would give another order, from the middle of an epoch on; a random order is any form's."""
     write(WriteConfig(str(photos), tmp_path / "larger.beton", raw=True))
-    for order, problem in (("pages", r"pages of .*larger.beton hold other samples than those the"), ("random", None)):
+    for order, problem in (
+        ("pages", r"pages of .*larger.beton contain other samples than those the"),
+        ("random", None),
+    ):
         train(on_beton(order, order=order, epochs=1))
         moved = on_beton(order, order=order, epochs=1, resume=True, data=str(tmp_path / "larger.beton"))
         with pytest.raises(BadInput, match=problem) if problem else nullcontext():

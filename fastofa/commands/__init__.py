@@ -1,1 +1,1 @@
-"""The commands: each parses its arguments, calls one function and prints."""
+"""The commands. Each calls one function with its parsed arguments and prints the result."""

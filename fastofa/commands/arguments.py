@@ -1,6 +1,7 @@
-"""The arguments of every command, parsed without torch, so that a typo is answered at once.
+"""The arguments of every command, parsed without torch, so that a typo is reported at once.
 
-A command's help begins with its module's docstring; `train` has its arguments in config.py, as recipes fill them.
+A command's help begins with the docstring of its module. The arguments of `train` are in runs/config.py, those of
+`precompute` in teacher/precompute_config.py, those of `write` in data/write_config.py.
 """
 
 import ast
@@ -31,34 +32,34 @@ from fastofa.teacher.precompute_config import PrecomputeConfig
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Teach a small CNN handwritten digits with a Transformer: teacher, cache, students, table, curves, export."""
+    """Distil a Transformer into a small CNN on handwritten digits: teacher, cache, students, table, curves, export."""
 
     out: Path = Path("demo")
-    """Folder for everything; an earlier demo in it is replaced."""
+    """Folder for all output; an earlier demo in it is replaced."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Top-1, top-5 and agreement with the teacher, also written to RUN/evaluation.json."""
+    """Compute top-1, top-5 and agreement with the teacher, and write them to RUN/evaluation.json."""
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder that `fastofa train` wrote."""
+    """Folder written by `fastofa train`."""
     data: str | None = None
-    """Data set whose validation split is used. By default the one that the run was trained on."""
+    """Dataset whose validation split is used; by default the one that the run was trained on."""
     weights: Weights = "last"
-    """last: as they are at the end (or where the run is); best: as they were at the run's best evaluation, which
-    flatters if it is the same data again. Of a run with --ema both take the weights or their average, whichever had the
-    better top-1 in the run; raw, ema, best-raw and best-ema say which."""
+    """last: the newest weights; best: those of the run's best evaluation, which makes the result on the same images too
+    optimistic. For a run with --ema, both mean the weights or their average, whichever had the higher top-1 in the run;
+    raw, ema, best-raw and best-ema choose."""
     batch_size: int = 256
-    """Images at once."""
+    """Images per forward pass."""
     device: str = "auto"
     """auto, cuda, cuda:1, cpu."""
     pipeline: str = "auto"
-    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
+    """resident, packed, ffcv, dali, torchvision, or auto, which reports its choice and the reason."""
     workers: int | None = None
-    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
+    """Decoder processes (torchvision pipeline) or threads (others); by default one per core, at most 16."""
     json: Path | None = None
-    """File for the same figures with the recall of each class and the confusion matrix."""
+    """Also write these figures, the recall of each class and the confusion matrix to this file."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size")
@@ -67,43 +68,42 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """OUT/model.safetensors and OUT/config.json, for timm.create_model and for `fastofa precompute --teacher OUT`."""
+    """Write OUT/model.safetensors and OUT/config.json, for timm.create_model and `fastofa precompute --teacher OUT`."""
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder that `fastofa train` wrote."""
+    """Folder written by `fastofa train`."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """New folder for the model."""
     weights: Weights = "last"
-    """last: as they are at the end; best: as they were at the run's best evaluation. Of a run with --ema both take the
-    weights or their average, whichever had the better top-1 in the run; raw, ema, best-raw and best-ema say which."""
+    """last: the newest weights; best: those of the run's best evaluation. For a run with --ema, both mean the weights
+    or their average, whichever had the higher top-1 in the run; raw, ema, best-raw and best-ema choose."""
     onnx: bool = False
-    """Write OUT/model.onnx, too: uint8 RGB pixels [batch, 3, size, size] -> logits, normalisation inside, opset 18. It
-    needs the packages onnx and onnxscript (pip install 'fastofa[onnx]')."""
+    """Also write OUT/model.onnx: uint8 RGB pixels [batch, 3, size, size] -> logits, with the normalisation in the
+    graph, opset 18. Needs the packages onnx and onnxscript (pip install 'fastofa[onnx]')."""
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """The most probable classes of images without labels, with their probabilities."""
+    """Predict the most probable classes of images without labels, with their probabilities."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN|MODEL")]]
-    """Folder that `fastofa train` or `fastofa export` wrote; also a folder of timm's, local-dir:FOLDER or
-    hf-hub:OWNER/NAME."""
+    """Folder written by `fastofa train`, `fastofa export` or timm, local-dir:FOLDER or hf-hub:OWNER/NAME."""
     files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")]]
-    """Images, and folders of images, which are searched to any depth."""
+    """Images, or folders of images, which are searched to any depth."""
     csv: Path | None = None
     """File for the predictions of all images. By default the first thousand are printed."""
     topk: int = 5
-    """Classes for each image."""
+    """Classes per image."""
     weights: Weights = "last"
-    """Of a run: last, best, raw, ema, best-raw or best-ema, as for `fastofa evaluate`."""
+    """Weights of a run: last, best, raw, ema, best-raw or best-ema, see `fastofa evaluate --help`."""
     batch_size: int = 256
-    """Images at once."""
+    """Images per forward pass."""
     device: str = "auto"
     """auto, cuda, cuda:1, cpu."""
     workers: int | None = None
-    """Decoding threads; by default one per core, at most 16."""
+    """Decoder threads; by default one per core, at most 16."""
     skip_corrupt: bool = False
-    """Exit with code 0 although some images could not be read. They are named in any case, all others predicted."""
+    """Exit with code 0 even if some images could not be read. They are named, and all others predicted, in any case."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "topk", "batch_size")
@@ -112,17 +112,17 @@ class PredictConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """info: what the cache was made from. verify: read every finished table, compare its checksum, check its values."""
+    """info: print how the cache was made. verify: read every finished table, compare its checksum, check its values."""
 
     action: tyro.conf.Positional[Literal["info", "verify"]]
-    """What to do."""
+    """Action to perform."""
     cache: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CACHE")]]
-    """Folder that `fastofa precompute` wrote."""
+    """Folder written by `fastofa precompute`."""
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """List what makes fastofa faster, whether it works here, and how to get what is missing. All is optional."""
+    """List the optional parts that make fastofa faster, whether they work here, and how to install missing ones."""
 
 
 CONFIGS: dict[str, type] = {
@@ -139,10 +139,10 @@ CONFIGS: dict[str, type] = {
 
 
 def parse(command: str, argv: list[str]) -> Any:
-    """The command's configuration. Ends the process after --help, and with code 2 after arguments it does not have.
+    """The command's configuration. Exits after --help, and with code 2 for unknown or missing arguments.
 
     Raises:
-        BadInput: a value that cannot be.
+        BadInput: a value is invalid.
     """
     config, prog = CONFIGS[command], f"fastofa {command}"
     _give_help(config)
@@ -163,28 +163,30 @@ FILE = "config"
 
 
 def _train_defaults(argv: list[str]) -> dict[str, Any]:
-    """Of the run to resume, of the file, or of the recipe that the arguments name or that suits their data."""
-    run, file, out = _given(argv, "--resume"), _given(argv, f"--{FILE}"), _given(argv, "--out")
+    """The values of the run to resume, of the --config file, or of the recipe that is named or suits the data."""
+    run, file, out = _flag_value(argv, "--resume"), _flag_value(argv, f"--{FILE}"), _flag_value(argv, "--out")
     if not run and not file:
-        name = _given(argv, "--recipe")
-        made = recipe(default_recipe(_given(argv, "--data") or "") if name is None else name)
-        return vars(made(data=tyro.MISSING, student=tyro.MISSING, out=tyro.MISSING))
+        name = _flag_value(argv, "--recipe")
+        of_recipe = recipe(default_recipe(_flag_value(argv, "--data") or "") if name is None else name)
+        return vars(of_recipe(data=tyro.MISSING, student=tyro.MISSING, out=tyro.MISSING))
     _refuse_recipe(argv)
     if not run:
         assert file is not None
         return {**vars(read_config(TrainConfig, Path(file))), "resume": False, "plan": False}
     if file is not None:
-        raise BadInput(f"config: expected none beside --resume {run}, which takes all from its own config.json")
+        raise BadInput(
+            f"config: expected none with --resume {run}, which takes its configuration from {run}/{RUN}; leave it out"
+        )
     if out is not None and Path(out) != Path(run):
-        raise BadInput(f"out: expected none beside --resume {run}, which goes on in its own folder, got {out}")
+        raise BadInput(f"out: expected none with --resume {run}, which continues in {run}, got {out}; leave it out")
     if not (Path(run) / RUN).exists():
         raise BadInput(f"resume: expected a run made by `fastofa train`, found no {RUN} in {run}")
     return {**vars(read_config(TrainConfig, Path(run) / RUN)), "out": Path(run), "plan": False}
 
 
 def _precompute_defaults(argv: list[str]) -> dict[str, Any]:
-    """Of the file, else the configuration's own. Another cache needs another --out."""
-    file = _given(argv, f"--{FILE}")
+    """The values of the --config file except --out, which must differ; none without a file."""
+    file = _flag_value(argv, f"--{FILE}")
     if not file:
         return {}
     _refuse_recipe(argv)
@@ -192,19 +194,19 @@ def _precompute_defaults(argv: list[str]) -> dict[str, Any]:
 
 
 def _refuse_recipe(argv: list[str]) -> None:
-    """Raises BadInput: a recipe's name would change without its values."""
-    if _given(argv, "--recipe") is not None:
-        raise BadInput("recipe: expected none beside the configuration of a file; give the flags that are to change")
+    """Raises BadInput for --recipe, which would change the recipe's name but not the values that the file gives."""
+    if _flag_value(argv, "--recipe") is not None:
+        raise BadInput("recipe: expected none with a configuration from a file; give the flags that are to change")
 
 
-def _given(argv: list[str], flag: str) -> str | None:
-    """The flag's last value as it stands in the arguments, empty if none follows; None without the flag."""
-    found = None
+def _flag_value(argv: list[str], flag: str) -> str | None:
+    """The last value of the flag in the arguments, empty if it has no value; None without the flag."""
+    last = None
     for argument, following in zip(argv, [*argv, ""][1:], strict=True):
         name, equals, value = argument.partition("=")
         if name == flag:
-            found = value if equals else "" if following.startswith("-") else following
-    return found
+            last = value if equals else "" if following.startswith("-") else following
+    return last
 
 
 DEFAULTS: dict[type, Callable[[list[str]], dict[str, Any]]] = {
@@ -217,23 +219,22 @@ DEFAULTS: dict[type, Callable[[list[str]], dict[str, Any]]] = {
 
 SECTIONS = {TrainConfig: train_sections, PrecomputeConfig: precompute_sections}
 _FILE_HELP = (
-    'Take the defaults from {}, a file with its "config" object, or that object alone. {}, and each flag changes one '
-    'field. Relative paths begin at the file\'s "folder", or at the working directory if it names none.'
+    'Take the defaults from {}, or from a file with only its "config" object. {}; flags override single fields. '
+    'Relative paths are relative to the file\'s "folder", or to the working directory if it names none.'
 )
 FILE_HELP = {
     TrainConfig: _FILE_HELP.format("a run's config.json", "--data, --student and --out then become optional"),
     PrecomputeConfig: _FILE_HELP.format(
-        "a cache's cache.json, which says nothing of --device, --workers and other flags that leave the predictions "
-        "alone",
+        "a cache's cache.json (without --device, --workers and other flags that do not change the predictions)",
         "Only --out is then required",
     ),
 }
 
 
-def _resumes(given: list[str]) -> bool:
-    """--resume alone, or with the run's folder, which _train_defaults reads."""
-    if len(given) > 1:
-        raise ValueError(f"expected one run, got {' '.join(given)}")
+def _resumes(values: list[str]) -> bool:
+    """--resume alone, or with the run's folder, which `_train_defaults` reads."""
+    if len(values) > 1:
+        raise ValueError(f"expected one run, got {' '.join(values)}")
     return True
 
 
@@ -247,7 +248,8 @@ _RESUME = tyro.constructors.PrimitiveConstructorSpec(
 
 
 def _form(config: type, defaults: dict[str, Any]) -> Any:
-    """The flat configuration as tyro takes it: a nested dataclass for each section, since that makes a titled group."""
+    """The flat configuration as a dataclass with one nested dataclass per section, which tyro prints as a titled
+    group."""
     sections: dict[str, list[Any]] = {}
     for field in dataclasses.fields(config):
         hint, default = config.__annotations__[field.name], defaults.get(field.name, field.default)
@@ -270,7 +272,7 @@ def _dataclass(fields: Iterable[Any]) -> Any:
 
 
 def _docstring(command: str) -> str:
-    """Of the command's module, which is not imported: that takes seconds."""
+    """The docstring of the command's module, without importing the module, which takes seconds."""
     spec = find_spec(f"fastofa.commands.{command}")
     assert spec is not None
     assert spec.origin is not None
@@ -278,7 +280,7 @@ def _docstring(command: str) -> str:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """Paragraphs wrapped; an indented line is a command and what it does, which goes below it where it has no room."""
+    """Wrap the paragraphs. A line that is indented is a command and its description, which moves below if too long."""
     lines: list[str] = []
     for paragraph in text.split("\n\n"):
         if not paragraph.startswith(" "):
@@ -287,23 +289,22 @@ def _wrapped(text: str, width: int) -> str:
             lines.append(paragraph)
         else:
             for line in paragraph.splitlines():
-                command, *what = re.split(" {3,}", line.strip())
+                command, *description = re.split(" {3,}", line.strip())
                 lines.append(f"    {command}")
-                lines += textwrap.wrap(" ".join(what), width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+                lines += textwrap.wrap(" ".join(description), width, initial_indent=" " * 8, subsequent_indent=" " * 8)
         lines.append("")
     return "\n".join(lines[:-1])
 
 
 @cache
 def _give_help(config: type) -> None:
-    """Gives tyro the fields' docstrings as text that flows: it would keep their line breaks, and say twice of None what
-    the docstring says it means."""
+    """Give tyro the fields' docstrings without line breaks, and hide a default of None that the docstring explains."""
     (body,) = ast.parse(inspect.getsource(config)).body
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for field, doc in pairwise(getattr(body, "body", ())):
         match field, doc:
             case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                told = defaults[name] is None and "by default" in text.lower()
-                hint = (lambda default: "" if default == "None" else f"(default: {default})") if told else None
-                flowing = tyro.conf.arg(help=" ".join(text.split()), help_behavior_hint=hint)
-                config.__annotations__[name] = Annotated[config.__annotations__[name], flowing]
+                explained = defaults[name] is None and re.search("by default|default:", text, re.IGNORECASE)
+                hint = (lambda default: "" if default == "None" else f"(default: {default})") if explained else None
+                argument = tyro.conf.arg(help=" ".join(text.split()), help_behavior_hint=hint)
+                config.__annotations__[name] = Annotated[config.__annotations__[name], argument]

@@ -15,7 +15,7 @@ from fastofa.system.errors import counted, escaped
 from fastofa.system.progress import plain
 from fastofa.teacher.cache import TeacherCache
 
-MAX_CLASSES = 10  # class names that are printed
+MAX_CLASSES = 10  # class names to print
 
 
 def info(cache: TeacherCache) -> dict[str, str]:
@@ -43,7 +43,7 @@ def info(cache: TeacherCache) -> dict[str, str]:
 
 
 def _abbreviated(names: tuple[str, ...]) -> str:
-    """All names if they are few, else the first ones and the last."""
+    """All names if there are few, else the first ones and the last."""
     return ", ".join(names if len(names) <= MAX_CLASSES else (*names[: MAX_CLASSES - 1], "...", names[-1]))
 
 

@@ -46,7 +46,7 @@ MARKER = "demo.json"
 
 
 def demo(out: Path) -> dict[str, Result]:
-    """Run the demo in the folder `out`. Raises BadInput if `out` holds something else than an earlier demo."""
+    """Run the demo in the folder `out`. Raises BadInput if `out` contains anything but an earlier demo."""
     with writing(out):
         return _demo(out)
 
@@ -86,7 +86,9 @@ def _demo(out: Path) -> dict[str, Result]:
     _print(results, cache.views * cache.num_samples / precompute_s, precompute_s)
     print(f"curves: {out / 'curves.png'}\ntimm alone, from {out / 'student'}: top-1 {top1:.2%}\n{line}")
     if top1 != results["ofa"].top1:
-        raise RuntimeError(f"the exported student has top-1 {top1:.2%}, the run had {results['ofa'].top1:.2%}")
+        raise RuntimeError(
+            f"expected top-1 {results['ofa'].top1:.2%} as in the run, the exported student has {top1:.2%}"
+        )
     return results
 
 

@@ -1,8 +1,8 @@
-"""How good is a run's student?
+"""Evaluate a run's student.
 
-    fastofa evaluate run                    on the validation images that it was trained with
+    fastofa evaluate run                    on the validation images of the run's own data
     fastofa evaluate run --data others
-    fastofa evaluate run --json evaluation.json         recall of each class and the confusion matrix, too
+    fastofa evaluate run --json evaluation.json         also write the recall of each class and the confusion matrix
 
 Prints top-1, top-5 and agreement with the teacher, and writes them to RUN/evaluation.json.
 """
@@ -19,13 +19,13 @@ from fastofa.training.evaluate import evaluate
 
 def main(config: EvaluateConfig) -> None:
     c = config
-    found = evaluate(c.run, c.data, c.weights, c.batch_size, c.device, c.pipeline, c.workers)
+    evaluation = evaluate(c.run, c.data, c.weights, c.batch_size, c.device, c.pipeline, c.workers)
     if c.json is not None:
-        write_json(c.json, {"run": str(c.run), "weights": c.weights, **found.details()})
-    title = f"{config.run} on {counted(found.images, 'image')} of {found.data}"
+        write_json(c.json, {"run": str(c.run), "weights": c.weights, **evaluation.details()})
+    title = f"{config.run} on {counted(evaluation.images, 'image')} of {evaluation.data}"
     table = Table(title=plain(title), title_justify="left")
     for name in ("top-1", "top-5", "teacher's top-1", "agreement"):
         table.add_column(name, justify="right")
-    values = (found.top1, found.top5, found.teacher_top1, found.agreement)
+    values = (evaluation.top1, evaluation.top5, evaluation.teacher_top1, evaluation.agreement)
     table.add_row(*("-" if value is None else f"{value:.2%}" for value in values))
     Console().print(table)

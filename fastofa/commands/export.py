@@ -2,10 +2,10 @@
 
     fastofa export run student
     python -c 'import timm; model = timm.create_model("local-dir:student", pretrained=True)'
-    fastofa export run student --onnx       student/model.onnx, too: uint8 pixels -> logits, opset 18
+    fastofa export run student --onnx       also write student/model.onnx: uint8 pixels -> logits, opset 18
 
-The exits are left out. What was written is loaded back with timm: its logits are compared with the run's, and its
-answers to validation images that went through timm's own transform with those of the run's own evaluation.
+The model has no exits. It is loaded with timm and compared with the run: its logits, and its predictions for validation
+images that were preprocessed by timm's own transform.
 """
 
 from fastofa.commands.arguments import ExportConfig

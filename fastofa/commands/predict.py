@@ -1,11 +1,11 @@
-"""Which classes are on these images?
+"""Predict the classes of images without labels.
 
-    fastofa predict run photos                          a table of each image's five most probable classes
-    fastofa predict student a.jpg b.png --topk 1        by an exported model, or timm's
+    fastofa predict run photos                          print the five most probable classes of each image
+    fastofa predict student a.jpg b.png --topk 1        use an exported model, or one of timm's
     fastofa predict run photos --csv predictions.csv    columns file, rank, class, probability
 
-Folders are searched to any depth, without hidden files. An image that cannot be read is named, all others are
-predicted and written; the command then ends with code 2, or with --skip-corrupt with code 0.
+Folders are searched to any depth; hidden files are skipped. Images that cannot be read are named, and all others are
+predicted. The command then exits with code 2, or with code 0 if --skip-corrupt is given.
 """
 
 import csv
@@ -27,33 +27,33 @@ from fastofa.system.files import replacing
 from fastofa.system.progress import notice, plain, track
 from fastofa.training.predict_files import Prediction, UnreadableImages, open_classifier, predict_images
 
-PRINTED, PRINTED_BESIDE_CSV = 1000, 10  # images in the table
-QUICK_S = 2  # seconds, below which nobody wants to know the speed
+PRINTED, PRINTED_BESIDE_CSV = 1000, 10  # maximum number of images in the table
+QUICK_S = 2  # the speed is reported if a command takes more seconds
 
 
 def main(config: PredictConfig) -> None:
     c, began = config, time.monotonic()
     files = image_files(c.files)
     classifier = open_classifier(c.model, c.weights, c.device)
-    found = predict_images(classifier, files, c.topk, c.batch_size, choose_workers(c.workers), c.skip_corrupt)
-    shown: list[Prediction] = []
+    predictions = predict_images(classifier, files, c.topk, c.batch_size, choose_workers(c.workers), c.skip_corrupt)
+    printed: list[Prediction] = []
     most, done, unreadable = PRINTED if c.csv is None else PRINTED_BESIDE_CSV, 0, None
-    with nullcontext() if c.csv is None else _csv(c.csv) as rows:
+    with nullcontext() if c.csv is None else _csv(c.csv) as writer:
         try:
-            for done, prediction in enumerate(track(found, len(files), "predict"), start=1):
+            for done, prediction in enumerate(track(predictions, len(files), "predict"), start=1):
                 if done <= most:
-                    shown.append(prediction)
-                if rows is not None:
-                    rows.writerows(_rows(prediction))
+                    printed.append(prediction)
+                if writer is not None:
+                    writer.writerows(_rows(prediction))
         except UnreadableImages as error:
             unreadable = error
     seconds = time.monotonic() - began
-    if shown:
-        _print(c.model, shown)
+    if printed:
+        _print(c.model, printed)
     if c.csv is not None:
         print(escaped(f"{c.csv}: predictions for {counted(done, 'image')}"))
     elif done > most:
-        print(f"{counted(done - most, 'more image')}; --csv FILE writes all")
+        print(f"and {counted(done - most, 'more image')}; --csv FILE writes all")
     if seconds > QUICK_S:
         notice(f"predicted {counted(done, 'image')} in {seconds:,.1f} s, {done / seconds:,.0f} images/s")
     if unreadable:
@@ -62,7 +62,7 @@ def main(config: PredictConfig) -> None:
 
 @contextmanager
 def _csv(path: Path) -> Iterator[Any]:
-    """A writer of rows into a file in UTF-8 that appears when it is whole."""
+    """A CSV writer into a UTF-8 file, which replaces an existing one only when it is complete."""
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         writer = csv.writer(text, lineterminator="\n")
@@ -72,6 +72,7 @@ def _csv(path: Path) -> Iterator[Any]:
 
 
 def _rows(prediction: Prediction) -> Iterable[tuple[object, ...]]:
+    """Yield a row for each class, best first."""
     for rank, (name, share) in enumerate(zip(prediction.classes, prediction.probabilities, strict=True), start=1):
         yield prediction.file, rank, name, f"{share:.6g}"
 

@@ -1,6 +1,6 @@
-"""What is refused before torch is imported, which takes seconds, and before a data set is opened, which may take hours.
+"""Checks that fail early: before torch is imported, which takes seconds, and a dataset opened, which may take hours.
 
-Commands begin with these checks. Whatever is not certain here is left to the command itself.
+Every command begins with these. Errors that are not certain at this point are left to the command.
 """
 
 import os
@@ -19,9 +19,9 @@ from fastofa.teacher.quick_checks import check_cache
 
 
 def check(config: Any) -> None:
-    """Of any command. Raises BadInput."""
+    """Check the configuration of any command. Raises BadInput."""
     if torchrun.is_rank() or "TORCHELASTIC_RUN_ID" in os.environ:
-        return  # a rank that is refused tells the others, and one that is restarted goes on with what is there
+        return  # a rank reports its error to the others, and a restarted one resumes the run that exists
     match config:
         case TrainConfig():
             if not config.plan:
@@ -46,6 +46,6 @@ def check(config: Any) -> None:
 
 
 def _check_file(path: Path | None) -> None:
-    """Raises BadInput for a folder in the place of a file that is to be written."""
+    """Raises BadInput if the path of a file to write is a folder."""
     if path is not None and path.is_dir():
-        raise BadInput(f"{path}: expected the name of a file, got a folder; give a name in it")
+        raise BadInput(f"{path}: expected a file name, got a folder; give the name of a file in it")

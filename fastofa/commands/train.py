@@ -7,8 +7,8 @@
     fastofa train ... --plan        estimate hours and disk space from steps timed here
     torchrun --no-python --nproc-per-node 8 fastofa train ...       the same job on eight GPUs
 
-The run's folder holds its log, its checkpoints and a report. Ctrl-C or SIGTERM saves a checkpoint before the command
-ends.
+The run's folder contains its log, its checkpoints and a report. After Ctrl-C or SIGTERM the command saves a checkpoint
+and exits.
 """
 
 from rich import filesize

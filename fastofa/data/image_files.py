@@ -1,4 +1,4 @@
-"""Image files by name, without labels: what `fastofa predict` is given."""
+"""List image files without labels, as `fastofa predict` takes them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,31 +8,33 @@ from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 
 
-def image_files(places: Iterable[str | Path]) -> list[Path]:
-    """The files among `places` as they are, and the images in the folders among them, each folder sorted by path.
+def image_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The files in `paths`, and the images in its folders, each folder sorted by path.
 
-    Folders are searched to any depth. Hidden files, what systems and editors leave behind and files with other suffixes
-    are left out; one notice for each folder counts them.
+    Folders are searched to any depth. Hidden files, leftovers of the system or an editor and files with other suffixes
+    are skipped; a notice for each folder counts them.
 
     Raises:
-        BadInput: nothing is given, there is no such file, a folder holds no image or may not be read, a name is not
-            UTF-8.
+        BadInput: there are no paths; a path does not exist; a folder contains no image or is not readable; a name is
+            not UTF-8.
     """
-    found: list[Path] = []
-    for place in map(Path, places):
-        if is_folder(place):
-            images, remarks = list_below(place)
-            found += images
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if is_folder(path):
+            images, remarks = list_below(path)
+            files += images
             for remark in remarks:
                 notice(remark)
             continue
         try:
-            str(place).encode()
+            str(path).encode()
         except UnicodeEncodeError:
-            raise BadInput(f"expected names in UTF-8, got {str(place)!r}; rename it") from None
-        if not place.exists():
-            raise BadInput(f"{place}: expected an image or a folder of images, found nothing there; correct the path")
-        found.append(place)
-    if not found:
+            raise BadInput(f"expected names in UTF-8, got {str(path)!r}; rename it") from None
+        if not path.exists():
+            raise BadInput(
+                f"{path}: expected an image or a folder of images, got a path that does not exist; correct it"
+            )
+        files.append(path)
+    if not files:
         raise BadInput("files: expected images or folders of images, got none; name some")
-    return found
+    return files

@@ -1,4 +1,4 @@
-"""Checks that need no torch, so that they fail early: the data set must exist and the output must not."""
+"""Checks that need no torch, so that they fail early: the dataset must exist and the output must not."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from fastofa.data.write_config import WriteConfig
 from fastofa.system.errors import BadInput
 
 SPLITS = ("train", "val")
-OTHER_DATA = (".pack", ".beton", ".ffcv")  # suffixes of data sets that are not image folders
+OTHER_DATA = (".pack", ".beton", ".ffcv")  # suffixes of datasets that are not image folders
 
 
 def check_written(config: WriteConfig) -> None:
@@ -31,13 +31,14 @@ def check_data(data: str, splits: tuple[str, ...]) -> None:
 
 
 def no_split(data: Path, split: str) -> BadInput:
+    """The error for an image folder without one of its splits."""
     return BadInput(
         f"{data}: expected a folder with train/ and val/ and a folder per class in each, found no {data / split}"
     )
 
 
 def _is_missing(path: Path) -> bool:
-    """The path certainly does not exist; False where permissions leave that unknown."""
+    """Whether the path certainly does not exist; False if permissions leave that unknown."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

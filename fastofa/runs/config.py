@@ -1,6 +1,6 @@
-"""Everything that decides a training run, in one frozen value. Recipes fill it, flags change it, the run keeps it.
+"""The configuration of a training run, frozen. Recipes give its defaults, flags override them, the run stores it.
 
-The fields are flat, as the flags and config.json are; the help shows them under the titles of SECTIONS.
+The fields are flat, like the flags and config.json; the help groups them under the titles in SECTIONS.
 """
 
 import dataclasses
@@ -18,22 +18,22 @@ from fastofa.system.read import read_json
 from fastofa.views.policy import ViewPolicy, changed_policy
 
 MAX_EPOCHS = 1_000_000
-BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}  # texts that may be paths; one that is none
-MAX_NAMED = 8  # how many fields an error names
+BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}  # fields that may be paths: the value that is none
+MAX_NAMED = 8  # fields that an error names
 Config = TypeVar("Config")
 Method = Literal["ofa", "kd", "scratch"]
 Order = Literal["auto", "random", "pages"]
 Weights = Literal["last", "best", "raw", "ema", "best-raw", "best-ema"]
 Optimizer = Literal["sgd", "adamw", "lamb", "apex_sgd", "apex_adam", "apex_lamb"]
 
-# None until the data set is opened and `recipes.with_size_defaults` chooses by its size; no later code sees a None.
+# None until the dataset is opened and `recipes.with_size_defaults` chooses by its size; later code never sees a None.
 if TYPE_CHECKING:
     SizedInt: TypeAlias = int
     SizedFloat: TypeAlias = float
 else:
     SizedInt, SizedFloat = int | None, float | None
 SIZED = ("epochs", "batch_size", "lr", "warmup_epochs")
-# Titles in the help, each by the first of its fields.
+# Titles in the help, each keyed by its first field.
 SECTIONS = {
     "data": "model and data",
     "method": "method",
@@ -51,158 +51,163 @@ class TrainConfig:
     """Distil a student from a teacher cache."""
 
     data: str
-    """Data set: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or what `fastofa write` wrote."""
+    """Dataset: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`."""
     student: str
     """A timm model (or swin_nano_patch4_window7_224, swin_pico_patch4_window7_224)."""
     out: Path
-    """Folder of the run: config.json, metrics.jsonl, checkpoints, report.html, curves.png, TensorBoard events."""
+    """Folder of the run, for config.json, metrics.jsonl, checkpoints, report.html, curves.png and TensorBoard events.
+    """
     recipe: str
-    """Where the defaults below come from: photos (your own images), digits, imagenet_fast, imagenet_cnn,
-    imagenet_vit_mlp, imagenet_stronger, cifar_cnn, cifar_vit_mlp. Without this flag: digits for the digits, cifar_cnn
-    for cifar100:DIR, photos for all other data. The help shows the defaults of the recipe that is named beside it."""
+    """Source of the defaults below: photos (your own images), digits, imagenet_fast, imagenet_cnn, imagenet_vit_mlp,
+    imagenet_stronger, cifar_cnn, cifar_vit_mlp. Without this flag: digits for the digits, cifar_cnn for cifar100:DIR,
+    photos for all other data. --help together with --recipe shows that recipe's defaults."""
     cache: Path | None = None
-    """Teacher cache made by `fastofa precompute`; only --method scratch can do without."""
+    """Teacher cache written by `fastofa precompute`; required unless --method is scratch."""
     init: str | None = None
-    """Where the student's weights start: nothing for random, "pretrained" for timm's published ones, a .safetensors or
-    .pth file, or a folder that `fastofa export` or timm wrote."""
+    """Initial weights of the student: random without this flag, "pretrained" for timm's published ones, a .safetensors
+    or .pth file, or a folder written by `fastofa train`, `fastofa export` or timm."""
     drop_path: float | None = None
-    """Stochastic depth of the student. None: the model's own, which for some is not 0."""
+    """Stochastic depth of the student. None: the model's own, which is not 0 for some models."""
     resume: bool = False
-    """Continue from the newest checkpoint of the run in --out, or from the start if it has none yet. --resume RUN needs
-    no other flag: everything comes from RUN/config.json, and what does not change the result (--device, --workers, ...)
-    may be given beside it. A process that torchrun restarted resumes by itself."""
+    """Resume the run in --out from its newest checkpoint, or from the start if it has none yet. --resume RUN needs no
+    other flag: the configuration comes from RUN/config.json, and only flags that do not change the result (--device,
+    --workers, ...) and a larger --epochs may be added. A process that torchrun restarts resumes by itself."""
     plan: bool = False
-    """Only say what the run would cost (steps timed here, hours, disk); write nothing."""
+    """Only estimate what the run would cost (hours, from steps timed here, and disk space); write nothing."""
 
     method: Method = "ofa"
-    """ofa: every stage's exit and the final logits learn from the teacher; kd: the final logits only; scratch: labels
-    only."""
+    """ofa: the exits and the final logits learn from the teacher; kd: only the final logits do; scratch: only the
+    labels are used."""
     stages: tuple[int, ...] = (1, 2, 3, 4)
     """Stages of the student that get an exit (ofa)."""
     eps: tuple[float, ...] = (1.0,)
-    """Target enhancement: one value, or one for each of --stages, in their order, and one for the final logits. Above 1
-    boosts the target class (published: 1.5 for DeiT-T -> ResNet-18 on ImageNet, 1.0 on CIFAR)."""
+    """Target enhancement: one value, or one for each of --stages, in that order, and one for the final logits. Values
+    above 1 boost the target class (published: 1.5 for DeiT-T -> ResNet-18 on ImageNet, 1.0 on CIFAR)."""
     temperature: float = 1.0
-    """Divides the student's and the teacher's logits."""
+    """Divisor of the student's and the teacher's logits."""
     variant: Literal["official", "paper"] = "official"
-    """Form of the OFA loss: the published code's or the paper's text."""
+    """Form of the OFA loss: that of the published code, or that of the paper's text."""
     gt_weight: float = 1.0
     """Weight of the loss against the labels."""
     kd_weight: float = 1.0
     """Weight of the final logits' loss against the teacher."""
     ofa_weight: float = 1.0
-    """Weight of the exits' losses (the authors' own CIFAR runs used 0.1)."""
+    """Weight of the exits' losses against the teacher (the authors used 0.1 for CIFAR)."""
     gt_loss: Literal["ce", "bce"] = "ce"
-    """Loss against the labels: cross-entropy, or binary cross-entropy of each class."""
+    """Loss against the labels: cross-entropy, or binary cross-entropy for each class."""
     smoothing: float = 0.0
     """Label smoothing."""
 
     image_size: int | None = None
     """Side of the student's input in pixels; by default the model's own."""
     start_size: int | None = None
-    """Side of the pictures in the first epochs, for students that take any; by default --image-size throughout."""
+    """Side of the images in the first epochs, for students that accept any size; by default --image-size throughout."""
     growth: tuple[float, float] = (0.7, 0.85)
-    """Shares of the training between which the pictures grow from --start-size to --image-size, by 32 pixels."""
+    """Fractions of the training at which the images begin and finish growing from --start-size to --image-size, in
+    steps of 32 pixels."""
     eval_size: int | None = None
-    """Side of the pictures that are evaluated; by default --image-size."""
+    """Side of the images in evaluation; by default --image-size."""
     eval_crop: float = 0.875
-    """Side of the central square that is evaluated, as a share of the picture's shorter side."""
+    """Side of the central square that is evaluated, as a fraction of the image's shorter side."""
     eval_flip: bool = False
-    """Evaluate the mean of the logits of each picture and of its mirror image."""
+    """Average the logits of each image and of its mirror image in evaluation."""
     mean: tuple[float, float, float] | None = None
-    """Normalisation of the pixels; by default the student's own."""
+    """Mean of RGB (0 to 1) for normalising the student's input; by default the student's own."""
     std: tuple[float, float, float] | None = None
-    """Normalisation of the pixels; by default the student's own."""
+    """Standard deviation of RGB (0 to 1) for normalising the student's input; by default the student's own."""
     scale: tuple[float, float] | None = None
-    """Share of the picture's area that a crop takes, from and to. By default the cache's; another value is refused."""
+    """Minimum and maximum area of a crop as a fraction of the image. By default the cache's; with a cache no other
+    value is accepted."""
     ratio: tuple[float, float] | None = None
-    """Width over height of a crop, from and to. By default the cache's; another value is refused."""
+    """Minimum and maximum aspect ratio (width over height) of a crop. By default the cache's; with a cache no other
+    value is accepted."""
     flip: float | None = None
-    """Probability of mirroring. By default the cache's; another value is refused."""
+    """Probability of a horizontal flip. By default the cache's; with a cache no other value is accepted."""
 
     epochs: SizedInt = 100
-    """Passes over the training set; epoch e replays view e modulo the cache's views. None: by the number of training
-    images, 30 to 300 (with --init 30 to 100). A resumed run may get more epochs, never fewer: from there on cosine,
-    linear and the growth of the images follow the curve of the new length (a line says by how much the learning rate
-    jumps), step stays as it is."""
+    """Passes over the training set. Epoch e replays view e modulo the cache's views. None: 30 to 300 by the number of
+    training images (30 to 100 with --init). A resumed run may get more epochs, never fewer. From there on, cosine,
+    linear and the growth of the images follow the curve of the new length (a notice says how the learning rate
+    changes); step does not change."""
     batch_size: SizedInt = 512
-    """Images a step, over all ranks. The learning rate belongs to it: change both together. None: by the number of
-    training images, 8 to 128."""
+    """Images per step, over all ranks. Scale the learning rate with it. None: 8 to 128 by the number of training
+    images."""
     seed: int = 0
-    """Of the initial weights, the order of samples, and the views where there is no cache."""
+    """Random seed of the initial weights, of the order of samples and, without a cache, of the views."""
     order: Order = "auto"
-    """random: any sample may come next; pages: first those of 64 random pages of the .beton (8 MiB each), then those of
-    the next 64, so that a disk reads long stretches. auto: pages where the .beton is larger than the machine's memory;
-    a run keeps the order it began with."""
+    """Order of the samples. random: any sample may come next. pages: the samples of 64 random pages of the .beton (8
+    MiB each), then those of the next 64, so that the disk is read in long stretches. auto: pages if the .beton is
+    larger than the machine's memory. A run keeps the order it began with."""
     lr: SizedFloat = 0.1
-    """Learning rate after warm-up. None: 1e-3, with --init 1e-4, times the root of batch size / 128."""
+    """Learning rate after the warm-up. None: 1e-3 (1e-4 with --init) times the square root of batch size / 128."""
     min_lr: float = 0.0
-    """Learning rate at the end."""
+    """Learning rate at the end of the run."""
     schedule: Literal["cosine", "step", "linear"] = "cosine"
-    """How the learning rate falls."""
+    """Schedule of the learning rate."""
     decay_epochs: float = 30
     """step: epochs between two decays."""
     decay_rate: float = 0.1
     """step: factor of each decay."""
     warmup_epochs: SizedFloat = 0
-    """Epochs in which the learning rate rises linearly. None: a twentieth of the epochs."""
+    """Epochs during which the learning rate rises linearly. None: a twentieth of the epochs."""
     warmup_lr: float = 1e-6
     """Learning rate at the first step of the warm-up."""
 
     optimizer: Optimizer = "sgd"
-    """sgd and adamw are torch's fused ones, lamb is timm's; apex_* are NVIDIA apex's, where it is built (see `fastofa
-    doctor`). Biases, norms and position embeddings are exempt from weight decay."""
+    """sgd and adamw are torch's fused optimizers, lamb is timm's, apex_* are NVIDIA apex's if it is installed (see
+    `fastofa doctor`). Biases, norms and position embeddings are exempt from weight decay."""
     weight_decay: float = 1e-4
     """Weight decay."""
     clip: float | None = None
-    """Largest gradient norm; None: not clipped, but lamb clips at 1 by itself."""
+    """Largest gradient norm. None: no clipping. lamb and apex_lamb also clip at 1 by themselves."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights; None: no average. Both the weights and their average are
-    evaluated and kept; `evaluate` and `export` take the better of them, unless told otherwise by --weights."""
+    """Decay of an exponential moving average of the weights. None: no average. Both the weights and their average are
+    evaluated and saved; `evaluate`, `export` and `predict` use the better one unless --weights chooses."""
 
     device: str = "auto"
     """auto, cuda, cuda:1, cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the student's arithmetic; the loss is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of the student's computation; the loss is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of student, exits and loss as one program. auto: on with a GPU, off on a CPU."""
+    """torch.compile of student, exits and loss as one program. auto: on for a GPU, off for a CPU."""
     kernels: tuple[Literal["auto", "off", "loss", "exits", "stem", "norms"], ...] = ("auto",)
-    """Triton kernels to use, on a GPU: loss (all of the objective), exits (their depthwise convolutions, and those of a
-    MobileNet), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
+    """Triton kernels to use on a GPU: loss (the whole objective), exits (depthwise convolutions of the exits and of
+    MobileNets), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
     and the residual after them). auto: exits, stem and norms on an H100 or H200, where they were measured to be faster,
     and none elsewhere. off: none."""
     cuda_graphs: bool = False
-    """Replay the compiled program as CUDA graphs: less to launch, which helps small students and small batches."""
+    """Replay the compiled program as CUDA graphs, which saves launches: useful for small students and batches."""
     accumulate: int = 1
-    """Parts a rank's share of a step is computed in, one after the other, where memory is short."""
+    """Number of parts in which a rank computes its share of a step, one after the other, to save memory."""
     sync_bn: bool = False
-    """Batch statistics over all ranks' images (GPUs only)."""
+    """Compute batch statistics over the images of all ranks (GPUs only)."""
     grad_compression: Literal["none", "bf16"] = "none"
-    """Gradients travel between ranks as they are, or as bf16: half the bytes."""
+    """Precision in which ranks exchange gradients: their own, or bf16, which halves the traffic."""
     timeout_s: int = 600
-    """Seconds that ranks wait for one another before they give up (and torchrun, if told so, restarts them)."""
+    """Seconds that ranks wait for one another before they stop (torchrun --max-restarts then restarts them)."""
 
     pipeline: str = "auto"
-    """resident, packed, ffcv, dali, torchvision, or auto, which says what it takes and why."""
+    """resident, packed, ffcv, dali, torchvision, or auto, which reports its choice and the reason."""
     workers: int | None = None
-    """Decoding processes of the torchvision pipeline, threads of others; by default one per core, at most 16."""
+    """Decoder processes (torchvision pipeline) or threads (others); by default one per core, at most 16."""
     skip_corrupt: bool = False
-    """Decode every file of both splits first, list the unreadable ones and leave them out for good."""
+    """Decode every file of both splits first, list the unreadable ones and skip them in every epoch."""
     allow_warnings: bool = False
-    """With --skip-corrupt: take images that decode with signs of damage, too. Without it they are named and taken."""
+    """With --skip-corrupt, also accept images that decode with signs of damage, and use them as decoded. Without
+    --skip-corrupt they are always used, and named."""
     max_pixels: float = 200
-    """Millions of pixels of an image at most, by its header; larger ones are unreadable."""
+    """Maximum size of an image in millions of pixels, by its header; larger ones count as unreadable."""
 
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 1
-    """Epochs between two evaluations; the last epoch always has one."""
+    """Epochs between two evaluations; the last epoch is always evaluated."""
     checkpoint_every: int = 1000
-    """Steps between two checkpoints; there is one before each evaluation and at an interruption, too."""
+    """Steps between two checkpoints; one is also saved before each evaluation and at an interruption."""
     keep: int = 2
-    """Newest checkpoints that are kept, besides the weights of the best evaluation."""
+    """Number of newest checkpoints to keep, besides the weights of the best evaluation."""
     wandb: str | None = None
-    """Weights & Biases project that the log is sent to as well (needs `pip install wandb` and its login)."""
+    """Weights & Biases project that also receives the log (after `pip install wandb` and `wandb login`)."""
 
     def __post_init__(self) -> None:
         def need(fits: bool, name: str, expected: str) -> None:
@@ -264,12 +269,12 @@ class TrainConfig:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The stages that get an exit: none unless the method uses them."""
+        """The stages that get an exit, in rising order; none unless the method is ofa."""
         return tuple(sorted(self.stages)) if self.method == "ofa" else ()
 
     @property
     def head_eps(self) -> tuple[float, ...]:
-        """Of each exit in the order of `exits`, then of the final logits; `eps` itself is in the order of `stages`."""
+        """eps of each exit, in the order of `exits`, then of the final logits. (`eps` has the order of `stages`.)"""
         if len(self.eps) == 1:
             return self.eps * (len(self.exits) + 1)
         of_stage = dict(zip(self.stages, self.eps, strict=False))
@@ -277,7 +282,7 @@ class TrainConfig:
 
     @property
     def objective(self) -> Options:
-        """The part of the configuration that the objective takes."""
+        """The part of the configuration that the objective uses."""
         return Options(
             self.head_eps,
             self.temperature,
@@ -291,7 +296,7 @@ class TrainConfig:
         )
 
     def policy(self, default: ViewPolicy) -> ViewPolicy:
-        """The view policy asked for, `default` where nothing was."""
+        """The policy of the views: `default` with the values that this configuration sets."""
         return changed_policy(default, scale=self.scale, ratio=self.ratio, flip=self.flip)
 
     def to_json(self) -> dict[str, Any]:
@@ -300,10 +305,10 @@ class TrainConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
         """Raises BadInput if the file was written by another version or edited."""
-        return from_json(cls, values, "export the run with the version that made it, or train anew")
+        return from_json(cls, values, "export the run with the version that wrote it, or train again")
 
     def differences(self, other: "TrainConfig") -> list[str]:
-        """What would make a resumed run another run than `other`, one `name: mine, other's` each; epochs may grow."""
+        """The fields that a resumed run may not change, as "name: own value here, other's there"; epochs may grow."""
         free = {
             "out",
             "resume",
@@ -318,11 +323,11 @@ class TrainConfig:
             "accumulate",
         }
         free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data", "cache"}
-        free |= {"allow_warnings", "max_pixels"}  # which images they take is the data's fingerprint
-        mine, theirs = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
+        free |= {"allow_warnings", "max_pixels"}  # the data's fingerprint covers the images they accept
+        own, others = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
         if self.epochs is not None and other.epochs is not None and self.epochs > other.epochs:
             free.add("epochs")
-        return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if k not in free and mine[k] != theirs[k]]
+        return [f"{k}: {own[k]} here, {others[k]} there" for k in own if k not in free and own[k] != others[k]]
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -335,34 +340,34 @@ def from_json(cls: type[Config], values: Any, remedy: str) -> Config:
     if not isinstance(values, dict):
         raise BadInput(f"expected an object as config, got {_text(values)}")
     hints = get_type_hints(cls)
-    if odd := sorted(set(values) ^ set(hints)):
-        named = [_text(name).strip('"') for name in odd[:MAX_NAMED]] + ["..."] * (len(odd) > MAX_NAMED)
+    if different := sorted(set(values) ^ set(hints)):
+        named = [_text(name).strip('"') for name in different[:MAX_NAMED]] + ["..."] * (len(different) > MAX_NAMED)
         raise BadInput(f"expected the fields of this version of fastofa, these differ: {', '.join(named)}; {remedy}")
     for name, hint in hints.items():
         if not _fits(values[name], hint):
             raise BadInput(
-                f"expected {_words(hint)} as {name}, got {_text(values[name])}; it was edited or damaged, put its own "
-                "value back"
+                f"expected {_words(hint)} as {name}, got {_text(values[name])}; it was edited or damaged, restore its "
+                "value"
             )
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    paths = {k: Path(v) for k, v in given.items() if v is not None and _is_path(hints[k])}
-    return cls(**{**given, **paths})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    paths = {k: Path(v) for k, v in fields.items() if v is not None and _is_path(hints[k])}
+    return cls(**{**fields, **paths})
 
 
 def read_config(cls: type[Config], file: Path) -> Config:
-    """The configuration in a file: its "config" object, or else all of it.
+    """The configuration in a JSON file: its "config" object, or the whole file if it has none.
 
-    Relative paths begin at the file's "folder", or at the working directory if it has none.
+    Relative paths are relative to the file's "folder", or to the working directory if it names none.
 
     Raises:
-        BadInput: the file cannot be read, or holds something else.
+        BadInput: the file cannot be read or is not such a configuration.
     """
     values, folder = read_json(file), ""
     if isinstance(values, dict) and "config" in values:
         values, folder = values["config"], values.get("folder", "")
     try:
         if not isinstance(folder, str):
-            raise BadInput(f"expected text as folder, got {_text(folder)}")
+            raise BadInput(f"expected text as folder, got {_text(folder)}; correct or remove it")
         config = from_json(cls, values, "give a file that this version wrote")
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from None
@@ -370,15 +375,18 @@ def read_config(cls: type[Config], file: Path) -> Config:
         return config
     hints, fields = get_type_hints(cls), vars(config)
     paths = {k: Path(folder, v) for k, v in fields.items() if v is not None and _is_path(hints[k])}
-    places = {k: from_folder(folder, fields[k], own) for k, own in BUILT_IN.items() if fields.get(k)}
-    return cls(**{**fields, **paths, **places})
+    names = {k: from_folder(folder, fields[k], built_in) for k, built_in in BUILT_IN.items() if fields.get(k)}
+    return cls(**{**fields, **paths, **names})
 
 
 def from_folder(folder: str, name: str, built_in: str) -> str:
-    """A data set, model or weights file, where a relative path begins at `folder`; the name of anything else."""
+    """The name of a dataset, model or weights file, with a path relative to `folder` joined to it.
+
+    A name that is no existing path there is returned unchanged.
+    """
     kind = next((kind for kind in ("cifar100:", "local-dir:") if name.startswith(kind)), "")
-    place = Path(folder, name.removeprefix(kind))
-    return f"{kind}{place}" if name.partition(":")[0] != built_in and place.exists() else name
+    path = Path(folder, name.removeprefix(kind))
+    return f"{kind}{path}" if name.partition(":")[0] != built_in and path.exists() else name
 
 
 def _is_path(hint: Any) -> bool:
@@ -386,10 +394,10 @@ def _is_path(hint: Any) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Is a value from JSON of this type? Paths are strings there, tuples lists; a float may be a whole number."""
+    """Whether a value from JSON has this type. In JSON paths are strings, tuples lists; a float may be an integer."""
     parts = get_args(hint)
     if get_origin(hint) is Literal:
-        return isinstance(value, str)  # which one is checked where the configuration is made
+        return isinstance(value, str)  # the configuration checks which
     if get_origin(hint) is UnionType:
         return any(_fits(value, part) for part in parts)
     if get_origin(hint) is tuple:
@@ -403,7 +411,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
-    """A type as one would say it."""
+    """A type in words."""
     names = {
         str: "text",
         Path: "text",
@@ -420,7 +428,7 @@ def _words(hint: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value of a file in a message: its beginning."""
+    """A value from a file for a message, shortened to its first 40 characters."""
     try:
         text = json.dumps(value)
     except RecursionError:
@@ -428,7 +436,5 @@ def _text(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-OWN_CLIP = {
-    "lamb": 1.0,
-    "apex_lamb": 1.0,
-}  # the largest gradient norm that an optimiser lets pass, whatever --clip says
+# The gradient norm at which an optimizer clips by itself, whatever --clip is.
+OWN_CLIP = {"lamb": 1.0, "apex_lamb": 1.0}

@@ -1,4 +1,4 @@
-"""What is refused before torch is imported: a folder that holds a run already, a package that is not installed."""
+"""Checks that need no torch, so that they fail early: the output must not exist and packages must be installed."""
 
 import os
 from importlib.util import find_spec
@@ -11,16 +11,16 @@ RUN, CHECKPOINTS = "config.json", "checkpoints/step-*.safetensors"  # of a run's
 
 
 def check_vacant(config: TrainConfig) -> None:
-    """Raises BadInput if a run lies there that this one does not go on with."""
+    """Raises BadInput if --out contains a run that is not to be resumed."""
     begun = any(config.out.glob(CHECKPOINTS))
     if begun and not (config.out / RUN).exists():
-        raise BadInput(f"{config.out}: holds checkpoints of a run without its {RUN}; choose another --out")
+        raise BadInput(f"{config.out}: contains checkpoints of a run without its {RUN}; choose another --out")
     if begun and not config.resume:
-        raise BadInput(f"{config.out}: holds a run already; go on with it by --resume or choose another --out")
+        raise BadInput(f"{config.out}: already contains a run; continue it with --resume or choose another --out")
 
 
 def check_new(out: Path) -> None:
-    """Raises BadInput if there is something."""
+    """Raises BadInput if the path exists."""
     if os.path.lexists(out):
         raise BadInput(f"{out}: already exists; choose another path or remove it")
 

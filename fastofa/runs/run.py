@@ -1,4 +1,4 @@
-"""A run's folder: config.json says what the run is, so that it can be resumed, evaluated and exported."""
+"""A run's folder. Its config.json has everything needed to resume, evaluate and export the run."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +16,7 @@ from fastofa.system.errors import BadInput
 from fastofa.system.files import read_json, write_json
 
 CONFIG, LAUNCHES = "config.json", "environment.json"
-MAX_FEATURES = 1 << 20  # of a teacher's last layer
+MAX_FEATURES = 1 << 20  # width of a teacher's last features
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,26 @@ class Run:
     config: TrainConfig
     classes: tuple[str, ...]
     teacher_dim: int
-    """Width of the teacher's last features, which a CNN's exits take over; 0 without a teacher."""
+    """Width of the teacher's last features, which a CNN's exits adopt; 0 without a teacher."""
     fingerprint: str
-    """Of the training set."""
-    answers: tuple[str, ...] = ()
-    """A digest of each view of the teacher cache that the run replays; empty without one."""
+    """Fingerprint of the training set."""
+    view_digests: tuple[str, ...] = ()
+    """The digest of each view of the teacher cache that the run replays; empty without a cache."""
     val_fingerprint: str = ""
-    """Of the validation set."""
+    """Fingerprint of the validation set."""
     pages: str = ""
-    """Of the pages that the samples lie in, where the order goes by them; else empty."""
+    """Fingerprint of the assignment of samples to pages with `order` pages, else empty."""
     folder: str = ""
-    """Where the run was started: relative paths of its configuration begin there."""
+    """Folder in which the run was started. Relative paths in its configuration are relative to it."""
 
     def build_student(self, init: str | None = None) -> Student:
-        """The student as the configuration says, with the weights of `init` if any (see `create_model`), or of a run.
+        """The student that the configuration describes.
 
-        Raises BadInput for what cannot be built.
+        Args:
+            init: initial weights (see `create_model`), or a run's folder for the weights of its student; None: random.
+
+        Raises:
+            BadInput: the student cannot be built, or the weights do not fit.
         """
         c, start = self.config, _weights_of_run(init)
         return Student(
@@ -48,8 +52,11 @@ class Run:
         )
 
     def trained_student(self, weights: Weights = "last") -> Student:
-        """The student in eval mode. Where there is a moving average, "last" is the better of both by top-1 in the
-        newest evaluation, the average before the first."""
+        """The trained student in eval mode.
+
+        With a moving average, "last" is the weights or their average, whichever had the higher top-1 in the newest
+        evaluation; the average before the first evaluation.
+        """
         student = self.build_student()
         load_student(self.path, student, self._better() if weights == "last" else weights)
         return student.eval()
@@ -72,30 +79,30 @@ class Run:
                 "teacher_dim": self.teacher_dim,
                 "fingerprint": self.fingerprint,
                 "val_fingerprint": self.val_fingerprint,
-                "answers": list(self.answers),
+                "answers": list(self.view_digests),
                 "pages": self.pages,
             },
         )
 
     @property
     def cache(self) -> Path | None:
-        """The teacher cache, found from any folder."""
+        """The path of the teacher cache, valid from any working directory."""
         return None if self.config.cache is None else Path(self.folder, self.config.cache)
 
     @property
     def data(self) -> str:
-        """The data set, found from any folder."""
+        """The name of the dataset, valid from any working directory."""
         return from_folder(self.folder, self.config.data, BUILT_IN["data"])
 
 
 def is_run(path: Path) -> bool:
-    """Does the folder hold what `fastofa train` writes? A model's folder has a config.json, too."""
+    """Whether `fastofa train` wrote the folder. (An exported model's folder also has a config.json.)"""
     values = read_json(path / CONFIG) if (path / CONFIG).is_file() else None
     return isinstance(values, dict) and "config" in values
 
 
 def _weights_of_run(init: str | None) -> str | SavedWeights | None:
-    """Its student's, where `init` is a run's folder."""
+    """`init`, or if that is a run's folder, the weights of its student."""
     folder = None if init in (None, "pretrained") else find_folder(init)
     if folder is None:
         return init
@@ -105,32 +112,37 @@ def _weights_of_run(init: str | None) -> str | SavedWeights | None:
 
 
 def open_run(path: Path) -> Run:
-    """Raises BadInput if the folder holds no run or its config.json was edited."""
+    """Raises BadInput if the folder contains no run or its config.json was edited."""
     if not (path / CONFIG).is_file():
         raise BadInput(f"{path}: expected a run made by `fastofa train`, found no {CONFIG}")
     values = read_json(path / CONFIG)
     texts, lists = ("fingerprint", "val_fingerprint", "pages", "folder"), ("classes", "answers")
     try:
         kinds = {"config": dict, "teacher_dim": int, **dict.fromkeys(texts, str), **dict.fromkeys(lists, list)}
-        odd = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
-        odd += [name for name in lists if not all(isinstance(text, str) for text in values[name])]
-        if odd or not 0 <= values["teacher_dim"] <= MAX_FEATURES:
-            raise TypeError(f"{', '.join(odd) or 'teacher_dim'} of its kind")
+        wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
+        wrong += [name for name in lists if not all(isinstance(text, str) for text in values[name])]
+        if wrong or not 0 <= values["teacher_dim"] <= MAX_FEATURES:
+            raise TypeError(f"a valid {' and '.join(wrong) or 'teacher_dim'}")
         config = TrainConfig.from_json(values["config"])
     except BadInput as error:
         raise BadInput(f"{path / CONFIG}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}") from None
-    classes, answers = (tuple(values[name]) for name in lists)
+        raise BadInput(
+            f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}; the file was edited, restore it"
+        ) from None
+    classes, view_digests = (tuple(values[name]) for name in lists)
     data, val, pages, folder = (values[name] for name in texts)
-    return Run(path, config, classes, values["teacher_dim"], data, answers, val, pages, folder)
+    return Run(path, config, classes, values["teacher_dim"], data, view_digests, val, pages, folder)
 
 
 def log_launch(path: Path, step: int, ranks: int, pixel_difference: float | None = None) -> None:
-    """environment.json: for each time the run was started or went on, when, where and with what.
+    """Append to environment.json when, where and with which versions the run was started or resumed.
 
     Args:
-        pixel_difference: mean, 0 to 255, from those that the teacher saw; None if unknown (`teacher.reference_images`).
+        step: optimizer steps done before.
+        ranks: number of processes.
+        pixel_difference: mean difference, 0 to 255, between the student's and the teacher's images; None if unknown
+            (see `teacher.reference_images`).
     """
     launches = read_json(path / LAUNCHES) if (path / LAUNCHES).exists() else []
     now = datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""Files that are read whole: regular ones only, and JSON. Imports no torch, so that a configuration can be read."""
+"""Read whole files: bytes and JSON, from regular files only. Imports no torch, so configurations are read quickly."""
 
 import json
 import os

@@ -1,8 +1,8 @@
-"""Settings of the whole process. Importing fastofa changes none of them; all that are changed are changed here.
+"""Process-wide settings. They are changed only here, and never by importing fastofa.
 
-own_process()         by the command line, before anything imports torch
-keep_freed_memory()   by `open_pipeline`, and so by train, precompute and evaluate
-allow_image_sizes(n)  by a training step that is compiled
+own_process()         called by the command line, before torch is imported
+keep_freed_memory()   called by `open_pipeline`, and so by train, precompute and evaluate
+allow_image_sizes(n)  called by a compiled training step
 """
 
 import functools
@@ -12,12 +12,13 @@ import warnings
 
 
 def own_process() -> None:
-    """Of a process that runs a command and nothing else; torch and its libraries read the variables when imported.
+    """Set up a process that runs a single command. Call it before torch is imported, since torch and its libraries then
+    read the environment variables.
 
-    OpenMP threads that wait by spinning make a busy machine many times slower, threads that sleep at once a quiet one
-    by a third: with GOMP_SPINCOUNT they spin for some microseconds. Torch cannot be imported by a container's user
-    without a name, who gets a number for one. And Pillow warns of EXIF data and of many pixels, without the file's
-    name; both are checked and reported with it.
+    OpenMP: waiting threads that spin slow down a busy machine many times, and threads that sleep at once slow down an
+    idle one by a third. GOMP_SPINCOUNT lets them spin for some microseconds first. User: torch cannot be imported by a
+    user without a name, as in a container, so the user's number becomes the name. Pillow: its warnings about EXIF data
+    and large images do not name the file; fastofa checks both and names it.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
@@ -29,16 +30,16 @@ def own_process() -> None:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have glibc keep large blocks that are freed.
+    """Make glibc keep large blocks of memory after they are freed.
 
-    By default it returns them to the system, which has to clear new ones for every operation; that takes longer than
-    the operation. It keeps them once a larger one, of up to 32 MiB, has been freed (mallopt(3)).
+    By default it returns them to the system, which must clear new ones for every operation, and that takes longer than
+    the operation. Once a block of up to 32 MiB has been freed, glibc keeps blocks that are smaller (mallopt(3)).
     """
     bytes(31 << 20)
 
 
 def allow_image_sizes(count: int) -> None:
-    """Have torch.compile specialise a function for as many input sizes; beyond its own limit of 8 it gives up."""
+    """Let torch.compile specialise a function for `count` input sizes. By default it stops compiling after 8."""
     import torch._dynamo.config
 
     torch._dynamo.config.recompile_limit = count

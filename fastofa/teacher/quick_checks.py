@@ -30,6 +30,7 @@ def check_cache(config: PrecomputeConfig) -> None:
 
 
 def other_cache(out: Path, different: list[str]) -> BadInput:
+    """The error for a folder that contains a cache made with other arguments."""
     return BadInput(
         f"{out}: contains a cache made with other arguments: {'; '.join(different)}; choose another --out or remove it"
     )

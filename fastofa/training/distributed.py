@@ -8,6 +8,7 @@ GPUs, gloo those on CPUs. With a single process all of this does nothing.
 
 import gc
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -152,6 +153,10 @@ def was_restarted() -> bool:
 
 
 _store: dist.Store | None = None  # set by `join`
+# What gloo and NCCL report, often as plain RuntimeErrors; some of gloo's messages do not contain its name.
+CONNECTION_ERROR = re.compile(
+    "gloo|NCCL|pair closure|timed out waiting|connection (closed|reset|refused)|broken pipe", re.IGNORECASE
+)
 REFUSED, STORE_TIMEOUT_S = "refused", 5
 
 
@@ -168,7 +173,7 @@ def connection_errors() -> Iterator[None]:
         raise
     except RuntimeError as error:
         text = str(error)
-        if not (isinstance(error, dist.DistError) or any(name in text for name in ("gloo", "Gloo", "NCCL"))):
+        if not (isinstance(error, dist.DistError) or CONNECTION_ERROR.search(text)):
             raise
         other = _query_store(lambda store: store.get(REFUSED).decode() if store.check([REFUSED]) else "")
         if other:

@@ -1,4 +1,4 @@
-"""How good a run's student is: top-1, top-5 and agreement with the teacher; recall of each class and confusion."""
+"""Evaluate a run's student: top-1, top-5, agreement with the teacher, recall of each class and confusion matrix."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,26 +24,30 @@ from fastofa.training.validate import accuracy, best_classes
 @dataclass(frozen=True)
 class Evaluation:
     data: str
+    """Name of the dataset, whose validation images were used."""
     images: int
+    """Number of images."""
     top1: float
+    """Share of the images, 0 to 1; top5, teacher_top1 and agreement likewise."""
     top5: float
     teacher_top1: float | None
-    """None where there is no teacher cache of these images."""
+    """None without a teacher cache of these images."""
     agreement: float | None
-    """Share of images where student and teacher have the same best class."""
+    """Share of images for which student and teacher predict the same class; None without a teacher cache of them."""
     classes: tuple[str, ...] = field(repr=False)
     confusion: np.ndarray = field(repr=False, compare=False)
-    """int64 [C, C]: images of each true class (row) by the student's best class (column)."""
+    """int64 [C, C]: number of images by true class (row) and predicted class (column)."""
 
     def summary(self) -> dict[str, Any]:
-        """The figures of all images together, as JSON has them."""
+        """The figures over all images, as written to JSON."""
         names = ("data", "images", "top1", "top5", "teacher_top1", "agreement")
         return {name: getattr(self, name) for name in names}
 
     def details(self) -> dict[str, Any]:
-        """`summary`, and "classes": [{name, images, recall}] and "confusion", a list of rows, in one order of classes.
+        """`summary` with "classes", a list of {name, images, recall}, and "confusion", the rows of the matrix, in the
+        same order of classes.
 
-        Recall is the share of a class's images whose best class is theirs; None for a class without images.
+        Recall is the share of a class's images that are predicted as that class; None for a class without images.
         """
         counts = self.confusion.sum(axis=1).tolist()
         recalls = [
@@ -65,15 +69,16 @@ def evaluate(
     pipeline: str = "auto",
     workers: int | None = None,
 ) -> Evaluation:
-    """Evaluate a run's student, and write RUN/evaluation.json.
+    """Evaluate a run's student and write the figures to RUN/evaluation.json.
 
     Args:
         run_folder: as `train` wrote it.
-        data: a data set whose validation images are used; None: the run's own.
+        data: dataset whose validation images are used; None: the run's own.
         weights, batch_size, device, pipeline, workers: as the flags of `fastofa evaluate`.
 
     Raises:
-        BadInput: no run, no checkpoint, no data, a data set with other classes.
+        BadInput: there is no run, no checkpoint or no dataset, or the dataset has other classes; the student's logits
+            are not finite.
     """
     run_folder = Path(run_folder)
     run = open_run(run_folder)
@@ -90,8 +95,8 @@ def evaluate(
     bf16 = choose_bf16(run.config.precision, on)
     best = best_classes(student, loader, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
     top1, top5 = accuracy(best, dataset.labels)
-    teacher = _teacher_answers(run, dataset)
-    found = Evaluation(
+    teacher = _teacher_targets(run, dataset)
+    evaluation = Evaluation(
         data=dataset.spec,
         images=len(dataset),
         top1=top1,
@@ -101,34 +106,35 @@ def evaluate(
         classes=dataset.classes,
         confusion=confusion(best[:, 0], dataset.labels, len(dataset.classes)),
     )
-    write_json(run_folder / "evaluation.json", {"weights": weights, **found.summary()})
-    return found
+    write_json(run_folder / "evaluation.json", {"weights": weights, **evaluation.summary()})
+    return evaluation
 
 
 def _own_data(run: Run) -> Dataset:
-    """The validation images that the run was trained with; one line says which. Raises BadInput where they are gone."""
+    """The validation images of the run's own data, named in a notice. Raises BadInput if they cannot be opened."""
     try:
         dataset = open_dataset(run.data, "val")
     except BadInput as error:
-        raise BadInput(f"{run.path}: its own data cannot be opened, give --data: {error}") from None
+        raise BadInput(f"{run.path}: could not open the run's own data, give --data: {error}") from None
     same = dataset.fingerprint == run.val_fingerprint
     notice(
-        f"data {run.data}, as the run was trained on" + ("" if same else "; its validation images have changed since")
+        f"data {run.data}, which the run was trained on"
+        + ("" if same else "; its validation images have changed since")
     )
     return dataset
 
 
-def _teacher_answers(run: Run, dataset: Dataset) -> Targets | None:
-    """The teacher's answers for these very images, if the run's cache is there and holds what the run began with."""
+def _teacher_targets(run: Run, dataset: Dataset) -> Targets | None:
+    """The teacher's targets for these images; None without the cache that the run began with."""
     if run.cache is None:
         return None
     try:
         cache = TeacherCache.open(run.cache)
         header = cache.header
         if (header["dataset"]["val"], header["num_val_samples"]) != (dataset.fingerprint, len(dataset)):
-            raise BadInput(f"{cache.path} holds answers for other validation images")
-        if cache.digests(len(run.answers)) != run.answers:
-            raise BadInput(f"{cache.path} does not hold the answers that the run began with")
+            raise BadInput(f"{cache.path} contains predictions for other validation images")
+        if cache.digests(len(run.view_digests)) != run.view_digests:
+            raise BadInput(f"{cache.path} does not contain the predictions that the run began with")
         return cache.val_targets()
     except BadInput as error:
         notice(f"no agreement with the teacher: {error}")
@@ -136,10 +142,10 @@ def _teacher_answers(run: Run, dataset: Dataset) -> Targets | None:
 
 
 def _difference(expected: tuple[str, ...], got: tuple[str, ...]) -> str:
-    """In words: names of classes that are missing or too many, or the first place where the order differs."""
-    missing, others = ([name for name in a if name not in b] for a, b in ((expected, got), (got, expected)))
-    if missing or others:
-        parts = ((kind, names) for kind, names in (("lacking", missing), ("others are", others)) if names)
+    """In words: the first classes that are missing or unexpected, or the first difference in their order."""
+    missing, unexpected = ([name for name in a if name not in b] for a, b in ((expected, got), (got, expected)))
+    if missing or unexpected:
+        parts = ((kind, names) for kind, names in (("missing", missing), ("unexpected", unexpected)) if names)
         return "; ".join(f"{kind} {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for kind, names in parts)
-    place = next(i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b)
-    return f"in another order, {got[place]} in place of {expected[place]}"
+    first = next(i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b)
+    return f"in another order, with {got[first]} instead of {expected[first]}"

@@ -1,7 +1,7 @@
-"""A run's student as a model that plain timm loads; the exits are left out.
+"""Export a run's student as a model that plain timm loads, without the exits.
 
-What was written is loaded back with timm: its logits are compared with the run's, and its answers to validation images
-that went through timm's own transform with those of the run's own evaluation.
+The exported model is then loaded with timm. Its logits are compared with the run's, and its predictions for validation
+images, preprocessed by timm's own transform, with those of the run's evaluation.
 """
 
 import json
@@ -32,19 +32,25 @@ from fastofa.system.progress import notice
 from fastofa.training.export_onnx import export_onnx
 from fastofa.views.table import center_views
 
-SAMPLE = 100  # validation images that are looked at
-AT_ONCE = 50
+SAMPLE = 100  # validation images whose predictions are compared
+BATCH_SIZE = 50
 
 
 def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", onnx: bool = False) -> str:
-    """Write the model, load it back with timm, compare its answers with the run's; returns the line that loads it.
+    """Write the model, load it with timm and compare its predictions with the run's.
 
     Args:
-        onnx: write OUT/model.onnx, too (see `fastofa.training.export_onnx`).
+        run_folder: as `train` wrote it.
+        out: new folder for the model.
+        weights: as the flag of `fastofa export`.
+        onnx: also write OUT/model.onnx (see `fastofa.training.export_onnx`).
+
+    Returns:
+        The line of Python that loads the model with timm.
 
     Raises:
-        BadInput: no run, no checkpoint, a folder that exists already, a full disk; a package that `onnx` needs is
-            missing.
+        BadInput: there is no run or no checkpoint; `out` exists; the disk is full; a package that `onnx` needs is
+            missing; the exported model's logits or predictions differ from the run's.
     """
     run_folder, out = Path(run_folder), Path(out)
     check_new(out)
@@ -54,9 +60,9 @@ def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", o
     student = run.trained_student(weights)
     size, eval_size = student.image_size, run.config.eval_size or student.image_size
     try:
-        sample = _own_answers(run, student, eval_size)
+        sample = _own_predictions(run, student, eval_size)
     except BadInput as error:
-        notice(f"export: compared with the run on made-up images only, as its own cannot be had: {error}")
+        notice(f"export: compared with the run on random images only, its validation images are unavailable: {error}")
         sample = None
     with new_folder(out) as folder:
         save_for_hf(
@@ -77,48 +83,50 @@ def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", o
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         _compare_logits(student.cpu(), model)
         if sample is not None:
-            _compare_answers(sample, model)
+            _compare_predictions(sample, model)
         if onnx:
-            pixels = Normalized(student.backbone, student.mean, student.std).eval()
-            notice(f"export: {export_onnx(pixels, folder, run.classes, eval_size, run.config.eval_crop)}")
+            normalized = Normalized(student.backbone, student.mean, student.std).eval()
+            notice(f"export: {export_onnx(normalized, folder, run.classes, eval_size, run.config.eval_crop)}")
     return f"timm.create_model({json.dumps(f'local-dir:{out}', ensure_ascii=False)}, pretrained=True)"
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Validation images, and what the run's own evaluation answers to them."""
+    """Some validation images, with what the run's own evaluation predicts for them."""
 
     images: list[Image.Image]
     labels: np.ndarray
-    answers: np.ndarray
+    """int64 [N]."""
+    predictions: np.ndarray
+    """int64 [N], the best class of each image."""
 
 
 @torch.inference_mode()
-def _own_answers(run: Run, student: Student, size: int) -> _Sample:
-    """Raises BadInput where the run's validation images are not there any more."""
+def _own_predictions(run: Run, student: Student, size: int) -> _Sample:
+    """Raises BadInput if the run's validation images are no longer available."""
     dataset = open_dataset(run.config.data, "val")
     if dataset.classes != run.classes:
-        raise BadInput(f"{run.config.data} has other classes now")
+        raise BadInput(f"the classes of {run.config.data} have changed")
     ids = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).round().astype(np.int64))
     boxes = center_views(dataset.sizes, run.config.eval_crop).boxes(dataset.stored_sizes)
     device = choose_device("auto")
     student.to(device)
-    answers = []
-    for part in np.array_split(ids, -(-len(ids) // AT_ONCE)):
-        pixels = [crop_resize_one(dataset.read(i), boxes[i].tolist(), False, size) for i in part.tolist()]
-        answers.append(student.classify(torch.stack(pixels).to(device)).argmax(dim=1).cpu().numpy())
-    return _Sample([_picture(dataset, i) for i in ids.tolist()], dataset.labels[ids], np.concatenate(answers))
+    predictions = []
+    for part in np.array_split(ids, -(-len(ids) // BATCH_SIZE)):
+        images = [crop_resize_one(dataset.read(i), boxes[i].tolist(), False, size) for i in part.tolist()]
+        predictions.append(student.classify(torch.stack(images).to(device)).argmax(dim=1).cpu().numpy())
+    return _Sample([_pil_image(dataset, i) for i in ids.tolist()], dataset.labels[ids], np.concatenate(predictions))
 
 
-def _picture(dataset: Dataset, sample_id: int) -> Image.Image:
-    """As whoever uses timm has it: from its file, if it has one."""
+def _pil_image(dataset: Dataset, sample_id: int) -> Image.Image:
+    """The image as a user of timm reads it: by Pillow from its file, if it has one."""
     if dataset.pixels is not None or dataset.spans is not None:
         return Image.fromarray(np.ascontiguousarray(dataset.read(sample_id).permute(1, 2, 0).numpy()))
     try:
         with Image.open(dataset.path(sample_id)) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{dataset.path(sample_id)}: Pillow cannot read it ({error})") from None
+        raise BadInput(f"{dataset.path(sample_id)}: not readable by Pillow ({error})") from None
 
 
 @torch.inference_mode()
@@ -130,19 +138,24 @@ def _compare_logits(student: Student, model: torch.nn.Module) -> None:
 
 
 @torch.inference_mode()
-def _compare_answers(sample: _Sample, model: Any) -> None:
-    """Pixels differ a little, as timm resizes before it crops; a wrong size, crop or normalisation costs accuracy."""
+def _compare_predictions(sample: _Sample, model: Any) -> None:
+    """Compare top-1 on the sample through timm's transform with the run's. Raises BadInput if it is much lower.
+
+    Pixels differ slightly, since timm resizes before it crops. A wrong size, crop or normalisation costs accuracy.
+    """
     transform: Any = create_transform(**resolve_model_data_config(model, use_test_size=True))
     device = choose_device("auto")
     model.to(device)
-    found = []
-    for i in range(0, len(sample.images), AT_ONCE):
-        images = torch.stack([transform(image) for image in sample.images[i : i + AT_ONCE]])
-        found.append(model(images.to(device)).argmax(dim=1).cpu().numpy())
-    answers, count = np.concatenate(found), len(sample.labels)
-    own, timms = (float((a == sample.labels).mean()) for a in (sample.answers, answers))
-    where = counted(count, "validation image")
-    figures = f"through timm's own transform top-1 is {timms:.2%} on {where}, in the run {own:.2%}"
-    if own - timms > 0.05 + 1 / math.sqrt(count):
-        raise BadInput(f"export: {figures}; nothing was written, as timm's users would get another model")
-    notice(f"export: {figures}; {(answers == sample.answers).mean():.2%} of the answers are the same")
+    batches = []
+    for i in range(0, len(sample.images), BATCH_SIZE):
+        images = torch.stack([transform(image) for image in sample.images[i : i + BATCH_SIZE]])
+        batches.append(model(images.to(device)).argmax(dim=1).cpu().numpy())
+    predictions, count = np.concatenate(batches), len(sample.labels)
+    expected, got = (float((p == sample.labels).mean()) for p in (sample.predictions, predictions))
+    figures = (
+        f"top-1 on {counted(count, 'validation image')} is {got:.2%} through timm's own transform, {expected:.2%} in "
+        "the run"
+    )
+    if expected - got > 0.05 + 1 / math.sqrt(count):
+        raise BadInput(f"export: {figures}; nothing was written, since the model would behave differently in timm")
+    notice(f"export: {figures}; {(predictions == sample.predictions).mean():.2%} of the predictions are the same")

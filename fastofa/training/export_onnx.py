@@ -1,11 +1,11 @@
-"""A classifier as an ONNX file, with its normalisation inside.
+"""Export a classifier, including its normalisation, as an ONNX file.
 
     input   pixels: uint8 [batch, 3, S, S], RGB, 0 to 255; any batch size
-    output  logits: float32 [batch, C]; softmax makes probabilities of them
+    output  logits: float32 [batch, C]; their softmax gives probabilities
 
-Pixels are uint8, as image decoders give them: a quarter of the bytes of floats, and a runtime refuses floats, where a
-graph for floats cannot tell 0..1 from 0..255. The graph scales and normalises them. What it leaves to the caller, the
-central square and the resize, is in the file's metadata, with the names of the classes.
+The input is uint8, as image decoders produce it: a quarter of the bytes of float32. It also prevents errors, since a
+graph with float input cannot tell pixels in 0..1 from pixels in 0..255. The graph scales and normalises the pixels; the
+caller crops the central square and resizes it, as the file's metadata describes. The metadata has the class names, too.
 """
 
 import json
@@ -26,15 +26,15 @@ FILE = "model.onnx"
 
 @torch.inference_mode()
 def export_onnx(model: Normalized, folder: Path, classes: tuple[str, ...], image_size: int, crop: float) -> str:
-    """Write FOLDER/model.onnx, and compare its logits with the model's where onnxruntime is installed.
+    """Write FOLDER/model.onnx and, if onnxruntime is installed, compare its logits with the model's.
 
     Args:
         model: on the CPU, in eval mode.
         image_size: S, in pixels.
-        crop: side of the central square that is evaluated, as a share of the image's shorter side.
+        crop: side of the central square, as a fraction of the image's shorter side; for the metadata.
 
     Returns:
-        What the graph takes and gives, in a line.
+        A line that describes the file, its input and output, and the comparison.
 
     Raises:
         BadInput: the model cannot be converted, or its logits differ.
@@ -43,7 +43,7 @@ def export_onnx(model: Normalized, folder: Path, classes: tuple[str, ...], image
     pixels = pixels.to(torch.uint8)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PyTorch's exporter about itself
+            warnings.simplefilter("ignore")  # PyTorch's exporter warns about its own code
             program = torch.onnx.export(
                 model,
                 (pixels,),
@@ -54,14 +54,14 @@ def export_onnx(model: Normalized, folder: Path, classes: tuple[str, ...], image
                 dynamo=True,
                 verbose=False,
             )
-    except Exception as error:  # of many kinds, for what a model does that ONNX has no operator for
+    except Exception as error:  # of many types, if ONNX has no operator for what the model does
         raise BadInput(f"onnx: PyTorch cannot convert this model ({first_line(error)}); leave --onnx out") from None
     assert program is not None
     program.model.metadata_props.update(
         {
             "fastofa": __version__,
             "input": f"uint8 RGB pixels [batch, 3, {image_size}, {image_size}]; the graph normalises them",
-            "output": f"float32 logits [batch, {len(classes)}]; softmax makes probabilities of them",
+            "output": f"float32 logits [batch, {len(classes)}]; their softmax gives probabilities",
             "preprocessing": json.dumps(
                 {"crop_mode": "center", "crop_pct": crop, "size": image_size, "interpolation": "bilinear, antialiased"}
             ),
@@ -78,9 +78,9 @@ def export_onnx(model: Normalized, folder: Path, classes: tuple[str, ...], image
 
 
 def _compare(file: Path, model: Normalized, pixels: torch.Tensor) -> str:
-    """What was compared. Raises BadInput for logits that differ."""
+    """Compare onnxruntime's logits with the model's; the result in words. Raises BadInput if they differ."""
     if find_spec("onnxruntime") is None:
-        return "not compared with the run, as onnxruntime is not installed"
+        return "not compared with the run, since onnxruntime is not installed"
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -88,6 +88,6 @@ def _compare(file: Path, model: Normalized, pixels: torch.Tensor) -> str:
     difference = float((expected - got).abs().max())
     if not torch.allclose(expected, got, rtol=1e-4, atol=1e-4):
         raise BadInput(
-            f"onnx: expected the run's logits, onnxruntime's differ by up to {difference:.2g}; leave --onnx out"
+            f"onnx: expected the run's logits, but onnxruntime's differ by up to {difference:.2g}; leave --onnx out"
         )
     return f"onnxruntime's logits differ from the run's by at most {difference:.1g}"

@@ -1,6 +1,6 @@
 """The training loop: epochs, logging, evaluation, checkpoints.
 
-The step is step.py; what an epoch shows is epochs.py; what is checked before a run is preflight.py.
+The step is in step.py, the data of an epoch in epochs.py, the checks before a run in preflight.py.
 """
 
 import dataclasses
@@ -46,40 +46,42 @@ from fastofa.training.distributed import (
     was_restarted,
 )
 from fastofa.training.epochs import Epochs
-from fastofa.training.preflight import check_early, check_place, choose_order, views_begun_with
+from fastofa.training.preflight import check_early, check_resumable, choose_order, views_begun_with
 from fastofa.training.schedule import cautions, image_size, learning_rate, lengthened, summary
 from fastofa.training.step import SUMS, Step
 from fastofa.training.validate import accuracy, best_classes_each
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
-REPORT_EVERY_S = 60  # seconds, at least, between two drawings of a run that goes on
+REPORT_EVERY_S = 60  # minimum number of seconds between two reports during a run
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run came to."""
+    """The result of a finished run."""
 
     top1: float
+    """Share of the validation images, 0 to 1, at the last evaluation; top5 likewise."""
     top5: float
     images_per_second: float
-    """Of the training steps alone, evaluation left out."""
+    """Of the training steps alone, without evaluation."""
     seconds: float
-    """Of this call, everything counted."""
+    """Duration of the whole call."""
 
 
 def train(config: TrainConfig) -> Result:
-    """Train, or with `config.resume` go on; under torchrun as one of several ranks.
+    """Train a student, or resume its run with `config.resume`; under torchrun as one of several ranks.
 
     Raises:
-        BadInput: anything that does not fit, before something is written; a loss that is no longer finite.
-        Stopped: by Ctrl-C or SIGTERM on any rank, after saving.
+        BadInput: the configuration, data and machine do not fit together, which is found before anything is written; or
+            the loss is no longer finite.
+        Stopped: after Ctrl-C or SIGTERM on any rank, once a checkpoint is saved.
         LostContact: another rank is gone.
     """
     began = time.monotonic()
     with connection_errors():
         world = join(config.timeout_s)
         resume = config.resume or was_restarted()
-        config = dataclasses.replace(config, resume=bool(world.broadcast(int(resume))))  # their counts may differ
+        config = dataclasses.replace(config, resume=bool(world.broadcast(int(resume))))  # restart counts may differ
         with filling(config.out) if world.is_main else nullcontext():
             result = _train(config, world)
         world.leave()
@@ -98,7 +100,7 @@ def _train(config: TrainConfig, world: World) -> Result:
         chosen = [name for name in SIZED if getattr(config, name) is None]
         if chosen:
             flags = " ".join(f"--{name.replace('_', '-')} {getattr(job.config, name):g}" for name in chosen)
-            notice(f"by the number of training images: {flags}")
+            notice(f"chosen by the number of training images: {flags}")
         if job.step.compiled:
             notice("the first step at each image size is compiled, which can take minutes")
         for caution in cautions(job.config, job.epochs.steps):
@@ -106,18 +108,18 @@ def _train(config: TrainConfig, world: World) -> Result:
     if job.pixels is not None:
         notice(f"pixels of {IMAGES} images, compared with {config.cache}: {job.pixels}")
     if world.is_main and (missing := augmentation_differences(config.recipe, job.epochs.policy)):
-        notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws them")
+        notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws such views")
     job.run_epochs()
     return job.result()
 
 
 def open_job(config: TrainConfig, world: World) -> "Job":
-    """Everything that a run needs, built and checked; nothing is written."""
+    """Build and check everything that a run needs, without writing anything."""
     device = check_early(config, world)
-    if config.resume and (config.out / CONFIG).exists():  # what the data's size chose stays as the run began
+    if config.resume and (config.out / CONFIG).exists():  # values chosen by dataset size stay
         begun = open_run(config.out).config
-        open_ = [name for name in SIZED if getattr(config, name) is None]
-        config = dataclasses.replace(config, **{name: getattr(begun, name) for name in open_})
+        unset = [name for name in SIZED if getattr(config, name) is None]
+        config = dataclasses.replace(config, **{name: getattr(begun, name) for name in unset})
     with world.no_timeout():  # the first opening of a folder opens every image
         limits = parse_limits(config.max_pixels, config.allow_warnings)
         train_set, val_set = (
@@ -128,22 +130,22 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     config = epochs.config
     data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
     run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.view_digests, val, pages)
-    answers = hashlib.sha256("".join(epochs.view_digests).encode()).hexdigest()
-    for digest, place in (
+    views = hashlib.sha256("".join(epochs.view_digests).encode()).hexdigest()
+    for digest, name in (
         (data, config.data),
         (val, f"the validation images of {config.data}"),
         (pages, f"the pages of {config.data}"),
-        (answers, f"the {counted(len(epochs.view_digests), 'view')} of {config.cache}"),
+        (views, f"the {counted(len(epochs.view_digests), 'view')} of {config.cache}"),
     ):
-        check_same(world, digest, place)
+        check_same(world, digest, name)
     if world.is_main and not config.plan:
-        check_place(run)
+        check_resumable(run)
     world.barrier()
     return Job(run, train_set, val_set, epochs, world, device)
 
 
 class Job:
-    """The objects of a run, made once, and the loop over them."""
+    """The objects of a run, built once, and the training loop."""
 
     def __init__(
         self, run: Run, train_set: Dataset, val_set: Dataset, epochs: Epochs, world: World, device: torch.device
@@ -165,8 +167,8 @@ class Job:
         )
         if epochs.rank_batch_size == c.accumulate and any(isinstance(m, BatchNorm) for m in student.modules()):
             raise BadInput(
-                f"batch-size: expected at least two images in each part, since {c.student} has batch norm, got one; "
-                "raise --batch-size or lower --accumulate"
+                f"batch-size: expected at least two images in each part of a step, because {c.student} has batch norm, "
+                "got one; raise --batch-size or lower --accumulate"
             )
         if c.start_size is not None and c.start_size > full:
             raise BadInput(f"start-size: expected at most the full {full} pixels, got {c.start_size}")
@@ -179,28 +181,29 @@ class Job:
         self.wandb_run: Any = None
         self.report_failed = False
         self.clock = Clock()
-        self.logged = Clock()  # as it was at the last log
+        self.logged = Clock()  # its reading at the last log
 
     def load(self) -> None:
-        """The newest checkpoint, the first view, some images: damage is reported before anything is written."""
+        """Load the newest checkpoint, the first epoch and some images, so that corruption is reported before anything
+        is written."""
         if self.config.resume and checkpoint.checkpoints(self.run.path):
             self._restore()
         elif self.config.resume and self.world.is_main:
             notice(f"{self.run.path}: no checkpoint yet, starting from the beginning")
         if self.config.init is not None and not self.step.is_finite():
-            raise BadInput(f"{self.config.init}: expected finite weights, some are NaN or infinite")
+            raise BadInput(f"{self.config.init}: expected finite weights, got NaN or infinity; give another --init")
         if self.step.steps < self.last_step:
             self.epochs.load(self.step.steps // self.epochs.steps)
         if self.world.is_main and (cache := self.epochs.cache) is not None:
             self.pixels = compare_teacher_images(cache.path, self.train_pipeline, cache.targets(0)[0])
 
     def begin(self) -> None:
-        """The first that is written, once nothing can be wrong any more."""
-        c, place = self.config, self.run.path
-        if c.resume and (place / CONFIG).exists() and (before := open_run(place).config).epochs < c.epochs:
+        """Write the run's configuration, once everything has been checked. It is the first file written."""
+        c, folder = self.config, self.run.path
+        if c.resume and (folder / CONFIG).exists() and (before := open_run(folder).config).epochs < c.epochs:
             notice(lengthened(before, c, self.step.steps, self.epochs.steps, self.step.student.image_size))
         if c.wandb is not None:
-            self.wandb_run = open_wandb(place, c.wandb)
+            self.wandb_run = open_wandb(folder, c.wandb)
         self.run.save()
 
     def run_epochs(self) -> None:
@@ -214,9 +217,9 @@ class Job:
             }
         self.log = MetricsLog(self.run.path, self.step.steps, self.wandb_run) if main else None
         rows = read_metrics(self.run.path, self.step.steps) if main else []
-        ended = any(row["kind"] == "epoch" and row["step"] == self.step.steps for row in rows)
-        # A checkpoint is saved before its epoch is evaluated: a run that ended in between evaluates now.
-        owed = bool(self.world.broadcast(int(position == 0 and first > 0 and not ended)))
+        logged = any(row["kind"] == "epoch" and row["step"] == self.step.steps for row in rows)
+        # The checkpoint at an epoch's end is saved before the evaluation: a run that ended in between evaluates now.
+        unlogged = bool(self.world.broadcast(int(position == 0 and first > 0 and not logged)))
         with Interrupt() as self.interrupt, progress_bar(enabled=main) as self.bar:
             self.task = self.bar.add_task(
                 f"train {c.student}",
@@ -225,7 +228,7 @@ class Job:
                 note="",
             )
             try:
-                if owed:
+                if unlogged:
                     self._log_epoch(first - 1)
                 for epoch in range(first, c.epochs):
                     self._epoch(epoch, position)
@@ -240,18 +243,18 @@ class Job:
 
     def _epoch(self, epoch: int, position: int) -> None:
         c = self.config
-        shown = self.epochs.load(epoch)
+        data = self.epochs.load(epoch)
         self.step.student.train()
         size = image_size(c, epoch, self.step.student.image_size)
         batches = self.loading = self.train_pipeline.epoch(
-            shown.views, shown.order, start=position * self.epochs.rank_batch_size, image_size=size
+            data.views, data.order, start=position * self.epochs.rank_batch_size, image_size=size
         )
         before = dataclasses.replace(self.clock)
         self.clock.start()
         while parts := self.clock.timed_wait(lambda: list(islice(batches, c.accumulate))):
-            self.step(parts, shown.targets, learning_rate(c, self.step.steps, self.epochs.steps))
+            self.step(parts, data.targets, learning_rate(c, self.step.steps, self.epochs.steps))
             self.clock.steps += 1
-            if size not in self.sizes_seen:  # the first step of a size compiles, or chooses its algorithms: not counted
+            if size not in self.sizes_seen:  # a size's first step compiles or selects algorithms: not counted
                 self.sizes_seen.add(size)
                 self.step.sums.tolist()  # waits for the device
                 self.clock = before
@@ -260,10 +263,10 @@ class Job:
             self._after_step(epoch)
 
     def _after_step(self, epoch: int) -> None:
-        """What is due at this step, the training clock stopped: log, save, stop, evaluate. All ranks decide alike.
+        """Log, save, stop and evaluate where due at this step, with the training clock stopped. All ranks decide alike.
 
-        Saved before it is evaluated, a step is lost neither to an evaluation that fails nor to one that a cluster's
-        grace is too short for; and what is evaluated is finite.
+        The checkpoint is saved before the evaluation. So the step is not lost if the evaluation fails, or if it takes
+        longer than a cluster waits between SIGTERM and SIGKILL; and only finite weights are evaluated.
         """
         c, step = self.config, self.step.steps
         log, end, save = step % c.log_every == 0, step % self.epochs.steps == 0, step % c.checkpoint_every == 0
@@ -286,10 +289,10 @@ class Job:
             self.vote.finish()
             if self.log:
                 self._report()
-            self.world.barrier()  # or the first to go would take the others along
+            self.world.barrier()  # the first rank to exit would make the others fail
             raise Stopped(
-                f"saved step {step} of {self.last_step} in {self.run.path}; run the same command with --resume to go "
-                "on",
+                f"saved step {step} of {self.last_step} in {self.run.path}; run the same command with --resume to "
+                "continue",
                 stop,
             )
         if end:
@@ -301,10 +304,10 @@ class Job:
 
     def _refuse_infinity(self, what: str) -> None:
         step, saved = self.step.steps, checkpoint.checkpoints(self.run.path)
-        again = f"; or try once more from {saved[0]} by --resume" if saved else ""
+        retry = f"; or retry from {saved[0]} with --resume" if saved else ""
         raise BadInput(
-            f"{what} no longer finite between steps {step - self.step.summed} and {step}; begin anew with a lower "
-            f"--lr or --clip and another --out{again}"
+            f"{what} no longer finite between steps {step - self.step.summed} and {step}; start again with a lower "
+            f"--lr or --clip and another --out{retry}"
         )
 
     def _log_step(self, epoch: int, means: list[float]) -> None:
@@ -332,13 +335,13 @@ class Job:
                 self._report()
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
-        """Top-1 and top-5; where there is a moving average those of the better, and of the weights and of the average.
+        """Top-1 and top-5 of the student; with a moving average those of both, and of the better one by top-1.
 
-        Keeps the answers, and the weights if they are the best so far.
+        Saves the predictions, and the weights if they are the best so far.
         """
         c, step = self.config, self.step
         students = {"raw": step.student} if step.ema is None else {"raw": step.student, "ema": step.ema.module}
-        answers = best_classes_each(
+        predictions = best_classes_each(
             list(students.values()),
             self.val_pipeline,
             self.val_set,
@@ -347,24 +350,24 @@ class Job:
             flip=c.eval_flip,
             world=self.world,
         )
-        found = {name: accuracy(best, self.val_set.labels) for name, best in zip(students, answers, strict=True)}
-        better = max(reversed(found), key=lambda name: found[name][0])  # of equal ones the average
-        values = dict(zip(("top1", "top5"), found[better], strict=True))
-        if len(found) > 1:
-            values |= {f"top{k}_{name}": found[name][i] for i, k in enumerate((1, 5)) for name in found}
+        by_name = dict(zip(students, predictions, strict=True))
+        scores = {name: accuracy(best, self.val_set.labels) for name, best in by_name.items()}
+        better = max(reversed(scores), key=lambda name: scores[name][0])  # if equal, the average
+        values = dict(zip(("top1", "top5"), scores[better], strict=True))
+        if len(scores) > 1:
+            values |= {f"top{k}_{name}": scores[name][i] for i, k in enumerate((1, 5)) for name in scores}
         if self.log:
             info = {"step": step.steps, "epoch": epoch}
-            best = dict(zip(students, answers, strict=True))[better]
-            save_predictions(self.run.path, best, self.val_set.labels, {**info, **values})
+            save_predictions(self.run.path, by_name[better], self.val_set.labels, {**info, **values})
             for name, file in (("raw", checkpoint.BEST), ("ema", checkpoint.BEST_EMA)):
-                if name in found and found[name][0] > self.best[file]:
-                    self.best[file] = found[name][0]
-                    kept = {**info, "top1": found[name][0], "top5": found[name][1]}
-                    checkpoint.save_best(self.run.path, students[name], kept, file)
+                if name in scores and scores[name][0] > self.best[file]:
+                    top1, top5 = scores[name]
+                    self.best[file] = top1
+                    checkpoint.save_best(self.run.path, students[name], {**info, "top1": top1, "top5": top5}, file)
         return values
 
     def _speed(self, since: Clock) -> dict[str, float]:
-        """Of the training steps since a reading of the clock; nothing where none was counted."""
+        """Speed of the training steps counted since a reading of the clock; empty if there were none."""
         steps, seconds = self.clock.steps - since.steps, self.clock.seconds - since.seconds
         if not steps:
             return {}
@@ -372,19 +375,23 @@ class Job:
         return {"images_per_second": steps * self.config.batch_size / seconds, "loader_share": waited / seconds}
 
     def _report(self) -> None:
-        """Curves and report, without which a run goes on as well."""
+        """Draw the curves and write the report. If that fails, the run continues without them."""
         try:
             draw_curves(self.run.path)
             write_report(self.run.path)
-        except Exception as error:  # of files, of matplotlib, of jinja
+        except Exception as error:  # of files, matplotlib or jinja
             if not self.report_failed:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
-                notice(f"{self.run.path}: no new report and curves ({reason}); the run goes on")
+                notice(f"{self.run.path}: could not write the report and curves ({reason}); the run continues")
             self.report_failed = True
         self.reported = time.monotonic()
 
     def _save(self, sums: list[list[float]], scheduled: bool) -> None:
-        """With the sums of each rank. A save that the undisturbed run does not make changes nothing in the ranks."""
+        """Save a checkpoint, with the logged sums of each rank.
+
+        A checkpoint at an interruption leaves the ranks' batch statistics as they are and stores each rank's, so that
+        the resumed run equals one that was not interrupted. A scheduled checkpoint averages them over the ranks.
+        """
         s = self.step
         ema = None if s.ema is None else s.ema.module
         by_rank: dict[str, Tensor] = {}
@@ -409,20 +416,24 @@ class Job:
         rank, ranks = self.world.rank, self.world.size
         s.steps, position = checkpoint.load_newest(self.run.path, s.student, s.optimizer, ema, rank, ranks)
         newest = self.world.broadcast(s.steps)
-        check_shared(self.world, s.steps == newest, f"the checkpoint of step {newest}, not {s.steps}, as the newest")
+        check_shared(
+            self.world, s.steps == newest, f"the checkpoint of step {newest} (its newest is of step {s.steps})"
+        )
         each = position.get("sums_by_rank", [])
         sums = each[rank] if len(each) == ranks else position["sums"]
         s.sums, s.summed = torch.tensor(sums, device=self.device), position["summed"]
 
     def result(self) -> Result:
-        """From the log, so that a finished run that is resumed says the same again."""
+        """The result according to the log, so that resuming a finished run gives it again."""
         evaluated = [row for row in read_metrics(self.run.path) if "top1" in row]
         if not evaluated:
-            raise BadInput(f"{self.run.path}: expected evaluations in its metrics.jsonl, found none; it was edited")
+            raise BadInput(
+                f"{self.run.path}: expected evaluations in metrics.jsonl, found none; the file was edited, restore it"
+            )
         last = evaluated[-1]
         return Result(last["top1"], last["top5"], last.get("images_per_second", 0.0), 0.0)
 
 
 def _means(by_rank: list[list[float]]) -> list[float]:
-    """Of each sum over the ranks."""
+    """The mean of each sum over the ranks."""
     return [math.fsum(values) / len(by_rank) for values in zip(*by_rank, strict=True)]

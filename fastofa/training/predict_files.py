@@ -1,10 +1,10 @@
-"""Predictions for image files without labels, by a run's student or an exported model.
+"""Predict the classes of image files without labels, with a run's student or an exported model.
 
     for prediction in predict("run", "photos"):
         print(prediction.file, prediction.classes[0], prediction.probabilities[0])
 
-An image becomes pixels as in `fastofa evaluate`: the central square, resized by torch's antialiased bilinear kernel,
-normalised as the model was trained. So the top-1 of a run's validation images is the one that `evaluate` computes.
+Images are preprocessed as in `fastofa evaluate`: the central square is cropped, resized with torch's antialiased
+bilinear filter and normalised as in training. So top-1 on a run's validation images equals that of `evaluate`.
 
 Shapes: B batch, S image side, C classes.
 """
@@ -46,34 +46,34 @@ from fastofa.views.table import center_views
 class Prediction:
     file: Path
     classes: tuple[str, ...]
-    """The most probable classes, best first: names, or the numbers of the model's outputs where it has no names."""
+    """The most probable classes, best first: names, or indices of the model's outputs if they have no names."""
     probabilities: tuple[float, ...]
-    """Of each, 0 to 1: the softmax over all classes of the model."""
+    """The probability of each, 0 to 1: the softmax over all classes of the model."""
 
 
 class UnreadableImages(BadInput):
-    """Some images could not be read; all others have been predicted."""
+    """Some images could not be read; all others were predicted."""
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Made by `open_classifier`."""
+    """A model with its preprocessing; `open_classifier` makes it."""
 
     name: str
     model: Normalized
     device: torch.device
     classes: tuple[str, ...]
-    """The name of each output, or its number."""
+    """The name of each output, or its index."""
     image_size: int
     """S, in pixels."""
     crop: float
-    """Side of the central square, as a share of the image's shorter side."""
+    """Side of the central square, as a fraction of the image's shorter side."""
     flip: bool
-    """Take the mean of the logits of each image and of its mirror image."""
+    """Average the logits of each image and of its mirror image."""
     bf16: bool
 
     def read(self, file: Path) -> Tensor:
-        """uint8 [3, S, S]. Raises BadInput for a file that cannot be read."""
+        """The cropped and resized image, uint8 [3, S, S]. Raises BadInput if the file cannot be read."""
         image = read_image(file)
         sizes = np.array([image.shape[1:]])
         box = center_views(sizes, self.crop).boxes(sizes)[0]
@@ -81,12 +81,12 @@ class Classifier:
 
     @torch.inference_mode()
     def predict(self, files: list[Path], images: list[Tensor], topk: int) -> list[Prediction]:
-        """Raises BadInput where a logit is not finite."""
+        """The most probable classes of images as `read` returns them. Raises BadInput if a logit is not finite."""
         batch = torch.stack(images).contiguous(memory_format=torch.channels_last).to(self.device)
         logits = logits_of(self.model, batch, self.bf16, self.flip)
-        if odd := (~logits.isfinite()).any(dim=1).nonzero().flatten().tolist():
+        if infinite := (~logits.isfinite()).any(dim=1).nonzero().flatten().tolist():
             raise BadInput(
-                f"{self.name}: expected finite logits, got NaN or infinity for {files[odd[0]]}; its weights are "
+                f"{self.name}: expected finite logits, got NaN or infinity for {files[infinite[0]]}; its weights are "
                 "damaged or its training diverged"
             )
         best = logits.topk(topk, dim=1).indices
@@ -98,22 +98,22 @@ class Classifier:
 
 
 def open_classifier(model: str | Path, weights: Weights = "last", device: str = "auto") -> Classifier:
-    """A run's student, or a model as `fastofa export` and timm write it, ready to predict.
+    """Open a run's student, or a model written by `fastofa export` or timm.
 
     Args:
-        model: a run's folder; a folder with config.json and weights, also as local-dir:FOLDER; hf-hub:OWNER/NAME.
-        weights: which of a run's, see `fastofa evaluate --help`.
+        model: a run's folder; a folder with config.json and weights, or local-dir:FOLDER; or hf-hub:OWNER/NAME.
+        weights: which weights of a run, see `fastofa evaluate --help`.
         device: auto, cuda, cuda:1, cpu.
 
     Raises:
-        BadInput: no such model, weights that do not fit, `weights` of what holds but one set of them.
+        BadInput: there is no such model; its weights do not fit; `weights` is given for a model that is not a run.
     """
     folder, on = find_folder(str(model)), choose_device(device)
     if folder is None or not (folder / CONFIG).is_file():
-        found = f"there is no {CONFIG} in it" if folder is not None else "there is no such folder"
+        problem = f"there is no {CONFIG} in it" if folder is not None else "there is no such folder"
         raise BadInput(
             f"{model}: expected the folder of a run or of an exported model, local-dir:FOLDER or hf-hub:OWNER/NAME; "
-            f"{found}"
+            f"{problem}"
         )
     classifier = _of_run(folder, weights, on) if is_run(folder) else _of_model(str(model), folder, weights, on)
     classifier.model.eval().to(on)
@@ -121,10 +121,10 @@ def open_classifier(model: str | Path, weights: Weights = "last", device: str = 
     try:
         with torch.inference_mode():
             shape = classifier.model(torch.zeros(2, 3, side, side, dtype=torch.uint8, device=on)).shape
-    except Exception as error:  # a model that a strange config.json describes fails in many ways
+    except Exception as error:  # with a wrong config.json a model fails in many ways
         raise BadInput(f"{name}: does not run at {side} px ({first_line(error)}); correct its {CONFIG}") from None
     if shape != (2, len(classifier.classes)):
-        raise BadInput(f"{name}: expected logits [images, classes], got {list(shape)} of two images")
+        raise BadInput(f"{name}: expected logits [images, classes], got {list(shape)} for two images")
     return classifier
 
 
@@ -144,21 +144,21 @@ def _of_run(folder: Path, weights: Weights, device: torch.device) -> Classifier:
 
 
 def _of_model(name: str, folder: Path, weights: Weights, device: torch.device) -> Classifier:
-    """At the size and crop that config.json gives for tests, if any: they are those of the run's evaluation."""
+    """A model with the test size and crop in its config.json, if any: `fastofa export` writes the run's there."""
     if weights != "last":
-        raise BadInput(f"weights: expected a run to choose {weights} from, {name} is a model; leave --weights out")
+        raise BadInput(f"weights: only a run has {weights} weights, but {name} is a model; leave --weights out")
     model, config = open_model_folder(folder)
     check_channels(model, name)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalization(model))
-    given = config.preprocessing
-    size = given.get("test_input_size") or given.get("input_size")
+    preprocessing = config.preprocessing
+    size = preprocessing.get("test_input_size") or preprocessing.get("input_size")
     return Classifier(
         name=name,
         model=Normalized(model, mean, std),
         device=device,
         classes=tuple(config.label_names.get(i, str(i)) for i in range(model.num_classes)),
         image_size=size[-1] if size else input_size(model),
-        crop=min(given.get("test_crop_pct") or given.get("crop_pct") or 0.875, 1.0),
+        crop=min(preprocessing.get("test_crop_pct") or preprocessing.get("crop_pct") or 0.875, 1.0),
         flip=False,
         bf16=choose_bf16("auto", device),
     )
@@ -174,34 +174,35 @@ def predict(
     workers: int | None = None,
     skip_corrupt: bool = False,
 ) -> Generator[Prediction, None, None]:
-    """The most probable classes of each image, in the order of `files`, while later images are being read.
+    """Yield the most probable classes of each image, in the order of `files`. Later images are read meanwhile.
+
+    An image that cannot be read is named in a notice and has no prediction.
 
     Args:
         model, weights, device: see `open_classifier`.
-        files: images, and folders that are searched to any depth (see `image_files`); one or several.
-        topk: classes for each image, at most as many as the model has.
-        batch_size: images at once.
-        workers: threads that decode; 0: none but the caller's; None: one per core, at most 16.
-        skip_corrupt: do not raise an error for images that cannot be read.
-
-    An image that cannot be read is named by a notice and has no prediction.
+        files: one or more images, or folders that are searched to any depth (see `image_files`).
+        topk: number of classes per image, limited to those of the model.
+        batch_size: images per forward pass.
+        workers: decoder threads; 0: the calling thread decodes; None: one per core, at most 16.
+        skip_corrupt: do not raise UnreadableImages.
 
     Raises:
-        BadInput: at the call: no such model, no images, a number that cannot be; later: logits that are not finite.
-        UnreadableImages: after the last prediction, if some images could not be read; not with `skip_corrupt`.
+        BadInput: when called: there is no such model or no image, or a number is out of range; while iterating: a logit
+            is not finite.
+        UnreadableImages: after the last prediction, if some images could not be read.
     """
     for name, value, least in (("topk", topk, 1), ("batch-size", batch_size, 1), ("workers", workers or 0, 0)):
         if value < least:
             raise BadInput(f"{name}: expected at least {least}, got {value}")
-    found = image_files([files] if isinstance(files, str | os.PathLike) else files)
+    images = image_files([files] if isinstance(files, str | os.PathLike) else files)
     classifier = open_classifier(model, weights, device)
-    return predict_images(classifier, found, topk, batch_size, choose_workers(workers), skip_corrupt)
+    return predict_images(classifier, images, topk, batch_size, choose_workers(workers), skip_corrupt)
 
 
 def predict_images(
     classifier: Classifier, files: list[Path], topk: int, batch_size: int, workers: int, skip_corrupt: bool
 ) -> Generator[Prediction, None, None]:
-    """As `predict`, of files that were listed before."""
+    """`predict` with an open classifier and a list of files."""
     unreadable, topk = 0, min(topk, len(classifier.classes))
     with closing(_read(classifier, files, workers)) as images:
         while batch := list(islice(images, batch_size)):
@@ -214,15 +215,15 @@ def predict_images(
                 yield from classifier.predict([f for f, _ in readable], [image for _, image in readable], topk)
     if unreadable and not skip_corrupt:
         raise UnreadableImages(
-            f"expected {counted(len(files), 'readable image')}, {unreadable:,} could not be read, named above; all "
-            "others are predicted; mend or remove these, or --skip-corrupt accepts it"
+            f"expected {counted(len(files), 'readable image')}, but the {unreadable:,} named above could not be read "
+            "(all others are predicted); repair or remove them, or accept that with --skip-corrupt"
         )
 
 
 def _read(
     classifier: Classifier, files: list[Path], workers: int
 ) -> Generator[tuple[Path, Tensor | BadInput], None, None]:
-    """The pixels of each file, or why it cannot be read."""
+    """Yield each file with its pixels, or with the error if it cannot be read."""
 
     def read(file: Path) -> tuple[Path, Tensor | BadInput]:
         try:

@@ -1,4 +1,4 @@
-"""Checks before a run: what is wrong is reported before anything is written."""
+"""Checks before a run, so that errors are reported before anything is written."""
 
 from pathlib import Path
 from typing import get_args
@@ -24,7 +24,8 @@ from fastofa.training.step import check_device
 
 
 def check_early(config: TrainConfig, world: World) -> torch.device:
-    """The device; raises BadInput for what is known to be wrong before the data are indexed, which may take long."""
+    """The rank's device. Raises BadInput for every error that shows before the dataset is indexed, which may take
+    hours."""
     if world.local_size > 1 and ":" in config.device:
         raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
     device = choose_device(config.device, world.local_rank)
@@ -39,7 +40,7 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
         raise BadInput(f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch")
     resolve(config.student, config.image_size)
     if config.init not in (None, "pretrained") and ":" not in config.init and not Path(config.init).exists():
-        raise BadInput(f"{config.init}: expected a file with weights, found none")
+        raise BadInput(f"{config.init}: expected a file with weights, found none; correct --init")
     if config.pipeline not in ("auto", *PIPELINES):
         raise BadInput(f"unknown pipeline {config.pipeline!r}: expected auto or one of {', '.join(PIPELINES)}")
     if config.workers is not None and config.workers < 0:
@@ -50,9 +51,10 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
 
 
 def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:
-    """What `auto` means in this run, as rank 0 finds it: as the run began, else by the memory, which ranks share.
+    """The order of samples that `auto` stands for: the one the run began with, else pages if memory cannot hold the
+    file.
 
-    Raises BadInput where a run that began by pages finds none.
+    Rank 0 chooses for all ranks. Raises BadInput if a run began with pages and the dataset has none.
     """
     if config.order != "auto":
         return config.order
@@ -63,56 +65,57 @@ def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order
         size, memory = train_set.file.stat().st_size, memory_bytes()
         if size > memory:
             chosen = "pages"
-            notice(f"order pages: {train_set.file} has {size / 1e9:,.1f} GB, the memory {memory / 1e9:,.1f} GB")
+            notice(f"order pages: {train_set.file} has {size / 1e9:,.1f} GB, memory {memory / 1e9:,.1f} GB")
     orders = get_args(Order)
     chosen = orders[world.broadcast(orders.index(chosen))]
     if chosen == "pages" and train_set.page_ids is None:
         raise BadInput(
-            f"{config.out}: the run goes by the pages of its .beton; expected that as --data, got {config.data}"
+            f"{config.out}: the run reads its .beton page by page; expected that file as --data, got {config.data}"
         )
     return chosen
 
 
 def views_begun_with(config: TrainConfig, world: World) -> int:
-    """How many views of the cache a resumed run replays, as rank 0 finds it; 0 where that is still to be chosen.
+    """The number of cached views that a resumed run began with, as rank 0 finds it; 0 for a new run.
 
-    Chosen anew for a run that gets more epochs and has shown each of its views once: it takes those that follow.
+    It is also 0 if the run gets more epochs and had at least as many views as epochs, so that the additional epochs
+    replay further views of the cache.
     """
     views = 0
     if world.is_main and config.resume and (config.out / CONFIG).exists():
         begun = open_run(config.out)
-        once = config.epochs > begun.config.epochs and len(begun.answers) >= begun.config.epochs
-        views = 0 if once else len(begun.answers)
+        unrepeated = config.epochs > begun.config.epochs and len(begun.view_digests) >= begun.config.epochs
+        views = 0 if unrepeated else len(begun.view_digests)
     return world.broadcast(views)
 
 
-def check_place(run: Run) -> None:
-    """Raises BadInput if another run lies there."""
+def check_resumable(run: Run) -> None:
+    """Raises BadInput if the run's folder contains another run, or this one with other arguments or data."""
     if not (run.path / CONFIG).exists():
         return
     if not run.config.resume:
-        notice(f"{run.path}: the run there has no checkpoint; beginning anew")
+        notice(f"{run.path}: contains a run without a checkpoint; starting it again")
         return
-    found = open_run(run.path)
-    different = run.config.differences(found.config)
-    if run.fingerprint != found.fingerprint:
-        different.append(f"data: {run.config.data} is not the data set of {found.config.data} as it was then")
-    if run.val_fingerprint != found.val_fingerprint:
-        different.append(f"data: {run.config.data} has other validation images than {found.config.data} had then")
-    if (run.config.cache is None) != (found.config.cache is None):
-        different.append(f"cache: {run.config.cache} here, {found.config.cache} there")
-    elif run.answers[: len(found.answers)] != found.answers:
-        pairs = enumerate(zip(run.answers, found.answers, strict=False))
-        views = [str(view) for view, (mine, theirs) in pairs if mine != theirs]
+    begun = open_run(run.path)
+    different = run.config.differences(begun.config)
+    if run.fingerprint != begun.fingerprint:
+        different.append(f"data: the training images of {run.config.data} are not those the run began with")
+    if run.val_fingerprint != begun.val_fingerprint:
+        different.append(f"data: the validation images of {run.config.data} are not those the run began with")
+    if (run.config.cache is None) != (begun.config.cache is None):
+        different.append(f"cache: {run.config.cache} here, {begun.config.cache} there")
+    elif run.view_digests[: len(begun.view_digests)] != begun.view_digests:
+        pairs = enumerate(zip(run.view_digests, begun.view_digests, strict=False))
+        views = [str(view) for view, (digest, begun_with) in pairs if digest != begun_with]
         different.append(
-            f"cache: {run.config.cache} does not hold the answers of {found.config.cache} that the run began with"
+            f"cache: {run.config.cache} does not contain the predictions that the run began with"
             + (f" (view{'s' * (len(views) > 1)} {', '.join(views)} changed)" if views else "")
         )
-    if run.config.order == found.config.order and run.pages != found.pages:
-        different.append(f"data: the pages of {run.config.data} hold other samples than those the run began with")
+    if run.config.order == begun.config.order and run.pages != begun.pages:
+        different.append(f"data: the pages of {run.config.data} contain other samples than those the run began with")
     if different:
-        new = "" if checkpoint.checkpoints(run.path) else "; it has no checkpoint yet, to begin anew remove it"
-        fewer = "; only more epochs are allowed" if run.config.epochs < found.config.epochs else ""
+        new = "" if checkpoint.checkpoints(run.path) else "; it has no checkpoint yet: to start again, remove it"
+        fewer = "; only more epochs are allowed" if run.config.epochs < begun.config.epochs else ""
         raise BadInput(
             f"{run.path}: --resume expects the run's own arguments, these differ: {'; '.join(different)}{fewer}{new}"
         )

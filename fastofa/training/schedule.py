@@ -1,4 +1,4 @@
-"""What changes in the course of a training: pure functions of step or epoch, so that a resumed run needs no state."""
+"""What changes during training, as pure functions of the step or epoch, so that a resumed run needs no state."""
 
 import math
 
@@ -9,9 +9,10 @@ SIZE_STEP = 32  # pixels
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step, as timm's schedulers give it when they are updated every step.
+    """The learning rate of a step, equal to that of timm's schedulers when they are updated every step.
 
-    cosine and step count from the first step on; linear falls from the end of the warm-up to min_lr at the end.
+    cosine and step count from the first step of the run. linear falls from `lr` at the end of the warm-up to `min_lr`
+    at the end of the run.
     """
     warmup, last = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
@@ -24,48 +25,54 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 
 def cautions(config: TrainConfig, steps_per_epoch: int) -> list[str]:
-    """What in the configuration comes too late for a run of this length, with what to do, in a line each."""
-    c, found = config, []
+    """A line, with a remedy, for each setting that does not suit a run of this length."""
+    c, lines = config, []
     steps, epochs = c.epochs * steps_per_epoch, counted(c.epochs, "epoch")
     if c.warmup_epochs >= c.epochs:
-        found.append(
+        lines.append(
             f"warmup-epochs {c.warmup_epochs:g}: the run has {epochs}, so the learning rate never reaches "
-            f"--lr {c.lr:g}; --warmup-epochs {c.epochs / 20:g} would suit it"
+            f"--lr {c.lr:g}; try --warmup-epochs {c.epochs / 20:g}"
         )
     if c.schedule == "step" and c.decay_epochs >= c.epochs:
-        found.append(
+        lines.append(
             f"decay-epochs {c.decay_epochs:g}: the run has {epochs}, so the learning rate never falls; "
-            f"--decay-epochs {c.epochs * 0.3:g} would suit it"
+            f"try --decay-epochs {c.epochs * 0.3:g}"
         )
     if c.ema is not None and steps < 2 / (1 - c.ema):
         shorter = max(1 - 10 / steps, 0.5)
-        found.append(
-            f"ema {c.ema:g}: the average is over {1 / (1 - c.ema):,.0f} steps, the run has {steps:,}, so it holds much "
-            f"of the initial weights to the end; --ema {shorter:.3g} would suit it (weights and average are both "
-            "evaluated)"
+        lines.append(
+            f"ema {c.ema:g}: the average is over {1 / (1 - c.ema):,.0f} steps, but the run has {steps:,}, so the "
+            f"initial weights keep a large share; try --ema {shorter:.3g} (weights and average are both evaluated)"
         )
-    return found
+    return lines
 
 
 def lengthened(before: TrainConfig, config: TrainConfig, step: int, steps_per_epoch: int, full: int) -> str:
-    """What more epochs change in a run that resumes at `step`, in one line; see `image_size` for `full`."""
+    """One line that says what more epochs change in a run that resumes at `step`.
+
+    Args:
+        before: the run's configuration so far.
+        config: the same with more epochs.
+        full: image size of the last epochs, in pixels.
+    """
     old, new = (learning_rate(c, step, steps_per_epoch) for c in (before, config))
-    what = f"epochs {before.epochs:,} -> {config.epochs:,}: "
+    line = f"epochs {before.epochs:,} -> {config.epochs:,}: "
     if config.schedule == "step":
-        what += f"the learning rate stays as it was, {new:.3g} at step {step:,}"
+        line += f"the learning rate does not change, {new:.3g} at step {step:,}"
     else:
-        what += (
+        line += (
             f"from step {step:,} on the learning rate follows the {config.schedule} curve of the new length; at this "
-            f"step {new:.3g}, before {old:.3g}"
+            f"step it is {new:.3g} instead of {old:.3g}"
         )
     if config.start_size is not None:
         small, large = (image_size(c, step // steps_per_epoch, full) for c in (config, before))
-        what += f"; the images grow over the new length, at this step {small} px, before {large} px"
-    return what
+        line += f"; the images grow over the new length: at this step {small} px instead of {large} px"
+    return line
 
 
 def image_size(config: TrainConfig, epoch: int, full: int) -> int:
-    """Side of an epoch's pictures: from start_size to `full` in steps of 32 pixels, linearly over config.growth."""
+    """Side of an epoch's images in pixels: it grows linearly from `start_size` to `full` during `growth`, in steps of
+    32."""
     if config.start_size is None:
         return full
     first, last = (share * config.epochs for share in config.growth)
@@ -78,9 +85,9 @@ def image_size(config: TrainConfig, epoch: int, full: int) -> int:
 
 
 def summary(config: TrainConfig, steps: int) -> str:
-    """What is known without measuring, in one line; `steps` of an epoch."""
+    """One line with the length of the run: epochs, `steps` per epoch, images."""
     parts = ((config.epochs, "epoch"), (steps, "step"), (config.batch_size, "image"))
     return (
         f"{' of '.join(counted(number, noun) for number, noun in parts)}, "
-        f"{config.epochs * steps * config.batch_size:,} in all; --plan says beforehand how long that takes"
+        f"{config.epochs * steps * config.batch_size:,} in all; --plan estimates how long a run takes"
     )

@@ -1,4 +1,4 @@
-"""The student's best classes for every validation image, and their accuracy."""
+"""A student's best classes for every validation image, and its accuracy."""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -26,7 +26,7 @@ def best_classes(
     flip: bool = False,
     world: World | None = None,
 ) -> np.ndarray:
-    """As `best_classes_each`, of one student."""
+    """`best_classes_each` for one student."""
     return best_classes_each([student], pipeline, dataset, crop, bf16, title, flip, world)[0]
 
 
@@ -41,54 +41,62 @@ def best_classes_each(
     flip: bool = False,
     world: World | None = None,
 ) -> list[np.ndarray]:
-    """Of each student the five best classes of its last head on the central crops, int64 [N, min(5, C)], best first.
+    """The five best classes for every image's central crop by each student's final logits.
 
-    The pictures are read once for all of them.
+    Every image is read once for all students.
 
     Args:
-        crop: side of the central square, as a share of the picture's shorter side.
-        flip: take the mean of the logits of each picture and of its mirror image.
-        world: each rank looks at its share of the pictures; all get the answers of all.
+        crop: side of the central square, as a share of the image's shorter side.
+        flip: average the logits of each image and of its mirror image.
+        world: each rank evaluates its share of the images and gets the predictions of all ranks.
+
+    Returns:
+        For each student int64 [N, min(5, C)], best class first.
 
     Raises:
-        BadInput: a student's logits are not finite, so that none of them is the greatest.
+        BadInput: some of a student's logits are not finite.
     """
     world = world or World()
     training = [student.training for student in students]
     for student in students:
         student.eval()
     # The last column counts the logits that are not finite.
-    best = [torch.zeros(len(dataset), min(5, len(dataset.classes)) + 1, dtype=torch.int64) for _ in students]
+    predictions = [torch.zeros(len(dataset), min(5, len(dataset.classes)) + 1, dtype=torch.int64) for _ in students]
     order = np.arange(len(dataset))[world.rank :: world.size]
-    found = []
+    results = []
     with closing(pipeline.epoch(center_views(dataset.sizes, crop), order)) as batches:
         for batch in track(batches, len(order), title, lambda batch: len(batch.labels)):
-            for student, answers in zip(students, best, strict=True):
+            for student, table in zip(students, predictions, strict=True):
                 logits = logits_of(student.classify, batch.images, bf16, flip)
-                classes = logits.topk(answers.shape[1] - 1, dim=-1).indices
-                odd = (~logits.isfinite()).sum(dim=-1, keepdim=True)
-                found.append((answers, batch.sample_ids, torch.cat([classes, odd], dim=1)))
-    for answers, sample_ids, rows in found:  # only now: the device is waited for once
-        answers[sample_ids.cpu()] = rows.cpu()
+                classes = logits.topk(table.shape[1] - 1, dim=-1).indices
+                infinite = (~logits.isfinite()).sum(dim=-1, keepdim=True)
+                results.append((table, batch.sample_ids, torch.cat([classes, infinite], dim=1)))
+    for table, sample_ids, rows in results:  # copied at the end, so that the CPU waits for the device only once
+        table[sample_ids.cpu()] = rows.cpu()
     for student, was_training in zip(students, training, strict=True):
         student.train(was_training)
-    best = [world.sum(answers) for answers in best]
-    if odd_images := max(int((answers[:, -1] > 0).sum()) for answers in best):
+    predictions = [world.sum(table) for table in predictions]
+    if diverged := max(int((table[:, -1] > 0).sum()) for table in predictions):
         raise BadInput(
-            f"the student answers NaN or infinity to {odd_images:,} of {len(dataset):,} validation images, so it has "
-            "no accuracy: it diverged; train anew with a lower --lr or --clip"
+            f"expected finite logits, but the student gives NaN or infinity for {diverged:,} of {len(dataset):,} "
+            "validation images; it diverged, train again with a lower --lr or --clip"
         )
-    return [answers[:, :-1].numpy() for answers in best]
+    return [table[:, :-1].numpy() for table in predictions]
 
 
 def logits_of(classify: Callable[[Tensor], Tensor], images: Tensor, bf16: bool, flip: bool) -> Tensor:
-    """[B, C] of uint8 images [B, 3, S, S]; with `flip` the mean over each image and its mirror image."""
+    """Logits [B, C] of uint8 images [B, 3, S, S]; with `flip` the mean over each image and its mirror image."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         logits = classify(images)
         return (logits + classify(images.flip(-1))) / 2 if flip else logits
 
 
 def accuracy(best: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """(top-1, top-5) as shares; `best` as `best_classes` gives it."""
+    """Top-1 and top-5 accuracy, 0 to 1.
+
+    Args:
+        best: int64 [N, K], the best classes of each image, best first.
+        labels: int64 [N].
+    """
     hits = best == labels[:, None]
     return float(hits[:, 0].mean()), float(hits.any(axis=1).mean())

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from fastofa.student import choose_kernels as student_kernels
+from fastofa.student import choose_kernels
 from fastofa.student.choose_kernels import use_kernels
 from fastofa.student.exits import ConvExit
 from fastofa.student.fused_depthwise import DepthwiseConv2d
@@ -62,7 +62,7 @@ def test_auto_is_off_where_nothing_was_measured(model, card, version):
 
 def test_auto_without_triton_is_one_notice(model, card, monkeypatch, capsys):
     card(9, 0)
-    monkeypatch.setattr(student_kernels, "HAS_TRITON", False)
+    monkeypatch.setattr(choose_kernels, "HAS_TRITON", False)
     before = kinds(model)
     use_kernels(model, ("auto",), GPU)
     assert kinds(model) == before
@@ -76,7 +76,7 @@ def test_a_student_that_cannot_be_switched_stays_as_it_was(model, card, monkeypa
         raise AttributeError("no drop_block")
 
     card(9, 0)
-    monkeypatch.setitem(student_kernels.SWITCHES, "norms", fails)
+    monkeypatch.setitem(choose_kernels.SWITCHES, "norms", fails)
     before = [type(module) for module in model.modules()]
     use_kernels(model, ("auto",), GPU)
     assert [type(module) for module in model.modules()] == before
