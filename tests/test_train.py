@@ -900,7 +900,7 @@ def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_beton, photos, tmp_p
 def test_a_run_by_pages_asks_for_its_beton(on_beton, photos):
     """Where it is to go on from the folder, without a word of the order."""
     train(on_beton("run", 1, epochs=1))
-    with pytest.raises(BadInput, match=r"run: .*pages.*\.beton.*--data.*photos"):
+    with pytest.raises(BadInput, match=r"run: .*page by page.*\.beton.*--data.*photos"):
         train(on_beton("run", resume=True, epochs=1, data=str(photos)))
 
 
@@ -931,7 +931,7 @@ def test_a_run_goes_on_with_a_moved_cache_but_not_with_one_made_anew(digit_cache
     header = json.loads((tmp_path / "moved" / "cache.json").read_text())
     teacher = str(digit_cache.path.parent / "teacher")
     other = precompute(PrecomputeConfig("digits:100", teacher, tmp_path / "other", header["views"], 3, seed=5))
-    with pytest.raises(BadInput, match=r"cache: .*other.*answers"):
+    with pytest.raises(BadInput, match=r"cache: .*predictions that the run began with"):
         train(dataclasses.replace(config, cache=other.path, resume=True))
 
 
