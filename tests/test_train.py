@@ -900,7 +900,7 @@ def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_beton, photos, tmp_p
 def test_a_run_by_pages_asks_for_its_beton(on_beton, photos):
     """Where it is to go on from the folder, without a word of the order."""
     train(on_beton("run", 1, epochs=1))
-    with pytest.raises(BadInput, match=r"run: .*page by page.*\.beton.*--data.*photos"):
+    with pytest.raises(BadInput, match=r"run: .*\.beton page by page.*--data.*photos"):
         train(on_beton("run", resume=True, epochs=1, data=str(photos)))
 
 
