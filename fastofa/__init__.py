@@ -2,7 +2,7 @@
 
     from fastofa import open_dataset, precompute, train, evaluate, export, predict
 
-Everything here is imported when it is first used: `import fastofa` itself imports nothing.
+Each name is imported when it is first used; `import fastofa` itself imports nothing.
 """
 
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-if not TYPE_CHECKING:  # or a type checker would let any name pass
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
     __getattr__, __dir__ = lazy(
         __name__,
         {

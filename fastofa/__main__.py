@@ -1,4 +1,4 @@
-"""python -m fastofa COMMAND ... is fastofa COMMAND ..."""
+"""`python -m fastofa COMMAND ...` does the same as `fastofa COMMAND ...`."""
 
 from fastofa.cli import main
 

@@ -51,18 +51,18 @@ REMEDIES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command. Without `argv` the process is the command's own: after an error it exits without waiting for its
-    threads.
+    """Run a command. Without `argv`, the process belongs to the command alone: after an error it exits without waiting
+    for its threads.
 
-    Exit codes: 0; 1 if the machine failed, or after an unexpected exception, with a traceback; 2 for bad input, with
-    one line on standard error; 128 + signal after an interruption.
+    Exit codes: 0 for success; 1 if the machine failed or an unexpected exception was raised (with a traceback); 2 for
+    bad input (with one line on standard error); 128 + signal after an interruption.
     """
     own = argv is None or torchrun.is_rank()
     argv = sys.argv[1:] if argv is None else argv
     code = _main(argv, own)
     if code == 2 and torchrun.is_rank():
         torchrun.stop()
-    if torchrun.is_rank() or (own and code):  # a rank's connections can hang while Python exits
+    if torchrun.is_rank() or (own and code):  # a rank's connections can block Python's exit
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -130,7 +130,7 @@ def _run(argv: list[str], own: bool) -> None:
 
 @contextmanager
 def _exiting_on_interrupt() -> Iterator[None]:
-    """Exit at once on Ctrl-C. Used around imports: there is nothing to save, and libraries turn Ctrl-C into other
+    """Exit at once on Ctrl-C. Used during imports, when there is nothing to save and libraries turn Ctrl-C into other
     errors."""
 
     def leave(_signum: int, _: FrameType | None) -> NoReturn:
@@ -148,7 +148,8 @@ def _exiting_on_interrupt() -> Iterator[None]:
 
 
 def _known(error: Exception) -> tuple[str, int] | None:
-    """The message and the exit code for a limit of the machine or a refusal of the system; None for other errors."""
+    """The message and the exit code for an error caused by the machine or the operating system; None for other
+    errors."""
     text, code = " ".join(str(error).split()), error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or code == errno.ENOMEM or OUT_OF_MEMORY.search(text):
         return (

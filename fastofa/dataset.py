@@ -1,3 +1,3 @@
-"""The public name of `fastofa.data.open.open_dataset`."""
+"""The public import path of `fastofa.data.open.open_dataset`."""
 
 from fastofa.data.open import open_dataset as open_dataset

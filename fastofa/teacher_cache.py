@@ -1,3 +1,3 @@
-"""The public name of `fastofa.teacher.cache.TeacherCache`."""
+"""The public import path of `fastofa.teacher.cache.TeacherCache`."""
 
 from fastofa.teacher.cache import TeacherCache as TeacherCache

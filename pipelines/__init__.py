@@ -1,4 +1,4 @@
-"""Pipelines: (data set, view table, order) -> batches of images. They are deterministic: the table has all randomness.
+"""Pipelines: (dataset, view table, order) -> batches of images. Deterministic: the table contains all randomness.
 
 pipeline = open_pipeline("auto", dataset, image_size=224, batch_size=256)
 for batch in pipeline.epoch(views, order, start=0):
@@ -47,7 +47,7 @@ class Pipeline(Protocol):
             views: the view table.
             order: int64, rows of `views`.
             start: position in `order` at which to start.
-            image_size: S in pixels, for this epoch only; None for the size with which the pipeline was opened.
+            image_size: S in pixels, for this epoch only; None for the size given to `open_pipeline`.
         """
         ...
 
@@ -64,18 +64,19 @@ def open_pipeline(
     """Open a pipeline by name.
 
     Args:
-        name: "resident" (the data set in device memory), "packed" (a pack on disk), "ffcv" (a .beton), "dali" (a
-            folder), "torchvision" (any data set, with worker processes), or "auto", which reports the choice of
-            `choose`.
+        name: "resident" (the dataset in device memory), "packed" (a pack on disk), "ffcv" (a .beton), "dali" (a
+            folder), "torchvision" (any dataset, with worker processes), or "auto" for the choice of `choose`, which a
+            notice reports.
         dataset: a `fastofa.data.dataset.Dataset`.
         image_size: S, the side of the images in pixels.
         batch_size: samples per batch.
         device: the device of the batches.
         workers: decoder processes of the torchvision pipeline (0: decode in this process), or threads of the others.
-        normalize: (mean, std) of RGB in 0..1 for normalised images (bf16, on a CPU fp32); None for uint8 images.
+        normalize: (mean, std) of RGB in 0..1 for normalised images (bf16 on a GPU, fp32 on a CPU); None for uint8
+            images.
 
     Raises:
-        BadInput: an unknown name, or a data set that the pipeline does not support.
+        BadInput: an unknown name, or a dataset that the pipeline does not support.
     """
     if name == "auto":
         name, reason = choose(dataset, torch.device(device))
@@ -93,7 +94,7 @@ def open_pipeline(
 
 
 def choose(dataset: Any, device: torch.device) -> tuple[str, str]:
-    """The name of the pipeline for this data set and device, and the reason."""
+    """The name of the pipeline for this dataset and device, and the reason."""
     if dataset.pixels is None:
         if dataset.file is None:
             return "torchvision", "the images are separate files"

@@ -82,7 +82,7 @@ def _erase(images: Tensor, table: Views) -> Tensor:
 
 
 def _parts(which: np.ndarray, images: Tensor) -> Iterator[np.ndarray]:
-    """Split indices of images: on a CPU into few at a time, so that intermediate results stay in its cache."""
+    """Split indices of images: on a CPU into small parts, so that intermediate results stay in its cache."""
     at_once = max(1, CACHE_PIXELS // images.shape[-1] ** 2) if images.device.type == "cpu" else max(1, len(which))
     for first in range(0, len(which), at_once):
         yield which[first : first + at_once]

@@ -20,13 +20,13 @@ class Batch(NamedTuple):
     labels: Tensor
     """int64 [B]."""
     sample_ids: Tensor
-    """int64 [B]: indices into the data set."""
+    """int64 [B]: indices into the dataset."""
     rows: Tensor
     """int64 [B]: rows of the view table and of the teacher's targets; equal to sample_ids unless views are joined."""
     partner_labels: Tensor | None = None
     """int64 [B]: labels of the images mixed in; None if the views do not mix."""
     mix: Tensor | None = None
-    """float32 [B]: weight of the sample's own label, the rest is the partner's; None if the views do not mix."""
+    """float32 [B]: weight of the sample's own label, the rest being the partner's; None if the views do not mix."""
 
 
 def make_batch(
@@ -38,7 +38,7 @@ def make_batch(
 ) -> Batch:
     """A batch from augmented images, uint8 [B, 3, S, S], of the table's `rows` [B].
 
-    `labels` are those of the whole data set, int64 [N], on the device. `normalize` is as in `open_pipeline`.
+    `labels` are those of the whole dataset, int64 [N], on the device. `normalize` is as in `open_pipeline`.
     """
 
     def put(values: np.ndarray) -> Tensor:
@@ -63,5 +63,5 @@ def normalized(images: Tensor, normalize: tuple[Sequence[float], Sequence[float]
 
 @functools.cache
 def _rgb_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [1, 3, 1, 1], cached because the copy to a GPU waits for it."""
+    """float32 [1, 3, 1, 1], cached because copying it to a GPU blocks the CPU."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)

@@ -1,7 +1,7 @@
-"""NVIDIA DALI: its threads read files, decode the crop, resize and flip; with a GPU, the GPU decodes.
+"""NVIDIA DALI: its threads read files, decode the crops, resize and flip; with a GPU, the GPU decodes.
 
-Files that DALI cannot decode, or that may be damaged without a DALI error, are read by `Dataset.read`, which names a
-damaged file and supports formats that DALI does not.
+Files that DALI cannot decode, or that may be damaged without an error from DALI, are read by `Dataset.read`, which
+reports damaged files by name and supports more formats.
 
 At the edges of a crop, DALI's resizing repeats the outermost pixels, whereas torchvision truncates its filter. The
 outermost pixels of the output therefore differ slightly; the smaller an image, the more this changes its mean.
@@ -62,7 +62,7 @@ class Pipeline:
                 rows, all_rows = pending.popleft()
                 try:
                     images = self._run(dali, views, all_rows, size)
-                except RuntimeError as error:  # the DALI pipeline cannot be used after it
+                except RuntimeError as error:  # the DALI pipeline is unusable afterwards
                     notice(f"pipeline dali: reads a batch with torchvision because DALI failed: {_first_line(error)}")
                     images, failed = self._read(views, all_rows, size), True
                 images = augment(images, views, all_rows, len(rows))
@@ -107,7 +107,7 @@ class Pipeline:
         return dali
 
     def _run(self, dali: Any, views: Views, rows: np.ndarray, size: int) -> Tensor:
-        """uint8 [M, 3, S, S] on the device. Raises RuntimeError if DALI cannot read this batch or one after it."""
+        """uint8 [M, 3, S, S] on the device. Raises RuntimeError if DALI cannot read this batch or a later one."""
         # The outputs are bound to the stream that reads them. DALI reclaims their memory when the tensor is deleted,
         # while kernels may still wait to read it; DALI must not reuse it before that stream has finished.
         images, files, shapes = dali.run(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
@@ -122,7 +122,7 @@ class Pipeline:
         return images
 
     def _read(self, views: Views, rows: np.ndarray, size: int) -> Tensor:
-        """Same as `_run`, with torchvision, which is slower. Raises BadInput for a damaged file, naming it."""
+        """Same as `_run`, but with torchvision, which is slower. Raises BadInput with the name of a damaged file."""
         table, ids = views.take(rows), samples_of(rows, len(self.sizes))
         images = torch.empty(len(ids), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for out, i, box, flip in zip(images, ids, table.boxes(self.sizes[ids]).tolist(), table.flip, strict=True):

@@ -2,8 +2,8 @@
 
 FFCV's own Loader is not used. Its decoder uses libjpeg's fast DCT and its resizing averages areas, whereas this
 pipeline gives the same pixels as the torchvision pipeline, and is faster (bench/results/loaders_cpu.json). Also, the
-Loader does not accept given crops, every Loader compiles its code again, its batches are overwritten while they are in
-use, and stopping early leaks a thread.
+Loader does not accept precomputed crops, every Loader compiles its code again, its batches are overwritten while they
+are in use, and stopping early leaks a thread.
 """
 
 import numpy as np

@@ -14,7 +14,7 @@ from fastofa.views.table import Views, samples_of
 
 
 class Cropped(Threaded):
-    """Threads crop."""
+    """A pack whose images are cropped by threads."""
 
     def __init__(self, request: Request) -> None:
         dataset = request.dataset
@@ -28,7 +28,7 @@ class Cropped(Threaded):
 
 
 class Gathered(Cropped):
-    """Threads gather whole images, and a GPU crops them."""
+    """A pack whose images are gathered whole by threads and cropped by a GPU."""
 
     def _extent(self, size: int) -> tuple[int, int]:
         return self.pixels.shape[1:3]

@@ -17,7 +17,7 @@ from fastofa.views.table import Views, samples_of
 
 BATCHES = 4  # batches requested ahead of the current one
 PROBED = 256  # images of an epoch that are probed; if all are in memory, nothing is requested (a request takes 3 us)
-SHARED = 3  # images per page, among the first 512 of the order, from which on whole pages are requested
+SHARED = 3  # minimum images per page, among the first 512 of the order, for requesting whole pages
 CALL = 128 << 10  # bytes per request; the kernel may ignore what exceeds the device's own read-ahead
 
 
@@ -26,14 +26,14 @@ def read_ahead(
 ) -> Generator[None, None, None]:
     """Advance this generator as each batch of the order begins; it then requests data for later batches.
 
-    Each image is requested once; if the order reads the file page by page, each page is.
+    Each image is requested once, or each page if the order reads the file page by page.
 
     Args:
         dataset: a `fastofa.data.dataset.Dataset`; nothing is requested unless its images are in one file.
         views: the view table.
         order: rows of `views`, from the position at which the epoch starts.
         batch_size: rows per batch.
-        stop: ends the requests of a batch early, which can take long if the disk is slow.
+        stop: when set, ends the requests of a batch early, since they can take long if the disk is slow.
     """
     if dataset.file is None or not len(order):
         return
@@ -62,7 +62,7 @@ def plan(dataset: Any, views: Views, order: np.ndarray) -> tuple[np.ndarray, np.
     """The byte ranges that an epoch reads, in the order of first use.
 
     A range is an image, or a page for images that the order reads page by page. Of a mixed pair only the first image,
-    which determines the pair's place in the order, can be covered by its page.
+    which determines the pair's position in the order, can be covered by its page.
 
     Returns:
         int64 [R]: position in the order at which each range is first used, ascending.

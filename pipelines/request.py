@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `fastofa.pipelines.open_pipeline`, checked."""
+    """The validated arguments of `fastofa.pipelines.open_pipeline`."""
 
     dataset: Any
     """A `fastofa.data.dataset.Dataset`."""

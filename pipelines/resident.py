@@ -1,4 +1,4 @@
-"""The data set as uint8 in device memory, where it is cropped, resized, flipped and augmented."""
+"""The dataset as uint8 in device memory, where it is cropped, resized, flipped and augmented."""
 
 from collections.abc import Generator
 
@@ -36,7 +36,7 @@ class Pipeline:
             pixels = torch.stack([dataset.read(i).permute(1, 2, 0) for i in range(len(dataset))])
         else:
             pixels = torch.from_numpy(dataset.pixels)
-        self.pixels = pixels.to(self.device)  # uint8 [N, H, W, 3]; on a CPU not a copy of the array or pack
+        self.pixels = pixels.to(self.device)  # uint8 [N, H, W, 3]; on a CPU, the array or pack itself
         self.labels = torch.from_numpy(dataset.labels).to(self.device)
 
     def epoch(
@@ -62,7 +62,7 @@ class Pipeline:
 
 
 def check_memory(required: int, device: torch.device, spec: str) -> None:
-    """Report how much device memory the images take, in bytes `required`. Raises BadInput if less is free."""
+    """Report the device memory that the images take, `required` in bytes. Raises BadInput if less is free."""
     free, total = torch.cuda.mem_get_info(device)
     text = (
         f"{spec} takes {required / 2**30:.1f} GiB of {device}'s {total / 2**30:.0f} GiB, {free / 2**30:.1f} GiB are "

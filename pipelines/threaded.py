@@ -1,4 +1,4 @@
-"""Threads prepare the next batches while one is in use; they are copied to a GPU on a stream of their own.
+"""Threads prepare the next batches while one is in use; they are copied to a GPU on a separate stream.
 
 The work of a thread should release the GIL, as decoding, resizing and copying do.
 """
@@ -25,7 +25,7 @@ from fastofa.views.order import batches
 from fastofa.views.table import Views, samples_of
 
 AHEAD = 2  # batches that are prepared while another is in use
-MAX_QUEUED = 4  # batches that wait for a GPU; without a limit, a CPU queues up to a thousand steps of one launch each
+MAX_QUEUED = 4  # batches that wait for a GPU; without a limit, a CPU can queue a thousand steps of one launch each
 
 
 class HostBatch(NamedTuple):
@@ -54,7 +54,7 @@ class _Pending(NamedTuple):
 
 
 def _end(pool: ThreadPoolExecutor, running: Iterable[Future[None]]) -> bool:
-    """End the threads. False if one is still running (such as when the disk does not respond) and is left behind."""
+    """End the threads. Returns False if one is still running (e.g. if the disk does not respond) and is left behind."""
     pool.shutdown(wait=False, cancel_futures=True)
     started = [future for future in running if not future.cancelled()]  # `wait` is not notified of cancelled ones
     done = not wait(started, timeout=PATIENCE_S).not_done
@@ -133,7 +133,7 @@ class Threaded(ABC):
         return size, size
 
     def _filler(self, ids: np.ndarray, table: Views, out: np.ndarray, size: int) -> Callable[[np.ndarray], None]:
-        """The threads' task. Its argument, int64, are positions in the batch: in `out`, `ids` and `table`."""
+        """The threads' task. Its argument is positions in the batch, int64, which index `out`, `ids` and `table`."""
         boxes = table.boxes(self.sizes[ids])
 
         def crop(part: np.ndarray) -> None:
@@ -153,7 +153,7 @@ class Threaded(ABC):
         return self._copy(images)[0].permute(0, 3, 1, 2)
 
     def _copy(self, *tensors: Tensor) -> list[Tensor]:
-        """Copy to the GPU on `stream`, for use on the current stream. PyTorch keeps both memories until that use."""
+        """Copy to the GPU on `stream`, for use on the current stream. PyTorch keeps both copies until that use."""
         assert self.stream is not None
         with torch.cuda.stream(self.stream):
             copies = [tensor.to(self.device, non_blocking=True) for tensor in tensors]

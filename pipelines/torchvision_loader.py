@@ -35,7 +35,7 @@ class Pipeline:
         image_bytes = size * size * 3
 
         def fill(number: int, out: np.ndarray) -> int:
-            """Fill `out` with augmented images; with a GPU, with cropped ones, followed by missing partners."""
+            """Fill `out` with augmented images, or for a GPU with cropped ones, followed by missing partners."""
             rows = row_batches[number]
             all_rows = with_partners(views, rows)
             images = torch.from_numpy(out[: len(all_rows) * image_bytes]).view(-1, size, size, 3).permute(0, 3, 1, 2)

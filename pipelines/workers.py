@@ -1,4 +1,4 @@
-"""Worker processes that fill batches in parallel, in memory that they share with this process.
+"""Worker processes that fill batches in parallel, in memory shared with this process.
 
 Threads would be simpler, but with many cores they wait for the GIL. The memory is mapped before the processes fork.
 PyTorch's DataLoader uses files in /dev/shm instead, of which a container has only 64 MB by default.
@@ -36,7 +36,7 @@ class _Worker:
     exit_code: int | None = None
 
     def end(self) -> int:
-        """End it. Returns its exit code; negative if a signal killed it."""
+        """End the worker. Returns its exit code, negative if a signal killed it."""
         if self.exit_code is None:
             os.kill(self.pid, signal.SIGKILL)
             self.exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -44,7 +44,8 @@ class _Worker:
 
 
 def fill_batches(fill: Fill, batches: int, batch_bytes: int, workers: int) -> Generator[np.ndarray, None, None]:
-    """Yield the bytes of each batch, in order; each is valid until the next one. Closing it ends the processes.
+    """Yield the bytes of each batch, in order; each is valid until the next one. Closing the generator ends the
+    processes.
 
     Args:
         fill: called by a worker with the batch's number and an array uint8 [batch_bytes]; returns how many bytes it
@@ -89,7 +90,7 @@ def _assign(worker: _Worker, number: int) -> None:
 
 
 def _receive(worker: _Worker) -> int:
-    """The number of bytes that a worker filled, or its exception."""
+    """The number of bytes that a worker filled. Raises the worker's exception."""
     try:
         result = worker.connection.recv()
     except (EOFError, ConnectionResetError):

@@ -1,7 +1,7 @@
 """The arguments of every command, parsed without torch, so that a typo is reported at once.
 
-A command's help begins with the docstring of its module. The arguments of `train` are in runs/config.py, those of
-`precompute` in teacher/precompute_config.py, those of `write` in data/write_config.py.
+A command's help begins with the docstring of its module. The arguments of `train` are defined in runs/config.py, those
+of `precompute` in teacher/precompute_config.py, and those of `write` in data/write_config.py.
 """
 
 import ast
@@ -48,8 +48,8 @@ class EvaluateConfig:
     """Dataset whose validation split is used; by default the one that the run was trained on."""
     weights: Weights = "last"
     """last: the newest weights; best: those of the run's best evaluation, which makes the result on the same images too
-    optimistic. For a run with --ema, both mean the weights or their average, whichever had the higher top-1 in the run;
-    raw, ema, best-raw and best-ema choose."""
+    optimistic. For a run with --ema, both use the weights or their average, whichever had the higher top-1 in the run;
+    raw, ema, best-raw and best-ema select one of them."""
     batch_size: int = 256
     """Images per forward pass."""
     device: str = "auto"
@@ -75,8 +75,8 @@ class ExportConfig:
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """New folder for the model."""
     weights: Weights = "last"
-    """last: the newest weights; best: those of the run's best evaluation. For a run with --ema, both mean the weights
-    or their average, whichever had the higher top-1 in the run; raw, ema, best-raw and best-ema choose."""
+    """last: the newest weights; best: those of the run's best evaluation. For a run with --ema, both use the weights or
+    their average, whichever had the higher top-1 in the run; raw, ema, best-raw and best-ema select one of them."""
     onnx: bool = False
     """Also write OUT/model.onnx: uint8 RGB pixels [batch, 3, size, size] -> logits, with the normalisation in the
     graph, opset 18. Needs the packages onnx and onnxscript (pip install 'fastofa[onnx]')."""
@@ -89,13 +89,13 @@ class PredictConfig:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN|MODEL")]]
     """Folder written by `fastofa train`, `fastofa export` or timm, local-dir:FOLDER or hf-hub:OWNER/NAME."""
     files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")]]
-    """Images, or folders of images, which are searched to any depth."""
+    """Images, or folders of images, which are searched recursively."""
     csv: Path | None = None
     """File for the predictions of all images. By default the first thousand are printed."""
     topk: int = 5
     """Classes per image."""
     weights: Weights = "last"
-    """Weights of a run: last, best, raw, ema, best-raw or best-ema, see `fastofa evaluate --help`."""
+    """Weights of a run: last, best, raw, ema, best-raw or best-ema (see `fastofa evaluate --help`)."""
     batch_size: int = 256
     """Images per forward pass."""
     device: str = "auto"
@@ -103,7 +103,7 @@ class PredictConfig:
     workers: int | None = None
     """Decoder threads; by default one per core, at most 16."""
     skip_corrupt: bool = False
-    """Exit with code 0 even if some images could not be read. They are named, and all others predicted, in any case."""
+    """Exit with code 0 even if some images cannot be read. Either way, they are listed and all others are predicted."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "topk", "batch_size")
@@ -163,7 +163,8 @@ FILE = "config"
 
 
 def _train_defaults(argv: list[str]) -> dict[str, Any]:
-    """The values of the run to resume, of the --config file, or of the recipe that is named or suits the data."""
+    """The values of the run to resume, of the --config file, or of the recipe: the one named, else the one for the
+    data."""
     run, file, out = _flag_value(argv, "--resume"), _flag_value(argv, f"--{FILE}"), _flag_value(argv, "--out")
     if not run and not file:
         name = _flag_value(argv, "--recipe")
@@ -185,7 +186,7 @@ def _train_defaults(argv: list[str]) -> dict[str, Any]:
 
 
 def _precompute_defaults(argv: list[str]) -> dict[str, Any]:
-    """The values of the --config file except --out, which must differ; none without a file."""
+    """The values of the --config file except --out, which must differ; empty without a file."""
     file = _flag_value(argv, f"--{FILE}")
     if not file:
         return {}
@@ -194,13 +195,13 @@ def _precompute_defaults(argv: list[str]) -> dict[str, Any]:
 
 
 def _refuse_recipe(argv: list[str]) -> None:
-    """Raises BadInput for --recipe, which would change the recipe's name but not the values that the file gives."""
+    """Raises BadInput for --recipe, which would change the recipe's name but not the values from the file."""
     if _flag_value(argv, "--recipe") is not None:
         raise BadInput("recipe: expected none with a configuration from a file; give the flags that are to change")
 
 
 def _flag_value(argv: list[str], flag: str) -> str | None:
-    """The last value of the flag in the arguments, empty if it has no value; None without the flag."""
+    """The flag's last value in the arguments, empty if it has no value; None if the flag is absent."""
     last = None
     for argument, following in zip(argv, [*argv, ""][1:], strict=True):
         name, equals, value = argument.partition("=")
@@ -232,7 +233,7 @@ FILE_HELP = {
 
 
 def _resumes(values: list[str]) -> bool:
-    """--resume alone, or with the run's folder, which `_train_defaults` reads."""
+    """Parse --resume, alone or with the run's folder, which `_train_defaults` reads."""
     if len(values) > 1:
         raise ValueError(f"expected one run, got {' '.join(values)}")
     return True
@@ -280,7 +281,7 @@ def _docstring(command: str) -> str:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """Wrap the paragraphs. A line that is indented is a command and its description, which moves below if too long."""
+    """Wrap the paragraphs. Indented lines are commands with descriptions, which move below the commands if too long."""
     lines: list[str] = []
     for paragraph in text.split("\n\n"):
         if not paragraph.startswith(" "):

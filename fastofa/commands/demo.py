@@ -35,7 +35,7 @@ from fastofa.training.validate import accuracy
 from fastofa.views.table import center_views
 
 TEACHER, STUDENT = "pvt_v2_b0", "test_resnet"
-ALL_LABELS, FEW_LABELS = "digits:", "digits:100"  # with the colon the name cannot mean a folder
+ALL_LABELS, FEW_LABELS = "digits:", "digits:100"  # with the colon, the name cannot refer to a folder
 VIEWS, TOPK = 30, 5
 METHODS: dict[Method, str] = {
     "scratch": "labels only",

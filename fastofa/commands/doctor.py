@@ -2,7 +2,7 @@
 
     fastofa doctor
 
-All of them are optional: everything runs on a CPU with the libraries that `pip install` brings.
+All of them are optional: everything runs on a CPU with the libraries installed by `pip install`.
 """
 
 import os
@@ -117,7 +117,7 @@ def _try_import(part: str, distribution: str, statement: str, remedy: str) -> Fi
 
 
 def _imports(statement: str) -> bool:
-    """Try the import in another process, since an incompatible compiled library can abort its process."""
+    """Try the import in another process, since an incompatible compiled library can abort the process."""
     return subprocess.run([sys.executable, "-c", statement], capture_output=True, check=False).returncode == 0
 
 

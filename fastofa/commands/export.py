@@ -4,8 +4,8 @@
     python -c 'import timm; model = timm.create_model("local-dir:student", pretrained=True)'
     fastofa export run student --onnx       also write student/model.onnx: uint8 pixels -> logits, opset 18
 
-The model has no exits. It is loaded with timm and compared with the run: its logits, and its predictions for validation
-images that were preprocessed by timm's own transform.
+The model has no exits. The command loads it with timm and compares it with the run: its logits, and its predictions for
+validation images preprocessed by timm's own transform.
 """
 
 from fastofa.commands.arguments import ExportConfig

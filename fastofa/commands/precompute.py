@@ -3,8 +3,8 @@
     fastofa precompute --data photos --teacher convnext_tiny.in12k_ft_in1k --views 300 --topk 16 --out cache
     fastofa precompute ... --recipe imagenet_vit_mlp        with the augmentation published for Transformers and MLPs
 
-After an interruption the same command continues where it stopped. A larger --views adds views to a cache, even while
-runs use it: they replay the views that they began with. A smaller --views changes nothing.
+After an interruption, the same command continues where it stopped. A larger --views adds views to a cache, even while
+runs are using it: they keep replaying the views they started with. A smaller --views changes nothing.
 """
 
 from rich import filesize

@@ -1,10 +1,10 @@
 """Predict the classes of images without labels.
 
     fastofa predict run photos                          print the five most probable classes of each image
-    fastofa predict student a.jpg b.png --topk 1        use an exported model, or one of timm's
+    fastofa predict student a.jpg b.png --topk 1        use an exported model, or one saved by timm
     fastofa predict run photos --csv predictions.csv    columns file, rank, class, probability
 
-Folders are searched to any depth; hidden files are skipped. Images that cannot be read are named, and all others are
+Folders are searched recursively; hidden files are skipped. Images that cannot be read are listed, and all others are
 predicted. The command then exits with code 2, or with code 0 if --skip-corrupt is given.
 """
 
@@ -28,7 +28,7 @@ from fastofa.system.progress import notice, plain, track
 from fastofa.training.predict_files import Prediction, UnreadableImages, open_classifier, predict_images
 
 PRINTED, PRINTED_BESIDE_CSV = 1000, 10  # maximum number of images in the table
-QUICK_S = 2  # the speed is reported if a command takes more seconds
+QUICK_S = 2  # the speed is reported if a command takes longer
 
 
 def main(config: PredictConfig) -> None:
@@ -62,7 +62,7 @@ def main(config: PredictConfig) -> None:
 
 @contextmanager
 def _csv(path: Path) -> Iterator[Any]:
-    """A CSV writer into a UTF-8 file, which replaces an existing one only when it is complete."""
+    """A CSV writer for a UTF-8 file that replaces an existing one only once it is complete."""
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         writer = csv.writer(text, lineterminator="\n")

@@ -1,6 +1,6 @@
-"""Checks that fail early: before torch is imported, which takes seconds, and a dataset opened, which may take hours.
+"""Early checks: before torch is imported, which takes seconds, and before a dataset is opened, which may take hours.
 
-Every command begins with these. Errors that are not certain at this point are left to the command.
+Every command runs them first. Errors that cannot be determined yet are left to the command.
 """
 
 import os
@@ -21,7 +21,7 @@ from fastofa.teacher.quick_checks import check_cache
 def check(config: Any) -> None:
     """Check the configuration of any command. Raises BadInput."""
     if torchrun.is_rank() or "TORCHELASTIC_RUN_ID" in os.environ:
-        return  # a rank reports its error to the others, and a restarted one resumes the run that exists
+        return  # a rank reports its error to the others, and a restarted rank resumes the existing run
     match config:
         case TrainConfig():
             if not config.plan:

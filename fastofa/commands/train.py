@@ -1,10 +1,10 @@
 """Train a student from a teacher cache.
 
     fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_cnn --out run
-    fastofa train --resume run      resume an interrupted run, also mid-epoch, with the same final weights
+    fastofa train --resume run      resume an interrupted run, even mid-epoch, with the same final weights
     fastofa train --resume run --epochs 200         train a run for longer
     fastofa train --config run/config.json --lr 0.05 --out other    the same run with another learning rate
-    fastofa train ... --plan        estimate hours and disk space from steps timed here
+    fastofa train ... --plan        estimate hours and disk space from steps timed on this machine
     torchrun --no-python --nproc-per-node 8 fastofa train ...       the same job on eight GPUs
 
 The run's folder contains its log, its checkpoints and a report. After Ctrl-C or SIGTERM the command saves a checkpoint

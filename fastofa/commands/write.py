@@ -1,12 +1,12 @@
 """Write a dataset in a format that is faster to read.
 
     fastofa write photos photos.pack --size 160     pixels of one size; the GPU crops
-    fastofa write photos photos.beton               JPEGs in FFCV's format, or with --raw pixels; the CPU crops
+    fastofa write photos photos.beton               JPEGs (with --raw, pixels) in FFCV's format; the CPU crops
     fastofa write photos photos.pack --verify       write it unless it exists, then compare it with its checksums
 
 Then use `--data photos.pack` instead of `--data photos`, with the same caches. Every image is decoded. If some cannot
-be decoded, they are named and nothing is written; --skip-corrupt leaves them out. The output gets its name only when it
-is complete.
+be decoded, they are listed and nothing is written; --skip-corrupt leaves them out. The output appears under its name
+only once it is complete.
 """
 
 from rich import filesize

@@ -1,1 +1,1 @@
-"""Distillation methods: losses of the student's logits, the labels and the teacher's targets."""
+"""Distillation methods: losses computed from the student's logits, the labels and the teacher's targets."""

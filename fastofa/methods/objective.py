@@ -1,6 +1,6 @@
-"""The training objective: label loss, teacher on the final logits, teacher on every exit (OFA-KD, eq. 7-10).
+"""The training objective: label loss, and teacher loss of the final logits and of every exit (OFA-KD, eq. 7-10).
 
-Shapes: H heads (exits in stage order, then the final logits), B images, C classes, K classes kept of the teacher's.
+Shapes: H heads (exits in stage order, then the final logits), B images, C classes, K classes kept from the teacher.
 """
 
 import torch
@@ -29,7 +29,7 @@ class Objective:
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.options = options
-        # A tensor made once: a list would be copied to the device at every step, which waits for the copy.
+        # Created once: a list would be copied to the device at every step, and the step would wait for the copy.
         self.eps = torch.tensor(options.eps, device=device)
         self.impl = "triton" if options.kernel else None
         self.binary = BinaryCrossEntropy(smoothing=options.smoothing) if options.gt_loss == "bce" else None

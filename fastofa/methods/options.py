@@ -6,10 +6,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `fastofa.methods.objective.Objective`, which gives the formula; H heads."""
+    """Options of `fastofa.methods.objective.Objective`, whose docstring gives the formula. H heads."""
 
     eps: tuple[float, ...]
-    """[H]: exponents of the target enhancement, of each exit in stage order, then of the final logits."""
+    """[H]: exponents of the target enhancement, for each exit in stage order, then for the final logits."""
     temperature: float = 1.0
     variant: Literal["official", "paper"] = "official"
     gt_weight: float = 1.0

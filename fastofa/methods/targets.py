@@ -1,4 +1,4 @@
-"""What a method receives from the teacher."""
+"""The teacher's targets for a distillation method."""
 
 from typing import NamedTuple
 

@@ -1,1 +1,1 @@
-"""Reports of a run for people: curves, confusion matrix, the HTML page."""
+"""Human-readable reports of a run: curves, confusion matrix, HTML page."""

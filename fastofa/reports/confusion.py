@@ -1,4 +1,4 @@
-"""What a classifier confuses: the confusion matrix, the most frequent confusions and the weakest classes.
+"""A classifier's errors: the confusion matrix, the most frequent confusions and the weakest classes.
 
 C classes, N images.
 """
@@ -23,7 +23,7 @@ class ClassResult:
     index: int
     images: int
     recall: float
-    """Share of the class's images that are predicted correctly."""
+    """Fraction of the class's images that are predicted correctly."""
     rival: int | None
     """The class most often predicted instead; None if there is none."""
 

@@ -18,7 +18,7 @@ LABELS = {"loss": "sum", "gt": "labels", "kd": "teacher, final logits", "ofa": "
 COLORS = ("#2f7fd1", "#d9691f", "#2a9d5c", "#a35fd0")
 DASHES = ("-", "--", "-.", ":")
 MAX_POINTS = 400
-"""Of a line: the rows of a longer run are drawn in groups."""
+"""Maximum number of points in a line; the rows of a longer run are averaged in groups."""
 
 
 def draw_curves(run: Path) -> None:
@@ -123,7 +123,7 @@ def _plot_column(axes: Any, rows: list[Row], name: str, scale: float = 1, **styl
 
 
 def group_size(rows: Sequence[Any] | np.ndarray) -> int:
-    """Rows of the log that one point of a line averages."""
+    """Number of log rows that one point of a line averages."""
     return max(1, -(-len(rows) // MAX_POINTS))
 
 

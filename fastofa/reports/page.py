@@ -1,6 +1,6 @@
-"""The HTML report of a run, RUN/report.html: how training went, what the student confuses, how it was configured.
+"""The HTML report of a run, RUN/report.html: its training, the student's errors and the configuration.
 
-The report is written from the run's folder alone and leaves out what is not there yet. The page needs no network, no
+The report is generated from the run's folder alone and omits what does not exist yet. The page needs no network, no
 other file and no script, so it can be mailed and archived. Names of classes and folders are untrusted text: the
 template escapes all of them.
 
@@ -34,10 +34,10 @@ MAX_TABLE_ROWS = 20
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html and return its path. Equal folders give equal bytes.
+    """Write RUN/report.html and return its path. Folders with the same content give the same bytes.
 
     Raises:
-        BadInput: the folder does not hold a run, or one of its files is damaged.
+        BadInput: the folder does not contain a run, or one of its files is damaged.
     """
     opened, rows = open_run(run), read_metrics(run)
     steps, epochs = split_rows(rows)
@@ -50,7 +50,7 @@ def write_report(run: Path) -> Path:
         step=rows[-1]["step"] if rows else 0,
         epochs_done=rows[-1]["epoch"] + (rows[-1]["kind"] == "epoch") if rows else 0,
         epochs=epochs,
-        best=max(epochs, key=lambda row: row["top1"], default=None),  # the first of equals
+        best=max(epochs, key=lambda row: row["top1"], default=None),  # the first one on a tie
         pace=pace,
         averaged=any("top1_ema" in row for row in epochs),
         damaged=damaged_lines(run),
@@ -82,13 +82,13 @@ def _template() -> Any:
 
 @dataclass(frozen=True)
 class _Pace:
-    """The speed of training; None for what was not logged."""
+    """The speed of training; None for values that were not logged."""
 
     images_per_second: float | None
     seconds: float | None
     """The time of the training steps, without evaluation."""
     waiting: float | None
-    """Share of this time spent waiting for the loader."""
+    """Fraction of this time spent waiting for the loader."""
 
 
 def _pace(steps: list[Row], epochs: list[Row], batch_size: int) -> _Pace:
@@ -114,7 +114,7 @@ class _Plot:
 def _plots(
     config: TrainConfig, steps: list[Row], epochs: list[Row], pace: _Pace, launches: list[dict[str, Any]]
 ) -> list[_Plot]:
-    """The plots of what was logged: older logs lack some columns, and a new run has no evaluation yet."""
+    """Plots of the logged values: older logs lack some columns, and a new run has no evaluation yet."""
     plots: list[_Plot] = []
 
     def add(name: str, title: str, caption: str, plot: Callable[..., None], *arguments: Any, **options: Any) -> None:
@@ -223,7 +223,7 @@ def _launches(run: Path) -> list[dict[str, Any]]:
 
 
 def _varying(launches: list[dict[str, Any]]) -> list[str]:
-    """The keys whose values differ between launches, and date and step, in order of first appearance."""
+    """Date, step and the keys whose values differ between launches, in order of first appearance."""
     keys = dict.fromkeys(key for launch in launches for key in launch)
     return [
         key

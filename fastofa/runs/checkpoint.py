@@ -41,7 +41,7 @@ def save_checkpoint(
     """Write everything that the next step depends on, atomically, then delete all but the newest `keep` checkpoints.
 
     Args:
-        position: JSON.
+        position: progress within the log interval; JSON.
         by_rank: the ranks' own tensors, [ranks, ...], under student.NAME or ema.NAME; their mean is saved as well.
     """
     tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
@@ -252,7 +252,7 @@ def _restore_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer, sta
         if name not in parameters:
             optimizer.param_groups[int(name.removeprefix("group"))][item] = value
         elif isinstance(value, Tensor) and value.ndim:
-            # In the parameter's memory format, as the optimiser creates it: the last bit of a norm depends on it.
+            # Use the parameter's memory format, as the optimiser does: the last bit of a norm depends on it.
             tensor = torch.empty_like(parameters[name], dtype=value.dtype, requires_grad=False)
             optimizer.state[parameters[name]][item] = tensor.copy_(value)
         else:  # the step count, which fused optimisers need on the parameter's device

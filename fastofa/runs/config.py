@@ -18,15 +18,16 @@ from fastofa.system.read import read_json
 from fastofa.views.policy import ViewPolicy, changed_policy
 
 MAX_EPOCHS = 1_000_000
-BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}  # fields that may be paths: the value that is none
-MAX_NAMED = 8  # fields that an error names
+# Fields that may contain a path, each with the value that is not one.
+BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}
+MAX_NAMED = 8  # maximum number of fields named in an error
 Config = TypeVar("Config")
 Method = Literal["ofa", "kd", "scratch"]
 Order = Literal["auto", "random", "pages"]
 Weights = Literal["last", "best", "raw", "ema", "best-raw", "best-ema"]
 Optimizer = Literal["sgd", "adamw", "lamb", "apex_sgd", "apex_adam", "apex_lamb"]
 
-# None until the dataset is opened and `recipes.with_size_defaults` chooses by its size; later code never sees a None.
+# None until the dataset is opened and `recipes.with_size_defaults` chooses a value by its size; never None after that.
 if TYPE_CHECKING:
     SizedInt: TypeAlias = int
     SizedFloat: TypeAlias = float
@@ -59,8 +60,8 @@ class TrainConfig:
     """
     recipe: str
     """Source of the defaults below: photos (your own images), digits, imagenet_fast, imagenet_cnn, imagenet_vit_mlp,
-    imagenet_stronger, cifar_cnn, cifar_vit_mlp. Without this flag: digits for the digits, cifar_cnn for cifar100:DIR,
-    photos for all other data. --help together with --recipe shows that recipe's defaults."""
+    imagenet_stronger, cifar_cnn, cifar_vit_mlp. Without this flag: digits for the digits dataset, cifar_cnn for
+    cifar100:DIR, photos for all other data. --help together with --recipe shows that recipe's defaults."""
     cache: Path | None = None
     """Teacher cache written by `fastofa precompute`; required unless --method is scratch."""
     init: str | None = None
@@ -71,9 +72,9 @@ class TrainConfig:
     resume: bool = False
     """Resume the run in --out from its newest checkpoint, or from the start if it has none yet. --resume RUN needs no
     other flag: the configuration comes from RUN/config.json, and only flags that do not change the result (--device,
-    --workers, ...) and a larger --epochs may be added. A process that torchrun restarts resumes by itself."""
+    --workers, ...) and a larger --epochs may be added. Processes restarted by torchrun resume automatically."""
     plan: bool = False
-    """Only estimate what the run would cost (hours, from steps timed here, and disk space); write nothing."""
+    """Only estimate the cost of the run (hours, from steps timed on this machine, and disk space); write nothing."""
 
     method: Method = "ofa"
     """ofa: the exits and the final logits learn from the teacher; kd: only the final logits do; scratch: only the
@@ -125,19 +126,19 @@ class TrainConfig:
     """Probability of a horizontal flip. By default the cache's; with a cache no other value is accepted."""
 
     epochs: SizedInt = 100
-    """Passes over the training set. Epoch e replays view e modulo the cache's views. None: 30 to 300 by the number of
-    training images (30 to 100 with --init). A resumed run may get more epochs, never fewer. From there on, cosine,
-    linear and the growth of the images follow the curve of the new length (a notice says how the learning rate
-    changes); step does not change."""
+    """Passes over the training set. Epoch e replays view e modulo the number of cached views. None: 30 to 300,
+    depending on the number of training images (30 to 100 with --init). A resumed run may get more epochs, never fewer.
+    From then on, cosine, linear and the growth of the images follow the curve of the new length (a notice reports how
+    the learning rate changes); step does not change."""
     batch_size: SizedInt = 512
-    """Images per step, over all ranks. Scale the learning rate with it. None: 8 to 128 by the number of training
-    images."""
+    """Images per step, over all ranks. Scale the learning rate with it. None: 8 to 128, depending on the number of
+    training images."""
     seed: int = 0
     """Random seed of the initial weights, of the order of samples and, without a cache, of the views."""
     order: Order = "auto"
     """Order of the samples. random: any sample may come next. pages: the samples of 64 random pages of the .beton (8
     MiB each), then those of the next 64, so that the disk is read in long stretches. auto: pages if the .beton is
-    larger than the machine's memory. A run keeps the order it began with."""
+    larger than the machine's memory. A run keeps the order it started with."""
     lr: SizedFloat = 0.1
     """Learning rate after the warm-up. None: 1e-3 (1e-4 with --init) times the square root of batch size / 128."""
     min_lr: float = 0.0
@@ -159,10 +160,10 @@ class TrainConfig:
     weight_decay: float = 1e-4
     """Weight decay."""
     clip: float | None = None
-    """Largest gradient norm. None: no clipping. lamb and apex_lamb also clip at 1 by themselves."""
+    """Maximum gradient norm. None: no clipping. lamb and apex_lamb also clip at 1 by themselves."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights. None: no average. Both the weights and their average are
-    evaluated and saved; `evaluate`, `export` and `predict` use the better one unless --weights chooses."""
+    evaluated and saved; `evaluate`, `export` and `predict` use the better one unless --weights selects another."""
 
     device: str = "auto"
     """auto, cuda, cuda:1, cpu."""
@@ -176,7 +177,8 @@ class TrainConfig:
     and the residual after them). auto: exits, stem and norms on an H100 or H200, where they were measured to be faster,
     and none elsewhere. off: none."""
     cuda_graphs: bool = False
-    """Replay the compiled program as CUDA graphs, which saves launches: useful for small students and batches."""
+    """Replay the compiled program as CUDA graphs, which reduces launch overhead; useful for small students and
+    batches."""
     accumulate: int = 1
     """Number of parts in which a rank computes its share of a step, one after the other, to save memory."""
     sync_bn: bool = False
@@ -194,9 +196,9 @@ class TrainConfig:
     """Decode every file of both splits first, list the unreadable ones and skip them in every epoch."""
     allow_warnings: bool = False
     """With --skip-corrupt, also accept images that decode with signs of damage, and use them as decoded. Without
-    --skip-corrupt they are always used, and named."""
+    --skip-corrupt they are always used, and a notice lists them."""
     max_pixels: float = 200
-    """Maximum size of an image in millions of pixels, by its header; larger ones count as unreadable."""
+    """Maximum size of an image in millions of pixels, according to its header; larger ones count as unreadable."""
 
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
@@ -336,7 +338,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[Config], values: Any, remedy: str) -> Config:
-    """The configuration that `to_json` wrote. Raises BadInput for other fields (with `remedy`) and other types."""
+    """The configuration that `to_json` wrote. Raises BadInput for different fields (with `remedy`) or types."""
     if not isinstance(values, dict):
         raise BadInput(f"expected an object as config, got {_text(values)}")
     hints = get_type_hints(cls)
@@ -380,9 +382,9 @@ def read_config(cls: type[Config], file: Path) -> Config:
 
 
 def from_folder(folder: str, name: str, built_in: str) -> str:
-    """The name of a dataset, model or weights file, with a path relative to `folder` joined to it.
+    """The name of a dataset, model or weights file; if it is a relative path, it is joined to `folder`.
 
-    A name that is no existing path there is returned unchanged.
+    A name that does not exist as a path there is returned unchanged.
     """
     kind = next((kind for kind in ("cifar100:", "local-dir:") if name.startswith(kind)), "")
     path = Path(folder, name.removeprefix(kind))
@@ -394,10 +396,11 @@ def _is_path(hint: Any) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON has this type. In JSON paths are strings, tuples lists; a float may be an integer."""
+    """Whether a value from JSON has this type. In JSON, paths are strings, tuples are lists, and a float may be an
+    integer."""
     parts = get_args(hint)
     if get_origin(hint) is Literal:
-        return isinstance(value, str)  # the configuration checks which
+        return isinstance(value, str)  # the configuration checks its value
     if get_origin(hint) is UnionType:
         return any(_fits(value, part) for part in parts)
     if get_origin(hint) is tuple:
@@ -436,5 +439,5 @@ def _text(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-# The gradient norm at which an optimizer clips by itself, whatever --clip is.
+# The gradient norm at which an optimizer clips by itself, regardless of --clip.
 OWN_CLIP = {"lamb": 1.0, "apex_lamb": 1.0}

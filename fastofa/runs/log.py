@@ -39,8 +39,8 @@ def damaged_lines(run: Path) -> int:
 def _read_log(run: Path) -> tuple[list[tuple[Row, bytes]], list[bytes]]:
     """The rows with their lines, in order of their steps, and the damaged lines.
 
-    Steps increase from line to line. If they do not, as few lines as possible count as damaged, so a damaged number
-    costs its own line alone. A last line cut off by a kill is in neither list.
+    Steps increase from line to line. If they do not, as few lines as possible count as damaged, so that a damaged
+    number affects only its own line. A last line that was cut off when the run was killed is in neither list.
     """
     if not os.path.lexists(run / FILE):
         return [], []
@@ -98,7 +98,7 @@ class MetricsLog:
     """Appends to a run's log. Opening it at a step removes the rows of later steps, which a killed run may have left.
 
     Damaged lines are moved to metrics.damaged.jsonl. Every row is also sent to TensorBoard and to `wandb_run`, a run of
-    Weights & Biases, if given; if one of them fails, this is reported once and logging goes on without it.
+    Weights & Biases, if given; if one of them fails, this is reported once and logging continues without it.
     """
 
     def __init__(self, run: Path, step: int, wandb_run: Any = None) -> None:
@@ -146,7 +146,7 @@ class MetricsLog:
         """On any error report it and stop logging to TensorBoard or Weights & Biases."""
         try:
             yield
-        except Exception as error:  # these libraries raise many kinds
+        except Exception as error:  # these libraries raise many types
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             notice(f"{name}: could not log to it ({reason}); the run goes on without it, {FILE} has every row")
             if name == "TensorBoard":
@@ -169,7 +169,7 @@ def import_wandb() -> Any:
 
 
 def open_wandb(run: Path, project: str) -> Any:
-    """Open the run at Weights & Biases; a resumed run goes on with the same one.
+    """Open the run at Weights & Biases; a resumed run continues the same one.
 
     Raises:
         BadInput: it could not be opened, for example without a login; the run's folder is left unchanged.
@@ -181,7 +181,7 @@ def open_wandb(run: Path, project: str) -> Any:
         run.mkdir(parents=True, exist_ok=True)  # otherwise wandb writes its files elsewhere
     try:
         return library.init(project=project, name=run.name, id=key, resume="allow", dir=str(run))
-    except Exception as error:  # wandb raises many kinds
+    except Exception as error:  # wandb raises many types
         if not existed:
             shutil.rmtree(files, ignore_errors=True)
         cause = " ".join(str(error).split())[:200]

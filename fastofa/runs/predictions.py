@@ -1,4 +1,4 @@
-"""The file of predictions of a run's newest evaluation."""
+"""The file with the predictions of a run's newest evaluation."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checks that need no torch, so that they fail early: the output must not exist and packages must be installed."""
+"""Early checks that do not need torch: the output must not exist and packages must be installed."""
 
 import os
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ from pathlib import Path
 from fastofa.runs.config import TrainConfig
 from fastofa.system.errors import BadInput
 
-RUN, CHECKPOINTS = "config.json", "checkpoints/step-*.safetensors"  # of a run's folder
+RUN, CHECKPOINTS = "config.json", "checkpoints/step-*.safetensors"  # in a run's folder
 
 
 def check_vacant(config: TrainConfig) -> None:

@@ -19,7 +19,8 @@ CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
 def photos(**overrides: Any) -> TrainConfig:
-    """AdamW for your own photographs, from hundreds to millions; `with_size_defaults` chooses the rest by dataset size.
+    """AdamW for your own photographs, hundreds to millions of them; `with_size_defaults` chooses the rest by dataset
+    size.
 
     Weight decay, clipping and smoothing are those of the published Transformer recipes below, which also suit CNNs.
     """
@@ -152,7 +153,7 @@ def cifar_vit_mlp(**overrides: Any) -> TrainConfig:
 def imagenet_fast(epochs: int = 16, **overrides: Any) -> TrainConfig:
     """A CNN in few epochs (16, 32, 88): image sizes grow, evaluation uses larger images and their mirror images.
 
-    After ffcv-imagenet's ResNet-18 recipe, which reaches 66.9 % in 16 and 72.4 % in 88 epochs from labels alone. It
+    Based on ffcv-imagenet's ResNet-18 recipe, which reaches 66.9 % in 16 and 72.4 % in 88 epochs from labels alone. It
     uses blur pooling, as the student `resnetblur18` does. `--start-size 128` is faster still.
     """
     values: dict[str, Any] = {
@@ -203,17 +204,17 @@ def recipe(name: str) -> Callable[..., TrainConfig]:
 
 
 def default_recipe(data: str) -> str:
-    """The name of the recipe for a dataset if the command line names none."""
+    """The name of a dataset's recipe, for a command line without --recipe."""
     return {"digits": "digits", "cifar100": "cifar_cnn"}.get(data.partition(":")[0], "photos")
 
 
 def with_size_defaults(config: TrainConfig, images: int, rows: int, multiple: int) -> TrainConfig:
-    """Return `config` with the values it leaves open (None) chosen by the size of the training set.
+    """Return `config` with its unset values (None) chosen by the size of the training set.
 
     Batch size: the largest power of two from 8 to 128 that gives at least 8 steps per epoch. Epochs: 3 million
     images in total, 30 to 300 epochs (DeiT trains for 300); with --init 300,000 images, 30 to 100 epochs (Swin and
-    ConvNeXt are fine-tuned for 30 epochs, BiT with 256,000 images). Learning rate: at batch size 128 AdamW's usual
-    1e-3, for fine-tuning a tenth of it, scaled with the square root of the batch size, as suits Adam (Malladi et al.
+    ConvNeXt are fine-tuned for 30 epochs, BiT with 256,000 images). Learning rate: AdamW's usual 1e-3 at batch size
+    128, a tenth of it for fine-tuning, scaled with the square root of the batch size, as suits Adam (Malladi et al.
     2022). Warm-up: a twentieth of the epochs (DeiT a sixtieth, Swin a fifteenth).
 
     Args:
@@ -237,7 +238,8 @@ def with_size_defaults(config: TrainConfig, images: int, rows: int, multiple: in
 
 
 def default_policy(data: str, recipe: str = "") -> ViewPolicy:
-    """The published augmentation of a recipe; for digits without flips, as a mirrored digit is a different symbol."""
+    """The published augmentation of a recipe; without flips for digits, since a mirrored digit is a different
+    symbol."""
     policy = VIEWS.get(recipe, ViewPolicy())
     if data.partition(":")[0] == "digits":
         return dataclasses.replace(policy, scale=(0.6, 1.0), flip=0.0)

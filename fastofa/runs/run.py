@@ -1,4 +1,4 @@
-"""A run's folder. Its config.json has everything needed to resume, evaluate and export the run."""
+"""A run's folder. Its config.json contains everything needed to resume, evaluate and export the run."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,7 +25,8 @@ class Run:
     config: TrainConfig
     classes: tuple[str, ...]
     teacher_dim: int
-    """Width of the teacher's last features, which a CNN's exits adopt; 0 without a teacher."""
+    """Width of the teacher's last features, which a CNN's exits use if it exceeds the student's; 0 without a
+    teacher."""
     fingerprint: str
     """Fingerprint of the training set."""
     view_digests: tuple[str, ...] = ()
@@ -102,7 +103,7 @@ def is_run(path: Path) -> bool:
 
 
 def _weights_of_run(init: str | None) -> str | SavedWeights | None:
-    """`init`, or if that is a run's folder, the weights of its student."""
+    """`init`, or the weights of the run's student if `init` is a run's folder."""
     folder = None if init in (None, "pretrained") else find_folder(init)
     if folder is None:
         return init
@@ -139,7 +140,7 @@ def log_launch(path: Path, step: int, ranks: int, pixel_difference: float | None
     """Append to environment.json when, where and with which versions the run was started or resumed.
 
     Args:
-        step: optimizer steps done before.
+        step: number of optimizer steps already done.
         ranks: number of processes.
         pixel_difference: mean difference, 0 to 255, between the student's and the teacher's images; None if unknown
             (see `teacher.reference_images`).

@@ -18,7 +18,7 @@ SWITCHES = {"exits": use_depthwise_kernel, "stem": use_stem_kernels, "norms": us
 
 
 def check_kernels(kernels: Sequence[str], device: torch.device) -> None:
-    """Raises BadInput if kernels are named that need a GPU, and `device` is none."""
+    """Raises BadInput if kernels that need a GPU are named and `device` is not a GPU."""
     named = [kernel for kernel in kernels if kernel not in ("auto", "off")]
     if named and device.type != "cuda" and not interpreted():
         raise BadInput(
@@ -27,12 +27,12 @@ def check_kernels(kernels: Sequence[str], device: torch.device) -> None:
 
 
 def use_kernels(student: nn.Module, kernels: Sequence[str], device: torch.device, report: bool = True) -> None:
-    """Switch the student's modules to the kernels of TrainConfig.kernels, except "loss", which is not in a module.
+    """Switch the student's modules to the kernels of TrainConfig.kernels, except "loss", which is not part of a module.
 
     If "auto" fails for any reason, the student stays unchanged, and a notice says so if `report`.
 
     Raises:
-        BadInput: kernels are named that need a GPU.
+        BadInput: kernels that need a GPU are named and `device` is not a GPU.
     """
     automatic = "auto" in kernels
     if automatic:

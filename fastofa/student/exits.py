@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-GRID = 7  # side of the grid to which tokens are merged, approximately
+GRID = 7  # approximate side of the grid into which tokens are merged
 HEADS = 4  # attention heads
 
 
@@ -31,7 +31,8 @@ class SepConv(nn.Sequential):
 
 
 class ConvExit(nn.Module):
-    """Exit of a CNN's stage: [B, C, H, W] -> logits. Stage 4 has one 1x1 convolution, k < 4 has 4 - k SepConvs."""
+    """Exit of a CNN's stage: [B, C, H, W] -> logits. Stage 4 has one 1x1 convolution, stage k < 4 has 4 - k
+    SepConvs."""
 
     def __init__(self, stage: int, channels: int, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class ConvExit(nn.Module):
         self.apply(init_exit)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.blocks, nn.Conv2d):  # 1x1: the mean over pixels commutes with it, and leaves it one pixel
+        if isinstance(self.blocks, nn.Conv2d):  # 1x1: it commutes with the mean, so the mean is taken first
             return self.head(self.blocks(x.mean(dim=(2, 3), keepdim=True)).flatten(1))
         return self.head(self.blocks(x).mean(dim=(2, 3)))
 
@@ -67,8 +68,8 @@ class PatchMerging(nn.Module):
 class TokenExit(nn.Module):
     """Exit of a token model's stage: tokens [B, L, C] and, if any, prefix tokens [B, P, C] -> logits.
 
-    It merges the tokens to a grid of about 7x7, runs max(4 - stage, 1) transformer blocks of the student's final width,
-    and classifies the class token, or the mean of the tokens if there is none.
+    It merges the tokens into a grid of about 7x7, runs max(4 - stage, 1) transformer blocks of the student's final
+    width, and classifies the class token, or the mean of the tokens if there is none.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Run a model's 3x3 depthwise convolutions with the kernel, with the batch norms before them folded in.
+"""Run a model's 3x3 depthwise convolutions with the Triton kernel, folding in the batch norms before them.
 
-A folded batch norm returns the input with its scale and shift; the convolution applies them on load. Only the classes
+A folded batch norm returns its input with a scale and a shift, which the convolution applies on load. Only the classes
 of modules change. Parameters, buffers and their names stay the same, and so do checkpoints and exports.
 
 Shapes: B batch, C channels.
@@ -31,7 +31,7 @@ class Folded(NamedTuple):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution, 3x3, padding 1, no bias, with the kernel if Triton can run."""
+    """A 3x3 depthwise convolution (padding 1, no bias) that uses the kernel if Triton can run."""
 
     def forward(self, input: Tensor | Folded) -> Tensor:
         x, scale, shift, activation = input if isinstance(input, Folded) else Folded(input)
@@ -42,7 +42,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm and the activation after it, which the next DepthwiseConv2d applies; else as nn.BatchNorm2d."""
+    """A batch norm and the activation after it, both applied by the next DepthwiseConv2d; else like nn.BatchNorm2d."""
 
     activation: str | None
 
@@ -54,7 +54,7 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
         return Folded(input, scale, self.bias - mean * scale, self.activation)
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of the batch, fp32 [C]; updates the running ones."""
+        """Mean and biased variance of the batch, fp32 [C]; updates the running statistics."""
         mean, var = channel_statistics(x, "triton" if can_run_triton(x) else "torch")
         running = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         update_running(*running, mean.detach(), var.detach(), cast(float, self.momentum), x)
@@ -66,7 +66,7 @@ def use_depthwise_kernel(module: nn.Module) -> int:
     """Switch the depthwise 3x3 convolutions of exits and MobileNet blocks in `module` to the kernel.
 
     The results stay the same up to rounding. Compile, copy or wrap the module only afterwards, but convert batch norms
-    to synchronised ones before, because those are not folded.
+    to synchronised ones beforehand, because those are not folded.
 
     Returns:
         The number of convolutions that were switched.
@@ -107,7 +107,7 @@ def _switch(conv: nn.Module, norm: nn.Module | None = None, activation: nn.Modul
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
-    """Whether it is a plain batch norm with weights and running statistics, not followed by DropBlock."""
+    """Whether `norm` is a plain batch norm with weights and running statistics, not followed by DropBlock."""
     return (
         isinstance(norm, nn.BatchNorm2d)
         and type(norm) in (nn.BatchNorm2d, BatchNormAct2d)

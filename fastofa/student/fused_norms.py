@@ -1,8 +1,8 @@
-"""Run a model's batch norms and stem with the kernels, which compute neighbouring operations together with them.
+"""Run a model's batch norms with the Triton kernel, which fuses the operations after them.
 
-Activations, residuals and a ResNet's max-pool are fused into the batch norm before them, and a convolution of the
-pixels runs on squares of pixels. Only the classes of modules change. Parameters, buffers and their names stay the same,
-and so do checkpoints and exports. Modules that are not recognised stay unchanged.
+Activations and residuals are fused into the batch norm before them; fused_stem.py also fuses a ResNet's max-pool. Only
+the classes of modules change. Parameters, buffers and their names stay the same, and so do checkpoints and exports.
+Modules that are not recognised stay unchanged.
 
 Shapes: B batch, C channels.
 """
@@ -42,7 +42,7 @@ class NormAct2d(nn.BatchNorm2d):
 
 
 class FusedBasicBlock(BasicBlock):
-    """A block without attention and stochastic depth, whose last batch norm adds the residual."""
+    """A block without attention or stochastic depth whose last batch norm adds the residual."""
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -51,7 +51,7 @@ class FusedBasicBlock(BasicBlock):
 
 
 class FusedBottleneck(Bottleneck):
-    """A block without attention and stochastic depth, whose last batch norm adds the residual."""
+    """A block without attention or stochastic depth whose last batch norm adds the residual."""
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -61,7 +61,7 @@ class FusedBottleneck(Bottleneck):
 
 
 class FusedInvertedResidual(InvertedResidual):
-    """A block with a residual and without stochastic depth, whose last batch norm adds the residual."""
+    """A block with a residual and without stochastic depth whose last batch norm adds the residual."""
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -84,8 +84,8 @@ def norm_arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
 def use_norm_kernels(module: nn.Module) -> int:
     """Switch the batch norms in `module`, with the operations that follow them, to the kernel.
 
-    The results stay the same up to rounding. Compile, copy or wrap the module only afterwards. Before, convert batch
-    norms to synchronised ones or fold them into depthwise convolutions: those are not switched.
+    The results stay the same up to rounding. Compile, copy or wrap the module only afterwards. Convert batch norms to
+    synchronised ones or fold them into depthwise convolutions beforehand: those are not switched.
 
     Returns:
         The number of batch norms that were switched.
@@ -117,7 +117,8 @@ def use_norm_kernels(module: nn.Module) -> int:
 
 
 def _switch_norm(norm: nn.Module, activation: nn.Module | None = None, absorb: bool = False) -> bool:
-    """Switch a batch norm that the kernel supports, and fuse the activation if possible; with `absorb` only if so.
+    """Switch a batch norm that the kernel supports, and fuse the activation if possible; with `absorb`, only if it can
+    be fused.
 
     Returns:
         Whether it was switched.

@@ -1,4 +1,4 @@
-"""Run a model's stem with the kernels: the convolution of the pixels, and a ResNet's batch norm, ReLU and max-pool.
+"""Run a model's stem with Triton kernels: the convolution of the pixels, and a ResNet's batch norm, ReLU and max-pool.
 
 Only the classes of modules change. Parameters, buffers and their names stay the same, and so do checkpoints and
 exports. Modules that are not recognised stay unchanged.
@@ -37,8 +37,8 @@ class StridedConv2d(nn.Conv2d):
 def use_stem_kernels(module: nn.Module) -> int:
     """Switch convolutions of the pixels, and a ResNet's batch norm, ReLU and max-pool after them, to kernels.
 
-    See `use_norm_kernels`, which has to come after this. The ResNet's features of reduction 2 are then those after its
-    max-pool.
+    Call this before `use_norm_kernels`; the notes there apply here, too. The ResNet's features of reduction 2 are then
+    those after its max-pool.
 
     Returns:
         The number of convolutions and batch norms that were switched.
@@ -70,7 +70,7 @@ def _is_stem_pool(pool: nn.Module) -> bool:
 
 
 def _is_of_pixels(conv: nn.Module) -> bool:
-    """Whether it is a convolution with at most four input channels whose kernel covers every pixel."""
+    """Whether `conv` is a convolution with at most four input channels whose kernel covers every pixel."""
     return (
         type(conv) is nn.Conv2d
         and conv.in_channels <= 4

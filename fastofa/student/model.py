@@ -22,7 +22,7 @@ class Student(nn.Module):
         model_name: a timm name, or swin_nano_patch4_window7_224 / swin_pico_patch4_window7_224.
         num_classes: C.
         image_size: S in pixels; None for the model's own.
-        teacher_dim: number of the teacher's last features; a CNN's exits have the larger width of teacher and student.
+        teacher_dim: width of the teacher's last features; a CNN's exits use the larger width of teacher and student.
         stages: the stages that get an exit, 1 to 4; () for none.
         drop_path: rate of stochastic depth in the backbone; None for the model's own, 0 for none.
         mean: normalisation of RGB in 0..1; None for the model's own.
@@ -32,7 +32,7 @@ class Student(nn.Module):
     Images are uint8 [B, 3, S, S], which the student normalises, or floating-point and already normalised.
 
     Raises:
-        BadInput: unknown model, or a stage that the model does not have; the message names those it has.
+        BadInput: unknown model, or a stage that the model does not have; the message lists those it has.
     """
 
     mean: Tensor

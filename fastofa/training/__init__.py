@@ -1,1 +1,1 @@
-"""Training: the step, the epochs, the loop around them, and what is done with a finished student."""
+"""Training (step, epochs and loop), and evaluation, export and prediction with a trained student."""

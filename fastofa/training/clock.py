@@ -15,7 +15,7 @@ class Clock:
     steps: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-    """Those of the seconds in which the loop waited for the pipeline."""
+    """The part of `seconds` that the loop waited for the pipeline."""
     started: float = 0.0
 
     def start(self) -> None:

@@ -1,9 +1,9 @@
-"""Several processes that train one student: the rank of this one, and how the ranks exchange what they must agree on.
+"""Training one student with several processes: the rank of this process, and communication between the ranks.
 
     torchrun --no-python --nproc-per-node 8 fastofa train ...
 
-torchrun starts one process per GPU, a *rank*, and sets its rank in environment variables. NCCL transfers tensors on
-GPUs, gloo those on CPUs. With a single process all of this does nothing.
+torchrun starts one process per GPU, a *rank*, and sets its number in environment variables. NCCL transfers tensors on
+GPUs, gloo those on CPUs. With a single process, nothing here has any effect.
 """
 
 import gc
@@ -26,7 +26,7 @@ from fastofa.system.errors import BadInput, LostContact
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among those that train together. Made by `join`; World() is a single process."""
+    """This process's position among the ranks. Returned by `join`; World() is a single process."""
 
     rank: int = 0
     size: int = 1
@@ -95,7 +95,7 @@ class World:
 
 
 def join(timeout_s: int) -> World:
-    """Connect to the other ranks as torchrun's environment variables say; without torchrun return World().
+    """Connect to the other ranks as given by torchrun's environment variables; without torchrun, return World().
 
     Raises:
         BadInput: some of torchrun's environment variables are missing or wrong.
@@ -126,7 +126,7 @@ def join(timeout_s: int) -> World:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the process at once during a wait for other ranks, which lasts if they are gone.
+    """Let Ctrl-C end the process at once while it waits for other ranks, which takes long if they are gone.
 
     Python's own handler would run only after the wait.
     """
@@ -164,7 +164,7 @@ REFUSED, STORE_TIMEOUT_S = "refused", 5
 def connection_errors() -> Iterator[None]:
     """Translate the many errors of a broken connection to other ranks into LostContact.
 
-    If the other rank left because of BadInput, raise BadInput here too, so that torchrun does not restart the ranks.
+    If the other rank stopped because of BadInput, raise BadInput here too, so that torchrun does not restart the ranks.
     """
     try:
         yield
@@ -201,7 +201,7 @@ def _query_store(query: Callable[[dist.Store], Any]) -> Any:
 
 
 class Vote:
-    """The maximum of a number over the ranks, which all ranks learn at the same step without waiting for each other.
+    """The maximum of a number over the ranks. All ranks get it at the same step, without waiting for each other.
 
     Numbers passed at one step are exchanged on the CPU during the next step and returned by the next call. With a
     single rank the number is returned at once.

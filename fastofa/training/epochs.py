@@ -40,11 +40,11 @@ def check_divisible(batch_size: int, factors: dict[str, int]) -> None:
 class Epochs:
     """The epochs of a run on one rank.
 
-    With a cache of V views, epoch e replays view e modulo V; without one, views are drawn for each epoch. `self.config`
-    is the given configuration with the values it leaves open chosen by dataset size.
+    With a cache of V views, epoch e replays view e modulo V; without one, new views are drawn for each epoch.
+    `self.config` is the given configuration with its unset values (None) chosen by dataset size.
 
     Args:
-        views: number of cached views that a resumed run began with; 0 for a new run, which takes all finished ones.
+        views: number of cached views that a resumed run started with; 0 for a new run, which uses all finished ones.
 
     Raises:
         BadInput: the batch size does not suit the ranks, mixed pairs or dataset, or the cache does not fit the dataset.
@@ -87,7 +87,7 @@ class Epochs:
             return cache.digests(begun)
         finished = torch.zeros(self.world.size, dtype=torch.int64)
         finished[self.world.rank] = cache.views
-        count = min(usable, int(self.world.sum(finished).min()))  # a view may be finished while the ranks look
+        count = min(usable, int(self.world.sum(finished).min()))  # a view may be finished while the ranks count
         if main and count < min(usable, cache.header["views"]):
             notice(f"cache {cache.path}: finished views: {cache.finished}; this run replays {count} until it ends")
         return cache.digests(count)
@@ -103,7 +103,7 @@ class Epochs:
 
     @property
     def pages_fingerprint(self) -> str:
-        """sha256 over the page of each sample if the order goes by pages; else empty."""
+        """sha256 over the page of each sample if the order is by pages; else empty."""
         return "" if self.page_ids is None else hashlib.sha256(self.page_ids.tobytes()).hexdigest()
 
     @property
@@ -119,7 +119,7 @@ class Epochs:
             views = join_views([draw_views(self.policy, self.dataset.sizes, c.seed, view) for view in numbers])
             return Epoch(views, self._order(epoch, views), None)
         numbers = [view % len(self.view_digests) for view in numbers]
-        # With several ranks the targets are those of this epoch's order, so they are loaded again.
+        # With several ranks, the targets depend on this epoch's order, so they are loaded again.
         if self.loaded is not None and self.loaded_views == numbers and self.world.size == 1:
             self.loaded = Epoch(self.loaded.views, self._order(epoch, self.loaded.views), self.loaded.targets)
             return self.loaded

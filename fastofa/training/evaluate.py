@@ -24,16 +24,17 @@ from fastofa.training.validate import accuracy, best_classes
 @dataclass(frozen=True)
 class Evaluation:
     data: str
-    """Name of the dataset, whose validation images were used."""
+    """Name of the dataset whose validation images were used."""
     images: int
     """Number of images."""
     top1: float
-    """Share of the images, 0 to 1; top5, teacher_top1 and agreement likewise."""
+    """Fraction of the images, 0 to 1; the same applies to top5, teacher_top1 and agreement."""
     top5: float
     teacher_top1: float | None
-    """None without a teacher cache of these images."""
+    """None without a teacher cache for these images."""
     agreement: float | None
-    """Share of images for which student and teacher predict the same class; None without a teacher cache of them."""
+    """Fraction of images for which student and teacher predict the same class; None without a teacher cache for
+    them."""
     classes: tuple[str, ...] = field(repr=False)
     confusion: np.ndarray = field(repr=False, compare=False)
     """int64 [C, C]: number of images by true class (row) and predicted class (column)."""
@@ -45,9 +46,10 @@ class Evaluation:
 
     def details(self) -> dict[str, Any]:
         """`summary` with "classes", a list of {name, images, recall}, and "confusion", the rows of the matrix, in the
-        same order of classes.
+        same class order.
 
-        Recall is the share of a class's images that are predicted as that class; None for a class without images.
+        Recall is the fraction of a class's images that are predicted as that class; it is None for a class without
+        images.
         """
         counts = self.confusion.sum(axis=1).tolist()
         recalls = [
@@ -72,9 +74,9 @@ def evaluate(
     """Evaluate a run's student and write the figures to RUN/evaluation.json.
 
     Args:
-        run_folder: as `train` wrote it.
+        run_folder: folder written by `train`.
         data: dataset whose validation images are used; None: the run's own.
-        weights, batch_size, device, pipeline, workers: as the flags of `fastofa evaluate`.
+        weights, batch_size, device, pipeline, workers: see the flags of `fastofa evaluate`.
 
     Raises:
         BadInput: there is no run, no checkpoint or no dataset, or the dataset has other classes; the student's logits
@@ -111,7 +113,7 @@ def evaluate(
 
 
 def _own_data(run: Run) -> Dataset:
-    """The validation images of the run's own data, named in a notice. Raises BadInput if they cannot be opened."""
+    """Open the run's own validation images and report their dataset. Raises BadInput if they cannot be opened."""
     try:
         dataset = open_dataset(run.data, "val")
     except BadInput as error:
@@ -125,7 +127,7 @@ def _own_data(run: Run) -> Dataset:
 
 
 def _teacher_targets(run: Run, dataset: Dataset) -> Targets | None:
-    """The teacher's targets for these images; None without the cache that the run began with."""
+    """The teacher's targets for these images; None without the cache that the run started with."""
     if run.cache is None:
         return None
     try:
@@ -142,7 +144,7 @@ def _teacher_targets(run: Run, dataset: Dataset) -> Targets | None:
 
 
 def _difference(expected: tuple[str, ...], got: tuple[str, ...]) -> str:
-    """In words: the first classes that are missing or unexpected, or the first difference in their order."""
+    """Describe the first missing or unexpected classes, or the first difference in their order."""
     missing, unexpected = ([name for name in a if name not in b] for a, b in ((expected, got), (got, expected)))
     if missing or unexpected:
         parts = ((kind, names) for kind, names in (("missing", missing), ("unexpected", unexpected)) if names)

@@ -40,9 +40,9 @@ def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", o
     """Write the model, load it with timm and compare its predictions with the run's.
 
     Args:
-        run_folder: as `train` wrote it.
+        run_folder: folder written by `train`.
         out: new folder for the model.
-        weights: as the flag of `fastofa export`.
+        weights: see `fastofa export --help`.
         onnx: also write OUT/model.onnx (see `fastofa.training.export_onnx`).
 
     Returns:
@@ -92,7 +92,7 @@ def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", o
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some validation images, with what the run's own evaluation predicts for them."""
+    """Some validation images, with the predictions of the run's own evaluation."""
 
     images: list[Image.Image]
     labels: np.ndarray
@@ -119,7 +119,7 @@ def _own_predictions(run: Run, student: Student, size: int) -> _Sample:
 
 
 def _pil_image(dataset: Dataset, sample_id: int) -> Image.Image:
-    """The image as a user of timm reads it: by Pillow from its file, if it has one."""
+    """The image as a user of timm would load it: with Pillow from its file, if it has one."""
     if dataset.pixels is not None or dataset.spans is not None:
         return Image.fromarray(np.ascontiguousarray(dataset.read(sample_id).permute(1, 2, 0).numpy()))
     try:
@@ -141,7 +141,7 @@ def _compare_logits(student: Student, model: torch.nn.Module) -> None:
 def _compare_predictions(sample: _Sample, model: Any) -> None:
     """Compare top-1 on the sample through timm's transform with the run's. Raises BadInput if it is much lower.
 
-    Pixels differ slightly, since timm resizes before it crops. A wrong size, crop or normalisation costs accuracy.
+    Pixels differ slightly, since timm resizes before it crops. A wrong size, crop or normalisation would cost accuracy.
     """
     transform: Any = create_transform(**resolve_model_data_config(model, use_test_size=True))
     device = choose_device("auto")

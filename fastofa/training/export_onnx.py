@@ -3,9 +3,10 @@
     input   pixels: uint8 [batch, 3, S, S], RGB, 0 to 255; any batch size
     output  logits: float32 [batch, C]; their softmax gives probabilities
 
-The input is uint8, as image decoders produce it: a quarter of the bytes of float32. It also prevents errors, since a
-graph with float input cannot tell pixels in 0..1 from pixels in 0..255. The graph scales and normalises the pixels; the
-caller crops the central square and resizes it, as the file's metadata describes. The metadata has the class names, too.
+The input is uint8, as image decoders return it: a quarter of the bytes of float32. This also prevents errors, since a
+graph with float input cannot distinguish pixels in 0..1 from pixels in 0..255. The graph scales and normalises the
+pixels; the caller crops the central square and resizes it, as the file's metadata describes. The metadata also contains
+the class names.
 """
 
 import json
@@ -54,7 +55,7 @@ def export_onnx(model: Normalized, folder: Path, classes: tuple[str, ...], image
                 dynamo=True,
                 verbose=False,
             )
-    except Exception as error:  # of many types, if ONNX has no operator for what the model does
+    except Exception as error:  # of any type, for example if ONNX lacks an operator that the model uses
         raise BadInput(f"onnx: PyTorch cannot convert this model ({first_line(error)}); leave --onnx out") from None
     assert program is not None
     program.model.metadata_props.update(
@@ -78,7 +79,7 @@ def export_onnx(model: Normalized, folder: Path, classes: tuple[str, ...], image
 
 
 def _compare(file: Path, model: Normalized, pixels: torch.Tensor) -> str:
-    """Compare onnxruntime's logits with the model's; the result in words. Raises BadInput if they differ."""
+    """Compare onnxruntime's logits with the model's and describe the result. Raises BadInput if they differ."""
     if find_spec("onnxruntime") is None:
         return "not compared with the run, since onnxruntime is not installed"
     import onnxruntime

@@ -60,20 +60,20 @@ class Result:
     """The result of a finished run."""
 
     top1: float
-    """Share of the validation images, 0 to 1, at the last evaluation; top5 likewise."""
+    """Fraction of the validation images, 0 to 1, at the last evaluation; the same applies to top5."""
     top5: float
     images_per_second: float
-    """Of the training steps alone, without evaluation."""
+    """Throughput of the training steps alone, without evaluation."""
     seconds: float
     """Duration of the whole call."""
 
 
 def train(config: TrainConfig) -> Result:
-    """Train a student, or resume its run with `config.resume`; under torchrun as one of several ranks.
+    """Train a student, or resume its run if `config.resume`. Under torchrun, this process is one of several ranks.
 
     Raises:
-        BadInput: the configuration, data and machine do not fit together, which is found before anything is written; or
-            the loss is no longer finite.
+        BadInput: the configuration, data and machine do not fit together (checked before anything is written), or the
+            loss is no longer finite.
         Stopped: after Ctrl-C or SIGTERM on any rank, once a checkpoint is saved.
         LostContact: another rank is gone.
     """
@@ -116,11 +116,11 @@ def _train(config: TrainConfig, world: World) -> Result:
 def open_job(config: TrainConfig, world: World) -> "Job":
     """Build and check everything that a run needs, without writing anything."""
     device = check_early(config, world)
-    if config.resume and (config.out / CONFIG).exists():  # values chosen by dataset size stay
+    if config.resume and (config.out / CONFIG).exists():  # keep the values chosen by dataset size
         begun = open_run(config.out).config
         unset = [name for name in SIZED if getattr(config, name) is None]
         config = dataclasses.replace(config, **{name: getattr(begun, name) for name in unset})
-    with world.no_timeout():  # the first opening of a folder opens every image
+    with world.no_timeout():  # opening a folder for the first time opens every image
         limits = parse_limits(config.max_pixels, config.allow_warnings)
         train_set, val_set = (
             open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
@@ -181,7 +181,7 @@ class Job:
         self.wandb_run: Any = None
         self.report_failed = False
         self.clock = Clock()
-        self.logged = Clock()  # its reading at the last log
+        self.logged = Clock()  # its state at the last log
 
     def load(self) -> None:
         """Load the newest checkpoint, the first epoch and some images, so that corruption is reported before anything
@@ -218,7 +218,7 @@ class Job:
         self.log = MetricsLog(self.run.path, self.step.steps, self.wandb_run) if main else None
         rows = read_metrics(self.run.path, self.step.steps) if main else []
         logged = any(row["kind"] == "epoch" and row["step"] == self.step.steps for row in rows)
-        # The checkpoint at an epoch's end is saved before the evaluation: a run that ended in between evaluates now.
+        # The checkpoint at an epoch's end is saved before the evaluation: a run that stopped in between evaluates now.
         unlogged = bool(self.world.broadcast(int(position == 0 and first > 0 and not logged)))
         with Interrupt() as self.interrupt, progress_bar(enabled=main) as self.bar:
             self.task = self.bar.add_task(
@@ -254,7 +254,7 @@ class Job:
         while parts := self.clock.timed_wait(lambda: list(islice(batches, c.accumulate))):
             self.step(parts, data.targets, learning_rate(c, self.step.steps, self.epochs.steps))
             self.clock.steps += 1
-            if size not in self.sizes_seen:  # a size's first step compiles or selects algorithms: not counted
+            if size not in self.sizes_seen:  # the first step at a size compiles or selects algorithms: not timed
                 self.sizes_seen.add(size)
                 self.step.sums.tolist()  # waits for the device
                 self.clock = before
@@ -263,10 +263,10 @@ class Job:
             self._after_step(epoch)
 
     def _after_step(self, epoch: int) -> None:
-        """Log, save, stop and evaluate where due at this step, with the training clock stopped. All ranks decide alike.
+        """Log, save, stop and evaluate if due at this step, while the clock is stopped. All ranks decide the same.
 
-        The checkpoint is saved before the evaluation. So the step is not lost if the evaluation fails, or if it takes
-        longer than a cluster waits between SIGTERM and SIGKILL; and only finite weights are evaluated.
+        The checkpoint is saved before the evaluation, so that the step is not lost if the evaluation fails or takes
+        longer than a cluster waits between SIGTERM and SIGKILL, and so that only finite weights are evaluated.
         """
         c, step = self.config, self.step.steps
         log, end, save = step % c.log_every == 0, step % self.epochs.steps == 0, step % c.checkpoint_every == 0
@@ -335,7 +335,7 @@ class Job:
                 self._report()
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
-        """Top-1 and top-5 of the student; with a moving average those of both, and of the better one by top-1.
+        """Top-1 and top-5 of the student; with a moving average, those of the better of the two by top-1, and of each.
 
         Saves the predictions, and the weights if they are the best so far.
         """
@@ -352,7 +352,7 @@ class Job:
         )
         by_name = dict(zip(students, predictions, strict=True))
         scores = {name: accuracy(best, self.val_set.labels) for name, best in by_name.items()}
-        better = max(reversed(scores), key=lambda name: scores[name][0])  # if equal, the average
+        better = max(reversed(scores), key=lambda name: scores[name][0])  # the average on a tie
         values = dict(zip(("top1", "top5"), scores[better], strict=True))
         if len(scores) > 1:
             values |= {f"top{k}_{name}": scores[name][i] for i, k in enumerate((1, 5)) for name in scores}
@@ -379,7 +379,7 @@ class Job:
         try:
             draw_curves(self.run.path)
             write_report(self.run.path)
-        except Exception as error:  # of files, matplotlib or jinja
+        except Exception as error:  # from files, matplotlib or jinja
             if not self.report_failed:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 notice(f"{self.run.path}: could not write the report and curves ({reason}); the run continues")
@@ -389,8 +389,8 @@ class Job:
     def _save(self, sums: list[list[float]], scheduled: bool) -> None:
         """Save a checkpoint, with the logged sums of each rank.
 
-        A checkpoint at an interruption leaves the ranks' batch statistics as they are and stores each rank's, so that
-        the resumed run equals one that was not interrupted. A scheduled checkpoint averages them over the ranks.
+        A checkpoint at an interruption stores each rank's own batch statistics, so that the resumed run equals one that
+        was not interrupted. A scheduled checkpoint averages them over the ranks.
         """
         s = self.step
         ema = None if s.ema is None else s.ema.module
@@ -424,7 +424,7 @@ class Job:
         s.sums, s.summed = torch.tensor(sums, device=self.device), position["summed"]
 
     def result(self) -> Result:
-        """The result according to the log, so that resuming a finished run gives it again."""
+        """The result according to the log, so that resuming a finished run returns it again."""
         evaluated = [row for row in read_metrics(self.run.path) if "top1" in row]
         if not evaluated:
             raise BadInput(

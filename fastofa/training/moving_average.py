@@ -9,14 +9,14 @@ from torch import nn
 class MovingAverage:
     """`module` is a copy of the student in eval mode whose tensors follow the student's, as in timm's ModelEmaV3.
 
-    The lists of tensors are made once, not at every step: the student's tensors must stay the same objects, as they do
-    under optimisers and `load_state_dict`.
+    The lists of tensors are built once, not at every step, so the student's tensors must stay the same objects.
+    Optimisers and `load_state_dict` update them in place.
     """
 
     def __init__(self, student: nn.Module, decay: float) -> None:
         """
         Args:
-            decay: share that the average keeps at an update, 0 to 1.
+            decay: weight of the old average in an update, 0 to 1.
         """
         self.decay = decay
         self.module = copy.deepcopy(student).eval().requires_grad_(False)
@@ -30,7 +30,8 @@ class MovingAverage:
         """average = decay * average + (1 - decay) * student; counters of batch norm are copied.
 
         Args:
-            step: number of this update, from 1; the first one copies the student, whose initial weights do not count.
+            step: number of this update, from 1; the first one copies the student, so its initial weights are not
+                included.
         """
         average, current = self._averaged
         torch._foreach_lerp_(average, current, 1 - self.decay if step > 1 else 1.0)

@@ -1,4 +1,4 @@
-"""Estimate the cost of a training run: time steps and loader here, compute hours and disk space from them.
+"""Estimate the hours and disk space of a training run from steps and a loader timed on this machine.
 
 fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_fast --out run --plan
 """
@@ -30,7 +30,7 @@ class Rates:
     size: int
     epochs: int
     step: float
-    """Images/s of the training step without its loader, which is what the loader has to supply."""
+    """Images/s of the training step alone: the rate that the loader has to supply."""
     loader: float
     """Images/s of the pipeline alone."""
 
@@ -54,7 +54,7 @@ class Plan:
 
 
 def measure(step: Step, pipeline: Pipeline, epochs: Epochs, val_images: int) -> Plan:
-    """Take steps on training images of each size that the run will use. Changes the student; writes nothing."""
+    """Time steps on training images of each size that the run will use. Changes the student; writes nothing."""
     config, full, first = step.config, step.student.image_size, epochs.load(0)
     rates = []
     compiles = " (the first one compiles, which can take minutes)" if step.compiled else ""
@@ -136,7 +136,7 @@ def _evaluation_rate(step: Step, pipeline: Pipeline, epoch: Epoch) -> float:
 
 
 def _repetitions(seconds: float) -> int:
-    """How often to repeat what takes `seconds` so that a measurement takes about SECONDS: 2 to 50 times."""
+    """Number of calls, 2 to 50, that take about SECONDS in total if one takes `seconds`."""
     return min(max(int(SECONDS / seconds), 2), 50)
 
 

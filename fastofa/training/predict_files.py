@@ -4,7 +4,7 @@
         print(prediction.file, prediction.classes[0], prediction.probabilities[0])
 
 Images are preprocessed as in `fastofa evaluate`: the central square is cropped, resized with torch's antialiased
-bilinear filter and normalised as in training. So top-1 on a run's validation images equals that of `evaluate`.
+bilinear filter and normalised as in training. Top-1 on a run's validation images therefore equals that of `evaluate`.
 
 Shapes: B batch, S image side, C classes.
 """
@@ -48,7 +48,7 @@ class Prediction:
     classes: tuple[str, ...]
     """The most probable classes, best first: names, or indices of the model's outputs if they have no names."""
     probabilities: tuple[float, ...]
-    """The probability of each, 0 to 1: the softmax over all classes of the model."""
+    """The probability of each of them, 0 to 1: the softmax over all classes of the model."""
 
 
 class UnreadableImages(BadInput):
@@ -57,7 +57,7 @@ class UnreadableImages(BadInput):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model with its preprocessing; `open_classifier` makes it."""
+    """A model with its preprocessing, as returned by `open_classifier`."""
 
     name: str
     model: Normalized
@@ -102,7 +102,7 @@ def open_classifier(model: str | Path, weights: Weights = "last", device: str = 
 
     Args:
         model: a run's folder; a folder with config.json and weights, or local-dir:FOLDER; or hf-hub:OWNER/NAME.
-        weights: which weights of a run, see `fastofa evaluate --help`.
+        weights: which weights of a run (see `fastofa evaluate --help`).
         device: auto, cuda, cuda:1, cpu.
 
     Raises:
@@ -144,7 +144,7 @@ def _of_run(folder: Path, weights: Weights, device: torch.device) -> Classifier:
 
 
 def _of_model(name: str, folder: Path, weights: Weights, device: torch.device) -> Classifier:
-    """A model with the test size and crop in its config.json, if any: `fastofa export` writes the run's there."""
+    """A model with the test size and crop from its config.json, if any, where `fastofa export` writes the run's."""
     if weights != "last":
         raise BadInput(f"weights: only a run has {weights} weights, but {name} is a model; leave --weights out")
     model, config = open_model_folder(folder)
@@ -174,13 +174,13 @@ def predict(
     workers: int | None = None,
     skip_corrupt: bool = False,
 ) -> Generator[Prediction, None, None]:
-    """Yield the most probable classes of each image, in the order of `files`. Later images are read meanwhile.
+    """Yield the most probable classes of each image, in the order of `files`. Later images are read in the background.
 
     An image that cannot be read is named in a notice and has no prediction.
 
     Args:
         model, weights, device: see `open_classifier`.
-        files: one or more images, or folders that are searched to any depth (see `image_files`).
+        files: one or more images, or folders, which are searched recursively (see `image_files`).
         topk: number of classes per image, limited to those of the model.
         batch_size: images per forward pass.
         workers: decoder threads; 0: the calling thread decodes; None: one per core, at most 16.

@@ -24,8 +24,8 @@ from fastofa.training.step import check_device
 
 
 def check_early(config: TrainConfig, world: World) -> torch.device:
-    """The rank's device. Raises BadInput for every error that shows before the dataset is indexed, which may take
-    hours."""
+    """The rank's device. Raises BadInput for every error that can be found before the dataset is indexed, which may
+    take hours."""
     if world.local_size > 1 and ":" in config.device:
         raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
     device = choose_device(config.device, world.local_rank)
@@ -51,10 +51,10 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
 
 
 def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:
-    """The order of samples that `auto` stands for: the one the run began with, else pages if memory cannot hold the
-    file.
+    """The order of samples. `auto` selects the one the run started with, else pages if the file does not fit into
+    memory.
 
-    Rank 0 chooses for all ranks. Raises BadInput if a run began with pages and the dataset has none.
+    Rank 0 chooses for all ranks. Raises BadInput if a run started with pages and the dataset has none.
     """
     if config.order != "auto":
         return config.order
@@ -76,7 +76,7 @@ def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order
 
 
 def views_begun_with(config: TrainConfig, world: World) -> int:
-    """The number of cached views that a resumed run began with, as rank 0 finds it; 0 for a new run.
+    """The number of cached views that a resumed run started with, according to rank 0; 0 for a new run.
 
     It is also 0 if the run gets more epochs and had at least as many views as epochs, so that the additional epochs
     replay further views of the cache.

@@ -1,4 +1,4 @@
-"""What changes during training, as pure functions of the step or epoch, so that a resumed run needs no state."""
+"""Schedules of learning rate and image size, as pure functions of step or epoch, so that resuming needs no state."""
 
 import math
 
@@ -9,10 +9,10 @@ SIZE_STEP = 32  # pixels
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step, equal to that of timm's schedulers when they are updated every step.
+    """The learning rate of a step, equal to that of timm's schedulers if they are updated at every step.
 
-    cosine and step count from the first step of the run. linear falls from `lr` at the end of the warm-up to `min_lr`
-    at the end of the run.
+    `cosine` and `step` count from the first step of the run; `linear` falls from `lr` at the end of the warm-up to
+    `min_lr` at the end of the run.
     """
     warmup, last = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
@@ -48,7 +48,7 @@ def cautions(config: TrainConfig, steps_per_epoch: int) -> list[str]:
 
 
 def lengthened(before: TrainConfig, config: TrainConfig, step: int, steps_per_epoch: int, full: int) -> str:
-    """One line that says what more epochs change in a run that resumes at `step`.
+    """One line on how additional epochs change a run that is resumed at `step`.
 
     Args:
         before: the run's configuration so far.

@@ -29,7 +29,7 @@ from fastofa.training.moving_average import MovingAverage
 from fastofa.training.optim import check_optimizer, create_optimizer, set_learning_rate
 
 SUMS = (*PARTS, "grad_norm")
-MAX_IMAGE_SIZES = 64  # that one run compiles for
+MAX_IMAGE_SIZES = 64  # maximum number for which one run compiles
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
@@ -68,7 +68,7 @@ class Program(nn.Module):
 class Step:
     """One update of the student on its device; owns the optimiser and the moving average of the weights.
 
-    `steps` counts the updates. `sums`, fp32 [len(SUMS)] on the device, adds up the values named by SUMS over the
+    `steps` counts the updates. `sums`, fp32 [len(SUMS)] on the device, accumulates the values named by SUMS over the
     `summed` updates since `reset_sums`: the losses of this rank's images and the norm of the gradient over all ranks.
     Once a value is not finite, its sum is not finite either.
     """

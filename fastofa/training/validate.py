@@ -46,7 +46,7 @@ def best_classes_each(
     Every image is read once for all students.
 
     Args:
-        crop: side of the central square, as a share of the image's shorter side.
+        crop: side of the central square, as a fraction of the image's shorter side.
         flip: average the logits of each image and of its mirror image.
         world: each rank evaluates its share of the images and gets the predictions of all ranks.
 
