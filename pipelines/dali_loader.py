@@ -131,7 +131,7 @@ class Pipeline:
 
 
 def _is_truncated(file: np.ndarray) -> bool:
-    """Whether it is a JPEG without an end marker, whose missing pixels DALI fills in silently."""
+    """Whether `file` is a JPEG without an end marker, whose missing pixels DALI fills in silently."""
     return file[:2].tobytes() == JPEG_BEGIN and file[-2:].tobytes() != JPEG_END
 
 

@@ -1,4 +1,5 @@
-"""The options of the objective, separate from a training run's configuration so that it can be used alone."""
+"""The options of the objective, separate from a training run's configuration so that the objective can be used
+alone."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -171,7 +171,7 @@ def load_student(run: Path, student: nn.Module, weights: Weights = "last") -> di
 
 
 def _read_weights(run: Path, weights: Weights) -> tuple[Path, str, dict[str, Tensor], dict[str, Any]]:
-    """The file that holds these weights, their prefix in it, its tensors and its JSON object."""
+    """The file that contains these weights, their prefix in it, its tensors and its JSON object."""
     if weights in ("last", "raw", "ema"):
         newest = checkpoints(run)[:1]
         if not newest:

@@ -1,4 +1,4 @@
-"""The configuration of a training run, frozen. Recipes give its defaults, flags override them, the run stores it.
+"""The frozen configuration of a training run. Recipes set its defaults, flags override them, and the run stores it.
 
 The fields are flat, like the flags and config.json; the help groups them under the titles in SECTIONS.
 """
@@ -271,7 +271,7 @@ class TrainConfig:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The stages that get an exit, in rising order; none unless the method is ofa."""
+        """The stages that get an exit, in ascending order; none unless the method is ofa."""
         return tuple(sorted(self.stages)) if self.method == "ofa" else ()
 
     @property

@@ -185,7 +185,7 @@ RECIPES: dict[str, Callable[..., TrainConfig]] = {
 }
 
 # The published augmentation of the recipes that use more than crop and flip. The published files set
-# `color_jitter: 0.4`, but timm disables it beside RandAugment (transforms_factory.py: `disable_color_jitter`).
+# `color_jitter: 0.4`, but timm disables it with RandAugment (transforms_factory.py: `disable_color_jitter`).
 _VIT_MLP = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
 VIEWS = {
     "imagenet_vit_mlp": _VIT_MLP,

@@ -29,7 +29,7 @@ def check_kernels(kernels: Sequence[str], device: torch.device) -> None:
 def use_kernels(student: nn.Module, kernels: Sequence[str], device: torch.device, report: bool = True) -> None:
     """Switch the student's modules to the kernels of TrainConfig.kernels, except "loss", which is not part of a module.
 
-    If "auto" fails for any reason, the student stays unchanged, and a notice says so if `report`.
+    If "auto" fails for any reason, the student stays unchanged, and a notice reports the failure if `report`.
 
     Raises:
         BadInput: kernels that need a GPU are named and `device` is not a GPU.

@@ -176,7 +176,7 @@ def predict(
 ) -> Generator[Prediction, None, None]:
     """Yield the most probable classes of each image, in the order of `files`. Later images are read in the background.
 
-    An image that cannot be read is named in a notice and has no prediction.
+    An image that cannot be read is reported in a notice and has no prediction.
 
     Args:
         model, weights, device: see `open_classifier`.

@@ -78,8 +78,8 @@ def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order
 def views_begun_with(config: TrainConfig, world: World) -> int:
     """The number of cached views that a resumed run started with, according to rank 0; 0 for a new run.
 
-    It is also 0 if the run gets more epochs and had at least as many views as epochs, so that the additional epochs
-    replay further views of the cache.
+    It is also 0 if the run is extended and had at least as many views as epochs, so that the additional epochs replay
+    further views of the cache.
     """
     views = 0
     if world.is_main and config.resume and (config.out / CONFIG).exists():
