@@ -37,7 +37,7 @@ USAGE = "usage: fastofa COMMAND [--help]\n\n" + "\n".join(f"  {name:12}{what}" f
 
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://.*", re.IGNORECASE | re.DOTALL)
-INTERRUPTED = "interrupted; nothing more was saved"
+INTERRUPTED = "interrupted; nothing else was saved"
 # How libraries report that memory ran out, besides MemoryError and ENOMEM.
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 

@@ -63,7 +63,7 @@ class Pipeline:
                 try:
                     images = self._run(dali, views, all_rows, size)
                 except RuntimeError as error:  # the DALI pipeline is unusable afterwards
-                    notice(f"pipeline dali: reads a batch with torchvision because DALI failed: {_first_line(error)}")
+                    notice(f"pipeline dali: reading a batch with torchvision because DALI failed: {_first_line(error)}")
                     images, failed = self._read(views, all_rows, size), True
                 images = augment(images, views, all_rows, len(rows))
                 yield make_batch(images, self.labels, views, rows, self.normalize)

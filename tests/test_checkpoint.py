@@ -454,7 +454,7 @@ def test_weights_that_are_not_finite_are_not_loaded(tmp_path):
     training.save(tmp_path, 1)
     student = Cnn()
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(BadInput, match=r"expected finite weights, these are not: 0.weight; the run diverged"):
+    with pytest.raises(BadInput, match=r"expected finite weights, but these are not: 0.weight; the run diverged"):
         load_student(tmp_path, student)
     assert_same(student.state_dict(), before)
 

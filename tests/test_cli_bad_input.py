@@ -557,7 +557,7 @@ main()
 
 def test_ctrl_c_while_it_imports():
     ended = subprocess.run([sys.executable, "-c", IMPORTING], timeout=60, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (130, "fastofa: interrupted; nothing more was saved\n")
+    assert (ended.returncode, ended.stderr) == (130, "fastofa: interrupted; nothing else was saved\n")
 
 
 # --- Damaged and edited files -----------------------------------------------------------------------------------------

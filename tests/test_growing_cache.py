@@ -1,4 +1,4 @@
-"""A cache grows while runs use it, is moved or made anew: a run goes on with the views that it began with."""
+"""A cache grows while runs use it, is moved or made anew: a run goes on with the views that it started with."""
 
 import dataclasses
 import shutil
@@ -56,7 +56,7 @@ def test_a_run_goes_on_with_the_views_it_began_with(on_photos, grow, capsys):
     grow(4)
     capsys.readouterr()
     train(dataclasses.replace(grown, resume=True))
-    assert "cache: has 4 views now; this run goes on with the 2 it began with" in capsys.readouterr().err
+    assert "cache: has 4 views now; this run continues with the 2 it started with" in capsys.readouterr().err
     same_run(grown.out, straight.out)
     assert len(open_run(grown.out).view_digests) == 2
 
@@ -99,7 +99,7 @@ def test_what_is_not_what_the_run_began_with_is_refused(on_photos, grow):
     tensors["log_probs"][0] -= 0.5
     save_tensors(cache / view_file(1), tensors, said)
     with pytest.raises(
-        BadInput, match=r"cache: .*cache does not contain the predictions that the run began with \(view 1 changed\)"
+        BadInput, match=r"cache: .*cache does not contain the predictions that the run started with \(view 1 changed\)"
     ):
         train(resumed)
     (cache / view_file(1)).unlink()
@@ -120,7 +120,7 @@ def test_resume_compares_the_validation_images(on_photos, photos, photo_cache, t
     train(config)
     val = data / "val"
     (val / "china" / "000.jpg").rename(val / "flower" / "100.jpg")
-    message = f"these differ: data: the validation images of {data} are not those the run began with"
+    message = f"these differ: data: the validation images of {data} are not those the run started with"
     with pytest.raises(BadInput, match=message):
         train(dataclasses.replace(config, resume=True))
     (val / "flower" / "100.jpg").rename(val / "china" / "000.jpg")
@@ -179,7 +179,7 @@ def test_evaluate_takes_the_answers_that_the_run_began_with(
     said = capsys.readouterr().err
     assert (found.agreement is not None) is (state == "grown")
     expected = {
-        "made anew": f"no agreement with the teacher: {cache} does not contain the predictions that the run began with",
+        "made anew": f"no agreement with the teacher: {cache} does not contain the predictions",
         "cut short": "no agreement with the teacher: .*expected 2 views, finished: 1 of 2",
         "grown": "",
         "moved": f"no agreement with the teacher: {cache}: expected a teacher cache",

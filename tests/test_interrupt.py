@@ -256,7 +256,7 @@ def test_a_second_signal_ends_it_at_once(cache, run, tmp_path, signum):
     code = command.wait()
     if signum == signal.SIGINT:
         assert code == 130
-        assert command.last_line() == "fastofa: interrupted; nothing more was saved"
+        assert command.last_line() == "fastofa: interrupted; nothing else was saved"
     else:
         assert code == -signal.SIGTERM
         assert "Traceback" not in command.error.read_text()
@@ -284,7 +284,7 @@ def test_before_the_work_begins_there_is_nothing_to_save(cache, tmp_path):
     until((tmp_path / "stderr.reached").exists, command)
     os.kill(command.pid, signal.SIGINT)
     assert command.wait() == 130
-    assert command.error.read_text() == "fastofa: interrupted; nothing more was saved\n"
+    assert command.error.read_text() == "fastofa: interrupted; nothing else was saved\n"
     assert not config.out.exists()
 
 

@@ -159,7 +159,7 @@ def test_apex_optimisers_are_created(apex, gpu, name, kind, expected):
 
 @pytest.mark.parametrize("name", ["apex_sgd", "apex_adam", "apex_lamb"])
 def test_apex_without_a_gpu_is_refused(apex, name):
-    with pytest.raises(BadInput, match=r"apex_.*: expected a GPU, the student is on cpu; use sgd, adamw or lamb"):
+    with pytest.raises(BadInput, match=r"apex_.*: expected a GPU, but the student is on cpu; use sgd, adamw or lamb"):
         create_optimizer(nn.Linear(3, 2), config(optimizer=name))
 
 

@@ -830,7 +830,7 @@ def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
     """Without a cache, too, which would say so itself."""
     given: dict[str, Any] = {"student": "test_resnet", "method": "scratch", "out": tmp_path / "run", "epochs": 1}
     train(recipes.digits(data="digits:50", **given))
-    with pytest.raises(BadInput, match="data: the training images of digits:100 are not those the run began with"):
+    with pytest.raises(BadInput, match="data: the training images of digits:100 are not those the run started with"):
         train(recipes.digits(data="digits:100", resume=True, **given))
 
 
@@ -931,7 +931,7 @@ def test_a_run_goes_on_with_a_moved_cache_but_not_with_one_made_anew(digit_cache
     header = json.loads((tmp_path / "moved" / "cache.json").read_text())
     teacher = str(digit_cache.path.parent / "teacher")
     other = precompute(PrecomputeConfig("digits:100", teacher, tmp_path / "other", header["views"], 3, seed=5))
-    with pytest.raises(BadInput, match=r"cache: .*predictions that the run began with"):
+    with pytest.raises(BadInput, match=r"cache: .*predictions that the run started with"):
         train(dataclasses.replace(config, cache=other.path, resume=True))
 
 

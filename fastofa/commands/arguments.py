@@ -197,7 +197,7 @@ def _precompute_defaults(argv: list[str]) -> dict[str, Any]:
 def _refuse_recipe(argv: list[str]) -> None:
     """Raises BadInput for --recipe, which would change the recipe's name but not the values from the file."""
     if _flag_value(argv, "--recipe") is not None:
-        raise BadInput("recipe: expected none with a configuration from a file; give the flags that are to change")
+        raise BadInput("recipe: expected none with a configuration from a file; give only the flags that change")
 
 
 def _flag_value(argv: list[str], flag: str) -> str | None:

@@ -163,8 +163,8 @@ def load_student(run: Path, student: nn.Module, weights: Weights = "last") -> di
     state = _strip_prefix(prefix, tensors)
     if infinite := sorted(name for name, value in state.items() if not bool(value.isfinite().all())):
         raise BadInput(
-            f"{path}: expected finite weights, these are not: {_abbreviated(infinite)}; the run diverged, train again "
-            "with a lower --lr or --clip"
+            f"{path}: expected finite weights, but these are not: {_abbreviated(infinite)}; the run diverged, train "
+            "again with a lower --lr or --clip"
         )
     student.load_state_dict(state)
     return info
@@ -186,9 +186,9 @@ def _read_weights(run: Path, weights: Weights) -> tuple[Path, str, dict[str, Ten
     files = {"best": (BEST_EMA, BEST), "best-ema": (BEST_EMA,), "best-raw": (BEST,)}[weights]
     paths = [run / FOLDER / file for file in files if (run / FOLDER / file).exists()]
     if not paths:
-        remedy = "use --weights last, or go on training with --resume"
+        remedy = "use --weights last, or continue with --resume"
         if weights == "best-ema" and (run / FOLDER / BEST).exists():
-            raise BadInput(f"{run}: expected a moving average for --weights best-ema, the run has none; {remedy}")
+            raise BadInput(f"{run}: expected a moving average for --weights best-ema, but the run has none; {remedy}")
         raise BadInput(f"{run}: expected best weights, found none before the first evaluation; {remedy}")
     opened = [(path, *load_tensors(path)) for path in paths]
     path, tensors, info = max(opened, key=lambda file: float(file[2].get("top1", 0)))  # the average if they are equal

@@ -344,7 +344,9 @@ def from_json(cls: type[Config], values: Any, remedy: str) -> Config:
     hints = get_type_hints(cls)
     if different := sorted(set(values) ^ set(hints)):
         named = [_text(name).strip('"') for name in different[:MAX_NAMED]] + ["..."] * (len(different) > MAX_NAMED)
-        raise BadInput(f"expected the fields of this version of fastofa, these differ: {', '.join(named)}; {remedy}")
+        raise BadInput(
+            f"expected the fields of this version of fastofa, but these differ: {', '.join(named)}; {remedy}"
+        )
     for name, hint in hints.items():
         if not _fits(values[name], hint):
             raise BadInput(
@@ -435,7 +437,7 @@ def _text(value: Any) -> str:
     try:
         text = json.dumps(value)
     except RecursionError:
-        return "lists within lists"
+        return "deeply nested lists"
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 

@@ -148,7 +148,7 @@ class MetricsLog:
             yield
         except Exception as error:  # these libraries raise many types
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            notice(f"{name}: could not log to it ({reason}); the run goes on without it, {FILE} has every row")
+            notice(f"{name}: could not log to it ({reason}); the run continues without it; {FILE} has every row")
             if name == "TensorBoard":
                 self.board = None
             else:
@@ -194,4 +194,4 @@ def _write_errors(run: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadInput(f"could not write to {run}: {reason(error)}, then go on with --resume") from None
+        raise BadInput(f"could not write to {run}: {reason(error)}, then continue with --resume") from None

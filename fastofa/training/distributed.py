@@ -110,7 +110,7 @@ def join(timeout_s: int) -> World:
             store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     except (KeyError, ValueError) as error:
         raise BadInput(
-            f"WORLD_SIZE: expected all environment variables of torchrun beside it ({error}); start with torchrun or "
+            f"WORLD_SIZE: expected all environment variables of torchrun with it ({error}); start with torchrun or "
             "unset it"
         ) from None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -83,7 +83,7 @@ class Epochs:
         if begun:
             if main and begun < min(usable, cache.views):
                 views = counted(cache.views, "view")
-                notice(f"cache {cache.path}: has {views} now; this run goes on with the {begun} it began with")
+                notice(f"cache {cache.path}: has {views} now; this run continues with the {begun} it started with")
             return cache.digests(begun)
         finished = torch.zeros(self.world.size, dtype=torch.int64)
         finished[self.world.rank] = cache.views

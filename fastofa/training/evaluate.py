@@ -136,7 +136,7 @@ def _teacher_targets(run: Run, dataset: Dataset) -> Targets | None:
         if (header["dataset"]["val"], header["num_val_samples"]) != (dataset.fingerprint, len(dataset)):
             raise BadInput(f"{cache.path} contains predictions for other validation images")
         if cache.digests(len(run.view_digests)) != run.view_digests:
-            raise BadInput(f"{cache.path} does not contain the predictions that the run began with")
+            raise BadInput(f"{cache.path} does not contain the predictions that the run started with")
         return cache.val_targets()
     except BadInput as error:
         notice(f"no agreement with the teacher: {error}")

@@ -62,7 +62,10 @@ def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", o
     try:
         sample = _own_predictions(run, student, eval_size)
     except BadInput as error:
-        notice(f"export: compared with the run on random images only, its validation images are unavailable: {error}")
+        notice(
+            f"export: compared with the run on random images only, because its validation images are "
+            f"unavailable: {error}"
+        )
         sample = None
     with new_folder(out) as folder:
         save_for_hf(

@@ -38,7 +38,7 @@ def check_optimizer(name: str, device: torch.device) -> None:
         return
     remedy = "use sgd, adamw or lamb, which need neither, or see `fastofa doctor`"
     if device.type != "cuda":
-        raise BadInput(f"optimizer apex_*: expected a GPU, the student is on {device}; {remedy}")
+        raise BadInput(f"optimizer apex_*: expected a GPU, but the student is on {device}; {remedy}")
     try:
         importlib.import_module("amp_C")
         importlib.import_module("apex.optimizers")

@@ -216,7 +216,7 @@ def predict_images(
     if unreadable and not skip_corrupt:
         raise UnreadableImages(
             f"expected {counted(len(files), 'readable image')}, but the {unreadable:,} named above could not be read "
-            "(all others are predicted); repair or remove them, or accept that with --skip-corrupt"
+            "(all others are predicted); repair or remove them, or ignore them with --skip-corrupt"
         )
 
 

@@ -99,23 +99,24 @@ def check_resumable(run: Run) -> None:
     begun = open_run(run.path)
     different = run.config.differences(begun.config)
     if run.fingerprint != begun.fingerprint:
-        different.append(f"data: the training images of {run.config.data} are not those the run began with")
+        different.append(f"data: the training images of {run.config.data} are not those the run started with")
     if run.val_fingerprint != begun.val_fingerprint:
-        different.append(f"data: the validation images of {run.config.data} are not those the run began with")
+        different.append(f"data: the validation images of {run.config.data} are not those the run started with")
     if (run.config.cache is None) != (begun.config.cache is None):
         different.append(f"cache: {run.config.cache} here, {begun.config.cache} there")
     elif run.view_digests[: len(begun.view_digests)] != begun.view_digests:
         pairs = enumerate(zip(run.view_digests, begun.view_digests, strict=False))
         views = [str(view) for view, (digest, begun_with) in pairs if digest != begun_with]
         different.append(
-            f"cache: {run.config.cache} does not contain the predictions that the run began with"
+            f"cache: {run.config.cache} does not contain the predictions that the run started with"
             + (f" (view{'s' * (len(views) > 1)} {', '.join(views)} changed)" if views else "")
         )
     if run.config.order == begun.config.order and run.pages != begun.pages:
-        different.append(f"data: the pages of {run.config.data} contain other samples than those the run began with")
+        different.append(f"data: the pages of {run.config.data} contain other samples than those the run started with")
     if different:
         new = "" if checkpoint.checkpoints(run.path) else "; it has no checkpoint yet: to start again, remove it"
         fewer = "; only more epochs are allowed" if run.config.epochs < begun.config.epochs else ""
         raise BadInput(
-            f"{run.path}: --resume expects the run's own arguments, these differ: {'; '.join(different)}{fewer}{new}"
+            f"{run.path}: --resume expects the run's own arguments, but these differ: "
+            f"{'; '.join(different)}{fewer}{new}"
         )

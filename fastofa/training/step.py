@@ -36,7 +36,7 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
     """Raises BadInput for options that the device does not support."""
     check_kernels(config.kernels, device)
     if config.sync_bn and device.type != "cuda":
-        raise BadInput("sync-bn: expected GPUs, the student is on the CPU; leave it out")
+        raise BadInput("sync-bn: expected GPUs, but the student is on the CPU; leave it out")
     if config.sync_bn and choose_compile(config.compile, device):
         raise BadInput(
             "sync-bn: expected --compile off, since PyTorch cannot compile synchronised batch norm as one graph"
