@@ -178,7 +178,7 @@ def tabulate(found: Iterable[Sample], calls: int, peak: machine.Machine, update_
     total = sum(row["ms"] for row in rows.values())
     for row in rows.values():
         if "_fused_sgd_" in row["name"]:
-            row["gb"] = update_bytes / 1e9  # lists of tensors: the trace does not say how large they are
+            row["gb"] = update_bytes / 1e9  # lists of tensors, whose sizes are not in the trace
         row["share_of_step"] = row["ms"] / total
         known = not math.isnan(row["gb"]) and row["ms"] > 0
         row["gb"] = row["gb"] if known else None

@@ -9,7 +9,7 @@ accesses memory is recorded: what it reads, writes and multiplies. The figure de
 
 - activations and weights in bf16 (or the given dtype), each read or written once by an operation that needs it;
 - batch norm takes passes of its own over memory: 3 forward (read for the statistics; read, write), 5 backward;
-- an element-wise operation beside a norm (ReLU, a residual sum) is part of the norm's pass and free; GELU is
+- an element-wise operation next to a norm (ReLU, a residual sum) is part of the norm's pass and free; GELU is
   between two matrix products, into which no compiler fuses it, and takes passes of its own;
 - the matrix of attention weights never leaves the chip;
 - the update reads weight, gradient and momentum and writes two of them, fp32.

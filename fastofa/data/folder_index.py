@@ -84,7 +84,7 @@ def index_paths(top: Path, split: str) -> list[Path]:
 
 
 def read_index(paths: list[Path], files: Files, again: bool = False) -> tuple[Known, Path | None]:
-    """What the first intact index knows about these files, and its path (None if there is none).
+    """What the first intact index contains about these files, and its path (None if there is none).
 
     A damaged index is reported, unless this is the second attempt (`again`).
     """
