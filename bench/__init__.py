@@ -1,6 +1,6 @@
-"""Benchmarks: each file here is a command, `python -m bench.NAME`, that measures beside a baseline and writes a record.
+"""Benchmarks. Each file is a command, `python -m bench.NAME`, that measures against a baseline and writes a record.
 
-Records are in bench/results/, what the benchmarks share in bench/lib/, their charts in bench/plots/.
+Records are in bench/results/, shared code is in bench/lib/, and the code of the charts is in bench/plots/.
 """
 
 import os

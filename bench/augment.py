@@ -1,4 +1,4 @@
-"""Images a second of RandAugment by table, beside timm's on Pillow images: the same crops, operations and amounts.
+"""Images per second of RandAugment from a table and of timm's on Pillow images, with the same crops and operations.
 
 OMP_NUM_THREADS=1 python -m bench.augment            writes bench/results/augment.json
 

@@ -1,17 +1,16 @@
-"""The kernels beside their twins and public peers: time, GB/s, share of a copy's bandwidth.
+"""Time the kernels against their twins and public peers: time, GB/s, share of a copy's bandwidth.
 
     python -m bench.bench_kernels                     on a GPU: Triton, its twin eager and compiled, peers (5 min)
-    python -m bench.bench_kernels --only loss --quick the sizes that the targets are set for
+    python -m bench.bench_kernels --only loss --quick the sizes for which targets are set
     writes bench/results/kernels_{cpu,gpu}.json
 
-Without a GPU it times the twins, eager and compiled, which run there. A kernel whose results differ from its twin's is
-not timed, and the exit code is 1. On a GPU each figure is the time of a CUDA graph of several calls, whose inputs
-together exceed the L2 cache (unless that takes more than 32 of them), replayed in turn with the other candidates.
-"launched" is the time of the same calls without a graph, and the only figure for peers that wait for the device, which
-a graph cannot capture. GB/s counts the bytes that any implementation must move: each input read once, each output
-written once.
+Without a GPU, only the twins are timed, eager and compiled. A kernel whose results differ from its twin's is not timed,
+and the exit code is 1. On a GPU, each figure is the time of a CUDA graph of several calls. Their inputs together exceed
+the L2 cache (unless that takes more than 32 inputs), and the candidates' graphs are replayed in turn. "launched" is the
+time of the same calls without a graph. It is the only figure for peers that wait for the device, because a graph cannot
+capture them. GB/s counts the bytes that any implementation must move: each input read once, each output written once.
 
-Shapes: H heads, B batch, C classes or channels, K teacher's classes, S side.
+Shapes: H heads, B batch, C classes or channels, K classes kept of the teacher, S side.
 """
 
 import gc
@@ -43,13 +42,13 @@ from fastofa.kernels.choice import HAS_TRITON, can_run_triton
 from fastofa.kernels.reference import dense_probs, ofa_loss_dense
 
 HEADS, TOPK, BASELINE = 5, 16, "twin, eager"
-MAX_INPUTS_MB = 200  # of rotating inputs: four times an H100's L2 cache
+MAX_INPUTS_MB = 200  # total size of the rotating inputs: four times an H100's L2 cache
 
 Call = Callable[[int], Any]
 
 
 class Inputs:
-    """Made from seeds 0, 1, ... on first use, since the inputs of all cases together do not fit in memory."""
+    """Inputs made from seeds 0, 1, ... on first use, since those of all cases together do not fit in memory."""
 
     def __init__(self, make: Callable[[int], Any], count: int) -> None:
         self.make, self.count = make, count
@@ -69,13 +68,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """One size of one kernel and the implementations of it; each is called with the number of an input."""
+    """One size of one kernel and its implementations, each of which is called with the number of an input."""
 
     kernel: str
     size: str
     bytes: float
     items: int
-    """Images or samples, for a rate."""
+    """Number of images or samples, for the rate."""
     candidates: dict[str, Call]
     compare: tuple[str, ...] = ()
     """Candidates that must give the twin's results; peers that compute something else are not among them."""
@@ -84,14 +83,14 @@ class Case:
     waiting: tuple[str, ...] = ()
     """Candidates that wait for the device, so that a CUDA graph cannot capture them."""
     inputs: Inputs | None = None
-    """The inputs to rotate over; None: the candidates hold a single one."""
+    """The inputs to rotate over; None if the candidates hold a single one."""
     skipped: dict[str, str] = field(default_factory=dict)
     by_norm: bool = False
-    """Compare the norms of whole tensors: where rounding decides what a ReLU passes, single values may differ."""
+    """Compare norms of whole tensors, since single values may differ where rounding decides what a ReLU passes."""
 
 
 def rotate(make: Callable[[int], Any], bytes_each: float, device: torch.device) -> Inputs:
-    """On a GPU enough inputs to exceed its cache."""
+    """Inputs to rotate over; on a GPU, enough of them to exceed its cache."""
     count = max(2, int(MAX_INPUTS_MB * 1e6 // bytes_each) + 1) if device.type == "cuda" else 1
     return Inputs(make, min(count, 32))
 
@@ -178,7 +177,7 @@ def liger_losses(num_classes: int) -> dict[str, Callable[..., Tensor]]:
 
 
 def crop_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Random crops of stored images to normalised bf16 (fp32 on a CPU), mirrored or not."""
+    """Random crops of stored images, some of them flipped, to normalised bf16 (fp32 on a CPU)."""
     gpu = device.type == "cuda"
     sizes = (
         [(256, 224, b) for b in (256, 1024, 2048)] + [(160, 160, 1024), (256, 128, 1024)] if gpu else [(256, 224, 16)]
@@ -239,7 +238,7 @@ MOBILENET = [(96, 112, 2), (144, 56, 1), (192, 28, 1), (384, 14, 1), (960, 7, 1)
 
 
 def depthwise_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Forward, input gradient and weight gradient, and forward with the batch norm and ReLU before it folded in."""
+    """Forward, input gradient and weight gradient, and forward with the preceding batch norm and ReLU folded in."""
     if device.type == "cuda":
         sizes, batch = ([(64, 28, 1), (64, 56, 2), (384, 14, 1)] if quick else EXITS + MOBILENET), 1024
     else:
@@ -270,7 +269,7 @@ def depthwise_case(device: torch.device, work: str, batch: int, channels: int, s
     scale, shift = torch.rand(2, channels, device=device)
 
     def twin(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        """cuDNN's, on a GPU."""
+        """On a GPU, cuDNN's convolution."""
         if work == "folded":
             return depthwise_conv3x3(x, weight, stride, scale, shift, "relu", impl="torch")
         if work == "forward":
@@ -312,9 +311,9 @@ NORMS = [
 
 
 def norm_cases(device: torch.device, quick: bool, images: int | None = None) -> Iterator[Case]:
-    """Forward and backward of training with everything between two convolutions; then each of the kernels by itself.
+    """Forward and backward of everything between two convolutions in training; then each kernel by itself.
 
-    `images`: the batch, in place of each size's own.
+    `images`: the batch size, in place of each size's own.
     """
     gpu = device.type == "cuda"
     for channels, side, batch, residual, activation in NORMS[: 1 if quick and not gpu else None]:
@@ -383,12 +382,12 @@ def norm_case(
 
     ones = torch.ones(3, channels, device=device)
     if can_run_triton(weight):
-        candidates = {"triton": _on(inputs, part)}  # nothing to hold it against: its share of a copy counts
+        candidates = {"triton": _on(inputs, part)}  # there is no baseline: its share of a copy's bandwidth counts
     return Case("norm", size, moved, batch, candidates, inputs=inputs)
 
 
 def stem_cases(device: torch.device, quick: bool, images: int | None = None) -> Iterator[Case]:
-    """A ResNet's stem: convolution of the pixels; batch norm, ReLU and maximum after it. And other convolutions."""
+    """A ResNet's stem (convolution of the pixels; batch norm, ReLU and max-pool), and other models' convolutions."""
     gpu = device.type == "cuda"
     for name, kernel, stride, padding, width, batch in (
         ("ResNet", 7, 2, 3, 64, 1024), ("MobileNetV2", 3, 2, 1, 32, 512), ("DeiT-T", 16, 16, 0, 192, 1024),
@@ -399,7 +398,7 @@ def stem_cases(device: torch.device, quick: bool, images: int | None = None) -> 
 
 
 def stem_case(device: torch.device, name: str, kernel: int, stride: int, padding: int, width: int, batch: int) -> Case:
-    """From uint8 to the convolution's result, and the gradient of its weights, compiled, as a step has them."""
+    """From uint8 to the convolution's result, and the gradient of its weights, compiled as in a training step."""
     gpu = device.type == "cuda"
     dtype, side = torch.bfloat16 if gpu else torch.float32, 224 if gpu else 32
     weight = torch.randn(width, 3, kernel, kernel, device=device).requires_grad_()
@@ -457,7 +456,7 @@ def pool_case(device: torch.device, work: str, batch: int, channels: int, side: 
         return (x.requires_grad_(), dy, mean, var, *kept)
 
     whole, pooled = (batch * n * n * channels for n in (side, out))
-    moved = {  # in and out, of the kernels; places are bytes
+    moved = {  # bytes that the kernels read and write; a position takes one byte
         "training": (5 * whole + 5 * pooled) * dtype.itemsize + 2 * pooled,
         "forward": (whole + 2 * pooled) * dtype.itemsize + pooled,
         "backward": (2 * whole + 3 * pooled) * dtype.itemsize + pooled,
@@ -472,7 +471,7 @@ def pool_case(device: torch.device, work: str, batch: int, channels: int, side: 
     def call(function: Callable[[Tensor], Tensor]) -> Call:
         def run(x: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
             y = function(x)
-            return y, *torch.autograd.grad(y, given, dy)  # where equal values are, implementations differ in dx
+            return y, *torch.autograd.grad(y, given, dy)  # without dx, which differs where values are equal
 
         def whole(x: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
             y = function(x)
@@ -510,7 +509,7 @@ KERNELS = {"loss": loss_cases, "crop": crop_cases, "depthwise": depthwise_cases,
 
 
 def gate(case: Case) -> dict[str, str]:
-    """Why candidates are not timed: their results differ from the twin's, which runs first, or they fail."""
+    """The candidates that are not timed, with the reason: they fail, or differ from the twin, which runs first."""
     expected = _flat(patiently(lambda: next(iter(case.candidates.values()))(0)))
     red = {}
     for name, call in case.candidates.items():
@@ -544,7 +543,7 @@ def _flat(result: Any) -> list[Tensor]:
 def measure(
     case: Case, device: torch.device, rounds: int, copy_gb_s: float, red: dict[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """A row per candidate; all take turns, except those that `gate` rejected."""
+    """A row per candidate. All take turns, except those that `gate` rejected."""
     red = gate(case) if red is None else red
     ready = {name: call for name, call in case.candidates.items() if name not in red}
     gpu = device.type == "cuda"
@@ -626,7 +625,7 @@ def main(argv: list[str] | None = None) -> int:
     if not gpu:
         print("no GPU here: the plain-PyTorch twins are timed, eager and compiled; no Triton kernel runs")
     cases = [case for name in args.only for case in KERNELS[name](device, args.quick) if case.candidates]
-    torch._dynamo.config.recompile_limit = len(cases)  # sizes of one function, which falls back to eager beyond it
+    torch._dynamo.config.recompile_limit = len(cases)  # beyond it, a function falls back to eager
     checked = []
     for case in cases:
         checked.append(gate(case))  # compiles
@@ -639,7 +638,8 @@ def main(argv: list[str] | None = None) -> int:
         rows += measure(case, device, args.rounds, copy, red)
         free(case)
         result = {"copy_gb_per_second": copy, "rounds": args.rounds, "baseline": BASELINE, "rows": rows}
-        write_record(f"kernels_{'gpu' if gpu else 'cpu'}", result, args.out)  # each time: a later case may crash
+        # After each case, since a later one may crash.
+        write_record(f"kernels_{'gpu' if gpu else 'cpu'}", result, args.out)
     print(table(rows))
     return int(any("red" in row for row in rows))
 

@@ -1,13 +1,13 @@
-"""Images a second of every pipeline, alone, beside other loaders of the same images: what a step could be fed with.
+"""Images per second of every pipeline alone, and of other loaders of the same images.
 
     python -m bench.bench_loader                     writes bench/results/loaders_{cpu,gpu}.json
     python -m bench.bench_loader --workers 1 2 4 8   a sweep
     python -m bench.bench_loader --data photos       your own folder; its other forms are written temporarily
 
 By default it makes photographs with the statistics of real ones (1/f noise) as JPEGs of quality 90, with sizes and
-bytes like ImageNet's; the record states both. lib/loaders.py holds the implementations. Each measurement runs in a
-process of its own. The time before its first batches (FFCV's compilation, say) and the memory of mapped files are not
-counted. The implementations take turns, round by round.
+bytes like ImageNet's. The record states both. lib/loaders.py contains the implementations. Each measurement runs in a
+process of its own. The time before the first batches (such as FFCV's compilation) and the memory of mapped files are
+not counted. The implementations take turns, round by round.
 """
 
 import itertools
@@ -35,7 +35,7 @@ from fastofa.system.device import choose_workers
 
 
 def measure(task: Task) -> dict[str, float]:
-    """In a process of its own: images a second, CPU seconds for 1,000 images, memory in MB, workers included."""
+    """Measure in a new process: images per second, CPU seconds per 1,000 images, memory in MB, including workers."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measured, args=(task, sender))
@@ -51,7 +51,7 @@ def measure(task: Task) -> dict[str, float]:
 
 
 def _measured(task: Task, sender: Any) -> None:
-    """As many batches are ready when the clock starts as when it stops.
+    """Measure a loader so that as many batches are ready when the clock starts as when it stops.
 
     Memory is measured over some batches afterwards, since measuring it slows a process down.
     """
@@ -69,11 +69,11 @@ def _measured(task: Task, sender: Any) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or PyTorch reports the end of the workers as a failure
     for pid in _tree(os.getpid())[1:]:
         os.kill(pid, signal.SIGKILL)
-    os._exit(0)  # some of the peers do not end by themselves when they are left early
+    os._exit(0)  # some peers do not end by themselves if they are stopped early
 
 
 def _tree(pid: int | None) -> list[int]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     try:
         children = [c for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
     except OSError:
@@ -87,7 +87,7 @@ def _cpu_s(pid: int) -> float:
 
 
 def _memory_mb(pid: int) -> float:
-    """Its own memory and its part of shared memory, without mapped files."""
+    """The process's own memory and its part of shared memory, without mapped files."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table(rows: list[dict[str, Any]], baseline: str) -> str:
-    """The rows of one image size and one number of workers."""
+    """The rows of one image size and one number of workers as a table."""
     header = ["implementation", "images/s", f"x {baseline}", "x stock", "CPU s/1000", "memory MB"]
     lines = [
         [

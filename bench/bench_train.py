@@ -1,16 +1,16 @@
-"""The ladder: images a second of one training job, a row per idea, beside the published code and two peers.
+"""The ladder: images per second of one training job, a row per idea, with the published code and two peers.
 
     python -m bench.bench_train                                   on a CPU: 64 px, batch 32 (5 min on 2 cores)
-    python -m bench.bench_train --loaders                         and with real loaders in front of the step
+    python -m bench.bench_train --loaders                         also with real loaders in front of the step
     python -m bench.bench_train --students resnet18 resnet50 deit_tiny_patch16_224 resmlp_12_224 mobilenetv2_100 \
         --teachers swin_tiny_patch4_window7_224 deit_tiny_patch16_224 mixer_b16_224 --batch-size 1024
                                                                   on a GPU (by default 224 px, batch 256)
     python -m bench.bench_train --rows "+ cached teacher" "plain training" --profile
-                                                                  some rows, and where the first one's time goes
+                                                                  only some rows, and where the first one's time goes
     writes bench/results/train_{cpu,gpu}.json, which bench.plot draws
 
-The batches are synthetic uint8 images in device memory, except in the rows with a loader, so the step alone is timed.
-From "+ one loss, no syncs" on it is the Step of `fastofa train`. Every row of a job is timed in every round.
+The batches are synthetic uint8 images in device memory, except in the rows with a loader, so only the step is timed.
+From "+ one loss, no syncs" on, it is the Step of `fastofa train`. Every row of a job is timed in every round.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ from fastofa.training.step import Step
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation of the step. A later idea is one more row."""
+    """One implementation of the step; each further idea is one more row."""
 
     name: str
     idea: str
     """The kind of idea, which decides its colour in the chart."""
     options: StepOptions | None = None
-    """Options of our step; None: another project's step."""
+    """Options of our step; None for another project's step."""
     loader: str | None = None
     """A pipeline in front of the step."""
     gpu_only: str | None = None
@@ -94,7 +94,7 @@ LADDER = (
 
 
 def skip_reason(row: Row, device: torch.device, bf16: bool, loaders: bool) -> str | None:
-    """Why a row is not measured here; None: it is."""
+    """Why a row is not measured here; None if it is."""
     if row.gpu_only and device.type == "cpu":
         return row.gpu_only
     if row.name == "+ bf16" and not bf16:
@@ -107,7 +107,7 @@ def skip_reason(row: Row, device: torch.device, bf16: bool, loaders: bool) -> st
 
 
 def build(row: Row, job: Job, precision: str, folder: Path, opened: dict[StepOptions, tuple[Step, Any]]) -> TakeStep:
-    """`opened` keeps our steps: rows that differ in the loader only share one, compiled once."""
+    """Build a row's step. `opened` keeps our steps, so that rows that differ only in the loader share one."""
     if row.options is None:
         return timm_step(job, precision) if row.name == TIMM else official_step(job, fp16=row.name == OFFICIAL_FP16)
     options = row.options if precision == "bf16" else replace(row.options, precision="fp32")
@@ -124,8 +124,8 @@ def warm_up(
 ) -> tuple[dict[str, TakeStep], dict[str, dict[str, str]]]:
     """The steps of the rows that run here, compiled and warm, and the reasons why the others do not.
 
-    Rows compile before the job's turn, beside other jobs; cuDNN times and chooses its algorithms in the turn. The
-    published code compiles nothing and takes much memory, so it starts in the turn.
+    Rows compile before the job's turn, while other jobs do so, too; cuDNN times and chooses its algorithms during the
+    turn. The published code compiles nothing and takes much memory, so it starts during the turn.
     """
     steps: dict[str, TakeStep] = {}
     missing: dict[str, dict[str, str]] = {}
@@ -140,7 +140,7 @@ def warm_up(
             steps[row.name] = step = patiently(lambda: build(row, job, precision, folder, opened))
             _take(step, job.device)
             print(f"{row.name}: compiled and warm in {time.monotonic() - began:.0f} s", flush=True)
-        except Exception as error:  # from a compiler, say: the other rows are still measured
+        except Exception as error:  # such as one from a compiler: the other rows are still measured
             if is_out_of_memory(error):
                 missing[row.name] = {"skipped": f"does not fit in the GPU's memory at batch {job.batch_size}"}
                 torch.cuda.empty_cache()
@@ -165,15 +165,15 @@ def warm_up(
 
 
 def _take(step: TakeStep, device: torch.device) -> None:
-    """Run it until it is warm."""
-    calls = 3 if device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third
+    """Run a step until it is warm."""
+    calls = 3 if device.type == "cuda" else 1  # CUDA graphs are recorded in the second and third step
     patiently(lambda: interleaved_ms({"": step}, device, rounds=0, calls=0, warmup=calls))
 
 
 def climb(
     job: Job, rows: list[Row], rounds: int, calls: int, loaders: bool, folder: Path, profiled: bool
 ) -> dict[str, Any]:
-    """These rows for one student and teacher."""
+    """Measure these rows for one student and teacher."""
     gpu = job.device.type == "cuda"
     precision = "bf16" if gpu or machine.best(job.device).dtype == "bfloat16" else "fp32"
     steps, missing = warm_up(rows, job, precision, loaders, folder)
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows = [row for row in LADDER if not args.rows or row.name in args.rows]
                 jobs.append(climb(job, rows, args.rounds, args.calls, args.loaders, Path(folder), args.profile))
                 print(table(jobs[-1]), flush=True)
-                # Each time: what comes after may run into a time limit.
+                # After each job, since a later one may run into a time limit.
                 write_record(
                     f"{args.name}_{'gpu' if gpu else 'cpu'}", {**settings, "baseline": OFFICIAL, "jobs": jobs}, args.out
                 )

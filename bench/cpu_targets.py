@@ -1,11 +1,11 @@
-"""Three targets for training on a CPU: channels-last and compilation never slow it down, exits cost little.
+"""Check three targets for training on a CPU: channels-last and compilation never slow it down, and exits cost little.
 
     python -m bench.cpu_targets                       writes bench/results/cpu_targets.json
     python -m bench.cpu_targets --students resnet18 mobilenetv2_100 deit_tiny_patch16_224
 
 1. channels-last is at least 0.95 times as fast as channels-first;
 2. a compiled step is at least 0.95 times as fast as an eager one;
-3. for ResNet-18 a step of OFA-KD from cached predictions (exits, loss, lookup) takes at most 25 % longer than a plain
+3. for ResNet-18, a step of OFA-KD from cached predictions (exits, loss, lookup) takes at most 25 % longer than a plain
    one.
 """
 
@@ -35,7 +35,7 @@ PAIRS = {
     "compiled over eager, OFA": ("compiled, channels-last, ofa", "eager, channels-last, ofa"),
     "compiled over eager, plain": ("compiled, channels-last, scratch", "eager, channels-last, scratch"),
 }
-# No target, but worth knowing: does bf16 pay on this CPU?
+# Not a target: whether bf16 pays on this CPU.
 REPORTED = {
     "bf16 over fp32, OFA": ("eager, bf16, ofa", "eager, channels-last, ofa"),
     "bf16 over fp32, plain": ("eager, bf16, scratch", "eager, channels-last, scratch"),
@@ -47,7 +47,7 @@ OVERHEADS = {
 
 
 def check(job: Job, rounds: int, calls: int) -> list[dict[str, Any]]:
-    """One row per target. Only two steps take turns at a time, since a training run has the caches to itself."""
+    """One row per target. Only two steps take turns at a time, since a training run has the CPU's caches to itself."""
     steps = {name: our_step(job, options) for name, options in STEPS.items()}
     found = []
     for name, (ours, baseline) in {**PAIRS, **OVERHEADS, **REPORTED}.items():

@@ -1,4 +1,4 @@
-"""The demo, recorded with machine and versions: the first table of the README.
+"""Run the demo and record its results with machine and versions: the first table of the README.
 
 python -m bench.demo            writes bench/results/demo.json and docs/demo-curves.png
 """

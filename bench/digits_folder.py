@@ -1,4 +1,4 @@
-"""Write a folder of JPEGs to try the commands on: scikit-learn's digits, enlarged, a folder per class.
+"""Write a folder of JPEGs for trying the commands: scikit-learn's digits, enlarged, a folder per class.
 
 python -m bench.digits_folder photos
 """
@@ -17,7 +17,7 @@ QUALITY = 95
 
 
 def write_folder(out: Path) -> None:
-    """OUT/train/CLASS/NAME.jpg and OUT/val/CLASS/NAME.jpg: 1,198 and 599 images."""
+    """Write OUT/train/CLASS/NAME.jpg and OUT/val/CLASS/NAME.jpg: 1,198 and 599 images."""
     for split in ("train", "val"):
         dataset = open_dataset("digits", split)
         assert dataset.pixels is not None

@@ -1,4 +1,4 @@
-"""How long it takes to draw the views of one ImageNet epoch (1.28 million rows), beside torchvision, row by row.
+"""Time needed to draw the views of one ImageNet epoch (1.28 million rows), and by torchvision, which draws each row.
 
 OMP_NUM_THREADS=1 python -m bench.draw_views            writes bench/results/draw_views.json
 """

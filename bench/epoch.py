@@ -1,12 +1,12 @@
-"""How long an epoch and a whole training run on ImageNet would take, from the three rates that can limit them.
+"""Estimate the time of an epoch and a whole training run on ImageNet from the three rates that can limit them.
 
     python -m bench.epoch                       writes bench/results/epoch_{cpu,gpu}.json
 
-Extrapolated, not trained: 1,281,167 images over the rates of the step (OFA-KD from cached predictions), of the loader,
-and of the teacher, which fills the cache with one view per epoch. Rates are read from records in bench/results/ if they
-match this student, teacher, image size and machine; the others are measured briefly. Processes and threads load images
-while the device trains, so the slower of the two counts; pipeline `resident` runs on the device itself, so their times
-add up. Evaluation is left out.
+Extrapolated, not trained: 1,281,167 images divided by the rates of the step (OFA-KD from cached predictions), of the
+loader, and of the teacher, which fills the cache with one view per epoch. Rates are read from records in bench/results/
+if these match this student, teacher, image size and machine; the others are measured briefly. Processes and threads
+load images while the device trains, so the slower of the two decides; pipeline `resident` runs on the device itself, so
+their times add up. Evaluation is left out.
 """
 
 import statistics
@@ -37,7 +37,7 @@ BASELINE = "official code"
 
 @dataclass(frozen=True)
 class Rates:
-    """Images a second, by image size; `source` says of each whether it was measured here or read from a record."""
+    """Images per second, by image size; `source`: whether each was measured here or read from a record."""
 
     step: dict[int, float]
     official: dict[int, float]
@@ -48,7 +48,7 @@ class Rates:
 
 
 def from_records(folder: Path, kind: str, job: Job) -> dict[str, Any] | None:
-    """The result of a record of this machine, or None."""
+    """The result of this machine's record, or None."""
     path = folder / f"{kind}_{'gpu' if job.device.type == 'cuda' else 'cpu'}.json"
     if not path.exists():
         return None
@@ -59,7 +59,7 @@ def from_records(folder: Path, kind: str, job: Job) -> dict[str, Any] | None:
 
 
 def ladder_rates(folder: Path, job: Job) -> dict[str, float]:
-    """Images a second of each row of the ladder for this student, teacher and size."""
+    """Images per second of each row of the ladder for this student, teacher and size."""
     record = from_records(folder, "train", job)
     if record is None or record["image_size"] != job.image_size or record["batch_size"] != job.batch_size:
         return {}
@@ -124,12 +124,12 @@ def measure(job: Job, sizes: list[int], pipeline: str, records: Path, rounds: in
 
 
 def together(step: float, loader: float, pipeline: str) -> float:
-    """Images a second of a step together with its loader."""
+    """Images per second of a step together with its loader."""
     return 1 / (1 / step + 1 / loader) if pipeline == "resident" else min(step, loader)
 
 
 def extrapolate(config: TrainConfig, full: int, rates: Rates, pipeline: str) -> dict[str, Any]:
-    """One recipe: its epochs by image size, the cache that it needs, and what takes the longest."""
+    """The result for one recipe: its epochs by image size, the cache that it needs, and what takes longest."""
     sizes = Counter(image_size(config, epoch, full) for epoch in range(config.epochs))
     epochs: list[dict[str, Any]] = []
     limits: Counter[str] = Counter()

@@ -1,13 +1,13 @@
-"""Everything that needs a GPU, in one call of a quarter of an hour.
+"""Run everything that needs a GPU, in one call of at most a quarter of an hour.
 
-    python -m bench.gpu                       in 7 minutes; writes bench/results/gpu/*.json and *.log
+    python -m bench.gpu                       7 minutes; writes bench/results/gpu/*.json and *.log
     python -m bench.gpu --only resnet18 tests
     python -m bench.gpu --minutes 4           jobs that do not fit are left out, the least important first, and listed
     python -m bench.gpu --dry-run             every job at a tiny size, on any machine, without a time limit
 
 It needs the checkout and its Python libraries; fastofa need not be installed. The tests also need tyro and hypothesis,
-from any folder in PYTHONPATH. Every job is a process. All compile at the same time, since a GPU idles while a compiler
-runs; then each measures alone, in the order of JOBS. Tests run while the jobs compile.
+from any folder in PYTHONPATH. Every job is a process of its own. All compile at the same time, since a GPU idles while
+a compiler runs; then each measures alone, in the order of JOBS. Tests run while the jobs compile.
 Exit code 1 if a job failed or was left out, 2 without a GPU.
 """
 
@@ -27,9 +27,9 @@ from bench.lib import command_line
 from bench.lib.turns import VARIABLE
 
 ROOT = Path(__file__).parent.parent
-COMPILING = 0.6  # share of the time after which turns begin even if some jobs still compile
-ALONE_S = 90.0  # that a job may take to measure
-COMPILE_PROCESSES = "5"  # of each job
+COMPILING = 0.6  # fraction of the time after which turns begin even if some jobs still compile
+ALONE_S = 90.0  # time limit of a job's measurements
+COMPILE_PROCESSES = "5"  # per job
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Running:
         self.turn.with_suffix(".go").touch()
 
     def wait(self, until: float) -> None:
-        """Wait for the end, or stop it."""
+        """Wait for the job to end; stop it if it runs out of time."""
         began = time.monotonic()
         try:
             code = self.process.wait(max(until - began, 0.1))
@@ -136,7 +136,7 @@ class Running:
         self.measured_s = time.monotonic() - began
 
     def stop(self, status: str) -> None:
-        """Kill it together with its workers and compilers, which are in its session."""
+        """Kill the job together with its workers and compilers, which are in its session."""
         self.status = status
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -153,7 +153,7 @@ def command(job: Job, dry_run: bool, out: Path) -> list[str]:
 
 
 def start(job: Job, dry_run: bool, out: Path, turns: Path) -> Running:
-    """Its output goes to OUT/NAME.log and, prefixed with its name, to the terminal."""
+    """Start a job. Its output goes to OUT/NAME.log and, prefixed with its name, to the terminal."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": COMPILE_PROCESSES}
     own |= {"TORCHDYNAMO_DISABLE": "1"} if dry_run else {}
@@ -181,7 +181,7 @@ def _tee(lines: IO[bytes], log: Path, name: str) -> None:
 
 
 def run(jobs: list[Job], dry_run: bool, out: Path, seconds: float) -> list[Running]:
-    """Run all of them; jobs that do not fit into the time are stopped and reported."""
+    """Run all jobs; those that do not fit into the time are stopped and reported."""
     began = time.monotonic()
     until = began + seconds
     with tempfile.TemporaryDirectory() as folder:

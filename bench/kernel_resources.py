@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, wide loads, doubles.
+"""Compile the Triton kernels without a GPU and report registers, spills, shared memory, wide loads and doubles.
 
     python -m bench.kernel_resources                 writes bench/results/kernel_resources.json
 
@@ -48,10 +48,10 @@ class Case:
     """Scalars that are multiples of 16."""
     num_warps: int = 4
     register_limit: int | None = None
-    """The limit that the launcher gives to the compiler."""
+    """The limit that the launcher passes to the compiler."""
     max_registers: int = 128
     wide_loads: bool = True
-    """Reads its tensors 128 bits at a time."""
+    """Whether it reads its tensors 128 bits at a time."""
 
 
 def cases() -> list[Case]:
@@ -59,7 +59,7 @@ def cases() -> list[Case]:
 
 
 def loss_cases() -> list[Case]:
-    """All of the objective, bf16, five heads, the top 16 classes; rows of a multiple of 16 bytes, and others."""
+    """The whole objective, bf16, five heads, the top 16 classes; rows of a multiple of 16 bytes, and others."""
     found = []
     for num_classes, temperature, gradient in (
         (1000, 1.0, False),
@@ -96,7 +96,7 @@ def loss_cases() -> list[Case]:
 
 
 def crop_cases() -> list[Case]:
-    """A resident data set by sample ids and its whole-pixel boxes, to 224 px. Pixels are gathered byte by byte."""
+    """Crops of a resident data set, by sample id and whole-pixel box, to 224 px. Pixels are gathered byte by byte."""
     return [
         Case(
             f"crop_resize {name}",
@@ -117,7 +117,7 @@ def crop_cases() -> list[Case]:
 
 
 def depthwise_cases() -> list[Case]:
-    """bf16, with a batch norm and an activation folded in; sides S of two stages' exits and of MobileNetV2's first."""
+    """bf16, with a batch norm and an activation folded in; sizes of two stages' exits and of MobileNetV2's first."""
     found = []
     for channels, side, activation in ((64, 56, "relu"), (512, 7, "relu"), (96, 112, "relu6")):
         for stride in (1, 2):
@@ -149,7 +149,7 @@ def depthwise_cases() -> list[Case]:
 
 
 def norm_cases() -> list[Case]:
-    """bf16, batch 1,024: a ResNet-18's first stage, and MobileNetV2's 144 channels, of which sixteen make a block."""
+    """bf16, batch 1,024: a ResNet-18's first stage, and MobileNetV2's 144 channels in blocks of sixteen."""
     of_channels = dict.fromkeys(("means", "variances", "weight", "bias", "coefficients", "sums"), "*fp32")
     found = []
     for channels, rows in ((64, 1024 * 56 * 56), (144, 1024 * 56 * 56)):
@@ -209,7 +209,7 @@ def pool_cases() -> list[Case]:
 
 
 def compile_case(case: Case, architecture: int) -> dict[str, Any]:
-    """Registers, spilled and stack bytes, shared bytes, number of 128-bit loads and stores, of fp64 instructions."""
+    """Registers, bytes of stack and shared memory, numbers of 128-bit loads and stores and of fp64 instructions."""
     names = case.kernel.arg_names
     signature = {n: case.pointers.get(n) or case.scalars.get(n) or "constexpr" for n in names}
     missing = [n for n in names if signature[n] == "constexpr" and n not in case.constants]
@@ -233,7 +233,7 @@ def compile_case(case: Case, architecture: int) -> dict[str, Any]:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """REG and STACK (where spilled registers go) by the cuobjdump that comes with Triton."""
+    """REG and STACK (where spilled registers go) as reported by the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

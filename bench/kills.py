@@ -8,10 +8,10 @@ with `--workers 2`, between their start and their end: to the process itself, to
 cluster does, or to one of its decoding processes or ranks. Then the same command runs again (`train` with --resume) and
 is sometimes killed once more. It prints a line for each kill and a table. The exit code is 1 if a command
 
-- hung: it was still there 20 s after the signal,
-- left processes: they were still there 20 s after its end,
+- hung: it was still running 20 s after the signal,
+- left processes: they were still running 20 s after its end,
 - showed a traceback, or
-- reached another result than an undisturbed run.
+- reached a different result than an undisturbed run.
 """
 
 import hashlib
@@ -58,11 +58,11 @@ class Command:
     line: str
     """Arguments of `fastofa`, with OUT for its output."""
     again: str
-    """Added when it runs again on the same output."""
+    """Arguments that are added when the command runs again on the same output."""
     result: Callable[[Path], str]
-    """sha256 of its result."""
+    """A function that returns the sha256 of the result."""
     source: str = ""
-    """What its output starts as a copy of; otherwise it is new."""
+    """The folder of which the output is a copy at the start; "" for a new output."""
     ranks: int = 1
 
     def argv(self, out: Path, again: bool) -> list[str]:
@@ -75,7 +75,7 @@ class Command:
 
 
 def trained(run: Path) -> str:
-    """Weights, average and optimiser at the end, the best weights, and the log without its speeds."""
+    """Digest of the last weights, average and optimiser state, the best weights, and the log without speeds."""
     digest = hashlib.sha256()
     for file in (max((run / "checkpoints").glob("step-*.safetensors")), run / "checkpoints" / "best.safetensors"):
         tensors, _ = load_tensors(file)
@@ -87,7 +87,7 @@ def trained(run: Path) -> str:
 
 
 def files(*patterns: str) -> Callable[[Path], str]:
-    """The bytes of the files with such names, in the folder or beside the file of that name."""
+    """Digest of the files that match the patterns, in a folder or beside a file."""
 
     def result(out: Path) -> str:
         digest = hashlib.sha256()
@@ -116,7 +116,7 @@ COMMANDS = (
 
 
 def prepare(folder: Path) -> None:
-    """What the commands work on: 200 images for training, 100 for validation, a teacher, its cache and a run."""
+    """Create the commands' input: 200 images for training, 100 for validation, a teacher, its cache and a run."""
     for split, count in (("train", 200), ("val", 100)):
         dataset = open_dataset("digits:200", split)
         step = len(dataset) // count
@@ -159,14 +159,14 @@ class Started:
             )
 
     def processes(self) -> list[int]:
-        """All that are running, without zombies."""
+        """All running processes, without zombies."""
         found = []
         for place in Path("/proc").glob("[0-9]*"):
             try:
                 if f"{MARK}={self.mark}\0".encode() in (place / "environ").read_bytes() + b"\0":
                     state = (place / "stat").read_text().rpartition(")")[2].split()[0]
                     found += [int(place.name)] if state not in "ZX" else []
-            except OSError:  # it is gone, or somebody else's
+            except OSError:  # it has ended, or belongs to another user
                 continue
         return sorted(found)
 
@@ -191,7 +191,7 @@ class Started:
 
 @dataclass
 class Tally:
-    """Of a command."""
+    """The counts of a command."""
 
     kills: int = 0
     slowest_s: float = 0.0
@@ -211,7 +211,7 @@ HEADER = ["command", "kills", "hung", "left processes", "tracebacks", "finished 
 
 
 def strike(started: Started, command: Command, rng: random.Random) -> str | None:
-    """Send a signal; returns which and to which process, or None if the command had ended."""
+    """Send a signal. Returns the signal and its target, or None if the command had ended."""
     signum = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
     main = started.process.pid
     others = [pid for pid in started.processes() if pid != main]
@@ -235,7 +235,7 @@ def strike(started: Started, command: Command, rng: random.Random) -> str | None
 
 
 def kill_once(started: Started, command: Command, seconds: float, rng: random.Random, tally: Tally) -> str | None:
-    """Kill it at a random moment of its undisturbed run time and watch it end; what happened, or None if too late."""
+    """Kill a command at a random moment of its undisturbed run time. Returns what happened, or None if it had ended."""
     moment = rng.uniform(rng.choice([0.02, 0.6]), 1) * seconds  # half of them after the imports
     if started.ended(moment) or (said := strike(started, command, rng)) is None:
         return None
@@ -264,7 +264,7 @@ def kill_once(started: Started, command: Command, seconds: float, rng: random.Ra
 
 
 def run(command: Command, folder: Path, number: int, count: int, rng: random.Random, tally: Tally, known: dict) -> None:
-    """One output: killed once or more, then finished and compared with the undisturbed result."""
+    """Kill a command once or more, then finish it and compare its output with the undisturbed result."""
     suffix = ".beton" if command.name == "write" else ""
     out = folder / f"{command.name}-{number}{suffix}"
     if command.source:
@@ -297,7 +297,7 @@ def run(command: Command, folder: Path, number: int, count: int, rng: random.Ran
 
 
 def undisturbed(command: Command, folder: Path) -> tuple[str, float]:
-    """Its result, and the seconds that it takes."""
+    """The result of an undisturbed run, and the seconds that it takes."""
     out = folder / f"{command.name}-undisturbed{'.beton' if command.name == 'write' else ''}"
     if command.source:
         shutil.copytree(folder / command.source, out)

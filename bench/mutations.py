@@ -1,11 +1,11 @@
-"""Damaged images: how many are reported, and how many are visibly damaged and not reported.
+"""Damage images, and count how many are reported and how many are visibly damaged but not reported.
 
-    python -m bench.mutations                          2,000 of them, a table by format and by kind of damage
-    python -m bench.mutations --count 200 --folder out     keeps them in a folder, to look at
+    python -m bench.mutations                          2,000 images; tables by format and by kind of damage
+    python -m bench.mutations --count 200 --folder out     keeps them in a folder for inspection
 
-Photographs are encoded as JPEG, PNG and WebP, damaged by a seed (lib/damage.py) and opened as `--skip-corrupt` opens a
-folder. The decoded pixels of those that stay are compared with the undamaged image's. Damage is visible if the mean
-absolute difference over a block of 16 x 16 pixels is 16 of 255 or more, or if the size differs.
+Photographs are encoded as JPEG, PNG and WebP, damaged as a seed determines (lib/damage.py) and opened with
+`--skip-corrupt`. The decoded pixels of those not skipped are compared with the undamaged image's. Damage is visible if
+the mean absolute difference over a block of 16 x 16 pixels is 16 of 255 or more, or if the size differs.
 
 The exit code is 1 if a visibly damaged image was not reported.
 """
@@ -31,7 +31,7 @@ from fastofa.data.decode import read_image
 from fastofa.data.open import open_dataset
 from fastofa.system.errors import BadInput
 
-BLOCK, VISIBLE = 16, 16.0  # pixels a side; levels of 255, on average over a block
+BLOCK, VISIBLE = 16, 16.0  # pixels per side; levels of 255, averaged over a block
 LISTED = 20
 OUTCOMES = ("refused", "same pixels", "invisible", "visible, not reported")
 
@@ -78,13 +78,13 @@ class Case:
     name: str
     form: str
     kind: str
-    """Of damage."""
+    """Kind of damage."""
     pixels: np.ndarray
     """uint8 [H, W, 3], before it was encoded."""
 
 
 def write_cases(folder: Path, count: int, seed: int) -> list[Case]:
-    """FOLDER/train/a/NUMBER.SUFFIX, each a part of a photograph, encoded, then damaged."""
+    """Write FOLDER/train/a/NUMBER.SUFFIX, each a part of a photograph, encoded, then damaged."""
     photos, cases = load_sample_images().images, []
     for number in range(count):
         rng = np.random.default_rng([seed, number])
@@ -102,7 +102,7 @@ def write_cases(folder: Path, count: int, seed: int) -> list[Case]:
 
 
 def outcomes(folder: Path, cases: Sequence[Case]) -> list[tuple[str, float]]:
-    """(one of OUTCOMES, the difference from the undamaged pixels) for each."""
+    """For each case, one of OUTCOMES and the difference from the undamaged pixels."""
     dataset = open_dataset(str(folder), skip_corrupt=True)
     kept = {name: i for i, name in enumerate(dataset.names)}
     found = []

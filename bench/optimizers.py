@@ -1,9 +1,9 @@
-"""The update alone: torch's fused, foreach and one-by-one forms, timm's LAMB, NVIDIA apex's if it is built.
+"""Time the update alone: torch's fused, foreach and one-by-one forms, timm's LAMB, and NVIDIA apex's if it is built.
 
     python -m bench.optimizers            writes bench/results/optimizers_{cpu,gpu}.json
 
-Beside the time it reports the distance of the weights from those of the one-by-one form after ten steps on the same
-gradients, even if it is zero. The weights and gradients are those of the student with its exits, channels-last.
+It also reports the distance of the weights from those of the one-by-one form after ten steps on the same gradients,
+even if it is zero. The weights and gradients are those of the student with its exits, channels-last.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from bench.lib.timing import interleaved_ms, median_ratio
 from bench.lib.turns import wait_for_turn
 from fastofa.student.stages import ALL_STAGES
 
-STEPS = 10  # after which the weights are compared
+STEPS = 10  # steps after which the weights are compared
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 ADAM: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.05}
@@ -51,7 +51,7 @@ FAMILIES: dict[str, dict[str, Build]] = {
 
 
 def _apex(name: str) -> Any:
-    """Raises ImportError without NVIDIA's apex."""
+    """An optimiser of NVIDIA's apex. Raises ImportError without it."""
     importlib.import_module("amp_C")
     return getattr(importlib.import_module("apex.optimizers"), name)
 
@@ -69,7 +69,7 @@ class Update:
         self.optimizer.step()
 
     def distance(self, other: "Update") -> float:
-        """The largest difference of a weight."""
+        """The largest absolute difference of a weight."""
         pairs = zip(self.parameters, other.parameters, strict=True)
         return max((a - b).detach().abs().max().item() for a, b in pairs)
 

@@ -1,4 +1,4 @@
-"""The benchmarks' charts, from their records: docs/ladder.png and docs/loaders.png.
+"""Draw the benchmarks' charts from their records: docs/ladder.png and docs/loaders.png.
 
     python -m bench.plot                               from bench/results to docs
     python -m bench.plot --records FOLDER --out FOLDER

@@ -1,4 +1,4 @@
-"""Where a training step's time goes, kernel by kernel, and how close each comes to the memory bandwidth.
+"""Measure where a training step's time goes, kernel by kernel, and how close each comes to the memory bandwidth.
 
     python -m bench.profile_step                                        on a CPU: ResNet-18's step, a row per operation
     python -m bench.profile_step --students resnet18 resnet50 mobilenetv2_100                    on a GPU: per kernel
@@ -36,8 +36,8 @@ BYTES = {
     "unsigned char": 1, "signed char": 1, "bool": 1,
 }  # fmt: skip
 
-# Why a kernel of the top ten stays as it is: the first pattern that its name contains applies. Written by hand from
-# the CPU's table; none has been written for a GPU's kernels yet.
+# Why a kernel of the top ten is not optimised further: the first pattern that its name contains applies. Written by
+# hand from the CPU's table; there are none for a GPU's kernels yet.
 REASONS = {
     "depthwise": "the exits'; always oneDNN's (cuDNN's on a GPU), inductor has no template for it",
     "convolution_backward": "the network's own arithmetic, by oneDNN no slower than a matrix product",
@@ -68,7 +68,7 @@ class Sample:
 
 
 def samples(events: list[dict[str, Any]]) -> list[Sample]:
-    """What ran in a chrome trace: kernels if there are any, otherwise operations."""
+    """The samples of a Chrome trace: kernels if there are any, otherwise operations."""
     operations = [e for e in events if e.get("cat") == "cpu_op"]
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
@@ -92,7 +92,7 @@ def samples(events: list[dict[str, Any]]) -> list[Sample]:
 
 
 def _own_us(operations: list[dict[str, Any]]) -> list[float]:
-    """Time of each operation without what it called."""
+    """Time of each operation without the operations that it called."""
     own = {id(o): float(o["dur"]) for o in operations}
     for thread in {o["tid"] for o in operations}:
         open_: list[dict[str, Any]] = []
@@ -106,7 +106,7 @@ def _own_us(operations: list[dict[str, Any]]) -> list[float]:
 
 
 def _label(kernel: str, operation: dict[str, Any]) -> str:
-    """The operation and its kernel (a compiled one's names are the same), and `depthwise` where it is."""
+    """The names of the operation and its kernel (equal for a compiled one), with "depthwise" if it is."""
     launcher = operation["name"].removeprefix("aten::")
     name = f"{launcher}: {kernel}" if kernel and kernel != launcher else launcher
     return f"depthwise {name}" if _is_depthwise(operation) else name
@@ -134,7 +134,7 @@ def cost(operation: dict[str, Any]) -> tuple[float, float]:
     if not inputs:  # numbers only, or a list of tensors, whose sizes are not in the trace
         return (math.nan if "TensorList" in types or "Input Dims" not in operation["args"] else 0.0), 0.0
     if name.startswith("triton"):
-        return sum(inputs), 0.0  # a compiled kernel's arguments are all it reads and writes
+        return sum(inputs), 0.0  # a compiled kernel reads and writes only its arguments
     if "convolution_backward" in name:  # a pass for the input's gradient, a pass for the weight's
         macs = math.prod(dims[0]) * math.prod(dims[2][1:])
         return 2 * sum(inputs[:3]), 4 * macs
@@ -144,7 +144,7 @@ def cost(operation: dict[str, Any]) -> tuple[float, float]:
     if "batch_norm" in name:
         return (5 if "backward" in name else 3) * max(inputs), 0.0
     if name in ("mm", "addmm", "bmm"):
-        a, b = dims[1:3] if name == "addmm" else dims[:2]  # a compiled program also passes where the result goes
+        a, b = dims[1:3] if name == "addmm" else dims[:2]  # a compiled program also passes the output tensor
         out = math.prod(a[:-1]) * b[-1]
         return (math.prod(a) + math.prod(b) + out) * BYTES[types[0]], 2 * out * a[-1]
     if name in ("copy_", "fill_", "zero_"):
@@ -153,10 +153,10 @@ def cost(operation: dict[str, Any]) -> tuple[float, float]:
 
 
 def _conv_output(operation: dict[str, Any]) -> int:
-    """Elements."""
+    """The number of elements of a convolution's result."""
     x, weight = _dims(operation)[:2]
     lists = [ast.literal_eval(text) for text in operation["args"]["Concrete Inputs"] if text.startswith("[")]
-    # cudnn_convolution and mkldnn_convolution name the padding first, those that call them the stride.
+    # cudnn_convolution and mkldnn_convolution take the padding first, their callers the stride.
     padding_first = "cudnn" in operation["name"] or "mkldnn" in operation["name"]
     (stride, _), (padding, _) = lists[1::-1] if padding_first else lists[:2]
     sides = [(side + 2 * padding - k) // stride + 1 for side, k in zip(x[2:], weight[2:], strict=True)]
@@ -167,7 +167,7 @@ def _conv_output(operation: dict[str, Any]) -> int:
 
 
 def tabulate(found: Iterable[Sample], calls: int, peak: machine.Machine, update_bytes: float) -> list[dict[str, Any]]:
-    """A row per name, the slowest first: figures of one step, shares of what copy and matrix product reach."""
+    """A row per name, the slowest first: figures of one step, shares of the peaks of copy and matrix product."""
     rows: dict[str, dict[str, Any]] = {}
     for sample in found:
         row = rows.setdefault(sample.name, {"name": sample.name, "calls": 0, "ms": 0.0, "gb": 0.0, "gflop": 0.0})
@@ -178,7 +178,7 @@ def tabulate(found: Iterable[Sample], calls: int, peak: machine.Machine, update_
     total = sum(row["ms"] for row in rows.values())
     for row in rows.values():
         if "_fused_sgd_" in row["name"]:
-            row["gb"] = update_bytes / 1e9  # lists of tensors: the trace does not say how large they are
+            row["gb"] = update_bytes / 1e9  # lists of tensors, whose sizes are not in the trace
         row["share_of_step"] = row["ms"] / total
         known = not math.isnan(row["gb"]) and row["ms"] > 0
         row["gb"] = row["gb"] if known else None
@@ -190,7 +190,7 @@ def tabulate(found: Iterable[Sample], calls: int, peak: machine.Machine, update_
 def kernels(
     take: Callable[[], object], device: torch.device, calls: int, peak: machine.Machine, update_bytes: float = math.nan
 ) -> list[dict[str, Any]]:
-    """The table of a step that is warm; `update_bytes`, of the optimiser's update, are not in the trace."""
+    """The table of a warm step. `update_bytes` are those of the optimiser's update, which the trace lacks."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities, record_shapes=True) as profiler:
         timed_ms(take, device, calls)
@@ -202,7 +202,7 @@ def kernels(
 
 
 def profile_step(job: Job, options: StepOptions, calls: int) -> dict[str, Any]:
-    """One student's table."""
+    """Measure one student's table."""
     (step, targets), batch = open_step(job, options), job.batch()
 
     def take() -> None:
@@ -231,7 +231,7 @@ def why(name: str) -> str:
 
 
 def page(found: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """docs/profile.md."""
+    """The text of docs/profile.md."""
     parts = [
         "# Where a training step's time goes",
         "Made by `python -m bench.profile_step --docs` from "
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     for student in args.students:
         job = Job(student, args.teacher, args.image_size, args.batch_size, args.num_classes, device)
         found.append(profile_step(job, options, args.calls))
-        # Each time: what comes after may run into a time limit.
+        # After each student, since a later one may run into a time limit.
         path = write_record(f"profile_{'gpu' if gpu else 'cpu'}", {**settings, "students": found}, args.out)
         torch.compiler.reset()
     made = read_record(path)["environment"]

@@ -1,11 +1,11 @@
-"""Reading a .beton larger than memory: in random order or page by page, with and without read-ahead.
+"""Time reading a .beton larger than memory: in random order or page by page, with and without read-ahead.
 
 python -m bench.read_order            writes bench/results/read_order_cpu.json
 
 Each measurement reads the first part of an epoch from a file of 12 GB, so that in random order, as with a file much
-larger than memory, the neighbours of an image on the disk are seldom used. The file is not cached before; in the last
-two cases the images to read are, which shows the speed of the CPU alone and the cost of read-ahead. Images are cropped
-to a small size, so that the disk takes most of the time.
+larger than memory, the neighbours of an image on the disk are seldom used. The file is not cached beforehand, except
+for the images to read in the last two cases, which show the speed of the CPU alone and the cost of read-ahead.
+Images are cropped to a small size, so that the disk takes most of the time.
 """
 
 import os
@@ -32,7 +32,7 @@ from fastofa.views.policy import ViewPolicy
 IMAGES, READ = 61_440, 8192
 EACH = SIDE * SIDE * 3  # bytes
 IMAGE_SIZE, BATCH, ROUNDS = 64, 256, 5
-CASES = {  # order, read-ahead, cached before
+CASES = {  # order, read-ahead, cached beforehand
     "random, when touched": ("random", False, False),
     "random, ahead": ("random", True, False),
     "pages, when touched": ("pages", False, False),
@@ -43,7 +43,7 @@ CASES = {  # order, read-ahead, cached before
 
 
 def write_pixels(path: Path) -> None:
-    """Noise, since a disk may compress; flushed and dropped from the page cache as the file grows."""
+    """Write noise, since a disk may compress. It is flushed and dropped from the page cache as the file grows."""
     rng = np.random.default_rng(0)
     with open(path, "wb") as file:
         for _ in range(IMAGES // 1024):
@@ -54,7 +54,7 @@ def write_pixels(path: Path) -> None:
 
 
 def evict(file: int) -> None:
-    """Drops pages that are written to the disk and not mapped."""
+    """Drop pages from the page cache that are written to the disk and not mapped."""
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -71,7 +71,7 @@ def open_pixels(path: Path) -> Dataset:
 
 
 def measure(path: Path, case: str, number: int) -> tuple[float, float]:
-    """Images a second, and bytes read from the disk per byte of images."""
+    """Images per second, and bytes read from the disk per byte of images."""
     kind, ahead, in_memory = CASES[case]
     with open(path, "rb") as file:
         evict(file.fileno())
@@ -90,12 +90,12 @@ def measure(path: Path, case: str, number: int) -> tuple[float, float]:
 
 
 def no_read_ahead(*_: object) -> Generator[None, None, None]:
-    """In place of `read_ahead`."""
+    """Replaces `read_ahead`."""
     yield from ()
 
 
 def read_bytes() -> int:
-    """Read from the disk by this process so far."""
+    """Bytes read from the disk by this process so far."""
     return int(Path("/proc/self/io").read_text().partition("\nread_bytes: ")[2].split()[0])
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         write_pixels(path)
         for number in range(ROUNDS):
             cases = list(CASES)
-            # Each reads another epoch, since the disk has caches of its own.
+            # Each measurement reads another epoch, since the disk has caches of its own.
             for i, case in enumerate(cases[number:] + cases[:number]):
                 found[case].append(measure(path, case, number * len(cases) + i))
     baseline = [rate for rate, _ in found["random, when touched"]]

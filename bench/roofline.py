@@ -1,16 +1,16 @@
-"""The floor under a training step: each operation at the machine's peak arithmetic or bandwidth, whichever is slower.
+"""Compute the floor under a training step: each operation at peak arithmetic or bandwidth, whichever is slower.
 
     python -m bench.roofline                                        at this machine's peaks, measured first
-    python -m bench.roofline --tflops 790 --gb-per-second 4300      at given ones: a table, no record
+    python -m bench.roofline --tflops 790 --gb-per-second 4300      at given peaks: a table, no record
     writes bench/results/roofline_{cpu,gpu}.json
 
 The student is trained for one step on PyTorch's `meta` device, which computes shapes only, and every operation that
-reaches memory is recorded: what it reads, writes and multiplies. The figure depends on these assumptions:
+accesses memory is recorded: what it reads, writes and multiplies. The figure depends on these assumptions:
 
 - activations and weights in bf16 (or the given dtype), each read or written once by an operation that needs it;
-- batch norm is passes of its own over memory: 3 forward (read for the statistics; read, write), 5 backward;
-- an element-wise operation beside a norm (ReLU, a residual sum) is part of the norm's pass and free; GELU stands
-  between two matrix products, into which no compiler fuses it, and has passes of its own;
+- batch norm takes passes of its own over memory: 3 forward (read for the statistics; read, write), 5 backward;
+- an element-wise operation next to a norm (ReLU, a residual sum) is part of the norm's pass and free; GELU is
+  between two matrix products, into which no compiler fuses it, and takes passes of its own;
 - the matrix of attention weights never leaves the chip;
 - the update reads weight, gradient and momentum and writes two of them, fp32.
 """
@@ -65,7 +65,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def size(*tensors: Tensor | None) -> int:
-    """Bytes."""
+    """Total size of the tensors in bytes."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
@@ -75,7 +75,7 @@ def _convolution(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
 
 
 def _convolution_backward(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
-    """One pass for the input's gradient, if it is needed (not in the first layer), one for the weight's."""
+    """One pass for the input's gradient (except in the first layer, which needs none), one for the weight's."""
     gradient, x, weight = args[:3]
     return [_conv_pass(x, weight, gradient, args[9]) for wanted in args[10][:2] if wanted]
 
@@ -93,14 +93,14 @@ def _matmul(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
 
 
 def _attention(args: Sequence[Any], out: Sequence[Tensor]) -> list[Operation]:
-    """Batched products are attention's; square operands (tokens x tokens) stay on the chip."""
+    """Batched products belong to attention; square operands (tokens x tokens) stay on the chip."""
     a, b = args[:2]
     moved = [t for t in (a, b, out[0]) if t.shape[-1] != t.shape[-2]]
     return [Operation("attention", 2 * a.numel() * b.shape[-1], size(*moved))]
 
 
 def _passes(kind: str, count: int, tensor: int = 0) -> Callable[[Sequence[Any], Sequence[Tensor]], list[Operation]]:
-    """This many passes over argument number `tensor`."""
+    """`count` passes over argument number `tensor`."""
     return lambda args, out: [Operation(kind, 0, count * size(args[tensor]))]
 
 
@@ -132,7 +132,7 @@ COSTS: dict[str, Callable[[Sequence[Any], Sequence[Tensor]], list[Operation]]] =
 def operations(
     student: str, image_size: int, batch_size: int, num_classes: int, exits: bool, dtype: torch.dtype
 ) -> list[Operation]:
-    """Of one training step."""
+    """The operations of one training step."""
     stages = ALL_STAGES if exits else ()
     model = Student(student, num_classes, image_size, TEACHER_DIM, stages).to("meta", dtype).train()
     images = torch.empty(batch_size, 3, image_size, image_size, device="meta", dtype=dtype)

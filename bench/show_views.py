@@ -1,4 +1,4 @@
-"""Draw the augmentation: a row for each of four photographs, first its crop, then several views of a recipe.
+"""Draw the augmentation: a row for each of four photographs, with its crop first, then several views of a recipe.
 
 OMP_NUM_THREADS=1 python -m bench.show_views             writes docs/views.png
 """

@@ -2,8 +2,8 @@
 
 OPERATIONS["rotate"](images, amounts, fill) -> images
 
-The results are those of Pillow through timm's AugmentOp with bilinear resampling, with which tests compare them.
-Nothing waits for the device, and the pixels of an image do not depend on the other images of the batch.
+The results match those of timm's AugmentOp on Pillow images with bilinear resampling; tests compare them. Nothing waits
+for the device, and the pixels of an image do not depend on the other images of the batch.
 
 Shapes: B batch, S side of an image. Images are uint8 [B, 3, S, S] in any memory format, amounts are float32 [B] on the
 CPU, where the tables are.
@@ -24,7 +24,7 @@ def _per_image(values: Tensor, images: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _choose(mask: Tensor, images: Tensor, others: Tensor) -> Tensor:
-    """The others where the mask [B, 1 or 3, S, S] is set; on a CPU, this is much faster than torch.where."""
+    """`others` where the mask [B, 1 or 3, S, S] is set, else `images`; on a CPU, much faster than torch.where."""
     return images ^ ((images ^ others) & mask.to(torch.uint8) * 255)
 
 
@@ -36,7 +36,7 @@ def invert(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
 
 
 def posterize(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
-    """Keep the highest `amount` bits, 0 to 8. 0 gives black, as in the Pillow version used by the publications."""
+    """Keep the highest `amount` bits, 0 to 8. 0 gives black, as in the version of Pillow that the publications used."""
     return images & _per_image(256 - 2 ** (8 - amounts), images, torch.int32).to(torch.uint8)
 
 
@@ -125,7 +125,7 @@ def equalize(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
 
 
 # As in Pillow's transform, the centre of an output pixel is mapped to a position in the source, which is interpolated
-# bilinearly; outside of the source, it is the fill colour. Near the edges, the outermost pixels are repeated.
+# bilinearly; outside the source, it takes the fill colour. Near the edges, the outermost pixels are repeated.
 
 
 def _slide(images: Tensor, by: Tensor, fill: Color) -> Tensor:

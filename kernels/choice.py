@@ -18,7 +18,7 @@ MEASURED_FASTER = frozenset({"crop_resize", "norm_act", "norm_act_pool"})
 
 
 def use_triton(kernel: str, impl: str | None, device: torch.device) -> bool:
-    """Whether to run the Triton kernel, for `impl` "triton", "torch", or None: the one that was measured to be faster.
+    """Whether to run the Triton kernel, for `impl` "triton", "torch", or None: the one measured to be faster.
 
     Raises:
         ValueError: `impl` has another value, or is "triton" where Triton cannot run.

@@ -33,7 +33,8 @@ def crop_resize(
     Args:
         images: uint8 [N, H, W, 3].
         boxes: [B, 4] top, left, height, width in pixels of the source (fractions of a pixel are allowed): finite,
-            inside the image, height and width > 0. They are not checked, because on a GPU that would wait for it.
+            inside the image, height and width > 0. They are not checked, because on a GPU a check would wait for the
+            device.
         flip: bool [B], flip horizontally.
         size: S.
         ids: int64 [B], the image of each box, in 0..N-1; None: box i belongs to image i (B = N). Ids outside the range
@@ -48,7 +49,7 @@ def crop_resize(
         std if given.
 
     Raises:
-        ValueError: invalid shapes, dtypes, devices or values; the message says what was expected and what it got.
+        ValueError: invalid shapes, dtypes, devices or values; the message states what was expected and what was given.
     """
     _check(images, boxes, flip, size, ids, mean, std, dtype)
     triton = use_triton("crop_resize", impl, images.device)

@@ -38,7 +38,7 @@ def depthwise_conv3x3(
         [B, C, ceil(H / stride), ceil(W / stride)] in x's dtype, differentiable in x, weight, scale and shift.
 
     Raises:
-        ValueError: invalid shapes, dtypes, devices or options; the message says what was expected and what it got.
+        ValueError: invalid shapes, dtypes, devices or options; the message states what was expected and what was given.
     """
     _check(x, weight, stride, scale, shift, activation)
     if not use_triton("depthwise_conv3x3", impl, x.device):

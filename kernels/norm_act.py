@@ -44,7 +44,7 @@ def norm_act(
         [B, C, H, W] in x's dtype, differentiable in x, weight, bias and residual.
 
     Raises:
-        ValueError: invalid shapes, dtypes, devices or options; the message says what was expected and what it got.
+        ValueError: invalid shapes, dtypes, devices or options; the message states what was expected and what was given.
     """
     _check(x, training, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if activation not in ACTIVATIONS:
@@ -79,7 +79,7 @@ def norm_act_pool(
 ) -> Tensor:
     """3x3 max-pooling with stride 2 and padding 1 of relu(batch_norm(x)), as in a ResNet's stem.
 
-    The arguments are those of `norm_act`. Of equal values in x, the first one gets the gradient. The kernels never
+    The arguments are those of `norm_act`. If values in x are equal, the first one gets the gradient. The kernels never
     store the normalised map.
 
     Returns:
@@ -190,7 +190,7 @@ def _save_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _statistics_backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Tensor:
-    """One pass over x, which the compiler fuses with other additions to its gradient."""
+    """One pass over x, which the compiler fuses with other additions to the gradient."""
     x, mean = ctx.saved_tensors
     away = x.to(mean.dtype) - mean[:, None, None]
     count = x.numel() // x.shape[1]

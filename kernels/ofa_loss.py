@@ -44,7 +44,7 @@ def ofa_loss(
         fp32 (or float64) [H], differentiable in `logits`.
 
     Raises:
-        ValueError: invalid shapes, dtypes, devices or values; the message says what was expected and what it got.
+        ValueError: invalid shapes, dtypes, devices or values; the message states what was expected and what was given.
     """
     eps = _check(logits, labels, classes, log_probs, eps, temperature, variant)
     if not use_triton("ofa_loss", impl, logits.device):
@@ -76,7 +76,7 @@ def distillation_loss(
     Args:
         smoothing: label smoothing in CE, 0 to 1.
         partner_labels, mix: for mixed images, int64 [B] and floating [B], or neither. The label is `mix` times the
-            image's own one plus the rest of the partner's; the OFA loss enhances the class with the larger weight.
+            image's own label plus 1 - `mix` times the partner's; the OFA loss enhances the class of larger weight.
         Others: as in `ofa_loss`.
 
     Returns:
@@ -174,8 +174,8 @@ def _check_triton(logits: Tensor) -> None:
 
 # --- The kernels as PyTorch operators ---------------------------------------------------------------------------------
 
-# Forward writes only the losses. Backward reads the logits again and multiplies by the incoming gradient before it
-# writes theirs. That takes three passes over memory, whereas storing a gradient and multiplying it later takes four. On
+# Forward writes only the losses. Backward reads the logits again and writes their gradient, already multiplied by the
+# incoming one. That takes three passes over memory, whereas storing a gradient and multiplying it later takes four. On
 # a CPU, the operators run the twins.
 
 

@@ -30,7 +30,7 @@ def teacher_probs(log_probs: Tensor, num_classes: int, temperature: float) -> tu
 def ofa_loss_dense(
     logits: Tensor, labels: Tensor, probs: Tensor, eps: Tensor, temperature: float = 1.0, variant: str = "official"
 ) -> Tensor:
-    """The definition, literally: logits [H, B, C], the teacher's probabilities [B, C] at T, eps [H] -> [H].
+    """The definition, written out: logits [H, B, C], the teacher's probabilities [B, C] at T, eps [H] -> [H].
 
     Tests use it as the reference (in float64) and benchmarks as the baseline; training uses `head_losses`.
     """
@@ -124,7 +124,7 @@ def sparse_weights(
 
 
 def _shifted(logits: Tensor, temperature: float) -> Tensor:
-    """z / T minus its maximum, in fp32: this does not change weights and softmax, but avoids cancellation."""
+    """z / T minus its maximum, in fp32: this changes neither weights nor softmax, but avoids cancellation."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     return z - z.amax(dim=-1, keepdim=True).detach()
 
@@ -133,8 +133,8 @@ def _shifted(logits: Tensor, temperature: float) -> Tensor:
 
 
 def mixed_labels(labels: Tensor, partner_labels: Tensor, mix: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """[B, C], fp32 (float64 for a float64 `mix`): `mix` times the image's own label plus the rest of its partner's,
-    with label smoothing (timm's mixup_target)."""
+    """[B, C], fp32 (float64 for a float64 `mix`): `mix` times the image's own label plus 1 - `mix` times the
+    partner's, with label smoothing (timm's mixup_target)."""
     mix = mix.to(torch.promote_types(mix.dtype, torch.float32))
     both = mix.new_full((len(labels), num_classes), smoothing / num_classes)
     own, others = (share[:, None] * (1 - smoothing) for share in (mix, 1 - mix))

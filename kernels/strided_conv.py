@@ -1,4 +1,4 @@
-"""Computes a strided convolution of few channels exactly, as one of stride 1 on squares of pixels with many channels.
+"""Compute a strided convolution of few channels as one of stride 1 on squares of pixels with many channels, exactly.
 
 Tensor cores need channels in multiples of eight, but an image has three. With stride 2, every square of 2 x 2 pixels
 becomes one position of 12 channels (16 with padding), and a 7 x 7 kernel becomes a 4 x 4 kernel over squares, with
@@ -6,7 +6,7 @@ zeros where it had no weights. If a kernel is as wide as its stride, the convolu
 are rearranged in the forward pass, so that their gradients have the stored layout. Everything is plain PyTorch, which a
 compiler fuses with the operations that produce the pixels.
 
-Shapes: B batch, C channels in, D channels out, S stride, K side of the kernel, T of the kernel over squares.
+Shapes: B batch, C channels in, D channels out, S stride, K side of the kernel, T side of the kernel over squares.
 """
 
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def strided_conv2d(
         [B, D, OH, OW], channels last.
 
     Raises:
-        ValueError: invalid shapes or options; the message says what was expected and what it got.
+        ValueError: invalid shapes or options; the message states what was expected and what was given.
     """
     if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] or weight.shape[2] != weight.shape[3]:
         raise ValueError(
@@ -60,6 +60,6 @@ def strided_conv2d(
 
 
 def squares(kernel: int, stride: int, padding: int) -> tuple[int, int]:
-    """The number of squares by which a kernel begins before its output's square, and the number T that it spans."""
+    """How many squares before its output's square a kernel begins, and the number T of squares that it spans."""
     before = -(-padding // stride)
     return before, (kernel - 1 - padding) // stride + before + 1

@@ -71,7 +71,7 @@ def _crop_resize_kernel(
     x = tl.where(tl.load(flips + crop), S - 1 - x, x)
     row, away_y, last_row, per_row, rows = _filters(top, box_height, y, height, S)
     column, away_x, last_column, per_column, columns = _filters(left, box_width, x, width, S)
-    rows = tl.where((image >= 0) & (image < count), rows, 0)  # an invalid id reads nothing and gives 0 / 0
+    rows = tl.where((image >= 0) & (image < count), rows, 0)  # an invalid id reads nothing and yields 0 / 0
 
     source = images + image * height * width * 3
     red = tl.zeros([BLOCK], tl.float32)

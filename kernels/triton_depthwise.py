@@ -324,7 +324,7 @@ ROWS = 32  # the maximum per strip of one image
 
 
 def register_limit(kernel: Any, stride: int) -> int | None:
-    """Registers per thread so that three programs of 128 threads fit on a multiprocessor; two for stride 2's dx."""
+    """The registers per thread that let three programs of 128 threads share a multiprocessor; two for stride 2's dx."""
     return None if kernel is _input_gradient_kernel and stride == 2 else 168
 
 
@@ -334,15 +334,15 @@ class Tiling:
     block_c: int
     rows: int
     images: int
-    """Per program."""
+    """Images per program."""
     parts: int
     """Programs per block of channels, P."""
     blocks: int
-    """Of channels."""
+    """Number of blocks of channels."""
 
 
 def tiling(batch: int, height: int, width: int, channels: int, stride: int) -> Tiling:
-    """Blocks of 1,024 elements that exceed the edges least; strips of at most ROWS rows, or several small images."""
+    """Blocks of 1,024 elements that extend past the edges least; strips of up to ROWS rows, or several small images."""
     out_height, out_width = -(-height // stride), -(-width // stride)
     sizes = [(1024 // c, c) for c in ((128, 64, 32) if channels > 16 else (16, 8))]
     block_w, block_c = min(sizes, key=lambda size: -(-out_width // size[0]) * -(-channels // size[1]))

@@ -155,7 +155,7 @@ def _sums_kernel(
 ):  # fmt: skip
     """Each program's sums of g and of g (x - mean), fp32 [P, 2, C]. After residual and activation, `masked` = g.
 
-    Where the activation passes the gradient on is derived from x, or, after a residual, from y.
+    The positions at which the activation passes the gradient on follow from x or, after a residual, from y.
     """
     channels, part = _place(C, BLOCK_C)
     mean, scale, shift = _affine(means, variances, weight, bias, channels, eps, C)
@@ -232,11 +232,11 @@ class Tiling:
     parts: int
     """Programs per block of channels, P."""
     blocks: int
-    """Of channels."""
+    """Number of blocks of channels."""
 
 
 def tiling(rows: int, channels: int, tile: tuple[int, int]) -> Tiling:
-    """Blocks of channels that exceed the last channel least; of equals, the widest. `tile` is STATISTICS or similar."""
+    """The widest of those blocks of channels that extend least past the last one. `tile` is STATISTICS or similar."""
     elements, programs = tile
     if channels <= 32:
         block_c = max(triton.next_power_of_2(channels), 8)

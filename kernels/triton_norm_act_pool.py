@@ -2,8 +2,8 @@
 
 Within a channel, a batch norm is monotonic in x, so that the maximum of nine values can be found in x itself, or in -x
 if the channel's scale is negative. In the forward pass, a program has a tile of columns and channels of the result and
-iterates down the rows of a strip, as in the depthwise convolution. It stores the maximal value of x and its position.
-In the backward pass, the sums over a channel are thus computed from maps of the result's size, and one pass over x
+iterates down the rows of a strip, as in the depthwise convolution. It stores the value of x at the maximum, and its
+position. The backward pass can thus compute the sums over a channel from maps of the result's size, and one pass over x
 computes its gradient: four values of dx from four of dy.
 
 Shapes: B batch, C channels, H and W of the input, OH and OW of the output.

@@ -102,7 +102,7 @@ def _loss_kernel(
     base = program.to(tl.int64) * C
     ALIGNED: tl.constexpr = C % VECTOR == 0
 
-    # `inner` elements from `first` on are between 16-byte boundaries; `before` precede and `after` follow them.
+    # `inner` elements, from `first` on, are between 16-byte boundaries; `before` precede and `after` follow them.
     columns = tl.arange(0, BLOCK)
     edge = tl.arange(0, 2 * VECTOR)
     if ALIGNED:

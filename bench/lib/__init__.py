@@ -1,1 +1,1 @@
-"""What several benchmarks share: steps, loaders and images to time, the clock, the record."""
+"""Code that several benchmarks share: steps, loaders and images to time, timing, records."""

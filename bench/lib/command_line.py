@@ -1,4 +1,4 @@
-"""The command line that every benchmark has."""
+"""The command line common to all benchmarks."""
 
 import argparse
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""Damage to the bytes of a file, chosen by a seed: bits flip, parts are lost, zeroed, moved or added."""
+"""Damage the bytes of a file as a seed determines: flip bits; remove, zero, move or add parts."""
 
 import random
 from collections.abc import Callable
 
 
 def _place(data: bytes, rng: random.Random, longest: int = 512) -> tuple[int, int]:
-    """Begin and end of a part that is not empty."""
+    """Start and end of a part that is not empty."""
     count = min(len(data), rng.choice([1, 2, 4, 16, 64, longest]))
     begin = rng.randint(0, len(data) - count)
     return begin, begin + count
@@ -29,7 +29,7 @@ def _zeroed(data: bytes, rng: random.Random) -> bytes:
 
 
 def _swapped(data: bytes, rng: random.Random) -> bytes:
-    """Two parts of equal length change places."""
+    """Swap two parts of equal length."""
     count = max(1, min(len(data) // 4, rng.choice([4, 64, 512])))
     a = rng.randint(0, len(data) // 2 - count)
     b = rng.randint(len(data) // 2, len(data) - count)

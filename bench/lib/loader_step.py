@@ -39,7 +39,7 @@ def open_source(pipeline: str, folder: Path, count: int, side: int = SIDE) -> Da
 
 
 def made_ahead(pipeline: str, workers: int) -> int:
-    """Batches that are ready while one is in use."""
+    """The number of batches that are ready while one is in use."""
     return {"torchvision": 2 * workers, "dali": DALI_QUEUE, "resident": 0}.get(pipeline, AHEAD)
 
 
@@ -79,7 +79,7 @@ class LoaderStep:
 
 
 def rate(pipeline: Any, dataset: Dataset, device: torch.device, ready: int, calls: int) -> float:
-    """Images a second of a pipeline alone."""
+    """Images per second of a pipeline alone."""
     batches = stream(pipeline, dataset)
     for _ in range(ready + 1):
         next(batches)

@@ -1,4 +1,4 @@
-"""The loaders that bench_loader measures: every pipeline, and what other libraries do with the same images.
+"""The loaders that bench_loader measures: every pipeline, and other libraries on the same images.
 
 Each crops at random, resizes to one size and flips, except `packed, gather only`, which leaves that to a GPU. Each
 yields the number of images of every batch.
@@ -29,7 +29,7 @@ BASELINE, GATHER = "PIL + DataLoader", "packed, gather only"
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures; it is pickled."""
+    """The measurement that one process makes; it is pickled."""
 
     name: str
     sources: dict[str, str]
@@ -47,17 +47,17 @@ class Implementation:
 
     run: Callable[[Task], Iterator[int]]
     form: str
-    """What it reads: see `bench.lib.sources`."""
+    """The form of the images that it reads; see `bench.lib.sources`."""
     ours: bool = False
     needs: str | None = None
-    """A module that may be missing."""
+    """A module that it needs and that may be missing."""
     peer: str | None = None
     """The implementation that it is compared with, at equal settings."""
     gpu_only: str | None = None
     """Why it is skipped on a CPU."""
 
     def skip_reason(self, device: str) -> str | None:
-        """Why it is not measured here; None: it is."""
+        """Why it is not measured here; None if it is."""
         if self.gpu_only and device == "cpu":
             return self.gpu_only
         return f"{self.needs} is not installed" if self.needs and not installed(self.needs) else None
@@ -85,7 +85,7 @@ def pipeline(name: str, form: str | None = None, peer: str | None = None, needs:
 
 
 def gathered(task: Task) -> Iterator[int]:
-    """What `packed` does on the host where a GPU crops: whole images into one buffer, pinned if there is a GPU."""
+    """The host's part of `packed` if a GPU crops: copy whole images into one buffer, pinned if there is a GPU."""
     dataset = open_dataset(task.sources["pack"])
     request = Request(dataset, task.image_size, task.batch_size, torch.device(task.device), task.workers, None)
     return (len(batch.rows) for batch in Gathered(request).host_batches(*views_and_order(dataset)))
@@ -128,7 +128,7 @@ def _decoded(path: str) -> Tensor:
 
 def stock_ffcv(form: str) -> Implementation:
     def run(task: Task) -> Iterator[int]:
-        os.environ["NUMBA_NUM_THREADS"] = str(task.workers)  # or FFCV refuses more threads than cores
+        os.environ["NUMBA_NUM_THREADS"] = str(task.workers)  # otherwise FFCV refuses more threads than cores
         from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
         from ffcv.loader import Loader, OrderOption
         from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage

@@ -15,14 +15,14 @@ class Machine:
     """Peaks to compare a step with."""
 
     tflops: float
-    """Of a large matrix product."""
+    """TFLOP/s of a large matrix product."""
     gb_per_second: float
-    """Of a large copy, counting bytes read and bytes written."""
+    """GB/s of a large copy, counting bytes read and bytes written."""
     dtype: str
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """The best of many short rounds; takes a quarter of a second on a GPU, a second on a CPU."""
+    """Measure the best of many short rounds. It takes a quarter of a second on a GPU, a second on a CPU."""
     n = 8192 if device.type == "cuda" else 1536
     a = torch.randn(n, n, device=device).to(dtype)
     product = torch.empty_like(a)
@@ -40,7 +40,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def best(device: torch.device) -> Machine:
-    """In the dtype that trains fastest: bf16, or fp32 on a CPU without bf16 instructions."""
+    """Measure in the dtype that trains fastest: bf16, or fp32 on a CPU without bf16 instructions."""
     bf16 = measure(device, torch.bfloat16)
     if device.type == "cuda":
         return bf16

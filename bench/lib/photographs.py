@@ -15,9 +15,9 @@ from torchvision.io import write_jpeg
 from fastofa.data.dataset import Dataset, from_array
 
 SIDE, QUALITY = 256, 90
-# Of twenty images (height, width): most of ImageNet's have a longer side of 500 pixels, some are larger.
+# (height, width) of twenty images: most of ImageNet's have a longer side of 500 pixels, some are larger.
 SIZES = [(375, 500)] * 10 + [(333, 500)] * 4 + [(500, 375)] * 3 + [(500, 333)] * 2 + [(600, 800)]
-GROWTH = 1.1  # of the amplitude from each scale to the next coarser one: gives JPEGs of 109 kB
+GROWTH = 1.1  # ratio of the amplitudes of each scale and the next finer one; it yields JPEGs of 109 kB
 CLASSES = 10
 
 
@@ -32,7 +32,7 @@ def photographs(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def write_folder(out: Path, count: int, sizes: list[tuple[int, int]]) -> None:
-    """OUT/train/CLASS/NAME.jpg, with these sizes (height, width) in turn; uses all cores."""
+    """Write OUT/train/CLASS/NAME.jpg, with these sizes (height, width) in turn; uses all cores."""
     for label in range(min(CLASSES, count)):
         (out / "train" / str(label)).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"), torch.set_num_threads, (1,)) as pool:

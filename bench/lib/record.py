@@ -1,4 +1,4 @@
-"""Records: a result with machine, versions, commit and command. And tables for the terminal."""
+"""Records (a result with machine, versions, commit and command), and tables for the terminal."""
 
 import json
 import os
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def write_record(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """FOLDER/NAME.json: the result, its machine, date, commit and command."""
+    """Write FOLDER/NAME.json: the result, its machine, date, commit and command."""
     folder.mkdir(parents=True, exist_ok=True)
     module = getattr(sys.modules["__main__"].__spec__, "name", "")
     made = {
@@ -31,12 +31,12 @@ def write_record(name: str, result: dict[str, Any], folder: Path = RESULTS) -> P
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `write_record` wrote: {"result": ..., "environment": ...}."""
+    """The contents of a record from `write_record`: {"result": ..., "environment": ...}."""
     return json.loads(path.read_text())
 
 
 def commit() -> str:
-    """Of this checkout; without git, the value of FASTOFA_COMMIT."""
+    """The commit of this checkout; without git, the value of FASTOFA_COMMIT."""
     try:
         here = Path(__file__).parent
         command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]

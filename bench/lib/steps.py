@@ -35,7 +35,7 @@ TakeStep = Callable[[], object]
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what, where: the same for every implementation."""
+    """The models, sizes and device of a training job, the same for every implementation."""
 
     student: str
     teacher: str
@@ -74,7 +74,7 @@ class Job:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What `our_step` can vary: flags of `fastofa train`, and two things that it has no flags for."""
+    """The options of `our_step`: flags of `fastofa train`, and two for which it has no flags."""
 
     method: Any = "ofa"
     precision: Any = "fp32"
@@ -104,7 +104,7 @@ def our_config(job: Job, options: StepOptions) -> TrainConfig:
 
 
 def open_step(job: Job, options: StepOptions) -> tuple[Step, Any]:
-    """The Step of `fastofa train` and its targets, None for the method without a teacher."""
+    """The Step of `fastofa train` and its targets, which are None for the method without a teacher."""
     config = our_config(job, options)
     step = Step(job.build_student(config.exits), config, job.device)
     if not options.channels_last:
@@ -124,7 +124,7 @@ def our_step(job: Job, options: StepOptions) -> TakeStep:
 
 
 class OnlineTeacher:
-    """Takes the place of the cached predictions: runs the teacher on the batch at every step."""
+    """Replaces the cached predictions: runs the teacher on the batch at every step."""
 
     def __init__(self, job: Job, options: StepOptions) -> None:
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -152,8 +152,8 @@ class OnlineTeacher:
 
 
 def official_step(job: Job, fp16: bool = False) -> TakeStep:
-    """As the published train.py takes it: eager, channels first, the teacher run at every step, a loss per head made
-    of a softmax and then its logarithm, every loss fetched to the CPU, a synchronisation at the end.
+    """The step of the published train.py: eager, channels first, the teacher run at every step, a loss per head
+    computed as a softmax and then its logarithm, every loss fetched to the CPU, a synchronisation at the end.
 
     It runs on today's PyTorch, with our exits, which equal the published ones.
     """
@@ -193,7 +193,7 @@ def official_step(job: Job, fp16: bool = False) -> TakeStep:
 
 
 def timm_step(job: Job, precision: str) -> TakeStep:
-    """timm's own distillation task as its train script runs it at best: autocast, channels-last, compiled.
+    """timm's own distillation task in the fastest form of its train script: autocast, channels-last, compiled.
 
     The teacher runs at every step; only the final logits are distilled (no exits).
     """

@@ -1,4 +1,4 @@
-"""Comparative timing: every candidate runs in every round, so that a noisy machine disturbs all alike."""
+"""Comparative timing: every candidate runs in every round, so that noise of the machine affects all alike."""
 
 import gc
 import statistics
@@ -16,7 +16,7 @@ def interleaved_ms(
     """Milliseconds per call, one figure per round, for each candidate; the device is synchronised around every round.
 
     A round begins with a call that is not timed, since the previous candidate has filled the caches. A candidate that
-    is a context manager is entered for its round (a loader, say, whose workers must not run during another's).
+    is a context manager is entered for its round, such as a loader whose workers must not run during another's.
     """
     for step in steps.values():
         with _entered(step):
@@ -33,7 +33,7 @@ def interleaved_ms(
 
 
 def captured(call: Callable[[int], object], calls: int) -> Callable[[], None]:
-    """A CUDA graph of call(0) .. call(calls - 1): its replay takes the device's time alone, without launches."""
+    """A CUDA graph of call(0) .. call(calls - 1): a replay takes only the device's time, without launches."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

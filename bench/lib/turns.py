@@ -1,7 +1,7 @@
 """Benchmarks that share one GPU: all compile at the same time, then each measures alone, in its turn.
 
 `bench.gpu` starts them with BENCH_TURN=FOLDER/NAME in the environment and gives each its turn by the file NAME.go.
-Without the variable a benchmark has the machine to itself.
+Without the variable, a benchmark has the machine to itself.
 """
 
 import gc
@@ -17,12 +17,12 @@ PATIENCE = 8  # attempts while other jobs hold the device's memory
 
 
 def wait_for_turn() -> None:
-    """Called between compiling and measuring; releases the device memory that PyTorch caches while it waits."""
+    """Wait for the turn, between compiling and measuring; meanwhile, PyTorch's cached device memory is released."""
     if VARIABLE not in os.environ:
         return
     turn = Path(os.environ[VARIABLE])
     gc.collect()
-    if "torch" in sys.modules:  # a benchmark that has not imported it keeps nothing
+    if "torch" in sys.modules:  # a benchmark that has not imported it holds no device memory
         sys.modules["torch"].cuda.empty_cache()
     turn.with_suffix(".ready").touch()
     while not turn.with_suffix(".go").exists():
@@ -30,7 +30,7 @@ def wait_for_turn() -> None:
 
 
 def patiently(call: Callable[[], Any]) -> Any:
-    """The result of the call, repeated while other jobs hold the device's memory."""
+    """The result of the call, which is repeated while other jobs hold the device's memory."""
     for _ in range(PATIENCE - 1 if VARIABLE in os.environ else 0):
         try:
             return call()
@@ -43,5 +43,5 @@ def patiently(call: Callable[[], Any]) -> Any:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """PyTorch's own error, or that of a library without memory for its workspace."""
+    """Whether it is PyTorch's own error, or that of a library without memory for its workspace."""
     return "out of memory" in str(error) or "_STATUS_ALLOC_FAILED" in str(error)

@@ -1,4 +1,4 @@
-"""What the charts share: medium tones on a transparent background, readable on white and on near-black."""
+"""Shared code of the charts: medium tones on a transparent background, readable on white and on near-black."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ def bars(
     axes: Axes, positions: Sequence[float], names: Sequence[str], rates: Sequence[float],
     ratios: Sequence[float | None], colours: Sequence[str],
 ) -> None:  # fmt: skip
-    """From top to bottom, each with its images/s and its ratio at the end."""
+    """Draw bars from top to bottom, each with its images/s and its ratio at the end."""
     drawn = axes.barh(positions, rates, height=0.72, color=colours)
     for bar, rate, ratio in zip(drawn, rates, ratios, strict=True):
         end, label = (bar.get_width(), bar.get_y() + bar.get_height() / 2), f"{rate:,.0f}"
@@ -39,15 +39,15 @@ def bars(
         if ratio is not None:
             axes.annotate(f"{ratio:.2f}{TIMES}", end, (16 + 8.4 * len(label), 0), fontsize=11, **beside)
     axes.set_yticks(positions, names, fontsize=12)
-    axes.set_ylim(positions[-1] + 0.9, -0.9)  # the first on top, and room for what is written above it
+    axes.set_ylim(positions[-1] + 0.9, -0.9)  # the first bar on top, with room for the text above it
     axes.set_xlim(0, max(rates) * 1.16)
     axes.tick_params(axis="y", length=0, colors=TEXT, pad=6)
-    axes.xaxis.set_visible(False)  # every bar has its figure
+    axes.xaxis.set_visible(False)  # every bar is labelled with its value
     axes.spines[:].set_visible(False)
 
 
 def head(axes: Axes, title: str, legend: dict[str, str]) -> None:
-    """A title, and the legend below it."""
+    """Draw a title and the legend below it."""
     axes.set_title(title, fontsize=15, weight="bold", loc="left", pad=30, x=0)
     axes.legend(
         [Patch(color=colour) for colour in legend.values()], list(legend),
@@ -58,7 +58,7 @@ def head(axes: Axes, title: str, legend: dict[str, str]) -> None:
 
 
 def foot(axes: Axes, text: str, made: dict[str, Any]) -> None:
-    """How it was measured, with date and commit."""
+    """Write how it was measured, with date and commit."""
     axes.annotate(
         f"{text} {made['date']}, commit {made['commit']}.", (0, 0), (0, -8), xycoords="axes fraction",
         textcoords="offset points", fontsize=10, va="top", linespacing=1.5,

@@ -20,7 +20,7 @@ LEGEND = {"peer": "peer: no exits, less to do"}
 
 
 def draw(record: dict[str, Any], out: Path, number: int = 0) -> None:
-    """The ladder of one student and teacher of a record."""
+    """Draw the ladder of one student and teacher of a record."""
     result, made = record["result"], record["environment"]
     job = result["jobs"][number]
     measured = [row for row in job["rows"] if "step_ms" in row]

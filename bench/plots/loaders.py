@@ -1,4 +1,4 @@
-"""The chart of bench_loader: a bar for each loader, with a worker for each core; a sweep adds lines over workers."""
+"""The chart of bench_loader: a bar per loader, with one worker per core; a sweep adds lines over numbers of workers."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from bench.plots import charts
 
 OURS, PEERS = charts.VIOLET, charts.RED
 GROUPS = {"JPEGs, decoded": ("folder", "beton"), "pixels, as they are": ("raw", "pack")}
-SWEEP = 3  # lines are drawn from this many numbers of workers on
+SWEEP = 3  # minimum number of worker counts for which lines are drawn
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
-    """The record's first image size."""
+    """Draw the chart of the record's first image size."""
     result, made = record["result"], record["environment"]
     size = result["rows"][0]["image_size"]
     rows = [row for row in result["rows"] if row["image_size"] == size]
@@ -69,7 +69,7 @@ def colour(row: dict[str, Any]) -> str:
 
 
 def lines(axes: Axes, rows: list[dict[str, Any]], counts: list[int]) -> None:
-    """Images/s over workers, both logarithmic; each line is labelled at its end, without overlap."""
+    """Draw images/s over workers, both logarithmic; each line is labelled at its end, without overlap."""
     by_name = {row["pipeline"]: [r for r in rows if r["pipeline"] == row["pipeline"]] for row in rows}
     rates = {name: [row["images_per_second"] for row in points] for name, points in by_name.items()}
     for name, points in by_name.items():
@@ -99,7 +99,7 @@ def lines(axes: Axes, rows: list[dict[str, Any]], counts: list[int]) -> None:
 
 
 def apart(places: list[float], gap: float) -> list[float]:
-    """Ascending places, moved up just enough to be a gap apart, then centred again."""
+    """Ascending positions, moved up just enough to be a gap apart, then centred again."""
     moved: list[float] = []
     for place in places:
         moved.append(max(place, moved[-1] + gap) if moved else place)

@@ -3,8 +3,8 @@
     header | field descriptions | one record per sample: image, label | pages of images | allocation table
 
 Two fields are written, named as in FFCV's own examples: `image` (RGBImageField) and `label` (IntField). FFCV's own
-writer is not used because it waits forever for a worker that failed and compresses JPEGs a second time. The files that
-it wrote are read, also if they have further fields.
+writer is not used because it waits forever for a worker that failed and compresses JPEGs a second time. Its files can
+be read, even if they have further fields.
 """
 
 import os
@@ -59,7 +59,7 @@ class Layout(NamedTuple):
     by_fastofa: bool
     """The file was written by fastofa, not by FFCV."""
     image_bytes: tuple[int, int]
-    """Begin and end of the byte range for images: between the records and the allocation table."""
+    """Start and end of the images' byte range, which lies between the records and the allocation table."""
     crc32: int
     """Checksum of the header, the records and the allocation table."""
 
@@ -121,7 +121,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def _layout(file: BinaryIO) -> Layout:
-    """Raises ValueError with the reason. Never reads more than the file holds, whatever its header claims."""
+    """Parse a file. Never reads more than the file holds, whatever its header claims. Raises ValueError."""
     size = os.fstat(file.fileno()).st_size
     crc = 0
 
@@ -191,7 +191,7 @@ def find_nonzero_gap(path: Path) -> int | None:
 
 
 def _fields(fields: np.ndarray) -> tuple[str, str]:
-    """The record's names for the image and the label. Raises ValueError, listing the fields of the file."""
+    """The names of the image and label fields of a record. Raises ValueError, listing the fields of the file."""
     kinds = fields["type"].tolist()
     if not all(kind in IN_RECORD for kind in kinds):
         raise ValueError("it has fields of an unknown type")

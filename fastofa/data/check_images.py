@@ -13,13 +13,13 @@ from fastofa.data.headers import FIRST, Limits, Short, check_pixels, read_header
 from fastofa.system.errors import BadInput, Reason
 from fastofa.system.progress import track
 
-ORIENTATION = 0x0112  # EXIF tag; 1 to 4 keep height and width, 5 to 8 exchange them
+ORIENTATION = 0x0112  # EXIF tag; 1 to 4 keep height and width, 5 to 8 swap them
 
 
 def header_size(path: Path, limits: Limits) -> tuple[int, int] | str:
     """(height, width) of the image that `read_image` returns, or the reason why it is unreadable.
 
-    Reads the header only, unless the EXIF orientation may exchange the sides.
+    Reads the header only, unless the EXIF orientation may swap the sides.
     """
     try:
         data = read_file(path, FIRST)
@@ -37,7 +37,10 @@ def header_size(path: Path, limits: Limits) -> tuple[int, int] | str:
 
 
 def _keeps_sides(data: bytearray) -> bool:
-    """The EXIF orientation certainly keeps height and width. Pillow and torchvision look for it in different places."""
+    """Whether the EXIF orientation certainly keeps height and width.
+
+    Pillow and torchvision look for it in different places.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.getexif().get(ORIENTATION) in (1, 2, 3, 4)

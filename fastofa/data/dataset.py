@@ -23,7 +23,7 @@ FFCV = (".beton", ".ffcv")  # what FFCV's own writer writes
 
 @dataclass(frozen=True)
 class Dataset:
-    """One split of N samples. Every form has them in the same order, by class, then name; a sample id is an index."""
+    """One split of N samples. Every form has the same order, by class, then name; a sample id is an index into it."""
 
     spec: str
     split: str
@@ -53,7 +53,7 @@ class Dataset:
     is_raw: np.ndarray | None = None
     """bool [N]: which images of a .beton are stored as pixels; the others are JPEGs."""
     shuffled: bool = True
-    """If `file` does not store the images in order of sample ids, it stores them in random order."""
+    """Whether `file` stores the images in random order, if it does not store them in order of sample ids."""
     limits: Limits = DEFAULT
     """The limits within which images are accepted."""
 
@@ -72,7 +72,7 @@ class Dataset:
 
     @property
     def raw(self) -> bool:
-        """It is a .beton that stores only pixels, no JPEGs."""
+        """Whether the data set is a .beton that stores only pixels, no JPEGs."""
         return self.is_raw is not None and bool(self.is_raw.all())
 
     @property

@@ -111,7 +111,7 @@ def _name_once(name: str, warning: str) -> None:
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 [3, H, W] -> [3, height, width] by antialiased bilinear interpolation, which crops use, too."""
+    """uint8 [3, H, W] -> [3, height, width] by antialiased bilinear interpolation, as for crops."""
     if list(image.shape[1:]) == [height, width]:
         return image
     return F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]

@@ -23,7 +23,7 @@ from fastofa.system.progress import notice
 
 MAX_NAMED = 5  # unreadable files that an error names; notices before it name all of them
 BLOCK = 100_000  # files whose paths are in memory at a time
-ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)  # they do not mean that a file is damaged
+ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)  # none of these means that a file is damaged
 
 
 def open_image_folder(

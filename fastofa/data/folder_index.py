@@ -1,11 +1,11 @@
 """The index of an image folder: a cache of image sizes, so that the images need to be opened only once.
 
-It is DIR/.fastofa/SPLIT.safetensors, or lies in the user's cache folder if DIR is not writable. An index that cannot be
-read is made again; if it cannot be written, the images are opened each time.
+It is DIR/.fastofa/SPLIT.safetensors, or a file in the user's cache folder if DIR is not writable. An index that cannot
+be read is rebuilt; if it cannot be written, the images are opened each time.
 
 For 14 million synthetic names it takes 642 MB. After the files are listed, the folder opens in 12 s with a peak of
 2.9 GB of memory (0.7 GB of it the listing, 0.7 GB Python and its libraries), or in 63 s and 4.5 GB if a thousandth of
-the files were removed since. Measured on two cores of a machine with five times as many busy processes.
+the files have been removed since. Measured on two cores of a machine with five times as many busy processes.
 """
 
 import fcntl
@@ -84,9 +84,9 @@ def index_paths(top: Path, split: str) -> list[Path]:
 
 
 def read_index(paths: list[Path], files: Files, again: bool = False) -> tuple[Known, Path | None]:
-    """What the first intact index knows about these files, and its path (None if there is none).
+    """What the first intact index contains about these files, and its path (None if there is none).
 
-    A damaged index is reported, unless this is done `again` after a first attempt.
+    A damaged index is reported, unless this is the second attempt (`again`).
     """
     for path in paths:
         try:
@@ -136,9 +136,9 @@ def write_index(paths: list[Path], files: Files, known: Known) -> Path | None:
 
 @contextmanager
 def making(paths: list[Path]) -> Iterator[None]:
-    """Let one process at a time make an index; the others wait for it without a time limit, and then read it.
+    """Let one process at a time build an index; the others wait for it without a time limit, and then read it.
 
-    The lock is released when its holder ends. If no file system offers one, each process makes its own index.
+    The lock is released when its holder ends. If no file system offers one, each process builds its own index.
     """
     file = _open_lock(paths)
     if file is None:

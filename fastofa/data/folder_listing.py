@@ -3,7 +3,7 @@
     DIR/train/CLASS/*.jpg       also in subfolders of CLASS
 
 Links to folders and files are followed. Other entries are counted by kind and reported, never skipped silently. Some of
-them are opened to find images whose suffix hides what they are.
+them are opened to find images with the wrong suffix.
 """
 
 import errno
@@ -25,7 +25,7 @@ from fastofa.system.threads import in_order
 MAX_NAMED = 5  # examples that an error names
 EXAMPLES = 2  # examples of each kind that a notice names
 MAX_OPENED = 300  # files with other suffixes that are opened
-START, GIF_START = 12, 1 << 20  # bytes that show whether a file is an image; and whether a GIF has one frame
+START, GIF_START = 12, 1 << 20  # bytes that show whether a file is an image, and whether a GIF has one frame
 THREADS = 16  # they wait for a disk or a network more than they compute
 SPLITS = ("train", "val")
 
@@ -149,7 +149,7 @@ def list_below(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def is_folder(path: Path) -> bool:
-    """Raises BadInput if that cannot be determined: a parent folder is not readable, or links are circular."""
+    """Whether it is a folder. Raises BadInput if a parent folder is not readable, or links are circular."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
@@ -270,14 +270,14 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _leftover(name: str) -> str | None:
-    """The kind of leftover that a file or folder is by its name, if any."""
+    """The kind of leftover that the name of a file or folder indicates, if any."""
     if name.startswith("."):
         return HIDDEN
     return LEFTOVER if name.lower() in LEFTOVERS or BACKUP.fullmatch(name) else None
 
 
 def _why(entry: os.DirEntry[str], error: OSError) -> str:
-    """Why an entry has no status."""
+    """Why the status of an entry cannot be read."""
     if entry.is_symlink() and error.errno in _LINKS:
         return _LINKS[error.errno]
     return Reason.of(error)
@@ -325,7 +325,7 @@ def _misnamed(root: Path, skipped: list[_Skipped]) -> str:
 
 
 def _is_image(path: Path) -> bool:
-    """The file's content is an image that would be accepted with another name."""
+    """Whether the file's content is an image that would be accepted with another name."""
     try:
         kind = kind_of(read_file(path, START))
         if kind == "GIF":

@@ -38,7 +38,7 @@ class Header(NamedTuple):
     """Pixels as stored, before EXIF orientation is applied."""
     width: int
     may_turn: bool
-    """There are EXIF data, whose orientation may exchange height and width."""
+    """The file has EXIF data, whose orientation may swap height and width."""
 
 
 @dataclass(frozen=True)

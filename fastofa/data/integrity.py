@@ -2,7 +2,7 @@
 
 PNG      Every chunk has a checksum. libpng refuses pixel data with a wrong one, but only warns about other chunks.
 WebP     There is no checksum, and the decoder accepts any bytes as pixels. But damage changes how many bytes they take.
-         An intact file cannot be decoded without its last bytes; if a file can, not all of its data were used.
+         An intact file cannot be decoded without its last bytes; a file that can be has unused data.
 JPEG     The decoder warns (see decoder_messages).
 """
 
@@ -14,7 +14,7 @@ import torch
 from torchvision.io import decode_webp
 
 # Bytes at the end of a WebP's data that decoding may not need. libwebp writes up to 3 of them in lossy files. Lossless
-# files can be decoded without even more bytes if their last pixels happen to be those that missing bits decode to.
+# files can be decoded with even more bytes missing if their last pixels equal what missing bits decode to.
 SPARE = {b"VP8 ": 6, b"VP8L": 32}
 
 

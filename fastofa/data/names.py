@@ -74,8 +74,8 @@ class Names(Sequence[str]):
             return np.arange(len(self))
         if not len(other):
             return np.full(len(self), -1)
-        # Compares 64-bit hashes, seeded anew in each process: for 14 million names, one comparison in 100,000 has a
-        # collision. A dictionary would take five times the memory.
+        # Compares 64-bit hashes, seeded differently in each process: for 14 million names, one comparison in 100,000
+        # has a collision. A dictionary would take five times the memory.
         hashes, other_hashes = (np.fromiter(map(hash, names), np.int64, len(names)) for names in (self, other))
         order, other_order = np.argsort(hashes), np.argsort(other_hashes)  # both sorted: memory is read in order
         nearest = np.searchsorted(other_hashes[other_order], hashes[order])

@@ -62,7 +62,7 @@ def open_dataset(
 
 
 def _is_folder(spec: str) -> bool:
-    """Raises BadInput if that cannot be determined: a parent folder is not readable, or the name is too long."""
+    """Whether it is a folder. Raises BadInput if a parent folder is not readable, or the name is too long."""
     try:
         return Path(spec).is_dir()
     except OSError as error:

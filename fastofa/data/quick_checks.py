@@ -11,7 +11,7 @@ OTHER_DATA = (".pack", ".beton", ".ffcv")  # suffixes of datasets that are not i
 
 
 def check_written(config: WriteConfig) -> None:
-    """Raises BadInput if OUT exists, unless --verify asks to check it."""
+    """Raises BadInput if OUT exists, unless --verify is given to check it."""
     if os.path.lexists(config.out) and not config.verify:
         raise BadInput(f"{config.out}: already exists; choose another path, remove it, or check it with --verify")
 

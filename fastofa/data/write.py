@@ -149,7 +149,7 @@ def _fill_beton(config: WriteConfig, sources: list[Dataset]) -> None:
             write_beton(temporary, images, order, source.labels, config.raw, largest)
             index.files[source.split] = File(temporary.stat().st_size, read_layout(temporary).crc32)
         write_index(index_path(config.out), index)
-        for final in sorted(files, key=lambda path: path == config.out):  # OUT comes last and completes the data set
+        for final in sorted(files, key=lambda path: path == config.out):  # OUT is renamed last
             os.replace(files[final], final)
     except OSError as error:
         raise BadInput(f"could not write {config.out}: {reason(error)}") from None

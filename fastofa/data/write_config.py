@@ -17,7 +17,7 @@ class WriteConfig:
     """Write both splits of a data set as a .pack (pixels of one size) or as a .beton (FFCV's format)."""
 
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
-    """Data set: a folder with train/ and val/, or any other that --data accepts."""
+    """Data set: a folder with train/ and val/, or any other form that --data accepts."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """Output: NAME.pack, which is a folder, or NAME.beton, a file next to which NAME.val.beton and
     NAME.beton.safetensors are written."""
@@ -30,7 +30,7 @@ class WriteConfig:
     """.beton: compress every image at this JPEG quality, 1 to 100. By default, JPEGs that need no change are copied
     byte by byte, and other images are compressed at 95."""
     raw: bool = False
-    """.beton: store pixels instead of JPEGs, which are larger but faster to read."""
+    """.beton: store pixels instead of JPEGs. They are larger but faster to read."""
     skip_corrupt: bool = False
     """Decode every file first, list the unreadable ones and skip them."""
     allow_warnings: bool = False

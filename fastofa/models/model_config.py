@@ -17,7 +17,8 @@ from fastofa.system.files import read_json
 
 CHANNELS = 3  # RGB
 MAX_SIDE, MAX_CLASSES = 2048, 200_000
-MAX_NUMBER, MAX_LAYERS, MAX_LENGTH = 16_384, 256, 64  # in model_args: of any number, a number of layers, a list
+# Limits in model_args: of a number, of a number of layers, of the length of a list.
+MAX_NUMBER, MAX_LAYERS, MAX_LENGTH = 16_384, 256, 64
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
 # Arguments of timm.create_model itself, not of an architecture; they load, download or wrap.
 NOT_ARCHITECTURE = {
@@ -37,7 +38,7 @@ class ModelConfig:
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model besides the name and the number of classes."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    """Those of RULES that the file gives."""
+    """The values of RULES that the file contains."""
     label_names: dict[int, str] = field(default_factory=dict)
     """Class name by output index; empty if the file names none."""
     label_descriptions: dict[str, str] = field(default_factory=dict)
@@ -49,7 +50,7 @@ def read_model_config(path: Path) -> ModelConfig:
     values = read_json(path)
     if not isinstance(values, dict):
         raise BadInput(f"{path}: expected timm's model configuration, got {type(values).__name__}")
-    if "pretrained_cfg" not in values and "input_size" in values:  # old versions of timm wrote all on one level
+    if "pretrained_cfg" not in values and "input_size" in values:  # old versions of timm wrote everything on one level
         values = {**values, "pretrained_cfg": values, "label_names": values.get("label_names", values.get("labels"))}
     if missing := [name for name in ("architecture", "num_classes", "pretrained_cfg") if name not in values]:
         raise BadInput(f"{path}: expected timm's model configuration, but {missing[0]!r} is missing")

@@ -73,7 +73,7 @@ def create_model(
         image_size: side of the input in pixels; None for the model's own.
         drop_path: rate of stochastic depth; None for the model's own, 0 for none.
         init: None for random weights, "pretrained" for timm's published ones, a .safetensors or .pth file, a folder
-            with a model (see `find_folder`), or weights. A classifier of another size starts at random.
+            with a model (see `find_folder`), or weights. A classifier of another size gets random weights.
 
     Raises:
         BadInput: unknown model or tag, a size for which the model cannot be built, or weights that are unavailable or

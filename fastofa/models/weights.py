@@ -1,7 +1,7 @@
 """Read weights from torch or safetensors files, including trainers' checkpoints and wrapped models.
 
 A checkpoint is a tree. Its dictionaries ({"model_ema": ...}) and the prefixes that wrappers add to every name
-(`module.`, `_orig_mod.`, `backbone.`) lead to sets of weights. A set is called by its path in the tree.
+(`module.`, `_orig_mod.`, `backbone.`) lead to sets of weights. A set is named by its path in the tree.
 """
 
 import argparse

@@ -12,7 +12,7 @@ class BadInput(Exception):
     def __init__(self, line: str = "", reason: str = "") -> None:
         super().__init__(line)
         self.reason = reason
-        """The cause alone, where a caller words its own line; a `Reason` if the system gave it."""
+        """The cause alone, for a caller that composes its own line; a `Reason` if the system gave it."""
 
 
 class Reason(str):

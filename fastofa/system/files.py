@@ -29,7 +29,7 @@ from fastofa.system.read import read_json as read_json
 from fastofa.system.read import regular_file
 
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE since Python 3.13
-STALE_S = 3600  # age in seconds from which on a temporary file of an unknown process is a leftover
+STALE_S = 3600  # age in seconds above which a temporary file of an unknown process is a leftover
 # Remedies for errors on writing; for other errors, another path.
 REMEDIES = {
     errno.ENOSPC: "free space or choose another place",
@@ -80,7 +80,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path, size: str = "") -> Iterator[BinaryIO]:
-    """A file to write bit by bit, which takes the name `path` when the block ends, as by `write_atomic`.
+    """A file to write piece by piece. It is renamed to `path` when the block ends, as in `write_atomic`.
 
     Args:
         size: for the message.
@@ -171,7 +171,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     _refuse_existing(path)
     temporary = temporary_name(path)
     with writing(path):
-        _refuse_existing(path)  # another process may have made it meanwhile
+        _refuse_existing(path)  # another process may have created it meanwhile
         remove_leftovers(path, locked=True)
         try:
             temporary.mkdir()

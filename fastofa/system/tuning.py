@@ -15,10 +15,10 @@ def own_process() -> None:
     """Set up a process that runs a single command. Call it before torch is imported, since torch and its libraries then
     read the environment variables.
 
-    OpenMP: waiting threads that spin slow down a busy machine many times, and threads that sleep at once slow down an
-    idle one by a third. GOMP_SPINCOUNT lets them spin for some microseconds first. User: torch cannot be imported by a
-    user without a name, as in a container, so the user's number becomes the name. Pillow: its warnings about EXIF data
-    and large images do not name the file; fastofa checks both and names it.
+    OpenMP: waiting threads that spin make a busy machine many times slower, and threads that sleep at once make an
+    idle one slower by a third. GOMP_SPINCOUNT lets them spin for some microseconds first. User: torch cannot be
+    imported by a user without a name, as in a container, so the user's number becomes the name. Pillow: its warnings
+    about EXIF data and large images do not name the file; fastofa checks both and names it.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:

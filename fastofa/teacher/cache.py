@@ -141,7 +141,7 @@ class TeacherCache:
         return views, tensors["classes"], tensors["log_probs"]
 
     def val_targets(self) -> Targets:
-        """The teacher's predictions for the validation images, checked as those of `targets` are."""
+        """The teacher's predictions for the validation images, checked like those of `targets`."""
         path = self.path / VAL
         tensors = read_table(path, self.header, VAL)
         if fault := targets_fault(tensors, self.header["num_val_samples"], self.topk, self.num_classes):

@@ -120,7 +120,7 @@ def identity(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def policy_to_json(policy: ViewPolicy) -> dict[str, Any]:
-    """Scale, ratio and flip, and those of the other fields that differ from their defaults."""
+    """Scale, ratio and flip, and any other fields that differ from their defaults."""
     values = dataclasses.asdict(policy)
     omitted = {field.name for field in dataclasses.fields(policy) if values[field.name] == field.default}
     omitted -= {"scale", "ratio", "flip"}

@@ -98,7 +98,7 @@ def _precompute(config: PrecomputeConfig, device: torch.device) -> TeacherCache:
         "pipeline": choose(train, device)[0] if config.pipeline == "auto" else config.pipeline,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
         "config": config.to_json(),  # for `precompute --config`
-        "folder": str(Path.cwd()),  # where its relative paths begin
+        "folder": str(Path.cwd()),  # to which its relative paths refer
     }
     train_pipeline, val_pipeline = (
         open_pipeline(config.pipeline, d, teacher.image_size, config.batch_size, device, choose_workers(config.workers))
@@ -246,7 +246,7 @@ class _Job:
 
     @contextmanager
     def saving(self, table: int | str, parts: list[Targets], partial: str = "") -> Iterator[None]:
-        """Save the predictions of an unfinished table if an exception occurs; BadInput gets the table's name."""
+        """Save the predictions of an unfinished table if an exception occurs. A BadInput then names the table."""
         try:
             yield
         except Stopped:

@@ -12,9 +12,9 @@ from fastofa.runs.recipes import default_policy, recipe
 from fastofa.system.errors import BadInput, at_least
 from fastofa.views.policy import ViewPolicy, changed_policy
 
-# Titles in the help, each by the first of its fields.
+# Titles of groups in the help, keyed by the first field of each group.
 SECTIONS = {"data": "cache and teacher", "scale": "view", "skip_corrupt": "image", "batch_size": "hardware"}
-# What a cache does not remember: how its predictions were computed, and which images were left out (the data set's
+# Fields that a cache does not record: how its predictions were computed, and which images were left out (the data set's
 # index does). --out is always given.
 FREE = {"skip_corrupt", "allow_warnings", "batch_size", "device", "pipeline", "workers"}
 
@@ -31,7 +31,7 @@ class PrecomputeConfig:
     out: Path
     """Folder of the cache."""
     views: int
-    """Views of the training set. An epoch replays view (epoch modulo views). One view per epoch is best, fewer make a
+    """Views of the training set. An epoch replays view (epoch modulo views). One view per epoch is best; fewer make a
     smaller cache. More can be added later; a number below that of an existing cache changes nothing."""
     topk: int
     """Classes stored per prediction, at 4 bytes each. The remaining probability is spread over the other classes."""
@@ -106,7 +106,7 @@ class PrecomputeConfig:
             recipe(self.recipe)
 
     def to_json(self) -> dict[str, Any]:
-        """What the predictions depend on; the rest at its defaults, so that equal caches are equal files."""
+        """The fields on which predictions depend; others have their defaults, so that equal caches are equal files."""
         own = {field.name: field.default for field in dataclasses.fields(self) if field.name in FREE}
         return {**to_json(self), **own, "out": ""}
 

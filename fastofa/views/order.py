@@ -25,7 +25,7 @@ def pair_order(views: Views, places: np.ndarray | None = None) -> np.ndarray:
 
 
 def _units(size: int, partner: np.ndarray | None) -> np.ndarray:
-    """The units that an order keeps together: samples, int64 [N, 1], or pairs, [M, 2]; one left over has a -1."""
+    """The units that an order keeps together: samples, int64 [N, 1], or pairs, [M, 2], one left over with a -1."""
     ids = np.arange(size)
     if partner is None:
         return ids[:, None]
@@ -62,9 +62,9 @@ def epoch_order(
         partner: int32 [size], the column of the epoch's views, if they mix. Pairs are then shuffled and dealt to the
             ranks, so that every batch of an even size contains whole pairs.
         repeats: the policy's (repeated augmentation). The result then contains rows of `join_views` of `repeats` views,
-            which are the same for `repeats` consecutive epochs. Each of these epochs takes another part of the samples,
-            with all views of a sample next to each other. Together they use every row once, except for a few if the
-            samples do not divide evenly.
+            which are the same for `repeats` consecutive epochs. Each of these epochs takes a different part of the
+            samples, with all views of a sample next to each other. Together they use every row once, except for a
+            few if the samples do not divide evenly.
         page_ids: int64 [size], the page of the file that contains each sample. If given, the file is read page by page:
             the pages are shuffled and taken `WINDOW` at a time, and the samples of a window are shuffled together. A
             pair follows the page of its first sample. The second may lie anywhere in the file, so that only half of the

@@ -21,7 +21,7 @@ class ViewPolicy:
     auto_augment: str = ""
     """RandAugment of the cropped image in timm's notation (rand-m9-mstd0.5-inc1); "" for none."""
     mixup: float = 0.0
-    """Alpha of mixup's Beta distribution; 0 for none. With cutmix, too, each pair gets one of the two at random."""
+    """Alpha of mixup's Beta distribution; 0 for none. If cutmix is also on, each pair gets one of the two at random."""
     cutmix: float = 0.0
     """Alpha of cutmix's Beta distribution; 0 for none."""
     erase: float = 0.0
