@@ -451,7 +451,8 @@ def test_timms_own_transform_is_tried_on_the_runs_images(photo_run, tmp_path, ca
     evaluated = evaluate(photo_run.path, photo_run.config.data, workers=0)
     export(photo_run.path, tmp_path / "out")
     said = capsys.readouterr().err
-    assert f"{evaluated.top1:.2%} in the run; " in said
+    assert "top-1 on 12 validation images is " in said
+    assert f" {evaluated.top1:.2%} in the run; " in said
     assert float(said.rpartition("; ")[2].partition("%")[0]) > 80  # of the answers are the same
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     data = timm.data.resolve_model_data_config(model)

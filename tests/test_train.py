@@ -931,7 +931,7 @@ def test_a_run_goes_on_with_a_moved_cache_but_not_with_one_made_anew(digit_cache
     header = json.loads((tmp_path / "moved" / "cache.json").read_text())
     teacher = str(digit_cache.path.parent / "teacher")
     other = precompute(PrecomputeConfig("digits:100", teacher, tmp_path / "other", header["views"], 3, seed=5))
-    with pytest.raises(BadInput, match=r"cache: .*predictions that the run started with"):
+    with pytest.raises(BadInput, match=r"cache: .*other does not contain the predictions"):
         train(dataclasses.replace(config, cache=other.path, resume=True))
 
 
