@@ -442,7 +442,7 @@ def test_weights_and_moving_average_are_loaded_on_request(tmp_path):
     alone.save(other, 1)
     save_best(other, alone.model, {"step": 1, "top1": 0.5})
     for averaged in ("ema", "best-ema"):
-        with pytest.raises(BadInput, match=f"expected a moving average for --weights {averaged}, the run has none"):
+        with pytest.raises(BadInput, match=f"expected a moving average for --weights {averaged}, but the run has none"):
             load_student(other, student, averaged)  # type: ignore[arg-type]
 
 

@@ -181,7 +181,9 @@ def _read_weights(run: Path, weights: Weights) -> tuple[Path, str, dict[str, Ten
         tensors, info = load_tensors(newest[0])
         averaged = any(name.startswith("ema.") for name in tensors)
         if weights == "ema" and not averaged:
-            raise BadInput(f"{run}: expected a moving average for --weights ema, the run has none; use --weights raw")
+            raise BadInput(
+                f"{run}: expected a moving average for --weights ema, but the run has none; use --weights raw"
+            )
         return newest[0], "ema." if averaged and weights != "raw" else "student.", tensors, info
     files = {"best": (BEST_EMA, BEST), "best-ema": (BEST_EMA,), "best-raw": (BEST,)}[weights]
     paths = [run / FOLDER / file for file in files if (run / FOLDER / file).exists()]
