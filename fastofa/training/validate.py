@@ -24,10 +24,9 @@ def best_classes(
     bf16: bool,
     title: str = "",
     flip: bool = False,
-    world: World | None = None,
 ) -> np.ndarray:
     """`best_classes_each` for one student."""
-    return best_classes_each([student], pipeline, dataset, crop, bf16, title, flip, world)[0]
+    return best_classes_each([student], pipeline, dataset, crop, bf16, title, flip)[0]
 
 
 @torch.inference_mode()
