@@ -36,7 +36,7 @@ from fastofa.kernels import (
     norm_act_pool,
     ofa_loss,
     reference,
-    strided_conv2d,
+    stem_conv2d,
 )
 from fastofa.kernels.choice import HAS_TRITON, can_run_triton
 from fastofa.kernels.reference import dense_probs, ofa_loss_dense
@@ -431,9 +431,9 @@ def stem_case(device: torch.device, name: str, kernel: int, stride: int, padding
     candidates = {
         BASELINE: call(library),
         "library, compiled": call(torch.compile(library, dynamic=False)),
-        "squares, compiled": call(torch.compile(forward(strided_conv2d), dynamic=False)),
+        "squares, compiled": call(torch.compile(forward(stem_conv2d), dynamic=False)),
         "squares of 12, compiled": call(
-            torch.compile(forward(lambda *a, **k: strided_conv2d(*a, **k, multiple=4)), dynamic=False)
+            torch.compile(forward(lambda *a, **k: stem_conv2d(*a, **k, multiple=4)), dynamic=False)
         ),
     }
     size = f"{name} {kernel}x{kernel}/{stride} to {width}, {side} px, B={batch}"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from fastofa.kernels import norm_act_pool, strided_conv2d
+from fastofa.kernels import norm_act_pool, stem_conv2d
 from fastofa.student.fused_depthwise import is_plain_norm
 from fastofa.student.fused_norms import norm_arguments
 
@@ -26,12 +26,12 @@ class NormActPool2d(nn.BatchNorm2d):
 
 
 class StridedConv2d(nn.Conv2d):
-    """A convolution of the pixels, computed on squares of pixels (see `fastofa.kernels.strided_conv2d`)."""
+    """A convolution of the pixels, computed on squares of pixels (see `fastofa.kernels.stem_conv2d`)."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        return strided_conv2d(input, self.weight, self.bias, self.stride[0], cast(int, self.padding[0]))
+        return stem_conv2d(input, self.weight, self.bias, self.stride[0], cast(int, self.padding[0]))
 
 
 def use_stem_kernels(module: nn.Module) -> int:

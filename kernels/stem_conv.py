@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def strided_conv2d(
+def stem_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 2, padding: int = 0, multiple: int = 8
 ) -> Tensor:
     """F.conv2d(x, weight, bias, stride, padding) with stride > 1, for few channels.

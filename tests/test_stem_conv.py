@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastofa.kernels import strided_conv2d
+from fastofa.kernels import stem_conv2d
 
 # Kernel, stride, padding: ResNets, MobileNets, ConvNeXt and Swin, ViT, then whatever else.
 STEMS = [(7, 2, 3), (3, 2, 1), (4, 4, 0), (16, 16, 0), (8, 8, 0), (7, 4, 3), (7, 4, 2), (3, 2, 0), (5, 3, 4), (2, 2, 1)]
@@ -17,7 +17,7 @@ def test_equals_conv2d(kernel, stride, padding, size):
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     weight, bias = torch.randn(5, 3, kernel, kernel, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     results = []
-    for function in (F.conv2d, strided_conv2d):
+    for function in (F.conv2d, stem_conv2d):
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
         y = function(*leaves, stride=stride, padding=padding)
         (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
@@ -28,13 +28,13 @@ def test_equals_conv2d(kernel, stride, padding, size):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels_are_filled_up(channels):
     x, weight = torch.randn(1, channels, 9, 9), torch.randn(4, channels, 3, 3)
-    y = strided_conv2d(x, weight, stride=2, padding=1)
+    y = stem_conv2d(x, weight, stride=2, padding=1)
     torch.testing.assert_close(y, F.conv2d(x, weight, stride=2, padding=1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [4, 7])
 def test_channels_last_goes_out(kernel):
-    y = strided_conv2d(torch.randn(2, 3, 16, 16), torch.randn(5, 3, kernel, kernel), stride=4)
+    y = stem_conv2d(torch.randn(2, 3, 16, 16), torch.randn(5, 3, kernel, kernel), stride=4)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -48,4 +48,4 @@ def test_channels_last_goes_out(kernel):
 )
 def test_refuses_what_does_not_fit(x, weight, stride, message):
     with pytest.raises(ValueError, match=message):
-        strided_conv2d(torch.zeros(x), torch.zeros(weight), stride=stride)
+        stem_conv2d(torch.zeros(x), torch.zeros(weight), stride=stride)
