@@ -12,7 +12,8 @@ import pytest
 
 from fastofa.commands.arguments import CONFIGS, SECTIONS, parse
 from fastofa.runs import recipes
-from fastofa.runs.config import TrainConfig, read_config
+from fastofa.runs.config import TrainConfig
+from fastofa.runs.config_file import read_config
 from fastofa.runs.run import Run, open_run
 from fastofa.system.files import read_json
 from fastofa.teacher.cache import TeacherCache

@@ -45,8 +45,9 @@ def _write(out: Path, sizes: list[tuple[int, int]], i: int) -> None:
     write_jpeg(image, str(out / "train" / str(i % CLASSES) / f"{i:05d}.jpg"), quality=QUALITY)
 
 
-def in_memory(count: int, side: int = SIDE) -> Dataset:
+def in_memory(count: int, side: int = SIDE, split: str = "train") -> Dataset:
+    """`count` images of SIDE x SIDE pixels, of which at most 64 differ."""
     pixels = photographs(min(count, 64), side, side).permute(0, 2, 3, 1).numpy()
     pixels = np.tile(pixels, (-(-count // len(pixels)), 1, 1, 1))[:count]
     names, labels = [f"{i:05d}" for i in range(count)], np.arange(count) % CLASSES
-    return from_array("photographs", "train", tuple(map(str, range(CLASSES))), names, labels, pixels)
+    return from_array("photographs", split, tuple(map(str, range(CLASSES))), names, labels, pixels)

@@ -22,7 +22,8 @@ import tyro
 
 from fastofa.data.write_config import WriteConfig
 from fastofa.runs.config import SECTIONS as train_sections
-from fastofa.runs.config import TrainConfig, Weights, read_config
+from fastofa.runs.config import TrainConfig, Weights
+from fastofa.runs.config_file import read_config
 from fastofa.runs.quick_checks import RUN
 from fastofa.runs.recipes import default_recipe, recipe
 from fastofa.system.errors import BadInput, at_least

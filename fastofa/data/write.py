@@ -57,7 +57,7 @@ def write(config: WriteConfig) -> None:
     sources = _open_splits(config)
     if not os.path.lexists(config.out):
         if config.out.suffix == ".pack":
-            _write_pack(config, sources)
+            write_pack(config, sources)
         else:
             _write_beton(config, sources)
     if config.verify:
@@ -109,7 +109,12 @@ def _check_source(config: WriteConfig, sources: list[Dataset]) -> None:
             )
 
 
-def _write_pack(config: WriteConfig, sources: list[Dataset]) -> None:
+def write_pack(config: WriteConfig, sources: list[Dataset]) -> None:
+    """Write the splits as the pack `config.out`, which appears when it is complete.
+
+    Raises:
+        BadInput: unreadable images (notices name each), OUT exists, or the disk has too little space.
+    """
     size, total = config.size or SIZE, sum(map(len, sources))
     _check_space(config.out, total * size * size * 3)
     with new_folder(config.out) as folder:

@@ -8,7 +8,8 @@ from fastofa import __version__
 from fastofa.models.timm_models import find_folder
 from fastofa.models.weights import SavedWeights
 from fastofa.runs.checkpoint import checkpoints, load_student
-from fastofa.runs.config import BUILT_IN, TrainConfig, Weights, from_folder
+from fastofa.runs.config import TrainConfig, Weights
+from fastofa.runs.config_file import BUILT_IN, from_folder
 from fastofa.runs.log import read_metrics
 from fastofa.student.model import Student
 from fastofa.system.environment import environment

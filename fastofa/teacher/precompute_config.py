@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastofa.data.headers import Limits, parse_limits
-from fastofa.runs.config import MAX_EPOCHS, to_json
+from fastofa.runs.config import MAX_EPOCHS
+from fastofa.runs.config_file import to_json
 from fastofa.runs.recipes import default_policy, recipe
 from fastofa.system.errors import BadInput, at_least
 from fastofa.views.policy import ViewPolicy, changed_policy

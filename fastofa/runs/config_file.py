@@ -1,0 +1,127 @@
+"""Configurations as JSON files: config.json of a run, cache.json of a cache, and the file of --config.
+
+A configuration is a frozen dataclass. Its fields' types decide which values a file may contain.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from fastofa.system.errors import BadInput
+from fastofa.system.read import read_json
+
+# Fields that may contain a path, each with the value that is not one.
+BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}
+MAX_NAMED = 8  # maximum number of fields named in an error
+Config = TypeVar("Config")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration's fields for a JSON file; paths become text."""
+    return {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(config).items()}
+
+
+def from_json(cls: type[Config], values: Any, remedy: str) -> Config:
+    """The configuration that `to_json` wrote. Raises BadInput for different fields (with `remedy`) or types."""
+    if not isinstance(values, dict):
+        raise BadInput(f"expected an object as config, got {_text(values)}")
+    hints = get_type_hints(cls)
+    if different := sorted(set(values) ^ set(hints)):
+        named = [_text(name).strip('"') for name in different[:MAX_NAMED]] + ["..."] * (len(different) > MAX_NAMED)
+        raise BadInput(
+            f"expected the fields of this version of fastofa, but these differ: {', '.join(named)}; {remedy}"
+        )
+    for name, hint in hints.items():
+        if not _fits(values[name], hint):
+            raise BadInput(
+                f"expected {_words(hint)} as {name}, got {_text(values[name])}; it was edited or damaged, restore its "
+                "value"
+            )
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    paths = {k: Path(v) for k, v in fields.items() if v is not None and _is_path(hints[k])}
+    return cls(**{**fields, **paths})
+
+
+def read_config(cls: type[Config], file: Path) -> Config:
+    """The configuration in a JSON file: its "config" object, or the whole file if it has none.
+
+    Relative paths are relative to the file's "folder", or to the working directory if it names none.
+
+    Raises:
+        BadInput: the file cannot be read or is not such a configuration.
+    """
+    values, folder = read_json(file), ""
+    if isinstance(values, dict) and "config" in values:
+        values, folder = values["config"], values.get("folder", "")
+    try:
+        if not isinstance(folder, str):
+            raise BadInput(f"expected text as folder, got {_text(folder)}; correct or remove it")
+        config = from_json(cls, values, "give a file that this version wrote")
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from None
+    if Path(folder) in (Path(), Path.cwd()):
+        return config
+    hints, fields = get_type_hints(cls), vars(config)
+    paths = {k: Path(folder, v) for k, v in fields.items() if v is not None and _is_path(hints[k])}
+    names = {k: from_folder(folder, fields[k], built_in) for k, built_in in BUILT_IN.items() if fields.get(k)}
+    return cls(**{**fields, **paths, **names})
+
+
+def from_folder(folder: str, name: str, built_in: str) -> str:
+    """The name of a dataset, model or weights file; if it is a relative path, it is joined to `folder`.
+
+    A name that does not exist as a path there is returned unchanged.
+    """
+    kind = next((kind for kind in ("cifar100:", "local-dir:") if name.startswith(kind)), "")
+    path = Path(folder, name.removeprefix(kind))
+    return f"{kind}{path}" if name.partition(":")[0] != built_in and path.exists() else name
+
+
+def _is_path(hint: Any) -> bool:
+    return hint is Path or Path in get_args(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON has this type. In JSON, paths are strings, tuples are lists, and a float may be an
+    integer."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)  # the configuration checks its value
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        parts = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, str if hint is Path else hint)
+
+
+def _words(hint: Any) -> str:
+    """A type in words."""
+    names = {
+        str: "text",
+        Path: "text",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        NoneType: "null",
+    }
+    if get_origin(hint) is UnionType:
+        return " or ".join(map(_words, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "a list" if ... in get_args(hint) else f"a list of {len(get_args(hint))} numbers"
+    return "text" if get_origin(hint) is Literal else names[hint]
+
+
+def _text(value: Any) -> str:
+    """A value from a file for a message, shortened to its first 40 characters."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "deeply nested lists"
+    return text if len(text) <= 40 else f"{text[:40]}..."
