@@ -4,9 +4,10 @@
 
 Extrapolated, not trained: 1,281,167 images divided by the rates of the step (OFA-KD from cached predictions), of the
 loader, and of the teacher, which fills the cache with one view per epoch. Rates are read from records in bench/results/
-if these match this student, teacher, image size and machine; the others are measured briefly. Processes and threads
-load images while the device trains, so the slower of the two decides; pipeline `resident` runs on the device itself, so
-their times add up. Evaluation is left out.
+if these match this student, teacher, image size and machine; the others are measured briefly. The teacher is the
+program that `precompute` runs on this device by default. Processes and threads load images while the device computes,
+so the slower of the two decides; pipeline `resident` runs on the device itself, so their times add up. Evaluation is
+left out, and so are drawing and writing the views of the cache.
 """
 
 import statistics
@@ -18,15 +19,18 @@ from typing import Any
 
 import torch
 
+from bench.bench_precompute import write_teacher
 from bench.lib import command_line, loader_step
 from bench.lib.record import RESULTS, markdown_table, read_record, write_record
-from bench.lib.steps import Job, OnlineTeacher, StepOptions, official_step, our_step
+from bench.lib.steps import TOPK, Job, StepOptions, official_step, our_step
 from bench.lib.timing import interleaved_ms
 from fastofa.pipelines import PIPELINES, open_pipeline
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
-from fastofa.system.device import choose_workers
+from fastofa.system.device import choose_bf16, choose_compile, choose_workers
 from fastofa.system.environment import environment
+from fastofa.teacher.model import open_teacher
+from fastofa.teacher.program import TopKProgram
 from fastofa.training.schedule import image_size
 
 IMAGES = 1_281_167
@@ -100,8 +104,8 @@ def measure(job: Job, sizes: list[int], pipeline: str, records: Path, rounds: in
             steps[f"step {size}"] = our_step(sized, options)
         if "official code, fp32" not in known[size]:
             steps[f"official {size}"] = official_step(sized)
-    teacher = OnlineTeacher(replace(job, image_size=TEACHER_SIZE), options)
-    steps["teacher"] = lambda: teacher.lookup(torch.empty(0))
+    program, images = teacher_program(job), replace(job, image_size=TEACHER_SIZE).batch().images
+    steps["teacher"] = lambda: program(images)
     times = interleaved_ms(steps, job.device, rounds, calls)
 
     def rate(name: str, row: str, size: int) -> float:
@@ -121,6 +125,15 @@ def measure(job: Job, sizes: list[int], pipeline: str, records: Path, rounds: in
             "loader": loader_source,
         },
     )
+
+
+def teacher_program(job: Job) -> TopKProgram:
+    """What `precompute` runs for a batch with its default precision and compilation; with random weights."""
+    classes = tuple(map(str, range(job.num_classes)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_teacher(job.teacher, TEACHER_SIZE, classes, Path(folder))
+        teacher = open_teacher(path, classes, device=job.device, bf16=choose_bf16("auto", job.device))
+    return TopKProgram(teacher, TOPK, job.batch_size, choose_compile("auto", job.device))
 
 
 def together(step: float, loader: float, pipeline: str) -> float:

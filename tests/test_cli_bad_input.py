@@ -185,8 +185,8 @@ REFUSED = {
     ),
     "other ratio": (f"{TRAIN} --out new --ratio 1 1", "ratio=(1.0, 1.0)...precompute"),
     "other flips": (f"{TRAIN} --out new --flip 0.5", "flip=0.5...precompute"),
-    "other top-K": (f"{PRECOMPUTE} --out cache --topk 2", "cache...topk (3...2"),
-    "other seed": (f"{PRECOMPUTE} --out cache --seed 1", "cache...seed (0...1"),
+    "other top-K": (f"{PRECOMPUTE} --out cache --topk 2", "cache...topk (cached: 3, given: 2"),
+    "other seed": (f"{PRECOMPUTE} --out cache --seed 1", "cache...seed (cached: 0, given: 1"),
     "other size": (f"{PRECOMPUTE} --out cache --image-size 48", "cache...teacher...--out"),
     "other digits": (f"{PRECOMPUTE} --out cache --data digits:30", "cache...dataset...--out"),
     "no place for a cache": (
@@ -300,7 +300,7 @@ main(sys.argv[1:])
         REFUSED["other seed"],
         (
             f"{PRECOMPUTE} --out cache --flip 0.25 --scale 0.5 1",
-            "scale (0.6 1...0.5 1...flip (0...0.25",
+            "scale (cached: 0.6 1, given: 0.5 1)...flip (cached: 0, given: 0.25",
         ),
         REFUSED["no place for a cache"],
         REFUSED["export over a folder"],

@@ -136,13 +136,31 @@ def test_overrides(folder, model):
 
 
 def test_bf16_answers_are_fp32_and_near(folder):
+    """Of the same weights, but another teacher to a cache: its answers are others."""
     exact, rough = open_teacher(str(folder), NAMES), open_teacher(str(folder), NAMES, bf16=True)
     images = pictures(SIZE)
     a, b = exact.log_probs(images), rough.log_probs(images)
     assert b.dtype == torch.float32
     assert 0 < (a - b).abs().max() < 0.3
     torch.testing.assert_close(b.exp().sum(1), torch.ones(5))  # the softmax is not in bf16
-    assert (exact.describe()["precision"], rough.describe()["precision"]) == ("fp32", "bf16")
+    described = exact.describe(), rough.describe()
+    assert described[0]["sha256"] == described[1]["sha256"]
+    assert described[0]["precision"] != described[1]["precision"]
+
+
+def test_bf16_is_autocasts_but_for_what_autocast_leaves_in_fp32(folder, model):
+    """A CNN answers as under autocast, since its batch norms keep their statistics in fp32."""
+    images, rough = pictures(SIZE), open_teacher(str(folder), NAMES, bf16=True)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(normalize(images / 255, list(MEAN), list(STD)).contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(rough.log_probs(images), logits.float().log_softmax(1), rtol=1e-2, atol=1e-2)
+    norms = [module for module in rough.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    for module in norms:
+        assert {tensor.dtype for tensor in (*module.parameters(), module.running_mean, module.running_var)} == {
+            torch.float32
+        }
+    assert rough.model.classifier.weight.dtype == torch.bfloat16
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------

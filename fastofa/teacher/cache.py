@@ -1,6 +1,6 @@
 """The teacher cache: for each view, the view table and the teacher's top-K predictions for every sample.
 
-    CACHE/cache.json                the header: data set, teacher, view policy, and the planned number of views
+    CACHE/cache.json                the header: dataset, teacher, view policy, and the planned number of views
     CACHE/view-00000.safetensors    the columns of `Views` (crop uint16 [N, 4], flip bool [N], and the others that the
                                     policy draws), classes uint16 or int32 [N, K], best first, log_probs float16 [N, K]
                                     at temperature 1
@@ -33,7 +33,7 @@ from fastofa.methods.targets import Targets
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import load_tensors, read_info, save_tensors
 from fastofa.system.progress import track
-from fastofa.teacher.cache_header import AGAIN, HEADER, identity, policy_from_json, read_header
+from fastofa.teacher.cache_header import AGAIN, identity, policy_from_json, read_header
 from fastofa.teacher.table_checks import targets_fault, views_fault
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views
@@ -88,7 +88,7 @@ class TeacherCache:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The data set's class names; `classes` of the targets are indices into them."""
+        """The dataset's class names; `classes` of the targets are indices into them."""
         return tuple(self.header["classes"])
 
     @property
@@ -164,7 +164,7 @@ class TeacherCache:
             raise BadInput(f"{self.path}: {missing} is missing although later views exist; {AGAIN}")
 
     def check(self, dataset: Dataset, policy: ViewPolicy) -> None:
-        """Raises BadInput unless the cache was made from this data set with this policy."""
+        """Raises BadInput unless the cache was made from this dataset with this policy."""
         name = f"cache {self.path}"
         if self.num_classes != len(dataset.classes):
             classes = counted(len(dataset.classes), "class")
@@ -174,13 +174,13 @@ class TeacherCache:
             expected, actual = next(pair for pair in pairs if pair[0] != pair[1])
             raise BadInput(
                 f"{name}: expected the classes of {dataset.spec} in their order, got {actual!r} instead of "
-                f"{expected!r}; run `fastofa precompute` on that data set with another --out"
+                f"{expected!r}; run `fastofa precompute` on that dataset with another --out"
             )
         if (self.header["dataset"][dataset.split], self.num_samples) != (dataset.fingerprint, len(dataset)):
             cached, current = counted(self.num_samples, "sample"), counted(len(dataset), "sample")
             raise BadInput(
                 f"{name}: expected one made from {dataset.spec} in its present state ({current}), got one made from "
-                f"{self.header['dataset']['spec']} ({cached}); run `fastofa precompute` on that data set with another "
+                f"{self.header['dataset']['spec']} ({cached}); run `fastofa precompute` on that dataset with another "
                 "--out"
             )
         requested, cached_policy = dataclasses.asdict(policy), dataclasses.asdict(self.policy)
@@ -194,15 +194,30 @@ class TeacherCache:
             )
 
 
+def best_classes(log_probs: Tensor, topk: int) -> Targets:
+    """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, on the same device.
+
+    Returns:
+        classes int16, the bits of uint16, in which few operations exist (int32 if C > 65,536) [B, K], best first, and
+        log_probs float16 [B, K].
+    """
+    values, classes = log_probs.topk(topk, dim=-1)
+    return Targets(classes.to(torch.int16 if log_probs.shape[-1] <= 1 << 16 else torch.int32), values.half())
+
+
+def as_stored(targets: Targets) -> Targets:
+    """`best_classes` on the CPU -> the same values as the cache stores them, classes uint16 or int32."""
+    classes, log_probs = targets
+    return Targets(classes.view(torch.uint16) if classes.dtype == torch.int16 else classes, log_probs)
+
+
 def topk_targets(log_probs: Tensor, topk: int) -> Targets:
     """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, as the cache stores them.
 
     Returns:
         On the CPU: classes uint16 (int32 if C > 65,536) [B, K], best first, and log_probs float16 [B, K].
     """
-    values, classes = log_probs.topk(topk, dim=-1)
-    narrow = log_probs.shape[-1] <= 1 << 16
-    return Targets(classes.cpu().to(torch.uint16 if narrow else torch.int32), values.to(torch.float16).cpu())
+    return as_stored(Targets(*(values.cpu() for values in best_classes(log_probs, topk))))
 
 
 def view_file(view: int) -> str:
@@ -224,8 +239,10 @@ def read_table(path: Path, header: dict[str, Any], table: int | str) -> dict[str
 def check_origin(path: Path, info: dict[str, Any], header: dict[str, Any], table: int | str) -> None:
     """Raises BadInput unless the metadata of a file (`info`) name this table of this cache."""
     if info != {"table": table, "cache": identity(header)}:
+        expected = f"view {table}" if isinstance(table, int) else table
         raise BadInput(
-            f"{path}: expected table {table} of the cache that {HEADER} describes, got another; delete it, and {AGAIN}"
+            f"{path}: expected {expected} of this cache, got a table of another view or another cache; delete it, and "
+            f"{AGAIN}"
         )
 
 

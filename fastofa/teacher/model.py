@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from fastofa.models.model_config import ModelConfig, read_model_config
 from fastofa.models.timm_models import (
@@ -31,13 +32,54 @@ from fastofa.system.files import read_json
 from fastofa.system.progress import notice
 from fastofa.teacher.class_names import OutputNames, match_classes
 
+PURE_BF16 = "pure bf16"  # weights and activations; earlier versions wrote "bf16" for autocast, which rounds differently
+
+
+class LogProbs(nn.Module):
+    """`log_probs(images)`: uint8 [B, 3, S, S] -> log-probabilities fp32 [B, C] at temperature 1.
+
+    Args:
+        model: takes normalised images in its own precision, returns logits [B, O].
+        mean, std: of RGB in 0..1, for normalising the images.
+        columns: the output for each class of the data; None if the outputs are the data's classes in the same order.
+        bf16: the precision of `model`; the normalisation and the log-probabilities are fp32 either way.
+    """
+
+    mean: Tensor
+    std: Tensor
+    columns: Tensor | None
+
+    def __init__(
+        self,
+        model: Any,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        columns: tuple[int, ...] | None = None,
+        bf16: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.dtype = model, torch.bfloat16 if bf16 else torch.float32
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.register_buffer("columns", None if columns is None else torch.tensor(columns))
+
+    def forward(self, images: Tensor) -> Tensor:
+        normalized = (images.float() / 255 - self.mean) / self.std
+        logits = self.model(normalized.to(self.dtype))
+        if self.columns is not None:
+            logits = logits[:, self.columns]
+        return torch.log_softmax(logits.float(), dim=-1)
+
 
 @dataclass(frozen=True)
 class Teacher:
     """A timm model ready to predict the data's classes; see `open_teacher`."""
 
     name: str
-    model: Any
+    network: LogProbs
+    """The model with its normalisation, on `device`."""
+    sha256: str
+    """Of the weights as they were read, before they were rounded to bf16."""
     device: torch.device
     image_size: int
     """S, in pixels."""
@@ -46,9 +88,14 @@ class Teacher:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     bf16: bool
-    """Whether it computes in bf16. The log-probabilities are fp32 either way."""
+    """Whether weights and activations are bf16. The log-probabilities are fp32 either way."""
     columns: tuple[int, ...] | None = None
     """The output for each class of the data; None if the outputs are the data's classes in the same order."""
+
+    @property
+    def model(self) -> Any:
+        """The timm model."""
+        return self.network.model
 
     @torch.inference_mode()
     def log_probs(self, images: Tensor) -> Tensor:
@@ -57,24 +104,18 @@ class Teacher:
         If the teacher has more outputs than the data has classes, the softmax covers only the data's classes. The
         result is conditional on these, which is what a student without the other classes has to learn.
         """
-        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        normalized = (images.float() / 255 - mean) / std
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(normalized)
-        if self.columns is not None:
-            logits = logits[:, torch.tensor(self.columns, device=self.device)]
-        return torch.log_softmax(logits.float(), dim=-1)
+        return self.network(images)
 
     def describe(self) -> dict[str, Any]:
         """The teacher's entry in the header of a cache."""
         return {
             "name": self.name,
-            "sha256": weights_sha256(self.model),
+            "sha256": self.sha256,
             "image_size": self.image_size,
             "crop": self.crop,
             "mean": list(self.mean),
             "std": list(self.std),
-            "precision": "bf16" if self.bf16 else "fp32",
+            "precision": PURE_BF16 if self.bf16 else "fp32",
             "num_features": self.model.num_features,
             **({} if self.columns is None else {"columns": list(self.columns)}),
         }
@@ -103,7 +144,7 @@ def open_teacher(
         mean: normalisation of RGB in 0..1; None for the teacher's own.
         std: see `mean`.
         device: where it computes; None for the CPU.
-        bf16: compute in bf16.
+        bf16: round the weights to bf16 and compute in bf16 (`round_to_bf16`).
         checkpoint_key: which weights to use if the file contains several.
 
     Raises:
@@ -123,28 +164,47 @@ def open_teacher(
     check_channels(model, f"teacher {name}")
     names = OutputNames(model.num_classes, names.names, names.descriptions)
     columns = match_classes(name, names, classes)
+    kept = None if columns == list(range(model.num_classes)) else tuple(columns)
     own_mean, own_std = normalization(model)
+    mean, std = tuple(mean or own_mean), tuple(std or own_std)
+    sha256 = weights_sha256(model)
+    model.eval().requires_grad_(False)
+    if bf16:
+        round_to_bf16(model)
+    network = LogProbs(model, mean, std, kept, bf16).eval()
     teacher = Teacher(
         name=architecture,
-        model=model.eval().to(device, memory_format=torch.channels_last),
+        network=network.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+        sha256=sha256,
         device=device,
         image_size=image_size or input_size(model),
         crop=min(float(model.pretrained_cfg.get("crop_pct") or 0.875), 1.0),  # VOLO's 1.15 would exceed the image
-        mean=tuple(mean or own_mean),
-        std=tuple(std or own_std),
+        mean=mean,
+        std=std,
         bf16=bf16,
-        columns=None if columns == list(range(model.num_classes)) else tuple(columns),
+        columns=kept,
     )
     side = teacher.image_size
     try:
         log_probs = teacher.log_probs(torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device))
     except Exception as error:  # a model from an unusual config.json can fail in many ways
-        raise BadInput(
-            f"teacher {name}: does not run at {side} px ({first_line(error)}); give another --image-size"
-        ) from None
+        remedy = "give another --image-size" + " or --precision fp32" * bf16
+        raise BadInput(f"teacher {name}: does not run at {side} px ({first_line(error)}); {remedy}") from None
     if log_probs.shape != (2, len(classes)):
         raise BadInput(f"teacher {name}: expected logits [images, classes], got {list(log_probs.shape)} for two images")
     return teacher
+
+
+def round_to_bf16(model: nn.Module) -> None:
+    """Round parameters and buffers to bf16, except those of batch norms.
+
+    A batch norm takes bf16 activations with fp32 statistics, at no cost; rounding its variance would scale a channel.
+    """
+    for module in model.modules():
+        if not isinstance(module, BatchNorm):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(torch.bfloat16)
 
 
 def _with_checkpoint(

@@ -1,6 +1,7 @@
 """Run the teacher once on every view of every image, and write its predictions as a teacher cache.
 
-An interrupted run continues where it stopped; more views can be added later.
+An interrupted run continues where it stopped; more views can be added later. On a GPU, the CPU only queues work: the
+pixels of the next batches are uploaded and the predictions of the last ones are fetched while the teacher computes.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from fastofa.data.open import open_dataset
 from fastofa.methods.targets import Targets
 from fastofa.models.timm_models import find_folder, resolve
 from fastofa.pipelines import PIPELINES, Pipeline, choose, open_pipeline
-from fastofa.system.device import choose_bf16, choose_device, choose_workers
+from fastofa.system.device import choose_bf16, choose_compile, choose_device, choose_workers
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling, read_info
 from fastofa.system.interrupt import Interrupt, Stopped
@@ -31,22 +32,23 @@ from fastofa.teacher.cache import (
     PARTIAL,
     VAL,
     TeacherCache,
+    as_stored,
     check_origin,
     read_table,
-    topk_targets,
     view_file,
     write_table,
 )
 from fastofa.teacher.cache_header import HEADER, identity, policy_to_json, read_header, write_header
-from fastofa.teacher.model import Teacher, check_finite, open_teacher, report_accuracy
+from fastofa.teacher.downloads import Downloads
+from fastofa.teacher.model import check_finite, open_teacher, report_accuracy
 from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.teacher.program import TopKProgram
 from fastofa.teacher.quick_checks import check_cache, other_cache
 from fastofa.teacher.reference_images import save_teacher_images
 from fastofa.teacher.table_checks import targets_fault
 from fastofa.views.draw import draw_views
 from fastofa.views.order import pair_order
-from fastofa.views.policy import ViewPolicy
-from fastofa.views.table import Views, center_views
+from fastofa.views.table import Views, center_views, samples_of
 
 SAVE_EVERY_S = 300  # seconds between two saves of an unfinished view
 
@@ -60,19 +62,31 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
     """
     device = _check_early(config)
     with filling(config.out):
-        return _precompute(config, device)
+        train, val = (
+            open_dataset(config.data, split, config.skip_corrupt, check=True, limits=config.limits())
+            for split in ("train", "val")
+        )
+        with Interrupt() as interrupt:
+            open_job(config, train, val, device, interrupt).run()
+        cache = TeacherCache.open(config.out)
+        if cache.views == cache.header["views"]:
+            (config.out / PARTIAL).unlink(missing_ok=True)  # left behind by a process that was killed
+    return cache
 
 
-def _precompute(config: PrecomputeConfig, device: torch.device) -> TeacherCache:
-    train, val = (
-        open_dataset(config.data, split, config.skip_corrupt, check=True, limits=config.limits())
-        for split in ("train", "val")
-    )
+def open_job(
+    config: PrecomputeConfig, train: Dataset, val: Dataset, device: torch.device, interrupt: Interrupt
+) -> "CacheJob":
+    """Open the teacher and the pipelines, and begin the cache or compare it with the existing one.
+
+    Raises:
+        BadInput: see `precompute`.
+    """
     if config.topk > len(train.classes):
         classes = counted(len(train.classes), "class")
         raise BadInput(f"topk: expected at most the {classes} of {config.data}, got {config.topk}")
-    policy = config.policy()
-    bf16 = choose_bf16(config.precision, device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
     teacher = open_teacher(
         config.teacher,
         train.classes,
@@ -81,7 +95,7 @@ def _precompute(config: PrecomputeConfig, device: torch.device) -> TeacherCache:
         config.mean,
         config.std,
         device,
-        bf16,
+        choose_bf16(config.precision, device),
         config.teacher_checkpoint_key,
     )
     header: dict[str, Any] = {
@@ -91,7 +105,7 @@ def _precompute(config: PrecomputeConfig, device: torch.device) -> TeacherCache:
         "num_classes": len(train.classes),
         "classes": list(train.classes),
         "topk": config.topk,
-        "policy": policy_to_json(policy),
+        "policy": policy_to_json(config.policy()),
         "seed": config.seed,
         "views": config.views,
         "teachers": [teacher.describe()],
@@ -100,23 +114,17 @@ def _precompute(config: PrecomputeConfig, device: torch.device) -> TeacherCache:
         "config": config.to_json(),  # for `precompute --config`
         "folder": str(Path.cwd()),  # to which its relative paths refer
     }
-    train_pipeline, val_pipeline = (
-        open_pipeline(config.pipeline, d, teacher.image_size, config.batch_size, device, choose_workers(config.workers))
-        for d in (train, val)
+    train_source, val_source = (
+        Source(
+            data,
+            open_pipeline(
+                config.pipeline, data, teacher.image_size, config.batch_size, device, choose_workers(config.workers)
+            ),
+        )
+        for data in (train, val)
     )
-    header = _begin(config.out, header)
-    with Interrupt() as interrupt:
-        job = _Job(config.out, header, teacher, config, interrupt)
-        job.write_val(val, val_pipeline)
-        todo = [view for view in range(config.views) if not job.is_finished(view_file(view), view)]
-        if todo[:1] == [0]:  # written with view 0, because the images may change later
-            with job.saving(0, []):
-                save_teacher_images(config.out, train_pipeline, draw_views(policy, train.sizes, config.seed, 0))
-        job.write_views(todo, train, train_pipeline, policy)
-    cache = TeacherCache.open(config.out)
-    if cache.views == header["views"]:
-        (config.out / PARTIAL).unlink(missing_ok=True)  # left behind by a process that was killed
-    return cache
+    program = TopKProgram(teacher, config.topk, config.batch_size, choose_compile(config.compile, device))
+    return CacheJob(config, _begin(config.out, header), program, train_source, val_source, interrupt)
 
 
 def _check_early(config: PrecomputeConfig) -> torch.device:
@@ -131,7 +139,9 @@ def _check_early(config: PrecomputeConfig) -> torch.device:
         resolve(config.teacher)
     if config.pipeline not in ("auto", *PIPELINES):
         raise BadInput(f"unknown pipeline {config.pipeline!r}: expected auto or one of {', '.join(PIPELINES)}")
-    return choose_device(config.device)
+    device = choose_device(config.device)
+    choose_compile(config.compile, device)
+    return device
 
 
 def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +153,7 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
     new, old = identity(header), identity(existing)
     different = [key for key in new if new[key] != old[key]]
     if different and not _may_start_over(out, different):
-        raise other_cache(out, [f"{key} ({_short(old[key])} there, {_short(new[key])} here)" for key in different])
+        raise other_cache(out, [f"{key} (cached: {_short(old[key])}, given: {_short(new[key])})" for key in different])
     if different:
         notice(f"{out}: starts over, because {' and '.join(different)} changed and no view was finished")
         for file in (VAL, PARTIAL):
@@ -169,13 +179,36 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:120]}..."
 
 
+class Source(NamedTuple):
+    """Images, and the pipeline that reads them."""
+
+    dataset: Dataset
+    pipeline: Pipeline
+
+
 @dataclass(frozen=True)
-class _Job:
-    out: Path
-    header: dict[str, Any]
-    teacher: Teacher
+class CacheJob:
+    """A cache that is being written; see `open_job`."""
+
     config: PrecomputeConfig
+    header: dict[str, Any]
+    program: TopKProgram
+    train: Source
+    val: Source
     interrupt: Interrupt
+
+    @property
+    def out(self) -> Path:
+        return self.config.out
+
+    def run(self) -> None:
+        """Write all tables that are missing."""
+        self.write_val()
+        todo = [view for view in range(self.config.views) if not self.is_finished(view_file(view), view)]
+        if todo[:1] == [0]:  # written with view 0, because the images may change later
+            with self.saving(0, []):
+                save_teacher_images(self.out, self.train.pipeline, self._draw(0))
+        self.write_views(todo)
 
     def is_finished(self, file: str, table: int | str) -> bool:
         """Whether this table of the cache is finished, and not truncated. Raises BadInput if it is another cache's."""
@@ -184,63 +217,78 @@ class _Job:
         try:
             info, _ = read_info(self.out / file)
         except BadInput as error:
-            notice(f"{error}: it is computed again now")
+            notice(f"{error}; this file is computed again")
             return False
         check_origin(self.out / file, info, self.header, table)
         return True
 
-    def write_val(self, dataset: Dataset, pipeline: Pipeline) -> None:
+    def write_val(self) -> None:
         """Write the teacher's predictions for the validation images, and report its accuracy."""
         if self.is_finished(VAL, VAL):
             return
-        views = center_views(dataset.sizes, self.teacher.crop)
+        dataset, teacher = self.val.dataset, self.program.teacher
+        views = center_views(dataset.sizes, teacher.crop)
         with progress_bar() as bar:
             task = bar.add_task("validation", total=len(dataset), note="")
-            targets = self._predict(dataset, pipeline, views, VAL, bar, task)
+            targets = self._predict(self.val, views, VAL, bar, task)
         self._commit(VAL, targets._asdict(), VAL)
         correct = targets.classes[:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
-        top1 = float(correct.float().mean())
-        report_accuracy(self.teacher.name, top1, len(dataset.classes), len(dataset))
+        report_accuracy(teacher.name, float(correct.float().mean()), len(dataset.classes), len(dataset))
 
-    def write_views(self, todo: list[int], dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy) -> None:
+    def write_views(self, todo: list[int]) -> None:
+        """Write these views of the training images."""
         if not todo:
             return
-        total = self.config.views
+        total, images = self.config.views, len(self.train.dataset)
         with progress_bar() as bar:
-            done = (total - len(todo)) * len(dataset)
-            task = bar.add_task("precompute", total=total * len(dataset), completed=done, note="")
+            done = (total - len(todo)) * images
+            task = bar.add_task("precompute", total=total * images, completed=done, note="")
             for view in todo:
                 bar.update(task, note=f"view {view + 1} of {total}")
-                views = draw_views(policy, dataset.sizes, self.config.seed, view)
-                targets = self._predict(dataset, pipeline, views, view, bar, task)
+                views = self._draw(view)
+                targets = self._predict(self.train, views, view, bar, task)
                 columns = {name: torch.from_numpy(column) for name, column in views.columns().items()}
                 self._commit(view_file(view), {**columns, **targets._asdict()}, view)
                 bar.done(task, f"view {view + 1} of {total} done")
 
-    def _predict(
-        self, dataset: Dataset, pipeline: Pipeline, views: Views, table: int | str, bar: Bar, task: TaskID
-    ) -> Targets:
+    def _draw(self, view: int) -> Views:
+        return draw_views(self.config.policy(), self.train.dataset.sizes, self.config.seed, view)
+
+    def _predict(self, source: Source, views: Views, table: int | str, bar: Bar, task: TaskID) -> Targets:
         """The teacher's predictions for every row of a table, in the order of sample ids."""
+        dataset, pipeline = source
         # In file order, for sequential reads; mixed images follow each other, so that each is read once.
         order = pair_order(views, None if dataset.spans is None else dataset.spans[:, 0])
         partial = f"first rows of {table} in the order {hashlib.sha256(order.tobytes()).hexdigest()}"
         parts = self._read_partial(partial, len(order))
-        done = sum(len(part.classes) for part in parts)
-        bar.advance(task, done)
+        bar.advance(task, _rows(parts))
         saved_at = time.monotonic()
-        with self.saving(table, parts, partial), closing(pipeline.epoch(views, order, start=done)) as batches:
-            for batch in batches:
-                targets = topk_targets(self.teacher.log_probs(batch.images), self.header["topk"])
-                names = [dataset.names[i] for i in batch.sample_ids.tolist()]
+        teacher, downloads = self.program.teacher, Downloads(self.program.teacher.device)
+
+        def keep(arrived: list[Targets]) -> None:
+            """Check predictions that follow those in `parts`, and add them."""
+            for targets in map(as_stored, arrived):
+                first = _rows(parts)
+                rows = order[first : first + len(targets.classes)]
+                names = [dataset.names[i] for i in samples_of(rows, len(dataset)).tolist()]
                 which = f"view {table}" if isinstance(table, int) else "the validation view"
-                check_finite(self.teacher.name, targets.log_probs, which, names)
+                check_finite(teacher.name, targets.log_probs, which, names)
                 parts.append(targets)
-                bar.advance(task, len(batch.labels))
-                if self.interrupt.signum is not None:
-                    raise Stopped(f"saved in {self.out}; run the same command again to continue", self.interrupt.signum)
-                if time.monotonic() - saved_at > SAVE_EVERY_S:
-                    self._save(parts, partial)
-                    saved_at = time.monotonic()
+                bar.advance(task, len(rows))
+
+        with self.saving(table, parts, partial):
+            try:
+                with closing(pipeline.epoch(views, order, start=_rows(parts))) as batches:
+                    for batch in batches:
+                        keep(downloads.add(self.program(batch.images)))
+                        if self.interrupt.signum is not None:
+                            message = f"saved in {self.out}; run the same command again to continue"
+                            raise Stopped(message, self.interrupt.signum)
+                        if time.monotonic() - saved_at > SAVE_EVERY_S:
+                            self._save(parts, partial)
+                            saved_at = time.monotonic()
+            finally:  # also after an error, since what was computed is saved
+                keep(downloads.finish())
         joined, place = _joined(parts), np.argsort(order)
         return Targets(*(torch.from_numpy(values.numpy()[place]) for values in joined))
 
@@ -262,13 +310,13 @@ class _Job:
 
     def _how_to_continue(self, parts: list[Targets]) -> str:
         """The end of an error message: what was saved, and how to continue."""
-        views, predicted = len(list(self.out.glob("view-*.safetensors"))), sum(len(part.classes) for part in parts)
+        views, predicted = len(list(self.out.glob("view-*.safetensors"))), _rows(parts)
         if not views and not predicted:
             return ""
-        otherwise = "give another --out" if views else "it starts over"
+        skip = "requires another --out" if views else "starts over"
         return (
-            f"; saved in {self.out}: {counted(views, 'view')} and {counted(predicted, 'prediction')} of the next; the "
-            f"same command continues with the same images, with others (--skip-corrupt) {otherwise}"
+            f"; saved in {self.out}: {counted(views, 'view')} and {counted(predicted, 'prediction')} of the next; "
+            f"repeat the command to continue; with --skip-corrupt, it {skip} if that changes the images"
         )
 
     def _save(self, parts: list[Targets], partial: str) -> None:
@@ -291,6 +339,10 @@ class _Job:
     def _commit(self, file: str, tensors: dict[str, Tensor], table: int | str) -> None:
         write_table(self.out / file, tensors, self.header, table)
         (self.out / PARTIAL).unlink(missing_ok=True)
+
+
+def _rows(parts: list[Targets]) -> int:
+    return sum(len(part.classes) for part in parts)
 
 
 def _joined(parts: list[Targets]) -> Targets:

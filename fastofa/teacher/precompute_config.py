@@ -15,9 +15,9 @@ from fastofa.views.policy import ViewPolicy, changed_policy
 
 # Titles of groups in the help, keyed by the first field of each group.
 SECTIONS = {"data": "cache and teacher", "scale": "view", "skip_corrupt": "image", "batch_size": "hardware"}
-# Fields that a cache does not record: how its predictions were computed, and which images were left out (the data set's
+# Fields that a cache does not record: how its predictions were computed, and which images were left out (the dataset's
 # index does). --out is always given.
-FREE = {"skip_corrupt", "allow_warnings", "batch_size", "device", "pipeline", "workers"}
+FREE = {"skip_corrupt", "allow_warnings", "batch_size", "device", "compile", "pipeline", "workers"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PrecomputeConfig:
     """Write a teacher cache: V views of the training set, each with the teacher's top-K predictions for every image."""
 
     data: str
-    """Data set: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`."""
+    """Dataset: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`."""
     teacher: str
     """A timm model with its tag (convnext_tiny.in12k_ft_in1k), a folder written by `fastofa train`, `fastofa export` or
     timm, or hf-hub:OWNER/NAME. Its classes are matched with the data's by name."""
@@ -79,7 +79,11 @@ class PrecomputeConfig:
     device: str = "auto"
     """auto, cuda, cuda:1, cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the teacher's computation; log-softmax is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of the teacher's weights and activations; log-softmax is always fp32. auto: bf16 on a GPU, fp32 on a
+    CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the teacher, from pixels to stored predictions, as one program. auto: on for a GPU, off for a
+    CPU."""
     pipeline: str = "auto"
     """resident, packed, ffcv, dali, torchvision, or auto, which reports its choice and the reason."""
     workers: int | None = None

@@ -46,7 +46,7 @@ def _differences(config: PrecomputeConfig) -> list[str]:
         return []
     requested = {"topk": config.topk, "seed": config.seed, **dataclasses.asdict(config.policy())}
     return [
-        f"{name.replace('_', '-')} ({_text(cached[name])} there, {_text(value)} here)"
+        f"{name.replace('_', '-')} (cached: {_text(cached[name])}, given: {_text(value)})"
         for name, value in requested.items()
         if _text(cached[name]) != _text(value)
     ]

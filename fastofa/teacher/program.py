@@ -1,0 +1,64 @@
+"""The teacher as one program, compiled for one batch shape: uint8 pixels -> top-K predictions, still on the device.
+
+Shapes: B images in a batch, S image side, C classes, K classes kept.
+"""
+
+import torch
+from torch import Tensor
+
+from fastofa.methods.targets import Targets
+from fastofa.models.timm_models import first_line
+from fastofa.system.progress import notice
+from fastofa.teacher.cache import best_classes
+from fastofa.teacher.model import Teacher
+
+
+class TopKProgram:
+    """`program(images)`: uint8 [B, 3, S, S] on the teacher's device -> its `best_classes`, for B up to `batch_size`.
+
+    The first call compiles the program for `batch_size` images, which can take minutes. A smaller batch is padded,
+    because another shape would be compiled again. If the compiler fails, a notice says so, and the program runs
+    uncompiled.
+
+    Args:
+        teacher: the teacher to run.
+        topk: K.
+        batch_size: the largest B.
+        compile_: whether to compile. An uncompiled program does not pad.
+    """
+
+    def __init__(self, teacher: Teacher, topk: int, batch_size: int, compile_: bool) -> None:
+        self.teacher, self.topk, self.batch_size = teacher, topk, batch_size
+        self.to_compile = compile_
+        self.compiled = torch.compile(self._predict, dynamic=False) if compile_ else None
+
+    @torch.no_grad()  # inference mode cannot be compiled
+    def __call__(self, images: Tensor) -> Targets:
+        if self.to_compile:
+            self._compile()
+        if self.compiled is None:
+            return best_classes(self.teacher.log_probs(images), self.topk)
+        count, missing = len(images), self.batch_size - len(images)
+        if missing:
+            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        targets = self.compiled(images.contiguous(memory_format=torch.channels_last))
+        return Targets(*(values[:count] for values in targets))
+
+    def _predict(self, images: Tensor) -> Targets:
+        return best_classes(self.teacher.network(images), self.topk)
+
+    def _compile(self) -> None:
+        """Compile for a black batch. An error here is the compiler's: `open_teacher` has tried the teacher itself."""
+        self.to_compile = False
+        assert self.compiled is not None
+        size, device = self.teacher.image_size, self.teacher.device
+        images = torch.zeros(self.batch_size, 3, size, size, dtype=torch.uint8, device=device)
+        notice(f"compiling teacher {self.teacher.name}, which can take minutes")
+        try:
+            self.compiled(images.contiguous(memory_format=torch.channels_last))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.compiled = None
+            reason = first_line(getattr(error, "inner_exception", error))
+            notice(f"teacher {self.teacher.name}: runs uncompiled, because the compiler failed ({reason})")
