@@ -153,7 +153,7 @@ def _point_kernel(images, result, plan, tables, S: tl.constexpr, LAST: tl.conste
         x, y = at // COLUMN % S, at // ROW % S
         inner = inside & (x > 0) & (x < S - 1) & (y > 0) & (y < S - 1)
         total = 4 * level
-        for down in tl.static_range(-1, 2):
+        for down in range(-1, 2):  # a loop, since unrolling takes more registers
             for across in tl.static_range(-1, 2):
                 total += _load(source + at + (down * ROW + across * COLUMN), inner)
         smooth = tl.where(inner, (total + 6) // 13, level)
