@@ -1,11 +1,15 @@
 """Images per second of RandAugment from a table and of timm's on Pillow images, with the same crops and operations.
 
-OMP_NUM_THREADS=1 python -m bench.augment            writes bench/results/augment.json
+OMP_NUM_THREADS=1 python -m bench.augment            writes bench/results/augment.json, on a GPU augment_gpu.json
 
-timm starts from Pillow images and ends with arrays, as its loader does; drawing the operations is not timed.
+timm starts from Pillow images and ends with arrays, as its loader does; drawing the operations is not timed. On a GPU
+the Triton kernels and their twin are timed, launches included, and a profiler counts the launches of each. The twin's
+operators are counted on any machine, by running it on tensors without data.
 """
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +17,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import auto_augment as timm
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.lib import command_line
 from bench.lib.record import write_record
-from bench.lib.timing import interleaved_ms, median_ratio
+from bench.lib.timing import interleaved_ms, median_ratio, wait
 from fastofa.data.dataset import from_array
 from fastofa.pipelines import open_pipeline
 from fastofa.pipelines.augment import augment
@@ -25,10 +32,10 @@ from fastofa.views.policy import ViewPolicy
 from fastofa.views.rand_augment import OPS
 from fastofa.views.table import Views
 
-BATCH, SIZE, ROUNDS = 256, 224, 9
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCH, SIZE, ROUNDS = 1024 if DEVICE.type == "cuda" else 256, 224, 9
 TEXT = "rand-m9-mstd0.5-inc1"
 WHOLE = ("posterize", "solarize", "solarize_add")
-CPU = torch.device("cpu")
 
 
 def by_timm(images: list[Image.Image], views: Views) -> list[np.ndarray]:
@@ -46,6 +53,37 @@ def by_timm(images: list[Image.Image], views: Views) -> list[np.ndarray]:
     return out
 
 
+class _Operators(TorchDispatchMode):
+    """Counts the operators that compute or copy a tensor on the device `meta`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, tuple) else result
+        on_device = isinstance(first, Tensor) and first.device.type == "meta"
+        self.count += on_device and not operator.is_view and "empty" not in operator.name()
+        return result
+
+
+def operators(images: Tensor, views: Views) -> int:
+    """The number of operators that the twin queues on a device for a batch, uploads included."""
+    nothing = torch.empty(len(images), *images.shape[2:], 3, dtype=torch.uint8, device="meta").permute(0, 3, 1, 2)
+    with _Operators() as counted:
+        augment(nothing, views, np.arange(len(images)), len(images), impl="torch")
+    return counted.count
+
+
+def launches(call: Callable[[], object]) -> int:
+    """The number of kernels and copies on the GPU."""
+    call()  # compiles kernels and copies constants
+    wait(DEVICE)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        call()
+        wait(DEVICE)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
+
+
 def main() -> None:
     args = command_line.parser(__doc__).parse_args()
     photos = np.stack([p[:427, :427] for p in load_sample_images().images])[np.arange(BATCH) % 2]
@@ -61,16 +99,20 @@ def main() -> None:
     (batch,) = open_pipeline("resident", dataset, SIZE, BATCH).epoch(crops, rows)
     images = [Image.fromarray(image.numpy()) for image in batch.images.permute(0, 2, 3, 1).contiguous()]
 
-    first = augment(batch.images.clone(), tables["randaugment"], rows, BATCH).permute(0, 2, 3, 1).int()
+    candidates = {
+        f"{name}{suffix}": partial(augment, batch.images.to(DEVICE, copy=True), table, rows, BATCH, impl)
+        for name, table in tables.items()
+        for suffix, impl in (("", "torch"), ("_triton", "triton"))
+        if impl == "torch" or DEVICE.type == "cuda"
+    }
+    firsts = {name: candidate().cpu().clone() for name, candidate in candidates.items()}
+    first = firsts["randaugment"].permute(0, 2, 3, 1).int()
     difference = (first - torch.from_numpy(np.stack(by_timm(images, tables["randaugment"]))).int()).abs()
     steps = {
         "timm_randaugment": lambda: by_timm(images, tables["randaugment"]),
-        **{
-            name: lambda table=table: augment(batch.images.clone(), table, rows, BATCH)
-            for name, table in tables.items()
-        },
+        **candidates,
     }
-    times = interleaved_ms(steps, CPU, ROUNDS, calls=1, warmup=1)
+    times = interleaved_ms(steps, DEVICE, ROUNDS, calls=1, warmup=1)
     result: dict[str, Any] = {
         "policy": TEXT,
         "batch": BATCH,
@@ -80,8 +122,13 @@ def main() -> None:
         "randaugment_over_timm": median_ratio(times, "randaugment", "timm_randaugment"),
         "pixels_that_differ": (difference > 0).float().mean().item(),
         "largest_difference": difference.max().item(),
+        "twin_operators": {name: operators(batch.images, table) for name, table in tables.items()},
     }
-    write_record("augment", result, args.out)
+    if DEVICE.type == "cuda":
+        result["milliseconds"] = {name: statistics.median(t) for name, t in times.items()}
+        result["launches"] = {name: launches(candidate) for name, candidate in candidates.items()}
+        result["same_bits"] = {name: torch.equal(firsts[name], firsts[f"{name}_triton"]) for name in tables}
+    write_record("augment_gpu" if DEVICE.type == "cuda" else "augment", result, args.out)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from bench.lib import command_line
 from bench.lib.record import markdown_table, write_record
 from fastofa.kernels import (
+    triton_augment,
     triton_crop_resize,
     triton_depthwise,
     triton_norm_act,
@@ -52,10 +53,12 @@ class Case:
     max_registers: int = 128
     wide_loads: bool = True
     """Whether it reads its tensors 128 bits at a time."""
+    exact: bool = False
+    """Whether it has the bits of its twin: no fused multiply-add, and fp64 where the twin has it."""
 
 
 def cases() -> list[Case]:
-    return [*loss_cases(), *crop_cases(), *depthwise_cases(), *norm_cases(), *pool_cases()]
+    return [*loss_cases(), *crop_cases(), *depthwise_cases(), *norm_cases(), *pool_cases(), *augment_cases()]
 
 
 def loss_cases() -> list[Case]:
@@ -208,8 +211,37 @@ def pool_cases() -> list[Case]:
     return found
 
 
+def augment_cases() -> list[Case]:
+    """224 px, channels-last. Only bytes in the order of memory are read 128 bits at a time."""
+    found = []
+    for name, kernel, block in (
+        ("tables", triton_augment._tables_kernel, triton_augment.TABLE_BLOCK),
+        ("points", triton_augment._point_kernel, triton_augment.POINT_BLOCK),
+        ("warp", triton_augment._warp_kernel, triton_augment.WARP_BLOCK),
+        ("mix and erase", triton_augment._mix_erase_kernel, triton_augment.POINT_BLOCK),
+    ):
+        pointers = dict.fromkeys(("images", "result", "tables", "noise"), "*u8") | {"plan": "*i32", "maps": "*fp64"}
+        found.append(
+            Case(
+                f"augment {name}",
+                kernel,
+                pointers={n: t for n, t in pointers.items() if n in kernel.arg_names},
+                scalars={n: "i32" for n in ("red", "green", "blue") if n in kernel.arg_names},
+                constants={"S": 224, "LAST": True, "BLOCK": block},
+                num_warps=triton_augment.OPTIONS["num_warps"],
+                max_registers=128,
+                wide_loads=name in ("points", "mix and erase"),
+                exact=True,
+            )
+        )
+    return found
+
+
 def compile_case(case: Case, architecture: int) -> dict[str, Any]:
-    """Registers, bytes of stack and shared memory, numbers of 128-bit loads and stores and of fp64 instructions."""
+    """Registers, bytes of stack and shared memory; numbers of 128-bit loads and stores, fp64 and fused instructions.
+
+    A fused instruction is a multiply-add that rounds once.
+    """
     names = case.kernel.arg_names
     signature = {n: case.pointers.get(n) or case.scalars.get(n) or "constexpr" for n in names}
     missing = [n for n in names if signature[n] == "constexpr" and n not in case.constants]
@@ -218,7 +250,7 @@ def compile_case(case: Case, architecture: int) -> dict[str, Any]:
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in case.pointers or n in case.divisible}
     source = ASTSource(case.kernel, signature, {(names.index(n),): v for n, v in case.constants.items()}, attrs)
     target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": case.num_warps, "maxnreg": case.register_limit}
+    options = {"num_warps": case.num_warps, "maxnreg": case.register_limit, "enable_fp_fusion": not case.exact}
     compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
     return {
@@ -229,6 +261,8 @@ def compile_case(case: Case, architecture: int) -> dict[str, Any]:
         "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
         "wide_stores": len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx)),
         "doubles": len(re.findall(r"\.f64", ptx)),
+        "fused": len(re.findall(r"\bfma\.", ptx)),
+        "exact": case.exact,
     }
 
 

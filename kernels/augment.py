@@ -37,7 +37,12 @@ def invert(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
 
 def posterize(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
     """Keep the highest `amount` bits, 0 to 8. 0 gives black, as in the version of Pillow that the publications used."""
-    return images & _per_image(256 - 2 ** (8 - amounts), images, torch.int32).to(torch.uint8)
+    return images & _per_image(kept_bits(amounts), images, torch.uint8)
+
+
+def kept_bits(amounts: Tensor) -> Tensor:
+    """The mask of the highest `amount` bits of a byte: uint8 of any shape."""
+    return (256 - 2 ** (8 - amounts)).to(torch.int32).to(torch.uint8)
 
 
 def solarize(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
@@ -162,9 +167,7 @@ def translate_y(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
 def rotate(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
     """Rotate by `amount` degrees counter-clockwise about the centre, interpolating in fp32 (Pillow uses fp64)."""
     batch, channels, size, _ = images.shape
-    angle, middle = -torch.deg2rad(amounts.to(torch.float64)), size / 2
-    cos, sin = angle.cos().round(decimals=15), angle.sin().round(decimals=15)
-    constants = torch.stack([cos, sin, middle - (cos + sin) * middle, middle - (cos - sin) * middle])
+    constants = torch.stack(rotation(amounts, size))
     cos, sin, right, lower = constants.to(images.device, non_blocking=True).view(4, batch, 1, 1)
     across = torch.arange(size, dtype=torch.float64, device=images.device) + 0.5
     down = across[:, None]
@@ -186,6 +189,13 @@ def rotate(images: Tensor, amounts: Tensor, fill: Color) -> Tensor:
     upper = line(top)
     values = line(top + 1).sub_(upper).mul_(below).add_(upper).to(torch.uint8).view(images.shape)
     return _choose(outside[:, None], values, _color(fill, images.device))
+
+
+def rotation(amounts: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """cos, sin, right, lower, float64 [B]: x = cos across + sin down + right, y = cos down - sin across + lower."""
+    angle, middle = -torch.deg2rad(amounts.to(torch.float64)), size / 2
+    cos, sin = angle.cos().round(decimals=15), angle.sin().round(decimals=15)
+    return cos, sin, middle - (cos + sin) * middle, middle - (cos - sin) * middle
 
 
 @lru_cache(maxsize=16)
@@ -232,7 +242,7 @@ def erase(images: Tensor, boxes: Tensor, keys: Tensor, mean: Sequence[float], st
     """
     bits = _scrambled(_places(images.shape[-1], images.device) ^ _per_image(keys, images, torch.int32))
     level = (bits & 0xFFFF) + 65536 * torch.arange(3, dtype=torch.int32, device=images.device).view(3, 1, 1)
-    noise = _normal_levels(tuple(mean), tuple(std), images.device).index_select(0, level.flatten()).view(level.shape)
+    noise = normal_levels(tuple(mean), tuple(std), images.device).index_select(0, level.flatten()).view(level.shape)
     return _choose(_inside(boxes, images), images, noise)
 
 
@@ -250,7 +260,7 @@ def _scrambled(values: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _normal_levels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+def normal_levels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """uint8 [3 * 65536]: the quantiles of each channel's normal distribution, to be indexed by 16 random bits."""
     quantiles = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
     levels = [(m + s * quantiles) * 255 for m, s in zip(mean, std, strict=True)]

@@ -22,11 +22,18 @@ def compiled(tmp_path_factory) -> list[dict[str, Any]]:
 
 def test_every_kernel_is_compiled_for_both_architectures(compiled):
     assert {row["architecture"] for row in compiled} == {"sm_80", "sm_90"}
-    assert {row["kernel"].split()[0] for row in compiled} == {"ofa_loss", "crop_resize", "depthwise", "norm"}
+    assert {row["kernel"].split()[0] for row in compiled} == {"ofa_loss", "crop_resize", "depthwise", "norm", "augment"}
 
 
 def test_nothing_is_spilled_and_nothing_is_computed_in_fp64(compiled):
-    assert [row["kernel"] for row in compiled if row["stack"] or row["doubles"]] == []
+    """But where the twin's bits need fp64."""
+    assert [row["kernel"] for row in compiled if row["stack"] or (row["doubles"] and not row["exact"])] == []
+
+
+def test_kernels_that_are_bit_equal_to_their_twins_round_every_product(compiled):
+    exact = [row for row in compiled if row["exact"]]
+    assert exact
+    assert [row["kernel"] for row in exact if row["fused"]] == []
 
 
 def test_registers_leave_room_for_enough_threads(compiled):
