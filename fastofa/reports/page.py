@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fastofa import __version__
 from fastofa.reports.confusion import ClassResult, Pair, confusion, pairs, worst_classes, worst_pairs
 from fastofa.reports.curves import Row, column, draw_svg, group_size, plot_accuracy, plot_loss, plot_steps, split_rows
+from fastofa.reports.metrics import METRICS
 from fastofa.runs.config import OWN_CLIP, SIZED, TrainConfig
 from fastofa.runs.log import damaged_lines, read_metrics
 from fastofa.runs.predictions import PREDICTIONS
@@ -52,6 +53,7 @@ def write_report(run: Path) -> Path:
         epochs=epochs,
         best=max(epochs, key=lambda row: row["top1"], default=None),  # the first one on a tie
         pace=pace,
+        metrics=METRICS,
         averaged=any("top1_ema" in row for row in epochs),
         damaged=damaged_lines(run),
         plots=_plots(opened.config, steps, epochs, pace, launches),

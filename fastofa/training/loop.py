@@ -21,6 +21,7 @@ from fastofa.data.headers import parse_limits
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.reports.curves import draw_curves
+from fastofa.reports.metrics import measure
 from fastofa.reports.page import write_report
 from fastofa.runs import checkpoint
 from fastofa.runs.config import SIZED, TrainConfig
@@ -49,7 +50,7 @@ from fastofa.training.epochs import Epochs
 from fastofa.training.preflight import check_early, check_resumable, choose_order, views_begun_with
 from fastofa.training.schedule import cautions, image_size, learning_rate, lengthened, summary
 from fastofa.training.step import SUMS, Step
-from fastofa.training.validate import accuracy, best_classes_each
+from fastofa.training.validate import best_classes_each
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 REPORT_EVERY_S = 60  # minimum number of seconds between two reports during a run
@@ -335,7 +336,7 @@ class Job:
                 self._report()
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
-        """Top-1 and top-5 of the student; with a moving average, those of the better of the two by top-1, and of each.
+        """Every metric of the student; with a moving average, those of the better of the two by top-1, and of each.
 
         Saves the predictions, and the weights if they are the best so far.
         """
@@ -351,19 +352,18 @@ class Job:
             world=self.world,
         )
         by_name = dict(zip(students, predictions, strict=True))
-        scores = {name: accuracy(best, self.val_set.labels) for name, best in by_name.items()}
-        better = max(reversed(scores), key=lambda name: scores[name][0])  # the average on a tie
-        values = dict(zip(("top1", "top5"), scores[better], strict=True))
+        scores = {name: measure(best, self.val_set.labels) for name, best in by_name.items()}
+        better = max(reversed(scores), key=lambda name: scores[name]["top1"])  # the average on a tie
+        values = dict(scores[better])
         if len(scores) > 1:
-            values |= {f"top{k}_{name}": scores[name][i] for i, k in enumerate((1, 5)) for name in scores}
+            values |= {f"{metric}_{name}": scores[name][metric] for metric in scores[better] for name in scores}
         if self.log:
             info = {"step": step.steps, "epoch": epoch}
             save_predictions(self.run.path, by_name[better], self.val_set.labels, {**info, **values})
             for name, file in (("raw", checkpoint.BEST), ("ema", checkpoint.BEST_EMA)):
-                if name in scores and scores[name][0] > self.best[file]:
-                    top1, top5 = scores[name]
-                    self.best[file] = top1
-                    checkpoint.save_best(self.run.path, students[name], {**info, "top1": top1, "top5": top5}, file)
+                if name in scores and scores[name]["top1"] > self.best[file]:
+                    self.best[file] = scores[name]["top1"]
+                    checkpoint.save_best(self.run.path, students[name], {**info, **scores[name]}, file)
         return values
 
     def _speed(self, since: Clock) -> dict[str, float]:

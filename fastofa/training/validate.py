@@ -1,4 +1,4 @@
-"""A student's best classes for every validation image, and its accuracy."""
+"""A student's best classes for every validation image."""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -88,14 +88,3 @@ def logits_of(classify: Callable[[Tensor], Tensor], images: Tensor, bf16: bool, 
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         logits = classify(images)
         return (logits + classify(images.flip(-1))) / 2 if flip else logits
-
-
-def accuracy(best: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy, 0 to 1.
-
-    Args:
-        best: int64 [N, K], the best classes of each image, best first.
-        labels: int64 [N].
-    """
-    hits = best == labels[:, None]
-    return float(hits[:, 0].mean()), float(hits.any(axis=1).mean())
