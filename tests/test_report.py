@@ -215,6 +215,17 @@ def test_time_and_loader_share_count_the_steps_alone(tmp_path):
     assert "0 of 3 epochs so far." in page.text
 
 
+def test_wall_time_of_an_epoch_and_of_its_evaluation(tmp_path):
+    """The median of the epochs that have them."""
+    rows = log_of(4)
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    for row, seconds in zip(epochs[1:], (90, 70, 300), strict=True):
+        row |= {"epoch_seconds": float(seconds), "eval_seconds": seconds / 10}
+    page = report(make_run(tmp_path / "run", rows=rows))
+    assert page.facts["Epoch"].startswith("1.5 min")
+    assert page.facts["Epoch"].endswith("evaluation 9.0 s")
+
+
 def test_the_best_epoch_is_the_first_of_equals(tmp_path):
     rows = log_of(4)
     for row, top1 in zip([row for row in rows if row["kind"] == "epoch"], [0.1, 0.8, 0.8, 0.7], strict=True):

@@ -148,6 +148,25 @@ def test_metrics_have_a_row_for_each_step_and_epoch(finished):
     assert all(row["images_per_second"] > 0 and 0 <= row["loader_share"] <= 1 for row in steps[1:] + epochs)
 
 
+def test_epochs_are_timed_from_start_to_start(finished):
+    """Together they are not longer than the run; an evaluation is a part of its epoch."""
+    first, last = rows(finished.path, "epoch")
+    assert "eval_seconds" not in first
+    assert 0 < last["eval_seconds"] < last["epoch_seconds"]
+    assert 0 < first["epoch_seconds"] + last["epoch_seconds"] < finished.result.seconds
+
+
+def test_an_epoch_that_was_interrupted_is_not_timed(on_photos):
+    """Since the time between both starts of the run is not known; the next epoch is."""
+    config = on_photos(checkpoint_every=2, keep=9)
+    train(config)
+    for checkpoint in checkpoints(config.out):
+        if checkpoint.name != "step-00000002.safetensors":
+            checkpoint.unlink()
+    train(dataclasses.replace(config, resume=True))
+    assert ["epoch_seconds" in row for row in rows(config.out, "epoch")] == [False, True]
+
+
 def test_the_result_is_the_last_evaluation(finished):
     last = rows(finished.path, "epoch")[-1]
     got = finished.result

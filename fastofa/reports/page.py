@@ -91,6 +91,10 @@ class _Pace:
     """The time of the training steps, without evaluation."""
     waiting: float | None
     """Fraction of this time spent waiting for the loader."""
+    epoch_seconds: float | None
+    """Median wall time of an evaluated epoch, from its start to the next one's start."""
+    eval_seconds: float | None
+    """Median part of it that is evaluation."""
 
 
 def _pace(steps: list[Row], epochs: list[Row], batch_size: int) -> _Pace:
@@ -102,7 +106,14 @@ def _pace(steps: list[Row], epochs: list[Row], batch_size: int) -> _Pace:
         epochs[-1].get("images_per_second") if epochs else images[seconds > 0].sum() / total if total else None,
         total or None,
         np.average(waiting[known], weights=seconds[known]) if known.any() else None,
+        _median(column(epochs, "epoch_seconds")),
+        _median(column(epochs, "eval_seconds")),
     )
+
+
+def _median(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if known.size else None
 
 
 @dataclass(frozen=True)
