@@ -608,8 +608,9 @@ def test_without_a_moving_average_the_student_itself_is_evaluated(on_photos, mon
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_float64")
-def test_the_step_is_one_graph(on_photos, monkeypatch):
-    """Student, exits and loss trace without a break and only once; the compiled run has the eager run's losses."""
+def test_step_and_evaluation_are_one_graph_each(on_photos, monkeypatch, capsys):
+    """Student, exits and loss trace without a break and only once, the evaluations, too, of 8 and 4 images, as another
+    graph. The compiled run has the eager run's losses and accuracy, and reports what it compiles."""
     graphs = []
 
     def backend(graph, inputs):
@@ -620,9 +621,14 @@ def test_the_step_is_one_graph(on_photos, monkeypatch):
     train(eager)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
     train(compiled)
-    assert len(graphs) == 1
+    assert len(graphs) == 2
     a, b = ([row["loss"] for row in rows(config.out, "step")] for config in (eager, compiled))
     assert a == pytest.approx(b, rel=1e-4)
+    a, b = ([row["top1"] for row in rows(config.out, "epoch")] for config in (eager, compiled))
+    assert a == b
+    said = capsys.readouterr().err
+    for what in ("training step at 32 px", "evaluation"):
+        assert re.findall(rf"^{what}: compiled and run for the first time in \d+ s$", said, re.MULTILINE)
 
 
 @pytest.mark.slow
