@@ -7,6 +7,8 @@
                                                                   on a GPU (by default 224 px, batch 256)
     python -m bench.bench_train --rows "+ cached teacher" "plain training" --profile
                                                                   only some rows, and where the first one's time goes
+    python -m bench.bench_train --rows "+ cached teacher" --start
+                                                                  also the seconds to compile, cold and warm
     writes bench/results/train_{cpu,gpu}.json, which bench.plot draws
 
 The batches are synthetic uint8 images in device memory, except in the rows with a loader, so only the step is timed.
@@ -31,6 +33,7 @@ from bench.lib import command_line, machine
 from bench.lib.loader_step import LoaderStep
 from bench.lib.loaders import installed
 from bench.lib.record import markdown_table, write_record
+from bench.lib.start import start_seconds
 from bench.lib.steps import Job, StepOptions, TakeStep, official_step, open_step, timm_step
 from bench.lib.timing import interleaved_ms, median_ratio
 from bench.lib.turns import is_out_of_memory, patiently, wait_for_turn
@@ -57,6 +60,7 @@ BF16 = replace(ONLINE, precision="bf16")
 CHANNELS_LAST = replace(BF16, channels_last=True)
 COMPILED = replace(CHANNELS_LAST, compile="on")
 CACHED = replace(COMPILED, online_teacher=False)
+START = CACHED if torch.cuda.is_available() else replace(CACHED, precision="fp32")
 
 ALL_KERNELS = ("loss", "exits", "stem", "norms")
 NEEDS_GPU = "Triton kernels need a GPU"
@@ -69,7 +73,7 @@ LADDER = (
     Row("+ channels-last", "arithmetic", CHANNELS_LAST),
     Row("+ compile", "compiler", COMPILED),
     Row("+ cached teacher", "cached teacher", CACHED),
-    Row("+ CUDA graphs", "compiler", replace(CACHED, cuda_graphs=True), gpu_only="CUDA graphs need CUDA"),
+    Row("+ CUDA graphs", "compiler", replace(CACHED, cuda_graphs="on"), gpu_only="CUDA graphs need CUDA"),
     Row("+ loss kernel", "kernel", replace(CACHED, kernels=("loss",)), gpu_only=NEEDS_GPU),
     Row("+ exits kernel", "kernel", replace(CACHED, kernels=("exits",)), gpu_only=NEEDS_GPU),
     Row("+ stem kernels", "kernel", replace(CACHED, kernels=("stem",)), gpu_only=NEEDS_GPU),
@@ -150,7 +154,7 @@ def warm_up(
 
     first = [row for row in rows if row.name not in (OFFICIAL, OFFICIAL_FP16)]
     # A CUDA graph keeps the algorithms that were chosen when it was recorded.
-    torch.backends.cudnn.benchmark = any(row.options is not None and row.options.cuda_graphs for row in first)
+    torch.backends.cudnn.benchmark = any(row.options is not None and row.options.cuda_graphs == "on" for row in first)
     for row in first:
         warm(row)
     wait_for_turn()
@@ -224,7 +228,9 @@ def table(job: dict[str, Any]) -> str:
         figures = f"{r['step_ms']:.1f}", f"{r['images_per_second']:,.0f}", f"{ratio:.2f}" if ratio else ""
         rows.append([r["row"], *figures, f"{r['share_of_roofline']:.0%}"])
     header = ["row", "ms", "images/s", "x official code", "share of roofline"]
-    return f"\n{job['student']} from {job['teacher']}\n\n{markdown_table(header, rows)}"
+    start = job.get("start_seconds")
+    started = f"\n\nfirst step: {start['cold']:.0f} s, with a warm cache {start['warm']:.0f} s" if start else ""
+    return f"\n{job['student']} from {job['teacher']}\n\n{markdown_table(header, rows)}{started}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -238,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-classes", type=int, default=1000)
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in LADDER], metavar="ROW", help="only these")
     parser.add_argument("--profile", action="store_true", help="which kernels the first row's time goes to")
+    parser.add_argument("--start", action="store_true", help="also time the start of the row '+ cached teacher'")
     parser.add_argument("--loaders", action="store_true", help="rows with a real loader, too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=20 if gpu else 2, help="steps a round")
@@ -252,7 +259,10 @@ def main(argv: list[str] | None = None) -> int:
             for teacher in args.teachers:
                 job = Job(student, teacher, args.image_size, args.batch_size, args.num_classes, device)
                 rows = [row for row in LADDER if not args.rows or row.name in args.rows]
-                jobs.append(climb(job, rows, args.rounds, args.calls, args.loaders, Path(folder), args.profile))
+                # First, while the GPU's memory is free.
+                start = {"start_seconds": start_seconds(job, START)} if args.start else {}
+                measured = climb(job, rows, args.rounds, args.calls, args.loaders, Path(folder), args.profile)
+                jobs.append({**measured, **start})
                 print(table(jobs[-1]), flush=True)
                 # After each job, since a later one may run into a time limit.
                 write_record(

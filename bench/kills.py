@@ -42,7 +42,7 @@ from fastofa.system.files import load_tensors
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 PATIENCE_S = 20.0
 MARK = "FASTOFA_KILLS"  # in the environment of every process that a command starts
-SPEEDS = {"images_per_second", "loader_share"}
+SPEEDS = {"images_per_second", "loader_share", "epoch_seconds", "eval_seconds"}
 TRAIN = (
     "train --recipe digits --data images --cache cache --student test_resnet --epochs 3 --batch-size 20 --workers 2 "
     "--pipeline torchvision --log-every 4 --checkpoint-every 3 --ema 0.9"

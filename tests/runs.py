@@ -30,7 +30,7 @@ CONTEXT.set_forkserver_preload(
     ]
 )  # fmt: skip
 SIZE = 32  # px
-TIMES = {"images_per_second", "loader_share"}
+TIMES = {"images_per_second", "loader_share", "epoch_seconds", "eval_seconds"}
 
 
 @contextmanager

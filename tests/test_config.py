@@ -76,7 +76,8 @@ WRONG = [
     ("grad_compression", "fp16", "expected one of none, bf16"),
     ("order", "sorted", "expected one of auto, random, pages"),
     ("precision", "fp16", "expected one of auto, bf16, fp32"),
-    ("compile", "yes", "expected one of auto, on, off"),
+    ("compile", "yes", "expected one of auto, on, off, max-autotune"),
+    ("cuda_graphs", "yes", "expected one of auto, on, off"),
     ("kernels", ("crop",), "expected auto, off, or some of loss exits stem norms"),
     ("kernels", ("auto", "loss"), "expected auto, off, or some of loss exits stem norms"),
 ]  # fmt: skip
@@ -111,6 +112,8 @@ def test_every_number_and_choice_is_checked():
         ({"flip": 1.5}, "view policy: expected flip between 0 and 1, got 1.5"),
         ({"method": "kd", "eps": (1.0, 1.2)}, "eps: expected 1 number above 0"),
         ({"stages": (1, 4), "eps": (1.0, 1.2)}, "eps: expected 1 or 3 numbers above 0"),
+        ({"cuda_graphs": "on", "compile": "off"}, "compile: expected on, auto or max-autotune with --cuda-graphs on"),
+        ({"cuda_graphs": "on", "accumulate": 2}, "accumulate: expected 1 with --cuda-graphs on"),
         ({"start_size": 64, "image_size": 32}, "start-size: expected at most the full 32 pixels, got 64"),
     ],
 )
@@ -227,7 +230,7 @@ def test_differences_are_what_makes_it_another_run():
     free = {
         "out": Path("elsewhere"), "resume": True, "device": "cuda", "compile": "on", "pipeline": "torchvision",
         "workers": 3, "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "data": "moved", "plan": True,
-        "cuda_graphs": True, "grad_compression": "bf16", "timeout_s": 9, "accumulate": 2, "keep": 1, "wandb": "mine",
+        "cuda_graphs": "on", "grad_compression": "bf16", "timeout_s": 9, "accumulate": 2, "keep": 1, "wandb": "mine",
         "cache": Path("c"), "kernels": ("loss",), "skip_corrupt": True, "allow_warnings": True, "max_pixels": 300,
     }  # fmt: skip
     for name, value in free.items():

@@ -55,6 +55,7 @@ def test_auto_compiles_and_is_bf16_on_a_gpu_only():
         assert [choose("auto", device) for device in (CPU, GPU)] == [False, True]
         assert [choose(on, device) for device in (CPU, GPU)] == [True, True]
         assert [choose(off, device) for device in (CPU, GPU)] == [False, False]
+    assert choose_compile("max-autotune", CPU)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ LATE = {
     ("cli.py", "fastofa.commands.arguments"),
     ("cli.py", "fastofa.commands.quick_checks"),
     ("curves.py", "matplotlib"),
+    ("curves.py", "matplotlib.backends.backend_agg"),
+    ("curves.py", "matplotlib.backends.backend_svg"),
     ("curves.py", "matplotlib.figure"),
     ("digits.py", "sklearn.datasets"),
     ("export_onnx.py", "onnxruntime"),

@@ -67,6 +67,13 @@ def test_rows_are_read_up_to_a_step(tmp_path):
     assert read_metrics(tmp_path / "nothing", 5) == []
 
 
+def test_further_metrics_are_read(tmp_path):
+    """Of any name and range; a finite number that the report can show."""
+    write(tmp_path, evaluated(1, kappa=-0.5, top3=0.6), evaluated(2, kappa=7), evaluated(3, kappa=math.nan))
+    assert [r.get("kappa") for r in read_metrics(tmp_path)] == [-0.5, 7]
+    assert damaged_lines(tmp_path) == 1
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
     write(tmp_path, row(1), row(5)[:-4])
     assert [r["step"] for r in read_metrics(tmp_path)] == [1]

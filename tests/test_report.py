@@ -19,11 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from timm.optim import Lamb
 
+import fastofa.reports.page
 from fastofa.reports.confusion import confusion, pairs, worst_classes, worst_pairs
 from fastofa.reports.curves import MAX_POINTS, draw_comparison, draw_curves, draw_svg, plot_loss, plot_steps
+from fastofa.reports.metrics import METRICS, Metric, measure
 from fastofa.reports.page import MAX_TABLE_ROWS, write_report
 from fastofa.runs import recipes
 from fastofa.runs.run import Run
@@ -213,6 +215,17 @@ def test_time_and_loader_share_count_the_steps_alone(tmp_path):
     assert "0 of 3 epochs so far." in page.text
 
 
+def test_wall_time_of_an_epoch_and_of_its_evaluation(tmp_path):
+    """The median of the epochs that have them."""
+    rows = log_of(4)
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    for row, seconds in zip(epochs[1:], (90, 70, 300), strict=True):
+        row |= {"epoch_seconds": float(seconds), "eval_seconds": seconds / 10}
+    page = report(make_run(tmp_path / "run", rows=rows))
+    assert page.facts["Epoch"].startswith("1.5 min")
+    assert page.facts["Epoch"].endswith("evaluation 9.0 s")
+
+
 def test_the_best_epoch_is_the_first_of_equals(tmp_path):
     rows = log_of(4)
     for row, top1 in zip([row for row in rows if row["kind"] == "epoch"], [0.1, 0.8, 0.8, 0.7], strict=True):
@@ -279,6 +292,29 @@ def test_environment_of_one_launch_and_of_launches_with_different_keys(tmp_path)
     assert report(run).rows["1 launch"] == [["date", "step"], [LAUNCH["date"], "0"]]
     write_json(run / "environment.json", [{"commit": "abc"}, {"new": [1, 2]}])
     assert report(run).rows["2 launches"] == [["commit", "new"], ["abc", "none"], ["none", "1 2"]]
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_equal_scikit_learns():
+    scores = np.random.default_rng(0).random((200, 7))
+    labels = np.random.default_rng(1).integers(0, 7, 200)
+    best = np.argsort(-scores, axis=1)[:, :5]
+    expected = {f"top{k}": top_k_accuracy_score(labels, scores, k=k, labels=range(7)) for k in (1, 5)}
+    assert measure(best, labels) == pytest.approx(expected)
+
+
+def test_every_metric_is_shown(tmp_path, monkeypatch):
+    """In its own format; epochs that were logged before it existed lack it."""
+    added = Metric("wrong", "wrong images", lambda best, labels: int((best[:, 0] != labels).sum()), "{:,.0f} of them")
+    monkeypatch.setattr(fastofa.reports.page, "METRICS", (*METRICS, added))
+    rows = log_of(2)
+    rows[-1]["wrong"] = 1234
+    page = report(make_run(tmp_path / "run", rows=rows))
+    assert page.rows[""][0] == ["epoch", "step", "top-1", "top-5", "wrong images"]
+    assert [row[-1] for row in page.rows[""][1:]] == ["-", "1,234 of them"]
+    assert page.facts["Wrong images"] == "1,234 of themafter epoch 2"
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------

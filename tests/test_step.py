@@ -262,6 +262,34 @@ def test_a_compiled_cnn_takes_the_same_steps(batches):
         torch.testing.assert_close(compiled.student.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("graphs", ["auto", "on", "off"])
+def test_there_are_no_cuda_graphs_on_a_cpu(batches, graphs, capsys):
+    """Nothing is measured or reported."""
+    made = make_step(cuda_graphs=graphs)
+    made([batches[0]], some_targets(), lr=0.01)
+    assert not made.cuda_graphs
+    assert "CUDA graphs" not in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", ["auto", "on"])
+def test_cuda_graphs_take_the_same_steps(batches, graphs, capsys):
+    """auto measures, reports its choice once, and leaves statistics and random numbers as they were."""
+    torch._dynamo.reset()
+    device = torch.device("cuda")
+    sums = []
+    for chosen in ("off", graphs):
+        made = make_step(device=device, student="test_resnet", cuda_graphs=chosen, drop_path=0.2, kernels=("off",))
+        for batch in batches[:4]:
+            images = batch.images.to(device, memory_format=torch.channels_last)
+            made([Batch(images, *(value.to(device) for value in batch[1:4]))], some_targets(device), lr=0.01)
+        sums.append(made.sums.tolist())
+    assert sums[1] == pytest.approx(sums[0], rel=0.02)
+    assert capsys.readouterr().err.count("CUDA graphs") == (graphs == "auto")
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

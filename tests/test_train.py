@@ -148,6 +148,25 @@ def test_metrics_have_a_row_for_each_step_and_epoch(finished):
     assert all(row["images_per_second"] > 0 and 0 <= row["loader_share"] <= 1 for row in steps[1:] + epochs)
 
 
+def test_epochs_are_timed_from_start_to_start(finished):
+    """Together they are not longer than the run; an evaluation is a part of its epoch."""
+    first, last = rows(finished.path, "epoch")
+    assert "eval_seconds" not in first
+    assert 0 < last["eval_seconds"] < last["epoch_seconds"]
+    assert 0 < first["epoch_seconds"] + last["epoch_seconds"] < finished.result.seconds
+
+
+def test_an_epoch_that_was_interrupted_is_not_timed(on_photos):
+    """Since the time between both starts of the run is not known; the next epoch is."""
+    config = on_photos(checkpoint_every=2, keep=9)
+    train(config)
+    for checkpoint in checkpoints(config.out):
+        if checkpoint.name != "step-00000002.safetensors":
+            checkpoint.unlink()
+    train(dataclasses.replace(config, resume=True))
+    assert ["epoch_seconds" in row for row in rows(config.out, "epoch")] == [False, True]
+
+
 def test_the_result_is_the_last_evaluation(finished):
     last = rows(finished.path, "epoch")[-1]
     got = finished.result
@@ -589,8 +608,9 @@ def test_without_a_moving_average_the_student_itself_is_evaluated(on_photos, mon
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_float64")
-def test_the_step_is_one_graph(on_photos, monkeypatch):
-    """Student, exits and loss trace without a break and only once; the compiled run has the eager run's losses."""
+def test_step_and_evaluation_are_one_graph_each(on_photos, monkeypatch, capsys):
+    """Student, exits and loss trace without a break and only once, the evaluations, too, of 8 and 4 images, as another
+    graph. The compiled run has the eager run's losses and accuracy, and reports what it compiles."""
     graphs = []
 
     def backend(graph, inputs):
@@ -601,9 +621,14 @@ def test_the_step_is_one_graph(on_photos, monkeypatch):
     train(eager)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
     train(compiled)
-    assert len(graphs) == 1
+    assert len(graphs) == 2
     a, b = ([row["loss"] for row in rows(config.out, "step")] for config in (eager, compiled))
     assert a == pytest.approx(b, rel=1e-4)
+    a, b = ([row["top1"] for row in rows(config.out, "epoch")] for config in (eager, compiled))
+    assert a == b
+    said = capsys.readouterr().err
+    for what in ("training step at 32 px", "evaluation"):
+        assert re.findall(rf"^{what}: compiled and run for the first time in \d+ s$", said, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ class StepOptions:
     method: Any = "ofa"
     precision: Any = "fp32"
     compile: Any = "off"
-    cuda_graphs: bool = False
+    cuda_graphs: Any = "off"
     kernels: Any = ()
     channels_last: bool = True
     online_teacher: bool = False

@@ -21,6 +21,7 @@ from fastofa.commands.arguments import DemoConfig
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import open_pipeline
 from fastofa.reports.curves import draw_comparison
+from fastofa.reports.metrics import top1
 from fastofa.runs import recipes
 from fastofa.runs.config import Method
 from fastofa.system.errors import BadInput
@@ -31,7 +32,6 @@ from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.export import export
 from fastofa.training.loop import Result, train
-from fastofa.training.validate import accuracy
 from fastofa.views.table import center_views
 
 TEACHER, STUDENT = "pvt_v2_b0", "test_resnet"
@@ -80,14 +80,14 @@ def _demo(out: Path) -> dict[str, Result]:
 
     notice("4/4 exporting the OFA student and loading it with timm alone")
     line = export(out / "ofa", out / "student")
-    top1 = _top1_in_plain_timm(out / "student")
+    timm_top1 = _top1_in_plain_timm(out / "student")
     values = {name: vars(result) for name, result in results.items()}
-    write_json(out / MARKER, {"finished": True, "precompute_seconds": precompute_s, "timm_top1": top1, **values})
+    write_json(out / MARKER, {"finished": True, "precompute_seconds": precompute_s, "timm_top1": timm_top1, **values})
     _print(results, cache.views * cache.num_samples / precompute_s, precompute_s)
-    print(f"curves: {out / 'curves.png'}\ntimm alone, from {out / 'student'}: top-1 {top1:.2%}\n{line}")
-    if top1 != results["ofa"].top1:
+    print(f"curves: {out / 'curves.png'}\ntimm alone, from {out / 'student'}: top-1 {timm_top1:.2%}\n{line}")
+    if timm_top1 != results["ofa"].top1:
         raise RuntimeError(
-            f"expected top-1 {results['ofa'].top1:.2%} as in the run, the exported student has {top1:.2%}"
+            f"expected top-1 {results['ofa'].top1:.2%} as in the run, the exported student has {timm_top1:.2%}"
         )
     return results
 
@@ -101,7 +101,7 @@ def _top1_in_plain_timm(folder: Path) -> float:
     normalize = (config["mean"], config["std"])
     pipeline = open_pipeline("resident", dataset, config["input_size"][-1], len(dataset), normalize=normalize)
     batch = next(iter(pipeline.epoch(center_views(dataset.sizes, config["crop_pct"]), np.arange(len(dataset)))))
-    return accuracy(model(batch.images).topk(5).indices.numpy(), dataset.labels)[0]
+    return top1(model(batch.images).topk(5).indices.numpy(), dataset.labels)
 
 
 def _print(results: dict[str, Result], views_per_second: float, precompute_s: float) -> None:

@@ -62,6 +62,16 @@ def column(rows: list[Row], name: str) -> np.ndarray:
     return np.array([np.nan if row.get(name) is None else row[name] for row in rows], np.float64)
 
 
+def import_plotting() -> None:
+    """Import matplotlib, which takes a second, before a thread draws.
+
+    A process that is forked while a thread imports a module waits for it forever if it imports the module, too;
+    matplotlib imports Pillow's modules, and so do the forked processes that decode images.
+    """
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg  # noqa: F401
+
+
 # --- One plot each ----------------------------------------------------------------------------------------------------
 
 

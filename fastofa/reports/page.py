@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fastofa import __version__
 from fastofa.reports.confusion import ClassResult, Pair, confusion, pairs, worst_classes, worst_pairs
 from fastofa.reports.curves import Row, column, draw_svg, group_size, plot_accuracy, plot_loss, plot_steps, split_rows
+from fastofa.reports.metrics import METRICS
 from fastofa.runs.config import OWN_CLIP, SIZED, TrainConfig
 from fastofa.runs.log import damaged_lines, read_metrics
 from fastofa.runs.predictions import PREDICTIONS
@@ -52,6 +53,7 @@ def write_report(run: Path) -> Path:
         epochs=epochs,
         best=max(epochs, key=lambda row: row["top1"], default=None),  # the first one on a tie
         pace=pace,
+        metrics=METRICS,
         averaged=any("top1_ema" in row for row in epochs),
         damaged=damaged_lines(run),
         plots=_plots(opened.config, steps, epochs, pace, launches),
@@ -89,6 +91,10 @@ class _Pace:
     """The time of the training steps, without evaluation."""
     waiting: float | None
     """Fraction of this time spent waiting for the loader."""
+    epoch_seconds: float | None
+    """Median wall time of an evaluated epoch, from its start to the next one's start."""
+    eval_seconds: float | None
+    """Median part of it that is evaluation."""
 
 
 def _pace(steps: list[Row], epochs: list[Row], batch_size: int) -> _Pace:
@@ -100,7 +106,14 @@ def _pace(steps: list[Row], epochs: list[Row], batch_size: int) -> _Pace:
         epochs[-1].get("images_per_second") if epochs else images[seconds > 0].sum() / total if total else None,
         total or None,
         np.average(waiting[known], weights=seconds[known]) if known.any() else None,
+        _median(column(epochs, "epoch_seconds")),
+        _median(column(epochs, "eval_seconds")),
     )
+
+
+def _median(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if known.size else None
 
 
 @dataclass(frozen=True)

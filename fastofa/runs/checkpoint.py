@@ -8,7 +8,7 @@
 No random state is saved, since every step seeds its own random numbers (see step.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,19 @@ from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, save_tensors
 from fastofa.system.progress import notice
 
+Run = Callable[[Callable[[], None]], object]
+"""Calls a function, now or later."""
+
 FOLDER, BEST, BEST_EMA = "checkpoints", "best.safetensors", "best-ema.safetensors"
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The step checkpoints of a run, newest first."""
     return sorted((run / FOLDER).glob("step-*.safetensors"), reverse=True)
+
+
+def at_once(write: Callable[[], None]) -> None:
+    write()
 
 
 def save_checkpoint(
@@ -37,12 +44,14 @@ def save_checkpoint(
     position: dict[str, Any],
     keep: int,
     by_rank: dict[str, Tensor] | None = None,
+    when: Run = at_once,
 ) -> None:
     """Write everything that the next step depends on, atomically, then delete all but the newest `keep` checkpoints.
 
     Args:
         position: progress within the log interval; JSON.
         by_rank: the ranks' own tensors, [ranks, ...], under student.NAME or ema.NAME; their mean is saved as well.
+        when: calls the part that writes files, such as a `Writer`; the state is copied to host memory before.
     """
     tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
     if ema is not None:
@@ -56,8 +65,18 @@ def save_checkpoint(
             tensors[f"optimizer.{key}"] = value
         else:
             scalars[key] = value
+    info = {"step": step, "position": position, "optimizer": scalars}
+    copies = _host_copies(tensors)
+    when(lambda: _write_checkpoint(run, step, copies, info, keep))
+
+
+def _host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _write_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], info: dict[str, Any], keep: int) -> None:
     path = run / FOLDER / f"step-{step:08d}.safetensors"
-    save_tensors(path, tensors, {"step": step, "position": position, "optimizer": scalars})
+    save_tensors(path, tensors, info)
     newest_first = checkpoints(run)
     index = newest_first.index(path)
     # Newer checkpoints are stale: they were damaged, so the run resumed from an earlier one.
@@ -65,9 +84,11 @@ def save_checkpoint(
         superseded.unlink(missing_ok=True)
 
 
-def save_best(run: Path, student: nn.Module, info: dict[str, Any], file: str = BEST) -> None:
-    """Save the weights that were just evaluated as the best; `info` is JSON with at least step and top1."""
-    save_tensors(run / FOLDER / file, {f"student.{name}": value for name, value in student.state_dict().items()}, info)
+def save_best(run: Path, student: nn.Module, info: dict[str, Any], file: str = BEST, when: Run = at_once) -> None:
+    """Save the weights that were just evaluated as the best; `info` is JSON with at least step and top1, `when` as in
+    `save_checkpoint`."""
+    copies = _host_copies({f"student.{name}": value for name, value in student.state_dict().items()})
+    when(lambda: save_tensors(run / FOLDER / file, copies, info))
 
 
 def best_top1(run: Path, step: int, file: str = BEST) -> float:

@@ -165,16 +165,18 @@ class TrainConfig:
     """auto, cuda, cuda:1, cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the student's computation; the loss is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of student, exits and loss as one program. auto: on for a GPU, off for a CPU."""
+    compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
+    """torch.compile of student, exits and loss as one program, and of the evaluation. auto: on for a GPU, off for a
+    CPU. max-autotune: on, and the compiler times several implementations of every matrix product, which takes long."""
     kernels: tuple[Literal["auto", "off", "loss", "exits", "stem", "norms"], ...] = ("auto",)
     """Triton kernels to use on a GPU: loss (the whole objective), exits (depthwise convolutions of the exits and of
     MobileNets), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
     and the residual after them). auto: exits, stem and norms on an H100 or H200, where they were measured to be faster,
     and none elsewhere. off: none."""
-    cuda_graphs: bool = False
-    """Replay the compiled program as CUDA graphs, which reduces launch overhead; useful for small students and
-    batches."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay the compiled program as CUDA graphs, which launch all its kernels together. auto: on if the CPU would
+    launch them more slowly than the GPU computes them, as with small students and batches; this is measured before the
+    first step, and a notice reports it."""
     accumulate: int = 1
     """Number of parts in which a rank computes its share of a step, one after the other, to save memory."""
     sync_bn: bool = False
@@ -251,8 +253,9 @@ class TrainConfig:
         need(self.epochs is None or self.epochs <= MAX_EPOCHS, "epochs", f"at most {MAX_EPOCHS:,}")
         if self.start_size is not None and self.image_size is not None:
             need(self.start_size <= self.image_size, "start_size", f"at most the full {self.image_size} pixels")
-        need(not self.cuda_graphs or self.compile != "off", "compile", "on or auto with --cuda-graphs")
-        need(not self.cuda_graphs or self.accumulate == 1, "accumulate", "1 with --cuda-graphs")
+        graphs = self.cuda_graphs == "on"
+        need(not graphs or self.compile != "off", "compile", "on, auto or max-autotune with --cuda-graphs on")
+        need(not graphs or self.accumulate == 1, "accumulate", "1 with --cuda-graphs on")
         need(
             set(self.stages) <= {1, 2, 3, 4} and len(set(self.stages)) == len(self.stages), "stages", "some of 1 2 3 4"
         )

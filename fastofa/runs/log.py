@@ -18,6 +18,7 @@ from fastofa.system.files import read_file, reason, write_atomic
 from fastofa.system.progress import notice
 
 FILE, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
+# Every evaluation has these; further metrics, which reports/metrics.py may add, are not checked.
 ACCURACY = {"top1", "top5"}
 RAW_AND_EMA = {"top1_raw", "top5_raw", "top1_ema", "top5_ema"}  # in addition, if there is a moving average
 Row = dict[str, Any]
@@ -70,7 +71,8 @@ def _row(line: bytes) -> Row | None:
     shares = {name: value for name, value in row.items() if name.startswith("top")}
     if not all(0 <= value <= 1 for value in shares.values()):
         return None
-    complete = "loss" in row if row["kind"] == "step" else shares.keys() in (set(), ACCURACY, ACCURACY | RAW_AND_EMA)
+    evaluated = shares.keys() & (ACCURACY | RAW_AND_EMA)
+    complete = "loss" in row if row["kind"] == "step" else evaluated in (set(), ACCURACY, ACCURACY | RAW_AND_EMA)
     return row if complete else None
 
 

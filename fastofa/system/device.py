@@ -43,7 +43,7 @@ def choose_bf16(precision: str, device: torch.device) -> bool:
 
 def choose_compile(compile_: str, device: torch.device) -> bool:
     """Whether to compile; "auto" means on with a GPU and off on a CPU. Raises BadInput if there is no C++ compiler."""
-    chosen = compile_ == "on" or (compile_ == "auto" and device.type == "cuda")
+    chosen = compile_ in ("on", "max-autotune") or (compile_ == "auto" and device.type == "cuda")
     # torch.compile needs a compiler: on a CPU for C++ code, with a GPU for the launchers of Triton kernels.
     variable = os.environ.get("CXX" if device.type == "cpu" else "CC")
     names = [variable] if variable else ["g++"] if device.type == "cpu" else ["gcc", "clang"]

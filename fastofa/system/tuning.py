@@ -9,6 +9,7 @@ import functools
 import getpass
 import os
 import warnings
+from pathlib import Path
 
 
 def own_process() -> None:
@@ -18,14 +19,27 @@ def own_process() -> None:
     OpenMP: waiting threads that spin make a busy machine many times slower, and threads that sleep at once make an
     idle one slower by a third. GOMP_SPINCOUNT lets them spin for some microseconds first. User: torch cannot be
     imported by a user without a name, as in a container, so the user's number becomes the name. Pillow: its warnings
-    about EXIF data and large images do not name the file; fastofa checks both and names it.
+    about EXIF data and large images do not name the file; fastofa checks both and names it. Compiled programs: torch
+    caches them in /tmp, which is emptied when the machine restarts; the user's cache folder is kept.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["USER"] = str(os.getuid())
+    if folder := _cache_folder():
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     warnings.filterwarnings("ignore", module="PIL")
+
+
+def _cache_folder() -> Path | None:
+    """fastofa's folder in the user's cache folder (XDG Base Directory Specification); None if it is not writable."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastofa"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or a read-only one
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 @functools.cache

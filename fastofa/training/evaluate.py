@@ -1,4 +1,4 @@
-"""Evaluate a run's student: top-1, top-5, agreement with the teacher, recall of each class and confusion matrix."""
+"""Evaluate a run's student: metrics, agreement with the teacher, recall of each class and confusion matrix."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from fastofa.data.open import open_dataset
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import open_pipeline
 from fastofa.reports.confusion import confusion
+from fastofa.reports.metrics import measure
 from fastofa.runs.config import Weights
 from fastofa.runs.run import Run, open_run
 from fastofa.system.device import choose_bf16, choose_device, choose_workers
@@ -18,7 +19,7 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import write_json
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import TeacherCache, agreement
-from fastofa.training.validate import accuracy, best_classes
+from fastofa.training.validate import best_classes
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,10 @@ class Evaluation:
     """Name of the dataset whose validation images were used."""
     images: int
     """Number of images."""
-    top1: float
-    """Fraction of the images, 0 to 1; the same applies to top5, teacher_top1 and agreement."""
-    top5: float
+    metrics: dict[str, float]
+    """Every metric of reports/metrics.py by name."""
     teacher_top1: float | None
-    """None without a teacher cache for these images."""
+    """Fraction of the images, 0 to 1; None without a teacher cache for these images."""
     agreement: float | None
     """Fraction of images for which student and teacher predict the same class; None without a teacher cache for
     them."""
@@ -39,10 +39,19 @@ class Evaluation:
     confusion: np.ndarray = field(repr=False, compare=False)
     """int64 [C, C]: number of images by true class (row) and predicted class (column)."""
 
+    @property
+    def top1(self) -> float:
+        """Fraction of the images, 0 to 1; the same applies to top5."""
+        return self.metrics["top1"]
+
+    @property
+    def top5(self) -> float:
+        return self.metrics["top5"]
+
     def summary(self) -> dict[str, Any]:
         """The figures over all images, as written to JSON."""
-        names = ("data", "images", "top1", "top5", "teacher_top1", "agreement")
-        return {name: getattr(self, name) for name in names}
+        teacher = {"teacher_top1": self.teacher_top1, "agreement": self.agreement}
+        return {"data": self.data, "images": self.images, **self.metrics, **teacher}
 
     def details(self) -> dict[str, Any]:
         """`summary` with "classes", a list of {name, images, recall}, and "confusion", the rows of the matrix, in the
@@ -96,13 +105,11 @@ def evaluate(
     loader = open_pipeline(pipeline, dataset, size, batch_size, on, choose_workers(workers))
     bf16 = choose_bf16(run.config.precision, on)
     best = best_classes(student, loader, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
-    top1, top5 = accuracy(best, dataset.labels)
     teacher = _teacher_targets(run, dataset)
     evaluation = Evaluation(
         data=dataset.spec,
         images=len(dataset),
-        top1=top1,
-        top5=top5,
+        metrics=measure(best, dataset.labels),
         teacher_top1=None if teacher is None else agreement(dataset.labels, teacher),
         agreement=None if teacher is None else agreement(best[:, 0], teacher),
         classes=dataset.classes,

@@ -7,9 +7,10 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Generator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,8 @@ from fastofa.data.dataset import Dataset
 from fastofa.data.headers import parse_limits
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import Batch, open_pipeline
-from fastofa.reports.curves import draw_curves
+from fastofa.reports.curves import draw_curves, import_plotting
+from fastofa.reports.metrics import measure
 from fastofa.reports.page import write_report
 from fastofa.runs import checkpoint
 from fastofa.runs.config import SIZED, TrainConfig
@@ -49,7 +51,8 @@ from fastofa.training.epochs import Epochs
 from fastofa.training.preflight import check_early, check_resumable, choose_order, views_begun_with
 from fastofa.training.schedule import cautions, image_size, learning_rate, lengthened, summary
 from fastofa.training.step import SUMS, Step
-from fastofa.training.validate import accuracy, best_classes_each
+from fastofa.training.validate import best_classes_each
+from fastofa.training.writer import Writer
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 REPORT_EVERY_S = 60  # minimum number of seconds between two reports during a run
@@ -101,8 +104,6 @@ def _train(config: TrainConfig, world: World) -> Result:
         if chosen:
             flags = " ".join(f"--{name.replace('_', '-')} {getattr(job.config, name):g}" for name in chosen)
             notice(f"chosen by the number of training images: {flags}")
-        if job.step.compiled:
-            notice("the first step at each image size is compiled, which can take minutes")
         for caution in cautions(job.config, job.epochs.steps):
             notice(caution)
     if job.pixels is not None:
@@ -161,9 +162,13 @@ class Job:
         self.last_step = c.epochs * epochs.steps
         full = student.image_size
         workers = choose_workers(c.workers, world.local_size)
+        part = epochs.rank_batch_size // c.accumulate
         self.train_pipeline, self.val_pipeline = (
-            open_pipeline(c.pipeline, data, size, epochs.rank_batch_size // c.accumulate, self.device, workers)
-            for data, size in ((train_set, full), (val_set, c.eval_size or full))
+            open_pipeline(c.pipeline, data, size, batch_size, self.device, workers)
+            for data, size, batch_size in (
+                (train_set, full, part),
+                (val_set, c.eval_size or full, self._eval_batch_size(part)),
+            )
         )
         if epochs.rank_batch_size == c.accumulate and any(isinstance(m, BatchNorm) for m in student.modules()):
             raise BadInput(
@@ -180,8 +185,16 @@ class Job:
         self.pixels: Difference | None = None
         self.wandb_run: Any = None
         self.report_failed = False
+        self.evaluated_before = False
+        self.epoch_began: float | None = None
+        """When the current epoch began; None if it was not run from its beginning."""
         self.clock = Clock()
         self.logged = Clock()  # its state at the last log
+
+    def _eval_batch_size(self, part: int) -> int:
+        """On a GPU twice the images of a part of a step, since evaluation keeps no activations; at most all images."""
+        share = -(-len(self.val_set) // self.world.size)
+        return min(2 * part, max(share, 1)) if self.device.type == "cuda" else part
 
     def load(self) -> None:
         """Load the newest checkpoint, the first epoch and some images, so that corruption is reported before anything
@@ -220,7 +233,8 @@ class Job:
         logged = any(row["kind"] == "epoch" and row["step"] == self.step.steps for row in rows)
         # The checkpoint at an epoch's end is saved before the evaluation: a run that stopped in between evaluates now.
         unlogged = bool(self.world.broadcast(int(position == 0 and first > 0 and not logged)))
-        with Interrupt() as self.interrupt, progress_bar(enabled=main) as self.bar:
+        log: Any = closing(self.log) if self.log else nullcontext()
+        with Interrupt() as self.interrupt, progress_bar(enabled=main) as self.bar, log, Writer() as self.writer:
             self.task = self.bar.add_task(
                 f"train {c.student}",
                 total=self.last_step * c.batch_size,
@@ -237,12 +251,12 @@ class Job:
             finally:
                 if self.loading is not None:
                     self.loading.close()
-                if self.log:
-                    self.log.close()
         self.world.barrier()
 
     def _epoch(self, epoch: int, position: int) -> None:
         c = self.config
+        if position == 0:
+            self.epoch_began = self.epoch_began or time.monotonic()
         data = self.epochs.load(epoch)
         self.step.student.train()
         size = image_size(c, epoch, self.step.student.image_size)
@@ -252,15 +266,27 @@ class Job:
         before = dataclasses.replace(self.clock)
         self.clock.start()
         while parts := self.clock.timed_wait(lambda: list(islice(batches, c.accumulate))):
-            self.step(parts, data.targets, learning_rate(c, self.step.steps, self.epochs.steps))
-            self.clock.steps += 1
-            if size not in self.sizes_seen:  # the first step at a size compiles or selects algorithms: not timed
-                self.sizes_seen.add(size)
-                self.step.sums.tolist()  # waits for the device
-                self.clock = before
-                self.clock.start()
+            first = size not in self.sizes_seen  # this step compiles or selects algorithms: not timed
+            with self._compiling(f"training step at {size} px") if first else nullcontext():
+                self.step(parts, data.targets, learning_rate(c, self.step.steps, self.epochs.steps))
+                self.clock.steps += 1
+                if first:
+                    self.sizes_seen.add(size)
+                    self.step.sums.tolist()  # waits for the device
+                    self.clock = before
+                    self.clock.start()
             self.bar.advance(self.task, c.batch_size)
             self._after_step(epoch)
+
+    @contextmanager
+    def _compiling(self, what: str) -> Iterator[None]:
+        """Report that the body compiles a program and runs it for the first time, and the seconds it took."""
+        began, reports = time.monotonic(), self.world.is_main and self.step.compiled
+        if reports:
+            notice(f"{what}: compiling, which can take minutes unless the compiler's cache contains it")
+        yield
+        if reports:
+            notice(f"{what}: compiled and run for the first time in {time.monotonic() - began:.0f} s")
 
     def _after_step(self, epoch: int) -> None:
         """Log, save, stop and evaluate if due at this step, while the clock is stopped. All ranks decide the same.
@@ -271,6 +297,7 @@ class Job:
         c, step = self.config, self.step.steps
         log, end, save = step % c.log_every == 0, step % self.epochs.steps == 0, step % c.checkpoint_every == 0
         stop = self.vote(self.interrupt.signum or 0)
+        self.writer.check()
         if not (log or end or save or stop):
             return
         each = self.world.gather(self.step.sums).tolist()  # waits for the device
@@ -289,6 +316,7 @@ class Job:
             self.vote.finish()
             if self.log:
                 self._report()
+            self.writer.wait()
             self.world.barrier()  # the first rank to exit would make the others fail
             raise Stopped(
                 f"saved step {step} of {self.last_step} in {self.run.path}; run the same command with --resume to "
@@ -303,6 +331,7 @@ class Job:
         return (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
 
     def _refuse_infinity(self, what: str) -> None:
+        self.writer.wait()
         step, saved = self.step.steps, checkpoint.checkpoints(self.run.path)
         retry = f"; or retry from {saved[0]} with --resume" if saved else ""
         raise BadInput(
@@ -316,7 +345,7 @@ class Job:
         lr = self.step.optimizer.param_groups[0]["lr"]
         values = {"epoch": epoch, "lr": lr, **dict(zip(SUMS, means, strict=True)), **self._speed(since=self.logged)}
         self.logged = dataclasses.replace(self.clock)
-        self.log.add("step", self.step.steps, values)
+        self.writer(partial(self.log.add, "step", self.step.steps, values))
         parts = " ".join(f"{name} {values[name]:.3g}" for name in SUMS[1:-1] if values[name])
         self.bar.update(
             self.task, note=f"epoch {epoch + 1}/{self.config.epochs} loss {means[0]:.4g} ({parts}) lr {lr:.2g}"
@@ -326,44 +355,55 @@ class Job:
         c = self.config
         values: dict[str, Any] = {"epoch": epoch, **self._speed(since=Clock())}
         if self._is_evaluated(epoch):
+            began = time.monotonic()
             values |= self._evaluate(epoch)
+            values["eval_seconds"] = time.monotonic() - began
+        ended = time.monotonic()
+        if self.epoch_began is not None:
+            values["epoch_seconds"] = ended - self.epoch_began
+        self.epoch_began = ended  # the next epoch begins
         top1 = f" top-1 {values['top1']:.2%}" if "top1" in values else ""
         self.bar.done(self.task, f"epoch {epoch + 1}/{c.epochs}{top1}")
         if self.log:
-            self.log.add("epoch", self.step.steps, values)
+            self.writer(partial(self.log.add, "epoch", self.step.steps, values))
             if time.monotonic() - self.reported > REPORT_EVERY_S or self.step.steps == self.last_step:
                 self._report()
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
-        """Top-1 and top-5 of the student; with a moving average, those of the better of the two by top-1, and of each.
+        """Every metric of the student; with a moving average, those of the better of the two by top-1, and of each.
 
         Saves the predictions, and the weights if they are the best so far.
         """
         c, step = self.config, self.step
         students = {"raw": step.student} if step.ema is None else {"raw": step.student, "ema": step.ema.module}
-        predictions = best_classes_each(
-            list(students.values()),
-            self.val_pipeline,
-            self.val_set,
-            c.eval_crop,
-            step.bf16,
-            flip=c.eval_flip,
-            world=self.world,
-        )
+        with nullcontext() if self.evaluated_before else self._compiling("evaluation"):
+            predictions = best_classes_each(
+                list(students.values()),
+                self.val_pipeline,
+                self.val_set,
+                c.eval_crop,
+                step.bf16,
+                flip=c.eval_flip,
+                world=self.world,
+                compiled=step.compiled,
+            )
+        self.evaluated_before = True
         by_name = dict(zip(students, predictions, strict=True))
-        scores = {name: accuracy(best, self.val_set.labels) for name, best in by_name.items()}
-        better = max(reversed(scores), key=lambda name: scores[name][0])  # the average on a tie
-        values = dict(zip(("top1", "top5"), scores[better], strict=True))
+        scores = {name: measure(best, self.val_set.labels) for name, best in by_name.items()}
+        better = max(reversed(scores), key=lambda name: scores[name]["top1"])  # the average on a tie
+        values = dict(scores[better])
         if len(scores) > 1:
-            values |= {f"top{k}_{name}": scores[name][i] for i, k in enumerate((1, 5)) for name in scores}
+            values |= {f"{metric}_{name}": scores[name][metric] for metric in scores[better] for name in scores}
         if self.log:
             info = {"step": step.steps, "epoch": epoch}
-            save_predictions(self.run.path, by_name[better], self.val_set.labels, {**info, **values})
+            best, labels, about = by_name[better], self.val_set.labels, {**info, **values}
+            self.writer(lambda: save_predictions(self.run.path, best, labels, about))
             for name, file in (("raw", checkpoint.BEST), ("ema", checkpoint.BEST_EMA)):
-                if name in scores and scores[name][0] > self.best[file]:
-                    top1, top5 = scores[name]
-                    self.best[file] = top1
-                    checkpoint.save_best(self.run.path, students[name], {**info, "top1": top1, "top5": top5}, file)
+                if name in scores and scores[name]["top1"] > self.best[file]:
+                    self.best[file] = scores[name]["top1"]
+                    checkpoint.save_best(
+                        self.run.path, students[name], {**info, **scores[name]}, file, when=self.writer
+                    )
         return values
 
     def _speed(self, since: Clock) -> dict[str, float]:
@@ -375,7 +415,12 @@ class Job:
         return {"images_per_second": steps * self.config.batch_size / seconds, "loader_share": waited / seconds}
 
     def _report(self) -> None:
-        """Draw the curves and write the report. If that fails, the run continues without them."""
+        """Let the writer draw the curves and write the report. If that fails, the run continues without them."""
+        import_plotting()
+        self.writer(self._draw)
+        self.reported = time.monotonic()
+
+    def _draw(self) -> None:
         try:
             draw_curves(self.run.path)
             write_report(self.run.path)
@@ -384,7 +429,6 @@ class Job:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 notice(f"{self.run.path}: could not write the report and curves ({reason}); the run continues")
             self.report_failed = True
-        self.reported = time.monotonic()
 
     def _save(self, sums: list[list[float]], scheduled: bool) -> None:
         """Save a checkpoint, with the logged sums of each rank.
@@ -393,6 +437,7 @@ class Job:
         was not interrupted. A scheduled checkpoint averages them over the ranks.
         """
         s = self.step
+        self.writer.wait()  # so that the host holds one copy of the state
         ema = None if s.ema is None else s.ema.module
         by_rank: dict[str, Tensor] = {}
         for part, model in (("student", s.student), ("ema", ema)):
@@ -407,7 +452,15 @@ class Job:
             if any(own != sums[0] for own in sums):
                 position["sums_by_rank"] = sums
             checkpoint.save_checkpoint(
-                self.run.path, s.steps, s.student, s.optimizer, ema, position, self.config.keep, by_rank
+                self.run.path,
+                s.steps,
+                s.student,
+                s.optimizer,
+                ema,
+                position,
+                self.config.keep,
+                by_rank,
+                when=self.writer,
             )
 
     def _restore(self) -> None:

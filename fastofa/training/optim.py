@@ -27,7 +27,7 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     check_optimizer(name, next(model.parameters()).device)
     if name in APEX:
         name = APEX[name]
-    elif name != "lamb":  # torch has no fused LAMB; timm's updates all tensors together
+    elif name != "lamb":  # torch has no fused LAMB; timm's updates all tensors together on a GPU
         arguments["fused"] = True
     return create_optimizer_v2(model, opt=name, **arguments)
 

@@ -19,6 +19,7 @@ from fastofa.training.epochs import Epoch, Epochs
 from fastofa.training.loop import open_job
 from fastofa.training.schedule import image_size
 from fastofa.training.step import Step
+from fastofa.training.validate import logits_of
 
 SECONDS = 3.0  # per measurement
 
@@ -122,17 +123,18 @@ def _evaluation_rate(step: Step, pipeline: Pipeline, epoch: Epoch) -> float:
         batch = next(batches)
     step.student.eval()
 
+    compute = torch.compile(logits_of, fullgraph=True, dynamic=False) if step.compiled else logits_of
+
     def seconds(calls: int) -> float:
         began = time.perf_counter()
         for _ in range(calls):
-            logits = step.student.classify(batch.images)
+            logits = compute(step.student.classify, batch.images, step.bf16, flip=False)
         logits.sum().item()  # waits for the device
         return time.perf_counter() - began
 
-    with torch.autocast(step.device.type, torch.bfloat16, enabled=step.bf16):
-        seconds(1)
-        calls = _repetitions(seconds(1))
-        return step.world.size * calls * len(batch.labels) / seconds(calls)
+    seconds(1)
+    calls = _repetitions(seconds(1))
+    return step.world.size * calls * len(batch.labels) / seconds(calls)
 
 
 def _repetitions(seconds: float) -> int:

@@ -22,9 +22,11 @@ from fastofa.student.choose_kernels import check_kernels, use_kernels
 from fastofa.student.model import Student
 from fastofa.system.device import choose_bf16, choose_compile
 from fastofa.system.errors import BadInput
+from fastofa.system.progress import notice
 from fastofa.system.tuning import allow_image_sizes
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.training.distributed import World
+from fastofa.training.launch_bound import is_launch_bound
 from fastofa.training.moving_average import MovingAverage
 from fastofa.training.optim import check_optimizer, create_optimizer, set_learning_rate
 
@@ -87,12 +89,33 @@ class Step:
         self.ema = None if config.ema is None else MovingAverage(student, config.ema)
         program = Program(student, config, device)
         self.bf16 = program.bf16
-        if self.compiled:
-            allow_image_sizes(MAX_IMAGE_SIZES)
-            program.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
+        possible = self.compiled and device.type == "cuda" and config.accumulate == 1
+        self.cuda_graphs = possible and config.cuda_graphs == "on"
+        self.uncompiled = program if possible and config.cuda_graphs == "auto" else None  # compiled by the first step
+        if self.compiled and self.uncompiled is None:
+            self._compile(program)
         self.steps = 0
         self.reset_sums()
+
+    def _compile(self, program: Program) -> None:
+        allow_image_sizes(MAX_IMAGE_SIZES)
+        modes = {
+            (False, True): "reduce-overhead",
+            (True, False): "max-autotune-no-cudagraphs",
+            (True, True): "max-autotune",
+        }
+        mode = modes.get((self.config.compile == "max-autotune", self.cuda_graphs))
+        program.compile(fullgraph=True, dynamic=False, mode=mode)
+
+    def _choose_cuda_graphs(self, program: Program, inputs: Sequence[Any]) -> None:
+        """Measure the program before it is compiled; rank 0 decides for all ranks."""
+        bound = bool(self.world.broadcast(int(is_launch_bound(program, inputs))))
+        if self.world.is_main:
+            how = "more slowly than the GPU computes" if bound else "fast enough for the GPU"
+            notice(f"CUDA graphs {'on' if bound else 'off'}: the CPU launches the step's kernels {how}")
+        self.cuda_graphs, self.uncompiled = bound, None
+        self._compile(program)
 
     def _distributed(self, program: Program) -> DistributedDataParallel:
         """Wrap the program so that gradients are averaged over the ranks during the backward pass."""
@@ -113,12 +136,16 @@ class Step:
         torch.manual_seed(_random_state(c.seed, self.steps, self.world.rank))  # dropout, stochastic depth
         set_learning_rate(self.optimizer, lr)
         for number, batch in enumerate(parts, start=1):
-            if c.cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()  # imports the whole compiler, which takes a second
             part_targets = None if targets is None else targets.lookup(batch.rows)
+            inputs = (batch.images, batch.labels, part_targets, batch.partner_labels, batch.mix)
+            if self.uncompiled is not None:
+                self._choose_cuda_graphs(self.uncompiled, inputs)
+                torch.manual_seed(_random_state(c.seed, self.steps, self.world.rank))
+            if self.cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # imports the whole compiler, which takes a second
             last = number == len(parts) or self.world.size == 1
             with nullcontext() if last else self.program.no_sync():
-                losses = self.program(batch.images, batch.labels, part_targets, batch.partner_labels, batch.mix)
+                losses = self.program(*inputs)
                 losses = losses / len(parts)
                 losses[0].backward()
             self.sums[:-1] += losses.detach()

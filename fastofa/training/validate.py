@@ -1,4 +1,4 @@
-"""A student's best classes for every validation image, and its accuracy."""
+"""A student's best classes for every validation image."""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -39,6 +39,7 @@ def best_classes_each(
     title: str = "",
     flip: bool = False,
     world: World | None = None,
+    compiled: bool = False,
 ) -> list[np.ndarray]:
     """The five best classes for every image's central crop by each student's final logits.
 
@@ -48,6 +49,7 @@ def best_classes_each(
         crop: side of the central square, as a fraction of the image's shorter side.
         flip: average the logits of each image and of its mirror image.
         world: each rank evaluates its share of the images and gets the predictions of all ranks.
+        compiled: compile the students, at the first call; a smaller last batch is padded to the size of the others.
 
     Returns:
         For each student int64 [N, min(5, C)], best class first.
@@ -63,10 +65,14 @@ def best_classes_each(
     predictions = [torch.zeros(len(dataset), min(5, len(dataset.classes)) + 1, dtype=torch.int64) for _ in students]
     order = np.arange(len(dataset))[world.rank :: world.size]
     results = []
+    compute = torch.compile(logits_of, fullgraph=True, dynamic=False) if compiled else logits_of
+    size = 0
     with closing(pipeline.epoch(center_views(dataset.sizes, crop), order)) as batches:
         for batch in track(batches, len(order), title, lambda batch: len(batch.labels)):
+            size = size or len(batch.images)  # of the first batch: no later one is larger
+            images = _padded(batch.images, size) if compiled else batch.images
             for student, table in zip(students, predictions, strict=True):
-                logits = logits_of(student.classify, batch.images, bf16, flip)
+                logits = compute(student.classify, images, bf16, flip)[: len(batch.images)]
                 classes = logits.topk(table.shape[1] - 1, dim=-1).indices
                 infinite = (~logits.isfinite()).sum(dim=-1, keepdim=True)
                 results.append((table, batch.sample_ids, torch.cat([classes, infinite], dim=1)))
@@ -83,19 +89,14 @@ def best_classes_each(
     return [table[:, :-1].numpy() for table in predictions]
 
 
+def _padded(images: Tensor, size: int) -> Tensor:
+    """`size` images [size, 3, S, S], channels last: the given ones, then the first of them again and again."""
+    missing = images[:1].expand(size - len(images), -1, -1, -1)
+    return torch.cat([images, missing]).contiguous(memory_format=torch.channels_last) if len(missing) else images
+
+
 def logits_of(classify: Callable[[Tensor], Tensor], images: Tensor, bf16: bool, flip: bool) -> Tensor:
     """Logits [B, C] of uint8 images [B, 3, S, S]; with `flip` the mean over each image and its mirror image."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         logits = classify(images)
         return (logits + classify(images.flip(-1))) / 2 if flip else logits
-
-
-def accuracy(best: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy, 0 to 1.
-
-    Args:
-        best: int64 [N, K], the best classes of each image, best first.
-        labels: int64 [N].
-    """
-    hits = best == labels[:, None]
-    return float(hits[:, 0].mean()), float(hits.any(axis=1).mean())
