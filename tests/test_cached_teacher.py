@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastofa.data.open import open_dataset
+from fastofa.methods.method import Outputs, Sizes
 from fastofa.methods.objective import Objective
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import open_pipeline
@@ -51,7 +52,8 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_o
     dataset = open_dataset(DATA)
     teacher = open_teacher(str(teacher_folder), tuple("0123456789"))
     order = epoch_order(len(dataset), seed=0, epoch=0, partner=views.partner)
-    objective: Any = Objective(recipes.digits(data=DATA, student="test_resnet", out=Path("unused")).objective, CPU)
+    config = recipes.digits(data=DATA, student="test_resnet", out=Path("unused"))
+    objective: Any = Objective(config.objective, Sizes(10))
 
     def run(train_online: bool) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
@@ -62,9 +64,9 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_o
         found = []
         for batch, seen in zip(batches, pictures, strict=True):
             answer = Targets(torch.arange(10).expand(BATCH, -1), teacher.log_probs(seen.images).clone())
-            logits = student(batch.images)
+            outputs = Outputs(student(batch.images))
             mixed = batch.partner_labels, batch.mix
-            both = [objective(logits, batch.labels, t, *mixed)[0] for t in (table.lookup(batch.rows), answer)]
+            both = [objective(outputs, batch.labels, t, *mixed)[0] for t in (table.lookup(batch.rows), answer)]
             optimizer.zero_grad()
             both[train_online].backward()
             optimizer.step()

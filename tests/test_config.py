@@ -13,6 +13,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import ColorJitter
 
 from fastofa.commands.arguments import parse
+from fastofa.methods.options import BKDOptions, DISTOptions, DKDOptions, LSKDOptions
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.recipes import (
@@ -68,7 +69,10 @@ WRONG = [
     *[(name, "", "expected a name") for name in ("data", "student", "init", "wandb")],
     *[(name, math.inf, "expected finite numbers") for name in ("lr", "clip", "gt_weight", "temperature")],
     ("growth", (0.5, math.inf), "expected finite numbers"),
-    ("method", "OFA", "expected one of ofa, kd, scratch"),
+    ("method", "OFA", "expected some of ofa kd "),
+    ("method", "ofa+scratch", "expected some of ofa kd "),
+    ("method", "kd+kd", "expected each name once"),
+    ("method", "mine.py", "expected some of "),
     ("variant", "mine", "expected one of official, paper"),
     ("gt_loss", "CE", "expected one of ce, bce"),
     ("optimizer", "adam", "expected one of sgd, adamw, lamb, apex_sgd, apex_adam, apex_lamb"),
@@ -244,7 +248,7 @@ def test_differences_are_what_makes_it_another_run():
         "min_lr": 0.01, "weight_decay": 0.3, "schedule": "step", "decay_epochs": 9, "decay_rate": 0.5,
         "warmup_epochs": 2, "warmup_lr": 0.01, "clip": 1.0, "ema": 0.9, "precision": "bf16", "start_size": 32,
         "growth": (0.1, 0.2), "eval_size": 96, "eval_flip": True, "sync_bn": True,
-        "order": "pages",
+        "order": "pages", "bkd": BKDOptions(2), "dkd": DKDOptions(2), "dist": DISTOptions(2), "lskd": LSKDOptions(2),
     }  # fmt: skip
     assert set(changed) | set(free) | {"mean", "std"} == {field.name for field in dataclasses.fields(TrainConfig)}
     for name, value in changed.items():

@@ -106,7 +106,7 @@ def _hold(reached: Path, call: int, original: Callable[..., Any]) -> Callable[..
 
 def _held_in_training(reached: Path) -> None:
     """Before the sixth of twenty steps."""
-    Objective.__call__ = _hold(reached, 6, Objective.__call__)  # type: ignore[method-assign]
+    Objective.forward = _hold(reached, 6, Objective.forward)  # type: ignore[method-assign]
 
 
 def _held_in_precompute(reached: Path) -> None:
@@ -317,13 +317,13 @@ def test_a_whole_process_from_its_start(cache, run, tmp_path):
 @pytest.mark.slow
 def test_train_stopped_at_every_step(cache, run, tmp_path, monkeypatch):
     """Twenty processes' worth of resuming give the same weights and log as one run."""
-    original = Objective.__call__
+    original = Objective.forward
 
     def call(self: Objective, *args: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return original(self, *args)
 
-    monkeypatch.setattr(Objective, "__call__", call)
+    monkeypatch.setattr(Objective, "forward", call)
     monkeypatch.setattr(fastofa.training.loop.Job, "_report", lambda job: None)  # to be quick
     config = train_config(cache, tmp_path / "run", pipeline="resident", resume=True)
     for step in range(1, 20):

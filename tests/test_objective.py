@@ -1,6 +1,7 @@
 """The training objective against its formula, written independently here in dense float64."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,19 +14,29 @@ from torch import Tensor
 
 from fastofa.kernels import distillation_loss
 from fastofa.kernels.reference import heavier, mixed_labels
-from fastofa.methods.objective import PARTS, Objective
+from fastofa.methods.method import Outputs, Sizes
+from fastofa.methods.objective import Objective
 from fastofa.methods.targets import Targets
 from fastofa.runs.config import TrainConfig
 from fastofa.teacher.cache import topk_targets
 
 B, C, K = 6, 9, 4
 
-CPU = torch.device("cpu")
-
 
 def config(**overrides) -> TrainConfig:
     values = {"data": "digits", "student": "test_resnet", "out": Path("run"), "recipe": "digits"}
     return TrainConfig(**{**values, **overrides})
+
+
+class ObjectiveOf:
+    """The objective of a configuration, for logits [H, B, C]."""
+
+    def __init__(self, c: TrainConfig) -> None:
+        self.objective = Objective(c.objective, Sizes(C))
+        self.parts = self.objective.parts
+
+    def __call__(self, logits: Tensor, *arguments: Any) -> Tensor:
+        return self.objective(Outputs(logits), *arguments)
 
 
 def case(heads: int, seed: int = 0) -> tuple[Tensor, Tensor, Targets]:
@@ -38,7 +49,10 @@ def case(heads: int, seed: int = 0) -> tuple[Tensor, Tensor, Targets]:
 
 
 def truth(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | None) -> Tensor:
-    """loss = gt_weight CE(final, label) + kd_weight L(final; eps[-1]) + ofa_weight sum_k L(exit_k; eps[k])."""
+    """loss = gt_weight CE(final, label) + kd_weight L(final; eps[-1]) + ofa_weight sum_k L(exit_k; eps[k]).
+
+    kd: without the exits, eps 1, and T^2 times L.
+    """
     z, m = logits.double(), F.one_hot(labels, C).double()
     soft = (1 - c.smoothing) * m + c.smoothing / C
     if c.gt_loss == "ce":
@@ -46,20 +60,23 @@ def truth(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | Non
     else:
         gt = -(soft * z[-1].sigmoid().log() + (1 - soft) * (-z[-1]).sigmoid().log()).mean()
     if targets is None:
-        return torch.stack([c.gt_weight * gt, gt, 0 * gt, 0 * gt])
+        return torch.stack([c.gt_weight * gt, gt])
 
     known = targets.log_probs.double().exp()
     p = ((1 - known.sum(1)).clamp(min=0) / (C - K))[:, None].repeat(1, C)
     p = p.scatter(1, targets.classes.long(), known) ** (1 / c.temperature)
     p = p / p.sum(1, keepdim=True)
-    eps = c.eps * len(z)
+    eps = c.eps * len(z) if c.exits else (1.0,)
     if len(c.eps) > 1:  # eps are in the order of `stages`, heads in stage order
-        eps = [power for _, power in sorted(zip(c.stages, c.eps, strict=False))] if c.exits else []
+        eps = [power for _, power in sorted(zip(c.stages, c.eps, strict=False))]
         eps = [*eps, c.eps[-1]]
     heads = []
     for head, power in zip(z, eps, strict=True):
-        w = (p + m) ** power - m if c.variant == "official" else torch.where(m > 0, (1 + p) ** power, p)
+        w = (p + m) ** power - m if c.variant == "official" or not c.exits else torch.where(m > 0, (1 + p) ** power, p)
         heads.append(-(w * (head / c.temperature).log_softmax(-1)).sum(-1).mean())
+    if not c.exits:
+        kd = c.temperature**2 * heads[-1]
+        return torch.stack([c.gt_weight * gt + c.kd_weight * kd, gt, kd])
     kd, ofa = heads[-1], sum(heads[:-1], torch.zeros(()).double())
     return torch.stack([c.gt_weight * gt + c.kd_weight * kd + c.ofa_weight * ofa, gt, kd, ofa])
 
@@ -67,7 +84,7 @@ def truth(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | Non
 def check(c: TrainConfig, logits: Tensor, labels: Tensor, targets: Targets | None) -> None:
     """All four parts and the gradient of the total equal those in float64."""
     logits, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    actual = Objective(c.objective, CPU)(logits, labels, targets)
+    actual = ObjectiveOf(c)(logits, labels, targets)
     expected = truth(c, exact, labels, targets)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=2e-6)
@@ -104,8 +121,8 @@ def test_each_head_has_its_own_eps():
     logits, labels, targets = case(5)
     logits = logits[:1].repeat(5, 1, 1)
     eps = (0.7, 1.0, 1.3, 1.6, 2.0)
-    alone = [Objective(config(method="kd", eps=(e,)).objective, CPU)(logits[:1], labels, targets)[2] for e in eps]
-    parts = Objective(config(eps=eps).objective, CPU)(logits, labels, targets)
+    alone = [ObjectiveOf(config(stages=(1,), eps=(1.0, e)))(logits[:2], labels, targets)[2] for e in eps]
+    parts = ObjectiveOf(config(eps=eps))(logits, labels, targets)
     assert len({round(x.item(), 4) for x in alone}) == 5
     torch.testing.assert_close(parts[2], alone[-1])
     torch.testing.assert_close(parts[3], torch.stack(alone[:-1]).sum())
@@ -114,29 +131,29 @@ def test_each_head_has_its_own_eps():
 def test_the_parts_are_unweighted_and_the_loss_is_their_weighted_sum():
     logits, labels, targets = case(5)
     c = config(gt_weight=0.5, kd_weight=2.0, ofa_weight=0.1, smoothing=0.1)
-    parts = dict(zip(PARTS, Objective(c.objective, CPU)(logits, labels, targets), strict=True))
-    plain = dict(zip(PARTS, Objective(config(smoothing=0.1).objective, CPU)(logits, labels, targets), strict=True))
+    parts = dict(zip(ObjectiveOf(c).parts, ObjectiveOf(c)(logits, labels, targets), strict=True))
+    plain = dict(zip(ObjectiveOf(c).parts, ObjectiveOf(config(smoothing=0.1))(logits, labels, targets), strict=True))
     assert [parts[name] for name in ("gt", "kd", "ofa")] == [plain[name] for name in ("gt", "kd", "ofa")]
     torch.testing.assert_close(parts["loss"], 0.5 * parts["gt"] + 2 * parts["kd"] + 0.1 * parts["ofa"])
     torch.testing.assert_close(plain["loss"], plain["gt"] + plain["kd"] + plain["ofa"])
     assert min(plain.values()) > 0
 
 
-def test_kd_with_eps_1_is_the_sum_of_hard_and_soft_label_cross_entropy():
+def test_kd_is_the_sum_of_hard_and_soft_label_cross_entropy():
     """With all classes kept, no probability is spread, and PyTorch's two cross-entropies are the whole loss."""
     logits, labels, _ = case(1)
     log_probs = torch.log_softmax(torch.randn(B, C), dim=-1)
     targets = Targets(torch.arange(C).repeat(B, 1), log_probs)
-    parts = Objective(config(method="kd").objective, CPU)(logits, labels, targets)
+    parts = ObjectiveOf(config(method="kd"))(logits, labels, targets)
     hard, soft = F.cross_entropy(logits[0], labels), F.cross_entropy(logits[0], log_probs.exp())
-    torch.testing.assert_close(parts, torch.stack([hard + soft, hard, soft, torch.zeros(())]))
+    torch.testing.assert_close(parts, torch.stack([hard + soft, hard, soft]))
 
 
 def test_scratch_learns_from_labels_only():
     logits, labels, _ = case(1)
     hard = F.cross_entropy(logits[0], labels)
-    parts = Objective(config(method="scratch", kd_weight=3, ofa_weight=3).objective, CPU)(logits, labels, None)
-    assert parts.tolist() == [hard.item(), hard.item(), 0, 0]
+    parts = ObjectiveOf(config(method="scratch", kd_weight=3, ofa_weight=3))(logits, labels, None)
+    assert parts.tolist() == [hard.item(), hard.item()]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +171,7 @@ def test_a_head_has_a_gradient_only_if_its_weight_is_not_zero(weights, expected)
     """Label loss and KD reach only the last head, OFA only the exits."""
     logits, labels, targets = case(5)
     logits.requires_grad_()
-    Objective(config(**weights).objective, CPU)(logits, labels, targets)[0].backward()
+    ObjectiveOf(config(**weights))(logits, labels, targets)[0].backward()
     assert [bool(g.abs().max() > 0) for g in logits.grad] == expected
 
 
@@ -181,7 +198,7 @@ def test_mixed_labels_equal_timms(gt_loss, smoothing):
     assert torch.equal(heavier(labels, partner_labels, mix), target.argmax(dim=1))
 
     c = config(gt_loss=gt_loss, smoothing=smoothing, eps=(1.3,))
-    objective = Objective(c.objective, CPU)
+    objective = ObjectiveOf(c)
     actual = objective(logits, labels, targets, partner_labels, mix)
     by_timm = SoftTargetCrossEntropy() if gt_loss == "ce" else BinaryCrossEntropy(smoothing=smoothing)
     torch.testing.assert_close(actual[1], by_timm(logits[-1], target))
@@ -193,9 +210,9 @@ def test_mixed_labels_equal_timms(gt_loss, smoothing):
 def test_eps_follow_the_order_of_stages_on_the_command_line():
     """--stages 4 1 --eps 1.1 1.9 1.5: the exit of stage 1, the first head, has eps 1.9."""
     logits, labels, targets = case(3)
-    written = Objective(config(stages=(4, 1), eps=(1.1, 1.9, 1.5)).objective, CPU)
-    in_order = Objective(config(stages=(1, 4), eps=(1.9, 1.1, 1.5)).objective, CPU)
-    assert written.eps.tolist() == pytest.approx([1.9, 1.1, 1.5])
+    written = ObjectiveOf(config(stages=(4, 1), eps=(1.1, 1.9, 1.5)))
+    in_order = ObjectiveOf(config(stages=(1, 4), eps=(1.9, 1.1, 1.5)))
+    assert written.objective.methods[0].eps.tolist() == pytest.approx([1.9, 1.1, 1.5])
     assert torch.equal(written(logits, labels, targets), in_order(logits, labels, targets))
     assert config(stages=(4, 2, 1), eps=(1.0,)).head_eps == (1.0,) * 4
     assert config(method="kd", stages=(4, 1), eps=(1.2,)).head_eps == (1.2,)
@@ -208,7 +225,7 @@ def test_mix_of_any_floating_dtype(gt_loss, dtype):
     logits, labels, targets = case(5)
     partner_labels, mix = mixed_case()
     mix = mix.to(dtype)
-    objective = Objective(config(gt_loss=gt_loss, smoothing=0.1).objective, CPU)
+    objective = ObjectiveOf(config(gt_loss=gt_loss, smoothing=0.1))
     actual = objective(logits, labels, targets, partner_labels, mix)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, objective(logits, labels, targets, partner_labels, mix.float()))
@@ -248,7 +265,7 @@ def test_the_distillation_loss_accepts_mix_of_any_floating_dtype(dtype, impl):
 @pytest.mark.parametrize("gt_loss", ["ce", "bce"])
 def test_a_share_of_1_equals_no_mixing(gt_loss):
     logits, labels, targets = case(5)
-    objective = Objective(config(gt_loss=gt_loss, smoothing=0.1).objective, CPU)
+    objective = ObjectiveOf(config(gt_loss=gt_loss, smoothing=0.1))
     plain = objective(logits, labels, targets)
     torch.testing.assert_close(objective(logits, labels, targets, labels.flip(0), torch.ones(B)), plain)
     torch.testing.assert_close(objective(logits, labels, targets, labels, torch.rand(B)), plain)
@@ -261,5 +278,5 @@ def test_bf16_logits_add_no_error_but_their_own_rounding(gt_loss):
     logits, labels, targets = case(5)
     logits = logits.bfloat16()
     check(config(gt_loss=gt_loss, eps=(1.4,)), logits.float(), labels, targets)
-    objective = Objective(config(gt_loss=gt_loss, eps=(1.4,)).objective, CPU)
+    objective = ObjectiveOf(config(gt_loss=gt_loss, eps=(1.4,)))
     torch.testing.assert_close(objective(logits, labels, targets), objective(logits.float(), labels, targets))

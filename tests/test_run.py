@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fastofa
 import fastofa.training.loop
+from fastofa.methods.method import Outputs
 from fastofa.methods.objective import Objective
 from fastofa.runs.checkpoint import BEST, BEST_EMA, FOLDER, best_top1, checkpoints
 from fastofa.runs.config import Weights
@@ -222,15 +223,15 @@ def poison(monkeypatch) -> Callable[[int, str], None]:
     """poison(n, what): the n-th loss of all, or its gradient alone, is not a number."""
 
     def at(count: int, what: str) -> None:
-        original, calls = Objective.__call__, iter(range(1, 100))
+        original, calls = Objective.forward, iter(range(1, 100))
 
-        def call(self: Objective, logits: Tensor, *arguments: Any) -> Tensor:
-            losses = original(self, logits, *arguments)
+        def call(self: Objective, outputs: Outputs, *arguments: Any) -> Tensor:
+            losses = original(self, outputs, *arguments)
             if next(calls) != count:
                 return losses
-            return losses * torch.nan if what == "loss" else losses + (logits.sum() * 0).sqrt()
+            return losses * torch.nan if what == "loss" else losses + (outputs.heads.sum() * 0).sqrt()
 
-        monkeypatch.setattr(Objective, "__call__", call)
+        monkeypatch.setattr(Objective, "forward", call)
 
     return at
 

@@ -11,6 +11,8 @@ from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastofa.data.dataset import Dataset
+from fastofa.methods.method import Sizes
+from fastofa.methods.objective import Objective
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.runs.config import TrainConfig
@@ -22,7 +24,7 @@ from fastofa.teacher.cache import topk_targets
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.training import step
 from fastofa.training.distributed import World
-from fastofa.training.step import SUMS, Step
+from fastofa.training.step import Step
 from fastofa.views.order import epoch_order
 from fastofa.views.table import center_views
 
@@ -107,7 +109,7 @@ def test_kernels_need_a_gpu(monkeypatch):
 def test_sums_add_up_over_the_steps(batches):
     """Until they are set back; the gradient's norm is that before clipping."""
     together, alone = make_step(clip=0.1), make_step(clip=0.1)
-    expected = torch.zeros(len(SUMS))
+    expected = torch.zeros(len(alone.names))
     for batch in batches[:3]:
         together([batch], some_targets(), lr=0.01)
         alone.reset_sums()
@@ -238,7 +240,8 @@ def test_students_of_every_family_trace_without_a_break(name: str):
     """torch.compile with fullgraph, which is the default on a GPU, would refuse the student there."""
     torch._dynamo.reset()
     size = 224 if name in ("resmlp_12_224", "efficientformer_l1") else 32
-    program = step.Program(Student(name, 10, size, teacher_dim=192), config(student=name), CPU)
+    c = config(student=name)
+    program = step.Program(Student(name, 10, size, teacher_dim=192), Objective(c.objective, Sizes(10)), c, CPU)
     program.compile(backend="eager", fullgraph=True, dynamic=False)
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     losses = program(images, torch.arange(2), Targets(torch.arange(4).repeat(2, 1), torch.zeros(2, 4) - 2))

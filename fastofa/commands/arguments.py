@@ -16,7 +16,7 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
 import tyro
 
@@ -299,14 +299,21 @@ def _wrapped(text: str, width: int) -> str:
 
 
 @cache
-def _give_help(config: type) -> None:
-    """Give tyro the fields' docstrings without line breaks, and hide a default of None that the docstring explains."""
+def _give_help(config: type, prefix: str = "") -> None:
+    """Give tyro the fields' docstrings without line breaks, and hide a default of None that the docstring explains.
+
+    The flags of options within options get their group's name as a prefix.
+    """
     (body,) = ast.parse(inspect.getsource(config)).body
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, nested in get_type_hints(config).items():
+        if dataclasses.is_dataclass(nested):
+            _give_help(cast(type, nested), f"{name}.")
     for field, doc in pairwise(getattr(body, "body", ())):
         match field, doc:
             case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
                 explained = defaults[name] is None and re.search("by default|default:", text, re.IGNORECASE)
                 hint = (lambda default: "" if default == "None" else f"(default: {default})") if explained else None
-                argument = tyro.conf.arg(help=" ".join(text.split()), help_behavior_hint=hint)
+                given = f"{prefix}{name}" if prefix else None
+                argument = tyro.conf.arg(name=given, help=" ".join(text.split()), help_behavior_hint=hint)
                 config.__annotations__[name] = Annotated[config.__annotations__[name], argument]

@@ -23,7 +23,6 @@ from fastofa.pipelines import open_pipeline
 from fastofa.reports.curves import draw_comparison
 from fastofa.reports.metrics import top1
 from fastofa.runs import recipes
-from fastofa.runs.config import Method
 from fastofa.system.errors import BadInput
 from fastofa.system.files import write_json
 from fastofa.system.locks import writing
@@ -37,7 +36,7 @@ from fastofa.views.table import center_views
 TEACHER, STUDENT = "pvt_v2_b0", "test_resnet"
 ALL_LABELS, FEW_LABELS = "digits:", "digits:100"  # with the colon, the name cannot refer to a folder
 VIEWS, TOPK = 30, 5
-METHODS: dict[Method, str] = {
+METHODS = {
     "scratch": "labels only",
     "kd": "labels + KD (final logits)",
     "ofa": "labels + OFA (also four exits)",

@@ -1,64 +1,71 @@
-"""The training objective: label loss, and teacher loss of the final logits and of every exit (OFA-KD, eq. 7-10).
+"""The training objective: the loss against the labels, and the losses of one or more distillation methods.
 
-Shapes: H heads (exits in stage order, then the final logits), B images, C classes, K classes kept from the teacher.
+Shapes: B images, C classes.
 """
+
+from typing import Any, cast
 
 import torch
 from timm.loss import BinaryCrossEntropy
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastofa.kernels import distillation_loss, ofa_loss
 from fastofa.kernels.reference import cross_entropy, heavier, mixed_labels
-from fastofa.methods.options import Options
+from fastofa.methods.method import Method, Outputs, Sizes
+from fastofa.methods.named import method_class
+from fastofa.methods.ofa import OFA
+from fastofa.methods.options import ObjectiveOptions
 from fastofa.methods.targets import Targets
+from fastofa.system.errors import BadInput
 
-PARTS = ("loss", "gt", "kd", "ofa")
 
+class Objective(nn.Module):
+    """`objective(outputs, labels, targets)` -> fp32 [len(parts)]: the weighted sum, then each part unweighted.
 
-class Objective:
-    """`objective(logits, labels, targets)` -> fp32 [4]: the weighted sum of the parts, then each part unweighted.
+    loss = gt_weight * label loss of the final logits + sum of weight * loss over the parts of all methods
 
-    logits floating [H, B, C], labels int64 [B]; without targets only the label loss is computed.
-
-    loss = gt_weight * CE(final, label) + kd_weight * L_OFA(final; eps[-1]) + ofa_weight * sum_k L_OFA(exit_k; eps[k])
-
-    For mixed images, `objective(logits, labels, targets, partner_labels, mix)` with partner_labels int64 [B] and mix
+    For mixed images, `objective(outputs, labels, targets, partner_labels, mix)` with partner_labels int64 [B] and mix
     floating [B]: the label has weight `mix` and the partner's label weight 1 - `mix`, both smoothed, as in timm's
-    mixup_target; the OFA loss enhances the label with the larger weight.
+    mixup_target; methods get the label with the larger weight.
+
+    Raises:
+        BadInput: a method is unknown, or two have parts of the same name.
     """
 
-    def __init__(self, options: Options, device: torch.device) -> None:
+    def __init__(self, options: ObjectiveOptions, sizes: Sizes) -> None:
+        super().__init__()
         self.options = options
-        # Created once: a list would be copied to the device at every step, and the step would wait for the copy.
-        self.eps = torch.tensor(options.eps, device=device)
-        self.impl = "triton" if options.kernel else None
+        each = [_create(name, values, sizes) for name, values in options.methods]
+        self.methods = nn.ModuleList(each)
+        names = [part for method in each for part in method.parts]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            chosen = "+".join(name for name, _ in options.methods)
+            raise BadInput(
+                f"method {chosen}: expected different losses, but two are called {doubled[0]}; give one of them"
+            )
+        self.parts = ("loss", "gt", *names)
+        self.weights = (options.gt_weight, *(weight for method in each for weight in method.weights))
         self.binary = BinaryCrossEntropy(smoothing=options.smoothing) if options.gt_loss == "bce" else None
+        self.is_joint = [type(method) for method in self.methods] == [OFA] and self.binary is None
 
-    def __call__(
+    def forward(
         self,
-        logits: Tensor,
+        outputs: Outputs,
         labels: Tensor,
         targets: Targets | None,
         partner_labels: Tensor | None = None,
         mix: Tensor | None = None,
     ) -> Tensor:
-        o = self.options
-        if targets is None:
-            gt = self._label_loss(logits[-1], labels, partner_labels, mix)
-            return torch.stack([o.gt_weight * gt, gt, torch.zeros_like(gt), torch.zeros_like(gt)])
-        teacher = (targets.classes, targets.log_probs, self.eps, o.temperature)
-        if self.binary is None:
-            weights = (o.gt_weight, o.kd_weight, o.ofa_weight)
-            total, parts = distillation_loss(
-                logits, labels, *teacher, *weights, o.smoothing, partner_labels, mix, self.impl, o.variant
-            )
-            return torch.cat([total[None], parts])
-        gt = self._label_loss(logits[-1], labels, partner_labels, mix)
+        if self.is_joint and targets is not None:
+            o, ofa = self.options, cast(OFA, self.methods[0])
+            return ofa.with_label_loss(outputs, targets, labels, o.gt_weight, o.smoothing, partner_labels, mix)
+        parts = [self._label_loss(outputs.logits, labels, partner_labels, mix)[None]]
         if partner_labels is not None and mix is not None:
             labels = heavier(labels, partner_labels, mix)
-        heads = ofa_loss(logits, labels, *teacher, self.impl, o.variant)
-        kd, ofa = heads[-1], heads[:-1].sum()
-        return torch.stack([o.gt_weight * gt + o.kd_weight * kd + o.ofa_weight * ofa, gt, kd, ofa])
+        if targets is not None:
+            parts += [cast(Method, method).losses(outputs, targets, labels) for method in self.methods]
+        joined = torch.cat(parts)
+        total = sum(weight * part for weight, part in zip(self.weights, joined, strict=True))
+        return torch.cat([torch.as_tensor(total)[None], joined])
 
     def _label_loss(self, final: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None) -> Tensor:
         smoothing, final = self.options.smoothing, final.float()
@@ -68,3 +75,8 @@ class Objective:
             return self.binary(final, labels)  # it smooths the labels itself
         target = mixed_labels(labels, partner_labels, mix, final.shape[1], smoothing)
         return self.binary(final, target.to(final.dtype))
+
+
+def _create(name: str, options: Any, sizes: Sizes) -> Method:
+    kind = method_class(name)
+    return kind(kind.Options() if options is None else options, sizes)

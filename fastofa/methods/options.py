@@ -1,22 +1,191 @@
-"""The options of the objective, separate from a training run's configuration so that the objective can be used
-alone."""
+"""The options of every built-in method, without torch, so that `fastofa train --help` shows them at once.
+
+The options of a method's own module (`--method FILE.py:Name`) are in that module.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from fastofa.system.errors import BadInput
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of `fastofa.methods.objective.Objective`, whose docstring gives the formula. H heads."""
+class Weight:
+    """Options of a method that has no others."""
 
-    eps: tuple[float, ...]
-    """[H]: exponents of the target enhancement, for each exit in stage order, then for the final logits."""
+    weight: float = 1.0
+    """Weight of the loss."""
+
+
+@dataclass(frozen=True)
+class OFAOptions:
+    """Options of `ofa`. H heads: the exits in stage order, then the final logits."""
+
+    eps: tuple[float, ...] = (1.0,)
+    """[H]: exponents of the target enhancement."""
     temperature: float = 1.0
     variant: Literal["official", "paper"] = "official"
-    gt_weight: float = 1.0
     kd_weight: float = 1.0
     ofa_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class KDOptions:
+    """Options of `kd`."""
+
+    weight: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class BKDOptions:
+    """Binary cross-entropy of each class against the teacher's probability."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+
+
+@dataclass(frozen=True)
+class DKDOptions:
+    """Decoupled distillation of the target class and of the other classes."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    alpha: float = 1.0
+    """Weight of the part of the target class."""
+    beta: float = 2.0
+    """Weight of the part of the other classes (OFA-KD's comparison uses 2, DKD's authors up to 8)."""
+    temperature: float = 1.0
+    """Divisor of the student's and the teacher's logits."""
+
+
+@dataclass(frozen=True)
+class DISTOptions:
+    """Correlation of the probabilities, across the classes of an image and across the images of a class."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    beta: float = 1.0
+    """Weight of the correlation across classes."""
+    gamma: float = 1.0
+    """Weight of the correlation across images."""
+    temperature: float = 1.0
+    """Divisor of the student's and the teacher's logits."""
+
+
+@dataclass(frozen=True)
+class LSKDOptions:
+    """Distillation of standardised logits."""
+
+    weight: float = 9.0
+    """Weight of the loss (the authors' choice, with --gt-weight 0.1)."""
+    temperature: float = 2.0
+    """Divisor of the standardised logits."""
+
+
+@dataclass(frozen=True)
+class CCOptions:
+    """Correlation of the difference between student and teacher from each image of the batch to the next."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    scale: float = 0.02
+    """Factor of the loss."""
+    width: int = 128
+    """Width of the space into which both vectors are projected."""
+
+
+@dataclass(frozen=True)
+class RKDOptions:
+    """Distances and angles between the images of a batch."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    distance: float = 25.0
+    """Weight of the distances."""
+    angle: float = 50.0
+    """Weight of the angles. Their memory grows with the cube of the batch."""
+
+
+@dataclass(frozen=True)
+class CRDOptions:
+    """Contrast of student and teacher on the same image with other images, from a memory of all images."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    width: int = 128
+    """Width of the space into which both vectors are projected."""
+    negatives: int = 16384
+    """Other images, of other classes, per image of the batch."""
+    temperature: float = 0.07
+    """Divisor of the products of vectors."""
+    momentum: float = 0.5
+    """Weight of an image's earlier entry when its entry in the memory is updated."""
+
+
+@dataclass(frozen=True)
+class RSDOptions:
+    """Cross-correlation of student and teacher over the batch, brought to the identity matrix."""
+
+    weight: float = 0.1
+    """Weight of the loss."""
+    kappa: float = 0.01
+    """Weight of the elements off the diagonal."""
+    expansion: int = 2
+    """Width of the projector's hidden layer, in widths of the student."""
+
+
+@dataclass(frozen=True)
+class FitNetOptions:
+    """Squared difference of the features of each stage. Needs --online-teacher."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    stages: tuple[int, ...] = (1, 2, 3, 4)
+    """Stages that are compared."""
+
+
+# The class of each built-in method in the module of its name.
+BUILT_IN = {
+    "ofa": "OFA",
+    "kd": "KD",
+    "bkd": "BKD",
+    "dkd": "DKD",
+    "dist": "DIST",
+    "lskd": "LSKD",
+    "cc": "CC",
+    "rkd": "RKD",
+    "crd": "CRD",
+    "rsd": "RSD",
+    "fitnet": "FitNet",
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """Options of `fastofa.methods.objective.Objective`, whose docstring gives the formula."""
+
+    methods: tuple[tuple[str, Any], ...] = ()
+    """Name and options of each method; options None are the method's defaults."""
+    gt_weight: float = 1.0
     gt_loss: Literal["ce", "bce"] = "ce"
     smoothing: float = 0.0
-    kernel: bool = False
-    """Use the Triton kernel of the loss; otherwise the implementation is chosen by device."""
+
+
+def check_options(name: str, options: Any) -> None:
+    """Raises BadInput for a number outside its range; `name` is the method's."""
+    for field, value in vars(options).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, str):
+            continue  # a choice, which the configuration checks
+        if field in ("temperature", "expansion", "width", "negatives"):
+            fits, expected = all(v > 0 for v in numbers), "a number above 0"
+        elif field == "momentum":
+            fits, expected = 0 <= value < 1, "a number from 0 to below 1"
+        elif field == "stages":
+            fits = len(set(value)) == len(value) > 0 and set(value) <= {1, 2, 3, 4}
+            expected = "some of 1 2 3 4"
+        else:
+            fits, expected = all(v >= 0 and v != float("inf") for v in numbers), "a number of at least 0"
+        if not fits:
+            raise BadInput(f"{name}.{field}: expected {expected}, got {' '.join(map(str, numbers))}")

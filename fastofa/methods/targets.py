@@ -1,14 +1,49 @@
-"""The teacher's targets for a distillation method."""
+"""The teacher's targets for a distillation method. B images, C classes, K classes kept of the teacher."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from fastofa.kernels.reference import dense_probs
+
+
+class TopK(NamedTuple):
+    """The part of the teacher's predictions that a cache stores, for a batch or a whole view."""
+
+    classes: Tensor
+    """integer [B, K]: the K most probable classes, most probable first."""
+    log_probs: Tensor
+    """floating [B, K]: log-probabilities of these classes at temperature 1."""
 
 
 class Targets(NamedTuple):
-    """The teacher's K most probable classes for each image of a batch (or of a whole view); B images."""
+    """What a method gets of the teacher for the images of a batch."""
 
     classes: Tensor
-    """integer [B, K], most probable first."""
+    """integer [B, K]: the K most probable classes, most probable first."""
     log_probs: Tensor
     """floating [B, K]: log-probabilities of these classes at temperature 1."""
+    pooled: Tensor | None = None
+    """floating [B, D]: the input of the teacher's classifier, for methods that need it."""
+    stages: tuple[Tensor, ...] = ()
+    """The features of the teacher's stages, floating [B, C, H, W], for methods that need them."""
+    sample_ids: Tensor | None = None
+    """int64 [B]: the images' numbers in the dataset, for methods that need the pooled vector."""
+
+    def probs(self, num_classes: int, temperature: float = 1.0) -> Tensor:
+        """Probabilities of all classes at a temperature, fp32 [B, C].
+
+        The probability outside the K classes is spread evenly over the other classes.
+        """
+        return dense_probs(
+            self.classes,
+            self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32)),
+            num_classes,
+            temperature,
+        )
+
+
+def full(x: Tensor) -> Tensor:
+    """x in fp32, or in float64 if it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from fastofa.system.files import write_atomic
 Row = dict[str, Any]
 
 LABELS = {"loss": "sum", "gt": "labels", "kd": "teacher, final logits", "ofa": "teacher, exits (summed)"}
+# The logged values of a step that are not losses.
+OTHERS = {"kind", "step", "epoch", "lr", "grad_norm", "images_per_second", "loader_share"}
 # Readable on white and on black; each part of the loss also has its own dash pattern.
 COLORS = ("#2f7fd1", "#d9691f", "#2a9d5c", "#a35fd0")
 DASHES = ("-", "--", "-.", ":")
@@ -77,10 +80,10 @@ def import_plotting() -> None:
 
 def plot_loss(axes: Any, rows: list[Row]) -> None:
     """Plot the total loss and its parts; a single part equals the total and is not drawn again."""
-    names = [name for name in LABELS if np.nan_to_num(column(rows, name)).any()]
-    for name, color, dashes in zip(LABELS, COLORS, DASHES, strict=True):
-        if name == "loss" or (name in names and len(names) > 2):
-            _plot_column(axes, rows, name, color=color, linestyle=dashes, label=LABELS[name])
+    logged = dict.fromkeys(name for row in rows for name in row if name not in OTHERS)
+    names = ["loss", *(name for name in logged if name != "loss" and np.nan_to_num(column(rows, name)).any())]
+    for name, color, dashes in zip(names if len(names) > 2 else ["loss"], cycle(COLORS), cycle(DASHES), strict=False):
+        _plot_column(axes, rows, name, color=color, linestyle=dashes, label=LABELS.get(name, f"teacher, {name}"))
     axes.set(title="training loss", xlabel="step", ylabel="loss", ylim=(0, None))
     if len(axes.lines) > 1:
         axes.legend(frameon=False, loc="best")

@@ -87,7 +87,7 @@ def _write_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], info: di
 def save_best(run: Path, student: nn.Module, info: dict[str, Any], file: str = BEST, when: Run = at_once) -> None:
     """Save the weights that were just evaluated as the best; `info` is JSON with at least step and top1, `when` as in
     `save_checkpoint`."""
-    copies = _host_copies({f"student.{name}": value for name, value in student.state_dict().items()})
+    copies = _host_copies({f"student.{name}": value for name, value in _own_state(student).items()})
     when(lambda: save_tensors(run / FOLDER / file, copies, info))
 
 
@@ -180,8 +180,8 @@ def load_student(run: Path, student: nn.Module, weights: Weights = "last") -> di
     path, prefix, tensors, info = _read_weights(run, weights)
     for part in dict.fromkeys((prefix, "ema.", "student.")):
         if part == prefix or _strip_prefix(part, tensors):
-            _check_keys(path, part, student.state_dict(), tensors)
-    state = _strip_prefix(prefix, tensors)
+            _check_keys(path, part, _own_state(student), _without_methods(part, tensors))
+    state = _strip_prefix(prefix, _without_methods(prefix, tensors))
     if infinite := sorted(name for name, value in state.items() if not bool(value.isfinite().all())):
         raise BadInput(
             f"{path}: expected finite weights, but these are not: {_abbreviated(infinite)}; the run diverged, train "
@@ -216,6 +216,15 @@ def _read_weights(run: Path, weights: Weights) -> tuple[Path, str, dict[str, Ten
     opened = [(path, *load_tensors(path)) for path in paths]
     path, tensors, info = max(opened, key=lambda file: float(file[2].get("top1", 0)))  # the average if they are equal
     return path, "student.", tensors, info
+
+
+def _own_state(student: nn.Module) -> dict[str, Tensor]:
+    """The student's state without the modules of distillation methods."""
+    return _without_methods("", student.state_dict())
+
+
+def _without_methods(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if not name.startswith(f"{prefix}methods.")}
 
 
 def _strip_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,12 +5,23 @@ The fields are flat, like the flags and config.json; the help groups them under 
 
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from fastofa.data.headers import parse_limits
-from fastofa.methods.options import Options
+from fastofa.methods.options import (
+    BUILT_IN,
+    BKDOptions,
+    DISTOptions,
+    DKDOptions,
+    KDOptions,
+    LSKDOptions,
+    ObjectiveOptions,
+    OFAOptions,
+    check_options,
+)
 from fastofa.runs.config_file import from_json, to_json
 from fastofa.system.errors import BadInput
 from fastofa.views.policy import ViewPolicy, changed_policy
@@ -18,7 +29,6 @@ from fastofa.views.policy import ViewPolicy, changed_policy
 MAX_EPOCHS = 1_000_000
 # The gradient norm at which an optimizer clips by itself, regardless of --clip.
 OWN_CLIP = {"lamb": 1.0, "apex_lamb": 1.0}
-Method = Literal["ofa", "kd", "scratch"]
 Order = Literal["auto", "random", "pages"]
 Weights = Literal["last", "best", "raw", "ema", "best-raw", "best-ema"]
 Optimizer = Literal["sgd", "adamw", "lamb", "apex_sgd", "apex_adam", "apex_lamb"]
@@ -72,28 +82,32 @@ class TrainConfig:
     plan: bool = False
     """Only estimate the cost of the run (hours, from steps timed on this machine, and disk space); write nothing."""
 
-    method: Method = "ofa"
-    """ofa: the exits and the final logits learn from the teacher; kd: only the final logits do; scratch: only the
-    labels are used."""
+    method: str = "ofa"
+    """What the student learns from the teacher: ofa (exits and final logits), kd, bkd, dkd, dist or lskd (final
+    logits), several of them (ofa+dkd), or your own, FILE.py:Name. scratch: nothing, only the labels are used."""
     stages: tuple[int, ...] = (1, 2, 3, 4)
     """Stages of the student that get an exit (ofa)."""
     eps: tuple[float, ...] = (1.0,)
-    """Target enhancement: one value, or one for each of --stages, in that order, and one for the final logits. Values
-    above 1 boost the target class (published: 1.5 for DeiT-T -> ResNet-18 on ImageNet, 1.0 on CIFAR)."""
+    """ofa: target enhancement: one value, or one for each of --stages, in that order, and one for the final logits.
+    Values above 1 boost the target class (published: 1.5 for DeiT-T -> ResNet-18 on ImageNet, 1.0 on CIFAR)."""
     temperature: float = 1.0
-    """Divisor of the student's and the teacher's logits."""
+    """ofa, kd: divisor of the student's and the teacher's logits. Only kd multiplies its loss by the square."""
     variant: Literal["official", "paper"] = "official"
-    """Form of the OFA loss: that of the published code, or that of the paper's text."""
+    """ofa: form of the loss: that of the published code, or that of the paper's text."""
     gt_weight: float = 1.0
     """Weight of the loss against the labels."""
     kd_weight: float = 1.0
-    """Weight of the final logits' loss against the teacher."""
+    """ofa, kd: weight of the final logits' loss against the teacher."""
     ofa_weight: float = 1.0
-    """Weight of the exits' losses against the teacher (the authors used 0.1 for CIFAR)."""
+    """ofa: weight of the exits' losses against the teacher (the authors used 0.1 for CIFAR)."""
     gt_loss: Literal["ce", "bce"] = "ce"
     """Loss against the labels: cross-entropy, or binary cross-entropy for each class."""
     smoothing: float = 0.0
     """Label smoothing."""
+    bkd: BKDOptions = field(default_factory=BKDOptions)
+    dkd: DKDOptions = field(default_factory=DKDOptions)
+    dist: DISTOptions = field(default_factory=DISTOptions)
+    lskd: LSKDOptions = field(default_factory=LSKDOptions)
 
     image_size: int | None = None
     """Side of the student's input in pixels; by default the model's own."""
@@ -259,7 +273,8 @@ class TrainConfig:
         need(
             set(self.stages) <= {1, 2, 3, 4} and len(set(self.stages)) == len(self.stages), "stages", "some of 1 2 3 4"
         )
-        need(self.method != "ofa" or len(self.stages) > 0, "stages", "at least one stage (or --method kd)")
+        self._check_methods()
+        need("ofa" not in self.methods or len(self.stages) > 0, "stages", "at least one stage (or --method kd)")
         heads = len(self.exits) + 1
         expected = "1 number above 0" if heads == 1 else f"1 or {heads} numbers above 0"
         need(len(self.eps) in (1, heads) and all(e > 0 for e in self.eps), "eps", expected)
@@ -268,10 +283,32 @@ class TrainConfig:
         need(self.std is None or all(value > 0 for value in self.std), "std", "three numbers above 0")
         self.policy(ViewPolicy())
 
+    def _check_methods(self) -> None:
+        """Raises BadInput for unknown or repeated methods, and for options out of range."""
+        if self.method == "scratch":
+            return
+        names = self.method.split("+")
+        for name in names:
+            if name not in BUILT_IN and not re.fullmatch(r".+\.py:\w+", name):
+                raise BadInput(
+                    f"method: expected some of {' '.join(BUILT_IN)}, joined by +, FILE.py:Name, or scratch alone, got "
+                    f"{self.method!r}"
+                )
+            if names.count(name) > 1:
+                raise BadInput(f"method: expected each name once, got {self.method!r}")
+        for name in BUILT_IN:
+            if hasattr(self, name):
+                check_options(name, getattr(self, name))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names in `method`; none for scratch."""
+        return () if self.method == "scratch" else tuple(self.method.split("+"))
+
     @property
     def exits(self) -> tuple[int, ...]:
-        """The stages that get an exit, in ascending order; none unless the method is ofa."""
-        return tuple(sorted(self.stages)) if self.method == "ofa" else ()
+        """The stages that get an exit, in ascending order; none unless ofa is among the methods."""
+        return tuple(sorted(self.stages)) if "ofa" in self.methods else ()
 
     @property
     def head_eps(self) -> tuple[float, ...]:
@@ -282,19 +319,14 @@ class TrainConfig:
         return (*(of_stage[stage] for stage in self.exits), self.eps[-1])
 
     @property
-    def objective(self) -> Options:
+    def objective(self) -> ObjectiveOptions:
         """The part of the configuration that the objective uses."""
-        return Options(
-            self.head_eps,
-            self.temperature,
-            self.variant,
-            self.gt_weight,
-            self.kd_weight,
-            self.ofa_weight,
-            self.gt_loss,
-            self.smoothing,
-            "loss" in self.kernels,
-        )
+        own = {
+            "ofa": OFAOptions(self.head_eps, self.temperature, self.variant, self.kd_weight, self.ofa_weight),
+            "kd": KDOptions(self.kd_weight, self.temperature),
+        }
+        methods = tuple((name, own.get(name, getattr(self, name, None))) for name in self.methods)
+        return ObjectiveOptions(methods, self.gt_weight, self.gt_loss, self.smoothing)
 
     def policy(self, default: ViewPolicy) -> ViewPolicy:
         """The policy of the views: `default` with the values that this configuration sets."""

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from fastofa.system.errors import BadInput
 from fastofa.system.read import read_json
@@ -40,6 +40,12 @@ def from_json(cls: type[Config], values: Any, remedy: str) -> Config:
                 "value"
             )
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            try:
+                fields[name] = from_json(cast(type, hint), fields[name], remedy)
+            except BadInput as error:
+                raise BadInput(f"{name}: {error}") from None
     paths = {k: Path(v) for k, v in fields.items() if v is not None and _is_path(hints[k])}
     return cls(**{**fields, **paths})
 
@@ -87,6 +93,8 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a value from JSON has this type. In JSON, paths are strings, tuples are lists, and a float may be an
     integer."""
     parts = get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return True  # `from_json` checks its fields
     if get_origin(hint) is Literal:
         return isinstance(value, str)  # the configuration checks its value
     if get_origin(hint) is UnionType:

@@ -59,6 +59,8 @@ class Student(nn.Module):
         self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1), persistent=False)
         self.stages: list[Stage] = []
         self.exits = nn.ModuleList()
+        self.methods = nn.ModuleList()
+        """Modules that distillation methods train with the student, such as projectors; not exported."""
         if stages:
             self._add_exits(model_name, num_classes, teacher_dim, stages)
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastofa.data.dataset import Dataset
-from fastofa.methods.targets import Targets
+from fastofa.methods.targets import TopK
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import load_tensors, read_info, save_tensors
 from fastofa.system.progress import track
@@ -133,20 +133,20 @@ class TeacherCache:
             raise BadInput(f"{self.path}: expected a view from 0 to {self.views - 1}, got {view}")
         path = self.path / view_file(view)
         tensors = read_table(path, self.header, view)
-        columns = {name: tensor.numpy() for name, tensor in tensors.items() if name not in Targets._fields}
+        columns = {name: tensor.numpy() for name, tensor in tensors.items() if name not in TopK._fields}
         fault = targets_fault(tensors, self.num_samples, self.topk, self.num_classes)
         if fault := fault or views_fault(columns, self.policy, self.num_samples):
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
         views = Views(**columns, mean=self.policy.mean, std=self.policy.std)
         return views, tensors["classes"], tensors["log_probs"]
 
-    def val_targets(self) -> Targets:
+    def val_targets(self) -> TopK:
         """The teacher's predictions for the validation images, checked like those of `targets`."""
         path = self.path / VAL
         tensors = read_table(path, self.header, VAL)
         if fault := targets_fault(tensors, self.header["num_val_samples"], self.topk, self.num_classes):
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
-        return Targets(tensors["classes"], tensors["log_probs"])
+        return TopK(tensors["classes"], tensors["log_probs"])
 
     def verify(self) -> None:
         """Read every finished table, compare its checksum and its origin, and check its values.
@@ -194,7 +194,7 @@ class TeacherCache:
             )
 
 
-def best_classes(log_probs: Tensor, topk: int) -> Targets:
+def best_classes(log_probs: Tensor, topk: int) -> TopK:
     """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, on the same device.
 
     Returns:
@@ -202,22 +202,22 @@ def best_classes(log_probs: Tensor, topk: int) -> Targets:
         log_probs float16 [B, K].
     """
     values, classes = log_probs.topk(topk, dim=-1)
-    return Targets(classes.to(torch.int16 if log_probs.shape[-1] <= 1 << 16 else torch.int32), values.half())
+    return TopK(classes.to(torch.int16 if log_probs.shape[-1] <= 1 << 16 else torch.int32), values.half())
 
 
-def as_stored(targets: Targets) -> Targets:
+def as_stored(targets: TopK) -> TopK:
     """`best_classes` on the CPU -> the same values as the cache stores them, classes uint16 or int32."""
     classes, log_probs = targets
-    return Targets(classes.view(torch.uint16) if classes.dtype == torch.int16 else classes, log_probs)
+    return TopK(classes.view(torch.uint16) if classes.dtype == torch.int16 else classes, log_probs)
 
 
-def topk_targets(log_probs: Tensor, topk: int) -> Targets:
+def topk_targets(log_probs: Tensor, topk: int) -> TopK:
     """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, as the cache stores them.
 
     Returns:
         On the CPU: classes uint16 (int32 if C > 65,536) [B, K], best first, and log_probs float16 [B, K].
     """
-    return as_stored(Targets(*(values.cpu() for values in best_classes(log_probs, topk))))
+    return as_stored(TopK(*(values.cpu() for values in best_classes(log_probs, topk))))
 
 
 def view_file(view: int) -> str:
@@ -246,6 +246,6 @@ def check_origin(path: Path, info: dict[str, Any], header: dict[str, Any], table
         )
 
 
-def agreement(predicted: np.ndarray, targets: Targets) -> float:
+def agreement(predicted: np.ndarray, targets: TopK) -> float:
     """The fraction of samples for which `predicted` (class indices [N]) is the teacher's most probable class."""
     return float((predicted == targets.classes[:, 0].to(torch.int64).numpy()).mean())

@@ -8,7 +8,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from fastofa.methods.targets import Targets
+from fastofa.methods.targets import TopK
 
 EVERY = 8  # batches per copy from a GPU
 
@@ -27,10 +27,10 @@ class Downloads:
     def __init__(self, device: torch.device, every: int | None = None) -> None:
         self.device, self.gpu = device, device.type == "cuda"
         self.every = every or (EVERY if self.gpu else 1)
-        self.batches: list[Targets] = []
-        self.copies: deque[tuple[Targets, torch.cuda.Event | None]] = deque()
+        self.batches: list[TopK] = []
+        self.copies: deque[tuple[TopK, torch.cuda.Event | None]] = deque()
 
-    def add(self, targets: Targets) -> list[Targets]:
+    def add(self, targets: TopK) -> list[TopK]:
         """Add a batch, [B, K] on the device. Returns the predictions that have arrived on the CPU, in their order."""
         self.batches.append(targets)
         if len(self.batches) < self.every:
@@ -38,16 +38,16 @@ class Downloads:
         self._begin_copy()
         return self._arrived(len(self.copies) - 1)
 
-    def finish(self) -> list[Targets]:
+    def finish(self) -> list[TopK]:
         """Wait for all predictions that have not been returned yet."""
         if self.batches:
             self._begin_copy()
         return self._arrived(len(self.copies))
 
     def _begin_copy(self) -> None:
-        joined = Targets(*(torch.cat(values) for values in zip(*self.batches, strict=True)))
+        joined = TopK(*(torch.cat(values) for values in zip(*self.batches, strict=True)))
         self.batches = []
-        copies = Targets(*map(self._copy, joined))
+        copies = TopK(*map(self._copy, joined))
         event = torch.cuda.current_stream(self.device).record_event() if self.gpu else None
         self.copies.append((copies, event))
 
@@ -56,13 +56,13 @@ class Downloads:
             return values
         return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
-    def _arrived(self, count: int) -> list[Targets]:
+    def _arrived(self, count: int) -> list[TopK]:
         """The predictions of the oldest `count` copies."""
         found = []
         for _ in range(count):
             copies, event = self.copies.popleft()
             if event is not None:
                 event.synchronize()
-                copies = Targets(*(values.clone() for values in copies))  # pinned memory is scarce
+                copies = TopK(*(values.clone() for values in copies))  # pinned memory is scarce
             found.append(copies)
         return found

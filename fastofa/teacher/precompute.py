@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
-from fastofa.methods.targets import Targets
+from fastofa.methods.targets import TopK
 from fastofa.models.timm_models import find_folder, resolve
 from fastofa.pipelines import PIPELINES, Pipeline, choose, open_pipeline
 from fastofa.system.device import choose_bf16, choose_compile, choose_device, choose_workers
@@ -254,7 +254,7 @@ class CacheJob:
     def _draw(self, view: int) -> Views:
         return draw_views(self.config.policy(), self.train.dataset.sizes, self.config.seed, view)
 
-    def _predict(self, source: Source, views: Views, table: int | str, bar: Bar, task: TaskID) -> Targets:
+    def _predict(self, source: Source, views: Views, table: int | str, bar: Bar, task: TaskID) -> TopK:
         """The teacher's predictions for every row of a table, in the order of sample ids."""
         dataset, pipeline = source
         # In file order, for sequential reads; mixed images follow each other, so that each is read once.
@@ -265,7 +265,7 @@ class CacheJob:
         saved_at = time.monotonic()
         teacher, downloads = self.program.teacher, Downloads(self.program.teacher.device)
 
-        def keep(arrived: list[Targets]) -> None:
+        def keep(arrived: list[TopK]) -> None:
             """Check predictions that follow those in `parts`, and add them."""
             for targets in map(as_stored, arrived):
                 first = _rows(parts)
@@ -290,10 +290,10 @@ class CacheJob:
             finally:  # also after an error, since what was computed is saved
                 keep(downloads.finish())
         joined, place = _joined(parts), np.argsort(order)
-        return Targets(*(torch.from_numpy(values.numpy()[place]) for values in joined))
+        return TopK(*(torch.from_numpy(values.numpy()[place]) for values in joined))
 
     @contextmanager
-    def saving(self, table: int | str, parts: list[Targets], partial: str = "") -> Iterator[None]:
+    def saving(self, table: int | str, parts: list[TopK], partial: str = "") -> Iterator[None]:
         """Save the predictions of an unfinished table if an exception occurs. A BadInput then names the table."""
         try:
             yield
@@ -308,7 +308,7 @@ class CacheJob:
             name = table if isinstance(table, str) else view_file(table)
             raise BadInput(f"{name}: {error}{self._how_to_continue(parts)}") from None
 
-    def _how_to_continue(self, parts: list[Targets]) -> str:
+    def _how_to_continue(self, parts: list[TopK]) -> str:
         """The end of an error message: what was saved, and how to continue."""
         views, predicted = len(list(self.out.glob("view-*.safetensors"))), _rows(parts)
         if not views and not predicted:
@@ -319,11 +319,11 @@ class CacheJob:
             f"repeat the command to continue; with --skip-corrupt, it {skip} if that changes the images"
         )
 
-    def _save(self, parts: list[Targets], partial: str) -> None:
+    def _save(self, parts: list[TopK], partial: str) -> None:
         if parts:
             write_table(self.out / PARTIAL, _joined(parts)._asdict(), self.header, partial)
 
-    def _read_partial(self, partial: str, rows: int) -> list[Targets]:
+    def _read_partial(self, partial: str, rows: int) -> list[TopK]:
         """The predictions that an interrupted run saved of this table, which has `rows` rows."""
         if not (self.out / PARTIAL).is_file():
             return []
@@ -334,16 +334,16 @@ class CacheJob:
         count = min(rows, len(tensors.get("classes", ())))
         if targets_fault(tensors, count, self.header["topk"], self.header["num_classes"]):
             return []
-        return [Targets(tensors["classes"], tensors["log_probs"])]
+        return [TopK(tensors["classes"], tensors["log_probs"])]
 
     def _commit(self, file: str, tensors: dict[str, Tensor], table: int | str) -> None:
         write_table(self.out / file, tensors, self.header, table)
         (self.out / PARTIAL).unlink(missing_ok=True)
 
 
-def _rows(parts: list[Targets]) -> int:
+def _rows(parts: list[TopK]) -> int:
     return sum(len(part.classes) for part in parts)
 
 
-def _joined(parts: list[Targets]) -> Targets:
-    return Targets(torch.cat([p.classes for p in parts]), torch.cat([p.log_probs for p in parts]))
+def _joined(parts: list[TopK]) -> TopK:
+    return TopK(torch.cat([p.classes for p in parts]), torch.cat([p.log_probs for p in parts]))

@@ -6,7 +6,7 @@ Shapes: B images in a batch, S image side, C classes, K classes kept.
 import torch
 from torch import Tensor
 
-from fastofa.methods.targets import Targets
+from fastofa.methods.targets import TopK
 from fastofa.models.timm_models import first_line
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import best_classes
@@ -33,7 +33,7 @@ class TopKProgram:
         self.compiled = torch.compile(self._predict, dynamic=False) if compile_ else None
 
     @torch.no_grad()  # inference mode cannot be compiled
-    def __call__(self, images: Tensor) -> Targets:
+    def __call__(self, images: Tensor) -> TopK:
         if self.to_compile:
             self._compile()
         if self.compiled is None:
@@ -42,9 +42,9 @@ class TopKProgram:
         if missing:
             images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
         targets = self.compiled(images.contiguous(memory_format=torch.channels_last))
-        return Targets(*(values[:count] for values in targets))
+        return TopK(*(values[:count] for values in targets))
 
-    def _predict(self, images: Tensor) -> Targets:
+    def _predict(self, images: Tensor) -> TopK:
         return best_classes(self.teacher.network(images), self.topk)
 
     def _compile(self) -> None:

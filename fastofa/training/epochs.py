@@ -129,7 +129,7 @@ class Epochs:
         dense = self.cache.topk == self.cache.num_classes
         kept = None if self.world.size == 1 else order  # the rows that this rank looks up
         targets = DeviceTargets(torch.cat(classes), torch.cat(log_probs), self.device, dense, kept)
-        self.loaded_views, self.loaded = numbers, Epoch(views, order, None if c.method == "scratch" else targets)
+        self.loaded_views, self.loaded = numbers, Epoch(views, order, targets if c.methods else None)
         return self.loaded
 
     def _order(self, epoch: int, views: Views) -> np.ndarray:

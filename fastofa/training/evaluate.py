@@ -8,7 +8,7 @@ import numpy as np
 
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
-from fastofa.methods.targets import Targets
+from fastofa.methods.targets import TopK
 from fastofa.pipelines import open_pipeline
 from fastofa.reports.confusion import confusion
 from fastofa.reports.metrics import measure
@@ -133,7 +133,7 @@ def _own_data(run: Run) -> Dataset:
     return dataset
 
 
-def _teacher_targets(run: Run, dataset: Dataset) -> Targets | None:
+def _teacher_targets(run: Run, dataset: Dataset) -> TopK | None:
     """The teacher's targets for these images; None without the cache that the run started with."""
     if run.cache is None:
         return None

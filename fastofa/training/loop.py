@@ -50,7 +50,7 @@ from fastofa.training.distributed import (
 from fastofa.training.epochs import Epochs
 from fastofa.training.preflight import check_early, check_resumable, choose_order, views_begun_with
 from fastofa.training.schedule import cautions, image_size, learning_rate, lengthened, summary
-from fastofa.training.step import SUMS, Step
+from fastofa.training.step import Step
 from fastofa.training.validate import best_classes_each
 from fastofa.training.writer import Writer
 
@@ -308,7 +308,7 @@ class Job:
         if log:
             self._log_step(epoch, [value / self.step.summed for value in sums])
             self.step.reset_sums()
-            each = [[0.0] * len(SUMS) for _ in each]
+            each = [[0.0] * len(row) for row in each]
         scheduled = save or (end and self._is_evaluated(epoch))
         if scheduled or stop:
             self._save(each, scheduled)
@@ -343,10 +343,11 @@ class Job:
         if not self.log:
             return
         lr = self.step.optimizer.param_groups[0]["lr"]
-        values = {"epoch": epoch, "lr": lr, **dict(zip(SUMS, means, strict=True)), **self._speed(since=self.logged)}
+        losses = dict(zip(self.step.names, means, strict=True))
+        values = {"epoch": epoch, "lr": lr, **losses, **self._speed(since=self.logged)}
         self.logged = dataclasses.replace(self.clock)
         self.writer(partial(self.log.add, "step", self.step.steps, values))
-        parts = " ".join(f"{name} {values[name]:.3g}" for name in SUMS[1:-1] if values[name])
+        parts = " ".join(f"{name} {values[name]:.3g}" for name in self.step.names[1:-1])
         self.bar.update(
             self.task, note=f"epoch {epoch + 1}/{self.config.epochs} loss {means[0]:.4g} ({parts}) lr {lr:.2g}"
         )

@@ -36,7 +36,7 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
             import_wandb()
     if config.cache is not None:
         TeacherCache.open(config.cache)
-    elif config.method != "scratch":
+    elif config.methods:
         raise BadInput(f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch")
     resolve(config.student, config.image_size)
     if config.init not in (None, "pretrained") and ":" not in config.init and not Path(config.init).exists():

@@ -14,7 +14,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from fastofa.methods.objective import PARTS, Objective
+from fastofa.methods.method import Outputs, Sizes
+from fastofa.methods.objective import Objective
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch
 from fastofa.runs.config import TrainConfig
@@ -30,7 +31,6 @@ from fastofa.training.launch_bound import is_launch_bound
 from fastofa.training.moving_average import MovingAverage
 from fastofa.training.optim import check_optimizer, create_optimizer, set_learning_rate
 
-SUMS = (*PARTS, "grad_norm")
 MAX_IMAGE_SIZES = 64  # maximum number for which one run compiles
 
 
@@ -47,11 +47,11 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
 
 
 class Program(nn.Module):
-    """The compiled part of a step: uint8 images [B, 3, S, S] -> the loss and its parts, fp32 [len(PARTS)]."""
+    """The compiled part of a step: uint8 images [B, 3, S, S] -> the loss and its parts, fp32 [parts]."""
 
-    def __init__(self, student: Student, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, student: Student, objective: Objective, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
-        self.student, self.objective = student, Objective(config.objective, device)
+        self.student, self.objective = student, objective
         self.device_type, self.bf16 = device.type, choose_bf16(config.precision, device)
 
     def forward(
@@ -63,21 +63,35 @@ class Program(nn.Module):
         mix: Tensor | None = None,
     ) -> Tensor:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
-            logits = self.student(images)  # [H, B, C]
-        return self.objective(logits, labels, targets, partner_labels, mix)
+            outputs = Outputs(self.student(images))
+        return self.objective(outputs, labels, targets, partner_labels, mix)
 
 
 class Step:
     """One update of the student on its device; owns the optimiser and the moving average of the weights.
 
-    `steps` counts the updates. `sums`, fp32 [len(SUMS)] on the device, accumulates the values named by SUMS over the
+    `steps` counts the updates. `sums`, fp32 [len(names)] on the device, accumulates the values called `names` over the
     `summed` updates since `reset_sums`: the losses of this rank's images and the norm of the gradient over all ranks.
     Once a value is not finite, its sum is not finite either.
     """
 
-    def __init__(self, student: Student, config: TrainConfig, device: torch.device, world: World | None = None) -> None:
+    def __init__(
+        self,
+        student: Student,
+        config: TrainConfig,
+        device: torch.device,
+        world: World | None = None,
+        sizes: Sizes | None = None,
+    ) -> None:
+        """
+        Args:
+            sizes: what the modules of the methods depend on; None if these have none.
+        """
         self.config, self.device, self.world = config, device, world or World()
         check_device(config, device)
+        objective = Objective(config.objective, sizes or Sizes(0))
+        student.methods, self.names = objective.methods, (*objective.parts, "grad_norm")
+        objective.to(device)
         student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.compiled = choose_compile(config.compile, device)
         if config.sync_bn and self.world.size > 1:
@@ -87,7 +101,7 @@ class Step:
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)
         self.ema = None if config.ema is None else MovingAverage(student, config.ema)
-        program = Program(student, config, device)
+        program = Program(student, objective, config, device)
         self.bf16 = program.bf16
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
         possible = self.compiled and device.type == "cuda" and config.accumulate == 1
@@ -167,7 +181,7 @@ class Step:
         return bool(norm.isfinite())
 
     def reset_sums(self) -> None:
-        self.sums = torch.zeros(len(SUMS), device=self.device)
+        self.sums = torch.zeros(len(self.names), device=self.device)
         self.summed = 0
 
 
