@@ -25,6 +25,7 @@ from bench.lib.record import markdown_table, write_record
 from fastofa.kernels import (
     triton_crop_resize,
     triton_depthwise,
+    triton_gelu,
     triton_norm_act,
     triton_norm_act_pool,
     triton_ofa_loss,
@@ -55,7 +56,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    return [*loss_cases(), *crop_cases(), *depthwise_cases(), *norm_cases(), *pool_cases()]
+    return [*loss_cases(), *crop_cases(), *depthwise_cases(), *norm_cases(), *pool_cases(), *gelu_cases()]
 
 
 def loss_cases() -> list[Case]:
@@ -205,6 +206,29 @@ def pool_cases() -> list[Case]:
                 max_registers=128,
             )
         )
+    return found
+
+
+def gelu_cases() -> list[Case]:
+    """bf16, the MLPs of a DeiT-T at batch 1,024."""
+    found = []
+    for name, kernel, tile in (
+        ("forward", triton_gelu._forward_kernel, triton_gelu.FORWARD),
+        ("gradient", triton_gelu._backward_kernel, triton_gelu.BACKWARD),
+    ):
+        tiles = triton_norm_act.tiling(1024 * 197, 768, tile)
+        pointers = dict.fromkeys(("x", "y", "dy", "dx"), "*bf16") | dict.fromkeys(("bias", "sums"), "*fp32")
+        found += [
+            Case(
+                f"gelu {name}{', tanh' * tanh} C=768",
+                kernel,
+                pointers={n: t for n, t in pointers.items() if n in kernel.arg_names},
+                scalars={"rows": "i32", "parts": "i32"},
+                constants={"C": 768, "TANH": tanh, "BLOCK_M": tiles.block_m, "BLOCK_C": tiles.block_c},
+                max_registers=96,
+            )
+            for tanh in (False, True)
+        ]
     return found
 
 

@@ -369,3 +369,19 @@ def norm_act_pool_gradients(
     gradient, away = gradient.view(x.shape), x.to(mean.dtype) - mean[:, None, None]
     dx, dweight, dbias = _norm_gradients(gradient, gradient * away, away, torch.rsqrt(var + eps), weight)
     return dx.to(x.dtype), dweight, dbias
+
+
+# --- Bias and GELU ----------------------------------------------------------------------------------------------------
+
+
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    """Computed at least in fp32 and rounded once."""
+    u = x.to(torch.promote_types(x.dtype, torch.float32)) + bias
+    return F.gelu(u, approximate=approximate).to(x.dtype)
+
+
+def bias_gelu_gradients(dy: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """Gradients of x [..., C] and of the bias [C] (the latter at least fp32)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    du = torch.ops.aten.gelu_backward(dy.to(dtype), x.to(dtype) + bias, approximate=approximate)
+    return du.to(x.dtype), du.flatten(end_dim=-2).sum(dim=0) if du.ndim > 1 else du
