@@ -33,6 +33,7 @@ from fastofa.kernels import (
     bias_gelu,
     crop_resize,
     depthwise_conv3x3,
+    layer_norm,
     norm_act,
     norm_act_pool,
     ofa_loss,
@@ -557,9 +558,46 @@ def gelu_case(device: torch.device, work: str, rows: int, channels: int, images:
     return Case("gelu", size, moved, images, candidates, tuple(candidates)[1:], inputs=inputs)
 
 
+# --- Layer norm -------------------------------------------------------------------------------------------------------
+
+
+def layer_norm_cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Forward and backward of an addition and the norm after it; channels of a DeiT-T, a DeiT-S and a Mixer-B."""
+    for channels in (192, 384, 768)[: 1 if quick else None]:
+        yield layer_norm_case(device, 197 * (1024 if device.type == "cuda" else 4), channels)
+
+
+def layer_norm_case(device: torch.device, rows: int, channels: int) -> Case:
+    """An fp32 stream and, on a GPU, bf16 branches, as under autocast."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    weight, bias = (t.requires_grad_() for t in torch.rand(2, channels, device=device))
+    moved = rows * channels * (5 * 4 + 4 * dtype.itemsize)
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(seed)
+        x, dstream, branch, dy = torch.randn(4, rows, channels, generator=generator, device=device)
+        return x.requires_grad_(), branch.to(dtype).requires_grad_(), dstream, dy.to(dtype)
+
+    inputs = rotate(make, moved, device)
+
+    def training(forward: Callable[..., Any], x: Tensor, branch: Tensor, *slopes: Tensor) -> tuple[Tensor, ...]:
+        both = forward(x, weight, bias, 1e-6, branch, dtype)
+        return (*both, *torch.autograd.grad(both, [x, branch, weight, bias], slopes))
+
+    eager = partial(layer_norm, impl="torch")
+    candidates = {
+        BASELINE: _on(inputs, partial(training, eager)),
+        "twin, compiled": _on(inputs, partial(training, torch.compile(eager, dynamic=False))),
+    }
+    if can_run_triton(weight):
+        candidates["triton"] = _on(inputs, partial(training, partial(layer_norm, impl="triton")))
+    size = f"addition and norm, training: C={channels}, {rows:,} rows"
+    return Case("layer_norm", size, moved, rows // 197, candidates, tuple(candidates)[1:], inputs=inputs)
+
+
 KERNELS = {
     "loss": loss_cases, "crop": crop_cases, "depthwise": depthwise_cases, "norm": norm_cases, "stem": stem_cases,
-    "gelu": gelu_cases,
+    "gelu": gelu_cases, "layer_norm": layer_norm_cases,
 }  # fmt: skip
 
 

@@ -77,8 +77,8 @@ WRONG = [
     ("order", "sorted", "expected one of auto, random, pages"),
     ("precision", "fp16", "expected one of auto, bf16, fp32"),
     ("compile", "yes", "expected one of auto, on, off"),
-    ("kernels", ("crop",), "expected auto, off, or some of loss exits stem norms tokens"),
-    ("kernels", ("auto", "loss"), "expected auto, off, or some of loss exits stem norms tokens"),
+    ("kernels", ("crop",), "expected auto, off, or some of loss exits stem norms tokens layer_norms"),
+    ("kernels", ("auto", "loss"), "expected auto, off, or some of loss exits stem norms tokens layer_norms"),
 ]  # fmt: skip
 
 

@@ -171,11 +171,12 @@ class TrainConfig:
     """Precision of the student's computation; the loss is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of student, exits and loss as one program. auto: on for a GPU, off for a CPU."""
-    kernels: tuple[Literal["auto", "off", "loss", "exits", "stem", "norms", "tokens"], ...] = ("auto",)
+    kernels: tuple[Literal["auto", "off", "loss", "exits", "stem", "norms", "tokens", "layer_norms"], ...] = ("auto",)
     """Triton kernels to use on a GPU: loss (the whole objective), exits (depthwise convolutions of the exits and of
     MobileNets), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
-    and the residual after them), tokens (bias and GELU in the MLPs of token models). auto: exits, stem and norms on an
-    H100 or H200, where they were measured to be faster, and none elsewhere. off: none."""
+    and the residual after them), tokens (bias and GELU in the MLPs of token models),
+    layer_norms (those of their blocks, with the residual before them). auto: exits, stem and norms on an H100 or H200,
+    where they were measured to be faster, and none elsewhere. off: none."""
     cuda_graphs: bool = False
     """Replay the compiled program as CUDA graphs, which reduces launch overhead; useful for small students and
     batches."""
@@ -223,14 +224,9 @@ class TrainConfig:
             numbers = value if isinstance(value, tuple) else (value,)
             need(not any(isinstance(v, float) and math.isinf(v) for v in numbers), name, "finite numbers")
         parse_limits(self.max_pixels, self.allow_warnings)
-        named = self.kernels in (("auto",), ("off",)) or set(self.kernels) <= {
-            "loss",
-            "exits",
-            "stem",
-            "norms",
-            "tokens",
-        }
-        need(named, "kernels", "auto, off, or some of loss exits stem norms tokens")
+        names = ("loss", "exits", "stem", "norms", "tokens", "layer_norms")
+        named = self.kernels in (("auto",), ("off",)) or set(self.kernels) <= set(names)
+        need(named, "kernels", f"auto, off, or some of {' '.join(names)}")
         for name in (
             "epochs",
             "batch_size",

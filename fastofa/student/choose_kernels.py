@@ -7,6 +7,7 @@ from torch import nn
 
 from fastofa.kernels.choice import HAS_TRITON, interpreted
 from fastofa.student.fused_depthwise import use_depthwise_kernel
+from fastofa.student.fused_layer_norms import use_layer_norm_kernels
 from fastofa.student.fused_norms import use_norm_kernels
 from fastofa.student.fused_stem import use_stem_kernels
 from fastofa.student.fused_tokens import use_token_kernels
@@ -20,6 +21,7 @@ SWITCHES = {  # applied in this order
     "stem": use_stem_kernels,
     "norms": use_norm_kernels,
     "tokens": use_token_kernels,
+    "layer_norms": use_layer_norm_kernels,
 }
 
 

@@ -52,4 +52,4 @@ def _approximation(activation: nn.Module) -> str | None:
     """How a module computes the GELU, "none" or "tanh"; None if it is another activation."""
     if type(activation) is nn.GELU:
         return activation.approximate
-    return {GELU: "none", GELUTanh: "tanh"}.get(type(activation))  # type: ignore[call-overload]
+    return {GELU: "none", GELUTanh: "tanh"}.get(type(activation))
