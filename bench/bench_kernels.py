@@ -30,8 +30,10 @@ from bench.lib.record import markdown_table, write_record
 from bench.lib.timing import captured, timed_ms, wait
 from bench.lib.turns import patiently, wait_for_turn
 from fastofa.kernels import (
+    bias_gelu,
     crop_resize,
     depthwise_conv3x3,
+    layer_norm,
     norm_act,
     norm_act_pool,
     ofa_loss,
@@ -502,7 +504,101 @@ def pool_case(device: torch.device, work: str, batch: int, channels: int, side: 
     return Case("stem", size, moved, batch, candidates, inputs=inputs)
 
 
-KERNELS = {"loss": loss_cases, "crop": crop_cases, "depthwise": depthwise_cases, "norm": norm_cases, "stem": stem_cases}
+# --- Bias and GELU ----------------------------------------------------------------------------------------------------
+
+# Rows, channels and images: the MLPs of a DeiT-T at batch 1,024 and of a Swin-T's first stage at 256.
+GELUS = [(1024 * 197, 768, 1024), (256 * 56 * 56, 384, 256)]
+
+
+def gelu_cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Forward and backward of what is between an MLP's matrix products, with the bias's gradient; then each pass."""
+    gpu = device.type == "cuda"
+    for rows, channels, images in GELUS[: 1 if quick else None]:
+        for work in ("training", "forward", "backward"):
+            yield gelu_case(device, work, rows if gpu else rows // 256, channels, images if gpu else images // 256)
+
+
+def gelu_case(device: torch.device, work: str, rows: int, channels: int, images: int) -> Case:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bias = torch.rand(channels, device=device).requires_grad_()
+    moved = rows * channels * dtype.itemsize * {"training": 5, "forward": 2, "backward": 3}[work]
+
+    def make(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        x, dy = torch.randn(2, rows, channels, generator=generator, device=device, dtype=dtype).unbind()
+        return x.requires_grad_(), dy
+
+    inputs = rotate(make, moved, device)
+
+    def training(x: Tensor, dy: Tensor, forward: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        y = forward(x, bias)
+        return (y, *torch.autograd.grad(y, [x, bias], dy))
+
+    def part(x: Tensor, dy: Tensor) -> Any:
+        from fastofa.kernels import triton_gelu
+
+        x, b = x.detach(), bias.detach()
+        return (
+            triton_gelu.bias_gelu(x, b, False) if work == "forward" else triton_gelu.bias_gelu_backward(dy, x, b, False)
+        )
+
+    eager = partial(bias_gelu, impl="torch")
+    size = f"bias and GELU, {work}: C={channels}, {rows:,} rows"
+    candidates: dict[str, Call] = {}
+    if work == "training":
+        compiled = torch.compile(eager, dynamic=False)
+        candidates = {
+            BASELINE: _on(inputs, lambda x, dy: training(x, dy, eager)),
+            "twin, compiled": _on(inputs, lambda x, dy: training(x, dy, compiled)),
+        }
+        if can_run_triton(bias):
+            candidates["triton"] = _on(inputs, lambda x, dy: training(x, dy, partial(bias_gelu, impl="triton")))
+    elif can_run_triton(bias):
+        candidates = {"triton": _on(inputs, part)}  # there is no baseline: its share of a copy's bandwidth counts
+    return Case("gelu", size, moved, images, candidates, tuple(candidates)[1:], inputs=inputs)
+
+
+# --- Layer norm -------------------------------------------------------------------------------------------------------
+
+
+def layer_norm_cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Forward and backward of an addition and the norm after it; channels of a DeiT-T, a DeiT-S and a Mixer-B."""
+    for channels in (192, 384, 768)[: 1 if quick else None]:
+        yield layer_norm_case(device, 197 * (1024 if device.type == "cuda" else 4), channels)
+
+
+def layer_norm_case(device: torch.device, rows: int, channels: int) -> Case:
+    """An fp32 stream and, on a GPU, bf16 branches, as under autocast."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    weight, bias = (t.requires_grad_() for t in torch.rand(2, channels, device=device))
+    moved = rows * channels * (5 * 4 + 4 * dtype.itemsize)
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(seed)
+        x, dstream, branch, dy = torch.randn(4, rows, channels, generator=generator, device=device)
+        return x.requires_grad_(), branch.to(dtype).requires_grad_(), dstream, dy.to(dtype)
+
+    inputs = rotate(make, moved, device)
+
+    def training(forward: Callable[..., Any], x: Tensor, branch: Tensor, *slopes: Tensor) -> tuple[Tensor, ...]:
+        both = forward(x, weight, bias, 1e-6, branch, dtype)
+        return (*both, *torch.autograd.grad(both, [x, branch, weight, bias], slopes))
+
+    eager = partial(layer_norm, impl="torch")
+    candidates = {
+        BASELINE: _on(inputs, partial(training, eager)),
+        "twin, compiled": _on(inputs, partial(training, torch.compile(eager, dynamic=False))),
+    }
+    if can_run_triton(weight):
+        candidates["triton"] = _on(inputs, partial(training, partial(layer_norm, impl="triton")))
+    size = f"addition and norm, training: C={channels}, {rows:,} rows"
+    return Case("layer_norm", size, moved, rows // 197, candidates, tuple(candidates)[1:], inputs=inputs)
+
+
+KERNELS = {
+    "loss": loss_cases, "crop": crop_cases, "depthwise": depthwise_cases, "norm": norm_cases, "stem": stem_cases,
+    "gelu": gelu_cases, "layer_norm": layer_norm_cases,
+}  # fmt: skip
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from fastofa.kernels import (
     triton_augment,
     triton_crop_resize,
     triton_depthwise,
+    triton_gelu,
+    triton_layer_norm,
     triton_norm_act,
     triton_norm_act_pool,
     triton_ofa_loss,
@@ -58,7 +60,16 @@ class Case:
 
 
 def cases() -> list[Case]:
-    return [*loss_cases(), *crop_cases(), *depthwise_cases(), *norm_cases(), *pool_cases(), *augment_cases()]
+    return [
+        *loss_cases(),
+        *crop_cases(),
+        *depthwise_cases(),
+        *norm_cases(),
+        *pool_cases(),
+        *gelu_cases(),
+        *layer_norm_cases(),
+        *augment_cases(),
+    ]
 
 
 def loss_cases() -> list[Case]:
@@ -234,6 +245,55 @@ def augment_cases() -> list[Case]:
                 exact=True,
             )
         )
+    return found
+
+
+def gelu_cases() -> list[Case]:
+    """bf16, the MLPs of a DeiT-T at batch 1,024."""
+    found = []
+    for name, kernel, tile in (
+        ("forward", triton_gelu._forward_kernel, triton_gelu.FORWARD),
+        ("gradient", triton_gelu._backward_kernel, triton_gelu.BACKWARD),
+    ):
+        tiles = triton_norm_act.tiling(1024 * 197, 768, tile)
+        pointers = dict.fromkeys(("x", "y", "dy", "dx"), "*bf16") | dict.fromkeys(("bias", "sums"), "*fp32")
+        found += [
+            Case(
+                f"gelu {name}{', tanh' * tanh} C=768",
+                kernel,
+                pointers={n: t for n, t in pointers.items() if n in kernel.arg_names},
+                scalars={"rows": "i32", "parts": "i32"},
+                constants={"C": 768, "TANH": tanh, "BLOCK_M": tiles.block_m, "BLOCK_C": tiles.block_c},
+                max_registers=96,
+            )
+            for tanh in (False, True)
+        ]
+    return found
+
+
+def layer_norm_cases() -> list[Case]:
+    """An fp32 stream and bf16 branches, as under autocast: widths of DeiT-T, DeiT-S and Mixer-B."""
+    pointers = dict.fromkeys(("x", "stream", "dstream", "dx", "weight", "bias", "means", "inverses", "sums"), "*fp32")
+    pointers |= dict.fromkeys(("residual", "y", "dy", "dresidual"), "*bf16")
+    found = []
+    for channels in (192, 384, 768):
+        block_m, block_c, num_warps = triton_layer_norm.tiling(channels)
+        for name, kernel, constants in (
+            ("forward", triton_layer_norm._forward_kernel, {"WITH_RESIDUAL": True}),
+            ("gradient", triton_layer_norm._backward_kernel, {"WITH_RESIDUAL": True, "WITH_STREAM": True}),
+        ):
+            scalars = {"rows": "i32", "parts": "i32", "eps": "fp32"}
+            found.append(
+                Case(
+                    f"layer_norm {name} C={channels}",
+                    kernel,
+                    pointers={n: t for n, t in pointers.items() if n in kernel.arg_names},
+                    scalars={n: t for n, t in scalars.items() if n in kernel.arg_names},
+                    constants={"C": channels, "BLOCK_M": block_m, "BLOCK_C": block_c, **constants},
+                    num_warps=num_warps,
+                    max_registers=144,
+                )
+            )
     return found
 
 

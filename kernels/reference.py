@@ -369,3 +369,51 @@ def norm_act_pool_gradients(
     gradient, away = gradient.view(x.shape), x.to(mean.dtype) - mean[:, None, None]
     dx, dweight, dbias = _norm_gradients(gradient, gradient * away, away, torch.rsqrt(var + eps), weight)
     return dx.to(x.dtype), dweight, dbias
+
+
+# --- Bias and GELU ----------------------------------------------------------------------------------------------------
+
+
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    """Computed at least in fp32 and rounded once."""
+    u = x.to(torch.promote_types(x.dtype, torch.float32)) + bias
+    return F.gelu(u, approximate=approximate).to(x.dtype)
+
+
+def bias_gelu_gradients(dy: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """Gradients of x [..., C] and of the bias [C] (the latter at least fp32)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    du = torch.ops.aten.gelu_backward(dy.to(dtype), x.to(dtype) + bias, approximate=approximate)
+    return du.to(x.dtype), du.flatten(end_dim=-2).sum(dim=0) if du.ndim > 1 else du
+
+
+# --- Layer norm -------------------------------------------------------------------------------------------------------
+
+
+def layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The stream x + residual and its norm, computed at least in fp32 and rounded once."""
+    stream = x if residual is None else x + residual
+    wide = torch.promote_types(stream.dtype, torch.float32)
+    return stream, F.layer_norm(stream.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(dtype)
+
+
+def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each row [M], at least fp32."""
+    rows = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(end_dim=-2) if x.ndim > 1 else x[None]
+    var, mean = torch.var_mean(rows, dim=1, correction=0)
+    return mean, torch.rsqrt(var + eps)
+
+
+def layer_norm_gradients(
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the stream [..., C], with `dstream` added, and of weight and bias [C], all at least fp32."""
+    channels = stream.shape[-1]
+    rows, slope = (t.reshape(-1, channels).to(mean.dtype) for t in (stream, dy))
+    normal = (rows - mean[:, None]) * inverse[:, None]
+    g = slope * weight
+    dx = (g - g.mean(dim=1, keepdim=True) - normal * (g * normal).mean(dim=1, keepdim=True)) * inverse[:, None]
+    dx = dx.view(stream.shape) if dstream is None else dx.view(stream.shape) + dstream
+    return dx, (slope * normal).sum(dim=0), slope.sum(dim=0)

@@ -82,8 +82,8 @@ WRONG = [
     ("precision", "fp16", "expected one of auto, bf16, fp32"),
     ("compile", "yes", "expected one of auto, on, off, max-autotune"),
     ("cuda_graphs", "yes", "expected one of auto, on, off"),
-    ("kernels", ("crop",), "expected auto, off, or some of loss exits stem norms"),
-    ("kernels", ("auto", "loss"), "expected auto, off, or some of loss exits stem norms"),
+    ("kernels", ("crop",), "expected auto, off, or some of loss exits stem norms tokens layer_norms"),
+    ("kernels", ("auto", "loss"), "expected auto, off, or some of loss exits stem norms tokens layer_norms"),
 ]  # fmt: skip
 
 

@@ -22,7 +22,15 @@ def compiled(tmp_path_factory) -> list[dict[str, Any]]:
 
 def test_every_kernel_is_compiled_for_both_architectures(compiled):
     assert {row["architecture"] for row in compiled} == {"sm_80", "sm_90"}
-    assert {row["kernel"].split()[0] for row in compiled} == {"ofa_loss", "crop_resize", "depthwise", "norm", "augment"}
+    assert {row["kernel"].split()[0] for row in compiled} == {
+        "ofa_loss",
+        "crop_resize",
+        "depthwise",
+        "norm",
+        "gelu",
+        "layer_norm",
+        "augment",
+    }
 
 
 def test_nothing_is_spilled_and_nothing_is_computed_in_fp64(compiled):

@@ -182,11 +182,12 @@ class TrainConfig:
     compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
     """torch.compile of student, exits and loss as one program, and of the evaluation. auto: on for a GPU, off for a
     CPU. max-autotune: on, and the compiler times several implementations of every matrix product, which takes long."""
-    kernels: tuple[Literal["auto", "off", "loss", "exits", "stem", "norms"], ...] = ("auto",)
+    kernels: tuple[Literal["auto", "off", "loss", "exits", "stem", "norms", "tokens", "layer_norms"], ...] = ("auto",)
     """Triton kernels to use on a GPU: loss (the whole objective), exits (depthwise convolutions of the exits and of
     MobileNets), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
-    and the residual after them). auto: exits, stem and norms on an H100 or H200, where they were measured to be faster,
-    and none elsewhere. off: none."""
+    and the residual after them), tokens (bias and GELU in the MLPs of token models),
+    layer_norms (those of their blocks, with the residual before them). auto: exits, stem and norms on an H100 or H200,
+    where they were measured to be faster, and none elsewhere. off: none."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Replay the compiled program as CUDA graphs, which launch all its kernels together. auto: on if the CPU would
     launch them more slowly than the GPU computes them, as with small students and batches; this is measured before the
@@ -235,8 +236,9 @@ class TrainConfig:
             numbers = value if isinstance(value, tuple) else (value,)
             need(not any(isinstance(v, float) and math.isinf(v) for v in numbers), name, "finite numbers")
         parse_limits(self.max_pixels, self.allow_warnings)
-        named = self.kernels in (("auto",), ("off",)) or set(self.kernels) <= {"loss", "exits", "stem", "norms"}
-        need(named, "kernels", "auto, off, or some of loss exits stem norms")
+        names = ("loss", "exits", "stem", "norms", "tokens", "layer_norms")
+        named = self.kernels in (("auto",), ("off",)) or set(self.kernels) <= set(names)
+        need(named, "kernels", f"auto, off, or some of {' '.join(names)}")
         for name in (
             "epochs",
             "batch_size",

@@ -7,14 +7,22 @@ from torch import nn
 
 from fastofa.kernels.choice import HAS_TRITON, interpreted
 from fastofa.student.fused_depthwise import use_depthwise_kernel
+from fastofa.student.fused_layer_norms import use_layer_norm_kernels
 from fastofa.student.fused_norms import use_norm_kernels
 from fastofa.student.fused_stem import use_stem_kernels
+from fastofa.student.fused_tokens import use_token_kernels
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 
 MEASURED_FASTER = ("exits", "stem", "norms")  # in a whole training step (docs/kernels.md)
 MEASURED_ON = 9  # major compute capability of H100 and H200
-SWITCHES = {"exits": use_depthwise_kernel, "stem": use_stem_kernels, "norms": use_norm_kernels}  # applied in this order
+SWITCHES = {  # applied in this order
+    "exits": use_depthwise_kernel,
+    "stem": use_stem_kernels,
+    "norms": use_norm_kernels,
+    "tokens": use_token_kernels,
+    "layer_norms": use_layer_norm_kernels,
+}
 
 
 def check_kernels(kernels: Sequence[str], device: torch.device) -> None:
