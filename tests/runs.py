@@ -49,7 +49,7 @@ def float64() -> Iterator[None]:
 
 
 def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCache:
-    """Two views of a data set, answered by a small CNN whose random weights are large enough to have opinions."""
+    """Two views of a dataset, answered by a small CNN whose random weights are large enough to have opinions."""
     torch.manual_seed(1)
     model = timm.create_model("test_efficientnet", num_classes=classes)
     for parameter in model.parameters():

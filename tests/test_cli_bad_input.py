@@ -805,7 +805,7 @@ def test_one_of_a_kind_is_no_plural(number, noun, text):
 
 
 def test_no_message_has_a_one_beside_a_plural(tmp_path, monkeypatch):
-    """Of a data set with one image, one class, one view: whatever the commands say of it on the way to a student."""
+    """Of a dataset with one image, one class, one view: whatever the commands say of it on the way to a student."""
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
         (tmp_path / "photos" / split / "red" / "below").mkdir(parents=True)

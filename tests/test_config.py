@@ -423,7 +423,7 @@ def test_the_help_shows_the_values_of_the_recipe_that_is_named(capsys):
     assert "(default: 16)" in said
 
 
-# --- By the data set's size -------------------------------------------------------------------------------------------
+# --- By the dataset's size -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_the_help_shows_the_values_of_the_recipe_that_is_named(capsys):
         (1_281_167, (30, 128, 1e-3, 1.5), (30, 128, 1e-4, 1.5)),
     ],
 )
-def test_photos_by_the_data_sets_size(images, fresh, tuned):
+def test_photos_by_the_datasets_size(images, fresh, tuned):
     for init, expected in ((None, fresh), ("pretrained", tuned)):
         c = with_size_defaults(recipes.photos(data="d", student="s", out=Path("o"), init=init), images, images, 1)
         assert (c.epochs, c.batch_size, c.lr, c.warmup_epochs) == expected

@@ -1,4 +1,4 @@
-"""Data sets: one order everywhere, sizes as the pictures are read, an index that is kept and mended, clear refusals."""
+"""Datasets: one order everywhere, sizes as the pictures are read, an index that is kept and mended, clear refusals."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ ORIENTATION = 0x0112
 
 
 def refusal(spec: object, split: Any = "train", skip_corrupt: bool = False) -> str:
-    """The message with which a data set is refused: one line."""
+    """The message with which a dataset is refused: one line."""
     with pytest.raises(BadInput) as error:
         open_dataset(str(spec), split, skip_corrupt)
     assert "\n" not in str(error.value)
@@ -114,8 +114,8 @@ def test_a_path_that_cannot_be_looked_at(tmp_path: Path) -> None:
     """A name that is too long, a link to itself, a NUL."""
     (tmp_path / "loop").symlink_to("loop")
     assert "File name too long" in refusal(tmp_path / ("x" * 300))
-    assert "unknown data set" in refusal(tmp_path / "loop")
-    assert "unknown data set" in refusal("a\0b")
+    assert "unknown dataset" in refusal(tmp_path / "loop")
+    assert "unknown dataset" in refusal("a\0b")
 
 
 # --- Names ------------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_folder_is_ordered_by_class_then_name_with_folders_below(tmp_path: Path)
 
 
 def test_folder_through_links(folder: Path, tmp_path: Path) -> None:
-    """A class that is a link to a folder and a picture that is a link to a file, as people assemble data sets."""
+    """A class that is a link to a folder and a picture that is a link to a file, as people assemble datasets."""
     linked = tmp_path / "linked" / "train"
     linked.mkdir(parents=True)
     (linked / "china").symlink_to(folder / "train" / "china")
@@ -559,12 +559,12 @@ def test_without_a_place_for_the_index_all_goes_on(
         opened.clear()
         data = open_dataset(str(folder))
         said = capsys.readouterr().err
-        assert said.count("the index of the images cannot be written") == 1
+        assert said.count("could not write the index") == 1
         assert data.index is None
         assert len(opened) == len(data) == 24
     damaged = data.path(3)
     save_random(damaged, 5, 5)
-    with pytest.raises(BadInput, match=r"003\.jpg is 5 x 5 pixels, expected .*; start again"):
+    with pytest.raises(BadInput, match=r"003\.jpg: expected .* pixels, .*, got 5 x 5; run"):
         data.read(3)
 
 
@@ -615,7 +615,7 @@ def test_who_comes_second_waits_and_takes_the_index_of_the_first(
     assert_same(open_dataset(str(folder)), first)
     assert len(asked) == 2
     assert opened == []
-    assert "another process is making the index of these images; waiting for it" in capsys.readouterr().err
+    assert "another process is indexing these images" in capsys.readouterr().err
 
 
 def test_an_index_of_a_few_hundred_thousand_files(tmp_path: Path) -> None:
@@ -752,7 +752,7 @@ def test_folder_without_train_or_val(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "train")
     assert str(folder / "train") in refusal(folder)
     (tmp_path / "file").write_text("")
-    assert "unknown data set" in refusal(tmp_path / "file")
+    assert "unknown dataset" in refusal(tmp_path / "file")
 
 
 def test_folder_without_classes_or_pictures(tmp_path: Path) -> None:
@@ -900,8 +900,8 @@ def test_what_is_not_taken_is_counted_by_kind_and_reported_once(folder: Path, ca
         assert capsys.readouterr().err == (
             f"{folder}/train: skipped 11 files and folders: 3 .gif (china/1.gif, flower/b.GIF, ...), "
             "1 .jpg_large (flower/e.jpg_large), 1 .tif (flower/a.tif), 1 .txt (flower/notes.txt), 1 hidden "
-            "(flower/.c.bmp), 1 linked to nothing (flower/broken), 1 of the system or an editor (flower/x.jpg~), "
-            "1 outside the class folders (loose.jpg), 1 without suffix (flower/plain); images end in .jpg, .jpeg, "
+            "(flower/.c.bmp), 1 linked to a missing target (flower/broken), 1 of the system or an editor "
+            "(flower/x.jpg~), 1 outside the class folders (loose.jpg), 1 without suffix (flower/plain); images end in .jpg, .jpeg, "
             ".jpe, .jfif, .png, .webp; 7 of those files are images by content (china/1.gif, flower/a.tif, ...): rename "
             "such files to end in one of these suffixes\n"
         )
@@ -1017,8 +1017,8 @@ def test_images_in_folders_below_a_class_are_taken_and_reported(folder: Path, ca
     assert data.names[12:14] == ["flower/000.jpg", "flower/001.jpg"]
     assert data.names[-2:] == ["flower/a/deep/1.jpg", "flower/b/1.jpg"]
     assert capsys.readouterr().err == (
-        f"{folder}/train: subfolders of the class folders contain 2 images, such as flower/a/deep/1.jpg, which counts "
-        "as flower\n"
+        f"{folder}/train: found 2 images in subfolders of the class folders, such as flower/a/deep/1.jpg, which gets "
+        "the class flower\n"
     )
 
 
@@ -1044,7 +1044,7 @@ def test_a_link_back_takes_no_image_twice(
     before = open_dataset(str(top))
     (folder / "train" / link).symlink_to(LOOPS[link])
     assert_same(open_dataset(str(top)), before)
-    assert f"skipped 1 file or folder: 1 linked to a folder that contains it or is listed already ({link})" in (
+    assert f"skipped 1 file or folder: 1 linked to a folder that contains it or is already listed ({link})" in (
         capsys.readouterr().err
     )
 
@@ -1066,7 +1066,7 @@ def test_two_classes_that_are_one_folder_are_reported(folder: Path, capsys) -> N
     (folder / "train" / "rose").symlink_to("flower")
     data = open_dataset(str(folder))
     assert np.bincount(data.labels).tolist() == [12, 12, 12]
-    assert "rose is the same folder as flower; its images count for both classes" in capsys.readouterr().err
+    assert "rose is the same folder as flower; its images are in both classes" in capsys.readouterr().err
 
 
 # --- What may not be opened -------------------------------------------------------------------------------------------

@@ -387,7 +387,7 @@ def test_a_claim_of_too_many_pixels(tmp_path: Path, photo: Image.Image, monkeypa
     path = tmp_path / "bomb.jpg"
     path.write_bytes(claiming(photo, kind, side))
     monkeypatch.setattr("fastofa.data.decode.decode_image", lambda *_, **__: pytest.fail("decoded"))
-    claim = f"its header claims {side:,} x {side:,}, more than 200,000,000 pixels; --max-pixels accepts larger ones"
+    claim = f"its header claims {side:,} x {side:,}, more than 200,000,000 pixels; resize it"
     assert claim in refusal(path)
     assert header_size(path, DEFAULT) == checked_size(path, DEFAULT) == claim
     assert header_size(path, Limits(max_pixels=side * side)) == (side, side)

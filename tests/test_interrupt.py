@@ -268,7 +268,7 @@ def test_a_second_signal_ends_it_at_once(cache, run, tmp_path, signum):
 
 
 def _slow_start(reached: Path) -> None:
-    """The data set takes for ever to open."""
+    """The dataset takes for ever to open."""
 
     def open_dataset(*_: Any, **__: Any) -> None:
         reached.touch()

@@ -87,14 +87,17 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     for place, cause in (("file/out", "Not a directory"), ("loop", "Not a directory"), ("file", "Not a directory")):
-        with pytest.raises(BadInput, match=f"{place}: not writable .*{cause}"), writing(tmp_path / place, True):
+        with (
+            pytest.raises(BadInput, match=f"{place}: expected a writable path, got .*{cause}"),
+            writing(tmp_path / place, True),
+        ):
             raise AssertionError("must not get here")
 
 
 def test_a_lock_that_is_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".lock").symlink_to("victim")
-    with pytest.raises(BadInput, match="not writable"), writing(tmp_path, inside=True):
+    with pytest.raises(BadInput, match="expected a writable path"), writing(tmp_path, inside=True):
         raise AssertionError("must not get here")
     assert (tmp_path / "victim").read_text() == "precious"
 

@@ -75,7 +75,7 @@ def test_what_is_taken(folder):
         ({"architecture": ""}, "unknown model"),
         # Sizes out of bounds.
         ({"model_args.embed_dim": 10**9}, "model_args 'embed_dim' to be"),
-        ({"model_args.embed_dim": 16368}, "describes a model of [0-9,]+ numbers"),
+        ({"model_args.embed_dim": 16368}, "got one of [0-9,]+; restore the original files"),
         ({"model_args.depth": 10**6}, "model_args 'depth' to be"),
         ({"model_args.img_size": 10**6}, "model_args 'img_size' to be"),
         ({"model_args.img_size": [10**6, 10**6]}, "model_args 'img_size' to be"),

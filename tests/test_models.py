@@ -527,7 +527,7 @@ def test_weights_without_a_classifier_start_a_student(source: Any, tmp_path: Pat
         "fc.weight",
         "fc.bias",
     }
-    assert capsys.readouterr().err == f"{path}: has no classifier fc; it starts at random\n"
+    assert capsys.readouterr().err == f"{path}: contains no classifier fc; it is initialised at random\n"
     assert "missing fc.bias, fc.weight" in refusal(load_file, other(), path)
 
 

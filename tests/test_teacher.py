@@ -345,7 +345,7 @@ def test_of_more_classes_the_datas_are_kept(model, tmp_path):
         teacher.log_probs(images).exp(), probs / probs.sum(1, keepdim=True), rtol=1e-3, atol=1e-4
     )
     with pytest.raises(
-        BadInput, match=f"teacher {tmp_path}: expected the data set.s 3 classes, got 7, .*: it has no x, y; "
+        BadInput, match=f"teacher {tmp_path}: expected the dataset.s 3 classes, got 7, .*: it has no x, y; "
     ):
         open_teacher(str(tmp_path), ("f", "x", "y"))
 

@@ -257,7 +257,7 @@ def assert_same_answers(got: Targets, expected: Tensor) -> None:
 
 
 def test_the_answers_are_the_teachers_on_those_pictures(photo_cache, digit_cache, photos, teacher_of_2, teacher_of_10):
-    """Every view of both data sets, made again with Pillow, torchvision's transforms and the teacher alone."""
+    """Every view of both datasets, made again with Pillow, torchvision's transforms and the teacher alone."""
     for cache, spec, folder in ((photo_cache, str(photos), teacher_of_2), (digit_cache, "digits:100", teacher_of_10)):
         dataset, teacher = open_dataset(spec), open_teacher(str(folder), open_dataset(spec).classes)
         tables = []
@@ -388,7 +388,7 @@ def test_without_a_view_or_the_validation_answers_it_is_not_opened(changed, name
 def test_it_opens_at_its_finished_views(changed, missing):
     """From view 0 on, up to the first that is missing; `info` says of how many. A gap is damage."""
     (changed / view_file(missing)).unlink()
-    cache = TeacherCache.open(changed)
+    cache = TeacherCache.open(str(changed))
     assert cache.views == missing
     assert info(cache)["views"] == f"{missing} of 3 are finished, seed 0"
     with pytest.raises(BadInput, match=f"expected a view from 0 to {missing - 1}, got {missing}"):

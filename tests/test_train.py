@@ -511,7 +511,7 @@ def test_scratch_with_a_cache_replays_it_too(on_photos, photo_cache, crops):
 
 
 def test_scratch_without_a_cache_draws_a_view_for_each_epoch(on_photos, photos, crops):
-    """Of the run's seed, by the data set's policy changed by what was asked."""
+    """Of the run's seed, by the dataset's policy changed by what was asked."""
     train(on_photos(method="scratch", cache=None, epochs=3, eval_every=3, seed=5, scale=(0.5, 1.0)))
     policy = dataclasses.replace(default_policy(str(photos)), scale=(0.5, 1.0))
     sizes = open_dataset(str(photos)).sizes

@@ -1,6 +1,6 @@
 """The teacher cache: for each view, the view table and the teacher's top-K predictions for every sample.
 
-    CACHE/cache.json                the header: data set, teacher, view policy, and the planned number of views
+    CACHE/cache.json                the header: dataset, teacher, view policy, and the planned number of views
     CACHE/view-00000.safetensors    the columns of `Views` (crop uint16 [N, 4], flip bool [N], and the others that the
                                     policy draws), classes uint16 or int32 [N, K], best first, log_probs float16 [N, K]
                                     at temperature 1
@@ -88,7 +88,7 @@ class TeacherCache:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The data set's class names; `classes` of the targets are indices into them."""
+        """The dataset's class names; `classes` of the targets are indices into them."""
         return tuple(self.header["classes"])
 
     @property
@@ -164,7 +164,7 @@ class TeacherCache:
             raise BadInput(f"{self.path}: {missing} is missing although later views exist; {AGAIN}")
 
     def check(self, dataset: Dataset, policy: ViewPolicy) -> None:
-        """Raises BadInput unless the cache was made from this data set with this policy."""
+        """Raises BadInput unless the cache was made from this dataset with this policy."""
         name = f"cache {self.path}"
         if self.num_classes != len(dataset.classes):
             classes = counted(len(dataset.classes), "class")
@@ -174,13 +174,13 @@ class TeacherCache:
             expected, actual = next(pair for pair in pairs if pair[0] != pair[1])
             raise BadInput(
                 f"{name}: expected the classes of {dataset.spec} in their order, got {actual!r} instead of "
-                f"{expected!r}; run `fastofa precompute` on that data set with another --out"
+                f"{expected!r}; run `fastofa precompute` on that dataset with another --out"
             )
         if (self.header["dataset"][dataset.split], self.num_samples) != (dataset.fingerprint, len(dataset)):
             cached, current = counted(self.num_samples, "sample"), counted(len(dataset), "sample")
             raise BadInput(
                 f"{name}: expected one made from {dataset.spec} in its present state ({current}), got one made from "
-                f"{self.header['dataset']['spec']} ({cached}); run `fastofa precompute` on that data set with another "
+                f"{self.header['dataset']['spec']} ({cached}); run `fastofa precompute` on that dataset with another "
                 "--out"
             )
         requested, cached_policy = dataclasses.asdict(policy), dataclasses.asdict(self.policy)

@@ -14,7 +14,7 @@ from fastofa.views.policy import ViewPolicy, changed_policy
 
 # Titles of groups in the help, keyed by the first field of each group.
 SECTIONS = {"data": "cache and teacher", "scale": "view", "skip_corrupt": "image", "batch_size": "hardware"}
-# Fields that a cache does not record: how its predictions were computed, and which images were left out (the data set's
+# Fields that a cache does not record: how its predictions were computed, and which images were left out (the dataset's
 # index does). --out is always given.
 FREE = {"skip_corrupt", "allow_warnings", "batch_size", "device", "pipeline", "workers"}
 
@@ -24,7 +24,7 @@ class PrecomputeConfig:
     """Write a teacher cache: V views of the training set, each with the teacher's top-K predictions for every image."""
 
     data: str
-    """Data set: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`."""
+    """Dataset: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`."""
     teacher: str
     """A timm model with its tag (convnext_tiny.in12k_ft_in1k), a folder written by `fastofa train`, `fastofa export` or
     timm, or hf-hub:OWNER/NAME. Its classes are matched with the data's by name."""
