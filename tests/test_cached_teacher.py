@@ -1,4 +1,4 @@
-"""The cache changes nothing: training from it and training with the teacher online on the same views agree."""
+"""Training from the cache equals training with the teacher online on the same views."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that knows something: a few epochs on all digits."""
+    """A teacher trained for a few epochs on all digits."""
     from fastofa.training.export import export
 
     top = tmp_path_factory.mktemp("teacher")
@@ -39,7 +39,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_of: str = "") -> tuple[Tensor, ...]:
-    """The losses of an epoch's steps: from the cache; online at the same weights; online in a training of its own."""
+    """The losses of an epoch's steps: from the cache; online at the same weights; online in a separate training."""
     cache = precompute(PrecomputeConfig(DATA, str(teacher_folder), cache_path, views=1, topk=topk, recipe=views_of))
     views, classes, log_probs = cache.targets(0)
     table = DeviceTargets(classes, log_probs, CPU, dense=topk == cache.num_classes)
@@ -72,8 +72,10 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_o
 
 
 def compare(teacher_folder: Path, tmp_path: Path, topk: int, views_of: str = "") -> tuple[float, float]:
-    """Largest relative difference of a step's loss at the same weights, in a training that learns fast; and that of the
-    mean loss of two trainings, slow ones, since a fast one amplifies the last bit of anything."""
+    """The largest relative difference of a step's loss at the same weights, in a training with a high learning rate;
+    and that of the mean loss of two trainings with a low one, since a high one amplifies the last bit of every
+    number.
+    """
     cached, online, _ = losses(teacher_folder, tmp_path / "cache", topk, 0.05, views_of)
     at_same_weights = (cached / online - 1).abs().max().item()
     cached, _, trained_online = losses(teacher_folder, tmp_path / "cache", topk, 1e-4, views_of)
@@ -83,24 +85,24 @@ def compare(teacher_folder: Path, tmp_path: Path, topk: int, views_of: str = "")
 
 
 @pytest.mark.slow
-def test_dense_answers_give_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
-    """K = C: float16 storage costs less than 1e-5 of the loss at every step, and of the mean of a whole training."""
+def test_dense_predictions_give_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
+    """K = C: float16 storage changes the loss of every step, and its mean over a whole training, by less than 1e-5."""
     at_same_weights, of_trainings = compare(teacher_folder, tmp_path, topk=10)
     assert at_same_weights < 1e-5
     assert of_trainings < 1e-5
 
 
 @pytest.mark.slow
-def test_so_do_answers_to_the_whole_published_augmentation(teacher_folder: Path, tmp_path: Path) -> None:
-    """RandAugment, mixup, cutmix and erasing: the teacher online sees the mixtures that the cache was made of."""
+def test_dense_predictions_of_the_whole_augmentation_give_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
+    """RandAugment, mixup, cutmix and erasing: the online teacher gets the same mixed images as the cache."""
     at_same_weights, of_trainings = compare(teacher_folder, tmp_path, topk=10, views_of="imagenet_vit_mlp")
     assert at_same_weights < 2e-5
     assert of_trainings < 1e-5
 
 
 @pytest.mark.slow
-def test_top_five_answers_give_nearly_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
-    """K = 5 of 10: the mass of the other five classes is spread evenly, which costs little."""
+def test_top_five_predictions_give_nearly_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
+    """K = 5 of 10: the mass of the other five classes is spread evenly, which changes little."""
     at_same_weights, of_trainings = compare(teacher_folder, tmp_path, topk=5)
     assert 1e-6 < at_same_weights < 0.01
     assert of_trainings < 0.01
