@@ -36,9 +36,9 @@ def by_timm(name: str, images: Tensor, given: np.ndarray) -> Tensor:
     out = []
     for image, amount in zip(images.permute(0, 2, 3, 1).numpy(), given.tolist(), strict=True):
         args = [] if timm.LEVEL_TO_ARG[theirs] is None else [int(amount) if name in WHOLE else amount]
-        picture = Image.fromarray(np.ascontiguousarray(image))
+        pillow = Image.fromarray(np.ascontiguousarray(image))
         options = {"fillcolor": FILL, "resample": Image.Resampling.BILINEAR}
-        out.append(np.asarray(timm.NAME_TO_OP[theirs](picture, *args, **options)))
+        out.append(np.asarray(timm.NAME_TO_OP[theirs](pillow, *args, **options)))
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
 
@@ -166,8 +166,8 @@ def test_noise_equals_the_hash_in_python_integers():
     images = torch.zeros(3, 3, 5, 5, dtype=torch.uint8)
     given = torch.tensor(keys, dtype=torch.int32)
     got = augment.erase(images, torch.tensor([[0, 0, 5, 5]]).repeat(3, 1), given, MEAN, STD)
-    for key, picture in zip(keys, got, strict=True):
-        for place, level in enumerate(picture.flatten().tolist()):
+    for key, image in zip(keys, got, strict=True):
+        for place, level in enumerate(image.flatten().tolist()):
             quantile = norm.ppf(((scrambled(scrambled(place) ^ key & 0xFFFFFFFF) & 0xFFFF) + 0.5) / 65536)
             value = (MEAN[place // 25] + STD[place // 25] * quantile) * 255
             assert level == min(255, max(0, round(value)))

@@ -53,13 +53,13 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_o
         student = Student("test_resnet", 10, SIZE, teacher_dim=cache.teacher_dim)
         optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9)
         batches = open_pipeline("resident", dataset, SIZE, BATCH).epoch(views, order)
-        pictures = open_pipeline("resident", dataset, teacher.image_size, BATCH).epoch(views, order)
+        inputs = open_pipeline("resident", dataset, teacher.image_size, BATCH).epoch(views, order)
         found = []
-        for batch, seen in zip(batches, pictures, strict=True):
-            answer = Targets(torch.arange(10).expand(BATCH, -1), teacher.log_probs(seen.images).clone())
+        for batch, seen in zip(batches, inputs, strict=True):
+            online = Targets(torch.arange(10).expand(BATCH, -1), teacher.log_probs(seen.images).clone())
             logits = student(batch.images)
             mixed = batch.partner_labels, batch.mix
-            both = [objective(logits, batch.labels, t, *mixed)[0] for t in (table.lookup(batch.rows), answer)]
+            both = [objective(logits, batch.labels, t, *mixed)[0] for t in (table.lookup(batch.rows), online)]
             optimizer.zero_grad()
             both[train_online].backward()
             optimizer.step()

@@ -164,9 +164,9 @@ REFUSED = {
     "train's device": (f"{TRAIN} --out new --device gpu", "device...'gpu'...auto, cpu"),
     "precompute's device": (f"{PRECOMPUTE} --out new --device cuda:99", "device...'cuda:99'...auto, cpu"),
     "evaluate's device": ("evaluate run --data digits --device gpu", "device...'gpu'...auto, cpu"),
-    # pictures
+    # images
     "no folders": (f"{PRECOMPUTE} --out new --data teacher", "teacher: ...train/...val/"),
-    "no pictures": (f"{PRECOMPUTE} --out new --data empty", "china...images...jpg"),
+    "no images": (f"{PRECOMPUTE} --out new --data empty", "china...images...jpg"),
     "many sizes": (
         f"{PHOTO_PRECOMPUTE} --out new --pipeline resident",
         "resident...size...--pipeline auto",
@@ -325,7 +325,7 @@ def test_paths_are_checked_before_torch_is_imported(copied, argv, message):
 def test_names_are_checked_before_images_are_decoded(copied, wrong):
     """Decoding takes an hour for ImageNet. The damaged image is not what is reported."""
     shutil.rmtree("photos/.fastofa")
-    Path("photos/train/china/001.jpg").write_text("no picture")
+    Path("photos/train/china/001.jpg").write_text("not an image")
     refused(f"{PHOTO_PRECOMPUTE} --out new {wrong}", wrong.rpartition(":")[2].split()[-1])
     assert not Path("photos/.fastofa").exists()
 
@@ -825,18 +825,18 @@ def test_messages_use_the_singular_for_one(tmp_path, monkeypatch):
     said = [fastofa(argv) for argv in commands]
     assert [one for one in said if one[0]] == []
     words = " ".join(out + error for _, out, error in said)
-    plurals = "images|classes|views|files|samples|answers|epochs|steps|others"
+    plurals = "images|classes|views|files|samples|predictions|epochs|steps|others"
     assert re.findall(rf"(?<![\d.,])1 (?:[a-z]+ )?(?:{plurals})\b", words) == []
 
 
-# --- Unreadable pictures ----------------------------------------------------------------------------------------------
+# --- Unreadable images ------------------------------------------------------------------------------------------------
 
 
 def test_unreadable_images_are_named_and_can_be_skipped(copied):
     """Text, an empty file and half an image; then the same with --skip-corrupt, up to a student."""
     shutil.rmtree("photos/.fastofa")
     text, empty, half = (Path("photos", "train", name) for name in ("china/001.jpg", "flower/002.jpg", "china/003.jpg"))
-    text.write_text("no picture")
+    text.write_text("not an image")
     empty.write_bytes(b"")
     refused(f"{PHOTO_PRECOMPUTE} --out new", f"2 unreadable...{text}...{empty}...--skip-corrupt")
     half.write_bytes(half.read_bytes()[:1000])
@@ -874,12 +874,12 @@ def with_space(argv: str, size: int) -> tuple[int, str]:
     return code, error
 
 
-def _with_space(argv: str, size: int, answer: Connection) -> None:
+def _with_space(argv: str, size: int, sender: Connection) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then such a write fails, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     code, _, error = fastofa(argv)
-    answer.send((code, error))
+    sender.send((code, error))
 
 
 def full(argv: str, size: int, message: str, out: str) -> None:

@@ -425,7 +425,7 @@ def test_the_help_shows_the_values_of_the_named_recipe(capsys):
     assert "(default: 16)" in said
 
 
-# --- By the dataset's size -------------------------------------------------------------------------------------------
+# --- By the dataset's size --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

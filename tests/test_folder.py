@@ -76,7 +76,7 @@ def test_sizes_are_those_of_the_decoded_image(tmp_path: Path, kind: str) -> None
 
         options = {"pnginfo": PngInfo()}
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp(6).decode())
-    if kind == "mpo":  # what telephones write: a JPEG with a second picture behind it
+    if kind == "mpo":  # written by phones: a JPEG with a second image behind it
         options |= {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (30, 20))]}
     path = tmp_path / "train" / "a" / f"0.{suffix}"
     save_random(path, 20, 30, **options)

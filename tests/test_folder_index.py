@@ -291,18 +291,18 @@ def test_a_second_process_waits_for_the_index_of_the_first(
     whole = index_of(folder).read_bytes()
     index_of(folder).unlink()
     opened.clear()
-    flock, asked = fastofa.data.folder_index.fcntl.flock, []
+    flock, calls = fastofa.data.folder_index.fcntl.flock, []
 
     def held(file: int, how: int) -> None:
-        asked.append(how)
-        if len(asked) == 1:
+        calls.append(how)
+        if len(calls) == 1:
             raise BlockingIOError
         index_of(folder).write_bytes(whole)  # it is done
         flock(file, how)
 
     monkeypatch.setattr(fastofa.data.folder_index.fcntl, "flock", held)
     assert_same(open_dataset(str(folder)), first)
-    assert len(asked) == 2
+    assert len(calls) == 2
     assert opened == []
     assert "another process is indexing these images" in capsys.readouterr().err
 

@@ -25,7 +25,7 @@ def test_images_are_ordered_by_class_then_name(tmp_path: Path) -> None:
         save_random(tmp_path / "train" / name, 9, 7)
     for name in ("a/notes.txt", "a/no_suffix", "a/jpg", ".hidden/x.jpg", "outside.jpg"):
         (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "train" / name).write_text("not a picture")
+        (tmp_path / "train" / name).write_text("not an image")
     data = open_dataset(str(tmp_path))
     assert data.classes == ("B", "a", "b")
     assert data.names == ["B/x.jpg", "a/z.PNG", "b/1.webp", "b/10.png", "b/2.jpg", "b/a sub/9.jpeg", "b/sub/deep/0.JPG"]
@@ -127,8 +127,8 @@ def test_skipped_files_are_counted_by_kind_and_reported_once(folder: Path, capsy
 def frames(count: int) -> bytes:
     """A GIF with this number of frames."""
     file = io.BytesIO()
-    pictures = [Image.new("RGB", (40, 30), (90 * i, 0, 0)) for i in range(count)]
-    pictures[0].save(file, "GIF", save_all=count > 1, append_images=pictures[1:])
+    images = [Image.new("RGB", (40, 30), (90 * i, 0, 0)) for i in range(count)]
+    images[0].save(file, "GIF", save_all=count > 1, append_images=images[1:])
     return file.getvalue()
 
 

@@ -80,7 +80,7 @@ class Run:
                 "teacher_dim": self.teacher_dim,
                 "fingerprint": self.fingerprint,
                 "val_fingerprint": self.val_fingerprint,
-                "answers": list(self.view_digests),
+                "view_digests": list(self.view_digests),
                 "pages": self.pages,
             },
         )
@@ -117,7 +117,7 @@ def open_run(path: Path) -> Run:
     if not (path / CONFIG).is_file():
         raise BadInput(f"{path}: expected a run made by `fastofa train`, found no {CONFIG}")
     values = read_json(path / CONFIG)
-    texts, lists = ("fingerprint", "val_fingerprint", "pages", "folder"), ("classes", "answers")
+    texts, lists = ("fingerprint", "val_fingerprint", "pages", "folder"), ("classes", "view_digests")
     try:
         kinds = {"config": dict, "teacher_dim": int, **dict.fromkeys(texts, str), **dict.fromkeys(lists, list)}
         wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
