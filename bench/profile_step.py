@@ -236,8 +236,8 @@ def page(found: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "# Where a training step's time goes",
         "Made by `python -m bench.profile_step --docs` from "
         f"[{settings['record']}](../bench/results/{settings['record']}), which names machine, versions and commit. "
-        "GB: operands read once, results written once. The last columns compare the bandwidth with that of a large copy "
-        "and the arithmetic with that of a large matrix product, both measured in the same run; above 100 %, caches "
+        "GB: operands read once, results written once. The last columns compare bandwidth with that of a large copy, "
+        "and arithmetic with that of a large matrix product, both measured in the same run; above 100 %, caches "
         "helped.",
     ]
     for student in found:

@@ -30,7 +30,7 @@ from fastofa.system.read import regular_file
 
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE since Python 3.13
 STALE_S = 3600  # age in seconds above which a temporary file of an unknown process is a leftover
-FREE_SPACE, GET_ACCESS = "free some space or choose another path", "get write access or choose another path"
+FREE_SPACE, GET_ACCESS = "free space or choose another path", "get write access or choose another path"
 # Remedies for errors on writing; for other errors, another path.
 REMEDIES = {
     errno.ENOSPC: FREE_SPACE,
