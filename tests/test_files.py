@@ -232,8 +232,8 @@ def test_a_link_at_the_files_path_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
-        (errno.ENOSPC, "free space"), (errno.EACCES, "allow you"), (errno.EROFS, "writable"),
-        (errno.ENOENT, "another place"), (errno.EMFILE, "ulimit -n"),
+        (errno.ENOSPC, "free space"), (errno.EACCES, "write access"), (errno.EROFS, "writable"),
+        (errno.ENOENT, "another path"), (errno.EMFILE, "ulimit -n"),
     ],
 )  # fmt: skip
 def test_the_remedy_matches_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, remedy: str) -> None:
