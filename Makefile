@@ -1,13 +1,13 @@
 # make demo     distil a small student on handwritten digits (a minute or two on two CPU cores)
 # make test     lint, types, every test
 # make unit     the quick tests only
-# make install  .venv with everything the others need; they call it themselves
+# make install  .venv with everything that the other targets need; they run it first
 # make test EXTRAS=test,ffcv,dali   with FFCV and NVIDIA DALI, too (`fastofa doctor` says what FFCV needs)
 
 PYTHON ?= python3
 EXTRAS ?= test
 BIN := .venv/bin
-# A worker more than there are cores: tests of several processes wait a third of their time.
+# One worker more than cores, since tests with several processes wait a third of the time.
 PYTEST := $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --dist worksteal
 
 .PHONY: help install demo test unit lint format clean

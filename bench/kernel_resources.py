@@ -110,7 +110,7 @@ def loss_cases() -> list[Case]:
 
 
 def crop_cases() -> list[Case]:
-    """Crops of a resident data set, by sample id and whole-pixel box, to 224 px. Pixels are gathered byte by byte."""
+    """Crops of a resident dataset, by sample id and whole-pixel box, to 224 px. Pixels are gathered byte by byte."""
     return [
         Case(
             f"crop_resize {name}",

@@ -258,8 +258,8 @@ def kill_once(started: Started, command: Command, seconds: float, rng: random.Ra
         tally.tracebacks += 1
     line = f"{said} after {moment:.1f} s: ended in {took:.1f} s with {started.process.returncode}"
     if faults:
-        said_last = started.log.read_text()[-1000:]
-        tally.faults.append(f"{command.name}, {line}: {', '.join(faults)}\n{said_last}")
+        tail = started.log.read_text()[-1000:]
+        tally.faults.append(f"{command.name}, {line}: {', '.join(faults)}\n{tail}")
     return line + (f": {', '.join(faults)}".upper() if faults else "")
 
 
@@ -286,11 +286,13 @@ def run(command: Command, folder: Path, number: int, count: int, rng: random.Ran
             tally.finished += 1
             if command.result(out) != known[command.name][0]:
                 tally.other += 1
-                tally.faults.append(f"{command.name}: {out} is not what it is undisturbed")
+                tally.faults.append(f"{command.name}: expected the result of an undisturbed run in {out}, got another")
         else:
             tally.other += 1
             tail = started.log.read_text()[-300:]
-            tally.faults.append(f"{command.name}: run again it ended with {started.process.returncode}: {tail}")
+            tally.faults.append(
+                f"{command.name}: rerun, expected exit code 0, got {started.process.returncode}: {tail}"
+            )
         started.remove()
         shutil.rmtree(out, ignore_errors=True) if out.is_dir() else None
         return
@@ -312,8 +314,10 @@ def undisturbed(command: Command, folder: Path) -> tuple[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line.parser(__doc__, out=None)
-    parser.add_argument("--count", type=int, default=60, help="kills, shared out over the commands")
-    parser.add_argument("--only", nargs="+", choices=[c.name for c in COMMANDS], help="these commands")
+    parser.add_argument("--count", type=int, default=60, help="total number of kills")
+    parser.add_argument(
+        "--only", nargs="+", choices=[c.name for c in COMMANDS], help="commands to kill; by default all"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # commands would inherit an ignored SIGINT

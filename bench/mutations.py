@@ -1,7 +1,7 @@
 """Damage images, and count how many are reported and how many are visibly damaged but not reported.
 
     python -m bench.mutations                          2,000 images; tables by format and by kind of damage
-    python -m bench.mutations --count 200 --folder out     keeps them in a folder for inspection
+    python -m bench.mutations --count 200 --folder out     keep them in a folder for inspection
 
 Photographs are encoded as JPEG, PNG and WebP, damaged as a seed determines (lib/damage.py) and opened with
 `--skip-corrupt`. The decoded pixels of those not skipped are compared with the undamaged image's. Damage is visible if
@@ -134,7 +134,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_line.parser(__doc__, out=None)
     parser.add_argument("--count", type=int, default=2000, help="images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="new folder where they are kept; else they are removed")
+    parser.add_argument(
+        "--folder", type=Path, help="new folder in which to keep the images; by default they are removed"
+    )
     args = parser.parse_args(argv)
     if args.folder is not None:
         args.folder.mkdir(parents=True)
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{table('damage', [case.kind for case in cases], found)}")
     silent = [(case, level) for case, (outcome, level) in zip(cases, found, strict=True) if outcome == OUTCOMES[3]]
     if silent:
-        print(f"\n{len(silent)} visibly damaged images were not reported, the first of them:")
+        print(f"\n{len(silent)} visibly damaged images were not reported; the first ones:")
         for case, level in silent[:LISTED]:
             print(f"{case.name}  {case.form}, {case.kind}: {level:.0f} of 255")
     return int(bool(silent))

@@ -39,18 +39,18 @@ BYTES = {
 # Why a kernel of the top ten is not optimised further: the first pattern that its name contains applies. Written by
 # hand from the CPU's table; there are none for a GPU's kernels yet.
 REASONS = {
-    "depthwise": "the exits'; always oneDNN's (cuDNN's on a GPU), inductor has no template for it",
-    "convolution_backward": "the network's own arithmetic, by oneDNN no slower than a matrix product",
-    "mkldnn_convolution": "the network's own arithmetic, by oneDNN no slower than a matrix product",
+    "depthwise": "the exits'; oneDNN runs it (cuDNN on a GPU), since inductor has no template for it",
+    "convolution_backward": "the network's own arithmetic; oneDNN is no slower than a matrix product",
+    "mkldnn_convolution": "the network's own arithmetic; oneDNN is no slower than a matrix product",
     "native_batch_norm": "3 passes over memory forward, 5 backward; `--compile on` folds ReLU into them",
-    "copy_": "inside PyTorch: oneDNN's weight gradients into its layout, fused SGD's operands made contiguous",
-    "_fused_sgd_": "one pass over weight, gradient and momentum (what it copies first is in copy_)",
+    "copy_": "inside PyTorch: changes the layout of weight gradients, makes fused SGD's operands contiguous",
+    "_fused_sgd_": "one pass over weight, gradient and momentum (copy_ makes them contiguous first)",
     "threshold_backward": "ReLU's backward pass; `--compile on` folds it into batch norm's",
-    "linalg_vector_norm": "the gradient's norm, logged at every step: each gradient read once",
+    "linalg_vector_norm": "the gradient norm, logged at every step; reads each gradient once",
     "addmm": "five heads of 1,000 classes, forward",
     "mm": "five heads of 1,000 classes, backward",
-    "add_": "residual sums, and counters of batch norms",
-    "max_pool2d": "the stem's, with int64 positions as PyTorch keeps them",
+    "add_": "residual sums and batch norm counters",
+    "max_pool2d": "the stem's; PyTorch stores int64 indices",
 }
 
 
@@ -236,8 +236,9 @@ def page(found: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "# Where a training step's time goes",
         "Made by `python -m bench.profile_step --docs` from "
         f"[{settings['record']}](../bench/results/{settings['record']}), which names machine, versions and commit. "
-        "GB: operands read once, results written once. The last columns are shares of the bandwidth that a large copy, "
-        "and of the arithmetic that a large matrix product reached in the same run; above 100 %, caches helped.",
+        "GB: operands read once, results written once. The last columns compare bandwidth with that of a large copy, "
+        "and arithmetic with that of a large matrix product, both measured in the same run; above 100 %, caches "
+        "helped.",
     ]
     for student in found:
         rows = []

@@ -59,7 +59,7 @@ def evict(file: int) -> None:
 
 
 def open_pixels(path: Path) -> Dataset:
-    """The data set that `open_dataset` returns for a .beton of pixels in shuffled order."""
+    """The dataset that `open_dataset` returns for a .beton of pixels in shuffled order."""
     sizes, labels = np.full((IMAGES, 2), SIDE), np.zeros(IMAGES, dtype=np.int64)
     places = np.random.default_rng(0).permutation(IMAGES)
     spans = np.stack([EACH * places, np.full(IMAGES, EACH)], axis=1)

@@ -26,7 +26,7 @@ def crop_resize(
     dtype: torch.dtype = torch.uint8,
     impl: str | None = None,
 ) -> Tensor:
-    """Crop images of a batch (or of a resident data set, by sample id) and resize them to S x S: bilinear, antialiased.
+    """Crop images of a batch (or of a resident dataset, by sample id) and resize them to S x S: bilinear, antialiased.
 
     Equals torchvision's `resized_crop` and `horizontal_flip` up to their 8-bit rounding.
 

@@ -1,7 +1,8 @@
-"""What tests share: real pictures in a temporary folder, a short run on them, and a seed for every test."""
+"""Shared fixtures: images in a temporary folder, a short run on them, and a fixed seed for every test."""
 
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ _geometry._do_native_uint8_resize_on_cpu = lambda _: True
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Also what timm draws from: a comparison of distributions fails by chance now and then, unless it is one draw."""
+    """Seeds timm's generators, too: comparisons of distributions are reproducible and cannot fail by chance."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
@@ -52,7 +53,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _library(request: pytest.FixtureRequest) -> None:
-    """Skips what needs a library that is not there."""
+    """Skip tests that need a library that is not installed."""
     for marker, module in (("ffcv", "ffcv"), ("dali", "nvidia.dali")):
         if request.node.get_closest_marker(marker):
             how = f"needs {module}; `fastofa doctor` says how to get it, or: make test EXTRAS=test,ffcv,dali"
@@ -67,13 +68,13 @@ def in_float64() -> Iterator[None]:
 
 @pytest.fixture
 def digits() -> Dataset:
-    """A hundred training pictures of scikit-learn's digits, ten of each class."""
+    """100 training images of scikit-learn's digits, ten of each class."""
     return open_dataset("digits:100")
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs of several sizes, cut from two photographs: two classes, 12 training and 6 validation pictures each."""
+    """JPEGs of several sizes, cut from two photographs: two classes, 12 training and 6 validation images each."""
     from sklearn.datasets import load_sample_images
 
     root = tmp_path_factory.mktemp("photos")
@@ -90,9 +91,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def folder(photos: Path, tmp_path: Path) -> Path:
+    """A copy of the photos that the test may change."""
+    return shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An untrained teacher of ten classes whose answers are far from uniform, in timm's format."""
+    """An untrained teacher of ten classes in timm's format, whose predictions are far from uniform."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "teacher"
     model = timm.create_model("test_efficientnet", num_classes=10)
@@ -108,13 +115,13 @@ def photo_cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Teach
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is half of a short run's time."""
+    """Skip the report, which takes half the time of a short run."""
     monkeypatch.setattr("fastofa.training.loop.Job._report", lambda _: None)
 
 
 @pytest.fixture
 def on_photos(photos: Path, photo_cache: TeacherCache, tmp_path: Path, no_report: None) -> Callable[..., TrainConfig]:
-    """on_photos(name, ...) -> configuration of a run on 24 photographs: 3 steps of 8 an epoch, 2 epochs, no picture."""
+    """on_photos(name, ...) -> configuration of a run on 24 photographs: 2 epochs of 3 steps of 8, no report."""
 
     def config(name: str = "run", **given: Any) -> TrainConfig:
         values = {

@@ -1,4 +1,4 @@
-"""JSON that was edited, and the rule for whatever reads a damaged file. Damaged bytes are in bench/lib/damage.py."""
+"""Edited JSON, and the rule for code that reads a damaged file. Damaged bytes come from bench/lib/damage.py."""
 
 import copy
 import json
@@ -16,14 +16,14 @@ VALUES = [
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of everything in it."""
+    """(container, key) of every entry."""
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
         yield from _places(value[key])
 
 
 def damage_json(text: str, seed: int) -> tuple[str, str]:
-    """An entry is another value, missing, additional or under another name; or it is JSON of another kind."""
+    """Change, remove, add or rename an entry, or replace the document by JSON of another type."""
     rng = random.Random(seed)
     value = json.loads(text)
     kind = rng.choice(["value"] * 6 + ["missing"] * 3 + ["additional", "renamed", "nested", "other", "twice"])
@@ -52,7 +52,7 @@ def damage_json(text: str, seed: int) -> tuple[str, str]:
 
 
 def refused(use: Callable[[], Any], place: Path) -> tuple[bool, Any]:
-    """(True, message) where `use` raises BadInput, one line that names the place; else (False, what it returns)."""
+    """(True, message) if `use` raises BadInput with one line that names the path; else (False, its result)."""
     try:
         return False, use()
     except BadInput as error:
@@ -63,7 +63,7 @@ def refused(use: Callable[[], Any], place: Path) -> tuple[bool, Any]:
 
 
 def complaint(case: Callable[[], str]) -> str:
-    """What `case` says is wrong, empty if nothing is; an exception is wrong, too."""
+    """What `case` reports as wrong, empty if nothing is; an exception is wrong, too."""
     try:
         return case()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What several tests make, and ask of a run's folder."""
+"""Helpers that several tests use to make runs and caches and to inspect a run's folder."""
 
 import dataclasses
 import multiprocessing
@@ -35,10 +35,10 @@ TIMES = {"images_per_second", "loader_share", "epoch_seconds", "eval_seconds"}
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """Models that are made here compute in float64.
+    """Models that are created here compute in float64.
 
-    For comparisons over several steps: in fp32 the last bits, which differ from processor to processor and between any
-    two ways to compute the same, grow at every step until the results have little in common.
+    For comparisons over several steps: in fp32 the last bits, which differ between processors and between two ways to
+    compute the same, grow at every step until the results have little in common.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -49,7 +49,7 @@ def float64() -> Iterator[None]:
 
 
 def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCache:
-    """Two views of a data set, answered by a small CNN whose random weights are large enough to have opinions."""
+    """Two views of a dataset, with the predictions of a small CNN whose random weights are large enough to differ."""
     torch.manual_seed(1)
     model = timm.create_model("test_efficientnet", num_classes=classes)
     for parameter in model.parameters():
@@ -61,7 +61,7 @@ def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCa
 
 
 def command_line(command: str, config: Any) -> list[str]:
-    """That gives this configuration."""
+    """The command line that gives this configuration."""
     argv = [command]
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
@@ -86,17 +86,19 @@ def alive(pid: int) -> bool:
 
 
 def newest(run: Path) -> Path:
-    """Its newest checkpoint."""
+    """The newest checkpoint of a run."""
     return checkpoints(run)[0]
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
-    """Every logged figure but the speed."""
+    """Every logged value except the speed."""
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run)]
 
 
 def same_run(a: Path, b: Path) -> None:
-    """Weights of student and moving average, optimiser, position, log and best weights; and nothing temporary in a."""
+    """Weights of student and moving average, optimiser, position, log and best weights are equal, and `a` contains no
+    temporary file.
+    """
     for x, y in ((newest(a), newest(b)), (a / FOLDER / BEST, b / FOLDER / BEST)):
         assert x.name == y.name
         (tensors, info), (others, other_info) = load_tensors(x), load_tensors(y)

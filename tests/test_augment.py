@@ -1,4 +1,4 @@
-"""Operations, mixing and erasing on pixels: what Pillow and timm make of the same picture is the truth."""
+"""Operations, mixing and erasing on pixels equal those of Pillow and timm on the same images."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ FILL = (124, 116, 104)
 WHOLE = ("posterize", "solarize", "solarize_add")  # amounts that timm gives as int
 
 
-def pictures(size: int, count: int = 24) -> Tensor:
-    """uint8 [B, 3, S, S] channels-last: cuttings of two photographs, and a flat, a nearly flat and a two-tone one."""
+def make_images(size: int, count: int = 24) -> Tensor:
+    """uint8 [B, 3, S, S] channels-last: parts of two photographs, and a flat, a nearly flat and a two-tone image."""
     rng = np.random.default_rng(size)
     photos = load_sample_images().images
     places = rng.integers(0, 427 - size, (count, 2))
@@ -36,14 +36,14 @@ def by_timm(name: str, images: Tensor, given: np.ndarray) -> Tensor:
     out = []
     for image, amount in zip(images.permute(0, 2, 3, 1).numpy(), given.tolist(), strict=True):
         args = [] if timm.LEVEL_TO_ARG[theirs] is None else [int(amount) if name in WHOLE else amount]
-        picture = Image.fromarray(np.ascontiguousarray(image))
+        pillow = Image.fromarray(np.ascontiguousarray(image))
         options = {"fillcolor": FILL, "resample": Image.Resampling.BILINEAR}
-        out.append(np.asarray(timm.NAME_TO_OP[theirs](picture, *args, **options)))
+        out.append(np.asarray(timm.NAME_TO_OP[theirs](pillow, *args, **options)))
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
 
 def some(name: str, count: int, increasing: bool, seed: int = 0) -> np.ndarray:
-    """float32 amounts of an operation over the whole scale (but 0 bits, at which today's Pillow stumbles)."""
+    """float32 amounts of an operation over its whole range (except 0 bits, at which current Pillow raises an error)."""
     rng = np.random.default_rng(seed)
     low, high = (0, 9.99) if increasing else (2.5, 10)
     magnitudes, sides = rng.uniform(low, high, count), rng.choice([-1, 1], count)
@@ -51,15 +51,15 @@ def some(name: str, count: int, increasing: bool, seed: int = 0) -> np.ndarray:
     return amounts(np.full(count, OPS.index(name)), magnitudes, sides, increasing).astype(np.float32)
 
 
-def test_there_is_one_for_every_number():
+def test_every_operation_number_is_implemented():
     assert list(OPERATIONS) == list(OPS[1:])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 32, 97])
 @pytest.mark.parametrize("name", OPS[1:])
-def test_an_operation_is_timms(name, size):
-    """To the last bit, at every strength; but a rotation in fp32 may cut off 1 more or less, at one value in 10,000."""
-    images = pictures(size)
+def test_operations_equal_timms(name, size):
+    """Bit for bit at every strength, except that a rotation in fp32 may round down by 1 at one value in 10,000."""
+    images = make_images(size)
     before = images.clone()
     for increasing in (False, True):
         given = some(name, len(images), increasing)
@@ -71,16 +71,16 @@ def test_an_operation_is_timms(name, size):
     assert torch.equal(images, before)
 
 
-def test_no_bits_are_black():
-    """At magnitude 10, increasing: Pillow at the time of the publications gave black, today's raises an error."""
-    assert not OPERATIONS["posterize"](pictures(8), torch.zeros(27), FILL).any()
-    assert torch.equal(OPERATIONS["posterize"](pictures(8), torch.full((27,), 8.0), FILL), pictures(8))
+def test_posterize_to_no_bits_gives_black():
+    """At magnitude 10, increasing: Pillow gave black when the papers were published; it now raises an error."""
+    assert not OPERATIONS["posterize"](make_images(8), torch.zeros(27), FILL).any()
+    assert torch.equal(OPERATIONS["posterize"](make_images(8), torch.full((27,), 8.0), FILL), make_images(8))
 
 
 @pytest.mark.parametrize("name", OPS[1:])
-def test_a_picture_does_not_see_its_batch(name):
-    """Alone, in another order, and in the other memory format it becomes the same, bit for bit."""
-    images, given = pictures(33), torch.from_numpy(some(name, 27, increasing=True))
+def test_an_image_does_not_depend_on_its_batch(name):
+    """Alone, in another order and in the other memory format, the result is the same bit for bit."""
+    images, given = make_images(33), torch.from_numpy(some(name, 27, increasing=True))
     whole = OPERATIONS[name](images, given, FILL)
     for i in (0, 5, 24, 25, 26):
         assert torch.equal(OPERATIONS[name](images[i : i + 1], given[i : i + 1], FILL)[0], whole[i])
@@ -89,10 +89,10 @@ def test_a_picture_does_not_see_its_batch(name):
     assert OPERATIONS[name](images[:0], given[:0], FILL).shape == (0, 3, 33, 33)
 
 
-def test_mixing_is_timms(monkeypatch):
-    """FastCollateMixup in its pair mode, which the published loader mixes with, on given mixtures."""
+def test_mixing_equals_timms(monkeypatch):
+    """The pair mode of FastCollateMixup, which the published loader uses, with given mixtures."""
     size, count = 32, 26
-    images = pictures(size)[:count]
+    images = make_images(size)[:count]
     rng = np.random.default_rng(3)
     lam, cut = rng.beta(0.8, 0.8, count // 2).astype(np.float32), rng.random(count // 2) < 0.5
     corners = np.sort(rng.integers(0, size + 1, (count // 2, 2, 2)), axis=1)  # of each: near and far, down and across
@@ -120,9 +120,9 @@ def test_mixing_is_timms(monkeypatch):
 
 
 def test_noise_is_normal_in_each_channel_and_stays_in_its_box():
-    """With the mean and standard deviation of normalised space, whose tails 0..255 cuts off."""
+    """Mean and standard deviation are those of normalised space; the tails are clipped to 0..255."""
     size = 64
-    images = pictures(size)
+    images = make_images(size)
     boxes = torch.tensor([[3, 7, 64, 50]]).repeat(27, 1)
     keys = torch.randint(-(2**31), 2**31, (27,)).to(torch.int32)
     got = augment.erase(images, boxes, keys, MEAN, STD)
@@ -141,7 +141,7 @@ def test_noise_is_normal_in_each_channel_and_stays_in_its_box():
         assert abs((values == 255).mean() - (1 - high)) < 0.002
 
 
-def test_noise_is_unrelated_between_pixels_channels_and_keys():
+def test_noise_is_independent_between_pixels_channels_and_keys():
     size = 64
     keys = torch.tensor([0, 1, -1, 2**31 - 1, 12345], dtype=torch.int32)
     images = torch.zeros(5, 3, size, size, dtype=torch.uint8)
@@ -154,8 +154,8 @@ def test_noise_is_unrelated_between_pixels_channels_and_keys():
         assert (shifted.mean(dim=(2, 3)) / noise.var(dim=(2, 3))).abs().max() < 0.07
 
 
-def test_noise_is_this_hash():
-    """Written again with Python's integers: a cache made today has this noise for ever."""
+def test_noise_equals_the_hash_in_python_integers():
+    """Written again with Python's integers, so that the noise of existing caches never changes."""
 
     def scrambled(x: int) -> int:
         x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
@@ -166,8 +166,8 @@ def test_noise_is_this_hash():
     images = torch.zeros(3, 3, 5, 5, dtype=torch.uint8)
     given = torch.tensor(keys, dtype=torch.int32)
     got = augment.erase(images, torch.tensor([[0, 0, 5, 5]]).repeat(3, 1), given, MEAN, STD)
-    for key, picture in zip(keys, got, strict=True):
-        for place, level in enumerate(picture.flatten().tolist()):
+    for key, image in zip(keys, got, strict=True):
+        for place, level in enumerate(image.flatten().tolist()):
             quantile = norm.ppf(((scrambled(scrambled(place) ^ key & 0xFFFFFFFF) & 0xFFFF) + 0.5) / 65536)
             value = (MEAN[place // 25] + STD[place // 25] * quantile) * 255
             assert level == min(255, max(0, round(value)))

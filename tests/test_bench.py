@@ -1,4 +1,4 @@
-"""The benchmarks run, keep to their limits, and count right; what they measure is not judged here."""
+"""The benchmarks run, keep to their time limits and compute correct results. Their measurements are not judged here."""
 
 import argparse
 import importlib
@@ -45,7 +45,7 @@ FLOORS = {
 
 @pytest.mark.slow
 def test_jobs_of_the_gpu_run_at_a_tiny_size(tmp_path):
-    """One of each kind. Each record says where it was made, beside what, and how often."""
+    """One of each kind. Each record contains environment, baseline and number of rounds."""
     chosen = ["resnet18", "loaders", "kernels"]
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--only", *chosen, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -67,7 +67,7 @@ def test_jobs_of_the_gpu_run_at_a_tiny_size(tmp_path):
 @pytest.mark.parametrize(
     "message", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"]
 )
-def test_what_found_no_memory_beside_other_jobs_is_tried_again(message, monkeypatch):
+def test_a_job_that_ran_out_of_memory_beside_others_is_retried(message, monkeypatch):
     monkeypatch.setattr(turns.time, "sleep", lambda seconds: None)
     failures = [RuntimeError(message)] * 2
 
@@ -87,8 +87,8 @@ def test_what_found_no_memory_beside_other_jobs_is_tried_again(message, monkeypa
 
 
 @pytest.mark.parametrize("job", gpu.JOBS, ids=lambda job: job.name)
-def test_every_job_of_the_gpu_run_has_arguments_that_its_program_takes(job, monkeypatch):
-    """At full size, too, where nothing runs without a GPU."""
+def test_the_arguments_of_every_gpu_job_are_accepted(job, monkeypatch):
+    """Those of the full size, too, although nothing runs without a GPU."""
     if job.arguments[0] == "pytest":
         return
     module = importlib.import_module(job.arguments[0])
@@ -104,14 +104,14 @@ def test_every_job_of_the_gpu_run_has_arguments_that_its_program_takes(job, monk
 
 
 class Parsed(Exception):
-    """In place of what follows."""
+    """Raised when the arguments are parsed, instead of running the benchmark."""
 
 
 @pytest.mark.slow
 @pytest.mark.ffcv
 @pytest.mark.dali
-def test_loaders_beside_their_peers(tmp_path):
-    """Where both libraries are there, nothing is left out."""
+def test_loaders_and_their_peers_are_measured(tmp_path):
+    """If both libraries are installed, none is left out."""
     names = ["stock FFCV, raw", "ffcv, raw", "stock DALI", "dali", "packed, gather only"]
     tiny = ["--image-sizes", "32", "--batch-size", "4", "--count", "20", "--rounds", "1", "--calls", "2"]
     bench_loader.main(["--only", *names, *tiny, "--workers", "1", "--out", str(tmp_path)])
@@ -146,7 +146,7 @@ def test_a_sweep_compares_at_the_same_number_of_workers(tmp_path, monkeypatch, c
     assert (tmp_path / "loaders.png").stat().st_size > 10_000
 
 
-def test_names_at_the_ends_of_lines_are_apart():
+def test_labels_at_the_ends_of_lines_do_not_overlap():
     places = loaders_chart.apart([0.1, 0.1, 0.12, 0.9], gap=0.05)
     assert min(b - a for a, b in itertools.pairwise(places)) >= 0.05 - 1e-9
     assert sum(places) == pytest.approx(1.22)
@@ -154,8 +154,8 @@ def test_names_at_the_ends_of_lines_are_apart():
 
 
 @pytest.mark.dali
-def test_nvimagecodec_decodes_the_crops_that_torchvision_does(tmp_path):
-    """It comes with DALI."""
+def test_nvimagecodec_decodes_the_same_crops_as_torchvision(tmp_path):
+    """It is installed with DALI."""
     write_folder(tmp_path / "photos", 6, [(60, 80), (90, 50)])
     task = loaders.Task("nvImageCodec", {"folder": str(tmp_path / "photos")}, 32, 3, 1, 0, "cpu")
     dataset = open_dataset(task.sources["folder"])
@@ -165,8 +165,8 @@ def test_nvimagecodec_decodes_the_crops_that_torchvision_does(tmp_path):
         assert (images.int() - batch.images.int()).abs().max() <= 1
 
 
-def test_jobs_take_turns_and_one_that_hangs_or_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
-    """All prepare at once; measuring goes in the order of worth, but nobody waits for one that is not ready."""
+def test_jobs_take_turns_and_a_failed_one_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """All prepare at once and are measured in order of priority; a job that is not ready is passed over."""
     wait = "from bench.lib.turns import wait_for_turn; wait_for_turn(); "
     programs = {
         "slow": f"import time; time.sleep(3); {wait}print('slow measured')",
@@ -195,7 +195,7 @@ def test_jobs_take_turns_and_one_that_hangs_or_fails_costs_only_itself(tmp_path,
 
 
 @pytest.mark.parametrize("student", FLOORS)
-def test_floors_agree_with_those_computed_by_other_means(student):
+def test_floors_equal_independent_computations(student):
     found = {
         exits: sum(o.ms(H200) for o in roofline.operations(student, 224, 1024, 1000, exits, torch.bfloat16))
         for exits in (True, False)
@@ -208,8 +208,8 @@ def test_floors_agree_with_those_computed_by_other_means(student):
 
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_the_published_step_and_ours_do_the_same_job(channels_last):
-    """From the same weights, on the same images, with the same teacher: the same losses, step after step."""
+def test_the_published_step_and_ours_have_the_same_losses(channels_last):
+    """From the same weights, on the same images, with the same teacher, step after step."""
     job = Job("test_resnet", "test_vit", 32, 4, 10, torch.device("cpu"))
     official = official_step(job)
     options = StepOptions(online_teacher=True, channels_last=channels_last)
@@ -225,7 +225,7 @@ def test_ratios_are_medians_of_rounds():
     assert median_ratio({"a": [1.0, 2.0, 4.0], "b": [2.0, 4.0, 2.0]}, "a", "b") == 2
 
 
-def test_a_round_enters_and_leaves_its_candidate():
+def test_context_managers_are_entered_for_their_rounds():
     class Loader:
         log = ""
 
@@ -264,7 +264,7 @@ TRACE = [
 ]
 
 
-def test_a_gpus_kernels_are_named_after_their_operations_and_share_its_bytes():
+def test_gpu_kernels_are_named_after_their_operation_and_share_its_bytes():
     rows = {r["name"]: r for r in profile_step.tabulate(profile_step.samples(TRACE), 1, H200, 0)}
     dgrad = rows["depthwise convolution_backward: dgrad2d_c1_k1_nhwc"]
     wgrad = rows["depthwise convolution_backward: wgrad2d_c1_k1_nhwc"]
@@ -276,14 +276,14 @@ def test_a_gpus_kernels_are_named_after_their_operations_and_share_its_bytes():
     assert sum(row["share_of_step"] for row in rows.values()) == pytest.approx(1)
 
 
-def test_convolutions_that_name_their_padding_first():
+def test_convolutions_whose_padding_comes_first_in_the_trace():
     dims, types = [[2, 3, 64, 64], [16, 3, 7, 7], []], ["float", "float", ""]
     for name, lists in (("convolution", ("[2, 2]", "[3, 3]")), ("mkldnn_convolution", ("[3, 3]", "[2, 2]"))):
         _, flops = profile_step.cost(_operation(1, f"aten::{name}", dims, types, ["", "", "", *lists, "[1, 1]"]))
         assert flops == 2 * (2 * 16 * 32 * 32) * (3 * 7 * 7)
 
 
-def test_epochs_are_limited_by_the_slowest():
+def test_an_epoch_is_limited_by_its_slowest_part():
     config = recipes.imagenet_fast(data="synthetic", student="resnet18", out=Path())
     rates = epoch.Rates(
         step={160: 2000.0, 192: 1000.0, 224: 500.0},
@@ -302,8 +302,8 @@ def test_epochs_are_limited_by_the_slowest():
     assert epoch.together(1000.0, 1000.0, "resident") == pytest.approx(500)
 
 
-def test_a_kernel_that_is_wrong_is_not_timed():
-    """Nor is one that fails; a peer that computes something else is timed all the same."""
+def test_a_kernel_with_wrong_results_is_not_timed():
+    """Nor is one that fails. A peer that computes something else is timed."""
     truth = torch.arange(1.0, 5)
 
     def fails(i: int) -> None:

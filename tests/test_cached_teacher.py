@@ -1,4 +1,4 @@
-"""The cache changes nothing: training from it and training with the teacher online on the same views agree."""
+"""Training from the cache equals training with the teacher online on the same views."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def trained(student: str, top: Path) -> Path:
-    """A teacher that knows something: a few epochs on all digits."""
+    """A teacher that is trained: a few epochs on all digits."""
     config = recipes.digits(
         data="digits", student=student, method="scratch", out=top / "run", epochs=4, warmup_epochs=1
     )
@@ -45,7 +45,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_of: str = "") -> tuple[Tensor, ...]:
-    """The losses of an epoch's steps: from the cache; online at the same weights; online in a training of its own."""
+    """The losses of an epoch's steps: from the cache; online at the same weights; online in a separate training."""
     cache = precompute(PrecomputeConfig(DATA, str(teacher_folder), cache_path, views=1, topk=topk, recipe=views_of))
     views, classes, log_probs = cache.targets(0)
     table = DeviceTargets(classes, log_probs, CPU, dense=topk == cache.num_classes)
@@ -60,13 +60,13 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_o
         student = Student("test_resnet", 10, SIZE, teacher_dim=cache.teacher_dim)
         optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9)
         batches = open_pipeline("resident", dataset, SIZE, BATCH).epoch(views, order)
-        pictures = open_pipeline("resident", dataset, teacher.image_size, BATCH).epoch(views, order)
+        inputs = open_pipeline("resident", dataset, teacher.image_size, BATCH).epoch(views, order)
         found = []
-        for batch, seen in zip(batches, pictures, strict=True):
-            answer = Targets(torch.arange(10).expand(BATCH, -1), teacher.log_probs(seen.images).clone())
+        for batch, seen in zip(batches, inputs, strict=True):
+            online = Targets(torch.arange(10).expand(BATCH, -1), teacher.log_probs(seen.images).clone())
             outputs = Outputs(student(batch.images))
             mixed = batch.partner_labels, batch.mix
-            both = [objective(outputs, batch.labels, t, *mixed)[0] for t in (table.lookup(batch.rows), answer)]
+            both = [objective(outputs, batch.labels, t, *mixed)[0] for t in (table.lookup(batch.rows), online)]
             optimizer.zero_grad()
             both[train_online].backward()
             optimizer.step()
@@ -79,8 +79,10 @@ def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_o
 
 
 def compare(teacher_folder: Path, tmp_path: Path, topk: int, views_of: str = "") -> tuple[float, float]:
-    """Largest relative difference of a step's loss at the same weights, in a training that learns fast; and that of the
-    mean loss of two trainings, slow ones, since a fast one amplifies the last bit of anything."""
+    """The largest relative difference of a step's loss at the same weights, in a training with a high learning rate;
+    and that of the mean loss of two trainings with a low one, since a high one amplifies the last bit of every
+    number.
+    """
     cached, online, _ = losses(teacher_folder, tmp_path / "cache", topk, 0.05, views_of)
     at_same_weights = (cached / online - 1).abs().max().item()
     cached, _, trained_online = losses(teacher_folder, tmp_path / "cache", topk, 1e-4, views_of)
@@ -90,24 +92,24 @@ def compare(teacher_folder: Path, tmp_path: Path, topk: int, views_of: str = "")
 
 
 @pytest.mark.slow
-def test_dense_answers_give_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
-    """K = C: float16 storage costs less than 1e-5 of the loss at every step, and of the mean of a whole training."""
+def test_dense_predictions_give_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
+    """K = C: float16 storage changes the loss of every step, and its mean over a whole training, by less than 1e-5."""
     at_same_weights, of_trainings = compare(teacher_folder, tmp_path, topk=10)
     assert at_same_weights < 1e-5
     assert of_trainings < 1e-5
 
 
 @pytest.mark.slow
-def test_so_do_answers_to_the_whole_published_augmentation(teacher_folder: Path, tmp_path: Path) -> None:
-    """RandAugment, mixup, cutmix and erasing: the teacher online sees the mixtures that the cache was made of."""
+def test_dense_predictions_of_the_whole_augmentation_give_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
+    """RandAugment, mixup, cutmix and erasing: the online teacher gets the same mixed images as the cache."""
     at_same_weights, of_trainings = compare(teacher_folder, tmp_path, topk=10, views_of="imagenet_vit_mlp")
     assert at_same_weights < 2e-5
     assert of_trainings < 1e-5
 
 
 @pytest.mark.slow
-def test_top_five_answers_give_nearly_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
-    """K = 5 of 10: the mass of the other five classes is spread evenly, which costs little."""
+def test_top_five_predictions_give_nearly_the_same_loss(teacher_folder: Path, tmp_path: Path) -> None:
+    """K = 5 of 10: the mass of the other five classes is spread evenly, which changes little."""
     at_same_weights, of_trainings = compare(teacher_folder, tmp_path, topk=5)
     assert 1e-6 < at_same_weights < 0.01
     assert of_trainings < 0.01

@@ -1,4 +1,4 @@
-"""Which kernels run in a student: what was named, what was measured to be faster, and what stands in the way."""
+"""Which kernels run in a student: those named, those measured to be faster, and what prevents their use."""
 
 import pytest
 import timm
@@ -45,14 +45,14 @@ FUSED = {NormAct2d, NormActPool2d, StridedConv2d, DepthwiseConv2d}
         (("auto",), FUSED),
     ],
 )
-def test_what_is_named_runs(model, card, kernels, expected):
+def test_named_kernels_run(model, card, kernels, expected):
     card(9, 0)
     use_kernels(model, kernels, GPU)
     assert kinds(model) & FUSED == expected
 
 
 @pytest.mark.parametrize("version", [(8, 0), (8, 9), (10, 0)])
-def test_auto_is_off_where_nothing_was_measured(model, card, version):
+def test_auto_uses_no_kernels_on_a_gpu_that_was_not_measured(model, card, version):
     card(*version)
     before = kinds(model)
     use_kernels(model, ("auto",), GPU)
@@ -60,7 +60,7 @@ def test_auto_is_off_where_nothing_was_measured(model, card, version):
     assert kinds(model) == before
 
 
-def test_auto_without_triton_is_one_notice(model, card, monkeypatch, capsys):
+def test_auto_without_triton_is_reported_once(model, card, monkeypatch, capsys):
     card(9, 0)
     monkeypatch.setattr(choose_kernels, "HAS_TRITON", False)
     before = kinds(model)
@@ -69,8 +69,8 @@ def test_auto_without_triton_is_one_notice(model, card, monkeypatch, capsys):
     assert capsys.readouterr().err.count("kernels auto: Triton is not installed") == 1
 
 
-def test_a_student_that_cannot_be_switched_stays_as_it_was(model, card, monkeypatch, capsys):
-    """Half switched when it fails; named kernels fail with the error."""
+def test_a_student_that_cannot_be_switched_is_unchanged(model, card, monkeypatch, capsys):
+    """It fails half-way. With named kernels, the error is raised."""
 
     def fails(module: nn.Module) -> int:
         raise AttributeError("no drop_block")
@@ -86,7 +86,7 @@ def test_a_student_that_cannot_be_switched_stays_as_it_was(model, card, monkeypa
 
 
 @pytest.mark.parametrize("synchronised", [False, True])
-def test_batch_norms_that_are_synchronised_stay(model, card, synchronised):
+def test_synchronised_batch_norms_are_not_replaced(model, card, synchronised):
     card(9, 0)
     if synchronised:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

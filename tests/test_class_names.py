@@ -1,4 +1,4 @@
-"""A teacher's outputs are found by the names of the data's classes, or refused; never in a wrong order in silence."""
+"""A teacher's outputs are matched with the data's classes by name, or refused; never reordered silently."""
 
 import re
 
@@ -37,8 +37,8 @@ def outputs(*names: str, **descriptions: str) -> OutputNames:
         (outputs("n01440764", "n02085620"), ("Chihuahua", "tench"), [1, 0], "matched by description"),
     ],
 )
-def test_names_decide(known, classes, expected, said, capsys):
-    """Exactly, else whatever case and spaces, else by description; one line says what is not plain."""
+def test_outputs_are_matched_by_name(known, classes, expected, said, capsys):
+    """Exactly, else ignoring case and spaces, else by description; a match that is not exact is reported."""
     assert match_classes("t", known, classes) == expected
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (said != "")
@@ -58,7 +58,7 @@ def test_names_decide(known, classes, expected, said, capsys):
         (OutputNames(1000), ("n01440764", "hovercraft"), "imagenet-1k: it has no hovercraft"),
     ],
 )
-def test_what_does_not_match_is_refused(known, classes, message):
+def test_classes_that_do_not_match_are_refused(known, classes, message):
     with pytest.raises(BadInput, match=message) as error:
         match_classes("t", known, classes)
     assert str(error.value).startswith("teacher t: expected ")
@@ -67,7 +67,7 @@ def test_what_does_not_match_is_refused(known, classes, message):
 
 @pytest.mark.parametrize(("count", "subset"), [(1000, "imagenet-1k"), (21843, "imagenet-21k-goog")])
 def test_an_imagenet_teacher_is_matched_by_synset_or_word(count, subset, capsys):
-    """timm publishes no names with its weights; how many outputs there are says which of its lists holds."""
+    """timm publishes no class names with its weights; the number of outputs determines which of its lists applies."""
     synsets = ImageNetInfo(subset).label_names()
     for classes in (("n02085620", "n01440764"), ("Chihuahua", "tench")):
         found = match_classes("t", OutputNames(count), classes)
@@ -76,15 +76,17 @@ def test_an_imagenet_teacher_is_matched_by_synset_or_word(count, subset, capsys)
 
 
 def test_all_of_imagenet(capsys):
-    """Folders by synset are in the outputs' order; a thousand classes of other names are taken in their own order."""
+    """Folders named by synset are in the outputs' order; a thousand classes with other names are used in their own
+    order.
+    """
     assert match_classes("t", OutputNames(1000), ImageNetInfo().label_names()) == list(range(1000))
     assert capsys.readouterr().err == ""
     assert match_classes("t", OutputNames(1000), [f"{i:04d}" for i in range(1000)]) == list(range(1000))
     assert "has no label_names" in capsys.readouterr().err
 
 
-def test_without_names_the_order_is_taken_and_said(capsys):
-    """With timm's order beside it, where that is another."""
+def test_without_names_the_order_is_used_and_reported(capsys):
+    """Together with timm's order, if that differs."""
     assert match_classes("t", OutputNames(3), ("a", "b", "c")) == [0, 1, 2]
     assert capsys.readouterr().err == "teacher t: has no label_names; its outputs are assumed to be a, b, c\n"
     assert match_classes("t", OutputNames(10), CODE_POINTS) == list(range(10))

@@ -1,6 +1,6 @@
-"""Bad input ends a command with exit code 2 and one line that says what was expected, what came and what to do.
+"""Bad input ends a command with exit code 2 and one line: what was expected, what came and what to do.
 
-No traceback, and nothing half-written: the folders hold afterwards what they held before.
+There is no traceback, and no file is changed or left half-written.
 """
 
 import contextlib
@@ -77,20 +77,20 @@ def run_here(argv: list[str]) -> tuple[int, str, str]:
 
 
 def succeeds(argv: str) -> str:
-    """Its standard error."""
+    """Run a command that must succeed; returns its standard error."""
     code, _, error = fastofa(argv)
     assert code == 0, error
     return error
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by its name, hidden ones too; but an index of images keeps what a refused command found out."""
+    """Every file by name, hidden ones included, except indexes of images, which a refused command may extend."""
     files = [f for f in folder.rglob("*") if ".fastofa" not in f.parts]
     return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else b"" for f in files}
 
 
 def refused(argv: str, message: str) -> None:
-    """Exit code 2, one line that contains `message` (as it is, `...` for anything), and nothing was written."""
+    """Exit code 2, one line that contains `message` (literally, with `...` for any text), and nothing written."""
     before = contents(Path.cwd())
     code, out, error = fastofa(argv)
     assert (code, out) == (2, ""), error
@@ -113,7 +113,7 @@ def assert_one_line(error: str, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
-    """Teachers of ten and of two classes, caches and runs of digits and photographs. Not to be changed."""
+    """Teachers of ten and of two classes, caches and runs of digits and photographs. Tests must not change them."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -132,14 +132,14 @@ def made(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
 
 @pytest.fixture
 def here(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in that folder; nothing is to be written."""
+    """Work in that folder, in which nothing must be written."""
     monkeypatch.chdir(made)
     return made
 
 
 @pytest.fixture
 def copied(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a copy of that folder, to do harm to."""
+    """Work in a copy of that folder, which the test may damage."""
     folder = Path(shutil.copytree(made, tmp_path / "made"))
     monkeypatch.chdir(folder)
     return folder
@@ -164,9 +164,9 @@ REFUSED = {
     "train's device": (f"{TRAIN} --out new --device gpu", "device...'gpu'...auto, cpu"),
     "precompute's device": (f"{PRECOMPUTE} --out new --device cuda:99", "device...'cuda:99'...auto, cpu"),
     "evaluate's device": ("evaluate run --data digits --device gpu", "device...'gpu'...auto, cpu"),
-    # pictures
+    # images
     "no folders": (f"{PRECOMPUTE} --out new --data teacher", "teacher: ...train/...val/"),
-    "no pictures": (f"{PRECOMPUTE} --out new --data empty", "china...images...jpg"),
+    "no images": (f"{PRECOMPUTE} --out new --data empty", "china...images...jpg"),
     "many sizes": (
         f"{PHOTO_PRECOMPUTE} --out new --pipeline resident",
         "resident...size...--pipeline auto",
@@ -252,8 +252,8 @@ START = {
 
 
 @pytest.mark.parametrize("command", NO_ZERO)
-def test_no_number_is_taken_for_one_that_was_not_given(here, command, monkeypatch):
-    """0, a number below 0 or no number is refused by the option's name, or it arrives at the command."""
+def test_zero_is_not_taken_for_a_missing_value(here, command, monkeypatch):
+    """0, a negative number or text is refused by the option's name, or reaches the command."""
     arrived = []
 
     def main(config: Any) -> None:
@@ -311,7 +311,7 @@ main(sys.argv[1:])
         ),
     ],
 )
-def test_what_lies_in_a_place_is_looked_at_before_torch_is_imported(copied, argv, message):
+def test_paths_are_checked_before_torch_is_imported(copied, argv, message):
     Path("taken.pack").mkdir()
     command = [sys.executable, "-c", WITHOUT_TORCH, *argv.split()]
     ended = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
@@ -322,16 +322,16 @@ def test_what_lies_in_a_place_is_looked_at_before_torch_is_imported(copied, argv
 @pytest.mark.parametrize(
     "wrong", ["--teacher convnext_tinny", "--teacher local-dir:nowhere", "--device gpu", "--pipeline ffvc"]
 )
-def test_names_are_looked_at_before_every_picture_is_decoded(copied, wrong):
-    """Which takes an hour for ImageNet: the damaged picture is not what is found."""
+def test_names_are_checked_before_images_are_decoded(copied, wrong):
+    """Decoding takes an hour for ImageNet. The damaged image is not what is reported."""
     shutil.rmtree("photos/.fastofa")
-    Path("photos/train/china/001.jpg").write_text("no picture")
+    Path("photos/train/china/001.jpg").write_text("not an image")
     refused(f"{PHOTO_PRECOMPUTE} --out new {wrong}", wrong.rpartition(":")[2].split()[-1])
     assert not Path("photos/.fastofa").exists()
 
 
-def test_a_restarted_rank_goes_on_with_the_run_that_is_there(copied, monkeypatch):
-    """torchrun starts it without --resume."""
+def test_a_restarted_rank_resumes_the_existing_run(copied, monkeypatch):
+    """torchrun restarts it without --resume."""
     for name, value in (("RUN_ID", "1"), ("RESTART_COUNT", "1")):
         monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
     assert "already contains a run" not in succeeds(f"{TRAIN} --out run")
@@ -352,7 +352,7 @@ def test_help_names_every_flag(command):
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_the_terminal(command, width, monkeypatch):
-    """Text flows to its edge; each example has a line, and nothing else is longer than a line."""
+    """Text is wrapped at its width; each example has a line, and nothing else is longer than a line."""
     monkeypatch.setenv("COLUMNS", str(width))
     lines = fastofa(f"{command} --help")[1].splitlines()
     examples = [line for line in lines if re.match(r" {4}(fastofa|torchrun|python) ", line)]
@@ -396,8 +396,8 @@ def test_help_names_every_command():
         "cache mend cache",
     ],
 )
-def test_arguments_that_cannot_be_read(here, argv):
-    """The parser's own message, several lines, but the same exit code and nothing written."""
+def test_arguments_that_cannot_be_parsed(here, argv):
+    """The parser prints several lines, but the exit code is the same and nothing is written."""
     before = contents(here).keys()
     code, _, error = fastofa(argv)
     assert code == 2
@@ -414,14 +414,14 @@ def test_arguments_that_cannot_be_read(here, argv):
     ],
 )  # fmt: skip
 def test_only_train_shares_its_work_among_ranks(here, argv, monkeypatch):
-    """Each rank would do all of it, over the others' files."""
+    """Each rank of another command would do all of the work and overwrite the others' files."""
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setenv("WORLD_SIZE", "8")
     refused(argv, f"{argv.split()[0]}...8...WORLD_SIZE...torchrun")
 
 
-def test_another_rank_that_is_gone_is_one_line_too(monkeypatch):
-    """Exit code 1, so that torchrun starts it again; no traceback, and no "error", since nothing here was wrong."""
+def test_the_loss_of_another_rank_is_one_line(monkeypatch):
+    """Exit code 1, so that torchrun restarts it; no traceback, and no "error", since nothing here was wrong."""
 
     def lose(config: TrainConfig) -> None:
         raise LostContact("rank 1: lost the other ranks")
@@ -439,14 +439,14 @@ def test_another_rank_that_is_gone_is_one_line_too(monkeypatch):
         "write digits s3://b/x.beton", "export s3://b/run new", "export run s3://b", "evaluate gs://b --data digits",
     ],
 )  # fmt: skip
-def test_no_path_is_a_url(here, argv):
-    """Which would become a local folder `s3:`."""
+def test_urls_are_refused(here, argv):
+    """Otherwise a local folder `s3:` would be created."""
     (url,) = [part.partition("=")[2] or part.removeprefix("cifar100:") for part in argv.split() if "://" in part]
     refused(argv, url)
 
 
-def test_names_do_not_give_orders_to_the_terminal(copied, capsys):
-    """An escape sequence, a second line, text that runs the other way, a byte that is no letter."""
+def test_control_characters_in_names_are_escaped(copied, capsys):
+    """An escape sequence, a second line, right-to-left text, a byte that is not UTF-8."""
     name = "x\x1b]0;title\x07\n\u202efastofa: error: forged\udcff[red]"
     Path(name).mkdir()
     shown = r"x\x1b]0;title\x07\n\u202efastofa: error: forged\udcff[red]"
@@ -495,8 +495,8 @@ def test_names_do_not_give_orders_to_the_terminal(copied, capsys):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_the_machine_lacks_is_one_line(monkeypatch, error, code, message):
-    """Wherever it is noticed."""
+def test_missing_resources_are_one_line(monkeypatch, error, code, message):
+    """Wherever they are noticed."""
 
     def fail(config: TrainConfig) -> None:
         raise error
@@ -507,7 +507,7 @@ def test_what_the_machine_lacks_is_one_line(monkeypatch, error, code, message):
     assert_one_line(said.replace("fastofa: ", "fastofa: error: ") if code == 1 else said, message)
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+def test_an_unexpected_exception_shows_a_traceback(monkeypatch):
     monkeypatch.setattr("fastofa.commands.train.main", lambda _: {}["a fault"])
     code, _, error = fastofa(f"{TRAIN} --out new")
     assert code == 1
@@ -529,8 +529,8 @@ cli.main()
 
 
 @pytest.mark.parametrize(("error", "code"), [("KeyError('a fault')", 1), ("cli.BadInput('no')", 2)])
-def test_a_command_ends_though_a_thread_does_not(error, code):
-    """One that waits for a disk, say."""
+def test_a_command_ends_although_a_thread_does_not(error, code):
+    """For example, one that waits for a disk."""
     command = [sys.executable, "-c", STUCK.format(error=error)]
     ended = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
     assert ended.returncode == code
@@ -586,8 +586,9 @@ DAMAGE = pytest.mark.parametrize(
 
 @DAMAGE
 def test_damaged_cache(copied, damage, message):
-    """Every file of it for `cache verify`; for training the first view and the validation answers. Precompute mends a
-    file that was removed. Without its last view a cache is one that is not finished."""
+    """Each file, by `cache verify`; the first view and the validation predictions, by training. Precompute replaces a
+    removed file. Without its last view, a cache counts as unfinished.
+    """
     for file in (view_file(0), view_file(1), VAL):
         kept = Path("cache", file).read_bytes()
         damage(Path("cache", file))
@@ -602,8 +603,8 @@ def test_damaged_cache(copied, damage, message):
         assert Path("cache", file).read_bytes() == kept
 
 
-def test_damage_found_in_the_middle(copied):
-    """The second view is read after the first epoch: the error is the last line, and the run can go on afterwards."""
+def test_a_view_damaged_during_a_run(copied):
+    """The second view is read after the first epoch: the error is the last line, and the run can be resumed."""
     truncate(Path("cache", view_file(1)))
     code, _, error = fastofa(f"{TRAIN} --out new")
     *progress, last = error.splitlines()
@@ -617,7 +618,7 @@ def test_damage_found_in_the_middle(copied):
 
 
 def edits(value: Any) -> Any:
-    """`value` (of JSON) with one thing in it removed, or exchanged for something of another kind."""
+    """`value` (JSON) with one entry removed or replaced by one of another type."""
     if isinstance(value, dict):
         for key in value:
             yield f"no {key}", {k: v for k, v in value.items() if k != key}
@@ -631,7 +632,7 @@ def edits(value: Any) -> Any:
 
 
 def test_edited_header_of_a_cache(copied):
-    """Whatever is done to cache.json, every command gives an answer or one line."""
+    """Whatever is changed in cache.json, every command gives its result or one line."""
     header = json.loads(Path("cache", HEADER).read_text())
     del header["config"]  # only --config reads it
     count = 0
@@ -667,14 +668,14 @@ def test_edited_field_of_a_cache(copied, edited, message):
     refused(f"{TRAIN} --out new", message)
 
 
-def test_header_that_is_no_json(copied):
+def test_header_that_is_not_json(copied):
     Path("cache", HEADER).write_text(Path("cache", HEADER).read_text()[:-30])
     for argv in ("cache info cache", f"{TRAIN} --out new", f"{PRECOMPUTE} --out cache"):
         refused(argv, "cache/cache.json...JSON")
 
 
 def test_edited_configuration_of_a_run(copied):
-    """A needed field that is gone (others have defaults), or something else in place of classes or teacher's width."""
+    """A required field is missing (others have defaults), or classes or the teacher's width are of another type."""
     values = json.loads(Path("run", "config.json").read_text())
     count = 0
     for what, edited in edits(values):
@@ -704,7 +705,7 @@ def test_damaged_checkpoint(copied, damage, message):
 
 
 def test_damaged_newest_checkpoint_of_several(copied):
-    """Training goes on from the one before; who evaluates or exports is told, and gets no other weights unasked."""
+    """Training resumes from the one before; evaluate and export refuse, and use no other weights unasked."""
     succeeds(f"{TRAIN} --out run3 --checkpoint-every 4 --keep 2")
     truncate(Path("run3", CHECKPOINT))
     for argv in ("evaluate run3 --data digits:20", "export run3 new"):
@@ -739,7 +740,7 @@ STUDENT, EMA, ADAM = "student.backbone.bn1.weight", "ema.backbone.bn1.weight", "
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
 def test_checkpoint_with_other_keys(copied, change, message, readers):
-    """Whole and with a right checksum, but not what this run saves."""
+    """It is intact with a correct checksum, but is not what this run saves."""
     tensors, info = load_tensors(Path("run", CHECKPOINT))
     for name, value in change.items():
         if value is not None:
@@ -755,7 +756,7 @@ def test_checkpoint_with_other_keys(copied, change, message, readers):
 
 
 class Code:
-    """When unpickled, it makes the folder `executed`."""
+    """Creates the folder `executed` when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("executed",)
@@ -785,7 +786,7 @@ def test_a_pickle_in_place_of_tensors_is_not_opened(copied, file, commands, how)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
-def test_weights_with_code_in_them_are_not_executed(copied, suffix):
+def test_code_in_weights_is_not_executed(copied, suffix):
     file = f"weights.{suffix}"
     torch.save({"state_dict": {"head.weight": torch.zeros(2), "code": Code()}}, file)
     refused(
@@ -800,12 +801,12 @@ def test_weights_with_code_in_them_are_not_executed(copied, suffix):
     ("number", "noun", "text"),
     [(1, "image", "1 image"), (0, "view", "0 views"), (2000, "class", "2,000 classes"), (1, "class", "1 class")],
 )
-def test_one_of_a_kind_is_no_plural(number, noun, text):
+def test_counted_uses_the_singular_for_one(number, noun, text):
     assert counted(number, noun) == text
 
 
-def test_no_message_has_a_one_beside_a_plural(tmp_path, monkeypatch):
-    """Of a data set with one image, one class, one view: whatever the commands say of it on the way to a student."""
+def test_messages_use_the_singular_for_one(tmp_path, monkeypatch):
+    """With one image, one class and one view: all messages of all commands up to a trained student."""
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
         (tmp_path / "photos" / split / "red" / "below").mkdir(parents=True)
@@ -824,18 +825,18 @@ def test_no_message_has_a_one_beside_a_plural(tmp_path, monkeypatch):
     said = [fastofa(argv) for argv in commands]
     assert [one for one in said if one[0]] == []
     words = " ".join(out + error for _, out, error in said)
-    plurals = "images|classes|views|files|samples|answers|epochs|steps|others"
+    plurals = "images|classes|views|files|samples|predictions|epochs|steps|others"
     assert re.findall(rf"(?<![\d.,])1 (?:[a-z]+ )?(?:{plurals})\b", words) == []
 
 
-# --- Unreadable pictures ----------------------------------------------------------------------------------------------
+# --- Unreadable images ------------------------------------------------------------------------------------------------
 
 
-def test_unreadable_pictures_are_named_and_can_be_left_out(copied):
-    """Text in place of a picture, an empty file, half a picture; then the same with --skip-corrupt, up to a student."""
+def test_unreadable_images_are_named_and_can_be_skipped(copied):
+    """Text, an empty file and half an image; then the same with --skip-corrupt, up to a student."""
     shutil.rmtree("photos/.fastofa")
     text, empty, half = (Path("photos", "train", name) for name in ("china/001.jpg", "flower/002.jpg", "china/003.jpg"))
-    text.write_text("no picture")
+    text.write_text("not an image")
     empty.write_bytes(b"")
     refused(f"{PHOTO_PRECOMPUTE} --out new", f"2 unreadable...{text}...{empty}...--skip-corrupt")
     half.write_bytes(half.read_bytes()[:1000])
@@ -848,8 +849,8 @@ def test_unreadable_pictures_are_named_and_can_be_left_out(copied):
     assert any("top1" in row for row in read_metrics(Path("student")))
 
 
-def test_an_image_whose_header_alone_is_whole(copied):
-    """It is found before the teacher runs, as all are decoded once; nothing is written."""
+def test_an_image_with_only_its_header_intact(copied):
+    """It is found before the teacher runs, since all images are decoded once; nothing is written."""
     Path("photos", "train", "flower", "007.jpg").write_bytes(Path("photos/train/flower/007.jpg").read_bytes()[:2000])
     code, _, error = fastofa(f"{PHOTO_PRECOMPUTE} --out new")
     assert code == 2
@@ -873,16 +874,16 @@ def with_space(argv: str, size: int) -> tuple[int, str]:
     return code, error
 
 
-def _with_space(argv: str, size: int, answer: Connection) -> None:
+def _with_space(argv: str, size: int, sender: Connection) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then such a write fails, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     code, _, error = fastofa(argv)
-    answer.send((code, error))
+    sender.send((code, error))
 
 
 def full(argv: str, size: int, message: str, out: str) -> None:
-    """The last line says it, and what lies in the folder `out` is whole."""
+    """The last line reports it, and the files in the folder `out` are intact."""
     code, error = with_space(argv, size)
     assert code == 2, error
     assert "Traceback" not in error
@@ -898,7 +899,7 @@ def full(argv: str, size: int, message: str, out: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "file"), [(300, HEADER), (3000, VAL), (12_000, view_file(0))])
 def test_full_disk_while_precomputing(copied, size, file):
-    """The same command goes on once there is space."""
+    """Once there is space, the same command resumes."""
     argv = f"{PRECOMPUTE} --out new --data digits:1000"
     full(argv, size, f"new/{file}...free space", "new")
     succeeds(argv)
@@ -917,7 +918,7 @@ def test_full_disk_while_precomputing(copied, size, file):
     ids=["configuration", "log", "checkpoint"],
 )
 def test_full_disk_while_training(copied, size, message):
-    """The same command with --resume goes on to the same weights once there is space."""
+    """Once there is space, the same command with --resume reaches the same weights."""
     full(f"{TRAIN} --out new", size, message, "new")
     succeeds(f"{TRAIN} --out new --resume")
     same_run(Path("new"), Path("run"))

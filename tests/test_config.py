@@ -95,7 +95,7 @@ def test_a_wrong_value_is_refused_with_the_flags_name(name, value, message):
 
 
 def test_every_number_and_choice_is_checked():
-    """No numeric or closed field of the configuration is left out of the list above (or of the tests below)."""
+    """No numeric or closed field of the configuration is missing from the list above (or from the tests below)."""
     numeric = {
         f.name for f in dataclasses.fields(TrainConfig) if any(t in str(f.type) for t in ("int", "float", "Lit"))
     }
@@ -121,7 +121,7 @@ def test_every_number_and_choice_is_checked():
         ({"start_size": 64, "image_size": 32}, "start-size: expected at most the full 32 pixels, got 64"),
     ],
 )
-def test_values_that_do_not_fit_each_other_are_refused(values, message):
+def test_contradictory_values_are_refused(values, message):
     with pytest.raises(BadInput, match=message):
         config(**values)
 
@@ -141,7 +141,7 @@ def test_values_that_do_not_fit_each_other_are_refused(values, message):
         {"growth": (0.5, 0.5), "start_size": 160, "image_size": 160},
     ],
 )
-def test_values_at_the_edge_are_taken(values):
+def test_values_at_the_limits_are_accepted(values):
     c = config(**values)
     assert {name: getattr(c, name) for name in values} == values
 
@@ -151,7 +151,7 @@ def test_only_ofa_has_exits_and_they_are_in_stage_order():
     assert config(method="kd").exits == config(method="scratch").exits == ()
 
 
-def test_the_view_policy_is_the_default_with_what_was_asked():
+def test_the_view_policy_is_the_default_with_the_given_changes():
     default = ViewPolicy(scale=(0.3, 0.9), ratio=(1.0, 2.0), flip=0.1)
     assert config().policy(default) == default
     assert config(flip=0.0).policy(default) == dataclasses.replace(default, flip=0.0)
@@ -206,7 +206,7 @@ def test_json_of_another_version_or_edited_is_refused():
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
 def test_json_of_another_type_is_refused(name):
-    """In one line with the field's name; whatever else is there is taken, or refused for what it says."""
+    """In one line with the field's name; other values are accepted or refused for their content."""
     values = config().to_json()
 
     def said(value: Any) -> str:
@@ -228,8 +228,8 @@ def test_json_of_another_type_is_refused(name):
             TrainConfig.from_json(odd)  # type: ignore[arg-type]
 
 
-def test_differences_are_what_makes_it_another_run():
-    """What only says where and how fast it runs is free; everything else is named with both values."""
+def test_differences_that_make_it_another_run():
+    """Fields that only affect where and how fast it runs may differ; all others are named with both values."""
     mine = config()
     free = {
         "out": Path("elsewhere"), "resume": True, "device": "cuda", "compile": "on", "pipeline": "torchvision",
@@ -302,7 +302,9 @@ def test_a_recipe_has_the_published_values(name):
 
 @pytest.mark.parametrize("epochs", [16, 32, 88])
 def test_imagenet_fast_has_ffcvs_values(epochs):
-    """Those of rn18_configs/rn18_*_epochs.yaml in ffcv-imagenet, whose rate climbs for two epochs and falls to 0."""
+    """Those of rn18_configs/rn18_*_epochs.yaml in ffcv-imagenet, whose learning rate rises for two epochs and falls to
+    0.
+    """
     c = recipes.imagenet_fast(data="d", student="s", out=Path("o"), **({} if epochs == 16 else {"epochs": epochs}))
     assert (c.epochs, c.batch_size, c.optimizer, c.weight_decay, c.smoothing) == (epochs, 1024, "sgd", 5e-5, 0.1)
     assert (c.start_size, c.image_size, c.eval_size, c.eval_flip) == (160, 192, 256, True)
@@ -313,7 +315,7 @@ def test_imagenet_fast_has_ffcvs_values(epochs):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_given_overrides_the_recipe(name):
+def test_given_values_override_the_recipe(name):
     c = recipe(name)(data="d", student="s", out=Path("o"), lr=0.123, epochs=3)
     assert (c.lr, c.epochs, c.data, c.recipe) == (0.123, 3, "d", name)
     assert c.differences(recipe(name)(data="d", student="s", out=Path("o"))) == [
@@ -323,7 +325,7 @@ def test_what_is_given_overrides_the_recipe(name):
 
 
 def test_the_published_views():
-    """Mission's table, but for the colour jitter (see the next test); CIFAR's pictures have their own mean."""
+    """The values of the paper's code except colour jitter (see the next test); CIFAR's images have their own mean."""
     vit_mlp = {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "erase": 0.25}
     expected = {
         "imagenet_vit_mlp": ViewPolicy(**vit_mlp),
@@ -341,12 +343,12 @@ def test_the_published_views():
     ("options", "jitter"), [({"auto_augment": "rand-m9-mstd0.5-inc1"}, False), ({"auto_augment": None}, True)]
 )
 def test_timm_leaves_out_colour_jitter_beside_randaugment(options, jitter):
-    """Why the recipes have none, although the published files name it."""
+    """This is why the recipes have none, although the published files name it."""
     transform = transforms_imagenet_train(color_jitter=0.4, **options)
     assert any(isinstance(step, ColorJitter) for step in transform.transforms) is jitter
 
 
-def test_what_views_lack_of_the_recipes_is_named():
+def test_differences_from_the_recipes_views_are_named():
     for name in RECIPES:
         assert augmentation_differences(name, default_policy("digits", name)) == ""
     plain = ViewPolicy()
@@ -379,7 +381,7 @@ ARGUMENTS = ["--data", "photos", "--student", "resnet18", "--out", "run"]
 @pytest.mark.parametrize("form", [["--recipe", "imagenet_cnn"], ["--recipe=imagenet_cnn"]])
 @pytest.mark.parametrize("first", [True, False])
 def test_flags_change_the_recipe(form, first):
-    """Whichever way and wherever the recipe is named; `--flag-with-dashes` and several values included."""
+    """However and wherever the recipe is named; including `--flag-with-dashes` and several values."""
     flags = [*ARGUMENTS, "--lr", "0.3", "--batch-size", "64", "--cache", "c", "--eps", "1.5", "--stages", "1", "4"]
     c = parse("train", [*form, *flags] if first else [*flags, *form])
     given = {"lr": 0.3, "batch_size": 64, "cache": Path("c"), "eps": (1.5,), "stages": (1, 4)}
@@ -409,8 +411,8 @@ def test_an_unknown_recipe_is_bad_input(arguments, message):
     ("data", "name"),
     [("photos", "photos"), ("digits", "digits"), ("digits:50", "digits"), ("cifar100:dir", "cifar_cnn")],
 )
-def test_without_a_recipe_it_is_the_one_that_suits_the_data(data, name, capsys):
-    """As the help says; and nothing else that is wrong is hidden by it."""
+def test_without_a_recipe_the_data_determine_it(data, name, capsys):
+    """As the help states; other invalid values are still reported."""
     expected = recipe(name)(data=data, student="resnet18", out=Path("run"))
     assert parse("train", ["--data", data, "--student", "resnet18", "--out", "run"]) == expected
     assert parse("train", [f"--data={data}", "--student", "resnet18", "--out", "run"]) == expected
@@ -420,7 +422,7 @@ def test_without_a_recipe_it_is_the_one_that_suits_the_data(data, name, capsys):
     assert f"(default: {name})" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_help_shows_the_values_of_the_recipe_that_is_named(capsys):
+def test_the_help_shows_the_values_of_the_named_recipe(capsys):
     with pytest.raises(SystemExit):
         parse("train", ["--help", "--recipe", "imagenet_fast"])
     said = " ".join(capsys.readouterr().out.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
@@ -430,7 +432,7 @@ def test_the_help_shows_the_values_of_the_recipe_that_is_named(capsys):
     assert "(default: 16)" in said
 
 
-# --- By the data set's size -------------------------------------------------------------------------------------------
+# --- By the dataset's size --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -442,7 +444,7 @@ def test_the_help_shows_the_values_of_the_recipe_that_is_named(capsys):
         (1_281_167, (30, 128, 1e-3, 1.5), (30, 128, 1e-4, 1.5)),
     ],
 )
-def test_photos_by_the_data_sets_size(images, fresh, tuned):
+def test_photos_values_by_dataset_size(images, fresh, tuned):
     for init, expected in ((None, fresh), ("pretrained", tuned)):
         c = with_size_defaults(recipes.photos(data="d", student="s", out=Path("o"), init=init), images, images, 1)
         assert (c.epochs, c.batch_size, c.lr, c.warmup_epochs) == expected
@@ -450,8 +452,8 @@ def test_photos_by_the_data_sets_size(images, fresh, tuned):
 
 
 @given(st.integers(1, 3000), st.sampled_from([1, 2, 3, 8, 24]), st.integers(1, 3))
-def test_any_size_gives_steps_that_fit(images, multiple, repeats):
-    """Where it is possible at all: at least a step an epoch, in whole parts, few images or many."""
+def test_every_dataset_size_gives_valid_steps(images, multiple, repeats):
+    """Wherever possible: at least one step per epoch and whole parts, for any number of images."""
     rows = images // repeats * repeats
     c = with_size_defaults(recipes.photos(data="d", student="s", out=Path("o")), images, rows, multiple)
     assert c.batch_size % multiple == 0
@@ -464,7 +466,7 @@ def test_any_size_gives_steps_that_fit(images, multiple, repeats):
     assert 0 < c.lr <= 1e-3
 
 
-def test_what_was_given_stays_whatever_the_size():
+def test_given_values_do_not_depend_on_the_size():
     given = {"epochs": 7, "batch_size": 50, "lr": 0.0, "warmup_epochs": 0}
     c = recipes.photos(data="d", student="s", out=Path("o"), **given)
     assert with_size_defaults(c, 10**6, 10**6, 8) == c

@@ -45,7 +45,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_runs_file_gives_every_default_and_flags_change_them(there):
-    """Relative paths begin where the run was started; whether it was resumed is its own affair."""
+    """Relative paths are relative to where the run was started. Whether it was resumed is not inherited."""
     file = there / "run" / "config.json"
     config = parse("train", ["--config", str(file)])
     expected = {"data": str(there / "photos"), "out": there / "run", "cache": there / "cache"}
@@ -59,22 +59,22 @@ def test_a_runs_file_gives_every_default_and_flags_change_them(there):
 
 
 @pytest.mark.parametrize("bare", [True, False])
-def test_a_file_of_ones_own_begins_in_the_working_directory(there, bare):
+def test_paths_of_a_plain_file_are_relative_to_the_working_directory(there, bare):
     values = read_json(there / "run" / "config.json")["config"]
     Path("mine.json").write_text(json.dumps(values if bare else {"config": values}))
     found = parse("train", ["--config", "mine.json"])
     assert (found.data, found.out, found.cache, found.lr) == ("photos", Path("run"), Path("cache"), 0.3)
 
 
-def test_digits_are_no_folder(there):
+def test_digits_is_not_a_relative_path(there):
     values = read_json(there / "run" / "config.json")
     (there / "run" / "config.json").write_text(json.dumps({**values, "config": {**values["config"], "data": "digits"}}))
     assert parse("train", ["--config", str(there / "run" / "config.json")]).data == "digits"
     assert open_run(there / "run").data == "digits"
 
 
-def test_resume_needs_the_runs_folder_only(there):
-    """Also one that was moved; and alone it is a flag as ever, wherever it stands."""
+def test_resume_needs_only_the_runs_folder(there):
+    """Also one that was moved. Alone, --resume remains a flag, wherever it stands."""
     moved = there.parent / "moved"
     shutil.move(there / "run", moved)
     whole = dataclasses.replace(read_config(TrainConfig, moved / "config.json"), out=moved, resume=True)
@@ -89,7 +89,7 @@ def test_resume_needs_the_runs_folder_only(there):
 
 
 @pytest.mark.parametrize("argv", ["--resume RUN other", "--resume other RUN", "other --resume RUN"])
-def test_one_run_is_resumed(there, argv):
+def test_resume_accepts_one_run(there, argv):
     argv = argv.replace("RUN", str(there / "run")).replace("other", str(there / "run"), 1)
     code, _, error = fastofa(f"train {argv}")
     assert code == 2
@@ -108,7 +108,7 @@ def test_one_run_is_resumed(there, argv):
         ("--config RUN", "expected a file, got a folder"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(there, argv, message):
+def test_contradictory_flags_are_one_line(there, argv, message):
     code, out, error = fastofa(f"train {argv}".replace("RUN", str(there / "run")))
     assert (code, out) == (2, "")
     assert_one_line(error, message)
@@ -129,7 +129,7 @@ FILES: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("command", ["train", "precompute"])
 @pytest.mark.parametrize("name", FILES)
-def test_another_file_is_one_line(there, command, name):
+def test_a_file_of_another_kind_is_one_line(there, command, name):
     text, message = FILES[name]
     Path("odd.json").write_text(text)
     code, _, error = fastofa(f"{command} --config odd.json --out new")
@@ -139,8 +139,8 @@ def test_another_file_is_one_line(there, command, name):
     assert not Path("new").exists()
 
 
-def test_values_of_another_kind_are_one_line(there):
-    """Of each field, and those that the configuration itself refuses."""
+def test_values_of_another_type_are_one_line(there):
+    """Of each field, and values that the configuration itself refuses."""
     values = read_json(there / "run" / "config.json")["config"]
     for name in values:
         Path("odd.json").write_text(json.dumps({**values, name: {"a": 1}}))
@@ -151,14 +151,14 @@ def test_values_of_another_kind_are_one_line(there):
     assert_one_line(fastofa("train --config odd.json")[2], "odd.json: lr: expected a number of at least 0, got -1")
 
 
-def test_a_pipe_is_not_waited_for(there):
+def test_a_pipe_does_not_block(there):
     os.mkfifo("pipe")
     assert_one_line(fastofa("train --config pipe")[2], "pipe: expected a file, got a pipe")
     assert_one_line(fastofa("precompute --config pipe --out new")[2], "pipe: expected a file, got a pipe")
 
 
-def test_a_run_again_by_its_file_and_resumed_by_its_folder(on_photos, tmp_path):
-    """The same run, and with --resume nothing is left to do; without it, its folder is taken."""
+def test_a_run_is_repeated_from_its_file_and_resumed_from_its_folder(on_photos, tmp_path):
+    """With --resume the finished run has nothing left to do; without it, its folder is refused."""
     first = on_photos()
     result = train(first)
     file = first.out / "config.json"
@@ -175,8 +175,8 @@ def test_a_run_again_by_its_file_and_resumed_by_its_folder(on_photos, tmp_path):
 # --- Precompute -------------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_again_by_its_file(photo_cache: TeacherCache, tmp_path: Path):
-    """The same answers elsewhere, with a flag changed if one likes; --out has to be said."""
+def test_a_cache_is_repeated_from_its_file(photo_cache: TeacherCache, tmp_path: Path):
+    """It gives the same predictions in another folder; flags may change fields, and --out is required."""
     file = photo_cache.path / "cache.json"
     config = parse("precompute", ["--config", str(file), "--out", str(tmp_path / "cache")])
     own = json.loads(file.read_text())
@@ -190,7 +190,7 @@ def test_a_cache_again_by_its_file(photo_cache: TeacherCache, tmp_path: Path):
     assert changed == dataclasses.replace(config, out=Path("x"), flip=0.0, views=5)
 
 
-def test_a_caches_file_holds_its_recipes_views(photos: Path, photo_cache: TeacherCache, tmp_path: Path):
+def test_a_caches_file_contains_its_recipes_views(photos: Path, photo_cache: TeacherCache, tmp_path: Path):
     """Although it names them by the recipe only; and views that were added later."""
     own = json.loads((photo_cache.path / "cache.json").read_text())
     values = {**own["config"], "recipe": "cifar_vit_mlp"}
@@ -207,7 +207,7 @@ def test_a_caches_file_holds_its_recipes_views(photos: Path, photo_cache: Teache
 
 
 def _from(header: dict[str, Any]) -> dict[str, Any]:
-    """A cache's arguments in Python."""
+    """The arguments of a cache, from Python."""
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
     return {**values, "out": Path(values["out"])}
 
@@ -216,8 +216,8 @@ def _from(header: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("command", ["train", "precompute"])
-def test_the_help_has_every_field_below_a_title(command, capsys, monkeypatch):
-    """Of the section that its place in the class says, in the class's order."""
+def test_the_help_groups_every_field_under_a_title(command, capsys, monkeypatch):
+    """The title is that of its section in the class, and the order is the class's."""
     monkeypatch.setenv("COLUMNS", "80")
     config = CONFIGS[command]
     names = [field.name for field in dataclasses.fields(config)]

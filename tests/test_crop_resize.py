@@ -24,7 +24,7 @@ def by_torchvision(image: Tensor, box: list[int], flip: bool, size: int) -> Tens
 
 
 def by_float64(image: np.ndarray, box: list[float], size: int) -> np.ndarray:
-    """[S, S, 3]: antialiased bilinear filtering of the pixels that the box touches, one output pixel at a time."""
+    """[S, S, 3]: antialiased bilinear filtering of the pixels that the box overlaps, one output pixel at a time."""
 
     def weights(start: float, length: float, source: int) -> list[dict[int, float]]:
         scale, rows = length / size, []
@@ -47,7 +47,7 @@ def by_float64(image: np.ndarray, box: list[float], size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [32, 160, 224, 333])
 def test_equals_torchvision_on_photographs(photographs, size):
-    """Down, up, tall, wide, at the borders, one pixel and the whole picture; mirrored or not. Also `ids` and layout."""
+    """Down, up, tall, wide, at the edges, one pixel and the whole image; flipped or not. Also `ids` and layout."""
     boxes = [[0, 0, 427, 640], [13, 27, 300, 257], [327, 540, 100, 100], [200, 0, 31, 47], [0, 320, 427, 20]]
     boxes += [[5, 400, 9, 240], [400, 600, 1, 1], [0, 0, size, size] if size <= 427 else [0, 0, 1, 2]]
     ids = torch.tensor([0, 1, 1, 0, 1, 0, 1, 0])
@@ -63,7 +63,7 @@ def test_equals_torchvision_on_photographs(photographs, size):
 
 
 def test_a_box_of_the_output_size_is_copied(photographs):
-    """No filtering where none is needed: pixel for pixel, and mirrored."""
+    """Without filtering: pixel for pixel, and flipped."""
     boxes = torch.tensor([[7, 30, 96, 96], [300, 11, 96, 96]])
     got = crop_resize(photographs, boxes, torch.tensor([False, True]), 96)
     assert torch.equal(got[0], photographs[0, 7:103, 30:126].permute(2, 0, 1))
@@ -105,8 +105,10 @@ def test_fractional_boxes_equal_a_float64_oracle(box):
         np.testing.assert_allclose(got[0].permute(1, 2, 0).numpy() * 255, expected, rtol=0, atol=0.01)
 
 
-def test_a_fractional_box_looks_where_it_says():
-    """On a ramp of 4 grey levels a pixel the middle of a box reads its own position, and mirroring swaps the ends."""
+def test_a_fractional_box_samples_its_position():
+    """On a ramp of 4 grey levels a pixel, the middle of a box has the value of its position, and flipping swaps the
+    ends.
+    """
     ramp = (4 * torch.arange(60, dtype=torch.uint8))[None, :, None].expand(40, 60, 3)
     lefts = torch.tensor([10.0, 10.25, 10.5, 10.9])
     boxes = torch.stack([torch.tensor([3.0, left, 20.5, 24.0]) for left in lefts])
@@ -120,8 +122,8 @@ def test_a_fractional_box_looks_where_it_says():
     torch.testing.assert_close(mirrored, got.flip(-1))
 
 
-def test_no_crops_and_pictures_stored_channels_first(photographs):
-    """An empty batch gives an empty batch; a permuted view of [N, 3, H, W] is as good as [N, H, W, 3]."""
+def test_an_empty_batch_and_images_stored_channels_first(photographs):
+    """An empty batch gives an empty batch; a permuted view of [N, 3, H, W] works like [N, H, W, 3]."""
     boxes, flip = torch.tensor([[0, 0, 400, 600]] * 2), torch.tensor([False, True])
     none = crop_resize(photographs, boxes[:0], flip[:0], 32, ids=torch.tensor([], dtype=torch.int64))
     assert none.shape == (0, 3, 32, 32)
@@ -161,7 +163,7 @@ GOOD = {
         ({"impl": "pillow"}, "impl: expected .*got 'pillow'"),
     ],
 )
-def test_refuses_what_does_not_fit(change, message):
-    """Every ValueError names the argument, what was expected and what came."""
+def test_invalid_arguments_are_refused(change, message):
+    """Each ValueError names the argument, the expected and the given value."""
     with pytest.raises(ValueError, match=message):
         crop_resize(**{**GOOD, **change})

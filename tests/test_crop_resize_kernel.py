@@ -26,14 +26,14 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3 if D
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """What a kernel forgets to write is NaN, or 255."""
+    """Memory that a kernel does not write is NaN, or 255."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def make_case(H=29, W=34, N=3, ids=(2, 0, 1, 1)) -> dict[str, Tensor]:
-    """Boxes that shrink, grow, do both, and are smaller than a pixel, between pixels; every other one is mirrored."""
+    """Boxes between pixels that shrink, grow, do both, or are smaller than a pixel; every other one is flipped."""
     boxes = torch.tensor(
         [
             [0.0, 0.0, H, W],
@@ -48,7 +48,7 @@ def make_case(H=29, W=34, N=3, ids=(2, 0, 1, 1)) -> dict[str, Tensor]:
 
 
 def in_float64(images: Tensor, boxes: Tensor, flip: Tensor, size: int, ids: Tensor) -> Tensor:
-    """[B, 3, S, S], 0..255: the definition, with the weights of the twin, which is tested on its own."""
+    """[B, 3, S, S], 0..255: the definition, with the weights of the twin, which has its own tests."""
     top, left, height, width = boxes.double().unbind(dim=1)
     rows = resize_weights(top, height, images.shape[1], size)
     columns = resize_weights(left, width, images.shape[2], size)
@@ -78,13 +78,13 @@ def check(case: dict[str, Tensor], size: int, dtypes=(torch.uint8, *FLOATS)) -> 
     ("H", "W", "size"), [(29, 34, 13), (17, 8, 32), (20, 16, 2), (1, 1, 5), (5, 70, 3), (7, 9, 23)]
 )
 def test_equals_float64(H, W, size):
-    """Down, strongly down and up; odd sizes; one block of pixels or several; every type of result."""
+    """Down, strongly down and up; odd sizes; one or several blocks of pixels; every result dtype."""
     check(make_case(H, W), size)
 
 
 @pytest.mark.parametrize("size", [32, 45])
 def test_equals_torchvision_on_photographs(size):
-    """Of the 8-bit result: 1/255 in the mean and 3/255 at most."""
+    """In the 8-bit result: 1/255 on average and 3/255 at most."""
     photographs = [torch.from_numpy(image[:300:2, ::3].copy()) for image in load_sample_images().images]
     boxes = [[0, 0, 150, 213], [13, 27, 100, 57], [130, 180, 20, 30], [50, 0, 31, 47], [149, 212, 1, 1], [9, 9, 1, 90]]
     ids, flip = torch.tensor([0, 1, 1, 0, 1, 0]), torch.arange(6) % 2 == 0
@@ -125,7 +125,7 @@ def test_halves_are_rounded_to_even():
     assert got[0, 0, 0].tolist() == [0, 2, 2, 128, 254]
 
 
-def test_no_crops_and_pictures_stored_channels_first():
+def test_an_empty_batch_and_images_stored_channels_first():
     case = make_case()
     permuted = case["images"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     got = crop_resize(**case, size=9, impl="triton")
@@ -135,8 +135,8 @@ def test_no_crops_and_pictures_stored_channels_first():
 
 
 @pytest.mark.parametrize("number", [-1, 3, 2**40])
-def test_a_picture_that_does_not_exist_is_nan(number):
-    """On a GPU, where nobody looks at the numbers: nothing outside the source is read, and the others are right."""
+def test_an_index_out_of_range_gives_nan(number):
+    """On a GPU, where indices are not checked: nothing outside the source is read, and the other images are correct."""
     case = make_case()
     options = (9, case["ids"].clone(), MEAN, STD, torch.float32)
     right = torch.ops.fastofa.crop_resize(case["images"], case["boxes"], case["flip"], *options)
@@ -147,8 +147,8 @@ def test_a_picture_that_does_not_exist_is_nan(number):
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), -500.0, 500.0, 1e30])
-def test_senseless_boxes_read_nothing_outside_the_source(number):
-    """And end: a filter spans no more pixels than the picture has."""
+def test_invalid_boxes_read_nothing_outside_the_source(number):
+    """They also terminate: a filter spans at most as many pixels as the image has."""
     case = make_case(6, 5, ids=(0, 1, 2, 2))
     for place in range(4):
         case["boxes"][place] = 2
@@ -178,7 +178,7 @@ def test_compiles_as_one_graph(impl):
     torch.testing.assert_close(compiled(case), pixels(case))
 
 
-def test_refuses_a_picture_whose_pixels_32_bits_cannot_number():
+def test_refuses_an_image_with_more_pixels_than_32_bits_can_index():
     image = torch.zeros(1, 1, 1, 3, dtype=torch.uint8, device=DEVICE).expand(1, 27000, 27000, 3)
     boxes, flip = torch.zeros(1, 4, device=DEVICE), torch.zeros(1, dtype=torch.bool, device=DEVICE)
     with pytest.raises(
@@ -187,7 +187,7 @@ def test_refuses_a_picture_whose_pixels_32_bits_cannot_number():
         crop_resize(image, boxes, flip, 8, impl="triton")
 
 
-def test_such_a_picture_is_the_twins_by_default(monkeypatch):
+def test_the_twin_handles_such_an_image_by_default(monkeypatch):
     module = sys.modules["fastofa.kernels.crop_resize"]
     monkeypatch.setattr(module, "use_triton", lambda *_: True)
     monkeypatch.setattr(module.reference, "crop_resize", lambda *_: "twin")
@@ -198,7 +198,7 @@ def test_such_a_picture_is_the_twins_by_default(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
 def test_on_a_cpu_the_operator_is_the_twin(monkeypatch):
-    """As an exported program meets it; asked for by name, the kernel needs a GPU."""
+    """As in an exported program; the kernel, if requested by name, needs a GPU."""
     monkeypatch.delenv("TRITON_INTERPRET")
     case = make_case()
     for ids in (case["ids"], None):

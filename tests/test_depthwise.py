@@ -18,14 +18,14 @@ NAMES = ("y", "dx", "dweight", "dscale", "dshift")
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """What a kernel forgets to write is NaN."""
+    """Memory that a kernel does not write is NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def make_case(B=2, C=8, H=5, W=7, dtype=torch.float32, folded=True, seed=0) -> list[Tensor]:
-    """x, weight, and scale and shift if folded. Values before the activation keep away from its corners."""
+    """x, weight, and scale and shift if folded. Values before the activation are not near its kinks."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(B, C, H, W, generator=generator).to(dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(C, 1, 3, 3, generator=generator)
@@ -37,7 +37,7 @@ def make_case(B=2, C=8, H=5, W=7, dtype=torch.float32, folded=True, seed=0) -> l
 
 
 def run(case: list[Tensor], impl: str, dtype: torch.dtype, stride: int, activation: str | None) -> list[Tensor]:
-    """y and the gradients of all inputs, in float64, for a gradient of y that is the same for all."""
+    """y and the gradients of all inputs, in float64, for the same gradient of y."""
     double = dtype == torch.float64
     x, *others = ((t.double() if double else t.clone()).requires_grad_() for t in case)
     y = depthwise_conv3x3(x, others[0], stride, *others[1:], activation=activation, impl=impl)
@@ -78,7 +78,7 @@ def test_every_size(stride, C, H, W):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_several_tiles_strips_images_and_blocks_of_channels(stride, monkeypatch):
-    """What one program does in the other tests is shared among many: columns 9, channels 200, strips of 3 rows."""
+    """Work that one program does in the other tests is split: columns by 9, channels 200, strips of 3 rows."""
     monkeypatch.setattr("fastofa.kernels.triton_depthwise.ROWS", 3)
     check(make_case(1, 200, 8 * stride - 1, 9 * stride), stride, "relu6")
     monkeypatch.setattr("fastofa.kernels.triton_depthwise.PROGRAMS", 1)
@@ -87,7 +87,7 @@ def test_several_tiles_strips_images_and_blocks_of_channels(stride, monkeypatch)
 
 
 def test_tiles_waste_little():
-    """Columns and channels of the students' and exits' maps: at most a quarter of what is computed lies outside."""
+    """For the maps of students and exits: at most a quarter of the computed columns and channels is outside."""
     for width, channels in ((112, 32), (112, 96), (56, 64), (56, 144), (28, 128), (28, 192), (14, 256), (14, 576)):
         t = tiling(256, width, width, channels, 1)
         covered = -(-width // t.block_w) * t.block_w * t.blocks * t.block_c
@@ -103,14 +103,14 @@ def test_empty_batch(stride):
     assert not any(sums.any() for sums in (dweight, dscale, dshift))
 
 
-def test_gives_the_same_numbers_every_time():
-    """No sum is in the order in which programs happen to finish."""
+def test_results_are_deterministic():
+    """No sum depends on the order in which programs finish."""
     case = make_case(B=3, C=24, H=8, W=8)
     first, second = (run(case, "triton", torch.float32, 1, "relu") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_any_memory_format_comes_in_and_channels_last_goes_out():
+def test_any_memory_format_is_accepted_and_channels_last_returned():
     x, *others = make_case()
     expected = depthwise_conv3x3(x, *others[:1], 1, *others[1:], activation="relu", impl="triton")
     got = depthwise_conv3x3(x.contiguous(), *others[:1], 1, *others[1:], activation="relu", impl="triton")
@@ -119,7 +119,7 @@ def test_any_memory_format_comes_in_and_channels_last_goes_out():
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
-def test_nan_stays_nan(activation):
+def test_nan_is_propagated(activation):
     x, weight, scale, shift = make_case()
     x[0, 0, 2, 2] = float("nan")
     y = depthwise_conv3x3(x, weight, 1, scale, shift, activation, impl="triton")
@@ -157,7 +157,7 @@ def test_compiles_without_a_graph_break(impl):
 @pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
 @pytest.mark.parametrize("activation", ["not folded", None, "relu", "relu6"])
 def test_on_a_cpu_the_operators_are_the_twin(activation, monkeypatch):
-    """As an exported program meets them: gradients in closed form against autograd's."""
+    """As in an exported program: closed-form gradients equal autograd's."""
     monkeypatch.delenv("TRITON_INTERPRET")
     folded = activation != "not folded"
     leaves = [t.requires_grad_() for t in make_case(folded=folded)]

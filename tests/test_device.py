@@ -1,4 +1,4 @@
-"""Where to compute: each process of a host has a GPU of its own, and what is not here is said in one line."""
+"""Devices: each process of a host uses its own GPU, and a missing device is one line."""
 
 import os
 
@@ -19,13 +19,13 @@ def two_gpus(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_each_process_of_a_host_takes_the_gpu_of_its_number():
+def test_each_process_of_a_host_uses_the_gpu_with_its_local_rank():
     for name in ("auto", "cuda"):
         assert [choose_device(name, local_rank) for local_rank in (0, 1)] == [GPU, torch.device("cuda:1")]
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_a_device_that_is_named_is_taken():
+def test_a_named_device_is_used():
     assert choose_device("cuda:1", local_rank=0) == torch.device("cuda:1")
     assert choose_device("cpu", local_rank=1) == CPU
 
@@ -50,7 +50,7 @@ def _no_gpu(*_: object, **__: object) -> None:
     raise AssertionError("Torch not compiled with CUDA enabled")
 
 
-def test_auto_compiles_and_is_bf16_on_a_gpu_only():
+def test_auto_means_bf16_and_compile_on_a_gpu_only():
     for choose, on, off in ((choose_bf16, "bf16", "fp32"), (choose_compile, "on", "off")):
         assert [choose("auto", device) for device in (CPU, GPU)] == [False, True]
         assert [choose(on, device) for device in (CPU, GPU)] == [True, True]
@@ -68,8 +68,8 @@ def test_the_processes_of_a_host_share_its_cores(monkeypatch, cores, processes, 
     assert choose_workers(0, processes) == 0
 
 
-def test_without_a_compiler_one_line_says_so(monkeypatch, tmp_path):
-    """Slim images have none. With a GPU Triton needs one, too."""
+def test_a_missing_compiler_is_one_line(monkeypatch, tmp_path):
+    """Slim container images have none. With a GPU, Triton needs one, too."""
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)

@@ -560,9 +560,7 @@ def test_only_errors_of_the_connection_become_lost_contact(monkeypatch):
 
 def test_a_folder_that_is_not_shared_is_reported():
     check_shared(World(1, 2), True, "run/config.json")
-    with pytest.raises(
-        BadInput, match=r"rank 1: expected run/config.json, which rank 0 just wrote, but found none; --out"
-    ):
+    with pytest.raises(BadInput, match=r"rank 1: expected run/config.json as on rank 0, found none; put --out on"):
         check_shared(World(1, 2), False, "run/config.json")
 
 
@@ -641,7 +639,12 @@ def test_torchrun_does_not_restart_ranks_that_refuse_their_input(config, tmp_pat
     with Torchrun(c, restarts=3, command=script) as started:
         assert started.process.wait(PATIENCE_S) not in (0, None)
     output = started.log.read_text()
-    assert output.count("fastofa: error: x.beton does not exist; `fastofa write DATA x.beton` writes it\n") == 1, output
+    assert (
+        output.count(
+            "fastofa: error: x.beton: expected a written dataset, found none; `fastofa write DATA x.beton` writes it\n"
+        )
+        == 1
+    ), output
     assert output.count("fastofa: error: ") <= 2, output  # rank 0 may be killed before it can report why it stops
     assert not (c.out / "config.json").exists()
 

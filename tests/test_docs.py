@@ -1,4 +1,4 @@
-"""What README and docs/ point to exists: files, headings, commands and their flags."""
+"""Files, headings, commands and flags to which README and docs/ refer exist."""
 
 import re
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
 
 def anchors(path: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """The anchors of the headings, as GitHub generates them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
@@ -30,13 +30,13 @@ def test_links_lead_to_files_and_headings(path):
 
 
 @page
-def test_benchmarks_that_are_named_exist(path):
+def test_named_benchmarks_exist(path):
     for name in re.findall(r"python -m (bench\.\w+)", path.read_text()):
         assert find_spec(name), name
 
 
 def commands() -> dict[str, set[str]]:
-    """The flags that the blocks of code give to each command."""
+    """The flags that the code blocks pass to each command."""
     found: dict[str, set[str]] = {}
     for path in PAGES:
         blocks = "".join(re.findall(r"^```\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL))
@@ -47,7 +47,7 @@ def commands() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("command", "flags"), commands().items())
-def test_flags_that_are_shown_exist(command, flags, capsys):
+def test_flags_in_code_blocks_exist(command, flags, capsys):
     cli.main([command, "--help"])
     text = capsys.readouterr().out
     assert {flag for flag in flags if not re.search(rf"{flag}\b(?!-)", text)} == set()

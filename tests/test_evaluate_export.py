@@ -1,4 +1,4 @@
-"""What a run is worth, computed again without fastofa; and its student in plain timm."""
+"""Evaluation equals a computation without fastofa, and the exported student works in plain timm."""
 
 import dataclasses
 import itertools
@@ -48,7 +48,7 @@ TIES = 2.1 / 599  # of two classes that are as good to the last bits, each proce
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Random weights large enough for answers that differ from picture to picture."""
+    """Random weights large enough for predictions that differ from image to image."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter)
@@ -56,7 +56,7 @@ def lively(model: nn.Module) -> nn.Module:
 
 
 def make_run(out: Path, classes: tuple[str, ...] = DIGITS, ema: bool = False, save: bool = True, **given: Any) -> Run:
-    """A run's folder as training leaves it, with random weights (and other random weights as their average)."""
+    """A run's folder as training writes it, with random weights (and other random weights as their average)."""
     values = {"data": "digits:100", "student": "test_efficientnet", "mean": MEAN, "std": STD, "eval_crop": 0.8}
     config: TrainConfig = recipes.digits(**{**values, "out": out, **given})
     run = Run(out, config, classes, teacher_dim=256, fingerprint="")
@@ -116,8 +116,8 @@ def photo_run(photos: Path, tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_the_figures_are_those_of_a_loop_written_by_hand(digit_cache, tmp_path, ema):
-    """Top-1, top-5, agreement and the teacher's own top-1 over 599 digits; of the moving average where there is one."""
+def test_the_figures_equal_a_plain_loop(digit_cache, tmp_path, ema):
+    """Top-1, top-5, agreement and the teacher's top-1 over 599 digits; of the moving average if there is one."""
     run = make_run(tmp_path / "run", ema=ema, cache=digit_cache.path)
     found = evaluate(run.path, "digits:100")
 
@@ -139,8 +139,8 @@ def test_the_figures_are_those_of_a_loop_written_by_hand(digit_cache, tmp_path, 
     }
 
 
-def test_mirror_images_and_larger_pictures_count_where_the_run_says_so(tmp_path):
-    """The mean of the logits of both, at the run's --eval-size."""
+def test_the_runs_eval_flip_and_eval_size_are_used(tmp_path):
+    """The mean of the logits of image and mirror image, at the run's --eval-size."""
     val = open_dataset("digits:100", "val")
     found = []
     for flip, size in ((False, 32), (True, 32), (True, 48)):
@@ -156,8 +156,8 @@ def test_mirror_images_and_larger_pictures_count_where_the_run_says_so(tmp_path)
     assert min(max(abs(x - y) for x, y in zip(a, b, strict=True)) for a, b in itertools.combinations(found, 2)) > TIES
 
 
-def test_predictions_are_the_mean_of_picture_and_mirror_image(digits):
-    """`best_classes` itself, of every picture: the five best classes; asked twice it answers the same."""
+def test_best_classes_averages_image_and_mirror_image(digits):
+    """The five best classes of every image; a second call gives the same."""
     run = make_run(Path("unused"), save=False)
     student = run.build_student().train()
     lively(student)
@@ -176,8 +176,8 @@ def test_predictions_are_the_mean_of_picture_and_mirror_image(digits):
     assert (got[0] == alone.argsort(dim=1, descending=True)[:, :5].numpy()).mean() < 0.9
 
 
-def test_the_best_weights_are_evaluated_and_exported_where_they_are_asked_for(tmp_path):
-    """Instead of the last ones; the written evaluation says which."""
+def test_the_best_weights_are_evaluated_and_exported_on_request(tmp_path):
+    """Instead of the last ones; evaluation.json states which."""
     run = make_run(tmp_path / "run", ema=True)
     best = lively(run.build_student())
     save_best(run.path, best, {"step": 0})
@@ -192,8 +192,8 @@ def test_the_best_weights_are_evaluated_and_exported_where_they_are_asked_for(tm
     assert all(torch.equal(weights[name], value) for name, value in best.backbone.state_dict().items())
 
 
-def test_pictures_from_files_in_any_batch_size(photo_run, photos):
-    """JPEGs of many sizes, two classes (so top-5 is certain); no teacher cache, so nothing to agree with."""
+def test_image_files_in_any_batch_size(photo_run, photos):
+    """JPEGs of many sizes, two classes (so top-5 is 100%); without a teacher cache there is no agreement."""
     val = open_dataset(str(photos), "val")
     best = predict_by_hand(plain_student(photo_run, "student"), pixels(val, 32, 0.8))
     for batch_size in (5, 256):
@@ -203,7 +203,7 @@ def test_pictures_from_files_in_any_batch_size(photo_run, photos):
 
 
 def test_a_student_agrees_with_itself(photo_run, photos, tmp_path):
-    """Exported, asked as a teacher and evaluated: the same pictures, normalisation and crop all the way."""
+    """Exported, used as a teacher and evaluated: images, normalisation and crop are the same throughout."""
     export(photo_run.path, tmp_path / "out")
     config = PrecomputeConfig(str(photos), str(tmp_path / "out"), tmp_path / "cache", views=1, topk=2, workers=0)
     cache = precompute(config)
@@ -213,11 +213,9 @@ def test_a_student_agrees_with_itself(photo_run, photos, tmp_path):
     assert found.teacher_top1 == found.top1
 
 
-@pytest.mark.parametrize("state", ["gone", "unfinished", "of other pictures"])
-def test_without_the_teachers_answers_for_these_pictures_there_is_no_agreement(
-    digit_cache, photos, tmp_path, capsys, state
-):
-    """A line says why; accuracy is there all the same."""
+@pytest.mark.parametrize("state", ["gone", "unfinished", "of other images"])
+def test_without_predictions_for_these_images_there_is_no_agreement(digit_cache, photos, tmp_path, capsys, state):
+    """A notice states the reason; accuracy is still computed."""
     copy = Path(shutil.copytree(digit_cache.path, tmp_path / "cache"))
     if state == "gone":
         shutil.rmtree(copy)
@@ -230,14 +228,14 @@ def test_without_the_teachers_answers_for_these_pictures_there_is_no_agreement(
     expected = {
         "gone": "no cache.json",
         "unfinished": "is missing",
-        "of other pictures": "other validation images",
+        "of other images": "other validation images",
     }
-    assert f"no agreement with the teacher: {'' if state == 'of other pictures' else copy}" in said
+    assert f"no agreement with the teacher: {'' if state == 'of other images' else copy}" in said
     assert expected[state] in said
 
 
-def test_without_data_a_run_is_evaluated_on_its_own(photos, tmp_path, monkeypatch, capsys):
-    """Found from another folder, too; one line says which, and whether it is still what it was."""
+def test_without_data_a_run_is_evaluated_on_its_own_images(photos, tmp_path, monkeypatch, capsys):
+    """Also from another folder; a notice names the data and whether they have changed."""
     (tmp_path / "elsewhere").mkdir()
     shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".fastofa"))
     monkeypatch.chdir(tmp_path)
@@ -259,7 +257,7 @@ def test_without_data_a_run_is_evaluated_on_its_own(photos, tmp_path, monkeypatc
 
 
 def test_evaluate_refuses(photo_run, photos, tmp_path):
-    """No run, no checkpoint yet, data of other classes."""
+    """No run, no checkpoint yet, data with other classes."""
     with pytest.raises(BadInput, match=r"expected a run made by `fastofa train`, found no config.json"):
         evaluate(tmp_path, str(photos))
     with pytest.raises(BadInput, match=r"expected the 2 classes that .* was trained on, got 10: missing china, flower"):
@@ -273,7 +271,7 @@ def test_evaluate_refuses(photo_run, photos, tmp_path):
 def test_evaluate_refuses_an_edited_run(photo_run, photos):
     for edit, message in (
         ({"config": {}}, r"config.json: expected the fields of this version"),
-        ({"classes": None}, r"config.json: expected what `fastofa train` writes, it lacks"),
+        ({"classes": None}, r"config.json: expected a run's configuration, but it lacks"),
     ):
         kept = json.loads((photo_run.path / "config.json").read_text())
         write_json(photo_run.path / "config.json", {**kept, **edit})
@@ -290,8 +288,8 @@ def test_the_evaluate_command_prints_a_table(photo_run, photos, capsys):
         assert text in printed
 
 
-def test_details_are_those_of_scikit_learn(photos, tmp_path, capsys):
-    """Recall of each class and the confusion matrix; of a class without images there is no recall."""
+def test_details_equal_scikit_learns(photos, tmp_path, capsys):
+    """Recall of each class and the confusion matrix; a class without images has no recall."""
     photos = shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".fastofa"))
     shutil.copytree(photos / "train" / "china", photos / "train" / "zebra")
     names = ("china", "flower", "zebra")
@@ -336,7 +334,7 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def exported(request, tmp_path_factory) -> tuple[Run, Path, str, str]:
-    """(run, folder, the line that loads it, timm's name) of a CNN with exits and of Transformers at other sizes."""
+    """(run, folder, the printed line, timm's name) of a CNN with exits and of Transformers at other sizes."""
     given, name = MODELS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     run = make_run(folder / "run", **given)
@@ -347,7 +345,7 @@ def exported(request, tmp_path_factory) -> tuple[Run, Path, str, str]:
 
 
 def test_plain_timm_gives_the_runs_logits(exported):
-    """By the printed line, at the run's size, to 1e-5; drop-path and exits play no part."""
+    """By the printed line, at the run's size, to 1e-5; without drop-path and exits."""
     run, out, line, _ = exported
     student = run.trained_student()
     size = run.config.image_size
@@ -361,7 +359,7 @@ def test_plain_timm_gives_the_runs_logits(exported):
     assert expected.std() > 0.01
 
 
-def test_the_line_needs_only_name_file_and_classes_for_a_cnn(tmp_path):
+def test_a_cnn_can_also_be_loaded_by_name_file_and_classes(tmp_path):
     run = make_run(tmp_path / "run", student="test_resnet")
     export(run.path, tmp_path / "out")
     weights = tmp_path / "out" / "model.safetensors"
@@ -371,8 +369,8 @@ def test_the_line_needs_only_name_file_and_classes_for_a_cnn(tmp_path):
         torch.testing.assert_close(model.eval()(images), run.trained_student()(images)[-1], rtol=1e-5, atol=1e-5)
 
 
-def test_config_json_says_what_the_model_needs(exported):
-    """Architecture and arguments of timm's, size, crop, normalisation, classes in the order of the logits."""
+def test_config_json_describes_the_model(exported):
+    """timm's architecture and arguments, size, crop, normalisation, and class names in the order of the logits."""
     run, out, _, name = exported
     config = json.loads((out / "config.json").read_text())
     size = run.config.image_size
@@ -388,7 +386,7 @@ def test_config_json_says_what_the_model_needs(exported):
     np.testing.assert_allclose(data["mean"], MEAN, rtol=1e-6)
 
 
-def test_the_folder_holds_the_backbone_only(exported):
+def test_the_folder_contains_only_the_backbone(exported):
     run, out, _, _ = exported
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
     weights, own = load_file(out / "model.safetensors"), run.build_student().backbone.state_dict()
@@ -396,8 +394,8 @@ def test_the_folder_holds_the_backbone_only(exported):
     assert not [file for file in out.parent.iterdir() if file.name.startswith(".")]
 
 
-def test_an_export_names_the_size_that_was_evaluated(tmp_path):
-    """As timm's test_input_size, beside the size of training."""
+def test_an_export_records_the_evaluation_size(tmp_path):
+    """As timm's test_input_size, beside the training size."""
     export(make_run(tmp_path / "run", eval_size=48).path, tmp_path / "out")
     cfg = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
     assert (cfg["input_size"], cfg["test_input_size"]) == ([3, 32, 32], [3, 48, 48])
@@ -416,7 +414,7 @@ def test_an_exported_model_is_a_teacher(exported):
     torch.testing.assert_close(teacher.log_probs(images), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_moving_average_is_what_is_exported(tmp_path):
+def test_the_moving_average_is_exported(tmp_path):
     run = make_run(tmp_path / "run", ema=True)
     export(run.path, tmp_path / "out")
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -426,7 +424,7 @@ def test_the_moving_average_is_what_is_exported(tmp_path):
 
 
 def test_export_refuses_and_leaves_nothing(photo_run, tmp_path, monkeypatch):
-    """No run, a place that is taken, logits that are not the run's."""
+    """No run, an existing path, logits that differ from the run's."""
     with pytest.raises(BadInput, match="expected a run made by `fastofa train`"):
         export(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "taken").mkdir()
@@ -446,21 +444,21 @@ def test_export_refuses_and_leaves_nothing(photo_run, tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "taken"]
 
 
-def test_timms_own_transform_is_tried_on_the_runs_images(photo_run, tmp_path, capsys):
-    """Image files go the way of timm's users, and are answered as in the run's own evaluation."""
+def test_an_export_is_compared_on_images_preprocessed_by_timm(photo_run, tmp_path, capsys):
+    """Its predictions for image files are those of the run's own evaluation."""
     evaluated = evaluate(photo_run.path, photo_run.config.data, workers=0)
     export(photo_run.path, tmp_path / "out")
     said = capsys.readouterr().err
     assert "top-1 on 12 validation images is " in said
     assert f" {evaluated.top1:.2%} in the run; " in said
-    assert float(said.rpartition("; ")[2].partition("%")[0]) > 80  # of the answers are the same
+    assert float(said.rpartition("; ")[2].partition("%")[0]) > 80  # percent of the predictions are equal
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     data = timm.data.resolve_model_data_config(model)
     assert (data["interpolation"], data["crop_mode"], data["crop_pct"]) == ("bilinear", "center", 0.8)
 
 
 def test_a_lost_normalisation_is_refused(photo_run, tmp_path, monkeypatch):
-    """Ready tensors would not show it: labels are what the run answers, so its accuracy is 100%."""
+    """Random tensors would not detect it. The labels are the run's predictions, so its accuracy is 100%."""
     own_predictions, save = fastofa.training.export._own_predictions, fastofa.training.export.save_for_hf
 
     def right_predictions(*arguments: Any) -> Any:
@@ -481,7 +479,7 @@ def test_a_lost_normalisation_is_refused(photo_run, tmp_path, monkeypatch):
 
 
 def test_without_its_images_an_export_is_compared_on_tensors(photo_run, tmp_path, capsys):
-    """And says so; they may lie on another machine, or be others by now."""
+    """A notice says so; the images may be on another machine or have changed."""
     for data, reason in (("nowhere", "there is no such folder"), ("digits", "the classes of digits have changed")):
         run = make_run(tmp_path / data, photo_run.classes, data=data)
         export(run.path, tmp_path / f"{data}-out")

@@ -1,4 +1,4 @@
-"""model.onnx in onnxruntime: the logits of plain timm on images that were normalised by hand."""
+"""model.onnx in onnxruntime gives the logits of plain timm on images that were normalised by hand."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ def open_session(file: Path) -> Any:
     ids=lambda given: given["student"],
 )
 def test_the_graph_gives_timms_logits_for_raw_pixels(tmp_path, monkeypatch, given):
-    """Of batches of any size, at the size of evaluation; one file beside the others."""
+    """For any batch size, at the evaluation size; the only file that is added."""
     monkeypatch.setattr("fastofa.training.export.SAMPLE", 10)  # images: seconds
     run = make_run(tmp_path / "run", **given)
     export(run.path, tmp_path / "out", onnx=True)
@@ -64,8 +64,8 @@ def test_the_graph_gives_timms_logits_for_raw_pixels(tmp_path, monkeypatch, give
 
 @with_onnx
 @pytest.mark.slow
-def test_the_file_says_what_it_takes(tmp_path, capsys):
-    """Metadata for who has nothing but the file; one line for who made it."""
+def test_the_file_describes_its_input(tmp_path, capsys):
+    """In its metadata, for users who have only the file; the command prints one line."""
     onnx = pytest.importorskip("onnx", reason=HOW)
     run = make_run(tmp_path / "run", eval_crop=0.75)
     assert cli.main(["export", str(run.path), str(tmp_path / "out"), "--onnx"]) is None
@@ -73,16 +73,16 @@ def test_the_file_says_what_it_takes(tmp_path, capsys):
     model = onnx.load(tmp_path / "out" / "model.onnx")
     onnx.checker.check_model(model)
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == 18
-    told = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(told["classes"]) == list(DIGITS)
-    assert json.loads(told["preprocessing"])["crop_pct"] == 0.75
-    np.testing.assert_allclose(json.loads(told["normalization"])["mean"], MEAN, rtol=1e-6)
-    assert "[batch, 3, 32, 32]" in told["input"]
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["classes"]) == list(DIGITS)
+    assert json.loads(metadata["preprocessing"])["crop_pct"] == 0.75
+    np.testing.assert_allclose(json.loads(metadata["normalization"])["mean"], MEAN, rtol=1e-6)
+    assert "[batch, 3, 32, 32]" in metadata["input"]
 
 
 @with_onnx
 @pytest.mark.slow
-def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+def test_a_graph_with_other_logits_is_removed(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
     original = fastofa.training.export_onnx._compare
 
@@ -96,20 +96,20 @@ def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_missing_package_is_named_before_anything_is_done(tmp_path, monkeypatch, capsys):
-    """By the command, before there is even a run, and by the library."""
+def test_a_missing_package_is_named_first(tmp_path, monkeypatch, capsys):
+    """By the command, even before it looks for the run, and by the library."""
     monkeypatch.setattr(fastofa.runs.quick_checks, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(SystemExit) as end:
         cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--onnx"])
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "onnxscript not installed; pip install 'fastofa[onnx]'" in line
-    with pytest.raises(BadInput, match="onnxscript not installed"):
+    assert "found no onnxscript; pip install 'fastofa[onnx]'" in line
+    with pytest.raises(BadInput, match="found no onnxscript"):
         export(tmp_path / "run", tmp_path / "out", onnx=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_onnxruntime_the_line_says_that_nothing_was_compared(tmp_path, monkeypatch):
+def test_without_onnxruntime_the_missing_comparison_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(fastofa.training.export_onnx, "find_spec", lambda _: None)
-    told = fastofa.training.export_onnx._compare(tmp_path / "model.onnx", torch.nn.Identity(), torch.zeros(1))  # type: ignore[arg-type]
-    assert "not compared" in told
+    line = fastofa.training.export_onnx._compare(tmp_path / "model.onnx", torch.nn.Identity(), torch.zeros(1))  # type: ignore[arg-type]
+    assert "not compared" in line

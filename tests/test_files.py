@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, come back bit for bit, and are refused in one line when anything touched them."""
+"""Files are written whole or not at all, are read back bit for bit, and are refused in one line after any change."""
 
 import errno
 import os
@@ -77,7 +77,7 @@ def one_line(error: pytest.ExceptionInfo[BadInput], path: Path) -> str:
 
 @contextmanager
 def disk_of(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes, as on a disk that fills up; Python ignores the signal."""
+    """No file can grow beyond `size` bytes, as on a disk that fills up; Python ignores the signal."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -97,7 +97,7 @@ def failing(code: int) -> Callable[..., None]:
 # --- write_atomic -----------------------------------------------------------------------------------------------------
 
 
-def test_writes_and_replaces_and_makes_folders(tmp_path: Path) -> None:
+def test_files_are_written_and_replaced_and_folders_created(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.bin"
     write_atomic(path, b"one")
     write_atomic(path, b"second")
@@ -106,7 +106,7 @@ def test_writes_and_replaces_and_makes_folders(tmp_path: Path) -> None:
 
 
 def test_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
-    """A write that runs out of space half-way."""
+    """The write runs out of space half-way."""
     path = tmp_path / "file.bin"
     write_atomic(path, b"old")
     with disk_of(100_000), pytest.raises(BadInput) as error:
@@ -120,7 +120,7 @@ def test_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None
 def test_failure_at_the_last_steps_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """File systems may report a full disk only when the data is flushed or the name is changed."""
+    """File systems may report a full disk only when the data is flushed or the file is renamed."""
     path = tmp_path / "file.bin"
     write_atomic(path, b"old")
     monkeypatch.setattr(os, step, failing(errno.ENOSPC))
@@ -131,7 +131,7 @@ def test_failure_at_the_last_steps_keeps_the_old_file(
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
-def test_data_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_flushed_before_the_file_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (steps.append(("fsync", os.fstat(file).st_size)), fsync(file)))
@@ -140,8 +140,8 @@ def test_data_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch
     assert steps == [("fsync", 1000), ("replace", 0)]
 
 
-def test_place_that_cannot_be_written(tmp_path: Path) -> None:
-    """A file where a folder should be, a folder where the file should be."""
+def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
+    """A file instead of a folder, a folder instead of the file."""
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "below.bin", tmp_path / "folder"):
@@ -151,8 +151,8 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
-def test_readers_see_old_or_new_never_a_part(tmp_path: Path) -> None:
-    """One thread reads all the time while another replaces the file many times."""
+def test_readers_see_the_old_or_the_new_file(tmp_path: Path) -> None:
+    """One thread reads continuously while another replaces the file many times."""
     path = tmp_path / "file.bin"
     contents = [bytes([i]) * (1_000_000 + i) for i in range(4)]
     write_atomic(path, contents[0])
@@ -175,7 +175,7 @@ def test_readers_see_old_or_new_never_a_part(tmp_path: Path) -> None:
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    """The old file stays; what the killed process left is removed by the next write."""
+    """The old file is kept; the next write removes the temporary file of the killed process."""
     path = tmp_path / "file.bin"
     write_atomic(path, b"old")
     code = (
@@ -192,8 +192,8 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
-def test_what_others_are_writing_is_left_alone(tmp_path: Path) -> None:
-    """The next writer removes what dead processes of this host left of this file, and what is old; nothing else."""
+def test_temporary_files_of_running_processes_are_kept(tmp_path: Path) -> None:
+    """The next writer removes only those of dead processes of this host, and old ones, and only for this file."""
     path, here = tmp_path / "file.bin", temporary_name(tmp_path / "file.bin").name.split("-")[1]
     left = [f".file.bin.{NOBODY}-{here}-0123abcd.tmp", ".file.bin.1-00ff-0123abcd.tmp"]
     kept = [
@@ -210,7 +210,7 @@ def test_what_others_are_writing_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where somebody guesses the name: his file keeps what it holds."""
+    """Even if somebody guesses the temporary name, the link's target is unchanged."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     names = {temporary_name(tmp_path / "file.bin").name for _ in range(20)}
@@ -222,7 +222,7 @@ def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.Monk
     assert victim.read_text() == "precious"
 
 
-def test_a_link_in_the_files_place_is_replaced(tmp_path: Path) -> None:
+def test_a_link_at_the_files_path_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "file.bin").symlink_to("victim")
     write_atomic(tmp_path / "file.bin", b"new")
@@ -232,13 +232,11 @@ def test_a_link_in_the_files_place_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
-        (errno.ENOSPC, "free space"), (errno.EACCES, "allow you"), (errno.EROFS, "writable"),
-        (errno.ENOENT, "another place"), (errno.EMFILE, "ulimit -n"),
+        (errno.ENOSPC, "free space"), (errno.EACCES, "write access"), (errno.EROFS, "writable"),
+        (errno.ENOENT, "another path"), (errno.EMFILE, "ulimit -n"),
     ],
 )  # fmt: skip
-def test_the_remedy_belongs_to_the_cause(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, remedy: str
-) -> None:
+def test_the_remedy_matches_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, remedy: str) -> None:
     monkeypatch.setattr(os, "fsync", failing(code))
     with pytest.raises(BadInput, match=f"{os.strerror(code)}; .*{remedy}") as error:
         write_atomic(tmp_path / "file.bin", b"new")
@@ -249,8 +247,8 @@ def test_the_remedy_belongs_to_the_cause(
 
 
 @pytest.mark.parametrize("read", [read_json, load_tensors, map_file, read_file], ids=lambda read: read.__name__)
-def test_only_files_are_opened(tmp_path: Path, read: Callable[[Path], Any]) -> None:
-    """A pipe would be waited for without an end, a device can give bytes without an end."""
+def test_only_regular_files_are_opened(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    """Reading a pipe could block forever; a device may have no end."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to("none")
@@ -303,7 +301,7 @@ def test_folder_appears_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [BadInput("no such teacher"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
-def test_folder_of_a_failed_command_is_gone(tmp_path: Path, error: BaseException) -> None:
+def test_the_folder_of_a_failed_command_is_removed(tmp_path: Path, error: BaseException) -> None:
     expected = BadInput if isinstance(error, OSError) else type(error)
     with pytest.raises(expected), new_folder(tmp_path / "cache") as folder:  # noqa: PT012
         (folder / "cache.json").write_text("{}")
@@ -311,7 +309,7 @@ def test_folder_of_a_failed_command_is_gone(tmp_path: Path, error: BaseException
     assert os.listdir(tmp_path) == []
 
 
-def test_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_folder_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path, Path("."), Path("/")):
         with pytest.raises(BadInput, match="already exists"), new_folder(path):
@@ -324,7 +322,7 @@ def test_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_round_trip_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Bit patterns come back, NaNs with their payload included."""
+    """Bit patterns are preserved, including the payload of NaNs."""
     raw = torch.randint(0, 256, (3, 5, 8), dtype=torch.uint8)
     tensor = raw > 127 if dtype == torch.bool else raw.view(dtype)
     save_tensors(tmp_path / "x.safetensors", {"x": tensor}, {})
@@ -351,7 +349,7 @@ def test_round_trip_of_transposed_sliced_and_trained_tensors(tmp_path: Path) -> 
     assert_same(tensors, {name: tensor.detach() for name, tensor in given.items()})
 
 
-def test_no_tensors_at_all(tmp_path: Path) -> None:
+def test_round_trip_without_tensors(tmp_path: Path) -> None:
     save_tensors(tmp_path / "x.safetensors", {}, INFO)
     assert load_tensors(tmp_path / "x.safetensors") == ({}, INFO)
 
@@ -377,7 +375,7 @@ def test_equal_contents_give_equal_bytes_in_any_process(tmp_path: Path) -> None:
 
 
 def test_other_contents_give_other_checksums(tmp_path: Path) -> None:
-    """Name, dtype, shape, values and info all count."""
+    """Name, dtype, shape, values and info all affect it."""
     x = torch.zeros(4, dtype=torch.int32)
     contents: list[tuple[dict[str, Tensor], dict[str, Any]]] = [
         ({"x": x}, {}),
@@ -444,7 +442,7 @@ def test_a_changed_byte_of_the_data_is_refused(whole: bytes, touched: Path, data
 @settings(max_examples=1000, deadline=None)
 @given(data=st.data(), change=st.integers(1, 255))
 def test_a_changed_byte_of_the_header_is_refused(whole: bytes, touched: Path, data: st.DataObject, change: int) -> None:
-    """Or changes nothing: "1.5" may become "1.50" or an é another spelling of é, never another value."""
+    """Or it changes nothing: "1.5" may become "1.50", or é another spelling of é, but never another value."""
     position = data.draw(st.integers(0, data_start(whole) - 1))
     touched.write_bytes(whole[:position] + bytes([whole[position] ^ change]) + whole[position + 1 :])
     try:
@@ -464,7 +462,7 @@ def test_every_key_of_the_header_is_needed(whole: bytes, touched: Path, word: by
 
 
 def test_swapped_values_are_refused(tmp_path: Path) -> None:
-    """The data of two tensors exchanged, every byte still there."""
+    """The data of two tensors are exchanged."""
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"a": torch.full((4,), 1, dtype=torch.uint8), "b": torch.full((4,), 2, dtype=torch.uint8)}, {})
     whole = path.read_bytes()
@@ -485,7 +483,7 @@ def test_a_renamed_pickle_is_named_as_one_and_not_run(tmp_path: Path, protocol: 
 
 
 class Witness:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -523,7 +521,7 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path, metadata: dict[st
 
 
 @pytest.mark.parametrize("content", [b"", b"a text file\n", b"\x00" * 64, b"\xff" * 64])
-def test_no_safetensors_at_all(tmp_path: Path, content: bytes) -> None:
+def test_another_kind_of_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(BadInput, match="truncated or damaged") as error:
@@ -531,7 +529,7 @@ def test_no_safetensors_at_all(tmp_path: Path, content: bytes) -> None:
     one_line(error, path)
 
 
-def test_missing_file_and_folder_in_its_place(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="does not exist"):
         load_tensors(tmp_path / "none.safetensors")
     with pytest.raises(BadInput) as error:
@@ -540,7 +538,7 @@ def test_missing_file_and_folder_in_its_place(tmp_path: Path) -> None:
 
 
 def test_a_file_larger_than_the_memory_can_be_mapped(tmp_path):
-    """One with a hole, which takes no disk. What is written to it does not reach the file."""
+    """A sparse file, which takes no space. Writes to the mapping do not reach the file."""
     with open(tmp_path / "large", "wb") as file:
         file.write(b"begin")
         file.truncate(4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,4 +1,4 @@
-"""Models whose depthwise convolutions run the kernel, batch norms folded in, against the same models as made."""
+"""Models with the depthwise kernel and folded batch norms equal the same models without them."""
 
 import copy
 
@@ -26,7 +26,7 @@ def fused(model: nn.Module, switched: int) -> nn.Module:
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """Batch norms with weights, biases and running statistics unlike 1 and 0."""
+    """Give batch norms weights, biases and running statistics other than 1 and 0."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -49,9 +49,9 @@ def step(model: nn.Module, images: Tensor, training: bool, dtype: torch.dtype | 
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """To `tolerance` of each tensor's greatest number, or of a tenth of the greatest gradient, if that is more.
+    """To `tolerance` of each tensor's largest value, or of a tenth of the largest gradient if that is more.
 
-    Before a batch norm a bias's gradient is 0, and what is left are the rounding errors of others.
+    The gradient of a bias before a batch norm is 0 except for rounding errors.
     """
     assert got.keys() == expected.keys()
     floor = max(v.abs().max().item() for name, v in expected.items() if name.startswith("gradient")) / 10
@@ -87,7 +87,7 @@ def test_with_kernels_the_results_are_the_same(make, switched, training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_mobilenet_is_the_same(training):
-    """In float64, which is the twin's: in fp32, of so many activations one or the other is at a ReLU's corner."""
+    """In float64, which the twin supports: in fp32, some of so many activations are at a kink of ReLU6."""
     model = randomize(timm.create_model("mobilenetv2_100", num_classes=5)).to("cpu", torch.float64)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     assert_same(step(fused(model, 17), images, training), step(model, images, training), 1e-9)
@@ -116,8 +116,8 @@ def test_compiles_without_a_graph_break(training):
     assert_same(step(compiled, images, training), step(model, images, training), 1e-4)
 
 
-def test_parameters_names_and_copies_stay():
-    """A checkpoint goes either way, and the moving average's copy is fused, too."""
+def test_parameters_names_and_copies_are_kept():
+    """Checkpoints can be exchanged between both, and the moving average's copy is fused, too."""
     model = make_exit()
     switched = fused(model, 4)
     assert {k: v.shape for k, v in switched.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
@@ -129,7 +129,7 @@ def test_parameters_names_and_copies_stay():
     assert all(a is not b and torch.equal(a, b) for a, b in parameters)
 
 
-def test_a_second_time_there_is_nothing_to_do():
+def test_switching_twice_changes_nothing():
     assert use_depthwise_kernel(fused(make_exit(), 4)) == 0
 
 
@@ -138,7 +138,7 @@ def test_a_second_time_there_is_nothing_to_do():
     [("mobilenetv1_100", 13, 0), ("mobilenetv3_large_100", 9, 2), ("efficientnet_b0", 7, 0), ("resnet18", 0, 0)],
 )
 def test_which_layers_are_switched(name, convolutions, folded):
-    """Not 5x5, not in blocks of other kinds; batch norms only before ReLU and ReLU6, and within their block."""
+    """Not 5x5, not in other kinds of blocks; batch norms only before ReLU and ReLU6, and within their block."""
     model = fused(timm.create_model(name), convolutions)
     assert sum(isinstance(module, FoldedBatchNorm2d) for module in model.modules()) == folded
 
@@ -149,7 +149,7 @@ def test_a_synchronised_batch_norm_is_not_folded():
     assert not any(isinstance(module, FoldedBatchNorm2d) for module in model.modules())
 
 
-def test_one_value_a_channel_is_refused_as_by_batch_norm():
+def test_one_value_per_channel_is_refused_as_by_batch_norm():
     model, images = make_exit(), torch.randn(1, 8, 2, 2).to(DEVICE)
     for each in (model, fused(model, 4)):
         with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):

@@ -1,4 +1,4 @@
-"""Models whose batch norms and stems run the kernels, against the same models as made."""
+"""Models with the kernels for batch norms and stems equal the same models without them."""
 
 import copy
 from typing import Any
@@ -50,7 +50,7 @@ STUDENTS: list[tuple[str, dict[str, Any], int, int, int]] = [
 
 @pytest.mark.parametrize(("name", "options", "stems", "switched", "left"), STUDENTS)
 def test_timm_students_are_the_same(name, options, stems, switched, left):
-    """Outputs, gradients, running statistics and names; in float64, which is the twins'."""
+    """Outputs, gradients, running statistics and names; in float64, which the twins support."""
     model = randomize(timm.create_model(name, num_classes=5, **options)).to("cpu", torch.float64)
     model.eval()  # some drop classes' inputs
     other = copy.deepcopy(model)
@@ -71,7 +71,7 @@ def test_timm_students_are_the_same(name, options, stems, switched, left):
 
 
 def make_model() -> nn.Module:
-    """A stem with its pooling and two blocks with residuals, then an exit's batch norms, in one small model."""
+    """One small model: a stem with pooling, two residual blocks, and an exit's batch norms."""
     backbone = timm.create_model("resnet18", num_classes=0, global_pool="", **RESNET)
     return randomize(nn.Sequential(backbone, ConvExit(3, 32, 8, 5)))
 
@@ -79,7 +79,7 @@ def make_model() -> nn.Module:
 @pytest.mark.kernel
 @NOT_FINITE
 def test_with_kernels_the_results_are_the_same():
-    """Also the exits' depthwise kernel beside them, whose batch norms it keeps."""
+    """Together with the exits' depthwise kernel, which keeps its batch norms."""
     torch.manual_seed(1)
     model, images = make_model(), torch.randn(2, 3, 48, 48).to(DEVICE)
     both = copy.deepcopy(model)
@@ -104,7 +104,7 @@ def test_compiles_without_a_graph_break():
     assert_same(step(compiled, images, True), step(fused(model), images, True), 1e-4)
 
 
-def test_copies_are_fused_and_a_checkpoint_goes_either_way():
+def test_copies_are_fused_and_checkpoints_can_be_exchanged():
     model = make_model()
     switched = fused(model)
     again = copy.deepcopy(switched)
@@ -113,7 +113,7 @@ def test_copies_are_fused_and_a_checkpoint_goes_either_way():
 
 
 @pytest.mark.parametrize("kind", ["without weights", "cumulative", "synchronised", "dropped after"])
-def test_other_batch_norms_stay(kind):
+def test_other_batch_norms_are_not_replaced(kind):
     norm = {
         "without weights": lambda: nn.BatchNorm2d(4, affine=False),
         "cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
@@ -137,5 +137,5 @@ def test_other_batch_norms_stay(kind):
         nn.Conv2d(3, 4, 3, (2, 3), 1),
     ],
 )
-def test_other_convolutions_stay(conv):
+def test_other_convolutions_are_not_replaced(conv):
     assert use_stem_kernels(nn.Sequential(conv)) == 0

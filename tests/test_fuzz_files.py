@@ -1,6 +1,6 @@
-"""Files that were damaged or edited: a line that names them, or the same result as before. Never anything else.
+"""Damaged or edited files give one line that names them, or the same result as before.
 
-Each case is a seed; a failure lists them, and `damage_bytes(data, seed)` makes the very file again.
+Each case is a seed; a failure lists the seeds, and `damage_bytes(data, seed)` makes the same file again.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ DATA, CLASSES, SIZE = "digits:20", 10, 32
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the bit and of the same kind."""
+    """Equal bit for bit, and of the same type."""
     if isinstance(a, Tensor | np.ndarray):
         x, y = np.asarray(a), np.asarray(b)
         return a.dtype == b.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
@@ -48,7 +48,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def regions(file: Path) -> list[slice]:
-    """Where a file says what is in it: its beginning, and of a .beton also its records and the table at its end."""
+    """The parts of a file that describe its content: its beginning, and for a .beton also records and table."""
     data = file.read_bytes()
     if file.suffix == ".safetensors":
         return [slice(0, 8 + int.from_bytes(data[:8], "little"))]
@@ -58,7 +58,9 @@ def regions(file: Path) -> list[slice]:
 
 
 def fuzz(file: Path, use: Callable[[], Any], anywhere: int, in_regions: int = 0) -> None:
-    """Damage the file by so many seeds: `use()` names it or its folder, or returns what it does of the whole file."""
+    """Damage the file with each seed: `use()` raises an error that names it or its folder, or gives the undamaged
+    result.
+    """
     whole, expected = file.read_bytes(), use()
     cases = [(seed, slice(0, len(whole))) for seed in range(anywhere)]
     cases += [(seed, region) for region in regions(file) for seed in range(in_regions)]
@@ -82,7 +84,7 @@ def fuzz(file: Path, use: Callable[[], Any], anywhere: int, in_regions: int = 0)
 
 
 def fuzz_text(file: Path, case: Callable[[], str], bytes_too: bool = False) -> None:
-    """Damage what JSON says, or its bytes, by 60 seeds; `case()` says what is wrong then."""
+    """Damage JSON values, or the bytes, with 60 seeds; `case()` returns what is wrong."""
     text, wrong = file.read_text(), []
     for seed in range(60):
         kind, edited = damage_bytes(text.encode(), seed) if bytes_too else damage_json(text, seed)
@@ -97,7 +99,7 @@ def fuzz_text(file: Path, case: Callable[[], str], bytes_too: bool = False) -> N
 
 @pytest.fixture(scope="module")
 def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without a teacher, exported; its answers as a cache; photographs in both written forms."""
+    """A run without a teacher, its export, a cache of its predictions, and photographs in both written forms."""
     folder = tmp_path_factory.mktemp("made")
     given: dict[str, Any] = {"epochs": 2, "batch_size": 10, "eval_every": 2, "checkpoint_every": 2, "ema": 0.9}
     with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +120,7 @@ def cache(made: Path, tmp_path: Path) -> Path:
 
 
 def all_of(path: Path) -> dict[str, Any]:
-    """Everything that training takes from a cache."""
+    """Everything that training reads from a cache."""
     opened = TeacherCache.open(path)
     opened.verify()
     numbers = {name: getattr(opened, name) for name in ("views", "num_samples", "num_classes", "topk", "teacher_dim")}
@@ -127,7 +129,7 @@ def all_of(path: Path) -> dict[str, Any]:
         **numbers,
         "policy": dataclasses.asdict(opened.policy),
         "views_": [views.columns() for views, _, _ in tables],
-        "answers": [(classes, log_probs) for _, classes, log_probs in tables],
+        "views": [(classes, log_probs) for _, classes, log_probs in tables],
         "val": tuple(opened.val_targets()),
     }
 
@@ -138,7 +140,7 @@ def test_a_cache_with_damaged_bytes(cache, name):
 
 
 def test_a_cache_whose_header_was_edited(cache):
-    """It is refused, or says the same of all that training takes."""
+    """It is refused, or gives the same values for everything that training reads."""
     expected = all_of(cache)
 
     def case() -> str:
@@ -152,7 +154,7 @@ DTYPES = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64, torc
 
 
 def edit_tensors(tensors: dict[str, Tensor], seed: int) -> tuple[str, dict[str, Tensor]]:
-    """One of them of another type, shape or value, missing, or one too many."""
+    """Change the dtype, shape or a value of one tensor, remove one, or add one."""
     rng = random.Random(seed)
     name = rng.choice(sorted(tensors))
     tensor = tensors[name]
@@ -174,15 +176,15 @@ def edit_tensors(tensors: dict[str, Tensor], seed: int) -> tuple[str, dict[str, 
 
 
 def impossible(cache: dict[str, Any]) -> str:
-    """What no teacher can have answered and no policy can have drawn."""
+    """Values that no teacher can have predicted and no policy can have drawn."""
     for columns in cache["views_"]:
         crop = columns["crop"].astype(int)
         if crop.shape != (cache["num_samples"], 4) or (crop[:, :2] + crop[:, 2:] > 65535).any():
             return "crops outside of the image"
-    for classes, log_probs in [*cache["answers"], cache["val"]]:
+    for classes, log_probs in [*cache["views"], cache["val"]]:
         number, given = classes.to(torch.int64), log_probs.float()
         if len(number) != len(given) or number.shape[1:] != (cache["topk"],) != given.shape[1:]:
-            return "answers of another shape"
+            return "predictions of another shape"
         if (number >= cache["num_classes"]).any() or any(len(set(row)) < len(row) for row in number.tolist()):
             return "class numbers that are not those of K different classes"
         if not (given.isfinite().all() and (given <= 0).all() and (given.exp().sum(1) < 1.01).all()):
@@ -191,8 +193,8 @@ def impossible(cache: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", [view_file(1), VAL])
-def test_a_cache_with_edited_tables_and_right_checksums(cache, name):
-    """Whoever computes the checksum anew can write any answers, but only possible ones."""
+def test_a_cache_with_edited_tables_and_correct_checksums(cache, name):
+    """Anyone can recompute the checksum; then only possible predictions are accepted."""
     tensors, info = load_tensors(cache / name)
     wrong = []
 
@@ -225,8 +227,8 @@ def test_a_damaged_checkpoint(run):
     fuzz(newest, lambda: weights(run), anywhere=20, in_regions=20)
 
 
-def test_a_checkpoint_with_edited_tensors_and_right_checksums(run):
-    """A student of the right shapes comes of it, or a line."""
+def test_a_checkpoint_with_edited_tensors_and_correct_checksums(run):
+    """It gives a student with tensors of the right shapes, or one line."""
     newest = max((run / "checkpoints").glob("step-*.safetensors"))
     tensors, info = load_tensors(newest)
     shapes = {name: value.shape for name, value in weights(run).items()}
@@ -246,7 +248,7 @@ def test_a_checkpoint_with_edited_tensors_and_right_checksums(run):
 
 @pytest.mark.parametrize("bytes_too", [False, True])
 def test_an_edited_configuration_of_a_run(run, bytes_too):
-    """Text that anybody may change: it is a run's configuration, whose student can be built, or it is refused."""
+    """It describes a run whose student can be built, or it is refused."""
     file = run / "config.json"
 
     def build() -> int:
@@ -265,22 +267,22 @@ def test_an_edited_configuration_of_a_run(run, bytes_too):
 
 @pytest.mark.parametrize("bytes_too", [False, True])
 def test_an_edited_configuration_of_a_teacher(made, tmp_path, bytes_too):
-    """Text that anybody may change: a teacher that answers with log-probabilities comes of it, or a line."""
+    """It describes a teacher that predicts log-probabilities, or it is refused."""
     folder = Path(shutil.copytree(made / "teacher", tmp_path / "teacher"))
     file = folder / "config.json"
 
-    def answers() -> Tensor:
+    def predictions() -> Tensor:
         teacher = open_teacher(str(folder), tuple(map(str, range(CLASSES))))
         size = teacher.image_size
         images = torch.arange(2 * 3 * size * size).view(2, 3, size, size).to(torch.uint8)
         return teacher.log_probs(images)
 
     def case() -> str:
-        named, found = refused(answers, folder)
+        named, found = refused(predictions, folder)
         if named:
             return ""
         fine = found.shape == (2, CLASSES) and found.isfinite().all() and found.exp().sum(1).sub(1).abs().max() < 1e-4
-        return "" if fine else f"answers {found}"
+        return "" if fine else f"predictions {found}"
 
     fuzz_text(file, case, bytes_too)
 
@@ -289,7 +291,7 @@ def test_an_edited_configuration_of_a_teacher(made, tmp_path, bytes_too):
 
 
 def all_images(path: Path) -> list[Any]:
-    """Everything in both splits, verified."""
+    """All images of both splits, after verification."""
     verify(path, workers=1)
     found = [open_dataset(str(path), split) for split in ("train", "val")]
     images = [[dataset.read(i) for i in range(len(dataset))] for dataset in found]
@@ -297,7 +299,7 @@ def all_images(path: Path) -> list[Any]:
 
 
 def all_but_pixels(path: Path) -> list[Any]:
-    """What is right without a verification: names, labels, sizes. Of the images only that they are images."""
+    """What is checked without verification: names, labels, sizes; of the images only that they can be decoded."""
     found = [open_dataset(str(path), split) for split in ("train", "val")]
     for dataset in found:
         image = dataset.read(3)
@@ -308,7 +310,7 @@ def all_but_pixels(path: Path) -> list[Any]:
 
 @pytest.mark.parametrize("form", ["x.pack", "x.beton", "raw.beton"])
 def test_a_damaged_written_form(made, tmp_path, form):
-    """Each of its files: anywhere, by `--verify`; and without it never with other names, labels or sizes."""
+    """Each file: `--verify` detects any damage; without it, names, labels and sizes are never wrong."""
     path = tmp_path / form
     if path.suffix == ".pack":
         shutil.copytree(made / form, path)

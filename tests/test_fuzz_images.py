@@ -1,6 +1,6 @@
-"""Images that were damaged: what is left out is named, and what stays shows what it showed before.
+"""Damaged images: skipped ones are reported, and the others have the pixels they had before.
 
-Each case is a seed; a failure lists them, and `damage_bytes(data, seed)` makes the very file again.
+Each case is a seed; a failure lists the seeds, and `damage_bytes(data, seed)` makes the same file again.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ UNREPORTED = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_damaged_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str):
-    """Of a folder that is opened with skip_corrupt, as `--skip-corrupt` does it; and read one by one."""
+    """In a folder that is opened with skip_corrupt; and read one by one."""
     photo = load_sample_images().images[0][90:250, 260:452]
     data, folder = encoded(photo, form), tmp_path / "data/train/a"
     folder.mkdir(parents=True)
@@ -69,8 +69,8 @@ def test_damaged_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], form
     assert len(kinds) - len(kept) + 1 > SEEDS / 4  # else nothing was tried
 
 
-def test_what_is_visible():
-    """A grey half, a block of another colour; not what another quality or one pixel makes."""
+def test_visible_differences():
+    """A grey half or a block of another colour counts, another JPEG quality or a single pixel does not."""
     photo = torch.from_numpy(load_sample_images().images[0]).permute(2, 0, 1)[:, 100:180, 200:296].numpy()
     grey, block, pixel = photo.copy(), photo.copy(), photo.copy()
     grey[:, 40:] = 128

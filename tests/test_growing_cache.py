@@ -1,4 +1,4 @@
-"""A cache grows while runs use it, is moved or made anew: a run goes on with the views that it started with."""
+"""A cache that grows, moves or is replaced while runs use it: a run continues with the views it started with."""
 
 import dataclasses
 import shutil
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def grow(photos: Path, photo_cache: TeacherCache, tmp_path: Path) -> Callable[[int], Path]:
-    """grow(n) -> a copy of the photographs' cache, once for a test, with n views."""
+    """grow(n) -> a copy of the photographs' cache with n views."""
 
     def grown(views: int) -> Path:
         if not (tmp_path / "cache").exists():
@@ -41,13 +41,13 @@ def grow(photos: Path, photo_cache: TeacherCache, tmp_path: Path) -> Callable[[i
 
 
 def back(run: Path, steps: int = 3) -> None:
-    """The run as it was before its newest checkpoint."""
+    """Reset the run to the state before its newest checkpoint."""
     newest(run).unlink()
     assert load_tensors(newest(run))[1]["step"] == 3 * steps
 
 
-def test_a_run_goes_on_with_the_views_it_began_with(on_photos, grow, capsys):
-    """Four epochs of two views. The cache gets two more meanwhile: the same weights as if it had not."""
+def test_a_run_continues_with_the_views_it_started_with(on_photos, grow, capsys):
+    """Four epochs of two views; the cache gets two more meanwhile, which does not change the weights."""
     given = {"epochs": 4, "checkpoint_every": 3, "keep": 2, "eval_every": 4}
     straight, grown = on_photos("straight", **given), on_photos("grown", cache=grow(2), **given)
     train(straight)
@@ -61,8 +61,8 @@ def test_a_run_goes_on_with_the_views_it_began_with(on_photos, grow, capsys):
     assert len(open_run(grown.out).view_digests) == 2
 
 
-def test_an_unfinished_cache_serves_what_it_has(on_photos, grow, capsys):
-    """A run replays the three finished views of four, and says so; to its end, though the fourth is there by then."""
+def test_an_unfinished_cache_serves_its_finished_views(on_photos, grow, capsys):
+    """A run reports and replays three of four views, to its end, even if the fourth is finished meanwhile."""
     cache = grow(4)
     fourth = (cache / view_file(3)).read_bytes()
     (cache / view_file(3)).unlink()
@@ -76,7 +76,7 @@ def test_an_unfinished_cache_serves_what_it_has(on_photos, grow, capsys):
     assert len(open_run(config.out).view_digests) == 3
 
 
-def test_views_that_no_epoch_shows_may_change(on_photos, grow, capsys):
+def test_views_that_no_epoch_uses_may_change(on_photos, grow, capsys):
     """A run of one epoch needs one view."""
     cache = grow(2)
     config = on_photos(cache=cache, epochs=1)
@@ -88,8 +88,8 @@ def test_views_that_no_epoch_shows_may_change(on_photos, grow, capsys):
     assert "replays" not in capsys.readouterr().err
 
 
-def test_what_is_not_what_the_run_began_with_is_refused(on_photos, grow):
-    """A view with other answers, a view less, no cache at all: each is named, and nothing is written."""
+def test_a_cache_other_than_the_runs_is_refused(on_photos, grow):
+    """A view with other predictions, one view fewer, or no cache: each is named, and nothing is written."""
     cache = grow(2)
     config = on_photos(cache=cache, checkpoint_every=3)
     train(config)
@@ -114,7 +114,7 @@ def test_what_is_not_what_the_run_began_with_is_refused(on_photos, grow):
 
 
 def test_resume_compares_the_validation_images(on_photos, photos, photo_cache, tmp_path):
-    """Labels, too; the training images are the same."""
+    """Including their labels; the training images are the same."""
     data = Path(shutil.copytree(photos, tmp_path / "photos"))
     config = on_photos(data=str(data), cache=None, method="scratch", epochs=1)
     train(config)
@@ -127,8 +127,8 @@ def test_resume_compares_the_validation_images(on_photos, photos, photo_cache, t
     train(dataclasses.replace(config, resume=True))
 
 
-def test_a_run_knows_its_places_from_any_folder(on_photos, grow, photos, monkeypatch, tmp_path):
-    """Begun with relative paths; evaluated from elsewhere, agreement with the teacher included."""
+def test_relative_paths_of_a_run_work_from_any_folder(on_photos, grow, photos, monkeypatch, tmp_path):
+    """For evaluation from another folder, including agreement with the teacher."""
     grow(2)
     shutil.copytree(photos, tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
@@ -148,23 +148,23 @@ def test_a_run_knows_its_places_from_any_folder(on_photos, grow, photos, monkeyp
     ("data", "found"),
     [("digits:100", "digits:100"), ("cifar100:c", "cifar100:{}/c"), ("c", "{}/c"), ("a:b", "{}/a:b"), ("gone", "gone")],
 )
-def test_where_a_runs_data_lies(data, found, tmp_path):
-    """Built-in names stay as they are, though there be a folder of the number's name."""
+def test_the_path_of_a_runs_data(data, found, tmp_path):
+    """Built-in names are unchanged, even if there is a folder of that name."""
     for name in ("100", "c", "a:b"):
         (tmp_path / name).mkdir()
     config = recipes.digits(data=data, student="test_resnet", out=tmp_path)
     assert Run(tmp_path, config, ("a",), 0, "", folder=str(tmp_path)).data == found.format(tmp_path)
 
 
-@pytest.mark.parametrize("state", ["made anew", "cut short", "grown", "moved"])
-def test_evaluate_takes_the_answers_that_the_run_began_with(
+@pytest.mark.parametrize("state", ["replaced", "cut short", "grown", "moved"])
+def test_evaluate_uses_the_predictions_that_the_run_started_with(
     on_photos, grow, photo_cache, photos, capsys, state, tmp_path
 ):
-    """Of a cache with other answers to the same images, with fewer views or gone, a line says why there is none."""
+    """If the cache has other predictions, fewer views or is missing, a notice states why there is no agreement."""
     config = on_photos(cache=grow(2))
     train(config)
     cache = tmp_path / "cache"
-    if state == "made anew":
+    if state == "replaced":
         shutil.rmtree(cache)
         teacher = str(photo_cache.path.parent / "teacher")
         precompute(PrecomputeConfig(str(photos), teacher, cache, 2, topk=2, seed=1, workers=0))
@@ -179,7 +179,7 @@ def test_evaluate_takes_the_answers_that_the_run_began_with(
     said = capsys.readouterr().err
     assert (found.agreement is not None) is (state == "grown")
     expected = {
-        "made anew": f"no agreement with the teacher: {cache} does not contain the predictions",
+        "replaced": f"no agreement with the teacher: {cache} does not contain the predictions",
         "cut short": "no agreement with the teacher: .*expected 2 views, finished: 1 of 2",
         "grown": "",
         "moved": f"no agreement with the teacher: {cache}: expected a teacher cache",
@@ -187,8 +187,8 @@ def test_evaluate_takes_the_answers_that_the_run_began_with(
     assert all(part in said for part in expected.split(".*"))
 
 
-def test_a_caches_fault_is_not_blamed_on_the_learning_rate(on_photos, grow):
-    """Found when the view is opened, at the start or in the middle; after it the run goes on from its checkpoint."""
+def test_a_damaged_cache_is_not_reported_as_divergence(on_photos, grow):
+    """It is detected when the view is opened, at the start or later; then the run can be resumed."""
     cache = grow(2)
     kept = (cache / view_file(1)).read_bytes()
     tensors, said = load_tensors(cache / view_file(1))
@@ -206,8 +206,8 @@ def test_a_caches_fault_is_not_blamed_on_the_learning_rate(on_photos, grow):
         train(dataclasses.replace(config, resume=True))
 
 
-def test_ranks_take_the_views_that_all_of_them_see(on_photos, grow, monkeypatch):
-    """One may be finished between two ranks' looks at the cache."""
+def test_ranks_use_the_views_that_all_of_them_see(on_photos, grow, monkeypatch):
+    """A view may be finished after one rank and before another has looked."""
     monkeypatch.setattr(World, "sum", lambda _, mine: mine + torch.tensor([0, 2]))  # the other rank sees two
     epochs = Epochs(on_photos(cache=grow(3), epochs=5), open_dataset(on_photos().data), World(0, 2), CPU)
     assert epochs.view_digests == TeacherCache.open(grow(3)).digests(2)

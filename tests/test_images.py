@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright uint8 RGB as Pillow sees them; what is no picture is refused by name."""
+"""Images of every kind become upright uint8 RGB as in Pillow; other files are refused by name."""
 
 import errno
 import io
@@ -36,7 +36,7 @@ def photo() -> Image.Image:
 
 
 def with_alpha(photo: Image.Image) -> Image.Image:
-    """Fades out from left to right: how alpha is dropped would show."""
+    """Fades out from left to right, so that the treatment of alpha is visible."""
     fading = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1))
     result = photo.copy()
     result.putalpha(Image.fromarray(fading))
@@ -67,7 +67,7 @@ def refusal(path: Path) -> str:
     return text
 
 
-# --- Kinds of pictures ------------------------------------------------------------------------------------------------
+# --- Kinds of images --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_equals_pillow(
     convert: Callable[[Image.Image], Image.Image],
     options: dict[str, Any],
 ) -> None:
-    """Up to one level, the freedom that JPEG and WebP decoders have."""
+    """To one level, by which JPEG and WebP decoders may differ."""
     path = tmp_path / name
     assert path.suffix.lower() in SUFFIXES
     convert(photo).save(path, **options)
@@ -110,7 +110,7 @@ def test_equals_pillow(
 
 
 def write_png16(path: Path, values: np.ndarray) -> None:
-    """A PNG of 16 bits a channel, uint16 [H, W] or [H, W, 3]; Pillow cannot write it in colour."""
+    """A PNG with 16 bits per channel, uint16 [H, W] or [H, W, 3], which Pillow cannot write in colour."""
     kind = 2 if values.ndim == 3 else 0
     height, width = values.shape[:2]
 
@@ -125,8 +125,8 @@ def write_png16(path: Path, values: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("grey", [True, False])
-def test_16_bits_a_channel_are_brought_to_8(tmp_path: Path, grey: bool) -> None:
-    """Scaled, not cut off: 65535 becomes 255, and every level is within one of value / 257."""
+def test_16_bits_per_channel_are_scaled_to_8(tmp_path: Path, grey: bool) -> None:
+    """65535 becomes 255, and every level is within one of value / 257."""
     values = np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH) if grey else (HEIGHT, WIDTH, 3))
     values[0, :2] = [[0], [65535]] if not grey else [0, 65535]
     write_png16(tmp_path / "deep.png", values.astype(np.uint16))
@@ -137,7 +137,7 @@ def test_16_bits_a_channel_are_brought_to_8(tmp_path: Path, grey: bool) -> None:
     assert np.abs(image - expected / 257).max() <= 1
 
 
-def test_smallest_and_thinnest_pictures(tmp_path: Path) -> None:
+def test_smallest_and_thinnest_images(tmp_path: Path) -> None:
     for height, width in ((1, 1), (1, 50), (50, 1)):
         values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(values).save(tmp_path / "small.png")
@@ -156,9 +156,9 @@ def test_names_with_spaces_and_other_letters(tmp_path: Path, photo: Image.Image)
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path: Path, photo: Image.Image, suffix: str, orientation: int) -> None:
-    """As Pillow does it, and as the eye sees it: the mark lies where the orientation's definition puts it."""
+    """As by Pillow, and the mark is where the definition of the orientation puts it."""
     marked = photo.copy()
-    marked.paste((255, 0, 0), (0, 0, 16, 16))  # the stored picture's top left
+    marked.paste((255, 0, 0), (0, 0, 16, 16))  # the stored image's top left
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     path = tmp_path / f"turned.{suffix}"
@@ -172,14 +172,14 @@ def test_exif_orientation_is_applied(tmp_path: Path, photo: Image.Image, suffix:
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 255])
-def test_undefined_orientation_is_none(tmp_path: Path, photo: Image.Image, orientation: int) -> None:
+def test_an_undefined_orientation_is_ignored(tmp_path: Path, photo: Image.Image, orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     photo.save(tmp_path / "odd.png", exif=exif)
     assert (read(tmp_path / "odd.png") == np.asarray(photo)).all()
 
 
-# --- What is no picture -----------------------------------------------------------------------------------------------
+# --- Files that are refused -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -222,25 +222,25 @@ def as_bytes(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def holed(jpeg: bytes) -> bytes:
-    """Without some bytes of its pixels: libjpeg makes a half-grey image of it, and warns."""
+    """Remove some bytes of the pixels: libjpeg decodes a half-grey image and warns."""
     middle = len(jpeg) // 2
     return jpeg[:middle] + jpeg[middle + 300 :]
 
 
 def adobe_rgb(photo: Image.Image) -> bytes:
-    """Stored as red, green and blue, which an APP14 segment says."""
+    """Stored as red, green and blue, which an APP14 segment states."""
     return as_bytes(photo, "JPEG", keep_rgb=True)
 
 
 def with_thumbnail(photo: Image.Image) -> bytes:
-    """A JPEG in the EXIF data of another."""
+    """A JPEG with another in its EXIF data."""
     thumbnail = as_bytes(photo.resize((16, 12)), "JPEG")
     exif = b"Exif\0\0II*\0\x08\0\0\0\0\0\x0e\0\0\0" + struct.pack("<HHHII", 1, 0x0201, 4, 1, 32) + thumbnail
     return as_bytes(photo, "JPEG", exif=exif)
 
 
 def with_chunk(png: bytes, name: bytes, data: bytes) -> bytes:
-    """A chunk more before the pixels."""
+    """Insert a chunk before the pixels."""
     at = png.index(b"IDAT") - 4
     return png[:at] + struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) + png[at:]
 
@@ -274,7 +274,9 @@ def with_chunk(png: bytes, name: bytes, data: bytes) -> bytes:
         lambda photo: as_bytes(photo.convert("P"), "GIF"),
     ],
 )
-def test_no_false_alarm(tmp_path: Path, photo: Image.Image, capfd, make: Callable[[Image.Image], bytes]) -> None:
+def test_intact_images_are_accepted(
+    tmp_path: Path, photo: Image.Image, capfd, make: Callable[[Image.Image], bytes]
+) -> None:
     (tmp_path / "a.jpg").write_bytes(make(photo))
     image = read_image(tmp_path / "a.jpg", strict=True)
     assert header_size(tmp_path / "a.jpg", DEFAULT) == tuple(image.shape[1:])
@@ -282,7 +284,7 @@ def test_no_false_alarm(tmp_path: Path, photo: Image.Image, capfd, make: Callabl
 
 
 def test_a_warning_belongs_to_its_file(tmp_path: Path, photo: Image.Image, capfd) -> None:
-    """It is refused where images are checked, unless warnings are allowed; elsewhere it is named, once."""
+    """It is refused when images are checked, unless warnings are allowed; otherwise a notice names it once."""
     path = tmp_path / "half_grey.jpg"
     path.write_bytes(holed(as_bytes(photo.resize((300, 200)), "JPEG")))
     with pytest.raises(BadInput, match=r"half_grey\.jpg \(Corrupt JPEG data: .*; --allow-warnings accepts it"):
@@ -297,7 +299,7 @@ def test_a_warning_belongs_to_its_file(tmp_path: Path, photo: Image.Image, capfd
     assert "\n" not in line
 
 
-def test_threads_tell_whose_warning_it_is(photo: Image.Image, capfd) -> None:
+def test_threads_attribute_warnings_to_their_images(photo: Image.Image, capfd) -> None:
     good = as_bytes(photo.resize((120, 100)), "JPEG")
     files = [holed(good) if i % 7 == 3 else good for i in range(140)]
 
@@ -313,8 +315,8 @@ def test_threads_tell_whose_warning_it_is(photo: Image.Image, capfd) -> None:
     assert capfd.readouterr().err == ""
 
 
-def test_a_forked_process_hears_its_own_decoder(photo: Image.Image) -> None:
-    """Also one that is forked while a thread decodes."""
+def test_a_forked_process_captures_its_own_warnings(photo: Image.Image) -> None:
+    """Also if it is forked while a thread decodes."""
     bad = holed(as_bytes(photo.resize((300, 200)), "JPEG"))
     with ThreadPoolExecutor(1) as pool:
         busy = [pool.submit(decode, bytearray(as_bytes(photo, "JPEG")), "a") for _ in range(20)]
@@ -328,8 +330,8 @@ def test_a_forked_process_hears_its_own_decoder(photo: Image.Image) -> None:
         assert all(one.result().shape == (3, HEIGHT, WIDTH) for one in busy)
 
 
-def test_data_of_a_webp_that_belong_to_no_pixel(photo: Image.Image) -> None:
-    """A flipped bit is followed by other pixels, which take other bytes: of 60 places nearly all show."""
+def test_unused_data_of_a_webp_is_detected(photo: Image.Image) -> None:
+    """After a flipped bit, the pixels take another number of bytes: nearly all of 60 positions are detected."""
     data, found = as_bytes(photo.resize((200, 160)), "WEBP"), 0
     places = range(60, len(data) - 200, (len(data) - 260) // 60)
     for place in places:
@@ -343,7 +345,7 @@ def test_data_of_a_webp_that_belong_to_no_pixel(photo: Image.Image) -> None:
 
 
 def test_a_png_is_refused_for_any_flipped_bit(photo: Image.Image) -> None:
-    """Also of the parts that libpng only warns of, as the orientation."""
+    """Also in chunks about which libpng only warns, such as the orientation."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     data = as_bytes(photo.crop((0, 0, 9, 5)), "PNG", exif=exif)
@@ -358,7 +360,7 @@ def test_a_png_is_refused_for_any_flipped_bit(photo: Image.Image) -> None:
 
 
 def claiming(photo: Image.Image, kind: str, side: int) -> bytes:
-    """A small file whose header says that it is large."""
+    """A small file whose header claims a large size."""
     if kind == "PNG":
         data = bytearray(as_bytes(photo, "PNG"))
         data[16:24] = struct.pack(">II", side, side)
@@ -382,18 +384,18 @@ def claiming(photo: Image.Image, kind: str, side: int) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "side"), [("JPEG", 30_000), ("PNG", 1 << 30), ("WEBP", 16_383), ("WEBP lossless", 16_384), ("GIF", 65_535)]
 )
-def test_a_claim_of_too_many_pixels(tmp_path: Path, photo: Image.Image, monkeypatch, kind: str, side: int) -> None:
-    """It is answered from the header; nothing is decoded."""
+def test_too_many_pixels_are_refused(tmp_path: Path, photo: Image.Image, monkeypatch, kind: str, side: int) -> None:
+    """By the header; nothing is decoded."""
     path = tmp_path / "bomb.jpg"
     path.write_bytes(claiming(photo, kind, side))
     monkeypatch.setattr("fastofa.data.decode.decode_image", lambda *_, **__: pytest.fail("decoded"))
-    claim = f"its header claims {side:,} x {side:,}, more than 200,000,000 pixels; --max-pixels accepts larger ones"
+    claim = f"its header claims {side:,} x {side:,}, more than 200,000,000 pixels; resize it"
     assert claim in refusal(path)
     assert header_size(path, DEFAULT) == checked_size(path, DEFAULT) == claim
     assert header_size(path, Limits(max_pixels=side * side)) == (side, side)
 
 
-def test_the_largest_size_that_is_taken(tmp_path: Path, photo: Image.Image) -> None:
+def test_the_largest_accepted_size(tmp_path: Path, photo: Image.Image) -> None:
     photo.save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", Limits(max_pixels=HEIGHT * WIDTH)).shape == (3, HEIGHT, WIDTH)
     with pytest.raises(BadInput, match="its header claims 67 x 101, more than 6,766 pixels"):
@@ -412,14 +414,14 @@ def test_the_largest_size_that_is_taken(tmp_path: Path, photo: Image.Image) -> N
         (b"version https://git-lfs", "no image"),
     ],
 )
-def test_what_it_really_is(tmp_path: Path, content: bytes, what: str) -> None:
-    """As downloads often are not what their name says."""
+def test_the_real_kind_of_a_file_is_named(tmp_path: Path, content: bytes, what: str) -> None:
+    """Downloads are often not what their names say."""
     (tmp_path / "a.jpg").write_bytes(content + bytes(80))
     assert f"(it is {what}, expected a JPEG, PNG or WebP)" in refusal(tmp_path / "a.jpg")
     assert header_size(tmp_path / "a.jpg", DEFAULT) == f"it is {what}, expected a JPEG, PNG or WebP"
 
 
-def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_fifo_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jpg")
     assert "not a regular file" in refusal(tmp_path / "a.jpg")
     assert header_size(tmp_path / "a.jpg", DEFAULT) == "not a regular file"
@@ -440,7 +442,7 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     ],
 )
 def test_crop_and_resize_equal_torchvision(photo: Image.Image, box: list[int], size: int, flip: bool) -> None:
-    """Down, up, no resize at all, and a single pixel; exact, for it is the same kernel."""
+    """Down, up, without resizing, and a single pixel; exact, since the kernel is the same."""
     image: Tensor = tv.pil_to_tensor(photo)
     expected = tv.resized_crop(image, *box, [size, size], antialias=True)
     got = crop_resize_one(image, box, flip, size)
@@ -448,8 +450,8 @@ def test_crop_and_resize_equal_torchvision(photo: Image.Image, box: list[int], s
     assert torch.equal(got, expected.flip(-1) if flip else expected)
 
 
-def test_an_errors_cause_is_a_field_of_it(tmp_path):
-    """Alone, without the file's name and the remedy; of a file that the system refuses with its number."""
+def test_the_cause_is_a_field_of_the_error(tmp_path):
+    """Without the file's name and the remedy; with the system's error number if the system refused the file."""
     folder = tmp_path / "a (b); c"
     folder.mkdir()
     (folder / "web.jpg").write_bytes(b"<html>")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the state is saved, the last line says how to go on, and going on leads to the same bytes."""
+"""After Ctrl-C or SIGTERM the state is saved, the last line says how to continue, and the final bytes are the same."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ DATA, IMAGES = "digits:100", 100
 
 
 class Command:
-    """`fastofa ...` in a process, and a process group, of its own; its standard error goes to a file."""
+    """`fastofa ...` in a process and a process group of its own; its standard error goes to a file."""
 
     def __init__(self, argv: list[str], error: Path, before: Callable[[Path], None] | None = None) -> None:
         self.error = error
@@ -91,7 +91,7 @@ def until(reached: Callable[[], Any], command: Command | None = None) -> None:
 
 
 def _hold(reached: Path, call: int, original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original`, whose call with this number waits until the file `reached`, which it writes, is removed."""
+    """`original`, but call number `number` writes the file `reached` and waits until it is removed."""
     number = itertools.count(1)
 
     def held(*args: Any, **options: Any) -> Any:
@@ -110,12 +110,12 @@ def _held_in_training(reached: Path) -> None:
 
 
 def _held_in_precompute(reached: Path) -> None:
-    """In the middle of the second view: after the teacher's own trial, 60 batches of validation and 10 of a view."""
+    """In the middle of the second view: after the teacher's trial batch, 60 validation batches and 10 of a view."""
     Teacher.log_probs = _hold(reached, 1 + 60 + 10 + 5, Teacher.log_probs)  # type: ignore[method-assign]
 
 
 def interrupt(command: Command, signum: int, to: str = "process") -> set[int]:
-    """Signal a command that is held where it is, then let it go on; returns its decoding processes."""
+    """Signal a command that is held, then release it; returns its decoding processes."""
     reached = command.error.with_suffix(".reached")
     until(reached.exists, command)
     children = command.children()
@@ -131,12 +131,12 @@ def precompute_config(teacher: str, out: Path, **options: Any) -> PrecomputeConf
 
 @pytest.fixture(scope="module")
 def cache(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made without a disturbance."""
+    """Made without an interruption."""
     return precompute(precompute_config(teacher, tmp_path_factory.mktemp("cache"))).path
 
 
 def train_config(cache: Path, out: Path, **options: Any) -> Any:
-    """Everything that has a state: exits, AdamW, moving average, stochastic depth; sums of the log over checkpoints."""
+    """Everything that has a state: exits, AdamW, moving average, stochastic depth; log intervals across checkpoints."""
     values = {
         "epochs": 2, "batch_size": 10, "image_size": 32, "stages": (2, 4), "ema": 0.9, "clip": 1.0, "drop_path": 0.3,
         "log_every": 2, "checkpoint_every": 7, "workers": 2, **options,
@@ -146,14 +146,14 @@ def train_config(cache: Path, out: Path, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained without a disturbance."""
+    """Trained without an interruption."""
     out = tmp_path_factory.mktemp("runs") / "reference"
     train(train_config(cache, out))
     return out
 
 
 def same_cache(a: Path, b: Path) -> None:
-    """The same files, byte for byte, and no others; only the header may name another pipeline."""
+    """The files are the same, byte for byte; only the header may name another pipeline."""
     assert sorted(f.name for f in a.iterdir()) == sorted(f.name for f in b.iterdir())
     for file in a.glob("*.safetensors"):
         assert file.read_bytes() == (b / file.name).read_bytes(), file
@@ -164,8 +164,8 @@ def same_cache(a: Path, b: Path) -> None:
 
 @pytest.mark.slow
 @TO
-def test_train_stops_and_goes_on_to_the_same_weights(cache, run, tmp_path, signum, to):
-    """To the process alone, or as a terminal and a cluster do it: to its decoding processes, too."""
+def test_train_stops_and_resumes_to_the_same_weights(cache, run, tmp_path, signum, to):
+    """The signal goes to the process alone, or also to its decoding processes, as from a terminal or a cluster."""
     pipeline = "torchvision" if to == "group" else "resident"
     config = train_config(cache, tmp_path / "run", pipeline=pipeline)
     command = Command(command_line("train", config), tmp_path / "stderr", _held_in_training)
@@ -185,8 +185,10 @@ def test_train_stops_and_goes_on_to_the_same_weights(cache, run, tmp_path, signu
 
 @pytest.mark.slow
 @TO
-def test_precompute_stops_and_goes_on_to_the_same_bytes(teacher, cache, tmp_path, signum, to):
-    """To the process alone, or to its decoding processes, too. The rows of the view it was at are kept."""
+def test_precompute_stops_and_resumes_to_the_same_bytes(teacher, cache, tmp_path, signum, to):
+    """The signal goes to the process alone, or also to its decoding processes. The rows of the current
+    view are kept.
+    """
     pipeline = "torchvision" if to == "group" else "resident"
     config = precompute_config(teacher, tmp_path / "cache", pipeline=pipeline)
     command = Command(command_line("precompute", config), tmp_path / "stderr", _held_in_precompute)
@@ -204,7 +206,7 @@ def test_precompute_stops_and_goes_on_to_the_same_bytes(teacher, cache, tmp_path
 
 
 def _signals_for_new_workers(reached: Path) -> None:
-    """Each decoding process gets both signals as soon as torch has set its own handlers there."""
+    """Send both signals to each decoding process as soon as torch has installed its handlers there."""
     main, original = os.getpid(), torch.set_num_threads
 
     def set_num_threads(count: int) -> None:
@@ -218,8 +220,8 @@ def _signals_for_new_workers(reached: Path) -> None:
 
 
 @pytest.mark.slow
-def test_decoding_processes_ignore_signals_from_their_first_moment(cache, run, tmp_path):
-    """One that died of them while it starts would end the training in an error of torch."""
+def test_decoding_processes_ignore_signals_from_the_start(cache, run, tmp_path):
+    """If one were killed while it starts, training would end with an error of torch."""
     config = train_config(cache, tmp_path / "run", pipeline="torchvision")
     command = Command(command_line("train", config), tmp_path / "stderr", _signals_for_new_workers)
     assert command.wait() == 0, command.error.read_text()
@@ -228,7 +230,7 @@ def test_decoding_processes_ignore_signals_from_their_first_moment(cache, run, t
 
 
 def _stuck(reached: Path) -> None:
-    """Evaluation, between two safe points, takes for ever; it removes the file `reached` when a signal was noted."""
+    """An evaluation that never ends, between two safe points; removes the file `reached` when a signal has arrived."""
 
     def predict(*_: Any, **__: Any) -> None:
         handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
@@ -244,7 +246,7 @@ def _stuck(reached: Path) -> None:
 @pytest.mark.slow
 @SIGNALS
 def test_a_second_signal_ends_it_at_once(cache, run, tmp_path, signum):
-    """The first one waits for a safe point that does not come. What was saved before is whole."""
+    """The first one waits for a safe point that is never reached. What was saved before is intact."""
     config = train_config(cache, tmp_path / "run", pipeline="resident")
     command = Command(command_line("train", config), tmp_path / "stderr", _stuck)
     reached = tmp_path / "stderr.reached"
@@ -268,7 +270,7 @@ def test_a_second_signal_ends_it_at_once(cache, run, tmp_path, signum):
 
 
 def _slow_start(reached: Path) -> None:
-    """The data set takes for ever to open."""
+    """Opening the dataset never ends."""
 
     def open_dataset(*_: Any, **__: Any) -> None:
         reached.touch()
@@ -278,7 +280,7 @@ def _slow_start(reached: Path) -> None:
 
 
 @pytest.mark.slow
-def test_before_the_work_begins_there_is_nothing_to_save(cache, tmp_path):
+def test_a_signal_before_the_work_begins(cache, tmp_path):
     config = train_config(cache, tmp_path / "run")
     command = Command(command_line("train", config), tmp_path / "stderr", _slow_start)
     until((tmp_path / "stderr.reached").exists, command)
@@ -290,7 +292,7 @@ def test_before_the_work_begins_there_is_nothing_to_save(cache, tmp_path):
 
 @pytest.mark.slow
 def test_a_whole_process_from_its_start(cache, run, tmp_path):
-    """No forked server: Python, the command line, a signal, and the exit code that a shell sees."""
+    """Python, the command line, a signal, and the exit code that a shell sees, without a fork server."""
     config = train_config(cache, tmp_path / "run", pipeline="resident")
     reached = tmp_path / "reached"
     code = "import sys, pathlib, test_interrupt; from fastofa.cli import main\n"
@@ -316,7 +318,7 @@ def test_a_whole_process_from_its_start(cache, run, tmp_path):
 
 @pytest.mark.slow
 def test_train_stopped_at_every_step(cache, run, tmp_path, monkeypatch):
-    """Twenty processes' worth of resuming give the same weights and log as one run."""
+    """After twenty interruptions, weights and log equal those of one run."""
     original = Objective.forward
 
     def call(self: Objective, *args: Any) -> Any:
@@ -333,12 +335,12 @@ def test_train_stopped_at_every_step(cache, run, tmp_path, monkeypatch):
     same_run(config.out, run)
 
 
-def test_precompute_stopped_at_every_batch_asks_no_picture_twice(teacher, tmp_path, monkeypatch):
-    """599 validation pictures and 3 views of 100, whole or in parts; a part is gone once its table is written."""
-    original, asked = Teacher.log_probs, []
+def test_precompute_stopped_at_every_batch_computes_no_prediction_twice(teacher, tmp_path, monkeypatch):
+    """599 validation images and 3 views of 100, whole or in parts; a part is removed once its table is written."""
+    original, calls = Teacher.log_probs, []
 
     def log_probs(self: Teacher, images: torch.Tensor) -> torch.Tensor:
-        asked.append(len(images))
+        calls.append(len(images))
         if not started.pop(0):
             signal.raise_signal(signal.SIGTERM)
         return original(self, images)
@@ -356,23 +358,23 @@ def test_precompute_stopped_at_every_batch_asks_no_picture_twice(teacher, tmp_pa
             assert (config.out / PARTIAL).exists()
     assert stops == 12 + 3 * 2
     TeacherCache.open(config.out).verify()
-    assert asked.count(2) == stops + 1
-    assert sum(asked) - 2 * asked.count(2) == 599 + 3 * IMAGES
+    assert calls.count(2) == stops + 1
+    assert sum(calls) - 2 * calls.count(2) == 599 + 3 * IMAGES
     monkeypatch.setattr(Teacher, "log_probs", original)
     same_cache(config.out, precompute(dataclasses.replace(config, out=tmp_path / "reference")).path)
 
 
 @pytest.mark.parametrize("first", ["digits", "beton"])
-def test_precompute_goes_on_from_another_form_whose_order_is_another(teacher, tmp_path, monkeypatch, first):
-    """What was answered of the view that was stopped is asked for again, what was finished is not."""
+def test_precompute_resumes_from_another_form_in_another_order(teacher, tmp_path, monkeypatch, first):
+    """Only predictions of the interrupted view are computed again."""
     beton = str(tmp_path / "x.beton")
     config = precompute_config(teacher, tmp_path / "cache", batch_size=50, views=1, scale=(0.6, 1.0), flip=0.0)
     write(WriteConfig(config.data, tmp_path / "x.beton", raw=True))
-    original, asked = Teacher.log_probs, []
+    original, calls = Teacher.log_probs, []
 
     def log_probs(self: Teacher, images: torch.Tensor) -> torch.Tensor:
-        asked.append(len(images))
-        if len(asked) == 1 + 12 + 1:  # open_teacher's trial, the validation pictures, half of the view
+        calls.append(len(images))
+        if len(calls) == 1 + 12 + 1:  # open_teacher's trial, the validation images, half of the view
             signal.raise_signal(signal.SIGTERM)
         return original(self, images)
 
@@ -382,14 +384,14 @@ def test_precompute_goes_on_from_another_form_whose_order_is_another(teacher, tm
         precompute(forms.pop(first))
     (other,) = forms.values()
     cache = precompute(other)
-    assert sum(asked) == 599 + IMAGES + 50 + 2 * 2
+    assert sum(calls) == 599 + IMAGES + 50 + 2 * 2
     reference = precompute(dataclasses.replace(config, out=tmp_path / "reference"))
     for found, expected in zip(cache.targets(0)[1:], reference.targets(0)[1:], strict=True):
         assert torch.equal(found, expected)
 
 
-def test_handlers_are_put_back_and_a_second_signal_finds_the_old_one():
-    """`Interrupt` notes the first signal only."""
+def test_handlers_are_restored_and_a_second_signal_uses_the_previous_one():
+    """`Interrupt` records only the first signal."""
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda signum, _: seen.append(signum))
     try:

@@ -1,4 +1,4 @@
-"""Every Triton kernel in its hot form through NVIDIA's compiler, ahead of time: what the interpreter cannot show."""
+"""Every Triton kernel is compiled ahead of time by NVIDIA's compiler, to check what the interpreter cannot."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict[str, Any]]:
-    """In a process of its own: in this one the kernels may belong to Triton's interpreter."""
+    """In a process of its own, since in this one the kernels may be interpreted."""
     folder = tmp_path_factory.mktemp("compiled")
     command = [sys.executable, "-m", "bench.kernel_resources", "--out", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
@@ -48,7 +48,7 @@ def test_registers_leave_room_for_enough_threads(compiled):
     assert [row["kernel"] for row in compiled if row["registers"] > row["max_registers"]] == []
 
 
-def test_memory_is_read_by_128_bits(compiled):
+def test_memory_is_read_128_bits_at_a_time(compiled):
     promised = [row for row in compiled if row["promised_wide"]]
     assert promised
     assert [row["kernel"] for row in promised if not row["wide_loads"]] == []

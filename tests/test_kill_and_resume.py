@@ -1,4 +1,4 @@
-"""kill -9 at any moment loses nothing but time: the same command goes on to the same bytes.
+"""After kill -9 at any moment, the same command continues and ends with the same bytes.
 
 Real processes are killed: at random moments, and at every step of every file operation.
 """
@@ -51,7 +51,7 @@ FAR = 10**9
 
 
 class Job:
-    """A call of `train` or `precompute` in a process of its own; what it prints goes to a file."""
+    """A call of `train` or `precompute` in a process of its own, whose output goes to a file."""
 
     def __init__(self, command: Callable[[Any], Any], config: Any, die_at: int = FAR) -> None:
         self.out, self.log = config.out, config.out.with_name(f"{config.out.name}.log")
@@ -108,7 +108,9 @@ def _work(command: Callable[[Any], Any], config: Any, log: Path, ready: Connecti
 
 
 def _die_at(moment: int) -> None:
-    """Kill this process at a moment counted over all file operations: half-written, before and after each of them."""
+    """Kill this process at the n-th moment, counted over all file operations: before, in the middle of and
+    after each.
+    """
     count = itertools.count(1)
     fsync, replace, unlink = os.fsync, os.replace, Path.unlink
 
@@ -153,7 +155,7 @@ def precompute_config(data: str, teacher: str, out: Path, **options: Any) -> Pre
 
 
 def train_config(data: str, cache: Path, out: Path, **options: Any) -> TrainConfig:
-    """Everything that has a state: exits, AdamW, moving average, stochastic depth; sums of the log over checkpoints."""
+    """Everything that has a state: exits, AdamW, moving average, stochastic depth; log intervals across checkpoints."""
     values = {
         "epochs": 2, "batch_size": 10, "image_size": 32, "ema": 0.9, "clip": 1.0, "drop_path": 0.3, "log_every": 2,
         "checkpoint_every": 3, "eval_every": 1, "warmup_epochs": 1, "stages": (2, 4), "pipeline": "resident",
@@ -163,12 +165,12 @@ def train_config(data: str, cache: Path, out: Path, **options: Any) -> TrainConf
 
 
 def undisturbed(command: Callable[[Any], Any], config: Any) -> tuple[Path, float]:
-    """Its folder, and the seconds it computed."""
+    """The folder of an undisturbed run, and the seconds it computed."""
     return config.out, Job(command, config).finish()
 
 
 def same_cache(a: Path, b: Path) -> None:
-    """The same files, byte for byte, and no others."""
+    """The files are the same, byte for byte."""
     assert sorted(f.name for f in a.iterdir()) == sorted(f.name for f in b.iterdir())
     for file in a.iterdir():
         assert file.read_bytes() == (b / file.name).read_bytes(), file
@@ -177,9 +179,10 @@ def same_cache(a: Path, b: Path) -> None:
 def killed_at_random(
     command: Callable[[Any], Any], config: Any, wait: Callable[[Job, random.Random, int], Any], kills: int, seed: int
 ) -> Iterator[tuple[bool, Path]]:
-    """Start, wait, kill, start again...: (is it finished?, its folder) after every kill and every end.
+    """Start, wait, kill, repeat: yields (finished?, folder) after every kill and every end.
 
-    A job is killed a few times in a row; one that is finished is begun anew in another folder, until there were enough.
+    A job is killed a few times in a row. After one has finished, another starts in a new folder, until there are
+    enough.
     """
     rng = random.Random(seed)
     killed = 0
@@ -203,8 +206,8 @@ def killed_at_random(
 
 
 @pytest.mark.parametrize(("views_of", "kills"), [("", KILLS), ("imagenet_vit_mlp", KILLS // 2)])
-def test_precompute_goes_on_to_the_same_bytes_after_kills_at_random(folder, teacher, tmp_path, views_of, kills):
-    """Mixed views, too, whose samples are asked about in the order of their pairs."""
+def test_precompute_reaches_the_same_bytes_after_random_kills(folder, teacher, tmp_path, views_of, kills):
+    """Also with mixed views, whose samples are processed in pairs."""
     config = precompute_config(folder, teacher, tmp_path / "cache", recipe=views_of)
     reference, seconds = undisturbed(precompute, config)
 
@@ -226,7 +229,7 @@ def test_precompute_goes_on_to_the_same_bytes_after_kills_at_random(folder, teac
     assert len(set(found)) >= 3
 
 
-def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher, tmp_path):
+def test_train_reaches_the_same_weights_after_random_kills(folder, teacher, tmp_path):
     cache, _ = undisturbed(precompute, precompute_config(folder, teacher, tmp_path / "cache"))
     config = train_config(folder, cache, tmp_path / "run", log_every=1)
     reference, seconds = undisturbed(train, config)
@@ -255,7 +258,7 @@ def test_train_goes_on_to_the_same_weights_after_kills_at_random(folder, teacher
     assert len(set(found)) >= 3
 
 
-def test_precompute_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):
+def test_precompute_resumes_after_a_kill_at_any_file_operation(folder, teacher, tmp_path):
     config = precompute_config(folder, teacher, tmp_path / "cache", views=2, batch_size=30)
     reference, _ = undisturbed(precompute, config)
     moments = 0
@@ -267,8 +270,8 @@ def test_precompute_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder,
     assert moments >= 25  # header, validation, two views of two batches
 
 
-def test_train_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teacher, tmp_path):
-    """And with a line of the log cut off, as a kill in the middle of writing it leaves it."""
+def test_train_resumes_after_a_kill_at_any_file_operation(folder, teacher, tmp_path):
+    """Also with a line of the log cut off, as after a kill while it is written."""
     cache, _ = undisturbed(precompute, precompute_config(folder, teacher, tmp_path / "cache"))
     config = train_config(folder, cache, tmp_path / "run", epochs=1, batch_size=15, checkpoint_every=2, keep=1)
     reference, _ = undisturbed(train, config)
@@ -281,11 +284,13 @@ def test_train_goes_on_after_a_kill_at_any_step_of_a_file_operation(folder, teac
         same_run(out, reference)
         moments = moment
     print(f"killed at {moments} moments")
-    assert moments >= 22  # configuration, launches, log, best and last answers, two checkpoints, one of them removed
+    assert (
+        moments >= 22
+    )  # configuration, launches, log, best and last predictions, two checkpoints, one of them removed
 
 
 def killed_at_file_operations(command: Callable[[Any], Any], config: Any) -> Iterator[tuple[int, Path]]:
-    """(n, folder) of a job that was killed at its n-th moment, for every third n that it has."""
+    """(n, folder) of a job that was killed at its n-th moment, for every third n."""
     for moment in itertools.count(1, STRIDE):
         out = config.out.with_name(f"{config.out.name}-{moment}")
         job = Job(command, dataclasses.replace(config, out=out), die_at=moment)
@@ -296,7 +301,7 @@ def killed_at_file_operations(command: Callable[[Any], Any], config: Any) -> Ite
 
 
 def test_train_with_decoding_processes_survives_kills(folder, teacher, tmp_path):
-    """The order of samples and the student's random numbers are the same whoever decodes; orphans end by themselves."""
+    """Order and random numbers do not depend on the decoding processes; orphaned ones end by themselves."""
     cache, _ = undisturbed(precompute, precompute_config(folder, teacher, tmp_path / "cache"))
     reference, _ = undisturbed(train, train_config(folder, cache, tmp_path / "reference"))
     config = train_config(folder, cache, tmp_path / "run", pipeline="torchvision", workers=2)
@@ -313,7 +318,7 @@ def test_train_with_decoding_processes_survives_kills(folder, teacher, tmp_path)
 
 
 def _train_until(step: int, config: TrainConfig) -> None:
-    """Note the decoding processes, and die, as the step after this one begins."""
+    """Record the decoding processes, and die when the next step begins."""
     call = Step.__call__
 
     def dying(self: Step, *arguments: Any) -> None:
@@ -331,8 +336,8 @@ def orphans_of(config: TrainConfig) -> Path:
 
 
 @pytest.mark.parametrize("parent_is_here", [True, False])
-def test_a_decoding_process_that_finds_its_parent_gone_ends(parent_is_here):
-    """Killed before the system was told to end the worker with it."""
+def test_a_decoding_process_whose_parent_is_gone_ends(parent_is_here):
+    """The parent was killed before the worker had requested to be killed with it."""
     parent = os.getpid() if parent_is_here else os.getppid()
     process = multiprocessing.get_context("fork").Process(target=workers._begin, args=(parent,))
     process.start()

@@ -1,4 +1,4 @@
-"""Imports point one way, so that a part can be read, used and tested without what stands above it."""
+"""Imports point downwards only, so that each part can be read, used and tested without those above it."""
 
 import ast
 import graphlib
@@ -11,12 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# The rooms, lowest first: a room imports from itself and from lower ones.
-FLOORS = (
+# Lowest first: a package imports from itself and from lower ones.
+PACKAGES = (
     "kernels", "system", "views", "data", "pipelines", "models", "student", "methods", "runs", "teacher", "reports",
     "training", "commands",
 )  # fmt: skip
-# Beside the rooms: the command line, and names for outside.
+# Modules beside the packages: the command line, and public names.
 TOP = {"__init__", "__main__", "cli", "dataset", "teacher_cache"}
 # What setup.py requires, by the names they are imported under.
 INSTALLED = {
@@ -24,7 +24,7 @@ INSTALLED = {
     "tensorboard", "jinja2",
 }  # fmt: skip
 OPTIONAL = {"dali_loader.py": {"nvidia"}, "export_onnx.py": {"onnxruntime"}}  # extras, each imported by one file only
-# Imported within a function: they take a second or more, and many a run does without.
+# Imported within a function: they take a second or more, and many runs do not need them.
 LATE = {
     ("cli.py", "fastofa.commands.arguments"),
     ("cli.py", "fastofa.commands.quick_checks"),
@@ -40,7 +40,9 @@ LATE = {
 
 # Path.rglob does not follow the links fastofa/kernels and fastofa/pipelines before Python 3.13: each folder by name.
 FILES = {
-    f"fastofa.{room}.{path.stem}": path for room in FLOORS for path in sorted((ROOT / "fastofa" / room).glob("*.py"))
+    f"fastofa.{package}.{path.stem}": path
+    for package in PACKAGES
+    for path in sorted((ROOT / "fastofa" / package).glob("*.py"))
 }
 OUTSIDE = {f"fastofa.{path.stem}": path for path in sorted((ROOT / "fastofa").glob("*.py"))}
 
@@ -72,40 +74,40 @@ def imports(path: Path, in_functions: bool | None = None) -> Iterator[str]:
             yield from (name if name in {**FILES, **OUTSIDE} else node.module for name in modules)
 
 
-def room(name: str) -> str | None:
-    """The room of a full module name; None for other libraries and for what stands beside the rooms."""
+def package(name: str) -> str | None:
+    """The package of a full module name; None for other libraries and for modules beside the packages."""
     parts = name.split(".")
-    return parts[1] if parts[0] == "fastofa" and len(parts) > 1 and parts[1] in FLOORS else None
+    return parts[1] if parts[0] == "fastofa" and len(parts) > 1 and parts[1] in PACKAGES else None
 
 
-def test_every_file_is_in_a_room():
+def test_every_file_is_in_a_package():
     assert {path.stem for path in OUTSIDE.values()} == TOP
     folders = {path.parent.name for path in (ROOT / "fastofa").glob("*/__init__.py")}
-    assert folders == set(FLOORS)
+    assert folders == set(PACKAGES)
 
 
 @pytest.mark.parametrize("module", FILES)
 def test_a_module_imports_downwards(module):
-    own = room(module)
+    own = package(module)
     for name in imports(FILES[module]):
         if name.partition(".")[0] == "fastofa":
-            other = room(name)
+            other = package(name)
             assert name == "fastofa" or other is not None, f"{module} imports {name}"
-            assert other is None or FLOORS.index(other) <= FLOORS.index(own), f"{module} imports {name}"
+            assert other is None or PACKAGES.index(other) <= PACKAGES.index(own), f"{module} imports {name}"
 
 
-def test_there_is_no_import_circle():
-    """Not within a room either."""
+def test_there_is_no_import_cycle():
+    """Not within a package either."""
     graph = {module: {name for name in imports(path) if name in FILES} - {module} for module, path in FILES.items()}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(FILES)
 
 
 def test_imports_are_at_the_top_of_a_file():
-    """But for what takes seconds, what may be missing (Triton, and whatever the doctor looks for), and tyro."""
+    """Except imports that take seconds, optional libraries (Triton, and those that doctor checks), and tyro."""
     found = {
         (path.name, name)
         for module, path in {**FILES, **OUTSIDE}.items()
-        if room(module) != "kernels" and path.name != "doctor.py"
+        if package(module) != "kernels" and path.name != "doctor.py"
         for name in imports(path, in_functions=True)
     }
     assert found == LATE
@@ -113,9 +115,9 @@ def test_imports_are_at_the_top_of_a_file():
 
 def test_kernels_depend_on_torch_and_triton_only():
     for module, path in FILES.items():
-        if room(module) == "kernels":
+        if package(module) == "kernels":
             for name in imports(path):
-                allowed = room(name) == "kernels" or name.partition(".")[0] in {
+                allowed = package(name) == "kernels" or name.partition(".")[0] in {
                     "torch",
                     "triton",
                     *sys.stdlib_module_names,
@@ -124,17 +126,17 @@ def test_kernels_depend_on_torch_and_triton_only():
 
 
 def test_commands_do_not_import_each_other():
-    """But all share their arguments, and the demo runs them all by the functions that they call."""
+    """But all share their arguments, and the demo calls the functions behind the others."""
     for module, path in FILES.items():
-        if room(module) == "commands":
-            others = {name for name in imports(path) if room(name) == "commands"} - {module}
+        if package(module) == "commands":
+            others = {name for name in imports(path) if package(name) == "commands"} - {module}
             assert others <= {"fastofa.commands.arguments"}
 
 
 def test_every_command_is_a_file():
     from fastofa.cli import COMMANDS
 
-    files = {path.stem for module, path in FILES.items() if room(module) == "commands"} - {
+    files = {path.stem for module, path in FILES.items() if package(module) == "commands"} - {
         "__init__",
         "arguments",
         "quick_checks",
@@ -146,20 +148,20 @@ def test_every_command_is_a_file():
 
 
 def test_only_installed_libraries_are_imported():
-    """Everything else than these would have to be in setup.py; and kernels and pipelines go by their full names."""
+    """Others would have to be in setup.py; kernels and pipelines are imported by their full names."""
     for path in [*FILES.values(), *OUTSIDE.values()]:
         others = {name.partition(".")[0] for name in imports(path)} - {"fastofa", *sys.stdlib_module_names}
         assert others <= INSTALLED | OPTIONAL.get(path.name, set()), path.name
 
 
 def test_no_file_shadows_a_library():
-    """A file ffcv.py (or torch.py, ...) would be imported in place of the library by whoever runs beside it."""
+    """A file ffcv.py (or torch.py, ...) would be imported instead of the library by a script that runs beside it."""
     for path in [*FILES.values(), *OUTSIDE.values()]:
         assert path.stem not in {*INSTALLED, "ffcv", "nvidia", "apex", "wandb"}
 
 
-def test_the_links_lead_where_the_wheel_puts_the_folders():
-    """Relative, so that a clone works anywhere."""
+def test_the_links_match_the_wheels_package_folders():
+    """They are relative, so that a clone works anywhere."""
     for name in ("kernels", "pipelines"):
         link = ROOT / "fastofa" / name
         assert link.is_symlink()
@@ -179,6 +181,6 @@ def test_the_links_lead_where_the_wheel_puts_the_folders():
     ],
 )
 def test_importing_it_imports_neither_torch_nor_timm(module):
-    """`fastofa --help` is immediate, and a configuration can be made without them."""
+    """`fastofa --help` is fast, and a configuration can be made without them."""
     code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

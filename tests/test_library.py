@@ -1,4 +1,4 @@
-"""`import fastofa` in somebody's own program: its documented script, its types, and what importing leaves alone."""
+"""`import fastofa` in a user's program: the documented script, the types, and no side effects of importing."""
 
 import ast
 import ctypes
@@ -24,13 +24,13 @@ WITHOUT = {"fastofa.pipelines.dali_loader", "fastofa.__main__"}
 
 
 def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run in another process, which has this fastofa."""
+    """Run code in another process that imports this fastofa."""
     given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **environment}
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=given, capture_output=True, text=True, check=False)
 
 
-def test_every_public_name_is_there():
-    """As a type checker sees them and as Python does; each has a docstring."""
+def test_every_public_name_exists():
+    """For a type checker and for Python; each has a docstring."""
     tree = ast.parse((ROOT / "fastofa" / "__init__.py").read_text())
     typed = {
         alias.asname
@@ -58,7 +58,7 @@ def test_every_public_name_is_there():
 
 @pytest.mark.slow
 def test_the_documented_script_runs(tmp_path):
-    """Word by word: from a teacher to the class of an image file."""
+    """Unchanged: from a teacher to the class of an image file."""
     ((script,),) = (re.findall(r"<!-- .* -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL),)
     assert len(script.splitlines()) <= 20
     done = python(script, tmp_path)
@@ -71,7 +71,7 @@ def test_the_documented_script_runs(tmp_path):
 
 
 def test_importing_it_all_changes_nothing_in_the_process(tmp_path):
-    """Nor prints anything. The libraries that fastofa's files import at the top come first: what they do is theirs."""
+    """It prints nothing, either. The libraries are imported first, so that their side effects do not count."""
     ours = sorted({*FILES, *OUTSIDE} - WITHOUT)
     theirs = {
         name
@@ -111,7 +111,7 @@ def test_importing_it_all_changes_nothing_in_the_process(tmp_path):
 
 
 def test_bad_input_is_an_exception_with_the_line_of_the_command(tmp_path):
-    """In the caller's process, which goes on."""
+    """The caller's process continues."""
     code = """
         from pathlib import Path
         import fastofa
@@ -179,8 +179,8 @@ WRONG = {
 
 
 @pytest.mark.slow
-def test_types_reach_a_program_that_uses_it(tmp_path):
-    """In a virtual environment where fastofa is installed: mypy takes a package's types only by its py.typed."""
+def test_types_are_visible_to_mypy_in_a_users_program(tmp_path):
+    """In a virtual environment with fastofa installed: mypy uses a package's types only if it has a py.typed."""
     pytest.importorskip("mypy")
     venv.create(tmp_path / "venv", with_pip=False)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
@@ -204,7 +204,7 @@ def test_types_reach_a_program_that_uses_it(tmp_path):
 
 
 def test_freed_memory_is_kept_once_a_pipeline_is_open(tmp_path):
-    """A block of 20 MB comes from the heap then, not from the system: counted by glibc."""
+    """By glibc's counters, a block of 20 MB then comes from the heap, not from the system."""
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         pytest.skip("needs glibc 2.33")
     code = """

@@ -1,4 +1,4 @@
-"""A place has one writer at a time; the second is told who is there, and a killed one stops nobody."""
+"""A path has one writer at a time. A second writer is refused with the pid of the first; a killed one blocks nobody."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ def files(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_the_second_writer_is_told_who_the_first_is(tmp_path: Path, inside: bool) -> None:
+def test_a_second_writer_is_refused_with_the_pid_of_the_first(tmp_path: Path, inside: bool) -> None:
     out = tmp_path / "a" / "out"
     who = rf"out: another fastofa \(pid {os.getpid()} on {socket.gethostname()}\) is writing there; wait"
     with writing(out, inside):
@@ -42,8 +42,8 @@ def test_the_second_writer_is_told_who_the_first_is(tmp_path: Path, inside: bool
     assert files(out) == ["file"]
 
 
-def test_a_killed_holder_stops_nobody(tmp_path: Path) -> None:
-    """Nor does what it left half-written stay."""
+def test_a_killed_holder_releases_the_lock(tmp_path: Path) -> None:
+    """Its half-written files are removed."""
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -62,10 +62,8 @@ def test_a_killed_holder_stops_nobody(tmp_path: Path) -> None:
     assert files(out) == ["checkpoints", "kept"]
 
 
-def test_where_the_file_system_has_no_locks_the_named_holder_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process of this host that lives, or one of another host, which only its file's removal ends."""
+def test_without_flock_the_named_holder_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running process of this host holds the lock; one of another host does until the file is removed."""
 
     def flock(*_: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, "no locks here")
@@ -83,23 +81,26 @@ def test_where_the_file_system_has_no_locks_the_named_holder_counts(
         assert lock.read_text() == holder
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_path_that_is_not_writable_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     for place, cause in (("file/out", "Not a directory"), ("loop", "Not a directory"), ("file", "Not a directory")):
-        with pytest.raises(BadInput, match=f"{place}: not writable .*{cause}"), writing(tmp_path / place, True):
+        with (
+            pytest.raises(BadInput, match=f"{place}: expected a writable path, got .*{cause}"),
+            writing(tmp_path / place, True),
+        ):
             raise AssertionError("must not get here")
 
 
-def test_a_lock_that_is_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
+def test_a_planted_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".lock").symlink_to("victim")
-    with pytest.raises(BadInput, match="not writable"), writing(tmp_path, inside=True):
+    with pytest.raises(BadInput, match="expected a writable path"), writing(tmp_path, inside=True):
         raise AssertionError("must not get here")
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "student"
     with new_folder(path), pytest.raises(BadInput, match="another fastofa"), new_folder(path):
         raise AssertionError("must not get here")
@@ -108,7 +109,7 @@ def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_forked_process_does_not_keep_its_parents_lock(tmp_path):
-    """Or a run killed by SIGKILL could not be resumed before its decoding processes have ended."""
+    """Otherwise a run killed by SIGKILL could not be resumed before its decoding processes have ended."""
     read, write = os.pipe()
     parent = os.fork()
     if parent == 0:

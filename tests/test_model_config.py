@@ -1,4 +1,4 @@
-"""config.json of a teacher's folder may come from anywhere: only what can be is taken, everything else is one line."""
+"""config.json of a teacher's folder is untrusted: possible values are used, all others are refused in one line."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def edited(folder: Path, out: Path, change: dict[str, Any]) -> Path:
-    """The folder with values exchanged: "model_args.depth": 9."""
+    """The folder with changed values, such as "model_args.depth": 9."""
     config = json.loads((folder / "config.json").read_text())
     for path, value in change.items():
         *parents, name = path.split(".")
@@ -39,7 +39,7 @@ def edited(folder: Path, out: Path, change: dict[str, Any]) -> Path:
     return out
 
 
-def test_what_is_taken(folder):
+def test_possible_values_are_used(folder):
     config = read_model_config(folder / "config.json")
     assert (config.architecture, config.num_classes) == (NAME, 3)
     assert config.arguments == {**ARGUMENTS, "in_chans": 3, "img_size": (32, 32)}
@@ -75,7 +75,7 @@ def test_what_is_taken(folder):
         ({"architecture": ""}, "unknown model"),
         # Sizes out of bounds.
         ({"model_args.embed_dim": 10**9}, "model_args 'embed_dim' to be"),
-        ({"model_args.embed_dim": 16368}, "describes a model of [0-9,]+ numbers"),
+        ({"model_args.embed_dim": 16368}, "got one of [0-9,]+; restore the original files"),
         ({"model_args.depth": 10**6}, "model_args 'depth' to be"),
         ({"model_args.img_size": 10**6}, "model_args 'img_size' to be"),
         ({"model_args.img_size": [10**6, 10**6]}, "model_args 'img_size' to be"),
@@ -124,7 +124,7 @@ def test_what_is_taken(folder):
         ({"pretrained_cfg.input_size": [1, 32, 32], "model_args.in_chans": 1}, "one for 1 channel"),
     ],
 )
-def test_what_cannot_be_is_refused(folder, tmp_path, change, message):
+def test_impossible_values_are_refused(folder, tmp_path, change, message):
     with pytest.raises(BadInput, match=message) as error:
         open_model_folder(edited(folder, tmp_path, change))
     assert "\n" not in str(error.value)
@@ -140,8 +140,8 @@ def test_what_cannot_be_is_refused(folder, tmp_path, change, message):
         {"model_args.drop_path_rate": 0.1, "anything": {"else": 1}},
     ],
 )
-def test_what_is_not_known_is_not_taken(folder, tmp_path, change):
-    """Nothing is fetched, and the weights are those of the folder."""
+def test_unknown_settings_are_ignored(folder, tmp_path, change):
+    """Nothing is downloaded, and the weights are those of the folder."""
     model, _ = open_model_folder(edited(folder, tmp_path, change))
     plain, _ = open_model_folder(folder)
     assert all((a == b).all() for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
@@ -149,7 +149,7 @@ def test_what_is_not_known_is_not_taken(folder, tmp_path, change):
     assert not {"url", "file"} & {k for k, v in model.pretrained_cfg.items() if v in ("http://x", "/x")}
 
 
-def test_what_old_timm_wrote_on_one_level(folder, tmp_path):
+def test_the_flat_format_of_old_timm_versions(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     flat = {**config.pop("pretrained_cfg"), **config, "labels": config.pop("label_names")}
     flat.pop("label_names", None)

@@ -1,4 +1,4 @@
-"""timm models by name and weights from files: what fits is loaded whole, what does not is refused in one line."""
+"""timm models by name, and weights from files: matching weights are loaded completely, others refused in one line."""
 
 import argparse
 import copy
@@ -39,7 +39,7 @@ NAME, CLASSES = "test_resnet", 10  # timm's own small models, made for tests
 
 @pytest.fixture(scope="module")
 def source() -> Any:
-    """The model whose weights the tests save; its batch norms have seen pictures."""
+    """The model whose weights the tests save; its batch norms have running statistics of images."""
     torch.manual_seed(1)
     model = create_model(NAME, CLASSES)
     model(torch.randn(4, 3, 32, 32))
@@ -90,13 +90,13 @@ def test_unknown_model_has_suggestions(name: str, near: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "../../etc/passwd", "hf-hub:timm/resnet18", "local-dir:x", "timm/no_such"])
-def test_what_is_no_name_is_refused(name: str) -> None:
-    """Nor does a name reach out to the network or the disk."""
+def test_invalid_names_are_refused(name: str) -> None:
+    """A name causes no access to the network or the disk."""
     assert "unknown model" in refusal(create_model, name, CLASSES)
 
 
 def test_names_with_tags() -> None:
-    """A tag picks among the published weights; without them it changes nothing but the configuration."""
+    """A tag selects published weights; without weights it changes only the configuration."""
     model = create_model("resnet18.a1_in1k", CLASSES)
     assert model.num_classes == CLASSES
     assert model.pretrained_cfg["tag"] == "a1_in1k"
@@ -115,7 +115,7 @@ def test_the_papers_small_swins(name: str, count: int) -> None:
 
 
 def test_variants_are_not_changed_by_use() -> None:
-    """The arguments that one model was built with do not stick to the next."""
+    """The arguments of one model do not affect the next."""
     name = "swin_pico_patch4_window7_224"
     before = copy.deepcopy(resolve(name))
     create_model(name, 3, image_size=64, drop_path=0.1)
@@ -124,13 +124,13 @@ def test_variants_are_not_changed_by_use() -> None:
 
 
 def test_image_size_reaches_models_that_need_it() -> None:
-    """Models of a fixed size are built for it; convolutions take any."""
+    """Models of a fixed size are built for it; CNNs accept any size."""
     assert create_model("test_vit", CLASSES, image_size=48).patch_embed.img_size == (48, 48)
     assert create_model("test_vit", CLASSES).patch_embed.img_size == (160, 160)
     assert "img_size" not in resolve("resnet18", image_size=48)[1]
 
 
-def test_sizes_and_options_that_do_not_fit() -> None:
+def test_invalid_sizes_and_options() -> None:
     assert "at 0 px" in refusal(create_model, "test_vit", CLASSES, image_size=0)
     assert "drop_path_rate" in refusal(create_model, "vgg11", CLASSES, drop_path=0.1)
 
@@ -142,7 +142,7 @@ def test_drop_path_is_passed_on() -> None:
     assert max(rates) == pytest.approx(0.3)
 
 
-def test_number_of_classes_is_the_models_own_unless_told() -> None:
+def test_the_default_number_of_classes_is_the_models_own() -> None:
     assert create_model(NAME, None).num_classes == 1000
     assert create_model(NAME, 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
@@ -188,13 +188,13 @@ def save_nested(model: nn.Module, folder: Path) -> Path:
 
 
 def save_from_parallel(model: nn.Module, folder: Path) -> Path:
-    """Of DataParallel and DistributedDataParallel."""
+    """As DataParallel and DistributedDataParallel name the weights."""
     torch.save({"state_dict": nn.DataParallel(model).state_dict()}, folder / "model.pth")
     return folder / "model.pth"
 
 
 def save_by_timm(model: nn.Module, folder: Path) -> Path:
-    """What timm's train.py writes: optimiser, epoch and its command line beside the weights."""
+    """As timm's train.py does, with optimiser, epoch and command line beside the weights."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     arguments = argparse.Namespace(model=NAME, lr=0.1, mean=[0.5], output=None)
     saver = CheckpointSaver(model, optimizer, args=arguments, checkpoint_dir=str(folder))
@@ -203,7 +203,7 @@ def save_by_timm(model: nn.Module, folder: Path) -> Path:
 
 
 def save_average(model: nn.Module, folder: Path) -> Path:
-    """Where a checkpoint holds an average of the weights too, that is the one meant."""
+    """A checkpoint that also contains an average of the weights, which is preferred."""
     zeros = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     torch.save({"state_dict": zeros, "state_dict_ema": model.state_dict()}, folder / "model.pth")
     return folder / "model.pth"
@@ -221,8 +221,10 @@ def save_average(model: nn.Module, folder: Path) -> Path:
         save_average,
     ],
 )
-def test_weights_come_back(source: Any, tmp_path: Path, save: Callable[[nn.Module, Path], Path]) -> None:
-    """Every tensor, batch statistics included, whatever the file looks like; and so does their checksum."""
+def test_weights_are_loaded_from_every_format(
+    source: Any, tmp_path: Path, save: Callable[[nn.Module, Path], Path]
+) -> None:
+    """Every tensor, batch statistics included, and the same checksum."""
     path, model = save(source, tmp_path), other()
     assert not equal(model, source)
     assert weights_sha256(model) != weights_sha256(source)
@@ -237,7 +239,7 @@ def without(weights: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_missing_unexpected_and_reshaped_keys(source: Any, tmp_path: Path, suffix: str) -> None:
-    """Named, and the model stays as it was."""
+    """They are named, and the model is unchanged."""
     path, model = tmp_path / f"model.{suffix}", other()
     before, whole = weights_sha256(model), source.state_dict()
 
@@ -258,7 +260,7 @@ def test_missing_unexpected_and_reshaped_keys(source: Any, tmp_path: Path, suffi
 
 
 class Witness:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -283,8 +285,8 @@ def test_a_pickle_with_code_is_refused_and_not_run(source: Any, tmp_path: Path, 
     assert not witness.exists()
 
 
-def test_what_a_checkpoint_asks_for_is_named(source: Any, tmp_path: Path) -> None:
-    """A whole model instead of its weights, the usual mistake."""
+def test_the_class_that_a_checkpoint_refers_to_is_named(source: Any, tmp_path: Path) -> None:
+    """A whole model instead of its weights is the usual mistake."""
     torch.save(source, tmp_path / "model.pth")
     text = refusal(load_file, other(), tmp_path / "model.pth")
     assert "timm.models.resnet.ResNet" in text
@@ -292,7 +294,7 @@ def test_what_a_checkpoint_asks_for_is_named(source: Any, tmp_path: Path) -> Non
 
 
 def test_safetensors_under_another_name_and_the_reverse(source: Any, tmp_path: Path) -> None:
-    """The suffix says how a file is read; a pickle named .safetensors is never opened as one."""
+    """The suffix determines how a file is read; a pickle named .safetensors is never opened as a pickle."""
     shutil.copy(save_state_dict(source, tmp_path), tmp_path / "pickle.safetensors")
     assert "a pickle" in refusal(load_file, other(), tmp_path / "pickle.safetensors")
     shutil.copy(save_safetensors(source, tmp_path), tmp_path / "model.pt")
@@ -300,7 +302,7 @@ def test_safetensors_under_another_name_and_the_reverse(source: Any, tmp_path: P
 
 
 def test_damaged_and_missing_weights(source: Any, tmp_path: Path) -> None:
-    """Cut off anywhere, empty, text, nonsense, a folder, nothing."""
+    """Truncated anywhere, empty, text, random bytes, a folder, missing."""
     for save in (save_safetensors, save_state_dict, save_old_format):
         path = save(source, tmp_path)
         whole = path.read_bytes()
@@ -323,7 +325,7 @@ def test_damaged_and_missing_weights(source: Any, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_damaged_pickle_never_shows_a_traceback(source: Any, tmp_path: Path) -> None:
-    """Bytes of the pickle inside a checkpoint changed at random: whatever torch then raises becomes BadInput."""
+    """For random changes to the pickle in a checkpoint, whatever torch raises becomes BadInput."""
     path = tmp_path / "model.pth"
     torch.save({"fc.bias": source.state_dict()["fc.bias"]}, path)
     whole = path.read_bytes()
@@ -336,12 +338,12 @@ def test_a_damaged_pickle_never_shows_a_traceback(source: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("value", [[1, 2], 3, "text", {"epoch": 3}, {0: 1}, {"state_dict": [1]}])
-def test_what_is_no_state_dict(tmp_path: Path, value: Any) -> None:
+def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, value: Any) -> None:
     torch.save(value, tmp_path / "model.pth")
     assert "state_dict" in refusal(load_file, other(), tmp_path / "model.pth")
 
 
-def test_keys_that_are_no_names(tmp_path: Path) -> None:
+def test_keys_that_are_not_strings(tmp_path: Path) -> None:
     torch.save({0: torch.zeros(1)}, tmp_path / "model.pth")
     refusal(load_file, other(), tmp_path / "model.pth")
 
@@ -351,7 +353,7 @@ def test_keys_that_are_no_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save", [save_safetensors, save_by_timm])
 def test_init_from_a_file(source: Any, tmp_path: Path, save: Callable[[nn.Module, Path], Path]) -> None:
-    """All of it, the classifier too, although timm's own weights have a thousand classes."""
+    """All weights, including the classifier, although timm's own weights have a thousand classes."""
     model = create_model(NAME, CLASSES, init=str(save(source, tmp_path)))
     assert equal(model, source)
     assert "state_dict" not in model.pretrained_cfg
@@ -378,14 +380,14 @@ def test_init_at_another_size_resizes_the_position_embedding(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("classes", [CLASSES, 7, None])
 def test_init_from_a_file_of_another_model_is_refused(source: Any, tmp_path: Path, classes: int | None) -> None:
-    """Never a model that is random in silence."""
+    """A model is never left with random weights silently."""
     path = str(save_safetensors(source, tmp_path))
     assert path in refusal(create_model, "test_efficientnet", classes, init=path)
     safetensors.torch.save_file(without(source.state_dict(), "bn1.weight"), path)
     assert "bn1.weight" in refusal(create_model, NAME, classes, init=path)
 
 
-def test_init_from_a_file_that_is_not_there() -> None:
+def test_init_from_a_missing_file() -> None:
     assert "none.pth" in refusal(create_model, NAME, CLASSES, init="none.pth")
 
 
@@ -402,7 +404,7 @@ def test_published_weights_without_a_network(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_folder_as_timm_writes_it(source: Any, tmp_path: Path) -> None:
-    """Same weights, same logits; label names and the rest of the configuration come along."""
+    """Same weights, same logits; label names and the rest of the configuration are read, too."""
     save_for_hf(source, str(tmp_path), model_config={"label_names": list("abcdefghij")}, safe_serialization="both")
     model, config = open_model_folder(tmp_path)
     assert equal(model, source)
@@ -422,7 +424,7 @@ def test_folder_with_another_normalisation_and_size(source: Any, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["swin_nano_patch4_window7_224", "test_vit"])
 def test_folder_of_a_model_built_with_arguments(tmp_path: Path, name: str) -> None:
-    """The paper's variant and the size that it was built for survive."""
+    """The paper's variant, at the size for which it was built."""
     source = create_model(name, 3, image_size=64).eval()
     save_for_hf(source, str(tmp_path), safe_serialization=True)
     model, _ = open_model_folder(tmp_path)
@@ -465,18 +467,18 @@ def write(name: str, content: bytes) -> Callable[[Path], None]:
         (edit(model_args={"no_such_argument": 1}), "no_such_argument"),
     ],
 )
-def test_folder_that_does_not_fit(source: Any, tmp_path: Path, change: Callable[[Path], None], expected: str) -> None:
+def test_contradictory_folder(source: Any, tmp_path: Path, change: Callable[[Path], None], expected: str) -> None:
     save_for_hf(source, str(tmp_path), safe_serialization=True)
     change(tmp_path)
     assert expected in refusal(open_model_folder, tmp_path)
 
 
-def test_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_folder(tmp_path: Path) -> None:
     assert "config.json" in refusal(open_model_folder, tmp_path / "none")
 
 
 def test_models_are_timms(source: Any) -> None:
-    """Nothing is wrapped: what is created is what timm creates."""
+    """They are the objects that timm creates, not wrappers."""
     assert type(source) is type(timm.create_model(NAME, num_classes=CLASSES))
     assert parameter_count(source) == parameter_count(timm.create_model(NAME, num_classes=CLASSES))
 
@@ -485,7 +487,9 @@ def test_models_are_timms(source: Any) -> None:
 
 
 def officially(swin: bool, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as Microsoft's Swin and Facebook's ConvNeXt repositories have them, whose classifier is no `head.fc`."""
+    """Rename the weights as in Microsoft's Swin and Facebook's ConvNeXt repositories, whose classifier is not
+    `head.fc`.
+    """
     renamed = {}
     for name, value in weights.items():
         if swin:
@@ -503,7 +507,7 @@ def officially(swin: bool, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["swin_pico_patch4_window7_224", "test_convnext"])
 def test_a_checkpoint_from_its_publishers_repository(tmp_path: Path, name: str, capsys: Any) -> None:
-    """timm's own conversion is used; the classifier is kept, exchanged for one of another size, or decides the size."""
+    """timm's conversion is used; the classifier is kept, replaced if it has another size, or determines the size."""
     source = create_model(name, 5, 64)
     torch.save({"model": officially("swin" in name, source.state_dict())}, tmp_path / "official.pth")
     path = str(tmp_path / "official.pth")
@@ -518,8 +522,8 @@ def test_a_checkpoint_from_its_publishers_repository(tmp_path: Path, name: str, 
     assert capsys.readouterr().err.splitlines() == [f"{path}: uses the weights called model"] * 3
 
 
-def test_weights_without_a_classifier_start_a_student(source: Any, tmp_path: Path, capsys: Any) -> None:
-    """Those of self-supervised training, say; a line says so. Anything else that is missing is refused."""
+def test_weights_without_a_classifier_initialise_a_student(source: Any, tmp_path: Path, capsys: Any) -> None:
+    """For example, of self-supervised training; a notice says so. Other missing weights are refused."""
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(without(source.state_dict(), "fc.weight", "fc.bias"), path)
     model = create_model(NAME, CLASSES, init=str(path))
@@ -527,11 +531,11 @@ def test_weights_without_a_classifier_start_a_student(source: Any, tmp_path: Pat
         "fc.weight",
         "fc.bias",
     }
-    assert capsys.readouterr().err == f"{path}: has no classifier fc; it starts at random\n"
+    assert capsys.readouterr().err == f"{path}: contains no classifier fc; it is initialised at random\n"
     assert "missing fc.bias, fc.weight" in refusal(load_file, other(), path)
 
 
-def test_old_files_do_not_count_batches(source: Any, tmp_path: Path) -> None:
+def test_old_files_without_batch_counters(source: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save({k: v for k, v in source.state_dict().items() if "num_batches" not in k}, path)
     model = other()
@@ -554,7 +558,7 @@ def test_init_from_a_folder(source: Any, tmp_path: Path, form: str) -> None:
 
 
 def test_a_model_of_the_hub(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files are fetched and then treated like any folder's: weights as safetensors or as torch's own."""
+    """Its files are downloaded and then treated like those of a folder, as safetensors or as torch's own."""
     fetched: list[str] = []
 
     def hub(model_id: str, filename: str, **_: Any) -> str:
@@ -573,12 +577,12 @@ def test_a_model_of_the_hub(source: Any, tmp_path: Path, monkeypatch: pytest.Mon
     )
 
 
-def test_the_hubs_own_way_to_name_timms_models() -> None:
+def test_the_hubs_names_of_timm_models() -> None:
     assert resolve("timm/resnet18.a1_in1k") == resolve("resnet18.a1_in1k")
 
 
 def test_one_channel(tmp_path: Path) -> None:
-    """fastofa reads RGB: a model of grey images is named as that, not as a size that does not fit."""
+    """fastofa reads RGB: a model of grey images is refused as such, not because of a shape."""
     grey = timm.create_model(NAME, num_classes=CLASSES, in_chans=1)
     expected = "one for 1 channel"
     safetensors.torch.save_file(grey.state_dict(), tmp_path / "grey.safetensors")
@@ -589,8 +593,8 @@ def test_one_channel(tmp_path: Path) -> None:
     assert expected in refusal(check_channels, grey, "student x")
 
 
-def test_drop_path_of_zero_switches_a_models_own_off() -> None:
-    """Nothing given leaves it. A model that has none takes a zero."""
+def test_drop_path_of_zero_disables_a_models_own() -> None:
+    """By default the model's own is kept. Models without drop path accept 0."""
 
     def rates(**given: Any) -> list[float]:
         return [m.drop_prob for m in create_model("swin_pico_patch4_window7_224", 3, 64, **given).modules()

@@ -1,4 +1,4 @@
-"""A resumed run may get more epochs: its learning rate then follows the schedule of the new length."""
+"""A resumed run may train for more epochs; its learning rate then follows the schedule of the new length."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ def logged(run: Path) -> dict[int, float]:
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "step"])
 @pytest.mark.parametrize("mid_epoch", [True, False])
 def test_the_rate_follows_the_new_length_from_that_step_on(on_photos, schedule, mid_epoch, capsys):
-    """From the end of the run, or from a checkpoint in the middle of its last epoch; and the line has both rates."""
+    """From the end of the run, or from a checkpoint in its last epoch; the notice contains both rates."""
     given = {"warmup_epochs": 1, "decay_epochs": 1.5, "decay_rate": 0.3, "checkpoint_every": 4, "keep": 9}
     config = on_photos(schedule=schedule, min_lr=1e-5, **given)
     train(config)
@@ -63,8 +63,8 @@ def test_the_rate_follows_the_new_length_from_that_step_on(on_photos, schedule, 
         assert all(a >= b for a, b in pairwise(rates[step] for step in range(at, 5 * STEPS)))
 
 
-def test_with_a_step_schedule_it_is_the_run_of_that_length(on_photos):
-    """Nothing else depends on the number of epochs: the same weights, log and best weights."""
+def test_with_a_step_schedule_it_equals_a_run_of_that_length(on_photos):
+    """Only the schedule depends on the number of epochs: the same weights, log and best weights."""
     given = {"schedule": "step", "decay_epochs": 1, "eval_every": 1, "keep": 9}
     short, straight = on_photos("short", **given), on_photos("straight", epochs=4, **given)
     train(short)
@@ -86,8 +86,8 @@ def test_log_and_report_have_the_final_epochs(on_photos):
     assert "3 epochs, finished" in (config.out / "report.html").read_text()
 
 
-def test_it_takes_the_views_that_follow(on_photos, photos, photo_cache: TeacherCache, tmp_path):
-    """Of a cache with enough of them each epoch has its own, as in a run of that length; of one with two, those two."""
+def test_the_following_views_are_used(on_photos, photos, photo_cache: TeacherCache, tmp_path):
+    """As in a run of that length: a new view for each epoch if the cache has enough, else modulo their number."""
     shutil.copytree(photo_cache.path, tmp_path / "cache")
     teacher = str(photo_cache.path.parent / "teacher")
     cache = precompute(PrecomputeConfig(str(photos), teacher, tmp_path / "cache", 4, topk=2, workers=0))
@@ -102,8 +102,8 @@ def test_it_takes_the_views_that_follow(on_photos, photos, photo_cache: TeacherC
     assert open_run(few.out).view_digests == photo_cache.digests(2)
 
 
-def test_fewer_are_refused(on_photos):
-    """And nothing is written."""
+def test_fewer_epochs_are_refused(on_photos):
+    """Nothing is written."""
     config = on_photos(epochs=2)
     train(config)
     before = {file.name: file.read_bytes() for file in config.out.iterdir() if file.is_file()}
@@ -112,7 +112,7 @@ def test_fewer_are_refused(on_photos):
     assert before == {file.name: file.read_bytes() for file in config.out.iterdir() if file.is_file()}
 
 
-def test_images_that_grow_are_named_too(on_photos):
+def test_growing_image_sizes_are_reported_too(on_photos):
     config: Any = on_photos(epochs=10, start_size=32, image_size=64, growth=(0.0, 1.0))
     longer = dataclasses.replace(config, epochs=20)
     line = lengthened(config, longer, 9 * STEPS, STEPS, 64)

@@ -12,7 +12,7 @@ from fastofa.training.moving_average import MovingAverage
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
 def test_it_is_timms_average(name):
-    """The same bits after several updates, counters of batch norm included, and after the student's state is loaded."""
+    """Bit for bit after several updates, including batch norm counters, and after the student's state is loaded."""
     student = timm.create_model(name, num_classes=10)
     expected, average = ModelEmaV3(student, decay=0.9), MovingAverage(student, 0.9)
     states = [copy.deepcopy(student.state_dict()) for _ in range(3)]

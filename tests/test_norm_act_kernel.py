@@ -19,7 +19,7 @@ NAMES = ("y", "running mean", "running variance", "dx", "dweight", "dbias", "dre
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """What a kernel forgets to write is NaN."""
+    """Memory that a kernel does not write is NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -42,7 +42,7 @@ def make_case(
 
 
 def run(case: dict[str, Tensor], impl: str, double: bool, pool: bool, residual: bool, **options) -> list[Tensor]:
-    """Results, running statistics and all gradients, in float64, for a gradient of y that is the same for all."""
+    """Results, running statistics and all gradients, in float64, for the same gradient of y."""
     given = {name: t.double() if double else t.clone() for name, t in case.items()}
     leaves = {name: given[name].requires_grad_() for name in ("x", "weight", "bias", *["residual"] * residual)}
     given = {**given, **leaves}
@@ -97,7 +97,7 @@ def test_every_size(C, B, H, W):
 
 @pytest.mark.kernel
 def test_many_programs_and_tiles(monkeypatch):
-    """What one program does in the other tests is shared: rows over three programs, several tiles each."""
+    """Work that one program does in the other tests is split: rows over three programs, several tiles each."""
     for kernel, programs in (("STATISTICS", 6), ("SUMS", 6), ("APPLY", 4), ("GRADIENT", 4)):
         monkeypatch.setattr(triton_norm_act, kernel, (256, programs))
     monkeypatch.setattr(triton_norm_act, "BLOCK_P", 2)
@@ -131,7 +131,7 @@ def test_the_maximum_over_several_tiles_strips_and_images(monkeypatch):
 @pytest.mark.kernel
 @pytest.mark.parametrize("pool", [False, True])
 def test_ties_are_pytorchs(pool):
-    """x of three different values: whole windows are equal, and the first of the greatest gets the gradient."""
+    """x has three different values, so that windows contain ties; the first maximum gets the gradient."""
     case = make_case(2, 8, 7, 6)
     case["x"] = (
         torch.randint(-1, 2, case["x"].shape, device=DEVICE).float().contiguous(memory_format=torch.channels_last)
@@ -141,8 +141,8 @@ def test_ties_are_pytorchs(pool):
 
 
 @pytest.mark.kernel
-def test_a_mean_far_from_zero_costs_no_digits():
-    """Of 4096 with a spread of 1: sums of squares would leave nothing of the variance in fp32."""
+def test_a_mean_far_from_zero_loses_no_precision():
+    """With mean 4096 and standard deviation 1, sums of squares would lose the variance in fp32."""
     case = make_case(4, 8, 6, 6)
     case["x"] = case["x"] + 4096
     mean, var = channel_statistics(case["x"], impl="triton")
@@ -153,7 +153,7 @@ def test_a_mean_far_from_zero_costs_no_digits():
 @pytest.mark.kernel
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("pool", [False, True])
-def test_what_is_not_finite_spoils_its_channel_alone(number, pool):
+def test_values_that_are_not_finite_affect_only_their_channel(number, pool):
     case = make_case(2, 8, 4, 4)
     del case["residual"]
     case["x"][1, 3, 2, 1] = number
@@ -164,8 +164,8 @@ def test_what_is_not_finite_spoils_its_channel_alone(number, pool):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("pool", [False, True])
-def test_gives_the_same_numbers_every_time(pool):
-    """No sum is in the order in which programs happen to finish."""
+def test_results_are_deterministic(pool):
+    """No sum depends on the order in which programs finish."""
     case = make_case(3, 24, 8, 8)
     first, second = (run(case, "triton", False, pool, residual=not pool) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -173,7 +173,7 @@ def test_gives_the_same_numbers_every_time(pool):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("pool", [False, True])
-def test_any_memory_format_comes_in_and_channels_last_goes_out(pool):
+def test_any_memory_format_is_accepted_and_channels_last_returned(pool):
     case = make_case()
     del case["residual"]
     function = norm_act_pool if pool else norm_act
@@ -265,7 +265,7 @@ def test_the_twin_is_pytorchs_batch_norm(training, residual):
 
 @pytest.mark.parametrize("op", ["norm_act", "norm_act with residual", "norm_act_pool"])
 def test_gradcheck(op):
-    """Of the twins' closed forms, which are the operators on a CPU, through the batch's statistics."""
+    """The closed forms of the twins, which implement the operators on a CPU, through the batch statistics."""
     case = {name: t.double().cpu() for name, t in make_case(2, 3, 3, 4).items()}
     x, weight, bias, residual = (case[k].requires_grad_() for k in ("x", "weight", "bias", "residual"))
 
@@ -290,7 +290,7 @@ def test_gradcheck(op):
         ({"x": torch.zeros(1, 8, 1, 1), "residual": None}, "Expected more than 1 value per channel when training"),
     ],
 )
-def test_refuses_what_does_not_fit(change, message):
+def test_invalid_arguments_are_refused(change, message):
     case = {name: t.cpu() for name, t in make_case().items()}
     with pytest.raises(ValueError, match=message):
         norm_act(**{**case, **change})

@@ -1,4 +1,4 @@
-"""kernels.ofa_loss against the formula of the published loss, written again here in float64 numpy."""
+"""kernels.ofa_loss against the formula of the published loss, implemented again here in float64 numpy."""
 
 import numpy as np
 import pytest
@@ -20,9 +20,9 @@ def make_case(H=3, B=6, C=11, K=4, std=2.0, dtype=torch.float64, label="some", s
     """Random logits, labels and a teacher's top-K; label is among the K classes of "all", "none" or "some" samples."""
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.normal(0, std, (H, B, C))).to(dtype)
-    answer = log_softmax(rng.normal(0, 2, (B, C)), axis=1)
-    ranked = np.argsort(-answer, axis=1)
-    classes, log_probs = ranked[:, :K], np.take_along_axis(answer, ranked[:, :K], axis=1)
+    log_prob = log_softmax(rng.normal(0, 2, (B, C)), axis=1)
+    ranked = np.argsort(-log_prob, axis=1)
+    classes, log_probs = ranked[:, :K], np.take_along_axis(log_prob, ranked[:, :K], axis=1)
     low, high = {"all": (0, K), "none": (K, C), "some": (0, C)}[label]
     labels = ranked[np.arange(B), rng.integers(low, high, B)]
     log_probs = torch.from_numpy(log_probs).to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -74,8 +74,8 @@ def test_equals_the_formula_in_float64(variant, label, eps, T):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_equals_the_formula_for_any_shape_and_is_blind_to_shift_and_column_order(data):
-    """Random H, B, C, K, eps, T; then logits shifted per row and the K columns permuted give the same loss."""
+def test_equals_the_formula_for_any_shape_and_ignores_shift_and_column_order(data):
+    """Random H, B, C, K, eps, T; logits shifted per row and permuted K columns give the same loss."""
     C = data.draw(st.integers(1, 30))
     shape = {"H": data.draw(st.integers(1, 4)), "B": data.draw(st.integers(1, 5)), "C": C}
     K = data.draw(st.integers(1, C))
@@ -97,7 +97,7 @@ def test_equals_the_formula_for_any_shape_and_is_blind_to_shift_and_column_order
 @both_variants
 @pytest.mark.parametrize("T", [1.0, 3.0])
 def test_all_classes_kept_equals_dense_in_fp32(variant, T):
-    """K = C: nothing is lost against the dense definition, to what fp32 can tell; and both equal float64."""
+    """K = C: equal to the dense definition at fp32 precision; both equal float64."""
     logits, labels, classes, log_probs = make_case(H=4, B=64, C=100, K=100, dtype=torch.float32)
     eps = torch.tensor([1.0, 1.1, 1.5, 2.0])
     probs = torch.from_numpy(teacher(classes, log_probs, 100, T)).float()
@@ -110,7 +110,7 @@ def test_all_classes_kept_equals_dense_in_fp32(variant, T):
 @both_variants
 @pytest.mark.parametrize("T", [1.0, 3.0])
 def test_top_k_equals_dense_on_the_spread_out_distribution(variant, T):
-    """K < C: the dense loss of the distribution that a top-K answer stands for, built independently."""
+    """K < C: the dense loss of the distribution that the top K represent, built independently."""
     logits, labels, classes, log_probs = make_case(H=2, B=16, C=50, K=5)
     spread = torch.from_numpy(teacher(classes, log_probs, 50, T))
     torch.testing.assert_close(dense_probs(classes, log_probs, 50, T), spread, rtol=1e-12, atol=0)
@@ -141,7 +141,7 @@ def test_gradient_is_the_derivative(variant, label, K, T):
 
 @both_variants
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_logits_stay_finite_and_right(variant, dtype):
+def test_extreme_logits_stay_finite_and_correct(variant, dtype):
     """Logits with std 100 (log(softmax) of the published code overflows at 30): loss and gradient as in float64."""
     logits, *rest = make_case(H=2, B=8, C=100, K=10, std=100, dtype=dtype)
     logits.requires_grad_()
@@ -164,7 +164,7 @@ def test_extreme_logits_stay_finite_and_right(variant, dtype):
     "shape", [(1, 1, 2, 1), (1, 1, 2, 2), (4, 1, 1, 1), (3, 5, 1000, 1), (1, 7, 257, 256), (2, 3, 21841, 20)]
 )
 def test_odd_shapes(variant, shape):
-    """(H, B, C, K) at the edges, up to ImageNet-21K's class count, in fp32."""
+    """Extreme values of (H, B, C, K), up to ImageNet-21K's number of classes, in fp32."""
     H, B, C, K = shape
     case = make_case(H, B, C, K, dtype=torch.float32)
     close(ofa_loss(*case, 1.3, 2.0, variant=variant), oracle(*case, 1.3, 2.0, variant), rtol=1e-5)
@@ -182,7 +182,7 @@ def test_empty_batch_is_zero(variant):
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int32])
 def test_class_numbers_of_any_integer_type(dtype):
-    """uint16 is what a cache stores; class numbers above 32767 must survive."""
+    """A cache stores uint16; class numbers above 32767 must be preserved."""
     logits, labels, classes, log_probs = make_case(H=1, B=2, C=40_000, K=3)
     classes = torch.tensor([[39_999, 0, 33_000], [1, 40_000 - 2, 5]])
     labels = torch.tensor([33_000, 7])
@@ -224,7 +224,7 @@ GOOD = {
         ({"variant": "mine"}, r"variant: expected one of \('official', 'paper'\), got 'mine'"),
     ],
 )
-def test_refuses_what_does_not_fit(change, message):
-    """Every ValueError names the argument, what was expected and what came."""
+def test_invalid_arguments_are_refused(change, message):
+    """Each ValueError names the argument, the expected and the given value."""
     with pytest.raises(ValueError, match=message):
         ofa_loss(**{**GOOD, **change})

@@ -21,14 +21,14 @@ HALVES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """What a kernel forgets to write is NaN."""
+    """Memory that a kernel does not write is NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def kernel_case(H=3, B=2, C=37, K=4, dtype=torch.float32, label="some", seed=0, std=2.0, **types):
-    """As a cache has it: classes int32 (or what `types` says), log-probabilities float16."""
+    """As from a cache: classes int32 (or as in `types`), log-probabilities float16."""
     logits, labels, classes, log_probs = make_case(H, B, C, K, std, torch.float32, label, seed)
     classes, log_probs = classes.to(types.get("classes", torch.int32)), log_probs.to(types.get("probs", torch.float16))
     return [t.to(DEVICE) for t in (logits.to(dtype), labels, classes, log_probs)]
@@ -82,15 +82,15 @@ def test_every_size_of_a_row(dtype, C, K):
     check(ofa_loss, kernel_case(H=1, B=3, C=C, K=K, dtype=dtype), eps=1.3, temperature=1.0)
 
 
-def test_every_class_kept_of_very_many():
-    """K = C = 1,500: the teacher's classes come in two blocks."""
+def test_all_of_many_classes_kept():
+    """K = C = 1,500: the teacher's classes take two blocks."""
     check(ofa_loss, kernel_case(H=1, B=2, C=1500, K=1500, probs=torch.float32), eps=1.3, temperature=1.5)
 
 
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_equals_float64_for_any_case(data):
-    """Random shapes, types, weights, temperature, smoothing, mixed or not: all of the objective."""
+    """Random shapes, dtypes, weights, temperature, smoothing, mixed or not: everything in the objective."""
     H, B, C = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(2, 70))
     K = data.draw(st.integers(1, C))
     case = kernel_case(
@@ -118,7 +118,7 @@ def test_equals_float64_for_any_case(data):
 @pytest.mark.parametrize(("own_kept", "partner_kept"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("mix", [0.2, 0.5, 0.8])
 def test_both_labels_in_or_out_of_the_top_k(own_kept, partner_kept, mix):
-    """Written twice: a class that the teacher kept and that the picture is labelled with must get both shares."""
+    """A label among the teacher's classes must get the share of both."""
     logits, _, classes, log_probs = kernel_case(H=2, B=2, C=12, K=4)
     others = torch.tensor([[c for c in range(12) if c not in row] for row in classes.tolist()]).to(DEVICE)
     labels = classes[:, 1].long() if own_kept else others[:, 0]
@@ -130,7 +130,7 @@ def test_both_labels_in_or_out_of_the_top_k(own_kept, partner_kept, mix):
     )  # fmt: skip
 
 
-def test_a_picture_mixed_with_another_of_its_class():
+def test_an_image_mixed_with_another_of_its_class():
     logits, labels, classes, log_probs = kernel_case(H=2, B=3, C=12, K=4)
     check(
         distillation_loss, [logits, labels, classes, log_probs],
@@ -152,15 +152,15 @@ def test_empty_batch_is_zero(function):
 
 @pytest.mark.parametrize("where", ["labels", "classes"])
 @pytest.mark.parametrize("number", [-1, 37, 10**6])
-def test_a_class_that_does_not_exist_makes_its_loss_nan(where, number):
-    """Looking at the numbers on the host would wait for the device; the step's check for finite numbers finds it."""
+def test_an_invalid_class_gives_nan(where, number):
+    """Checking on the host would wait for the device; the step's check for finite values detects it."""
     logits, labels, classes, log_probs = kernel_case(H=2, B=2)
     {"labels": labels, "classes": classes}[where][1] = number
     assert ofa_loss(logits, labels, classes, log_probs, 1.0, impl="triton").isnan().all()
 
 
 @pytest.mark.parametrize("variant", ["official", "paper"])
-def test_a_nan_of_the_teacher_is_not_hidden(variant):
+def test_a_nan_of_the_teacher_is_propagated(variant):
     logits, labels, classes, log_probs = kernel_case(H=2, B=2)
     log_probs[1, 0] = float("nan")
     assert ofa_loss(logits, labels, classes, log_probs, 1.3, impl="triton", variant=variant).isnan().all()
@@ -213,7 +213,7 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_float64_is_the_twins():
+def test_float64_uses_the_twin():
     with pytest.raises(ValueError, match=r"expected fp32, bf16 or fp16 logits for 'triton', got torch.float64"):
         ofa_loss(*(t.to(DEVICE) for t in make_case()), 1.0, impl="triton")
 
@@ -228,7 +228,7 @@ def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
 @pytest.mark.parametrize("mixed", [False, True])
 def test_on_a_cpu_the_operators_are_the_twins(mixed, monkeypatch):
-    """As an exported program meets them: losses, and the gradient in closed form against autograd's."""
+    """As in an exported program: losses, and the closed-form gradient against autograd's."""
     monkeypatch.delenv("TRITON_INTERPRET")
     logits, labels, classes, log_probs = kernel_case(H=3, B=4)
     eps, weights = torch.tensor([1.0, 1.4, 0.8]), [0.5, 2.0, 1.5]
@@ -253,7 +253,7 @@ def test_on_a_cpu_the_operators_are_the_twins(mixed, monkeypatch):
     torch.testing.assert_close(*found)
 
 
-def test_what_comes_in_is_multiplied_before_rounding_to_fp16():
+def test_the_incoming_gradient_is_applied_before_rounding_to_fp16():
     """A gradient of 1e-9 is 0 in fp16; multiplied by a loss scaler's 2^20 it is not."""
     logits, *rest = kernel_case(H=2, B=3, C=9, K=3, std=0.5)
     rest[2] = rest[2].double()

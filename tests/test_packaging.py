@@ -1,4 +1,4 @@
-"""What is installed: fastofa with kernels and pipelines inside it, each file once, and nothing under a bare name."""
+"""What is installed: fastofa with kernels and pipelines inside it, each file once, and no bare package names."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ SOURCES = ("fastofa", "kernels", "pipelines", "setup.py", "pyproject.toml", "REA
 
 @pytest.fixture(scope="module")
 def declared() -> dict[str, Any]:
-    """What setup.py hands to setuptools."""
+    """The arguments that setup.py passes to setuptools."""
     given: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=lambda **values: given.update(values)))
@@ -36,13 +36,13 @@ def test_version_and_command(declared):
 
 
 def test_every_package_is_declared_once_by_its_full_name(declared):
-    rooms = {path.parent.name for path in (ROOT / "fastofa").glob("*/__init__.py")}
-    assert {"data", "kernels", "pipelines", "training"} < rooms
-    assert sorted(declared["packages"]) == sorted(["fastofa", *(f"fastofa.{room}" for room in rooms)])
+    packages = {path.parent.name for path in (ROOT / "fastofa").glob("*/__init__.py")}
+    assert {"data", "kernels", "pipelines", "training"} < packages
+    assert sorted(declared["packages"]) == sorted(["fastofa", *(f"fastofa.{package}" for package in packages)])
 
 
 def test_apex_is_never_installed_from_pypi(declared):
-    """The `apex` there is something else; nor are FFCV and DALI forced on anybody."""
+    """The `apex` there is another package. FFCV and DALI are optional."""
     extras, required = declared["extras_require"], declared["install_requires"]
     texts = [*required, *(text for extra in extras.values() for text in extra)]
     everything = {re.split(r"[^A-Za-z0-9_.-]", text)[0].lower() for text in texts}
@@ -61,10 +61,10 @@ def test_python_and_torch_are_recent_enough(declared):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder with what an installation holds, and every name in it, from a copy of the sources.
+    """The files of an installation, and a list of their names, built from a copy of the sources.
 
-    Out of a wheel: made by this environment's setuptools, or by one that pip fetches; where neither can make one,
-    what setuptools would put into it.
+    They come from a wheel that this environment's setuptools, or one that pip downloads, builds; if neither can, they
+    are those that setuptools would include.
     """
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in SOURCES:
@@ -90,12 +90,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 @pytest.mark.slow
 def test_every_file_is_installed_once_and_under_fastofa(built):
-    """The sources' own list, no bare `kernels` or `pipelines`, nothing twice through the links; bytes unchanged."""
+    """As the sources list them: no bare `kernels` or `pipelines`, nothing twice through the links; bytes unchanged."""
     folder, names = built
     expected = {f"fastofa/{path.name}": path for path in (ROOT / "fastofa").glob("*.py")}
     expected |= {f"fastofa/{name}": ROOT / "fastofa" / name for name in ("py.typed", "reports/report.html.jinja")}
-    for room in (path.parent for path in (ROOT / "fastofa").glob("*/__init__.py")):
-        expected |= {f"fastofa/{room.name}/{path.name}": path for path in room.glob("*.py")}
+    for package in (path.parent for path in (ROOT / "fastofa").glob("*/__init__.py")):
+        expected |= {f"fastofa/{package.name}/{path.name}": path for path in package.glob("*.py")}
     assert sorted(names) == sorted(expected)
     for name, path in expected.items():
         assert (folder / name).read_bytes() == path.read_bytes()
@@ -103,7 +103,7 @@ def test_every_file_is_installed_once_and_under_fastofa(built):
 
 
 @pytest.mark.slow
-def test_what_is_installed_imports_from_there(built, tmp_path):
+def test_installed_packages_import_from_the_installation(built, tmp_path):
     """In another process and folder: fastofa.kernels is the installed copy, the bare `kernels` is not ours."""
     folder, _ = built
     code = (

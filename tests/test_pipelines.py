@@ -1,4 +1,4 @@
-"""The replay contract: the pixels of (view, sample) do not depend on workers, batch size, order or where one starts."""
+"""The pixels of (view, sample) do not depend on workers, batch size, order or start."""
 
 import dataclasses
 import gc
@@ -120,7 +120,7 @@ def by_hand(dataset: Dataset, views: Views, size: int) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Mean over the pixels, of the worst picture, in levels of 255."""
+    """Mean over the pixels of the image that differs most, in levels of 255."""
     return (a.float() - b.float()).abs().mean(dim=(1, 2, 3)).max().item()
 
 
@@ -168,7 +168,7 @@ def test_pixels_depend_on_view_and_sample_only(request, source, name, workers, b
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize(("source", "name"), [("packed", "packed"), ("beton", "ffcv"), ("raw", "ffcv")])
 def test_pixels_do_not_depend_on_how_the_file_is_read(request, monkeypatch, source, name, cached):
-    """Page by page or not, asked for ahead or not, mixed or not."""
+    """By pages or not, with read-ahead or not, mixed or not."""
     monkeypatch.setattr("fastofa.pipelines.read_ahead._in_memory", lambda *_: cached)
     dataset = request.getfixturevalue(source)
     pages = np.arange(len(dataset)) // 3  # 8 pages, as a larger file has them
@@ -198,8 +198,8 @@ def test_resident_pixels_depend_on_view_and_sample_only(request, source, batch_s
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(2, 6), (3, 4)])
 @pytest.mark.parametrize("name", ["packed", "resident", "torchvision", "ffcv", DALI])
-def test_ranks_together_see_what_one_sees(request, name, ranks, batch_size):
-    """Batch by batch: their batches number b hold the samples of one rank's batch b, with the same pixels."""
+def test_ranks_together_see_the_batches_of_one(request, name, ranks, batch_size):
+    """The samples in batch b of all ranks are those in batch b of a single rank, with the same pixels."""
     dataset = source_of(name, request)
     views = draw(dataset)
     alone = run(name, dataset, views, batch_size=ranks * batch_size, order=epoch_order(24, 9, 2))
@@ -214,7 +214,7 @@ def test_ranks_together_see_what_one_sees(request, name, ranks, batch_size):
 
 
 def ramp(size: tuple[int, int]) -> np.ndarray:
-    """uint8 [1, H, W, 3]: red is the place from top to bottom, green from left to right, 0 to 255 at the edges."""
+    """uint8 [1, H, W, 3]: red is the position from top to bottom, green from left to right, 0 to 255 at the edges."""
     down, across = (255 * (np.arange(side) + 0.5) / side for side in size)
     red, green = np.meshgrid(down, across, indexing="ij")
     return np.rint(np.stack([red, green, 0 * red], axis=-1)).astype(np.uint8)[None]
@@ -229,9 +229,9 @@ def ramp(size: tuple[int, int]) -> np.ndarray:
     ],
 )
 def test_a_view_is_the_same_region_in_every_form_and_at_every_size(tmp_path, form, name):
-    """On a picture of its own coordinates each output pixel is the place in the box that it stands for.
+    """On an image of its coordinates, each output pixel is its position in the box.
 
-    To the rounding of pixels (half a level, of the stored ones too), and of the box to pixels of the stored picture.
+    Up to the rounding of pixels (half a level, also of stored ones), and of the box to pixels of the stored image.
     """
     names = [f"{i:02d}" for i in range(12)]
     pixels = ramp((240, 400)).repeat(12, axis=0)
@@ -270,11 +270,11 @@ def draw_full(dataset: Dataset, view: int = 0, policy: ViewPolicy = FULL) -> Vie
 
 
 def augmented_by_hand(cropped: Tensor, views: Views) -> Tensor:
-    """Of all samples' crops: timm's operations on Pillow pictures, then mixed in numpy; an erased box is left black."""
+    """Crops of all samples with timm's operations on Pillow images, mixed in numpy; an erased box is left black."""
     size = cropped.shape[-1]
-    pictures = []
+    images = []
     for crop, ops, amounts in zip(cropped, views.ops, views.amounts.tolist(), strict=True):
-        picture = Image.fromarray(crop.permute(1, 2, 0).numpy())
+        image = Image.fromarray(crop.permute(1, 2, 0).numpy())
         for op, amount in zip(ops, amounts, strict=True):
             if op:
                 name = timm._RAND_TRANSFORMS[op - 1]
@@ -282,9 +282,9 @@ def augmented_by_hand(cropped: Tensor, views: Views) -> Tensor:
                 if OPS[op] == "solarize_add":
                     args = [int(amount)]
                 options = {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BILINEAR}
-                picture = timm.NAME_TO_OP[name](picture, *args, **options)
-        pictures.append(np.asarray(picture))
-    whole = np.stack(pictures)
+                image = timm.NAME_TO_OP[name](image, *args, **options)
+        images.append(np.asarray(image))
+    whole = np.stack(images)
     out = whole.copy()
     for i, (partner, share, cut) in enumerate(zip(views.partner, views.mix, views.mix_box, strict=True)):
         if cut[2]:
@@ -292,8 +292,8 @@ def augmented_by_hand(cropped: Tensor, views: Views) -> Tensor:
             out[i, top:bottom, left:right] = whole[partner, top:bottom, left:right]
         else:
             out[i] = np.rint(whole[i] * share + whole[partner] * (1 - share))
-    for picture, (top, left, bottom, right) in zip(out, pixel_boxes(views.erase, size), strict=True):
-        picture[top:bottom, left:right] = 0
+    for image, (top, left, bottom, right) in zip(out, pixel_boxes(views.erase, size), strict=True):
+        image[top:bottom, left:right] = 0
     return torch.from_numpy(out).permute(0, 3, 1, 2)
 
 
@@ -308,7 +308,7 @@ def augmented_by_hand(cropped: Tensor, views: Views) -> Tensor:
         FOLDER_DALI,
     ],
 )
-def test_the_augmentation_equals_timms_picture_by_picture(request, source, name):
+def test_the_augmentation_equals_timms_image_by_image(request, source, name):
     """Crop, operations, mixing and erasing in the published order; only rotations differ, by 1 at few pixels."""
     dataset = request.getfixturevalue(source)
     for view in range(3):
@@ -316,10 +316,10 @@ def test_the_augmentation_equals_timms_picture_by_picture(request, source, name)
         plain = Views(views.crop, views.flip)
         got = images_of(run(name, dataset, views, 48, batch_size=16))
         expected = augmented_by_hand(images_of(run(name, dataset, plain, 48)), views)
-        for picture, (top, left, bottom, right) in zip(got, pixel_boxes(views.erase, 48), strict=True):
+        for image, (top, left, bottom, right) in zip(got, pixel_boxes(views.erase, 48), strict=True):
             if bottom > top:
-                assert picture[:, top:bottom, left:right].float().std() > 20
-            picture[:, top:bottom, left:right] = 0
+                assert image[:, top:bottom, left:right].float().std() > 20
+            image[:, top:bottom, left:right] = 0
         error = (got.int() - expected.int()).abs()
         assert error.max() <= 2
         assert (error > 0).float().mean() < 1e-4
@@ -339,7 +339,7 @@ def test_the_augmentation_equals_timms_picture_by_picture(request, source, name)
     ],
 )
 def test_augmented_pixels_depend_on_view_and_sample_only(request, source, name, workers):
-    """Bit for bit, in batches that hold whole pairs and in any others: a partner that is not there is read, too."""
+    """Bit for bit, in batches of whole pairs and in any others, for which partners are read as well."""
     dataset = request.getfixturevalue(source)
     views = draw_full(dataset)
     truth = by_row(run(name, dataset, views, batch_size=len(dataset)))
@@ -353,7 +353,7 @@ def test_augmented_pixels_depend_on_view_and_sample_only(request, source, name, 
     assert not same(truth, by_row(run(name, dataset, draw_full(dataset, view=1))))
 
 
-def test_all_pipelines_augment_alike(digits, uniform, packed):
+def test_all_pipelines_give_the_same_augmentation(digits, uniform, packed):
     for dataset in (digits, uniform, packed):
         views = draw_full(dataset)
         names = ["resident", "torchvision"] + ["packed"] * (dataset.pixels is not None)
@@ -362,8 +362,8 @@ def test_all_pipelines_augment_alike(digits, uniform, packed):
 
 
 @pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("resident", 0), ("packed", 2)])
-def test_a_mixed_batch_says_what_it_was_mixed_of(digits, name, workers):
-    """The partners' labels, and each own share: of cutmix that of the pixels that are really shown."""
+def test_a_mixed_batch_contains_partner_labels_and_shares(digits, name, workers):
+    """The share of cutmix is that of the visible pixels."""
     views, size = draw_full(digits), 20
     batches = run(name, digits, views, size, batch_size=30, workers=workers)
     labels = torch.from_numpy(digits.labels)
@@ -405,7 +405,7 @@ def test_joined_views_are_the_views_one_after_the_other(digits, name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_augments_to_the_same_bits_and_never_waits(digits):
-    """The operations are put together of single roundings, which no device does otherwise."""
+    """The operations consist of single roundings, which are the same on every device."""
     views, rows = draw_full(digits), np.arange(100)
     crops = images_of(run("resident", digits, Views(views.crop, views.flip), 64))
     expected = augment(crops.clone(memory_format=torch.channels_last), views, rows, 100)
@@ -419,8 +419,8 @@ def test_a_gpu_augments_to_the_same_bits_and_never_waits(digits):
         assert torch.equal(got.cpu(), expected)
 
 
-def test_colours_are_the_policys(digits):
-    """What shows where a picture was moved away, and the mean of the noise."""
+def test_fill_and_noise_have_the_policys_mean(digits):
+    """The colour where an operation moved the image away, and the mean of the noise."""
     policy = ViewPolicy(auto_augment="rand-m10-p1-n1", erase=1.0, mean=(0.2, 0.4, 0.6), std=(0.01, 0.01, 0.01))
     views = draw_full(digits, policy=policy)
     slid = np.flatnonzero(views.ops[:, 0] == OPS.index("translate_x"))
@@ -428,8 +428,8 @@ def test_colours_are_the_policys(digits):
     for i in slid:
         side = images[i, :, :, 0 if views.amounts[i, 0] < 0 else -1].float()
         assert (side.median(dim=1).values - torch.tensor([51.0, 102.0, 153.0])).abs().max() <= 3
-    for picture, (top, left, bottom, right) in zip(images, pixel_boxes(views.erase, 40), strict=True):
-        noise = picture[:, top:bottom, left:right].float().mean(dim=(1, 2))
+    for image, (top, left, bottom, right) in zip(images, pixel_boxes(views.erase, 40), strict=True):
+        noise = image[:, top:bottom, left:right].float().mean(dim=(1, 2))
         assert (noise - torch.tensor([51.0, 102.0, 153.0])).abs().max() < 3
     assert len(slid) > 2
 
@@ -472,15 +472,15 @@ def test_resident_and_the_gpus_kernel_agree_with_torchvision(request, source):
 
 
 @pytest.mark.parametrize("source", ["beton", "raw"])
-def test_ffcv_has_the_very_pixels_of_torchvision(request, source):
+def test_ffcv_has_exactly_the_pixels_of_torchvision(request, source):
     dataset = request.getfixturevalue(source)
     views = draw_full(dataset)
     assert same(by_row(run("ffcv", dataset, views, 48)), by_row(run("torchvision", dataset, views, 48)))
 
 
 @pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 2), ("resident", 0), ("packed", 2)])
-def test_batches_are_laid_out_as_promised(digits, name, workers):
-    """Channels-last, labels and ids of the samples asked for, a smaller last batch; normalised as torchvision does."""
+def test_the_layout_of_batches(digits, name, workers):
+    """Channels-last, labels and ids of the order's samples, a smaller last batch; normalised as torchvision does."""
     views, order = draw(digits), epoch_order(len(digits), 0, 0)
     batches = run(name, digits, views, 16, batch_size=24, order=order, workers=workers)
     assert [len(batch.images) for batch in batches] == [24, 24, 24, 24, 4]
@@ -511,7 +511,7 @@ def test_an_epoch_may_be_empty_or_repeat_samples(digits):
 
 @pytest.mark.parametrize("name", ["torchvision", "resident", "packed", "ffcv", DALI])
 def test_the_size_may_change_between_epochs(request, name):
-    """To what a pipeline of that size makes."""
+    """The images are those of a pipeline opened with that size."""
     dataset = source_of(name, request)
     views = draw(dataset)
     pipeline = open_pipeline(name, dataset, 16, batch_size=10)
@@ -530,15 +530,15 @@ def test_the_size_may_change_between_epochs(request, name):
     ("damage", "message"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-900]), "unreadable image .*{name}"),
-        (lambda path: path.write_text("not a picture"), "unreadable image .*{name}"),
+        (lambda path: path.write_text("not an image"), "unreadable image .*{name}"),
         (lambda path: path.unlink(), "unreadable image .*{name}"),
         (lambda path: Image.open(path).crop((0, 0, 50, 40)).save(path), "image .*{name} is 40 x 50 pixels, expected"),
     ],
 )
-def test_a_file_that_went_bad_is_named(
+def test_a_file_damaged_after_opening_is_named(
     photos: Path, tmp_path: Path, workers: int, damage: Callable[[Path], object], message: str
 ):
-    """Truncated, no picture, gone, or another size than indexed: BadInput with its name, also from a worker."""
+    """Truncated, text, missing, or of another size than indexed: BadInput with its name, also from a worker."""
     shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
     dataset = open_dataset(str(tmp_path / "data"))
     damage(dataset.path(17))
@@ -552,8 +552,8 @@ def test_a_file_that_went_bad_is_named(
     assert children() <= before
 
 
-def test_a_damaged_picture_of_a_beton_is_named(photos: Path, tmp_path: Path):
-    """Without end or without beginning; also of a file that is shorter than it was."""
+def test_a_damaged_image_of_a_beton_is_named(photos: Path, tmp_path: Path):
+    """Its end or its beginning is missing; also if the file became shorter."""
     write(WriteConfig(str(photos), tmp_path / "x.beton"))
     dataset = open_dataset(str(tmp_path / "x.beton"))
     views, (begin, count) = draw(dataset), dataset.spans[17].tolist()
@@ -576,15 +576,17 @@ def test_a_damaged_picture_of_a_beton_is_named(photos: Path, tmp_path: Path):
     ("damage", "message"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-900]), "unreadable image .*{name}"),
-        (lambda path: path.write_text("not a picture"), "unreadable image .*{name}"),
+        (lambda path: path.write_text("not an image"), "unreadable image .*{name}"),
         (lambda path: path.write_bytes(b""), "unreadable image .*{name}"),
         (lambda path: path.unlink(), "unreadable image .*{name}"),
         (lambda path: Image.open(path).crop((0, 0, 50, 40)).save(path), "image .*{name} is 40 x 50 pixels, expected"),
         (lambda path: Image.open(path).resize((500, 400)).save(path), "image .*{name} is 400 x 500 pixels, expected"),
     ],
 )
-def test_dali_names_a_file_that_went_bad(photos: Path, tmp_path: Path, damage: Callable[[Path], object], message: str):
-    """When its batch comes, not before."""
+def test_dali_names_a_file_damaged_after_opening(
+    photos: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+):
+    """When its batch is read, not before."""
     shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
     dataset = open_dataset(str(tmp_path / "data"))
     damage(dataset.path(17))
@@ -596,11 +598,11 @@ def test_dali_names_a_file_that_went_bad(photos: Path, tmp_path: Path, damage: C
 
 
 @pytest.mark.dali
-def test_dali_runs_on_past_files_that_went_bad(photos: Path, tmp_path: Path, capsys):
-    """With skip_corrupt they are named and left out; the others are what they are without them."""
+def test_dali_continues_after_damaged_files(photos: Path, tmp_path: Path, capsys):
+    """With skip_corrupt they are named and skipped; the other images are unchanged."""
     shutil.copytree(photos, tmp_path / "data", ignore=shutil.ignore_patterns(".fastofa"))
     folder = tmp_path / "data/train/china"
-    (folder / "003.jpg").write_text("not a picture")
+    (folder / "003.jpg").write_text("not an image")
     (folder / "005.jpg").write_bytes((folder / "005.jpg").read_bytes()[:-900])
     (folder / "006.jpg").write_bytes(b"")
     dataset = open_dataset(str(tmp_path / "data"), skip_corrupt=True)
@@ -612,8 +614,8 @@ def test_dali_runs_on_past_files_that_went_bad(photos: Path, tmp_path: Path, cap
 
 
 @pytest.mark.dali
-def test_dali_serves_every_kind_of_file(photos: Path, tmp_path: Path):
-    """CMYK, grey, 16 bits, transparency, turned by EXIF, another kind than the name says, very wide."""
+def test_dali_reads_every_kind_of_file(photos: Path, tmp_path: Path):
+    """CMYK, grey, 16 bits, transparency, EXIF orientation, another kind than the name says, very wide."""
     folder = tmp_path / "data/train/a"
     folder.mkdir(parents=True)
     photo = Image.open(photos / "train/china/000.jpg")
@@ -642,7 +644,7 @@ def test_a_cache_made_through_torchvision_trains_through_dali(on_photos):
     assert train(on_photos(pipeline="dali", workers=1)).images_per_second > 0
 
 
-def test_without_dali_one_line_says_how_to_get_it(mixed, monkeypatch):
+def test_without_dali_one_line_names_the_remedy(mixed, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "fastofa.pipelines.dali_loader", raising=False)
     with pytest.raises(BadInput, match=r"pipeline dali: needs DALI \(.*\); `fastofa doctor` says how to install it"):
@@ -650,7 +652,7 @@ def test_without_dali_one_line_says_how_to_get_it(mixed, monkeypatch):
 
 
 def test_workers_leave_signals_to_the_main_process(mixed):
-    """Both reach all processes of a group; a worker that dies of one would hide the main process's own ending."""
+    """Both signals reach all processes of a group; a worker killed by one would hide how the main process ends."""
     order = np.arange(len(mixed))
     before = children()
     epoch = open_pipeline("torchvision", mixed, 32, batch_size=2, workers=2).epoch(draw(mixed), order)
@@ -666,7 +668,7 @@ def test_workers_leave_signals_to_the_main_process(mixed):
 
 
 def test_a_worker_that_is_killed_is_one_line(mixed):
-    """As the kernel does it where memory runs out."""
+    """As by the kernel when memory runs out."""
     before = children()
     epoch = open_pipeline("torchvision", mixed, 32, batch_size=2, workers=2).epoch(draw(mixed), np.arange(24))
     next(epoch)
@@ -676,8 +678,8 @@ def test_a_worker_that_is_killed_is_one_line(mixed):
     assert children() <= before
 
 
-def test_batches_take_nothing_of_dev_shm(mixed):
-    """Of which a container has 64 MB."""
+def test_batches_do_not_use_dev_shm(mixed):
+    """A container has only 64 MB of it."""
     before = children()
     epoch = open_pipeline("torchvision", mixed, 160, batch_size=8, workers=2).epoch(draw(mixed), np.arange(24))
     next(epoch)
@@ -690,8 +692,8 @@ def test_batches_take_nothing_of_dev_shm(mixed):
 
 
 @pytest.mark.parametrize(("name", "source"), [("torchvision", "mixed"), ("ffcv", "beton")])
-def test_a_picture_that_never_comes_does_not_outlast_a_signal(request, monkeypatch, name, source):
-    """A disk that does not answer."""
+def test_a_signal_ends_the_wait_for_an_image_that_never_arrives(request, monkeypatch, name, source):
+    """As when a disk does not respond."""
     dataset, stuck = request.getfixturevalue(source), threading.Event()
 
     def never(_: Dataset, sample_id: int, *__: object) -> None:
@@ -712,8 +714,8 @@ def test_a_picture_that_never_comes_does_not_outlast_a_signal(request, monkeypat
     assert children() <= before
 
 
-def test_auto_takes_what_fits_the_data_and_says_why(digits, mixed, packed, beton, capsys):
-    """An array is resident; files go through torchvision; a .beton and a pack have their own."""
+def test_auto_chooses_by_the_data_and_reports_why(digits, mixed, packed, beton, capsys):
+    """Arrays are resident, image files go through torchvision, a .beton and a pack have their own pipelines."""
     for dataset, name in ((digits, "resident"), (mixed, "torchvision"), (beton, "ffcv"), (packed, "packed")):
         pipelines._say.cache_clear()
         for _ in range(2):  # the training and the validation split, say
@@ -723,8 +725,8 @@ def test_auto_takes_what_fits_the_data_and_says_why(digits, mixed, packed, beton
         assert said[0].startswith(f"pipeline {name}: ")
 
 
-def test_a_pack_is_resident_where_it_is_small_and_fits(packed, monkeypatch, capsys):
-    """What a GPU with so much memory would be told."""
+def test_a_small_pack_is_resident_if_it_fits(packed, monkeypatch, capsys):
+    """The notice for a GPU with this much memory."""
     need, gpu = packed.pixels.nbytes, torch.device("cuda", 0)
     for free, name in ((4 * need, "resident"), (4 * need - 1, "packed")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2**33))
@@ -737,7 +739,7 @@ def test_a_pack_is_resident_where_it_is_small_and_fits(packed, monkeypatch, caps
 
 @pytest.mark.parametrize("name", ["packed", "torchvision", "resident", "ffcv", DALI])
 def test_early_exits_leave_no_thread_and_no_memory(request, name):
-    """Fifteen epochs left after a batch, and sixty whole ones."""
+    """After fifteen epochs abandoned after a batch, and sixty complete ones."""
     before = children()
     dataset = source_of(name, request)
     views, order = draw(dataset), np.arange(24)
@@ -775,8 +777,8 @@ def test_early_exits_leave_no_thread_and_no_memory(request, name):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_what_threads_gather_for_a_gpu(packed, monkeypatch, workers):
-    """The very rows, in the order of the batch and of its partners; what a GPU makes of them is what a CPU crops."""
+def test_images_gathered_for_a_gpu(packed, monkeypatch, workers):
+    """The rows of the batch in order, then partners; cropped, they equal the images that a CPU crops."""
     views, order, here = draw_full(packed), epoch_order(24, seed=9, epoch=2), torch.device("cpu")
     gathered, cropped = (cls(Request(packed, 32, 7, here, workers, None)) for cls in (Gathered, Cropped))
     monkeypatch.setattr(gathered, "_copy", lambda *tensors: tensors)
@@ -788,8 +790,8 @@ def test_what_threads_gather_for_a_gpu(packed, monkeypatch, workers):
         assert (arrived.int() - crops.images.int()).abs().max() <= 1
 
 
-def test_a_threads_error_is_the_epochs(packed, monkeypatch):
-    """And nothing waits."""
+def test_a_threads_error_is_raised_by_the_epoch(packed, monkeypatch):
+    """Nothing waits."""
     monkeypatch.setattr("fastofa.pipelines.threaded.crop_resize_one", lambda *_: 1 / 0)
     threads = threading.active_count()
     with pytest.raises(ZeroDivisionError):
@@ -799,7 +801,7 @@ def test_a_threads_error_is_the_epochs(packed, monkeypatch):
 
 @pytest.mark.parametrize("name", ["packed", "resident", "torchvision", "ffcv", DALI])
 def test_batches_made_in_inference_mode(request, name):
-    """As evaluation makes them."""
+    """As in evaluation."""
     dataset = source_of(name, request)
     with torch.inference_mode():
         inside = images_of(run(name, dataset, draw(dataset), workers=2))
@@ -810,7 +812,7 @@ def test_batches_made_in_inference_mode(request, name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["packed", "resident"])
 def test_a_gpu_crops_to_the_pixels_of_the_cpu(packed, name):
-    """Gathered, copied beside and cropped there; in whatever order batches are used up."""
+    """Gathered, copied on a stream and cropped there; in whatever order batches are consumed."""
     views = draw_full(packed)
     order = epoch_order(24, seed=9, epoch=2, partner=views.partner)
     plain = Views(views.crop, views.flip)
@@ -829,8 +831,8 @@ def test_a_gpu_crops_to_the_pixels_of_the_cpu(packed, name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["ffcv", DALI])
-def test_a_gpu_is_given_the_pixels_of_the_cpu(request, name):
-    """Whole batches kept until the end, so that memory that is used again too early would show."""
+def test_a_gpu_gets_the_pixels_of_the_cpu(request, name):
+    """Whole batches are kept until the end, so that memory reused too early would be noticed."""
     dataset = source_of(name, request)
     views, order = draw(dataset), np.tile(np.arange(24), 4)
     expected = images_of(run("torchvision", dataset, views, 64))
@@ -862,14 +864,14 @@ def test_a_gpu_is_given_the_pixels_of_the_cpu(request, name):
         ({"workers": -1}, "at least 0, got 32, 8 and -1"),
     ],
 )
-def test_refuses_what_it_cannot_serve(request, change, message):
+def test_unsupported_datasets_are_refused(request, change, message):
     options = {"name": "torchvision", "source": "mixed", "image_size": 32, "batch_size": 8, "workers": 0, **change}
     dataset = request.getfixturevalue(options.pop("source"))
     with pytest.raises(BadInput, match=message):
         open_pipeline(dataset=dataset, **options)
 
 
-def test_one_picture_of_another_size_is_enough_to_refuse(uniform):
+def test_one_image_of_another_size_is_refused(uniform):
     sizes = uniform.sizes.copy()
     sizes[5, 1] += 1
     with pytest.raises(BadInput, match=r"heights 90\.\.90 and widths 80\.\.81"):

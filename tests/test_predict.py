@@ -1,4 +1,4 @@
-"""Predictions for image files: those of the run's own evaluation, and those of plain timm."""
+"""Predictions for image files equal those of the run's own evaluation and those of plain timm."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ def run(photos: Path, tmp_path: Path) -> Run:
 
 
 def command(*argv: object) -> int:
-    """Its exit code."""
+    """Run the command; returns its exit code."""
     try:
         cli.main([str(argument) for argument in argv])
     except SystemExit as end:
@@ -54,7 +54,7 @@ def by_hand(file: Path, size: int, crop: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("given", [{}, {"eval_flip": True}, {"eval_size": 48, "eval_crop": 1.0}], ids=str)
 def test_predictions_are_those_of_evaluate(photos, tmp_path, monkeypatch, given):
-    """Of each validation image the same classes in the same order, and so the same top-1."""
+    """For each validation image the same classes in the same order, hence the same top-1."""
     run = make_run(tmp_path / "run", NAMES, data=str(photos), **given)
     seen: list[np.ndarray] = []
     original = fastofa.training.evaluate.best_classes
@@ -70,7 +70,7 @@ def test_predictions_are_those_of_evaluate(photos, tmp_path, monkeypatch, given)
 
 @pytest.mark.parametrize("source", ["run", "exported", "local-dir"])
 def test_predictions_are_those_of_plain_timm(run, photos, tmp_path, source):
-    """Class names, order and probabilities, of images cut out by hand."""
+    """Class names, order and probabilities, for images preprocessed independently."""
     export(run.path, tmp_path / "out")
     model = {"run": run.path, "exported": tmp_path / "out", "local-dir": f"local-dir:{tmp_path / 'out'}"}[source]
     files = sorted((photos / "val").rglob("*.jpg"))
@@ -95,8 +95,8 @@ def test_workers_and_batches_make_no_difference(run, photos):
             np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-5)
 
 
-def test_images_are_read_while_predictions_are_taken(run, photos, monkeypatch):
-    """However many there are, only a batch is held, and with threads what they are ahead."""
+def test_images_are_read_in_the_background(run, photos, monkeypatch):
+    """However many there are, memory holds a batch and the images that threads have read ahead."""
     read: list[Path] = []
     original = fastofa.training.predict_files.read_image
 
@@ -120,7 +120,7 @@ def test_images_are_read_while_predictions_are_taken(run, photos, monkeypatch):
 
 
 def test_folders_are_searched_to_any_depth(photos, tmp_path, capsys):
-    """Sorted by path, links that lead back left out; a file that is named is taken whatever its name is."""
+    """Sorted by path, without circular links; a file that is given itself may have any name."""
     image = photos / "val" / "china" / "000.jpg"
     for name in (
         "b/2.JPG",
@@ -145,8 +145,8 @@ def test_folders_are_searched_to_any_depth(photos, tmp_path, capsys):
             image_files(place)
 
 
-def test_an_image_that_cannot_be_read_is_named_and_all_others_are_predicted(run, photos, tmp_path, capsys):
-    """In the library an exception after the last one; from the command code 2, and 0 where that is asked for."""
+def test_an_unreadable_image_is_named_and_all_others_are_predicted(run, photos, tmp_path, capsys):
+    """The library raises an exception after the last one; the command exits with code 2, or 0 with --skip-corrupt."""
     folder = tmp_path / "in"
     shutil.copytree(photos / "val" / "china", folder)
     (folder / "001.jpg").write_bytes(b"no image")
@@ -174,7 +174,7 @@ def test_an_image_that_cannot_be_read_is_named_and_all_others_are_predicted(run,
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_without_names_has_numbers(photos, tmp_path):
+def test_classes_without_names_are_numbers(photos, tmp_path):
     model = lively(timm.create_model("test_resnet", num_classes=30))
     save_for_hf(model, str(tmp_path / "model"), safe_serialization=True, data_config={"input_size": (3, 32, 32)})
     (prediction,) = predict(tmp_path / "model", photos / "val" / "china" / "000.jpg", topk=100)
@@ -184,7 +184,7 @@ def test_a_model_without_names_has_numbers(photos, tmp_path):
 
 
 def test_size_and_crop_are_those_of_evaluation(tmp_path):
-    """Of a run's export its eval size; timm's own recommendations for its weights play no part in other weights."""
+    """For an export, the run's eval size, not timm's recommendations for its own weights."""
     export(make_run(tmp_path / "run", eval_size=48, eval_crop=0.6).path, tmp_path / "out")
     for model in (tmp_path / "run", tmp_path / "out"):
         classifier = open_classifier(model)
@@ -200,7 +200,7 @@ def test_size_and_crop_are_those_of_evaluation(tmp_path):
 
 
 def test_predict_refuses_at_the_call(run, photos, tmp_path):
-    """Before anything is read: no model, weights of what has one set of them, numbers that cannot be."""
+    """Before any image is read: no model, weights of a model that has only one set, numbers out of range."""
     export(run.path, tmp_path / "out")
     (tmp_path / "empty").mkdir()
     for model, given, message in (
@@ -227,7 +227,7 @@ def test_logits_that_are_not_finite_are_refused(run, photos, tmp_path):
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def test_a_csv_survives_any_name(run, photos, tmp_path, capsys):
+def test_a_csv_may_contain_any_name(run, photos, tmp_path, capsys):
     names = ["a,b.jpg", 'say "x".jpg', "two\nlines.jpg", "größe ☕.jpg", " space.jpg"]
     (tmp_path / "in").mkdir()
     for name in names:
@@ -245,7 +245,7 @@ def test_a_csv_survives_any_name(run, photos, tmp_path, capsys):
 
 
 def test_a_csv_appears_whole_or_not_at_all(run, photos, tmp_path, monkeypatch):
-    """Where the last batch fails, the old file stays."""
+    """If the last batch fails, the old file is kept."""
     (tmp_path / "out.csv").write_text("old")
     taken: list[int] = []
 
@@ -266,7 +266,7 @@ def test_a_csv_appears_whole_or_not_at_all(run, photos, tmp_path, monkeypatch):
 
 
 def test_the_table_names_files_and_classes(run, photos, monkeypatch, capsys):
-    """As far as a person reads; one line says what more there is."""
+    """Up to a limit; one line states how many more there are."""
     monkeypatch.setattr("fastofa.commands.predict.PRINTED", 4)
     monkeypatch.setenv("COLUMNS", "300")
     assert command("predict", run.path, photos / "val", "--workers", 0) == 0
@@ -280,7 +280,7 @@ def test_the_table_names_files_and_classes(run, photos, monkeypatch, capsys):
 
 
 def test_config_json_of_an_export_names_the_classes(run, tmp_path, photos):
-    """`predict` takes them from there: renamed classes have their new names."""
+    """`predict` reads the names from it: renamed classes have their new names."""
     export(run.path, tmp_path / "out")
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())

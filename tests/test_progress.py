@@ -1,4 +1,4 @@
-"""Progress is a bar on a terminal and lines elsewhere; neither takes orders from what it shows."""
+"""Progress is a bar on a terminal and lines elsewhere; names in it are escaped."""
 
 import io
 
@@ -16,7 +16,7 @@ def output(monkeypatch) -> io.StringIO:
     return file
 
 
-def test_elsewhere_a_line_for_what_is_done(output, monkeypatch):
+def test_without_a_terminal_each_finished_unit_is_a_line(output, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     with progress_bar() as bar:
         task = bar.add_task("train\x1b[2J", total=30)
@@ -30,8 +30,8 @@ def test_elsewhere_a_line_for_what_is_done(output, monkeypatch):
     assert "\x1b" not in output.getvalue()
 
 
-def test_elsewhere_a_line_a_minute(output, monkeypatch):
-    """Of whatever takes long; of what does not, nothing."""
+def test_without_a_terminal_there_is_a_line_per_minute(output, monkeypatch):
+    """Only for work that takes longer than that."""
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     for _ in track(range(100), 100, "indexing [b]photos"):
@@ -44,13 +44,13 @@ def test_elsewhere_a_line_a_minute(output, monkeypatch):
     ]  # fmt: skip
 
 
-def test_ranks_that_show_nothing_say_nothing(output):
+def test_a_disabled_bar_prints_nothing(output):
     with progress_bar(enabled=False) as bar:
         bar.done(bar.add_task("train", total=1), "epoch 1/1")
     assert output.getvalue() == ""
 
 
-def test_on_a_terminal_a_bar(monkeypatch):
+def test_on_a_terminal_there_is_a_bar(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

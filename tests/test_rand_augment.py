@@ -1,4 +1,4 @@
-"""RandAugment's table against timm's own code: the notation, what is drawn how often, and how much of it."""
+"""RandAugment's table against timm's code: the notation, and the distributions of operations and amounts."""
 
 import random
 
@@ -24,7 +24,7 @@ def drawn(text: str, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
 
 
 def by_timm(text: str, count: int, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, float]]]:
-    """(operation, first argument) of every operation that timm applies to each of so many pictures."""
+    """(operation, first argument) of every operation that timm applies to each of these images."""
     found: list[list[tuple[str, float]]] = []
     transform = timm.rand_augment_transform(text, {"img_mean": (0, 0, 0)})
     for op in transform.ops:
@@ -44,7 +44,7 @@ def by_timm(text: str, count: int, monkeypatch: pytest.MonkeyPatch) -> list[list
 
 
 def test_the_operations_are_timms():
-    """In timm's order, so that a number stands for the same thing in both of its lists."""
+    """In timm's order, so that a number means the same operation in both lists."""
     words = [name.removesuffix("Increasing").removesuffix("Rel") for name in PLAIN]
     assert [name.removesuffix("Increasing").removesuffix("Rel") for name in INCREASING] == words
     assert [name.replace("_", "") for name in OPS[1:]] == [word.lower() for word in words]
@@ -53,7 +53,7 @@ def test_the_operations_are_timms():
 @settings(max_examples=200, deadline=None)
 @given(magnitude=st.floats(0, 10), side=st.sampled_from([-1, 1]), increasing=st.booleans())
 def test_amounts_are_timms(magnitude, side, increasing):
-    """What LEVEL_TO_ARG makes of a magnitude, exactly, for all operations and both signs."""
+    """Equal to LEVEL_TO_ARG of a magnitude, for all operations and both signs."""
     ops = np.arange(1, len(OPS))
     ours = amounts(ops, np.full(len(ops), magnitude), np.full(len(ops), side), increasing)
     original, timm.random.random = timm.random.random, lambda: 0.0 if side > 0 else 1.0
@@ -67,7 +67,7 @@ def test_amounts_are_timms(magnitude, side, increasing):
 
 @pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "rand-m7-mstd0.5", "rand-m5-n3-p0.8", "rand-m10-mstd2-inc1"])
 def test_draws_are_distributed_like_timms(text, monkeypatch):
-    """How many operations a picture gets, which (chi-square), and how much of each (Kolmogorov-Smirnov)."""
+    """Number and kinds of an image's operations (chi-square), and their amounts (Kolmogorov-Smirnov)."""
     count = 6000
     ops, given = drawn(text, count)
     theirs = by_timm(text, count, monkeypatch)
@@ -93,8 +93,8 @@ def test_draws_are_distributed_like_timms(text, monkeypatch):
             assert set(mine.tolist()) == set(other.astype(np.float32).tolist()), name
 
 
-def test_layers_and_magnitudes_are_unrelated():
-    """The operations of one picture, and how much of which, do not depend on each other."""
+def test_layers_and_magnitudes_are_independent():
+    """The operations of one image, and their amounts, do not depend on each other."""
     ops, given = drawn("rand-m5-mstd2", 20_000)
     both = (ops > 0).all(axis=1)
     table = np.histogram2d(ops[both, 0], ops[both, 1], bins=15)[0]
@@ -114,7 +114,7 @@ def test_layers_and_magnitudes_are_unrelated():
         ("rand-m10-p1-mstd0.5", RandAugment(10, 0.5, False, 2, 1.0)),
     ],
 )
-def test_the_notation_is_read_as_timm_reads_it(text, policy):
+def test_the_notation_is_parsed_as_by_timm(text, policy):
     assert parse(text) == policy
     transform = timm.rand_augment_transform(text, {"img_mean": (0, 0, 0)})
     (settings_,) = {(op.magnitude, op.prob, op.magnitude_std) for op in transform.ops}

@@ -1,4 +1,4 @@
-"""What an epoch reads is asked for once, in time, in as few and as long pieces as its order allows, and not in vain."""
+"""Read-ahead requests each byte once, in time, in as few ranges as the order allows, and nothing that is in memory."""
 
 import errno
 import os
@@ -21,12 +21,12 @@ from fastofa.views.order import WINDOW, epoch_order
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views, join_views
 
-EACH = 200_000  # bytes of a picture: 41 or 42 in a page, some of them across two
+EACH = 200_000  # bytes of an image: 41 or 42 in a page, some of them across two
 PAGE = 8 << 20
 
 
 def shuffled(count: int, path: Path | None = None) -> Dataset:
-    """As a .beton is, without space between pages."""
+    """Spans in random order, as in a .beton, without gaps between pages."""
     sizes, places = np.full((count, 2), 9), np.random.default_rng(0).permutation(count)
     spans = np.stack([128 + EACH * places, np.full(count, EACH)], axis=1)
     return Dataset("x.beton", "train", ("a",), [""] * count, 0 * places, sizes, "", file=path, spans=spans)
@@ -36,7 +36,7 @@ def views_of(dataset: Dataset, mixup: float = 0.0) -> Views:
     return draw_views(ViewPolicy(mixup=mixup), dataset.sizes, 0, 0)
 
 
-def test_in_random_order_each_picture_is_asked_for_where_it_comes():
+def test_in_random_order_each_image_is_requested_at_its_position():
     dataset = shuffled(20_000)
     order = epoch_order(20_000, 0, 0)
     at, ranges, _ = plan(dataset, views_of(dataset), order)
@@ -45,7 +45,7 @@ def test_in_random_order_each_picture_is_asked_for_where_it_comes():
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
-def test_page_by_page_each_page_is_asked_for_whole_before_its_first_picture(ranks):
+def test_page_by_page_each_page_is_requested_whole_before_its_first_image(ranks):
     dataset = shuffled(20_000)
     order = epoch_order(20_000, 0, 0, ranks - 1, ranks, page_ids=dataset.page_ids)
     at, ranges, ahead = plan(dataset, views_of(dataset), order)
@@ -59,8 +59,8 @@ def test_page_by_page_each_page_is_asked_for_whole_before_its_first_picture(rank
     assert ahead == pytest.approx(WINDOW * PAGE / EACH / ranks, rel=0.02)
 
 
-def test_of_mixed_pictures_the_first_stands_for_its_page():
-    """And the other is asked for alone, before the same pair."""
+def test_of_a_mixed_pair_the_first_image_is_covered_by_its_page():
+    """The second one is requested by itself, before the same pair."""
     dataset = shuffled(20_000)
     views = views_of(dataset, mixup=1.0)
     order = epoch_order(20_000, 0, 0, partner=views.partner, page_ids=dataset.page_ids)
@@ -72,8 +72,8 @@ def test_of_mixed_pictures_the_first_stands_for_its_page():
     assert (np.diff(at) >= 0).all()
 
 
-def test_pictures_that_are_shown_again_are_asked_for_once():
-    """In repeated augmentation the order holds rows of several tables."""
+def test_repeated_images_are_requested_once():
+    """In repeated augmentation the order contains rows of several tables."""
     dataset = shuffled(60_000)
     views = join_views([views_of(dataset)] * 3)
     order = epoch_order(60_000, 0, 0, repeats=3)
@@ -87,8 +87,8 @@ def test_pictures_that_are_shown_again_are_asked_for_once():
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[tuple[int, int]]:
-    """Begin and end of what the system is asked for."""
+def requested(monkeypatch) -> list[tuple[int, int]]:
+    """Begin and end of each request to the system."""
     found: list[tuple[int, int]] = []
 
     def advise(file: int, begin: int, count: int, advice: int) -> None:
@@ -101,7 +101,7 @@ def asked(monkeypatch) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("by_pages", [True, False])
-def test_every_byte_is_asked_for_once_and_batches_ahead(asked, tmp_path, monkeypatch, by_pages):
+def test_every_byte_is_requested_once_and_batches_ahead(requested, tmp_path, monkeypatch, by_pages):
     (tmp_path / "x").touch()
     monkeypatch.setattr(module, "_in_memory", lambda *_: False)
     dataset = shuffled(20_000, tmp_path / "x")
@@ -109,19 +109,19 @@ def test_every_byte_is_asked_for_once_and_batches_ahead(asked, tmp_path, monkeyp
     asking = read_ahead(dataset, views_of(dataset), order, 500, Event())
     for first in range(0, 20_000, 500):
         next(asking, None)
-        parts = np.array(sorted(asked))
+        parts = np.array(sorted(requested))
         soon = dataset.spans[order[: first + 500 * (1 + BATCHES)]]
         found = parts[np.searchsorted(parts[:, 0], soon[:, 0], side="right") - 1]
         assert (found[:, 1] > soon[:, 0]).all()
-        early = sum(end - start for start, end in asked) - (first + 500) * EACH
+        early = sum(end - start for start, end in requested) - (first + 500) * EACH
         assert early <= (2.1 * WINDOW * PAGE if by_pages else BATCHES * 500 * EACH)  # in memory too soon
     assert (parts[0, 0], parts[-1, 1]) == (128, 128 + 20_000 * EACH)
     assert np.array_equal(parts[:-1, 1], parts[1:, 0])
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_what_is_in_memory_is_not_asked_for(asked, tmp_path, missing):
-    """A file that has just been written is; what is cut off of it is not."""
+def test_data_in_memory_are_not_requested(requested, tmp_path, missing):
+    """A file that has just been written is in memory; its evicted part is not."""
     path = tmp_path / "x"
     with open(path, "wb") as file:
         file.write(bytes(128 + 50 * EACH))
@@ -131,16 +131,16 @@ def test_what_is_in_memory_is_not_asked_for(asked, tmp_path, missing):
     if missing:
         os.truncate(path, 128)
     next(read_ahead(dataset, views_of(dataset), np.arange(50), 10, Event()), None)
-    assert bool(asked) is missing
+    assert bool(requested) is missing
 
 
-def test_where_no_file_holds_the_pictures_nothing_is_asked_for(asked, digits):
+def test_without_a_file_of_images_nothing_is_requested(requested, digits):
     assert list(read_ahead(digits, views_of(digits), np.arange(100), 10, Event())) == []
-    assert asked == []
+    assert requested == []
 
 
-def test_a_slow_disk_does_not_hold_up_the_end(tmp_path, monkeypatch):
-    """Of the thousands of calls of a page order's first batch, none comes after the pipeline is left."""
+def test_a_slow_disk_does_not_delay_the_end(tmp_path, monkeypatch):
+    """A page order makes thousands of requests for its first batch; none is made after the pipeline is closed."""
     calls, called = [], Event()
 
     def advise(*_: int) -> None:
@@ -162,7 +162,7 @@ def test_a_slow_disk_does_not_hold_up_the_end(tmp_path, monkeypatch):
     assert len(calls) == left < 14_376  # which would take more than two minutes
 
 
-def test_what_cannot_be_asked_for_is_told_and_read_all_the_same(tmp_path, monkeypatch, capsys):
+def test_a_failed_request_is_reported_and_the_images_are_read(tmp_path, monkeypatch, capsys):
     def advise(*_: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
@@ -176,7 +176,7 @@ def test_what_cannot_be_asked_for_is_told_and_read_all_the_same(tmp_path, monkey
 
 
 @pytest.mark.parametrize("batch_size", [4, 1198])
-def test_a_fault_in_asking_is_raised(tmp_path, monkeypatch, batch_size):
+def test_an_exception_of_the_reader_is_raised(tmp_path, monkeypatch, batch_size):
     """Even if it comes late."""
     monkeypatch.setattr(module, "_in_memory", lambda *_: time.sleep(0.1) or 1 / 0)
     write(WriteConfig("digits", tmp_path / "x.beton", raw=True))

@@ -1,4 +1,4 @@
-"""The pictures that a cache keeps: what the teacher saw, and how far another pipeline's pixels are from it."""
+"""The reference images of a cache: the teacher's input, and how far another pipeline's pixels are from it."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from runs import SIZE, make_cache
 MIXES = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
 
 
-def test_a_cache_keeps_what_its_teacher_saw(photo_cache, photos: Path):
+def test_a_cache_keeps_input_images_of_its_teacher(photo_cache, photos: Path):
     """Samples 0, 3, 6, 9, 13, 16, 19 and 23 of 24 in view 0, side by side."""
     seen = np.asarray(Image.open(photo_cache.path / SEEN))
     views, _, _ = photo_cache.targets(0)
@@ -38,8 +38,8 @@ def test_a_cache_keeps_what_its_teacher_saw(photo_cache, photos: Path):
 
 @pytest.mark.parametrize("count", [3, 24])
 @pytest.mark.parametrize("policy", [ViewPolicy(), MIXES])
-def test_the_difference_is_that_of_the_pixels(digits, tmp_path: Path, policy: ViewPolicy, count: int):
-    """Of a pipeline whose pictures are brighter by 2, and in one of them by 10."""
+def test_the_difference_equals_that_of_the_pixels(digits, tmp_path: Path, policy: ViewPolicy, count: int):
+    """For a pipeline whose images are brighter by 2, and one of them by 10."""
     few = dataclasses.replace(
         digits, labels=digits.labels[:count], sizes=digits.sizes[:count], names=digits.names[:count],
         pixels=digits.pixels[:count] // 2,
@@ -56,12 +56,12 @@ def test_the_difference_is_that_of_the_pixels(digits, tmp_path: Path, policy: Vi
     shown += 2
     shown[:, :16] += 8
     Image.fromarray(shown).save(tmp_path / SEEN)
-    pictures = min(count, 8)
-    assert compare_teacher_images(tmp_path, pipeline, views) == pytest.approx((2 + 8 / pictures, 10))
+    images = min(count, 8)
+    assert compare_teacher_images(tmp_path, pipeline, views) == pytest.approx((2 + 8 / images, 10))
 
 
 def test_a_folders_cache_and_another_form(on_photos, photo_cache, photos: Path, tmp_path: Path, capsys):
-    """A run says how far its pixels are from the cache's, in one line, and keeps it: none, little, more."""
+    """A run reports and records the difference of its pixels from the cache's: none, small, large."""
     for name, options in (("folder", {}), ("full", {"size": 160}), ("small", {"size": 32})):
         data = photos
         if options:
@@ -81,7 +81,7 @@ def test_a_folders_cache_and_another_form(on_photos, photo_cache, photos: Path, 
         assert low <= found <= high
 
 
-def test_it_is_written_once(photos: Path, tmp_path: Path):
+def test_reference_images_are_written_once(photos: Path, tmp_path: Path):
     cache = make_cache(str(photos), 2, tmp_path, topk=2)
     before = (cache.path / SEEN).stat().st_mtime_ns
     values: dict[str, Any] = {"views": 3, "topk": 2, "workers": 0}
@@ -92,8 +92,8 @@ def test_it_is_written_once(photos: Path, tmp_path: Path):
     assert not (cache.path / SEEN).exists()
 
 
-def test_a_cache_of_before_and_a_damaged_picture(on_photos, photo_cache, photos: Path, tmp_path: Path):
-    """Without the picture nothing is compared; with a damaged one nothing is begun."""
+def test_a_cache_without_reference_images_or_with_damaged_ones(on_photos, photo_cache, photos: Path, tmp_path: Path):
+    """Without them nothing is compared; with damaged ones the run does not start."""
     dataset = open_dataset(str(photos))
     views, _, _ = photo_cache.targets(0)
     pipeline = open_pipeline("torchvision", dataset, 48, 8)

@@ -1,4 +1,4 @@
-"""A run's folder: what is kept of it, what it goes on from, and what it says of how it was made."""
+"""A run's folder: what is saved in it, from what a run resumes, and how it records each start."""
 
 import copy
 import dataclasses
@@ -53,8 +53,10 @@ def flip_a_bit(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit])
-def test_a_run_goes_on_from_before_a_damaged_checkpoint_to_the_same_weights(on_photos, damage, capsys):
-    """Step 4 of 6 is damaged, step 3 is whole: it says so and ends as if nothing had been. Pictures grow meanwhile."""
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(on_photos, damage, capsys):
+    """Step 4 of 6 is damaged, step 3 intact: this is reported, and the weights are the same. Image sizes grow
+    meanwhile.
+    """
     given = {
         "checkpoint_every": 2, "keep": 3, "log_every": 3, "ema": 0.9, "drop_path": 0.2, "image_size": 64,
         "start_size": 32, "growth": (0.0, 1.0),
@@ -74,7 +76,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_to_the_same_weights(on_p
 
 
 def test_the_best_evaluations_weights_are_kept(on_photos, monkeypatch):
-    """The first of equally good ones, also where a run that goes on is worse from then on."""
+    """The first of equally good ones, also if a resumed run is worse afterwards."""
     hits = iter(
         [(3, 1), (6, 2), (4, 7), (6, 7), (4, 7), (5, 2)]
     )  # of the weights, of their average; the last two after resuming
@@ -117,7 +119,7 @@ def test_the_best_evaluations_weights_are_kept(on_photos, monkeypatch):
 
 
 def test_last_is_the_better_of_weights_and_average(on_photos, monkeypatch):
-    """By the newest evaluation: an average that is longer than the run is still near the initial weights."""
+    """By the newest evaluation: an average over more steps than the run has is still near the initial weights."""
     config = on_photos(epochs=1, ema=0.9999)
     result = train(config)
     (row,) = rows(config.out, "epoch")
@@ -135,7 +137,7 @@ def test_last_is_the_better_of_weights_and_average(on_photos, monkeypatch):
     assert all(torch.equal(value, tensors[f"ema.{name}"]) for name, value in weights.items())
 
 
-def test_an_average_longer_than_the_run_and_a_warm_up_too_are_told(on_photos, capsys):
+def test_an_average_and_a_warm_up_longer_than_the_run_are_reported(on_photos, capsys):
     train(on_photos(epochs=1, ema=0.9999, warmup_epochs=20))
     said = capsys.readouterr().err
     assert "ema 0.9999: the average is over 10,000 steps, but the run has 3" in said
@@ -145,8 +147,8 @@ def test_an_average_longer_than_the_run_and_a_warm_up_too_are_told(on_photos, ca
 # --- Order of saving --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_ended_between_saving_and_evaluating_evaluates_then(on_photos, monkeypatch):
-    """In the middle and at the end; log, best weights and answers are those of a run that was not interrupted."""
+def test_a_run_that_ended_between_saving_and_evaluating_evaluates_when_resumed(on_photos, monkeypatch):
+    """In the middle and at the end; log, best weights and predictions are those of an uninterrupted run."""
     straight = on_photos("straight", ema=0.5)
     train(straight)
     config = on_photos("run", ema=0.5)
@@ -169,8 +171,8 @@ def test_a_run_that_ended_between_saving_and_evaluating_evaluates_then(on_photos
     monkeypatch.setattr(fastofa.training.loop, "save_predictions", original)
     train(dataclasses.replace(config, resume=True))
     same_run(config.out, straight.out)
-    answers = [load_tensors(c.out / "val_predictions.safetensors")[0]["best"] for c in (config, straight)]
-    assert torch.equal(*answers)
+    predictions = [load_tensors(c.out / "val_predictions.safetensors")[0]["best"] for c in (config, straight)]
+    assert torch.equal(*predictions)
 
 
 def test_a_signal_at_an_epochs_end_does_not_wait_for_the_evaluation(on_photos, monkeypatch):
@@ -205,7 +207,7 @@ def test_a_report_that_fails_does_not_end_the_run(on_photos, monkeypatch, capsys
 
 
 def test_predictions_are_those_of_the_last_evaluation(on_photos):
-    """Beside the labels, so that a confusion can be drawn without the student."""
+    """With the labels, so that the confusion matrix can be computed without the student."""
     config = on_photos(epochs=3, eval_every=2)
     train(config)
     tensors, info = load_tensors(config.out / "val_predictions.safetensors")
@@ -220,7 +222,7 @@ def test_predictions_are_those_of_the_last_evaluation(on_photos):
 
 @pytest.fixture
 def poison(monkeypatch) -> Callable[[int, str], None]:
-    """poison(n, what): the n-th loss of all, or its gradient alone, is not a number."""
+    """poison(n, what): the n-th loss of all, or only its gradient, is NaN."""
 
     def at(count: int, what: str) -> None:
         original, calls = Objective.forward, iter(range(1, 100))
@@ -237,8 +239,8 @@ def poison(monkeypatch) -> Callable[[int, str], None]:
 
 
 @pytest.mark.parametrize(("what", "step"), [("loss", 5), ("loss", 6), ("gradient", 6)])
-def test_a_number_that_is_not_finite_ends_the_run_before_it_is_saved(on_photos, poison, what, step):
-    """The steps are named, and the last good checkpoint, from which it goes on as if nothing had been."""
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(on_photos, poison, what, step):
+    """The steps are named, and the last good checkpoint, from which the run can be resumed unchanged."""
     straight = on_photos("straight", epochs=3, log_every=3)
     train(straight)
     config = on_photos("run", epochs=3, log_every=3, checkpoint_every=2)
@@ -260,7 +262,7 @@ def test_a_number_that_is_not_finite_ends_the_run_before_it_is_saved(on_photos, 
 
 
 def test_weights_that_are_not_finite_are_not_saved(on_photos, monkeypatch):
-    """An update can spoil them though loss and gradient were fine; the checkpoint before it stays the newest."""
+    """An update can produce them although loss and gradient are finite; the previous checkpoint remains the newest."""
     original = Step.__call__
 
     def spoil(self: Step, *arguments: Any) -> None:
@@ -276,8 +278,8 @@ def test_weights_that_are_not_finite_are_not_saved(on_photos, monkeypatch):
     assert newest(config.out).name == "step-00000003.safetensors"
 
 
-def test_a_damaged_checkpoint_of_a_discarded_future_does_not_displace_a_whole_one(on_photos):
-    """Killed again before it comes by that step, the run still has something to go on from."""
+def test_a_damaged_later_checkpoint_does_not_replace_an_intact_one(on_photos):
+    """If the run is killed again before it reaches that step, it can still resume."""
     config = on_photos("run", epochs=3, checkpoint_every=1, keep=2)
     train(config)
     last = newest(config.out)
@@ -288,7 +290,7 @@ def test_a_damaged_checkpoint_of_a_discarded_future_does_not_displace_a_whole_on
     load_tensors(last)
 
 
-def test_checkpoints_without_their_configuration_are_not_taken_over(on_photos):
+def test_checkpoints_without_their_configuration_are_refused(on_photos):
     config = on_photos("run")
     train(config)
     (config.out / "config.json").unlink()
@@ -297,8 +299,8 @@ def test_checkpoints_without_their_configuration_are_not_taken_over(on_photos):
             train(dataclasses.replace(config, resume=resume))
 
 
-def test_best_weights_of_a_future_that_was_given_up_are_forgotten(on_photos, capsys):
-    """On a GPU the run may not come by them again; here it does. Damaged ones are reported and do not stop it."""
+def test_best_weights_of_a_later_step_are_deleted(on_photos, capsys):
+    """On a GPU the resumed run may not reach them again; here it does. Damaged ones are reported and do not stop it."""
     config = on_photos("run", epochs=3, keep=9)
     train(config)
     best = config.out / FOLDER / BEST
@@ -313,7 +315,7 @@ def test_best_weights_of_a_future_that_was_given_up_are_forgotten(on_photos, cap
     assert "could not be read and is deleted" in capsys.readouterr().err
 
 
-def test_without_a_checkpoint_it_says_so(on_photos, poison):
+def test_a_missing_checkpoint_is_reported(on_photos, poison):
     poison(1, "loss")
     with pytest.raises(BadInput, match=r"between steps 0 and 1; start again with a lower --lr or --clip and .* --out$"):
         train(on_photos())
@@ -321,7 +323,7 @@ def test_without_a_checkpoint_it_says_so(on_photos, poison):
 
 @pytest.mark.parametrize("part", ["student", "ema"])
 def test_weights_that_are_not_finite_are_not_evaluated(on_photos, monkeypatch, part):
-    """Nor kept as the best ones: top-1 of logits that are no numbers would be that of the first class."""
+    """Nor saved as the best ones: top-1 of NaN logits would be that of the first class."""
     original = Step.__call__
 
     def spoil(self: Step, *arguments: Any) -> None:
@@ -340,8 +342,8 @@ def test_weights_that_are_not_finite_are_not_evaluated(on_photos, monkeypatch, p
     assert rows(config.out, "epoch") == []
 
 
-def test_logits_that_are_not_finite_are_no_accuracy(on_photos, monkeypatch):
-    """Finite weights can overflow in the evaluation alone: the run ends, and so does `fastofa evaluate` on it."""
+def test_logits_that_are_not_finite_are_refused(on_photos, monkeypatch):
+    """Finite weights can overflow in the evaluation only: the run ends, and so does `fastofa evaluate`."""
     original = Student.classify
 
     def overflow(self: Student, images: Tensor) -> Tensor:
@@ -358,7 +360,7 @@ def test_logits_that_are_not_finite_are_no_accuracy(on_photos, monkeypatch):
         evaluate(config.out, config.data, workers=0)
 
 
-def test_weights_to_start_from_that_are_not_finite_are_refused(on_photos, tmp_path):
+def test_initial_weights_that_are_not_finite_are_refused(on_photos, tmp_path):
     model = timm.create_model("test_efficientnet", num_classes=2)
     with torch.no_grad():
         model.classifier.bias[0] = torch.nan
@@ -372,8 +374,8 @@ def test_weights_to_start_from_that_are_not_finite_are_refused(on_photos, tmp_pa
 # --- Where it was made ------------------------------------------------------------------------------------------------
 
 
-def test_each_start_is_noted_with_machine_and_versions(on_photos):
-    """Beginning, going on, and being asked again when it is finished."""
+def test_each_start_is_recorded_with_machine_and_versions(on_photos):
+    """The first one, a resumption, and a start after the run is finished."""
     config = on_photos(checkpoint_every=4)
     train(config)
     newest(config.out).unlink()

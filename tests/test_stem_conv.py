@@ -1,4 +1,4 @@
-"""Strided convolutions over squares of pixels: the same numbers as F.conv2d's, in float64."""
+"""Convolutions whose stride equals their kernel size give the numbers of F.conv2d, in float64."""
 
 import pytest
 import torch
@@ -26,14 +26,14 @@ def test_equals_conv2d(kernel, stride, padding, size):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_channels_are_filled_up(channels):
+def test_channels_are_padded(channels):
     x, weight = torch.randn(1, channels, 9, 9), torch.randn(4, channels, 3, 3)
     y = stem_conv2d(x, weight, stride=2, padding=1)
     torch.testing.assert_close(y, F.conv2d(x, weight, stride=2, padding=1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [4, 7])
-def test_channels_last_goes_out(kernel):
+def test_the_result_is_channels_last(kernel):
     y = stem_conv2d(torch.randn(2, 3, 16, 16), torch.randn(5, 3, kernel, kernel), stride=4)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
@@ -46,6 +46,6 @@ def test_channels_last_goes_out(kernel):
         ((1, 3, 2, 2), (4, 3, 3, 3), 2, "x: expected at least 3 pixels a side"),
     ],
 )
-def test_refuses_what_does_not_fit(x, weight, stride, message):
+def test_invalid_arguments_are_refused(x, weight, stride, message):
     with pytest.raises(ValueError, match=message):
         stem_conv2d(torch.zeros(x), torch.zeros(weight), stride=stride)

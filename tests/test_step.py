@@ -1,4 +1,4 @@
-"""The step: parts add up to the batch, random numbers follow from seed, step and rank, and it waits for no device."""
+"""The step: parts add up to the batch, random numbers follow from seed, step and rank, and no device is waited for."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,7 +37,7 @@ def config(**given: Any) -> TrainConfig:
 
 
 def make_step(rank: int = 0, device: torch.device = CPU, **given: Any) -> Step:
-    """Of a Transformer, which has no batch norm, with a teacher's answers; always the same weights."""
+    """A step of a Transformer, which has no batch norm, with a teacher's predictions; always the same weights."""
     c = config(**given)
     torch.manual_seed(7)
     student = Student(c.student, 10, SIZE, stages=c.exits, drop_path=c.drop_path)
@@ -45,14 +45,14 @@ def make_step(rank: int = 0, device: torch.device = CPU, **given: Any) -> Step:
 
 
 def some_targets(device: torch.device = CPU, **given: Any) -> DeviceTargets:
-    """Of a hundred samples; always the same."""
+    """Targets of a hundred samples; always the same."""
     generator = torch.Generator().manual_seed(8)
     return DeviceTargets(*topk_targets(torch.randn(100, 10, generator=generator).log_softmax(-1), 4), device, **given)
 
 
 @pytest.fixture
 def batches(digits: Dataset) -> list[Batch]:
-    """An epoch of five."""
+    """An epoch of five batches."""
     pipeline = open_pipeline("resident", digits, SIZE, BATCH)
     return list(pipeline.epoch(center_views(digits.sizes), epoch_order(len(digits), 0, 0)))
 
@@ -68,7 +68,7 @@ def in_parts(batch: Batch, parts: int) -> list[Batch]:
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("parts", [2, 5])
 def test_parts_add_up_to_the_batch(batches, parts):
-    """Losses of every step to 1e-6, and so the gradient's norm and the weights, clipped and averaged."""
+    """Losses of every step to 1e-6, hence also gradient norm and weights, clipped and averaged."""
     whole, divided = (make_step(clip=1.0, ema=0.9) for _ in range(2))
     for batch in batches:
         for made, pieces in ((whole, [batch]), (divided, in_parts(batch, parts))):
@@ -84,7 +84,7 @@ def test_parts_add_up_to_the_batch(batches, parts):
 @pytest.mark.kernel
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes its steps on a CPU, in the interpreter")
 def test_the_loss_kernel_takes_the_same_steps(batches):
-    """Losses, gradient's norm and weights to what fp32 leaves of another order of sums."""
+    """Losses, gradient norm and weights agree up to the order of sums in fp32."""
     plain, kernel = (make_step(kernels=kernels) for kernels in ((), ("loss",)))
     for batch in batches[:3]:
         for made in (plain, kernel):
@@ -94,7 +94,7 @@ def test_the_loss_kernel_takes_the_same_steps(batches):
         torch.testing.assert_close(kernel.student.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_exits_kernel_is_in_student_and_average():
+def test_the_exits_kernel_runs_in_student_and_average():
     made = make_step(kernels=("exits",), student="test_resnet", ema=0.9)
     for model in (made.student, made.ema.module):
         assert any(isinstance(module, DepthwiseConv2d) for module in model.modules())
@@ -107,7 +107,7 @@ def test_kernels_need_a_gpu(monkeypatch):
 
 
 def test_sums_add_up_over_the_steps(batches):
-    """Until they are set back; the gradient's norm is that before clipping."""
+    """Until they are reset; the gradient norm is that before clipping."""
     together, alone = make_step(clip=0.1), make_step(clip=0.1)
     expected = torch.zeros(len(alone.names))
     for batch in batches[:3]:
@@ -124,7 +124,7 @@ def test_sums_add_up_over_the_steps(batches):
 
 
 def test_random_numbers_follow_from_seed_step_and_rank(batches):
-    """Whatever was drawn before; another seed, step or rank drops other blocks, also where a number has many bits."""
+    """Whatever was drawn before; another seed, step or rank drops other blocks, also for numbers with many bits."""
 
     def loss(seed: int = 0, number: int = 0, rank: int = 0) -> float:
         made = make_step(rank, seed=seed, drop_path=0.5)
@@ -145,7 +145,7 @@ def test_random_numbers_follow_from_seed_step_and_rank(batches):
 
 @pytest.fixture
 def meta(monkeypatch) -> torch.device:
-    """A device without numbers, where whatever asks for one fails; the little that it lacks is added."""
+    """A device without values, on which any read of a value fails; missing operators are added."""
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu" if str(device) == "meta" else device))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
@@ -165,13 +165,13 @@ ASKING = {
 
 
 @pytest.mark.parametrize("how", ASKING)
-def test_a_device_without_numbers_tells_who_asks_for_one(meta, how):
+def test_reading_a_value_of_the_meta_device_fails(meta, how):
     with pytest.raises((RuntimeError, NotImplementedError, TypeError), match="meta"):
         ASKING[how](torch.ones(1, device=meta))
 
 
-class NoNumbers(TorchDispatchMode):
-    """Fails where a number is asked for on any device, or a tensor made of a list, which is copied to the device."""
+class NoValues(TorchDispatchMode):
+    """Fails if a value is read from any device, or a tensor is created from a list, which copies it to the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert not any(name in str(func) for name in ("_local_scalar_dense", "lift_fresh")), "numbers of Python"
@@ -179,7 +179,7 @@ class NoNumbers(TorchDispatchMode):
 
 
 class NoTransfers(TorchDispatchMode):
-    """Fails where a tensor goes from one device to another."""
+    """Fails if a tensor is copied between devices."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -188,10 +188,10 @@ class NoTransfers(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("student", ["test_vit", "test_efficientnet"])
-def test_the_step_asks_for_no_number(meta, student):
-    """With all that it can do: parts, mixed pictures, exits, clipping, average, dropped blocks; sums stay there, too.
+def test_the_step_reads_no_value(meta, student):
+    """With everything: parts, mixed images, exits, clipping, average, drop path; sums stay on the device, too.
 
-    LAMB, since the fused optimisers know no such device.
+    With LAMB, since the fused optimisers do not support this device.
     """
     c = config(student=student, optimizer="lamb", clip=1.0, ema=0.9, smoothing=0.1, temperature=2.0)
     made = Step(Student(student, 10, SIZE, drop_path=0.2).train(), c, meta)
@@ -210,17 +210,17 @@ def test_the_step_asks_for_no_number(meta, student):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_fused_optimisers_ask_for_no_number(batches, optimizer):
+def test_the_fused_optimisers_read_no_value(batches, optimizer):
     """In the same steps."""
     one = torch.ones(1)
     for wait in (one.item, lambda: float(one), lambda: bool(one), lambda: torch.tensor([1.0])):
-        with pytest.raises(AssertionError, match="numbers of Python"), NoNumbers():
+        with pytest.raises(AssertionError, match="numbers of Python"), NoValues():
             wait()
     made = make_step(optimizer=optimizer, clip=1.0, ema=0.9, smoothing=0.1, temperature=2.0, drop_path=0.2)
     made(batches[:1], some_targets(), lr=0.01)  # makes what is made once
     mixed = batches[2]._replace(partner_labels=batches[2].labels, mix=torch.rand(BATCH))
     targets = some_targets(rows=np.arange(100))
-    with NoNumbers():
+    with NoValues():
         made(batches[:2], targets, lr=0.01)
         made([mixed], targets, lr=0.01)
     assert made.steps == 3
@@ -236,8 +236,8 @@ FAMILIES = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES.split())
-def test_students_of_every_family_trace_without_a_break(name: str):
-    """torch.compile with fullgraph, which is the default on a GPU, would refuse the student there."""
+def test_students_of_every_family_trace_without_a_graph_break(name: str):
+    """torch.compile with fullgraph, the default on a GPU, would fail on a break."""
     torch._dynamo.reset()
     size = 224 if name in ("resmlp_12_224", "efficientformer_l1") else 32
     c = config(student=name)
@@ -298,7 +298,7 @@ def test_cuda_graphs_take_the_same_steps(batches, graphs, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kernels", ["off", "auto"])
 def test_a_compiled_cnn_in_bf16_takes_nearly_the_same_steps(batches, kernels):
-    """As training runs on a GPU by default, against eager fp32 on the CPU; large batches, so that little is noise."""
+    """As training on a GPU by default, against eager fp32 on the CPU; large batches keep the noise low."""
     torch._dynamo.reset()
     device = torch.device("cuda")
     truth = make_step(student="test_resnet", kernels=("off",))
@@ -319,5 +319,5 @@ def test_a_compiled_cnn_in_bf16_takes_nearly_the_same_steps(batches, kernels):
 
 
 def flat(made: Step) -> torch.Tensor:
-    """All of its weights."""
+    """All weights as one vector."""
     return torch.cat([parameter.detach().float().cpu().flatten() for parameter in made.parameters])

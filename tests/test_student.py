@@ -1,4 +1,4 @@
-"""Students: the published exits to the last parameter; any timm model, with gradients that reach all of it."""
+"""Students: exits with exactly the published parameters, and gradients that reach all of any timm model."""
 
 import math
 import warnings
@@ -23,7 +23,7 @@ CLASSES = 10
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Pictures this small are not worth a second one, and waiting for it is dear on a busy machine."""
+    """Images are so small that a second thread would only slow the tests down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ IMAGENET = 1000  # classes
 
 
 def conv_exit_count(stage: int, channels: int, dim: int) -> int:
-    """Two depthwise 3x3 and two 1x1 convolutions without biases and two batch norms a block; a linear layer."""
+    """Per block two depthwise 3x3 and two 1x1 convolutions without biases and two batch norms; a linear layer."""
     widths = [channels * 2**i for i in range(4 - stage)] + [dim]
     blocks = sum(9 * a + a * a + 2 * a + 9 * a + a * b + 2 * b for a, b in pairwise(widths))
     return (channels * dim + dim if stage == 4 else blocks) + dim * IMAGENET + IMAGENET
@@ -72,7 +72,7 @@ def token_exit_count(stage: int, channels: int, dim: int, merges: int) -> int:
         ("swin_pico_patch4_window7_224", 768, [48, 96, 192, 384], 384, [3, 2, 1, 0], 16_250_656, 16.3, 1.10),
     ],
 )
-def test_exits_are_as_large_and_as_dear_as_published(
+def test_exits_have_the_published_size_and_cost(
     name: str,
     teacher_dim: int,
     channels: list[int],
@@ -82,10 +82,10 @@ def test_exits_are_as_large_and_as_dear_as_published(
     millions: float,
     more_macs: float,
 ) -> None:
-    """At 224 px and a thousand classes: parameters to the last one, multiplications within 2.5 points of a hundred.
+    """At 224 px and a thousand classes: exactly the parameters, and the multiplications within 2.5 percentage points.
 
-    (The published shares leave out the attention inside the exits. A CNN's last exit is published as a 1x1 convolution
-    of the whole map and then its mean; ours is of the mean, the same logits for 1/49 of the multiplications.)
+    (The published shares omit the attention in the exits. A CNN's last exit is published as a 1x1 convolution of the
+    whole map, followed by its mean; ours is of the mean: the same logits for 1/49 of the multiplications.)
     """
     with torch.device("meta"):
         model = Student(name, IMAGENET, teacher_dim=teacher_dim).eval()
@@ -122,7 +122,7 @@ def test_sep_conv_halves_rounding_up() -> None:
 
 
 def test_conv_exit_pools_and_classifies() -> None:
-    """The last layer sees the mean of the map."""
+    """The last layer gets the mean of the map."""
     exit_ = ConvExit(4, 6, 8, CLASSES)
     x = torch.randn(2, 6, 3, 5)
     mean = x.mean(dim=(2, 3)) @ exit_.blocks.weight[:, :, 0, 0].T + exit_.blocks.bias  # 1x1 and mean may change places
@@ -130,7 +130,7 @@ def test_conv_exit_pools_and_classifies() -> None:
 
 
 @pytest.mark.parametrize("teacher_dim", [0, 100, 768, 2048])
-def test_a_cnns_exits_are_as_wide_as_the_wider_of_both(teacher_dim: int) -> None:
+def test_a_cnns_exits_have_the_larger_width_of_student_and_teacher(teacher_dim: int) -> None:
     model = student("resnet18", teacher_dim=teacher_dim)
     assert [exit_.head.in_features for exit_ in model.exits] == [max(512, teacher_dim)] * 4
     assert model(torch.randn(2, 3, 32, 32)).shape == (5, 2, CLASSES)
@@ -157,7 +157,7 @@ def test_patch_merging_is_swins() -> None:
 
 
 def test_token_exit_classifies_the_class_token_or_the_mean() -> None:
-    """Order of the grid's tokens does not matter to the mean when nothing is merged; other prefix tokens take part."""
+    """Without merging, the mean does not depend on the order of tokens; other prefix tokens take part."""
     tokens, prefix = torch.randn(2, 9, 8), torch.randn(2, 2, 8)
     by_mean, by_token = (TokenExit(4, (3, 3), 8, 8, CLASSES, class_token).eval() for class_token in (False, True))
     shuffled = tokens[:, torch.randperm(9)]
@@ -174,7 +174,7 @@ def test_token_exit_classifies_the_class_token_or_the_mean() -> None:
 
 @pytest.mark.parametrize(("side", "merges"), [(1, 0), (7, 0), (13, 0), (14, 1), (16, 1), (24, 1), (28, 2), (56, 3)])
 def test_tokens_are_merged_down_to_a_grid_of_about_7(side: int, merges: int) -> None:
-    """From 7 to 13 a side, for grids that are not smaller to begin with."""
+    """Between 7 and 13 per side, unless the grid is smaller from the start."""
     exit_ = TokenExit(2, (side, side), 4, 8, CLASSES, False)
     left = []
     exit_.blocks.register_forward_pre_hook(lambda _, arguments: left.append(arguments[0].shape))
@@ -189,13 +189,13 @@ def test_tokens_are_merged_down_to_a_grid_of_about_7(side: int, merges: int) -> 
 
 @cache
 def exits_of(kind: type[nn.Module]) -> list[Any]:
-    """All layers of a kind in the exits of a CNN, a hierarchical and an isotropic token model."""
+    """All layers of a type in the exits of a CNN, a hierarchical and an isotropic token model."""
     names = ("resnet18", "swin_nano_patch4_window7_224", "deit_tiny_patch16_224")
     return [module for name in names for module in student(name, 64).exits.modules() if isinstance(module, kind)]
 
 
-def test_convolutions_start_kaiming_normal_by_fan_out() -> None:
-    """Zero mean, variance 2 / fan-out, where the fan-out of a depthwise layer is counted without its groups."""
+def test_convolutions_are_initialised_kaiming_normal_by_fan_out() -> None:
+    """Zero mean, variance 2 / fan-out, where the fan-out of a depthwise layer ignores its groups."""
     layers = exits_of(nn.Conv2d)
     assert len(layers) == 4 * (3 + 2 + 1) + 1
     for layer in layers:
@@ -207,10 +207,10 @@ def test_convolutions_start_kaiming_normal_by_fan_out() -> None:
         assert scaled.abs().max() > 2.5  # normal, not uniform
 
 
-def test_linear_layers_start_truncated_normal() -> None:
+def test_linear_layers_are_initialised_truncated_normal() -> None:
     """Standard deviation 0.02, nothing beyond 2; biases zero.
 
-    By mean and median: about one in 2^24 of torch's numbers is the limit itself, which moves the standard deviation.
+    By mean and median: about one in 2^24 of torch's numbers is the limit itself, which affects the standard deviation.
     """
     layers = exits_of(nn.Linear)
     assert len(layers) > 60
@@ -224,7 +224,7 @@ def test_linear_layers_start_truncated_normal() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.LayerNorm])
-def test_norms_start_as_identity(kind: type[nn.Module]) -> None:
+def test_norms_are_initialised_as_identity(kind: type[nn.Module]) -> None:
     layers = exits_of(kind)
     assert len(layers) >= 12
     for layer in layers:
@@ -232,8 +232,8 @@ def test_norms_start_as_identity(kind: type[nn.Module]) -> None:
         assert not layer.bias.any()
 
 
-def test_exits_leave_the_backbone_as_timm_starts_it() -> None:
-    """With the same seed the backbone is the same, with exits or without."""
+def test_exits_do_not_change_the_backbones_initial_weights() -> None:
+    """The same seed gives the same backbone with and without exits."""
     models = []
     for stages in ((), (1, 2, 3, 4)):
         torch.manual_seed(3)
@@ -269,8 +269,8 @@ def reached_by_exits(model: Student, image_size: int) -> list[set[str]]:
         ("test_vit", 32, ["blocks.1", "blocks.2", "blocks.4", "blocks.5"]),
     ],
 )
-def test_an_exit_sees_its_stage_and_nothing_behind_it(name: str, image_size: int, ends: list[str]) -> None:
-    """Gradients say which layers came before: those up to the published end of the stage."""
+def test_an_exit_depends_on_its_stage_and_nothing_after_it(name: str, image_size: int, ends: list[str]) -> None:
+    """Gradients reach exactly the layers up to the published end of the stage."""
     model = student(name, image_size)
     order = [n for n, _ in model.backbone.named_parameters()]
     for reached, end in zip(reached_by_exits(model, image_size), ends, strict=True):
@@ -279,7 +279,7 @@ def test_an_exit_sees_its_stage_and_nothing_behind_it(name: str, image_size: int
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "cait_xxs24_224", "test_vit2", "gmlp_ti16_224"])
 def test_isotropic_models_end_their_stages_at_blocks_1_3_and_the_last_third_and_first(name: str) -> None:
-    """Blocks 1, 3, d - 3 and d - 1 of d = 12, 24, 8 and 30."""
+    """Blocks 1, 3, d - 3 and d - 1 for d = 12, 24, 8 and 30."""
     with torch.device("meta"):
         model = student(name)
     depth = len(model.backbone.blocks)
@@ -288,7 +288,7 @@ def test_isotropic_models_end_their_stages_at_blocks_1_3_and_the_last_third_and_
 
 
 def test_mobilenets_stage_4_is_its_wide_head() -> None:
-    """1280 channels at 7x7, not the 320 before; of models without such a head it is the last stage."""
+    """1280 channels at 7x7, not the 320 before; for models without such a head it is the last stage."""
     with torch.device("meta"):
         mobilenet, resnet = student("mobilenetv2_100", 224), student("resnet18", 224)
     assert [stage.channels for stage in mobilenet.stages] == [24, 32, 96, 1280]
@@ -296,7 +296,7 @@ def test_mobilenets_stage_4_is_its_wide_head() -> None:
     assert [stage.channels for stage in resnet.stages] == [64, 128, 256, 512]
 
 
-def test_stage_4_of_a_mobilenet_is_what_its_classifier_pools() -> None:
+def test_stage_4_of_a_mobilenet_is_the_input_of_its_pooling() -> None:
     model = student("mobilenetv2_100", 64, stages=(4,)).eval()
     images, seen = torch.randn(2, 3, 64, 64), []
     model.exits[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
@@ -314,8 +314,8 @@ def test_stage_4_of_a_mobilenet_is_what_its_classifier_pools() -> None:
         ("volo_d1_224", (2, 3), 64),
     ],
 )
-def test_models_with_fewer_stages_say_which_they_have(name: str, found: tuple[int, ...], image_size: int) -> None:
-    """And work with those."""
+def test_models_with_fewer_stages_list_them(name: str, found: tuple[int, ...], image_size: int) -> None:
+    """They work with those stages."""
     with pytest.raises(BadInput) as error:
         student(name, image_size)
     text = str(error.value)
@@ -332,7 +332,7 @@ def test_models_with_fewer_stages_say_which_they_have(name: str, found: tuple[in
 
 
 @pytest.mark.parametrize("name", ["crossvit_tiny_240", "sequencer2d_s"])
-def test_models_without_stages_say_so_and_work_without_exits(name: str) -> None:
+def test_models_without_stages_are_refused_except_without_exits(name: str) -> None:
     with pytest.raises(BadInput, match=r"has none .* choose another student"):
         student(name, None)
     model = student(name, None, stages=())
@@ -342,7 +342,7 @@ def test_models_without_stages_say_so_and_work_without_exits(name: str) -> None:
 
 
 @pytest.mark.parametrize("stages", [(5,), (0, 1), (1, 2, 3, 4, 5)])
-def test_stages_that_no_model_has(stages: tuple[int, ...]) -> None:
+def test_invalid_stages(stages: tuple[int, ...]) -> None:
     with pytest.raises(BadInput, match="it has 1, 2, 3, 4"):
         student("resnet18", stages=stages)
 
@@ -350,7 +350,7 @@ def test_stages_that_no_model_has(stages: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("stages", [(), (1,), (4,), (2, 3), (4, 1), (1, 2, 3, 4)])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
 def test_any_choice_of_stages(name: str, stages: tuple[int, ...]) -> None:
-    """Heads come in stage order whatever order is asked for, and the last is always the model's own."""
+    """Heads are in stage order for any order of the argument, and the last one is the model's own."""
     model = student(name, stages=stages).eval()
     assert [stage.number for stage in model.stages] == sorted(stages)
     images = torch.randn(2, 3, 32, 32)
@@ -359,7 +359,7 @@ def test_any_choice_of_stages(name: str, stages: tuple[int, ...]) -> None:
     torch.testing.assert_close(logits[-1], model.backbone(images))
 
 
-def test_pictures_that_a_model_cannot_take() -> None:
+def test_images_of_an_invalid_size() -> None:
     with pytest.raises(BadInput, match="does not accept images of 64 px"):
         student("efficientformer_l1", 64)
     with pytest.raises(BadInput, match="unknown model"):
@@ -370,8 +370,8 @@ def test_pictures_that_a_model_cannot_take() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_uint8_pictures_are_normalised_with_the_models_own_mean_and_std(name: str) -> None:
-    """Those of timm's configuration, which differ between the two; floating pictures pass as they are."""
+def test_uint8_images_are_normalised_with_the_models_own_mean_and_std(name: str) -> None:
+    """Those of timm's configuration, which differ between the two models; floating-point images are not changed."""
     model = student(name).eval()
     config = model.backbone.pretrained_cfg
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -389,14 +389,14 @@ def test_another_normalisation() -> None:
     assert {"mean", "std"}.isdisjoint(model.state_dict())  # checkpoints fit either way
 
 
-def test_image_size_is_the_models_own_unless_told() -> None:
+def test_the_default_image_size_is_the_models_own() -> None:
     with torch.device("meta"):
         assert student("deit_tiny_patch16_224", None).image_size == 224
         assert student("deit_tiny_patch16_224", 96).image_size == 96
 
 
-def test_layout_and_precision_do_not_change_what_is_computed() -> None:
-    """channels_last as the training step uses it; bf16 within its rounding."""
+def test_layout_and_precision_do_not_change_the_result() -> None:
+    """channels_last as in the training step; bf16 within its rounding."""
     for name in ("test_resnet", "test_vit"):
         model, images = student(name).eval(), torch.randn(2, 3, 32, 32)
         logits = model(images)
@@ -423,7 +423,7 @@ def test_layout_and_precision_do_not_change_what_is_computed() -> None:
     ],
 )
 def test_names_without_weight_decay_are_those_of_parameters(name: str, expected: list[str]) -> None:
-    """What timm exempts of the plain model (by name or pattern) and nothing else, under the student's names."""
+    """Exactly those that timm exempts in the plain model (by name or pattern), under the student's names."""
     with torch.device("meta"):
         model = student(name, 64)
     plain = getattr(model.backbone, "no_weight_decay", set)()
@@ -464,14 +464,14 @@ SIZES = {"inception_v3": 96, "ghostnetv2_100": 64, "efficientformerv2_s0": 64, "
 
 
 def gradients(model: nn.Module, logits: Tensor) -> dict[str, Tensor | None]:
-    """Of the sum over the heads of their mean squares."""
+    """Gradients of the sum of the heads' mean squares."""
     model.zero_grad(set_to_none=True)
     logits.square().flatten(1).mean(dim=1).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def dead(found: dict[str, Tensor | None], tolerance: float = 0.0) -> set[str]:
-    """Names without a gradient, or with one that is nowhere above a share of the largest."""
+    """Names of parameters without a gradient, or with one that is below a fraction of the largest everywhere."""
     tops = {name: 0.0 if gradient is None else float(gradient.abs().max()) for name, gradient in found.items()}
     return {name for name, top in tops.items() if top <= tolerance * max(tops.values())}
 
@@ -479,7 +479,7 @@ def dead(found: dict[str, Tensor | None], tolerance: float = 0.0) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SWEEP, *LARGE.split()])
 def test_any_timm_model(name: str) -> None:
-    """Heads of the right shape, gradients everywhere that the plain model has them, and the model's own answer last."""
+    """Heads of the right shape, gradients wherever the plain model has them, and the model's own logits last."""
     size = SIZES.get(name, 32)
     model = student(name, size, teacher_dim=192)
     with torch.no_grad():  # layers that start at zero, as timm likes them, would hide what is not connected
@@ -493,7 +493,7 @@ def test_any_timm_model(name: str) -> None:
     logits = model(images)
     assert logits.shape == (5, 4, CLASSES)
     assert logits.isfinite().all()
-    assert (logits.amax(dim=1) > logits.amin(dim=1)).any(dim=1).all()  # every head tells the pictures apart
+    assert (logits.amax(dim=1) > logits.amin(dim=1)).any(dim=1).all()  # every head tells the images apart
     found = gradients(model, logits)
     assert all(gradient.isfinite().all() for gradient in found.values() if gradient is not None)
     assert {n for n in dead(found) if n.startswith("exits.")} == set()
@@ -501,16 +501,16 @@ def test_any_timm_model(name: str) -> None:
     assert len(unused) < len(found) / 4
 
     model.eval()
-    pictures = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     with torch.no_grad():
-        logits = model(pictures)
-        torch.testing.assert_close(logits[-1], model.backbone(model.normalize(pictures)))
+        logits = model(images)
+        torch.testing.assert_close(logits[-1], model.backbone(model.normalize(images)))
 
 
 # --- Sizes and parameters ---------------------------------------------------------------------------------------------
 
 
-def test_a_cnn_takes_pictures_of_other_sizes_and_is_not_changed_by_asking() -> None:
+def test_a_cnn_accepts_images_of_other_sizes_and_is_unchanged() -> None:
     student = Student("test_efficientnet", 10, 64).train()
     before = {name: value.clone() for name, value in student.state_dict().items()}
     student.check_sizes([32, 64, 96, 100])
@@ -518,7 +518,7 @@ def test_a_cnn_takes_pictures_of_other_sizes_and_is_not_changed_by_asking() -> N
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
-def test_a_transformer_of_fixed_size_does_not() -> None:
+def test_a_transformer_of_fixed_size_refuses_other_sizes() -> None:
     student = Student("test_vit", 10, 64).train()
     student.check_sizes([64, 64])
     message = "the student, built for images of 64 px, does not accept .* 32 px .*omit --start-size and --eval-size"
@@ -529,7 +529,7 @@ def test_a_transformer_of_fixed_size_does_not() -> None:
 
 @pytest.mark.parametrize("stages", [(), (1, 2, 3, 4)])
 def test_parameters_that_no_head_depends_on_are_found(stages: tuple[int, ...]) -> None:
-    """None of a model's own; those of a layer that is there and not called; the batch norms do not move."""
+    """None in the models; those of a layer that exists but is not called. The batch norms do not change."""
     student = Student("test_efficientnet", 10, 32, stages=stages).train()
     assert student.unused_parameters() == []
     student.backbone.left_over = nn.Linear(3, 2)

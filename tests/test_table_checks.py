@@ -1,4 +1,4 @@
-"""What a view's file may hold: whatever `precompute` writes, and nothing that no teacher and no policy can make."""
+"""A view's file may contain everything that `precompute` writes, and no value that a teacher or policy cannot give."""
 
 import dataclasses
 import re
@@ -23,8 +23,8 @@ EVERYTHING = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_what_is_drawn_is_taken(data):
-    """Any policy, images of any shape (also longer than a box of 1/65535 can tell), odd numbers of samples."""
+def test_drawn_views_are_accepted(data):
+    """Any policy, images of any shape (also longer than a box of 1/65535 can resolve), odd numbers of samples."""
     count = data.draw(st.integers(1, 30))
     sides = st.one_of(st.integers(1, 20), st.integers(1, 200_000))
     sizes = np.array(data.draw(st.lists(st.tuples(sides, sides), min_size=count, max_size=count)))
@@ -40,8 +40,8 @@ def test_what_is_drawn_is_taken(data):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 40), st.floats(0, 100), st.booleans(), st.data())
-def test_what_a_teacher_answers_is_taken(B, C, scale, equal, data):
-    """Sharp and flat answers, all classes kept or some, equal logits."""
+def test_predictions_are_accepted(B, C, scale, equal, data):
+    """Peaked and flat predictions, all classes kept or some, equal logits."""
     topk = data.draw(st.integers(1, C))
     logits = torch.randn(B, C, generator=torch.Generator().manual_seed(C)) * scale
     targets = topk_targets((logits * 0 if equal else logits).log_softmax(-1), topk)
@@ -49,8 +49,8 @@ def test_what_a_teacher_answers_is_taken(B, C, scale, equal, data):
 
 
 @pytest.mark.parametrize("C", [65_536, 70_000])
-def test_so_are_many_classes(C):
-    """The mass of flat answers, rounded to float16 each, is near 1 still."""
+def test_flat_predictions_of_many_classes_are_accepted(C):
+    """Their mass, with each value rounded to float16, is still near 1."""
     targets = topk_targets(torch.randn(3, C).log_softmax(-1), C)
     assert targets_fault(targets._asdict(), 3, C, C) == ""
 
@@ -70,7 +70,7 @@ def put(table: Any, row: Any, value: Any) -> Any:
     return changed
 
 
-ANSWERS = {
+PREDICTIONS = {
     "a class that does not exist": (
         "classes",
         lambda t: put(t, 7, [1, 2, 10]),
@@ -95,8 +95,8 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "change", "message"), ANSWERS.values(), ids=ANSWERS.keys())
-def test_answers_that_no_teacher_gives(name: str, change: Callable, message: str):
+@pytest.mark.parametrize(("name", "change", "message"), PREDICTIONS.values(), ids=PREDICTIONS.keys())
+def test_impossible_predictions_are_refused(name: str, change: Callable, message: str):
     tensors: dict[str, Any] = topk_targets(torch.randn(N, C).log_softmax(-1), K)._asdict()
     assert targets_fault(tensors, N, K, C) == ""
     changed = {**tensors, name: change(tensors[name])}
@@ -104,7 +104,7 @@ def test_answers_that_no_teacher_gives(name: str, change: Callable, message: str
     assert re.search(message, fault), fault
 
 
-def test_of_all_classes_the_mass_is_one():
+def test_the_mass_of_all_classes_is_one():
     tensors = topk_targets(torch.randn(N, C).log_softmax(-1), C)._asdict()
     tensors["log_probs"][3] -= 0.1
     assert "probabilities of all classes with a sum of 1" in targets_fault(tensors, N, C, C)
@@ -112,7 +112,7 @@ def test_of_all_classes_the_mass_is_one():
     assert targets_fault(few, N, K, C) == ""
 
 
-def test_negative_classes_where_they_have_a_sign():
+def test_negative_classes_of_a_signed_type_are_refused():
     tensors = topk_targets(torch.randn(2, 70_000).log_softmax(-1), K)._asdict()
     tensors["classes"][1, 2] = -1
     assert "classes from 0 to 69999" in targets_fault(tensors, 2, K, 70_000)
@@ -172,13 +172,13 @@ def drawn() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("name", "change", "message"), VIEWS.values(), ids=VIEWS.keys())
-def test_views_that_no_policy_draws(drawn, name, change, message):
+def test_impossible_views_are_refused(drawn, name, change, message):
     changed = {**drawn, name: change(drawn[name])}
     fault = views_fault({key: value for key, value in changed.items() if value is not None}, EVERYTHING, N)
     assert re.search(message, fault), fault
 
 
-def test_columns_that_the_policy_does_not_draw(drawn):
+def test_columns_outside_the_policy_are_refused(drawn):
     plain = dataclasses.replace(EVERYTHING, mixup=0, cutmix=0)
     assert "expected the columns amounts, crop, erase, flip, noise, ops, got amounts, crop," in views_fault(
         drawn, plain, N
@@ -187,7 +187,7 @@ def test_columns_that_the_policy_does_not_draw(drawn):
 
 
 def test_the_row_is_named_in_large_tables_too():
-    """Rows are looked at some at a time; partners may lie in another part."""
+    """Rows are checked in blocks; partners may be in another block."""
     count = 50_001
     columns = draw_views(EVERYTHING, np.full((count, 2), 100), seed=0, view=0).columns()
     assert views_fault(columns, EVERYTHING, count) == ""

@@ -1,4 +1,6 @@
-"""The teacher answers as plain timm does, with its own normalisation and size, from every form of weights."""
+"""The teacher's log-probabilities equal plain timm's, with its own normalisation and size, for all
+formats of weights.
+"""
 
 import argparse
 import dataclasses
@@ -33,7 +35,7 @@ MEAN, STD = (0.1, 0.4, 0.7), (0.15, 0.25, 0.35)  # nobody else's
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Random weights large enough that every pixel counts in the answer."""
+    """Random weights large enough that every pixel affects the prediction."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -48,14 +50,14 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def folder(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As timm's save_for_hf writes it, with the normalisation and the size above."""
+    """As timm's save_for_hf writes it, with the normalisation and size above."""
     path = tmp_path_factory.mktemp("teacher")
     data_config = {"input_size": (3, SIZE, SIZE), "mean": MEAN, "std": STD, "crop_pct": 0.9}
     save_for_hf(model, str(path), safe_serialization=True, data_config=data_config)
     return path
 
 
-def pictures(size: int) -> Tensor:
+def make_images(size: int) -> Tensor:
     return torch.randint(0, 256, (5, 3, size, size), dtype=torch.uint8)
 
 
@@ -65,9 +67,9 @@ def by_hand(model: nn.Module, images: Tensor, mean: tuple[float, ...], std: tupl
         return torch.log_softmax(model(normalize(images / 255, list(mean), list(std))), dim=-1)
 
 
-def assert_answers(teacher: Teacher, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """log_probs at the teacher's size equal plain timm's, are normalised, and need this very normalisation."""
-    images = pictures(teacher.image_size)
+def assert_predicts(teacher: Teacher, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """log_probs at the teacher's size equal plain timm's, are normalised, and depend on this normalisation."""
+    images = make_images(teacher.image_size)
     got, expected = teacher.log_probs(images), by_hand(model, images, mean, std)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -75,32 +77,32 @@ def assert_answers(teacher: Teacher, model: nn.Module, mean: tuple[float, ...], 
     assert (got - by_hand(model, images, (0.5,) * 3, (1.0,) * 3)).abs().max() > 0.01
 
 
-# --- Answers ----------------------------------------------------------------------------------------------------------
+# --- Predictions ------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_timm_answers_as_timm_does(folder, model):
-    """Own normalisation and size from its config.json; in eval mode, whatever the model was saved in."""
+def test_a_folder_written_by_timm_predicts_as_timm(folder, model):
+    """Normalisation and size from its config.json; in eval mode, whatever mode it was saved in."""
     teacher = open_teacher(str(folder), NAMES)
     assert (teacher.name, teacher.image_size, teacher.crop, teacher.bf16) == (NAME, SIZE, 0.9, False)
-    assert_answers(teacher, model, MEAN, STD)
+    assert_predicts(teacher, model, MEAN, STD)
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert_answers(teacher, plain, plain.pretrained_cfg["mean"], plain.pretrained_cfg["std"])
+    assert_predicts(teacher, plain, plain.pretrained_cfg["mean"], plain.pretrained_cfg["std"])
     assert not teacher.model.training
 
 
 def test_a_transformer_of_fixed_size_is_built_for_the_size_it_was_saved_with(tmp_path):
-    """Its position embeddings fit no other; the model's own 224 px are not used."""
+    """Its position embeddings fit no other size; the model's own 224 px are not used."""
     vit = lively(timm.create_model("deit_tiny_patch16_224", num_classes=CLASSES, img_size=48, depth=2))
     save_for_hf(vit, str(tmp_path), safe_serialization=True, data_config={"input_size": (3, 48, 48), "mean": MEAN})
     teacher = open_teacher(str(tmp_path), NAMES)
     assert teacher.image_size == 48
-    assert_answers(teacher, vit, MEAN, vit.pretrained_cfg["std"])
+    assert_predicts(teacher, vit, MEAN, vit.pretrained_cfg["std"])
     with pytest.raises(BadInput, match=r"does not run at 64 px .*give another --image-size"):
         open_teacher(str(tmp_path), NAMES, image_size=64)
 
 
 def test_an_exported_run_is_a_teacher(tmp_path):
-    """What `fastofa export` writes of a run with its own size, crop and normalisation."""
+    """The export of a run with its own size, crop and normalisation."""
     config = TrainConfig(
         data="d",
         student="test_vit",
@@ -119,14 +121,14 @@ def test_an_exported_run_is_a_teacher(tmp_path):
     export(config.out, tmp_path / "out")
     teacher = open_teacher(str(tmp_path / "out"), NAMES)
     assert (teacher.image_size, teacher.crop) == (32, 0.8)
-    assert_answers(teacher, student.backbone, MEAN, STD)
+    assert_predicts(teacher, student.backbone, MEAN, STD)
 
 
 def test_overrides(folder, model):
-    """Size, mean and std given by hand go before the teacher's own; the description says what was used."""
+    """Given size, mean and std override the teacher's own; the description states the values used."""
     mean, std = (0.2, 0.2, 0.2), (0.5, 0.4, 0.3)
     teacher = open_teacher(str(folder), NAMES, image_size=56, mean=mean, std=std)
-    assert_answers(teacher, model, mean, std)
+    assert_predicts(teacher, model, mean, std)
     described = teacher.describe()
     assert {k: described[k] for k in ("image_size", "mean", "std")} == {
         "image_size": 56,
@@ -135,10 +137,10 @@ def test_overrides(folder, model):
     }
 
 
-def test_bf16_answers_are_fp32_and_near(folder):
-    """Of the same weights, but another teacher to a cache: its answers are others."""
+def test_bf16_log_probs_are_fp32_and_close(folder):
+    """Of the same weights; for a cache it is another teacher."""
     exact, rough = open_teacher(str(folder), NAMES), open_teacher(str(folder), NAMES, bf16=True)
-    images = pictures(SIZE)
+    images = make_images(SIZE)
     a, b = exact.log_probs(images), rough.log_probs(images)
     assert b.dtype == torch.float32
     assert 0 < (a - b).abs().max() < 0.3
@@ -149,8 +151,8 @@ def test_bf16_answers_are_fp32_and_near(folder):
 
 
 def test_bf16_is_autocasts_but_for_what_autocast_leaves_in_fp32(folder, model):
-    """A CNN answers as under autocast, since its batch norms keep their statistics in fp32."""
-    images, rough = pictures(SIZE), open_teacher(str(folder), NAMES, bf16=True)
+    """A CNN predicts as under autocast, since its batch norms keep their statistics in fp32."""
+    images, rough = make_images(SIZE), open_teacher(str(folder), NAMES, bf16=True)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         logits = model(normalize(images / 255, list(MEAN), list(STD)).contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(rough.log_probs(images), logits.float().log_softmax(1), rtol=1e-2, atol=1e-2)
@@ -167,7 +169,7 @@ def test_bf16_is_autocasts_but_for_what_autocast_leaves_in_fp32(folder, model):
 
 
 def write(form: str, model: nn.Module, path: Path) -> Path:
-    """One of the forms in which weights come."""
+    """Write weights in one of their common formats."""
     weights = model.state_dict()
     if form == "safetensors":
         save_file(weights, path / "model.safetensors")
@@ -190,11 +192,11 @@ FORMS = ["safetensors", "plain", "timm's trainer", "timm's trainer with EMA", "D
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_checkpoint_in_any_form(form, tmp_path, model):
-    """The same weights, so the same answers and the same sha256; normalisation and crop are timm's for the model."""
+def test_a_checkpoint_in_any_format(form, tmp_path, model):
+    """The same weights, hence the same predictions and sha256; normalisation and crop are timm's for the model."""
     teacher = open_teacher(NAME, NAMES, write(form, model, tmp_path), image_size=SIZE)
     own = model.pretrained_cfg
-    assert_answers(teacher, model, own["mean"], own["std"])
+    assert_predicts(teacher, model, own["mean"], own["std"])
     assert teacher.crop == own["crop_pct"]
     assert teacher.describe()["sha256"] == sha256_of(model, tmp_path)
 
@@ -205,7 +207,7 @@ def sha256_of(model: nn.Module, folder: Path) -> str:
 
 
 def test_sha256_is_of_the_weights(folder, model, tmp_path):
-    """One number changed in one weight, or in one buffer, and it is another; the description is JSON."""
+    """It changes with one value in a weight or buffer; the description is JSON."""
     described = open_teacher(str(folder), NAMES).describe()
     assert json.loads(json.dumps(described)) == described
     assert described["sha256"] == sha256_of(model, tmp_path)
@@ -217,8 +219,8 @@ def test_sha256_is_of_the_weights(folder, model, tmp_path):
         assert sha256_of(changed, tmp_path / name) != described["sha256"]
 
 
-def test_config_json_beside_a_checkpoint_counts_if_it_is_of_the_same_architecture(folder, model, tmp_path):
-    """Of another one, or no model's at all: the model's own normalisation and size."""
+def test_config_json_beside_a_checkpoint_is_used_for_the_same_architecture(folder, model, tmp_path):
+    """With that of another architecture, or another file, the model's own normalisation and size."""
     weights = Path(shutil.copy(folder / "model.safetensors", tmp_path))
     own = model.pretrained_cfg
 
@@ -246,7 +248,7 @@ def test_a_fixed_size_checkpoint_is_built_for_the_size_in_its_config_json(tmp_pa
     save_for_hf(vit, str(tmp_path), safe_serialization=True, data_config={"input_size": (3, 48, 48)})
     teacher = open_teacher("deit_tiny_patch16_224.fb_in1k", NAMES, tmp_path / "model.safetensors")
     assert teacher.image_size == 48
-    assert_answers(teacher, vit, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+    assert_predicts(teacher, vit, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
 
 
 # --- What does not fit ------------------------------------------------------------------------------------------------
@@ -308,11 +310,11 @@ def test_a_folder_that_is_no_model_is_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), LocalEntryNotFoundError("cannot reach the Hub")])
 def test_timms_weights_without_a_network_are_refused(monkeypatch, error):
-    """The hub is asked once or twice, and its complaint becomes one line that says what to give instead."""
-    asked = []
+    """The hub is contacted once or twice, and its error becomes one line with the remedy."""
+    calls = []
 
     def no_network(*_, **__):
-        asked.append(1)
+        calls.append(1)
         raise error
 
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", no_network)
@@ -320,12 +322,12 @@ def test_timms_weights_without_a_network_are_refused(monkeypatch, error):
         BadInput, match=rf"could not get the weights of test_resnet.r160_in1k \({error}\); .*a local file"
     ):
         open_teacher("test_resnet.r160_in1k", TEN)
-    assert 1 <= len(asked) <= 2
+    assert 1 <= len(calls) <= 2
 
 
-def test_nothing_is_fetched_for_local_weights(monkeypatch, folder, tmp_path, model):
+def test_local_weights_need_no_network(monkeypatch, folder, tmp_path, model):
     def no_network(*_, **__):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", no_network)
     open_teacher(str(folder), NAMES)
@@ -341,9 +343,9 @@ def named(model: nn.Module, folder: Path, names: list[str]) -> str:
     return str(folder)
 
 
-def test_answers_are_in_the_datas_order(model, tmp_path, capsys):
-    """Column by column, by name; the cache remembers it, as other answers have the same weights."""
-    images, own = pictures(SIZE), model.pretrained_cfg
+def test_outputs_are_in_the_order_of_the_datas_classes(model, tmp_path, capsys):
+    """They are matched by name. The order affects the cache's identity, although the weights are the same."""
+    images, own = make_images(SIZE), model.pretrained_cfg
     expected = by_hand(model, images, own["mean"], own["std"])
     plain = open_teacher(named(model, tmp_path, list("abcdefg")), NAMES)
     mixed = open_teacher(named(model, tmp_path, list("gfcdeba")), NAMES)
@@ -354,22 +356,22 @@ def test_answers_are_in_the_datas_order(model, tmp_path, capsys):
     assert "in another order (g, f, c and 4 more) than the data's (a, b, c and 4 more)" in capsys.readouterr().err
 
 
-def test_of_more_classes_the_datas_are_kept(model, tmp_path):
-    """Probabilities given that it is one of them: what a student that knows no others can learn."""
-    images, own = pictures(SIZE), model.pretrained_cfg
+def test_of_more_classes_those_of_the_data_are_kept(model, tmp_path):
+    """The probabilities are conditional on these classes, the only ones that the student knows."""
+    images, own = make_images(SIZE), model.pretrained_cfg
     teacher = open_teacher(named(model, tmp_path, list("abcdefg")), ("f", "b"))
     probs = by_hand(model, images, own["mean"], own["std"]).exp()[:, [5, 1]]
     torch.testing.assert_close(
         teacher.log_probs(images).exp(), probs / probs.sum(1, keepdim=True), rtol=1e-3, atol=1e-4
     )
     with pytest.raises(
-        BadInput, match=f"teacher {tmp_path}: expected the data set.s 3 classes, got 7, .*: it has no x, y; "
+        BadInput, match=f"teacher {tmp_path}: expected the dataset.s 3 classes, got 7, .*: it has no x, y; "
     ):
         open_teacher(str(tmp_path), ("f", "x", "y"))
 
 
 def test_a_checkpoint_of_imagenet_for_two_of_its_classes(tmp_path, capsys):
-    """As many classes as the file has, of which the data's synsets are kept."""
+    """It has as many classes as the file, of which the data's synsets are kept."""
     thousand = lively(timm.create_model(NAME, num_classes=1000))
     teacher = open_teacher(
         f"timm/{NAME}", ("n01440764", "n02085620"), write("plain", thousand, tmp_path), image_size=SIZE
@@ -378,7 +380,7 @@ def test_a_checkpoint_of_imagenet_for_two_of_its_classes(tmp_path, capsys):
     assert "kept 2 of the 1,000 classes of imagenet-1k" in capsys.readouterr().err
 
 
-def test_names_beside_a_checkpoint_count_too(model, tmp_path):
+def test_names_beside_a_checkpoint_are_used(model, tmp_path):
     named(model, tmp_path, list("gfcdeba"))
     assert open_teacher(NAME, NAMES, tmp_path / "model.safetensors").columns == (6, 5, 2, 3, 4, 1, 0)
 
@@ -387,7 +389,7 @@ def test_names_beside_a_checkpoint_count_too(model, tmp_path):
     ("top1", "classes", "near"),
     [(0.1, 10, True), (0.19, 10, True), (0.21, 10, False), (0.5, 2, True), (0.7, 2, False), (0.0015, 1000, True)],
 )
-def test_near_chance_is_said(capsys, top1, classes, near):
+def test_accuracy_near_chance_is_reported(capsys, top1, classes, near):
     report_accuracy("t", top1, classes, 599)
     said = capsys.readouterr().err
     assert said.startswith(f"teacher t: {top1:.2%} top-1 on 599 validation images")
@@ -399,7 +401,7 @@ def test_near_chance_is_said(capsys, top1, classes, near):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Of a CNN with exits, not exported."""
+    """A run of a CNN with exits, not exported."""
     config = TrainConfig(
         data="d", student=NAME, out=tmp_path_factory.mktemp("run"), recipe="digits", image_size=32, eval_crop=0.8,
         mean=MEAN, std=STD,
@@ -413,24 +415,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
-def test_a_run_is_a_teacher_as_its_export_would_be(run, tmp_path, form):
+def test_a_run_predicts_as_its_export(run, tmp_path, form):
     teacher = open_teacher(form.format(run.path), NAMES[::-1])
     export(run.path, tmp_path / "out")
     assert teacher.describe() == open_teacher(str(tmp_path / "out"), NAMES[::-1]).describe()
     assert (teacher.image_size, teacher.crop, teacher.columns) == (32, 0.8, (6, 5, 4, 3, 2, 1, 0))
 
 
-def test_a_checkpoint_of_a_run_is_one_too(run, capsys):
-    """Exits and optimiser are left out."""
+def test_a_checkpoint_of_a_run_is_a_teacher(run, capsys):
+    """Exits and optimiser are ignored."""
     (path,) = (run.path / "checkpoints").iterdir()
     teacher = open_teacher(NAME, NAMES, path, image_size=32, mean=MEAN, std=STD)
-    assert_answers(teacher, run.trained_student().backbone, MEAN, STD)
+    assert_predicts(teacher, run.trained_student().backbone, MEAN, STD)
     assert f"{path}: uses the weights called student.backbone\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
-def test_a_run_is_where_another_student_starts(run, tmp_path, form):
-    """With other classes all but the classifier; another architecture is refused."""
+def test_a_run_initialises_another_student(run, tmp_path, form):
+    """With other classes, except the classifier; another architecture is refused."""
     trained = run.trained_student().backbone.state_dict()
     same = run.build_student(init=form.format(run.path)).backbone.state_dict()
     assert all(torch.equal(same[name], value) for name, value in trained.items())
@@ -442,13 +444,13 @@ def test_a_run_is_where_another_student_starts(run, tmp_path, form):
         other.build_student(init=str(run.path))
 
 
-def test_a_folder_is_no_checkpoint(run):
+def test_a_folder_is_not_a_checkpoint(run):
     with pytest.raises(BadInput, match=f"expected a file, got the folder {run.path}; give it as --teacher"):
         open_teacher(NAME, NAMES, run.path)
 
 
 def test_which_of_several_weights(model, tmp_path, capsys):
-    """An average unless told otherwise; the line names the flag."""
+    """An average by default; the notice names the flag."""
     path = write("timm's trainer with EMA", model, tmp_path)
     open_teacher(NAME, NAMES, path)
     assert "uses the weights called state_dict_ema, not state_dict; --teacher-checkpoint-key chooses others" in (
@@ -460,15 +462,15 @@ def test_which_of_several_weights(model, tmp_path, capsys):
         open_teacher(NAME, NAMES, path, checkpoint_key="ema")
 
 
-# --- Answers that are none --------------------------------------------------------------------------------------------
+# --- Invalid logits ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [(math.nan, "NaN for 0000"), (1e6, "minus infinity for .*lower --topk")],
 )
-def test_a_teacher_without_answers_is_refused_at_the_first_batch(tmp_path, value, message):
-    """Damaged weights, and a certainty that float16 cannot keep: with teacher, view and image."""
+def test_a_teacher_with_invalid_logits_is_refused_at_the_first_batch(tmp_path, value, message):
+    """Damaged weights, and probabilities that float16 cannot store: with teacher, view and image."""
     model = lively(timm.create_model(NAME, num_classes=10))
     with torch.no_grad():
         model.classifier.weight.mul_(value)
@@ -479,7 +481,7 @@ def test_a_teacher_without_answers_is_refused_at_the_first_batch(tmp_path, value
     assert not (tmp_path / "cache" / "val.safetensors").exists()
 
 
-def test_the_view_is_named(capsys):
+def test_the_view_with_invalid_logits_is_named(capsys):
     log_probs = torch.zeros(3, 2)
     check_finite("t", log_probs, "view 7", ["a", "b", "c"])
     log_probs[1, 0] = math.inf
@@ -487,7 +489,7 @@ def test_the_view_is_named(capsys):
         check_finite("t", -log_probs, "view 7", ["a", "b", "c"])
 
 
-def test_grey_teachers_are_named_as_such(tmp_path):
+def test_teachers_for_grey_images_are_refused(tmp_path):
     grey = timm.create_model(NAME, num_classes=7, in_chans=1)
     save_for_hf(grey, str(tmp_path), safe_serialization=True)
     with pytest.raises(BadInput, match="one for 1 channel"):
@@ -496,8 +498,8 @@ def test_grey_teachers_are_named_as_such(tmp_path):
         open_teacher(NAME, NAMES, tmp_path / "model.safetensors")
 
 
-def test_a_model_of_feature_maps_is_no_teacher(tmp_path):
-    """timm's way to leave the pooling out, which a config.json can ask for."""
+def test_a_model_without_pooling_is_refused(tmp_path):
+    """In timm, a config.json can disable the pooling."""
     unpooled = timm.create_model(NAME, num_classes=7, global_pool="")
     with pytest.raises(BadInput, match=r"does not run at 40 px|expected logits"):
         open_teacher(named(unpooled, tmp_path, list(NAMES)), NAMES)
@@ -518,8 +520,8 @@ def test_impossible_arguments(given, message):
         PrecomputeConfig("digits", "teacher", Path("cache"), 1, 1, **given)
 
 
-def test_crops_beyond_the_edges_end_there(folder, tmp_path):
-    """VOLO's published 1.15 of the shorter side."""
+def test_crops_are_limited_to_the_image(folder, tmp_path):
+    """VOLO publishes a crop of 1.15 of the shorter side."""
     shutil.copytree(folder, tmp_path / "wide")
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["crop_pct"] = 1.15

@@ -1,4 +1,4 @@
-"""The teacher's table: what is stored is what the teacher says of each view, and nothing else is taken for it."""
+"""The teacher cache: it stores the teacher's predictions for each view, and accepts nothing else in their place."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ SIZE = 32
 
 
 def make_teacher(folder: Path, classes: int) -> Path:
-    """A small CNN whose random weights are large enough for answers that differ."""
+    """A small CNN whose random weights are large enough for predictions that differ."""
     torch.manual_seed(1)
     model = timm.create_model("test_efficientnet", num_classes=classes)
     for parameter in model.parameters():
@@ -76,20 +76,20 @@ def make(photos: Path, teacher_of_2: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def photo_cache(make) -> TeacherCache:
-    """Three views of 24 photographs, both classes kept. Not to be changed."""
+    """Three views of 24 photographs, both classes kept. Tests must not change it."""
     return make()
 
 
 @pytest.fixture(scope="module")
 def digit_cache(teacher_of_10: Path, tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
-    """Two views of 100 digits, 4 of 10 classes kept. Not to be changed."""
+    """Two views of 100 digits, 4 of 10 classes kept. Tests must not change it."""
     out = tmp_path_factory.mktemp("digits")
     return precompute(PrecomputeConfig("digits:100", str(teacher_of_10), out, views=2, topk=4))
 
 
 @pytest.fixture
 def changed(photo_cache: TeacherCache, tmp_path: Path) -> Path:
-    """A copy of the photographs' cache to do harm to."""
+    """A copy of the photographs' cache, which the test may damage."""
     return Path(shutil.copytree(photo_cache.path, tmp_path / "cache"))
 
 
@@ -102,13 +102,13 @@ def edit_header(path: Path, **values) -> None:
     (path / HEADER).write_text(json.dumps({**header, **values}))
 
 
-# --- Answers ----------------------------------------------------------------------------------------------------------
+# --- Predictions ------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 30), st.data())
-def test_answers_are_the_best_classes(B, C, data):
-    """torch.topk's, best first, as uint16 and fp16; the log-probabilities of those very classes."""
+def test_the_best_classes_are_stored(B, C, data):
+    """As by torch.topk, best first, as uint16 and fp16; with the log-probabilities of these classes."""
     K = data.draw(st.integers(1, C))
     log_probs = torch.randn(B, C, generator=torch.Generator().manual_seed(C)).log_softmax(-1)
     got = topk_targets(log_probs, K)
@@ -119,8 +119,8 @@ def test_answers_are_the_best_classes(B, C, data):
 
 
 @pytest.mark.parametrize(("C", "dtype"), [(65_535, torch.uint16), (65_536, torch.uint16), (65_537, torch.int32)])
-def test_class_numbers_are_as_narrow_as_the_dataset_allows(C, dtype):
-    """The last class and those around 2^15 come back from the device as they were."""
+def test_class_numbers_use_the_narrowest_type(C, dtype):
+    """The last class and those around 2^15 are the same after the copy to the device."""
     log_probs = torch.full((3, C), -20.0)
     best = [[C - 1, 32_768, 0], [32_767, 40_000, C - 2], [65_534, 1, 32_769]]
     for row, numbers in zip(log_probs, best, strict=True):
@@ -135,7 +135,7 @@ def test_class_numbers_are_as_narrow_as_the_dataset_allows(C, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int32])
 def test_lookup_is_a_gather_of_rows(dtype):
-    """Any order, repeated, none at all; log-probabilities are not touched."""
+    """In any order, repeated, or none; log-probabilities are unchanged."""
     classes = torch.arange(20).view(5, 4).to(dtype)
     log_probs = torch.randn(5, 4).half()
     table = DeviceTargets(classes, log_probs, CPU)
@@ -147,8 +147,8 @@ def test_lookup_is_a_gather_of_rows(dtype):
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int32])
-def test_a_ranks_share_answers_as_the_whole_table(dtype, dense):
-    """About its own samples, in any order; no other answers are kept."""
+def test_a_ranks_share_gives_the_same_targets_as_the_whole_table(dtype, dense):
+    """For its own samples, in any order; others are not kept."""
     classes = torch.arange(40).view(10, 4).to(dtype)
     log_probs = torch.randn(10, 4).log_softmax(1).half()
     whole = DeviceTargets(classes, log_probs, CPU, dense)
@@ -161,7 +161,7 @@ def test_a_ranks_share_answers_as_the_whole_table(dtype, dense):
 
 
 def test_agreement_is_the_share_of_equal_best_classes():
-    """Also for class numbers above 2^15, and only the first of the K counts."""
+    """Also for class numbers above 2^15; only the first of the K classes counts."""
     targets = Targets(torch.tensor([[40_000, 1], [2, 3], [5, 40_000], [7, 8]], dtype=torch.uint16), torch.zeros(4, 2))
     assert agreement(np.array([40_000, 2, 40_000, 8]), targets) == 0.5
     assert agreement(np.array([40_000, 2, 5, 7]), targets) == 1.0
@@ -170,8 +170,8 @@ def test_agreement_is_the_share_of_equal_best_classes():
 # --- What is stored ---------------------------------------------------------------------------------------------------
 
 
-def test_the_files_are_these(photo_cache, photos):
-    """Names, header, and shapes and kinds of what is in the tables; nothing temporary is left."""
+def test_the_files_of_a_cache(photo_cache, photos):
+    """Names, header, and shapes and dtypes of the tables; no temporary files."""
     assert sorted(file.name for file in photo_cache.path.iterdir()) == sorted(
         [HEADER, SEEN, VAL, *map(view_file, range(3))]
     )
@@ -213,7 +213,7 @@ def test_opening_reads_what_was_written(photo_cache, teacher_of_2):
             cache.targets(view)
 
 
-def test_what_a_person_asks_of_a_cache(photo_cache):
+def test_the_summary_of_a_cache(photo_cache):
     said = info(photo_cache)
     sha256 = photo_cache.header["teachers"][0]["sha256"]
     assert said["teacher"] == f"test_efficientnet at 32 px, fp32, weights {sha256[:12]}"
@@ -224,7 +224,7 @@ def test_what_a_person_asks_of_a_cache(photo_cache):
 
 @pytest.mark.parametrize("kind", ["digits", "photos"])
 def test_the_stored_views_are_the_drawn_ones(kind, digit_cache, photo_cache, photos):
-    """Byte for byte those of (policy, seed, view), different from view to view."""
+    """Byte for byte those of (policy, seed, view), different for each view."""
     cache, spec = (digit_cache, "digits:100") if kind == "digits" else (photo_cache, str(photos))
     stored = [cache.targets(view)[0] for view in range(cache.views)]
     for view, views in enumerate(stored):
@@ -236,7 +236,7 @@ def test_the_stored_views_are_the_drawn_ones(kind, digit_cache, photo_cache, pho
 
 
 def pixels(dataset: Dataset, views: Views) -> Tensor:
-    """uint8 pictures of a view by Pillow and torchvision's transforms, one after the other."""
+    """uint8 images of a view by Pillow and torchvision's transforms, one after the other."""
     images = []
     for i, (box, flip) in enumerate(zip(views.boxes(dataset.sizes).tolist(), views.flip, strict=True)):
         if dataset.pixels is None:
@@ -248,33 +248,35 @@ def pixels(dataset: Dataset, views: Views) -> Tensor:
     return torch.stack(images)
 
 
-def assert_same_answers(got: Targets, expected: Tensor) -> None:
-    """Within fp16 of the full log-probabilities `expected` [N, C], and no class that was left out is better."""
+def assert_same_predictions(got: Targets, expected: Tensor) -> None:
+    """Within fp16 of the full log-probabilities `expected` [N, C], and no omitted class is better."""
     got_at = expected.gather(1, got.classes.long())
     torch.testing.assert_close(got.log_probs.float(), got_at, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(got_at, expected.topk(got.classes.shape[1]).values, rtol=2e-3, atol=2e-3)
     assert (got.classes[:, 0].long() == expected.argmax(1)).float().mean() > 0.9
 
 
-def test_the_answers_are_the_teachers_on_those_pictures(photo_cache, digit_cache, photos, teacher_of_2, teacher_of_10):
-    """Every view of both datasets, made again with Pillow, torchvision's transforms and the teacher alone."""
+def test_the_predictions_are_the_teachers_for_those_images(
+    photo_cache, digit_cache, photos, teacher_of_2, teacher_of_10
+):
+    """Every view of both datasets, recomputed with Pillow, torchvision's transforms and the teacher alone."""
     for cache, spec, folder in ((photo_cache, str(photos), teacher_of_2), (digit_cache, "digits:100", teacher_of_10)):
         dataset, teacher = open_dataset(spec), open_teacher(str(folder), open_dataset(spec).classes)
         tables = []
         for view in range(cache.views):
             views, classes, log_probs = cache.targets(view)
             expected = teacher.log_probs(pixels(dataset, views))
-            assert_same_answers(Targets(classes, log_probs), expected)
+            assert_same_predictions(Targets(classes, log_probs), expected)
             tables.append(log_probs)
         assert not torch.equal(tables[0], tables[1])
 
 
-def test_validation_answers_are_of_the_teachers_own_centre_crops(photo_cache, photos, teacher_of_2):
-    """Row by row, and so its accuracy is the share of right best classes."""
+def test_validation_predictions_are_of_the_teachers_own_centre_crops(photo_cache, photos, teacher_of_2):
+    """Row by row; hence its accuracy is the share of correct best classes."""
     val, teacher = open_dataset(str(photos), "val"), open_teacher(str(teacher_of_2), ("china", "flower"))
     expected = teacher.log_probs(pixels(val, center_views(val.sizes, 0.9)))
     got = photo_cache.val_targets()
-    assert_same_answers(got, expected)
+    assert_same_predictions(got, expected)
     by_hand = (expected.argmax(1) == torch.from_numpy(val.labels)).float().mean().item()
     assert agreement(val.labels, got) == pytest.approx(by_hand, abs=1 / len(val))
 
@@ -286,12 +288,12 @@ FULL = {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "er
 
 @pytest.fixture(scope="module")
 def full_cache(make) -> TeacherCache:
-    """Two views of the photographs with everything in them. Not to be changed."""
+    """Two views of the photographs with all columns. Tests must not change it."""
     return make(views=2, recipe="imagenet_vit_mlp")
 
 
 def test_every_column_is_stored_and_read(full_cache, photos):
-    """The policy as asked for; and the drawn columns, byte for byte."""
+    """The given policy, and the drawn columns, byte for byte."""
     header = json.loads((full_cache.path / HEADER).read_text())
     assert header["policy"] == {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5, **FULL}
     cache = TeacherCache.open(full_cache.path)
@@ -309,16 +311,16 @@ def test_every_column_is_stored_and_read(full_cache, photos):
     assert "repeats" not in said
 
 
-def test_answers_to_mixed_pictures_are_the_teachers(full_cache, photos, teacher_of_2):
-    """Each row's answer is to that row's own mixture, though they were asked for pair by pair."""
+def test_predictions_for_mixed_images_are_the_teachers(full_cache, photos, teacher_of_2):
+    """Each row has the prediction for its own mixture, although they are computed pair by pair."""
     dataset, teacher = open_dataset(str(photos)), open_teacher(str(teacher_of_2), ("china", "flower"))
     for view in range(2):
         views, classes, log_probs = full_cache.targets(view)
         (batch,) = open_pipeline("torchvision", dataset, SIZE, len(dataset)).epoch(views, np.arange(len(dataset)))
-        assert_same_answers(Targets(classes, log_probs), teacher.log_probs(batch.images))
+        assert_same_predictions(Targets(classes, log_probs), teacher.log_probs(batch.images))
 
 
-def test_pair_order_and_batches_do_not_show_in_the_views(full_cache, make):
+def test_pair_order_and_batches_do_not_affect_the_views(full_cache, make):
     other = make(views=2, recipe="imagenet_vit_mlp", batch_size=5, workers=1)
     for view in range(2):
         (a, classes_a, log_probs_a), (b, classes_b, log_probs_b) = full_cache.targets(view), other.targets(view)
@@ -343,7 +345,7 @@ def test_flags_change_the_recipes_views(make):
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_a_policy_comes_back_from_its_json(data):
+def test_json_round_trip_of_a_policy(data):
     share = st.floats(0, 1)
     policy = ViewPolicy(
         flip=data.draw(share), erase=data.draw(share), mixup=data.draw(st.floats(0, 3)),
@@ -357,7 +359,7 @@ def test_a_policy_comes_back_from_its_json(data):
 # --- What a cache is for ----------------------------------------------------------------------------------------------
 
 
-def test_check_takes_its_own_data_and_policy(photo_cache, photos):
+def test_check_accepts_its_own_data_and_policy(photo_cache, photos):
     photo_cache.check(open_dataset(str(photos)), ViewPolicy())
 
 
@@ -376,7 +378,7 @@ def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache,
 
 
 @pytest.mark.parametrize("name", [view_file(0), VAL])
-def test_without_a_view_or_the_validation_answers_it_is_not_opened(changed, name):
+def test_a_cache_without_views_or_validation_predictions_is_refused(changed, name):
     (changed / name).unlink()
     with pytest.raises(
         BadInput, match=f"validation predictions and at least 1 of 3 views, but {name} is missing; run .* ag"
@@ -385,10 +387,10 @@ def test_without_a_view_or_the_validation_answers_it_is_not_opened(changed, name
 
 
 @pytest.mark.parametrize("missing", [1, 2])
-def test_it_opens_at_its_finished_views(changed, missing):
-    """From view 0 on, up to the first that is missing; `info` says of how many. A gap is damage."""
+def test_a_cache_opens_with_its_finished_views(changed, missing):
+    """From view 0 up to the first missing one; `info` shows the total. A gap is damage."""
     (changed / view_file(missing)).unlink()
-    cache = TeacherCache.open(changed)
+    cache = TeacherCache.open(str(changed))
     assert cache.views == missing
     assert info(cache)["views"] == f"{missing} of 3 are finished, seed 0"
     with pytest.raises(BadInput, match=f"expected a view from 0 to {missing - 1}, got {missing}"):
@@ -402,8 +404,8 @@ def test_it_opens_at_its_finished_views(changed, missing):
             cache.verify()
 
 
-def test_views_that_an_epoch_shows_together_are_finished_together(make, tmp_path):
-    """Of repeated augmentation: with four of six views it is opened at three."""
+def test_views_of_one_epoch_are_finished_together(make, tmp_path):
+    """With repeated augmentation, four of six views open as three."""
     cache = make(tmp_path / "cache", views=6, repeats=3, topk=1)
     for view in (5, 4):
         (cache.path / view_file(view)).unlink()
@@ -413,8 +415,8 @@ def test_views_that_an_epoch_shows_together_are_finished_together(make, tmp_path
         TeacherCache.open(cache.path)
 
 
-def test_digests_are_of_a_views_whole_content(changed, make):
-    """Equal for equal views, also in a cache that grew; another bit, seed or teacher gives another one."""
+def test_digests_cover_a_views_whole_content(changed, make):
+    """Equal for equal views, also in a cache that grew; different for another bit, seed or teacher."""
     first = TeacherCache.open(changed).digests(3)
     assert len(set(first)) == 3
     assert make(changed, views=4).digests(3) == first
@@ -432,7 +434,7 @@ def test_digests_are_of_a_views_whole_content(changed, make):
         TeacherCache.open(changed).digests(3)
 
 
-def test_no_cache_and_headers_that_are_none(changed):
+def test_a_missing_cache_and_invalid_headers(changed):
     with pytest.raises(
         BadInput, match=r"expected a teacher cache made by `fastofa precompute`, but it contains no cache.json"
     ):
@@ -454,7 +456,7 @@ def test_no_cache_and_headers_that_are_none(changed):
 
 
 def test_a_view_in_the_place_of_another_is_refused(changed):
-    """Each file is sound, but knows which view it is."""
+    """Each file is intact but records which view it is."""
     shutil.copy(changed / view_file(0), changed / view_file(1))
     cache = TeacherCache.open(changed)
     cache.targets(0)
@@ -468,7 +470,7 @@ def test_a_view_in_the_place_of_another_is_refused(changed):
     "given", [{"seed": 1}, {"topk": 1}, {"flip": 0.0}, {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}]
 )
 def test_a_file_of_another_cache_is_refused(changed, make, given):
-    """Same pictures and same shapes (or nearly), but drawn or asked otherwise."""
+    """The same images and (nearly) the same shapes, but with other views or another teacher."""
     other = make(views=1, **given)
     for name in (view_file(0), VAL):
         kept = (changed / name).read_bytes()
@@ -479,21 +481,23 @@ def test_a_file_of_another_cache_is_refused(changed, make, given):
     TeacherCache.open(changed).verify()
 
 
-def test_an_edited_header_fits_no_table(changed):
-    """A seed or a teacher that did not make these answers."""
+def test_an_edited_header_does_not_match_the_tables(changed):
+    """A seed or teacher other than that of the predictions."""
     edit_header(changed, seed=7)
     with pytest.raises(BadInput, match=f"{VAL}: expected {VAL} of this cache"):
         TeacherCache.open(changed).verify()
 
 
 def rewrite(file: Path, **changed: Tensor) -> None:
-    """The file with other tensors and the right checksum, as a program with a fault would have written it."""
+    """Replace the tensors of the file and update its checksum, as a faulty program would."""
     tensors, said = load_tensors(file)
     save_tensors(file, {**tensors, **changed}, said)
 
 
-def test_values_that_cannot_be_are_found_in_spite_of_a_right_checksum(changed):
-    """A view's when it is opened, the validation answers' when the cache is; with a remedy. The rest stays readable."""
+def test_impossible_values_with_a_correct_checksum_are_detected(changed):
+    """When a view is opened, or for the validation predictions when the cache is; with a remedy. The rest remains
+    readable.
+    """
     view, val = changed / view_file(1), changed / VAL
     kept = {file: file.read_bytes() for file in (view, val)}
     classes, log_probs = (load_tensors(view)[0][name] for name in ("classes", "log_probs"))
@@ -563,7 +567,7 @@ def test_values_that_cannot_be_are_found_in_spite_of_a_right_checksum(changed):
     ],
 )
 def test_headers_of_another_shape_or_size(changed, field, value):
-    """Each is one line that names the field."""
+    """Each gives one line that names the field."""
     header = json.loads((changed / HEADER).read_text())
     edit_header(changed, **{field: value(header)})
     named = "views" if "'repeats': 2}" in str(value(header)) else field  # three views are no whole groups then
@@ -577,7 +581,7 @@ def test_headers_of_another_shape_or_size(changed, field, value):
 
 @pytest.mark.parametrize("name", [view_file(2), VAL])
 def test_verify_finds_the_damaged_file(changed, name):
-    """One bit of it, or its last bytes gone."""
+    """A flipped bit, or the last bytes missing."""
     data = (changed / name).read_bytes()
     for damage in (data[:-1] + bytes([data[-1] ^ 1]), data[:-10]):
         (changed / name).write_bytes(damage)
@@ -591,7 +595,7 @@ def test_verify_finds_the_damaged_file(changed, name):
 
 
 def test_more_views_keep_the_old_files_and_equal_a_larger_cache(changed, make):
-    """Extended from 3 to 5: old files untouched, all files (the header but for nothing) as if made at once."""
+    """Extended from 3 to 5: old files except the header are untouched, and all files equal those made at once."""
     before = files(changed)
     times = {file.name: file.stat().st_mtime_ns for file in changed.iterdir()}
     extended = make(changed, views=5)
@@ -602,7 +606,7 @@ def test_more_views_keep_the_old_files_and_equal_a_larger_cache(changed, make):
     assert after == files(make(views=5).path)
 
 
-def test_fewer_or_as_many_views_leave_everything_as_it_was(changed, make, capsys):
+def test_fewer_or_as_many_views_change_nothing(changed, make, capsys):
     before = files(changed)
     for views, said in ((3, False), (1, True)):
         assert make(changed, views=views).views == 3
@@ -611,7 +615,7 @@ def test_fewer_or_as_many_views_leave_everything_as_it_was(changed, make, capsys
 
 
 def test_fewer_views_end_an_unfinished_cache_sooner(changed, make):
-    """Only those are made that are asked for; the number that it is to hold stays."""
+    """Only the requested views are made; the planned number is unchanged."""
     for view in (1, 2):
         (changed / view_file(view)).unlink()
     cache = make(changed, views=2)
@@ -628,7 +632,7 @@ def test_fewer_views_end_an_unfinished_cache_sooner(changed, make):
         ({"data": "digits:100"}, ""),
     ],
 )
-def test_other_arguments_do_not_go_on_with_a_cache(changed, make, teacher_of_10, given, said):
+def test_other_arguments_do_not_extend_a_cache(changed, make, teacher_of_10, given, said):
     before = files(changed)
     if "data" in given:
         given = {**given, "teacher": str(teacher_of_10)}
@@ -639,13 +643,13 @@ def test_other_arguments_do_not_go_on_with_a_cache(changed, make, teacher_of_10,
     assert files(changed) == before
 
 
-def test_workers_do_not_show_in_the_answers(photo_cache, make):
-    """Every file byte for byte, with two decoding processes instead of none."""
+def test_workers_do_not_affect_the_predictions(photo_cache, make):
+    """Every file byte for byte, with two decoding processes and with none."""
     assert files(make(workers=2).path) == files(photo_cache.path)
 
 
-def test_the_pipeline_does_not_show_in_the_answers(digit_cache, teacher_of_10, tmp_path):
-    """Resident and torchvision: every table byte for byte; the header says which it was."""
+def test_the_pipeline_does_not_affect_the_predictions(digit_cache, teacher_of_10, tmp_path):
+    """Resident and torchvision: every table byte for byte; the header records which it was."""
     config = PrecomputeConfig(
         "digits:100", str(teacher_of_10), tmp_path, views=1, topk=4, pipeline="torchvision", workers=0
     )
@@ -656,8 +660,8 @@ def test_the_pipeline_does_not_show_in_the_answers(digit_cache, teacher_of_10, t
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_the_batch_size_shows_in_the_last_bits_only(photo_cache, make, batch_size):
-    """Same views to the byte, same answers to what fp16 keeps; where a class differs, the two were as good."""
+def test_the_batch_size_affects_only_the_last_bits(photo_cache, make, batch_size):
+    """The same views to the byte, the same predictions within fp16; if a class differs, both are equally probable."""
     other = make(batch_size=batch_size)
     for view in range(3):
         (a, classes_a, log_probs_a), (b, classes_b, log_probs_b) = photo_cache.targets(view), other.targets(view)
@@ -669,8 +673,8 @@ def test_the_batch_size_shows_in_the_last_bits_only(photo_cache, make, batch_siz
         assert torch.equal(classes_a[clear].long(), classes_b[clear].long())
 
 
-def test_unreadable_pictures_are_left_out_for_good(photos, make, teacher_of_2, tmp_path):
-    """Refused without --skip-corrupt; with it, everything is as in a folder that never had them."""
+def test_unreadable_images_are_skipped_for_good(photos, make, teacher_of_2, tmp_path):
+    """Refused without --skip-corrupt; with it, the cache is that of a folder without them."""
     shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".fastofa"))
     data = tmp_path / "photos"
     broken = data / "train" / "flower" / "003.jpg"
@@ -689,12 +693,12 @@ def test_unreadable_pictures_are_left_out_for_good(photos, make, teacher_of_2, t
     assert files(clean.path) == files(cache.path)
 
 
-def test_an_image_that_cannot_be_read_for_a_while_costs_nothing(make, tmp_path, monkeypatch):
-    """The line names table and image; what was answered before it is kept, and no image is answered twice."""
-    original, asked = Teacher.log_probs, []
+def test_a_temporarily_unreadable_image_loses_no_predictions(make, tmp_path, monkeypatch):
+    """The line names table and image; earlier predictions are kept, and none is computed twice."""
+    original, calls = Teacher.log_probs, []
 
     def log_probs(self: Teacher, images: Tensor) -> Tensor:
-        asked.append(len(images))
+        calls.append(len(images))
         return original(self, images)
 
     def read(self: Dataset, sample_id: int) -> Tensor:
@@ -713,13 +717,13 @@ def test_an_image_that_cannot_be_read_for_a_while_costs_nothing(make, tmp_path, 
             make(tmp_path, **given)
         assert (tmp_path / PARTIAL).exists()
     make(tmp_path, **given)
-    assert sum(asked) - 2 * asked.count(2) == 12 + 2 * 24 - 2  # open_teacher tries two; of validation two are the last
+    assert sum(calls) - 2 * calls.count(2) == 12 + 2 * 24 - 2  # open_teacher tries two; of validation two are the last
     monkeypatch.undo()
     assert files(tmp_path) == files(make(**given).path)
 
 
-def test_an_error_of_another_kind_keeps_the_answers_too(make, tmp_path, monkeypatch):
-    """Out of memory, say, whose message is not ours."""
+def test_any_other_error_keeps_the_predictions_too(make, tmp_path, monkeypatch):
+    """For example, a lack of memory, which the library reports."""
     original, calls = Teacher.log_probs, iter(range(100))
 
     def log_probs(self: Teacher, images: Tensor) -> Tensor:
@@ -735,8 +739,8 @@ def test_an_error_of_another_kind_keeps_the_answers_too(make, tmp_path, monkeypa
     assert files(make(tmp_path, views=1, batch_size=5).path) == files(make(views=1, batch_size=5).path)
 
 
-def test_skip_corrupt_begins_anew_where_no_view_is_finished(photos, make, tmp_path, monkeypatch, capsys):
-    """An image is damaged while the job is at work; the remedies that the line names work in the same folder."""
+def test_skip_corrupt_starts_over_if_no_view_is_finished(photos, make, tmp_path, monkeypatch, capsys):
+    """An image is damaged while the job runs; the remedies in the message work in the same folder."""
     data = Path(shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".fastofa")))
     broken, out, original = data / "train" / "flower" / "003.jpg", tmp_path / "cache", Dataset.read
     whole = broken.read_bytes()
@@ -765,8 +769,8 @@ def test_skip_corrupt_begins_anew_where_no_view_is_finished(photos, make, tmp_pa
     assert make(out, data=str(data)).num_samples == 24
 
 
-def test_a_teacher_is_exchanged_only_where_nothing_was_finished(make, tmp_path, changed):
-    """A cache that was only begun is nobody's."""
+def test_a_teacher_can_be_replaced_only_before_a_view_is_finished(make, tmp_path, changed):
+    """Before that, no run can use the cache."""
     for name in (view_file(0), view_file(1), view_file(2)):
         (changed / name).unlink()
     with pytest.raises(BadInput, match=r"teachers .*--out"):
@@ -775,8 +779,8 @@ def test_a_teacher_is_exchanged_only_where_nothing_was_finished(make, tmp_path, 
     assert make(changed, image_size=48).header["teachers"][0]["image_size"] == 48
 
 
-def test_what_is_cut_short_is_made_again(changed, make, capsys):
-    """Without deleting it first, as the message says; what belongs elsewhere is not touched."""
+def test_a_truncated_file_is_written_again(changed, make, capsys):
+    """Without deleting it first, as the message says; files of other caches are untouched."""
     whole = files(changed)
     for name in (VAL, view_file(1)):
         (changed / name).write_bytes(whole[name][:-10])
@@ -793,13 +797,13 @@ def test_what_is_cut_short_is_made_again(changed, make, capsys):
     assert files(changed) == whole
 
 
-def test_more_classes_than_there_are_cannot_be_kept(make, tmp_path):
+def test_topk_is_at_most_the_number_of_classes(make, tmp_path):
     with pytest.raises(BadInput, match=r"topk: expected at most the 2 classes of .*, got 3"):
         make(tmp_path / "cache", topk=3)
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_folder_with_other_things_is_left_alone(make, tmp_path):
+def test_a_folder_with_other_files_is_refused(make, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(
         BadInput, match="expected a new or empty folder or a cache, got a folder with other files; choose another"
@@ -810,8 +814,8 @@ def test_a_folder_with_other_things_is_left_alone(make, tmp_path):
     assert files(tmp_path) == {"thesis.txt": b"years of work"}
 
 
-def test_a_table_written_again_with_its_own_info_is_taken(changed):
-    """The checks above fail for what they say, not for being touched: the same contents pass."""
+def test_a_table_written_again_with_its_own_info_is_accepted(changed):
+    """So the tests above fail for the stated reason, not because a file was rewritten."""
     tensors, said = load_tensors(changed / view_file(1))
     save_tensors(changed / view_file(1), tensors, said)
     TeacherCache.open(changed).verify()

@@ -1,4 +1,4 @@
-"""Training does what it says: the published step, on the cache's views, logged, averaged, evaluated and saved."""
+"""Training: the published step, on the cache's views, logged, averaged, evaluated and saved."""
 
 import copy
 import dataclasses
@@ -90,7 +90,7 @@ class Finished:
 
 @pytest.fixture(scope="module", params=METHODS)
 def finished(request, digit_cache, tmp_path_factory) -> Finished:
-    """A short run on digits by each method. Not to be changed."""
+    """A short run on digits by each method. Tests must not change it."""
     config = recipes.digits(
         data="digits:100", student="test_efficientnet", cache=None if request.param == "scratch" else digit_cache.path,
         method=request.param, out=tmp_path_factory.mktemp(request.param) / "run", epochs=2, eval_every=2, log_every=1,
@@ -99,8 +99,8 @@ def finished(request, digit_cache, tmp_path_factory) -> Finished:
     return Finished(config, train(config))
 
 
-def test_the_runs_folder_holds_these(finished):
-    """Nothing temporary among them; config.json opens as the very configuration, with classes and teacher's width."""
+def test_the_files_of_a_run(finished):
+    """No temporary files; config.json gives the same configuration, with classes and the teacher's width."""
     names = sorted(file.name for file in finished.path.iterdir())
     assert names == [
         "checkpoints",
@@ -127,13 +127,14 @@ def test_the_runs_folder_holds_these(finished):
         "folder",
         "fingerprint",
         "pages",
-        "answers",
+        "view_digests",
     }
 
 
 def test_metrics_have_a_row_for_each_step_and_epoch(finished):
-    """Learning rate of the schedule, parts of the method, the loss their weighted sum, accuracy where it was due; a
-    speed wherever a step was counted."""
+    """The schedule's learning rate, the method's parts, the loss as their weighted sum, accuracy after evaluations, and
+    a speed if a step was timed.
+    """
     c = finished.config
     steps, epochs = rows(c.out, "step"), rows(c.out, "epoch")
     assert [(row["step"], row["epoch"]) for row in steps] == [(s + 1, s // 2) for s in range(4)]
@@ -178,7 +179,7 @@ def test_the_result_is_the_last_evaluation(finished):
     assert got.seconds > 0
 
 
-def test_the_curves_are_a_picture(finished):
+def test_the_curves_are_an_image(finished):
     with Image.open(finished.path / "curves.png") as image:
         image.load()
         assert (image.format, image.size) == ("PNG", (1200, 480))
@@ -199,7 +200,7 @@ def test_tensorboard_has_the_same_values(finished):
         assert found[tag] == pytest.approx(values, rel=1e-6)
 
 
-def test_resuming_a_finished_run_says_the_same_and_changes_nothing(finished, tmp_path):
+def test_resuming_a_finished_run_returns_the_same_and_changes_nothing(finished, tmp_path):
     config = dataclasses.replace(
         finished.config, out=Path(shutil.copytree(finished.path, tmp_path / "run")), resume=True
     )
@@ -223,7 +224,7 @@ def test_the_checkpoint_has_an_exit_for_each_stage_that_learns(finished):
 
 @pytest.fixture
 def gradients(monkeypatch) -> list[dict[str, Tensor]]:
-    """Gradients by name, clipped, of every step that a run takes."""
+    """The clipped gradients by name, of every step of a run."""
     found: list[dict[str, Tensor]] = []
 
     def create(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -238,7 +239,7 @@ def gradients(monkeypatch) -> list[dict[str, Tensor]]:
 
 
 def dense_loss(c: TrainConfig, logits: Tensor, labels: Tensor, classes: Tensor, log_probs: Tensor) -> Tensor:
-    """mission's formula with the whole teacher distribution: [loss, gt, kd, ofa]."""
+    """The published formula with the teacher's whole distribution: [loss, gt, kd, ofa]."""
     C, K = logits.shape[-1], classes.shape[1]
     known = log_probs.float().exp()
     p = ((1 - known.sum(1)).clamp(min=0) / (C - K))[:, None].repeat(1, C).scatter(1, classes.long(), known)
@@ -255,10 +256,10 @@ def dense_loss(c: TrainConfig, logits: Tensor, labels: Tensor, classes: Tensor, 
 
 
 @pytest.mark.usefixtures("in_float64", "no_report")
-def test_an_ofa_run_equals_a_loop_written_by_hand(digit_cache, gradients, tmp_path):
+def test_an_ofa_run_equals_a_plain_loop(digit_cache, gradients, tmp_path):
     """Pixels by torchvision's transforms, dense float loss, clipping and Nesterov SGD by formula, two views replayed.
 
-    The gradients of the first step, the losses of every step and the weights at the end are the same.
+    The gradients of the first step, the losses of every step and the final weights are equal.
     """
     c = recipes.digits(
         data="digits:100", cache=digit_cache.path, student="test_efficientnet", out=tmp_path / "run", epochs=3, seed=3,
@@ -330,9 +331,9 @@ def test_gradients_are_clipped_to_their_norm(on_photos, gradients):
 
 @pytest.mark.usefixtures("in_float64", "no_report")
 def test_parts_of_a_step_do_not_change_it(digit_cache, tmp_path, monkeypatch):
-    """Losses to 1e-6 in one, two or five parts, for a student without batch norm; a part is what is computed at once.
+    """Losses agree to 1e-6 in one, two or five parts, for a student without batch norm.
 
-    A run may be resumed in other parts.
+    A run may be resumed with another number of parts.
     """
     sizes, call = [], Objective.forward
 
@@ -356,24 +357,24 @@ def test_parts_of_a_step_do_not_change_it(digit_cache, tmp_path, monkeypatch):
         np.testing.assert_allclose(losses[parts], losses[1], rtol=1e-6)
 
 
-def test_the_loop_waits_for_the_device_only_where_something_is_due(on_photos, monkeypatch):
-    """At the first step of all, which compiles, and at the end of an epoch."""
-    asked = []
+def test_the_loop_waits_for_the_device_only_when_needed(on_photos, monkeypatch):
+    """At the first step, which compiles, and at the end of an epoch."""
+    calls = []
     original = Tensor.tolist
 
     def tolist(self: Tensor) -> Any:
         if self.shape[-1:] == (5,):
-            asked.append(1)
+            calls.append(1)
         return original(self)
 
     monkeypatch.setattr(Tensor, "tolist", tolist)
     train(on_photos(epochs=2, eval_every=2, log_every=1000))
-    assert len(asked) == 1 + 2
+    assert len(calls) == 1 + 2
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
 def test_every_optimizer_trains(on_photos, optimizer):
-    """All weights have moved, and the same run again gives the same checkpoint to the byte."""
+    """All weights have changed, and repeating the run gives the same checkpoint, byte for byte."""
     config = on_photos(optimizer=optimizer, lr=0.01, epochs=1)
     train(config)
     torch.manual_seed(0)
@@ -386,7 +387,9 @@ def test_every_optimizer_trains(on_photos, optimizer):
 
 
 def test_bf16(on_photos, monkeypatch):
-    """Student's logits are bf16 in training and evaluation, the loss fp32, weights fp32; near the fp32 run."""
+    """The student's logits are bf16 in training and evaluation, loss and weights fp32; the run is close to the fp32
+    run.
+    """
     dtypes, call = [], Objective.forward
 
     def spy(self: Objective, outputs: Outputs, *arguments: Any) -> Tensor:
@@ -407,7 +410,7 @@ def test_bf16(on_photos, monkeypatch):
 
 
 def test_a_log_row_is_the_mean_since_the_last(on_photos):
-    """Every step, and every second step, of the same run."""
+    """The same run with a row for every step and for every second step."""
     each, second = on_photos("each"), on_photos("second", log_every=2)
     train(each)
     train(second)
@@ -419,7 +422,7 @@ def test_a_log_row_is_the_mean_since_the_last(on_photos):
 
 
 def test_some_stages_only(on_photos, monkeypatch):
-    """Two exits, in stage order whatever order was given, each with the eps that it was given with."""
+    """Two exits, in stage order whatever order was given, each with its eps."""
     shapes, call = [], Objective.forward
 
     def spy(self: Objective, outputs: Outputs, *arguments: Any) -> Tensor:
@@ -437,7 +440,7 @@ def test_some_stages_only(on_photos, monkeypatch):
 
 
 def test_drop_path(on_photos):
-    """Stochastic depth reaches the backbone: blocks are dropped in training, and other losses come of it."""
+    """Stochastic depth affects the backbone: blocks are dropped in training, so the losses differ."""
     plain, dropping = (on_photos(f"{p}", student="test_vit", image_size=SIZE, drop_path=p) for p in (0.0, 0.5))
     for config in (plain, dropping):
         train(config)
@@ -446,8 +449,8 @@ def test_drop_path(on_photos):
     assert rows(plain.out, "step")[0]["gt"] != rows(dropping.out, "step")[0]["gt"]
 
 
-def test_init_is_where_the_weights_start(on_photos, tmp_path):
-    """Without a learning rate they stay: the file's backbone, exits as the seed has them."""
+def test_init_gives_the_initial_weights(on_photos, tmp_path):
+    """With learning rate 0 they are unchanged: the file's backbone, and exits as determined by the seed."""
     weights = Student("test_efficientnet", 2, SIZE).backbone.state_dict()
     torch.save(weights, tmp_path / "start.pth")
     config = on_photos(init=str(tmp_path / "start.pth"), lr=0.0, epochs=1, warmup_epochs=0)
@@ -457,12 +460,12 @@ def test_init_is_where_the_weights_start(on_photos, tmp_path):
     assert kept >= {name for name, _ in Student("test_efficientnet", 2, SIZE).backbone.named_parameters()}
 
 
-# --- Sizes of pictures ------------------------------------------------------------------------------------------------
+# --- Image sizes ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def seen(monkeypatch) -> list[tuple[bool, int]]:
-    """(in training?, side) of every batch that a student was shown."""
+    """(in training?, side) of every batch that the student gets."""
     found = []
     normalize = Student.normalize
 
@@ -475,8 +478,10 @@ def seen(monkeypatch) -> list[tuple[bool, int]]:
     return found
 
 
-def test_pictures_grow_and_are_evaluated_larger(on_photos, seen, photos):
-    """32, 32, 64 and 64 px in training, 96 px in evaluation, by `fastofa evaluate`, too; no compiling step is timed."""
+def test_image_sizes_grow_and_evaluation_uses_its_own(on_photos, seen, photos):
+    """32, 32, 64 and 64 px in training, 96 px in evaluation, also by `fastofa evaluate`; compiling steps
+    are not timed.
+    """
     config = on_photos(epochs=4, image_size=64, start_size=32, growth=(0.0, 1.0), eval_size=96)
     result = train(config)
     assert [size for training, size in seen if training] == [32] * 6 + [64] * 6
@@ -489,7 +494,7 @@ def test_pictures_grow_and_are_evaluated_larger(on_photos, seen, photos):
 
 
 @pytest.mark.parametrize("given", [{"start_size": 32}, {"eval_size": 96}])
-def test_a_student_of_one_size_says_so_before_anything_is_written(on_photos, given):
+def test_a_student_of_fixed_size_refuses_other_sizes_before_anything_is_written(on_photos, given):
     config = on_photos(student="test_vit", image_size=64, **given)
     with pytest.raises(BadInput, match=r"built for images of 64 px, does not accept .* (32|96) px .*choose a CNN"):
         train(config)
@@ -501,7 +506,7 @@ def test_a_student_of_one_size_says_so_before_anything_is_written(on_photos, giv
 
 @pytest.fixture
 def crops(monkeypatch) -> list[np.ndarray]:
-    """Crops of the table that each epoch of 24 training pictures was asked for."""
+    """The crops of each epoch's table, for 24 training images."""
     found = []
     epoch = torchvision_loader.Pipeline.epoch
 
@@ -525,7 +530,7 @@ def test_epoch_e_replays_view_e_modulo_the_caches_views(on_photos, photo_cache, 
 
 
 def test_scratch_with_a_cache_replays_it_too(on_photos, photo_cache, crops):
-    """So that it is comparable: same pictures, labels only."""
+    """So that it is comparable: the same images, but labels only."""
     config = on_photos(method="scratch")
     train(config)
     for view, crop in enumerate(crops):
@@ -534,7 +539,7 @@ def test_scratch_with_a_cache_replays_it_too(on_photos, photo_cache, crops):
 
 
 def test_scratch_without_a_cache_draws_a_view_for_each_epoch(on_photos, photos, crops):
-    """Of the run's seed, by the data set's policy changed by what was asked."""
+    """From the run's seed, by the policy for the dataset with the given changes."""
     train(on_photos(method="scratch", cache=None, epochs=3, eval_every=3, seed=5, scale=(0.5, 1.0)))
     policy = dataclasses.replace(default_policy(str(photos)), scale=(0.5, 1.0))
     sizes = open_dataset(str(photos)).sizes
@@ -543,7 +548,7 @@ def test_scratch_without_a_cache_draws_a_view_for_each_epoch(on_photos, photos, 
         np.testing.assert_array_equal(crop, draw_views(policy, sizes, 5, epoch).crop)
 
 
-def test_the_seed_decides_weights_and_order(on_photos):
+def test_the_seed_determines_weights_and_order(on_photos):
     first = []
     for seed in (0, 0, 1):
         config = on_photos(f"{len(first)}", seed=seed, epochs=1)
@@ -556,7 +561,7 @@ def test_the_seed_decides_weights_and_order(on_photos):
 
 
 def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
-    """The weights after each step, averaged from the first on; the student and the average are evaluated."""
+    """The average of the weights after each step, from the first on; student and average are both evaluated."""
     after_steps: list[dict[str, Tensor]] = []
     evaluated: list[list[dict[str, Tensor]]] = []
 
@@ -638,7 +643,7 @@ def test_step_and_evaluation_are_one_graph_each(on_photos, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_float64")
 def test_compiled_for_the_cpu(on_photos, monkeypatch):
-    """torch.compile's own backend, half a minute for the smallest Transformer: the first losses are the eager run's."""
+    """By inductor, half a minute for the smallest Transformer: the first losses are the eager run's."""
     monkeypatch.setitem(VARIANTS, "tiny_vit", ("test_vit", {"depth": 1, "embed_dim": 32, "num_heads": 1}))
     given = {"student": "tiny_vit", "method": "kd", "optimizer": "sgd", "lr": 0.01, "epochs": 1}
     eager, compiled = on_photos("eager", compile="off", **given), on_photos("compiled", compile="on", **given)
@@ -653,7 +658,7 @@ def test_compiled_for_the_cpu(on_photos, monkeypatch):
 
 
 def test_a_loss_that_is_no_longer_finite_stops_the_run(on_photos):
-    """The message names the steps and the checkpoint to go on from, which is from before and finite."""
+    """The message names the steps and the checkpoint to resume from, which is earlier and finite."""
     config = on_photos(
         optimizer="sgd", lr=1e18, clip=None, epochs=4, log_every=2, checkpoint_every=1, student="test_resnet"
     )
@@ -678,7 +683,7 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(on_photos):
         ({"pipeline": "resident"}, "resident: .*size"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(on_photos, given, message):
+def test_contradictory_input_is_refused_before_anything_is_written(on_photos, given, message):
     config = on_photos(**given)
     with pytest.raises(BadInput, match=message):
         train(config)
@@ -703,8 +708,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(on_photos, give
         ({"out": "begun"}, "begun: .*--resume.*--out"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_data_are_indexed(on_photos, tmp_path, monkeypatch, given, message):
-    """Which takes many minutes where there are many pictures."""
+def test_impossible_input_is_refused_before_the_data_are_indexed(on_photos, tmp_path, monkeypatch, given, message):
+    """Indexing takes many minutes if there are many images."""
     (tmp_path / "begun/checkpoints").mkdir(parents=True)
     (tmp_path / "begun/checkpoints/step-00000001.safetensors").touch()
     (tmp_path / "begun" / "config.json").write_text("{}")
@@ -716,7 +721,7 @@ def test_what_cannot_work_is_refused_before_the_data_are_indexed(on_photos, tmp_
     assert config.out.exists() == ("out" in given)
 
 
-def test_a_plan_says_what_it_is_timing_and_writes_nothing(on_photos, monkeypatch, capsys):
+def test_a_plan_reports_what_it_times_and_writes_nothing(on_photos, monkeypatch, capsys):
     monkeypatch.setattr(fastofa.training.plan, "SECONDS", 0.01)
     config = on_photos(plan=True, ema=0.9, image_size=64, start_size=32, growth=(0.0, 1.0))
     main(config)
@@ -733,7 +738,7 @@ def test_a_plan_says_what_it_is_timing_and_writes_nothing(on_photos, monkeypatch
     assert not config.out.exists()
 
 
-def test_unreadable_pictures_of_both_splits_are_left_out_where_that_was_asked_for(photos, tmp_path, capsys):
+def test_skip_corrupt_skips_unreadable_images_of_both_splits(photos, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(photos, data, ignore=shutil.ignore_patterns(".fastofa"))
     for name in ("train/china/003.jpg", "val/flower/001.jpg"):
@@ -749,8 +754,8 @@ def test_unreadable_pictures_of_both_splits_are_left_out_where_that_was_asked_fo
     assert len(load_tensors(tmp_path / "run" / "val_predictions.safetensors")[0]["labels"]) == 11
 
 
-def test_what_the_data_decide_is_kept_and_goes_on(photos, photo_cache, tmp_path, capsys):
-    """24 pictures: batches of 8; the learning rate by their root, the warm-up by the epochs."""
+def test_values_chosen_by_the_data_are_kept_when_resuming(photos, photo_cache, tmp_path, capsys):
+    """24 images: batches of 8; the learning rate by their square root, the warm-up by the epochs."""
     config = recipes.photos(
         data=str(photos), cache=photo_cache.path, student="test_efficientnet", out=tmp_path / "run", image_size=SIZE,
         epochs=2, workers=0,
@@ -780,8 +785,8 @@ def test_another_run_is_not_overwritten(on_photos):
     assert before == {file.name: file.read_bytes() for file in config.out.iterdir() if file.is_file()}
 
 
-def test_a_run_that_saved_nothing_is_begun_anew(on_photos, capsys):
-    """It found an unreadable image in its first epoch, say, and stopped."""
+def test_a_run_that_saved_nothing_starts_over(on_photos, capsys):
+    """For example, it stopped in its first epoch because of an unreadable image."""
     straight, again = on_photos("straight", epochs=1), on_photos("again", epochs=1)
     train(straight)
     train(dataclasses.replace(again, lr=0.5))
@@ -804,7 +809,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(on_photos, capsys
     assert newest(straight.out).read_bytes() == newest(resumed.out).read_bytes()
 
 
-def test_what_a_recipe_lacks_is_said_at_the_start(on_photos, capsys):
+def test_differences_from_the_recipe_are_reported_at_the_start(on_photos, capsys):
     values = {f.name: getattr(on_photos(), f.name) for f in dataclasses.fields(TrainConfig)}
     given = {name: values[name] for name in ("data", "cache", "student", "batch_size", "image_size", "workers")}
     for name, said in (("cifar_vit_mlp", True), ("cifar_cnn", False)):
@@ -815,8 +820,8 @@ def test_what_a_recipe_lacks_is_said_at_the_start(on_photos, capsys):
 
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("name", ["imagenet_vit_mlp", "imagenet_stronger"])
-def test_views_that_mix_reach_the_loss(name, digit_cache, tmp_path, monkeypatch):
-    """Epoch by epoch: the teacher's answers to these very pictures, partners' labels and shares; repeated, too."""
+def test_mixed_views_reach_the_loss(name, digit_cache, tmp_path, monkeypatch):
+    """Epoch by epoch: the teacher's predictions for the same images, partner labels and shares; also repeated."""
     views, teacher = 6, str(digit_cache.path.parent / "teacher")
     cache = precompute(PrecomputeConfig("digits:50", teacher, tmp_path / "cache", views, topk=10, recipe=name))
     seen: list[tuple[Tensor, Tensor, Targets, Tensor, Tensor]] = []
@@ -845,7 +850,7 @@ def test_views_that_mix_reach_the_loss(name, digit_cache, tmp_path, monkeypatch)
         assert np.array_equal(torch.cat([g[3] for g in given]).numpy(), shares(table, order, SIZE))
 
 
-def test_batches_that_tear_pairs_apart_are_refused(tmp_path):
+def test_batches_that_split_pairs_are_refused(tmp_path):
     config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
     with pytest.raises(BadInput, match=r"batch-size: .*\b2\b.*\b25\b"):
         train(recipes.imagenet_vit_mlp(**config, batch_size=25))
@@ -856,7 +861,7 @@ def test_batches_that_tear_pairs_apart_are_refused(tmp_path):
 
 @pytest.mark.usefixtures("no_report")
 def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
-    """Without a cache, too, which would say so itself."""
+    """Also without a cache, which would detect it itself."""
     given: dict[str, Any] = {"student": "test_resnet", "method": "scratch", "out": tmp_path / "run", "epochs": 1}
     train(recipes.digits(data="digits:50", **given))
     with pytest.raises(BadInput, match="data: the training images of digits:100 are not those the run started with"):
@@ -868,8 +873,9 @@ def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def on_beton(on_photos, photos, tmp_path, monkeypatch) -> Callable[..., TrainConfig]:
-    """on_beton(name, memory, ...) -> configuration of a run on a .beton of pages of five pictures, on a machine with so
-    much memory (in bytes)."""
+    """on_beton(name, memory, ...) -> configuration of a run on a .beton with pages of five images, on a machine with
+    `memory` bytes.
+    """
     write(WriteConfig(str(photos), tmp_path / "x.beton", raw=True, max_size=64))
     monkeypatch.setattr("fastofa.data.dataset.PAGE", 1 << 16)
     monkeypatch.setattr("fastofa.views.order.WINDOW", 2)
@@ -881,8 +887,8 @@ def on_beton(on_photos, photos, tmp_path, monkeypatch) -> Callable[..., TrainCon
     return config
 
 
-def test_auto_reads_by_pages_what_is_larger_than_the_memory(on_beton, tmp_path, capsys):
-    """And says so. The weights are those of the order that was named."""
+def test_auto_reads_by_pages_if_the_file_exceeds_the_memory(on_beton, tmp_path, capsys):
+    """A notice says so. The weights are those of `--order pages`."""
     size = (tmp_path / "x.beton").stat().st_size
     weights: dict[str, list[bytes]] = {"random": [], "pages": []}
     for order, memory, expected in (
@@ -913,8 +919,8 @@ def test_a_resumed_run_keeps_its_order_whatever_the_memory(on_beton, monkeypatch
     same_run(config.out, straight.out)
 
 
-def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_beton, photos, tmp_path):
-    """Others would give another order, from the middle of an epoch on; a random order is any form's."""
+def test_a_run_by_pages_resumes_only_with_the_same_pages(on_beton, photos, tmp_path):
+    """Other pages would change the order in the middle of an epoch; a random order does not depend on the form."""
     write(WriteConfig(str(photos), tmp_path / "larger.beton", raw=True))
     for order, problem in (
         ("pages", r"pages of .*larger.beton contain other samples than those the"),
@@ -926,15 +932,15 @@ def test_a_run_by_pages_goes_on_from_the_same_pages_only(on_beton, photos, tmp_p
             train(moved)
 
 
-def test_a_run_by_pages_asks_for_its_beton(on_beton, photos):
-    """Where it is to go on from the folder, without a word of the order."""
+def test_a_run_by_pages_refuses_the_folder(on_beton, photos):
+    """When it is resumed from the folder, even without --order."""
     train(on_beton("run", 1, epochs=1))
     with pytest.raises(BadInput, match=r"run: .*\.beton page by page.*--data.*photos"):
         train(on_beton("run", resume=True, epochs=1, data=str(photos)))
 
 
 def test_only_a_beton_is_read_by_pages(on_beton, photos, tmp_path):
-    """A folder has no file, and pages of a pack hold few classes: auto is random there, whatever the memory."""
+    """A folder is not a file, and pages of a pack contain few classes: auto means random for both."""
     write(WriteConfig(str(photos), tmp_path / "x.pack", size=128))
     for data in (photos, tmp_path / "x.pack"):
         config = on_beton("run", order="pages", data=str(data))
@@ -949,8 +955,8 @@ def test_only_a_beton_is_read_by_pages(on_beton, photos, tmp_path):
 
 
 @pytest.mark.usefixtures("no_report")
-def test_a_run_goes_on_with_a_moved_cache_but_not_with_one_made_anew(digit_cache, tmp_path):
-    """The answers count, not their place."""
+def test_a_run_resumes_with_a_moved_cache_but_not_with_another_one(digit_cache, tmp_path):
+    """The predictions count, not the path."""
     config = recipes.digits(
         data="digits:100", student="test_resnet", cache=digit_cache.path, out=tmp_path / "run", epochs=1
     )
@@ -965,21 +971,21 @@ def test_a_run_goes_on_with_a_moved_cache_but_not_with_one_made_anew(digit_cache
 
 
 @pytest.mark.parametrize("given", [{"batch_size": 1}, {"batch_size": 2, "accumulate": 2}])
-def test_a_part_of_one_picture_is_refused_where_there_is_batch_norm(given, tmp_path):
+def test_a_part_of_one_image_is_refused_with_batch_norm(given, tmp_path):
     config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
     with pytest.raises(BadInput, match=r"batch-size: .*test_resnet"):
         train(recipes.digits(**{**config, **given}))
     assert not (tmp_path / "run").exists()
 
 
-def test_the_pictures_cannot_shrink(tmp_path):
+def test_image_sizes_cannot_shrink(tmp_path):
     config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}
     with pytest.raises(BadInput, match=r"start-size: .*\b32\b.*\b64\b"):
         train(recipes.digits(**config, start_size=64))
 
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}])
-def test_half_of_torchruns_environment_is_told(environment, tmp_path, monkeypatch):
+def test_an_incomplete_torchrun_environment_is_reported(environment, tmp_path, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     config = {"data": "digits:100", "student": "test_resnet", "method": "scratch", "out": tmp_path / "run"}

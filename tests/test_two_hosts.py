@@ -1,4 +1,4 @@
-"""Two hosts, each a network namespace with an interface of its own, train one student; the cable between them is cut.
+"""Two hosts, each a network namespace with its own interface, train one student while the link between them is cut.
 
 Needs root and `ip` (Debian: iproute2).
 """
@@ -39,7 +39,7 @@ def ip(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[str, str]]:
-    """Two namespaces with a cable between them."""
+    """Two namespaces with a link between them."""
     if not shutil.which("ip") or os.geteuid() != 0:
         pytest.skip("two hosts need root and `ip`: apt-get install iproute2, run as root")
     names = f"fastofa-{os.getpid()}-1", f"fastofa-{os.getpid()}-2"
@@ -58,7 +58,9 @@ def hosts() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two views of a hundred digits, answered by a small Transformer with random weights; work beside it."""
+    """Two views of a hundred digits with the predictions of a small Transformer with random weights. Use its folder for
+    work.
+    """
     monkeypatch.chdir(tmp_path)
     model = timm.create_model("test_vit", num_classes=10, img_size=32)
     safetensors.torch.save_file(model.state_dict(), "teacher.safetensors")
@@ -67,7 +69,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(host: str, number: int, folder: Path) -> subprocess.Popen:
-    """torchrun with one process on a host; host 1 keeps the meeting point."""
+    """torchrun with one process on a host; host 1 is the rendezvous point."""
     rendezvous = f"is_host={int(number == 1)},join_timeout={PATIENCE_S},last_call_timeout=2"
     command = [
         *("ip", "netns", "exec", host, BIN / "torchrun", "--no-python", "--nnodes", "2", "--nproc-per-node", "1"),

@@ -1,4 +1,4 @@
-"""View tables: drawn as torchvision draws, exact to the pixel, and the same wherever and however they are used."""
+"""View tables: distributed as in torchvision and timm, exact to the pixel, and independent of how they are used."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def by_torchvision(height: int, width: int, policy: ViewPolicy) -> list[int]:
     ],
 )
 def test_crops_are_distributed_like_torchvisions(height, width, policy):
-    """Area, log aspect and position of 5,000 crops each: two-sample Kolmogorov-Smirnov; and as many fallbacks."""
+    """Area, log aspect and position of 5,000 crops each: two-sample Kolmogorov-Smirnov; and the number of fallbacks."""
     count = 5000
     sizes = same_size(count, height, width)
     ours = draw_views(policy, sizes, seed=1, view=0).boxes(sizes)
@@ -75,11 +75,11 @@ def test_crops_are_distributed_like_torchvisions(height, width, policy):
         (1009, 331, ViewPolicy(scale=(0.9, 1.0))),
         (65535, 19999, ViewPolicy(scale=(0.9, 1.0))),
         (1999, 65521, ViewPolicy(scale=(0.9, 1.0))),
-        (4001, 4001, ViewPolicy(scale=(1.0, 1.0), ratio=(0.9, 1.1))),  # nothing fits but the whole picture
+        (4001, 4001, ViewPolicy(scale=(1.0, 1.0), ratio=(0.9, 1.1))),  # only the whole image fits
     ],
 )
 def test_the_fallback_is_torchvisions_to_the_pixel(height, width, policy):
-    """Where no crop can fit both take the largest central one that the ratio allows."""
+    """If no crop can fit, both take the largest central one that the ratio allows."""
     sizes = same_size(200, height, width)
     ours = draw_views(policy, sizes, seed=0, view=3).boxes(sizes)
     theirs = {tuple(by_torchvision(height, width, policy)) for _ in range(5)}
@@ -104,7 +104,7 @@ def test_flips_have_their_probability_and_ignore_the_crop():
 @settings(max_examples=50, deadline=None)
 @given(count=st.integers(0, 60), seed=st.integers(0, 1000), view=st.integers(0, 1000))
 @example(count=1, seed=0, view=0)
-def test_pairs_are_a_perfect_matching_that_shares_its_mixture(count, seed, view):
+def test_pairs_are_a_perfect_matching_with_one_mixture_each(count, seed, view):
     views = draw_views(FULL, same_size(count, 30, 40), seed, view)
     ids = np.arange(count)
     assert np.array_equal(views.partner[views.partner], ids)
@@ -123,7 +123,7 @@ def test_pairs_are_a_perfect_matching_that_shares_its_mixture(count, seed, view)
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.1, 1.0), (0.8, 0.0), (0.0, 1.0), (0.0, 0.3)])
 def test_mixtures_are_distributed_like_timms(mixup, cutmix):
-    """Half of the pairs are cut where both are asked for; Beta weights; boxes as timm's, up to its whole pixels."""
+    """If both are on, half of the pairs get cutmix; Beta weights; boxes as timm's, up to its whole pixels."""
     count, size = 8000, 4096
     views = draw_views(ViewPolicy(mixup=mixup, cutmix=cutmix), same_size(count, 300, 400), seed=2, view=0)
     first = views.partner > np.arange(count)
@@ -147,7 +147,7 @@ def test_mixtures_are_distributed_like_timms(mixup, cutmix):
 
 
 def test_any_two_samples_may_be_partners():
-    """Over 3,000 views of six samples all 15 matchings come up alike."""
+    """Over 3,000 views of six samples, all 15 matchings are equally frequent."""
     matchings = [tuple(draw_views(FULL, same_size(6, 9, 9), 1, view).partner.tolist()) for view in range(3000)]
     numbers = np.unique(matchings, axis=0, return_counts=True)[1]
     assert len(numbers) == 15
@@ -155,7 +155,7 @@ def test_any_two_samples_may_be_partners():
 
 
 def test_erasing_is_distributed_like_timms():
-    """How often, area, aspect and place of 5,000 boxes each, in a large picture: whole pixels do not show."""
+    """Frequency, area, aspect and position of 5,000 boxes each, in an image so large that rounding does not matter."""
     count, size = 20_000, 1000
     views = draw_views(ViewPolicy(erase=0.25), same_size(count, 30, 40), seed=3, view=0)
     some = views.erase[:, 2] > 0
@@ -163,7 +163,7 @@ def test_erasing_is_distributed_like_timms():
     ours = views.erase[some] / 65535
 
     class Slices:
-        """Stands for the picture and remembers what timm writes to."""
+        """Stands in for the image and records where timm writes."""
 
         def __setitem__(self, place, value):
             found.append([place[1].start, place[2].start, *(s.stop - s.start for s in place[1:])])
@@ -185,7 +185,7 @@ def test_erasing_is_distributed_like_timms():
 
 @settings(max_examples=50, deadline=None)
 @given(size=st.integers(1, 500), seed=st.integers(0, 1000))
-def test_boxes_in_pixels_lie_inside_and_keep_their_place(size, seed):
+def test_boxes_in_pixels_are_inside_and_at_their_position(size, seed):
     views = draw_views(FULL, same_size(60, 9, 9), seed, view=0)
     for boxes in (views.erase, views.mix_box):
         top, left, bottom, right = pixel_boxes(boxes, size).T
@@ -201,8 +201,8 @@ def test_boxes_in_pixels_lie_inside_and_keep_their_place(size, seed):
     assert pixel_boxes(np.array([[0, 0, 65535, 65535]], dtype=np.uint16), size).tolist() == [[0, 0, size, size]]
 
 
-def test_crops_do_not_know_of_the_other_columns():
-    """So that a policy with more in it crops as the one without: old caches stay what they are."""
+def test_crops_do_not_depend_on_the_other_columns():
+    """A policy with more augmentation has the same crops, so old caches remain valid."""
     sizes = mixed_sizes(200)
     plain, full = draw_views(POLICY, sizes, 5, 2), draw_views(FULL, sizes, 5, 2)
     assert set(plain.columns()) == {"crop", "flip"}
@@ -217,8 +217,8 @@ def test_crops_do_not_know_of_the_other_columns():
     }  # fmt: skip
 
 
-def test_todays_values():
-    """Of numpy's streams: a change here means that caches made before can no longer be extended."""
+def test_the_random_streams_are_unchanged():
+    """If this fails, numpy's streams or their use have changed, and existing caches cannot be extended."""
     views = draw_views(FULL, same_size(8, 300, 400), seed=1, view=2)
     assert views.crop[3].tolist() == [31020, 43417, 22063, 17203]
     assert views.ops.tolist() == [[12, 14], [0, 0], [0, 0], [7, 0], [0, 0], [5, 0], [0, 0], [0, 2]]
@@ -240,7 +240,7 @@ def test_a_table_is_a_function_of_seed_and_view():
     assert all(len(set(column)) == len(column) for column in zip(*tables, strict=True))
 
 
-def test_views_of_an_image_are_unrelated():
+def test_views_of_an_image_are_independent():
     """Crops of two views, of two seeds, and of neighbouring images do not correlate."""
     sizes = same_size(4000, 300, 400)
     area = [draw_views(POLICY, sizes, *key).crop[:, 2].astype(float) for key in ((0, 0), (0, 1), (1, 0))]
@@ -249,7 +249,7 @@ def test_views_of_an_image_are_unrelated():
 
 
 def test_a_row_depends_on_its_own_image_only():
-    """Other pictures' sizes (and how many tries those take) do not change a row, whatever the integer type."""
+    """Other images' sizes (and the number of tries they take) do not change a row, whatever the integer type."""
     sizes = mixed_sizes(400)
     keep = np.arange(400) % 3 == 0
     other = np.where(keep[:, None], sizes, [[50, 2000]])  # mostly fallbacks
@@ -261,7 +261,7 @@ def test_a_row_depends_on_its_own_image_only():
 
 
 def test_the_first_rows_of_a_longer_table_are_the_shorter_table():
-    """More images appended change nothing but partners, also beyond the rows that are drawn at once."""
+    """Appended images change only partners, also beyond the block of rows that is drawn at a time."""
     sizes = mixed_sizes(70_000)
     policy = ViewPolicy(auto_augment=FULL.auto_augment, erase=0.25)
     longer = draw_views(policy, sizes, 5, 2).columns()
@@ -281,7 +281,7 @@ def test_the_first_rows_of_a_longer_table_are_the_shorter_table():
 @example(height=65533, width=32768)
 @example(height=1, width=2)
 def test_fractions_of_1_in_65535_keep_every_pixel(height, width):
-    """Rounded to uint16 and back, every position and extent of a picture up to 65,535 pixels a side is what it was."""
+    """Every position and extent in images of up to 65,535 pixels a side survives rounding to uint16 and back."""
     count = max(height, width)
     top, left = np.arange(count) % height, np.arange(count)[::-1] % width
     boxes = np.stack([top, left, height - top, width - left], axis=1)
@@ -294,7 +294,7 @@ def test_fractions_of_1_in_65535_keep_every_pixel(height, width):
 @settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), seed=st.integers(0, 1000))
 def test_boxes_stay_inside_at_any_other_resolution(height, width, seed):
-    """A table drawn for one resolution gives, at another, whole boxes inside the picture at the same place."""
+    """A table drawn for one resolution gives whole boxes inside the image at the same position for another."""
     views = draw_views(POLICY, mixed_sizes(100, seed), seed, view=0)
     boxes = views.boxes(same_size(100, height, width))
     assert (boxes[:, :2] >= 0).all()
@@ -307,8 +307,8 @@ def test_boxes_stay_inside_at_any_other_resolution(height, width, seed):
 @settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 65535), width=st.integers(1, 65535), seed=st.integers(0, 1000))
 @example(height=65535, width=65535, seed=0)
-def test_drawn_crops_lie_inside_and_have_the_area_asked_for(height, width, seed):
-    """Also where height times width leaves the integer type of the sizes."""
+def test_drawn_crops_are_inside_and_have_an_allowed_area(height, width, seed):
+    """Also if height times width overflows the integer type of the sizes."""
     sizes = same_size(50, height, width).astype(np.int32)
     policy = ViewPolicy(scale=(0.3, 0.6), ratio=(0.8, 1.25))
     boxes = draw_views(policy, sizes, seed, view=0).boxes(sizes)
@@ -324,7 +324,7 @@ def test_drawn_crops_lie_inside_and_have_the_area_asked_for(height, width, seed)
 @pytest.mark.parametrize("fraction", [0.875, 0.95, 1.0])
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (640, 427), (256, 256), (97, 301), (1200, 231)])
 def test_center_views_cover_what_resize_and_center_crop_cover(height, width, fraction):
-    """torchvision's Resize(S / fraction) and CenterCrop(S) on a picture of its coordinates shows the same region."""
+    """The region of torchvision's Resize(S / fraction) and CenterCrop(S), on an image of its coordinates."""
     size = 224
     rows = torch.arange(height, dtype=torch.float32)[:, None].expand(height, width) + 0.5
     columns = torch.arange(width, dtype=torch.float32)[None, :].expand(height, width) + 0.5
@@ -347,8 +347,8 @@ def test_center_views_cover_what_resize_and_center_crop_cover(height, width, fra
 
 
 @pytest.mark.parametrize("size", [0, 1, 103])
-def test_an_epoch_is_a_permutation_that_the_ranks_share_out(size):
-    """Every sample once; another epoch or seed, another order; batches b of all ranks are batch b of the whole."""
+def test_an_epoch_is_a_permutation_that_the_ranks_share(size):
+    """Every sample once; another order for another epoch or seed; batches b of all ranks are batch b of the whole."""
     whole = epoch_order(size, seed=3, epoch=7)
     assert sorted(whole.tolist()) == list(range(size))
     assert np.array_equal(whole, epoch_order(size, seed=3, epoch=7))
@@ -372,7 +372,7 @@ def test_an_epoch_is_a_permutation_that_the_ranks_share_out(size):
     repeats=st.integers(1, 3), epoch=st.integers(0, 7),
 )  # fmt: skip
 def test_an_order_of_mixed_views_keeps_pairs_together(pairs, odd, half, world_size, repeats, epoch):
-    """Any even batch of any rank holds whole pairs; batches b of all ranks are batch b of one rank with all of it."""
+    """Any even batch of any rank contains whole pairs; batches b of all ranks are batch b of a single rank."""
     size = 2 * pairs + odd
     policy = ViewPolicy(mixup=1.0, repeats=repeats)
     group = epoch // repeats * repeats
@@ -397,8 +397,8 @@ def test_an_order_of_mixed_views_keeps_pairs_together(pairs, odd, half, world_si
         assert not np.array_equal(whole, other)
 
 
-def test_orders_of_runs_that_go_on_are_as_they_were():
-    """To the number, as older versions drew them: alone, on one of two ranks, mixed, repeated."""
+def test_the_orders_of_existing_runs_are_unchanged():
+    """Exactly as older versions drew them: one rank, two ranks, mixed, repeated."""
     partner = np.array([1, 0, 3, 2, 5, 4, 6], dtype=np.int32)
     assert epoch_order(7, 4, 2).tolist() == [3, 4, 1, 0, 6, 2, 5]
     assert epoch_order(7, 4, 2, 1, 2).tolist() == [4, 0, 2]
@@ -411,8 +411,8 @@ def test_orders_of_runs_that_go_on_are_as_they_were():
     count=st.integers(0, 300), pages=st.integers(1, 400), mixes=st.booleans(), repeats=st.integers(1, 3),
     world_size=st.integers(1, 4), epoch=st.integers(0, 5), seed=st.integers(0, 2**63 - 1),
 )  # fmt: skip
-def test_an_order_by_pages_is_an_order_of_few_pages_at_a_time(count, pages, mixes, repeats, world_size, epoch, seed):
-    """Every row once over the epochs that share a view; the ranks together one; pairs whole, by the first's page."""
+def test_an_order_by_pages_uses_few_pages_at_a_time(count, pages, mixes, repeats, world_size, epoch, seed):
+    """Every row once over the epochs that share a view, over all ranks; pairs stay together, on the first's page."""
     page = np.random.default_rng(count).integers(0, pages, count)
     policy = ViewPolicy(mixup=float(mixes), repeats=repeats)
     group = epoch // repeats * repeats
@@ -441,7 +441,7 @@ def test_an_order_by_pages_is_an_order_of_few_pages_at_a_time(count, pages, mixe
 
 
 def test_an_order_by_pages_is_random_within_a_window_and_from_epoch_to_epoch():
-    """Of 640 pages of ten samples: windows of other pages each time, of which all samples come before any other's."""
+    """640 pages of ten samples: the windows have other pages in each epoch, and come one after the other."""
     page = np.arange(6400) // 10
     orders = [epoch_order(6400, 0, epoch, page_ids=page) for epoch in (0, 1)]
     windows = [[frozenset(part) for part in page[order].reshape(-1, 10 * WINDOW).tolist()] for order in orders]
@@ -459,10 +459,11 @@ def test_an_order_by_pages_is_random_within_a_window_and_from_epoch_to_epoch():
 
 
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
-def test_repeated_augmentation_shows_every_view_of_a_part_of_the_samples(mixup):
-    """Each chosen sample `repeats` times in an epoch, in all views, close together; over as many epochs, all rows once.
+def test_repeated_augmentation_uses_every_view_of_a_part_of_the_samples(mixup):
+    """Each chosen sample comes `repeats` times per epoch, in all views, close together; over as many epochs, all rows
+    once.
 
-    As timm's RepeatAugSampler, which repeats each index in a row and stops when the epoch is as long as without.
+    As timm's RepeatAugSampler, which repeats each index in a row and keeps the length of the epoch.
     """
     size, repeats = 60, 3
     policy = ViewPolicy(mixup=mixup, repeats=repeats)
@@ -494,7 +495,7 @@ def test_repeats_have_the_same_partner_and_their_own_mixture():
     assert np.array_equal(joined.take(np.arange(40, 80)).crop, tables[1].crop)
 
 
-def test_going_through_a_table_keeps_pairs_together():
+def test_pair_order_keeps_pairs_together():
     for count in (0, 1, 7, 100):
         views = draw_views(FULL, same_size(count, 9, 9), 0, 0)
         order = pair_order(views)
@@ -511,7 +512,7 @@ def test_going_through_a_table_keeps_pairs_together():
     assert pair_order(plain, np.array([30, 10, 20, 50, 40])).tolist() == [1, 2, 0, 4, 3]
 
 
-def test_batches_start_anywhere_and_end_with_what_is_left():
+def test_batches_start_anywhere_and_end_with_a_smaller_one():
     views = draw_views(POLICY, mixed_sizes(30), 0, 0)
     order = np.array([4, 29, 0, 4, 7, 11, 3])
     assert [rows.tolist() for rows in batches(views, order, 0, 3)] == [[4, 29, 0], [4, 7, 11], [3]]
@@ -529,7 +530,7 @@ def test_batches_start_anywhere_and_end_with_what_is_left():
         ([0, 1], -1, r"start: expected 0..2, got -1"),
     ],
 )
-def test_batches_refuse_an_order_that_leaves_the_table(order, start, message):
+def test_batches_refuse_rows_outside_the_table(order, start, message):
     with pytest.raises(ValueError, match=message):
         list(batches(draw_views(POLICY, mixed_sizes(30), 0, 0), order, start, 4))
 
@@ -555,6 +556,6 @@ def test_batches_refuse_an_order_that_leaves_the_table(order, start, message):
         ({"auto_augment": "rand"}, "auto-augment: expected rand-mM"),
     ],
 )
-def test_a_policy_that_cannot_be_is_refused(change, message):
+def test_impossible_policies_are_refused(change, message):
     with pytest.raises(BadInput, match=message):
         ViewPolicy(**change)

@@ -1,4 +1,4 @@
-"""Weights are found in whatever people save them in, and it is said which were taken."""
+"""Weights are found in the formats in which they are commonly saved, and a notice states which were loaded."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def under(prefix: str, weights: dict[str, Any] = OWN) -> dict[str, Any]:
 
 
 def found(contents: dict[str, Any], key: str | None = None) -> float:
-    """1 if the set OWN was found whole, 2 if OTHER."""
+    """1 if the set OWN was loaded, 2 if OTHER."""
     tensors = SavedWeights("file", contents, key).of_model(OWN)
     assert tensors.keys() == OWN.keys()
     (value,) = {float(v) for tensor in tensors.values() for v in tensor.flatten()}
@@ -38,14 +38,14 @@ def found(contents: dict[str, Any], key: str | None = None) -> float:
 
 @pytest.mark.parametrize("name", ["net", "model", "state_dict", "state_dict_ema", "model_ema", "teacher", "my weights"])
 def test_a_wrapped_state_dict(name, capsys):
-    """Whatever it is called, beside whatever else a trainer saves."""
+    """Under any common name, beside whatever else a trainer saves."""
     optimizer = {"state": {0: {"exp_avg": torch.zeros(9)}}, "param_groups": [{"lr": 0.1}]}
     assert found({"epoch": 3, "rng": torch.zeros(5), "optimizer": optimizer, name: OWN}) == 1
     assert capsys.readouterr().err == f"file: uses the weights called {name}\n"
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_prefixes_that_say_nothing(prefix, capsys):
+def test_prefixes_without_meaning(prefix, capsys):
     assert found(under(prefix)) == 1
     assert found({"model": under(prefix)}) == 1
     assert capsys.readouterr().err == "file: uses the weights called model\n"
@@ -53,13 +53,13 @@ def test_prefixes_that_say_nothing(prefix, capsys):
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "student.", "net.", "module.model.", "student.backbone."])
 def test_prefixes_of_wrapping_modules(prefix, capsys):
-    """What lies beside them (projectors, a criterion) is left out, and it is said which were taken."""
+    """Other weights beside them (projectors, a criterion) are ignored; a notice states which were loaded."""
     assert found({**under(prefix), "criterion.weight": torch.zeros(4), "exits.0.bias": torch.zeros(1)}) == 1
     called = prefix.removeprefix("module.").rstrip(".")
     assert capsys.readouterr().err == f"file: uses the weights called {called}\n"
 
 
-def test_a_prefix_that_the_model_has_itself_stays():
+def test_a_prefix_of_the_models_own_names_is_kept():
     model = nn.ModuleDict({"backbone": network(1), "head": nn.Linear(1, 1)})
     own = model.state_dict()
     assert SavedWeights("file", own).of_model(own).keys() == own.keys()
@@ -67,7 +67,7 @@ def test_a_prefix_that_the_model_has_itself_stays():
 
 
 def test_pytorchs_own_average():
-    """Its counter is no weight."""
+    """Its counter is not a weight."""
     assert found(AveragedModel(network(1)).state_dict()) == 1
 
 
@@ -82,8 +82,8 @@ def test_pytorchs_own_average():
         ({"ema": {"x": torch.zeros(99)}, "net": OWN}, "net", "ema"),
     ],
 )
-def test_of_several_the_fitting_one_then_the_average(contents, taken, left, capsys):
-    """Unless another is asked for."""
+def test_of_several_sets_the_best_match_then_the_average(contents, taken, left, capsys):
+    """Unless another is requested."""
     assert found(contents) == 1
     said = capsys.readouterr().err
     assert said == f"file: uses the weights called {taken}, not {left}; to use others, save them in a separate file\n"
@@ -102,12 +102,12 @@ def test_the_flag_that_chooses_is_named(capsys):
 
 
 @pytest.mark.parametrize("contents", [{"epoch": 3}, {0: torch.zeros(1)}, {"a": {"b": [1]}}, {"a": {0: {}}}])
-def test_no_weights_at_all(contents):
+def test_a_file_without_weights(contents):
     with pytest.raises(BadInput, match="file: expected a state_dict of tensors, found none in"):
         SavedWeights("file", contents).of_model(OWN)
 
 
-def test_wrappers_without_an_end():
+def test_endless_wrappers():
     nested: dict[str, Any] = dict(OWN)
     for _ in range(500):
         nested = {"model": nested}
@@ -116,8 +116,8 @@ def test_wrappers_without_an_end():
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_what_is_no_file_is_not_opened(tmp_path, suffix):
-    """A pipe would be waited for without an end."""
+def test_special_files_are_not_opened(tmp_path, suffix):
+    """Reading a pipe could block forever."""
     path = tmp_path / f"x.{suffix}"
     os.mkfifo(path)
     cases: dict[Path, str] = {path: "a pipe"}

@@ -29,7 +29,7 @@ HEIGHT, WIDTH = SIZES[0]
 
 
 def open_source(pipeline: str, folder: Path, count: int, side: int = SIDE) -> Dataset:
-    """The data set that a pipeline reads: pixels in memory, or files, which are written if they do not exist."""
+    """The dataset that a pipeline reads: pixels in memory, or files, which are written if they do not exist."""
     if pipeline == "resident":
         return in_memory(count, side)
     data = folder / "photographs"

@@ -200,7 +200,10 @@ IMPLEMENTATIONS = {
     "stock FFCV, raw": stock_ffcv("raw"),
     "stock DALI": Implementation(stock_dali, "folder", needs="nvidia.dali"),
     "nvImageCodec": Implementation(
-        nvimagecodec, "folder", needs="nvidia.nvimgcodec", gpu_only="on a CPU it decodes by libjpeg-turbo, as others do"
+        nvimagecodec,
+        "folder",
+        needs="nvidia.nvimgcodec",
+        gpu_only="on a CPU it uses libjpeg-turbo, like the other loaders",
     ),
     "torchvision": pipeline("torchvision"),
     "dali": pipeline("dali", peer="stock DALI", needs="nvidia.dali"),

@@ -89,7 +89,9 @@ class PredictConfig:
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN|MODEL")]]
     """Folder written by `fastofa train`, `fastofa export` or timm, local-dir:FOLDER or hf-hub:OWNER/NAME."""
-    files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")]]
+    files: tyro.conf.Positional[
+        Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES", help_behavior_hint="(required)")]
+    ]
     """Images, or folders of images, which are searched recursively."""
     csv: Path | None = None
     """File for the predictions of all images. By default the first thousand are printed."""

@@ -1,1 +1,1 @@
-"""Data sets: open, check and write every form in which an image folder comes."""
+"""Datasets: open, check and write every form in which an image folder comes."""

@@ -26,7 +26,7 @@ PLAIN = {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles numbers, strings, lists, dicts and numpy arrays, and refuses everything that could run code."""
+    """Unpickles numbers, strings, lists, dicts and numpy arrays; refuses everything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in PLAIN:
@@ -45,7 +45,9 @@ def open_cifar100(spec: str, split: str, folder: Path) -> Dataset:
             raise TypeError("names of type str")
         pixels = np.asarray(data["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{folder}: expected CIFAR-100's python archive, got one that lacks {error}") from None
+        raise BadInput(
+            f"{folder}: expected CIFAR-100's python archive, got one without {error}; download it again"
+        ) from None
     if not len(names) == len(labels) == len(pixels) > 0 or not 0 <= labels.min() <= labels.max() < len(classes):
         raise BadInput(
             f"{folder}: expected one name, label and image per sample in CIFAR-100's archive, got "

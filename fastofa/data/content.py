@@ -1,12 +1,12 @@
-"""Digests of a data set's files, computed from a sample of their bytes.
+"""Digests of a dataset's files, computed from a sample of their bytes.
 
-Each time a data set is opened, the first, middle and last 4 kB of each file are read; if there are more than
+Each time a dataset is opened, the first, middle and last 4 kB of each file are read; if there are more than
 10,000 files, only 10,000 evenly spaced ones are read. This detects a file that was replaced by another of the same
 size. It does not detect a change between these parts, or a change to files outside the sample (if two of a million
 files are swapped, the chance of detecting it is one in fifty; if all are swapped, it is always detected).
 
 On two busy cores, 10,000 files of 40 kB take 0.9 s from the page cache and 1.5 to 1.9 s from a local disk (0.3 and
-0.7 s of it CPU time). Larger data sets take no longer, because only 10,000 files are read; reading all of 100,000 would
+0.7 s of it CPU time). Larger datasets take no longer, because only 10,000 files are read; reading all of 100,000 would
 take 9 s and 15 to 19 s.
 """
 

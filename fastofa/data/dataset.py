@@ -1,4 +1,4 @@
-"""The table of a data set: labels, class names, image sizes, a fingerprint, and the pixels or their location."""
+"""The table of a dataset: labels, class names, image sizes, a fingerprint, and the pixels or their location."""
 
 import hashlib
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Dataset:
     fingerprint: str
     """sha256 of the originals' names, byte sizes, labels and a sample of their content (see fastofa.data.content)."""
     pixels: np.ndarray | None = None
-    """uint8 [N, H, W, 3] if the whole data set is one array (a pack's is memory-mapped); else None."""
+    """uint8 [N, H, W, 3] if the whole dataset is one array (a pack's is memory-mapped); else None."""
     root: Path | None = None
     """The folder to which `names` are relative."""
     index: Path | None = None
@@ -61,7 +61,7 @@ class Dataset:
         return len(self.labels)
 
     def path(self, sample_id: int) -> Path:
-        """The image's file, for data sets made of image files."""
+        """The image's file, for datasets made of image files."""
         assert self.root is not None
         return self.root / self.names[sample_id]
 
@@ -72,7 +72,7 @@ class Dataset:
 
     @property
     def raw(self) -> bool:
-        """Whether the data set is a .beton that stores only pixels, no JPEGs."""
+        """Whether the dataset is a .beton that stores only pixels, no JPEGs."""
         return self.is_raw is not None and bool(self.is_raw.all())
 
     @property
@@ -86,7 +86,7 @@ class Dataset:
         return self.spans[:, 0] // PAGE
 
     def read(self, sample_id: int, strict: bool = False) -> Tensor:
-        """An image, uint8 [3, H, W]; if the data set is an array, a view of it.
+        """An image, uint8 [3, H, W]; if the dataset is an array, a view of it.
 
         Args:
             sample_id: index of the image.
@@ -99,8 +99,8 @@ class Dataset:
             return torch.from_numpy(self.pixels[sample_id]).permute(2, 0, 1)
         if self.spans is None:
             image = read_image(self.path(sample_id), self.limits, strict)
-            again = f"delete {self.index} to index the folder again" if self.index else "start again"
-            return self._checked(sample_id, image, f"as when the folder was indexed; {again}")
+            remedy = f"delete {self.index} to index the folder again" if self.index else "run the command again"
+            return self._checked(sample_id, image, "when the folder was indexed", remedy)
         return self.unpack(sample_id, bytearray(self.stored_bytes(sample_id)), strict)
 
     def stored_bytes(self, sample_id: int) -> bytes:
@@ -117,23 +117,25 @@ class Dataset:
         """Same as `read`, from an image's bytes in a .beton; if they are pixels, the result is a view of them."""
         assert self.spans is not None
         if len(data) != self.spans[sample_id, 1]:
-            raise BadInput(f"image {self.names[sample_id]} in {self.file} is truncated; write that file again")
+            raise BadInput(
+                f"image {self.names[sample_id]} in {self.file}: expected {self.spans[sample_id, 1]:,} bytes, got "
+                f"{len(data):,}; write that file again"
+            )
         if self.is_raw is not None and self.is_raw[sample_id]:
             height, width = self.stored_sizes[sample_id].tolist()
             return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
         name = f"{self.names[sample_id]} in {self.file}"
         limits = replace(self.limits, max_pixels=int(self.stored_sizes[sample_id].prod()))  # a larger image is damaged
-        return self._checked(
-            sample_id, decode(data, name, limits, strict), f"as {self.file} records; write that file again"
-        )
+        image = decode(data, name, limits, strict)
+        return self._checked(sample_id, image, f"in the table of {self.file}", "write that file again")
 
-    def _checked(self, sample_id: int, image: Tensor, remedy: str) -> Tensor:
-        """The image itself. Raises BadInput if its size differs from the recorded one."""
+    def _checked(self, sample_id: int, image: Tensor, recorded: str, remedy: str) -> Tensor:
+        """The image itself. Raises BadInput if its size differs from the one that was `recorded`."""
         height, width = self.stored_sizes[sample_id].tolist()
         if list(image.shape[1:]) != [height, width]:
             raise BadInput(
-                f"image {self.names[sample_id]} is {image.shape[1]} x {image.shape[2]} pixels, expected {height} x "
-                f"{width} {remedy}"
+                f"image {self.names[sample_id]}: expected {height} x {width} pixels, its size {recorded}, got "
+                f"{image.shape[1]} x {image.shape[2]}; {remedy}"
             )
         return image
 
@@ -141,7 +143,7 @@ class Dataset:
 def from_array(
     spec: str, split: str, classes: tuple[str, ...], names: list[str], labels: np.ndarray, pixels: np.ndarray
 ) -> Dataset:
-    """A data set from arrays of N samples, sorted by class, then name.
+    """A dataset from arrays of N samples, sorted by class, then name.
 
     Args:
         spec: the name by which the user opened it.

@@ -93,7 +93,7 @@ def check_still(data: bytearray | np.ndarray) -> None:
     except Exception as error:  # Pillow raises many types of exceptions for damaged files
         raise ValueError(str(error)) from None
     if animated:
-        raise ValueError("an animated GIF; keep one frame")
+        raise ValueError("an animated GIF, expected a single frame")
 
 
 def _unreadable(name: str, reason: str) -> BadInput:
@@ -107,7 +107,7 @@ def _name_once(name: str, warning: str) -> None:
     place = zlib.crc32(name.encode(errors="replace")) % len(_named)
     if not _named[place]:
         _named[place] = 1
-        notice(f"image {name}: {warning}; it may be damaged, and is used as decoded")
+        notice(f"image {name}: {warning}; it may be damaged, but is used as decoded")
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:

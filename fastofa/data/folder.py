@@ -13,7 +13,7 @@ import numpy as np
 from fastofa.data.check_images import checked_size, header_size, in_parallel
 from fastofa.data.content import DIGEST, digests, sample
 from fastofa.data.dataset import Dataset, fingerprint_of
-from fastofa.data.folder_index import Files, Known, index_paths, making, read_index, write_index
+from fastofa.data.folder_index import Files, Known, index_lock, index_paths, read_index, write_index
 from fastofa.data.folder_listing import Listing, list_images, remedy
 from fastofa.data.headers import DEFAULT, Limits
 from fastofa.data.names import Names
@@ -42,7 +42,7 @@ def open_image_folder(
     known.limit(limits, skip_corrupt)
     bad: dict[int, str] = {}
     if len(_unknown(known, check)):
-        with making(paths):
+        with index_lock(paths):
             known, index = read_index(paths, files, again=True)
             known.limit(limits, skip_corrupt)
             if len(_unknown(known, check)):

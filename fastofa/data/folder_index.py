@@ -91,7 +91,7 @@ def read_index(paths: list[Path], files: Files, again: bool = False) -> tuple[Kn
     for path in paths:
         try:
             if not stat.S_ISREG(os.lstat(path).st_mode):
-                raise BadInput(f"{path}: expected an index of images, got something that is not a regular file")
+                raise BadInput(f"{path}: expected an index of images, got a folder, link or device")
             indexed, known = _load(path)
         except FileNotFoundError:
             continue
@@ -130,12 +130,12 @@ def write_index(paths: list[Path], files: Files, known: Known) -> Path | None:
         except BadInput as error:
             errors.append(str(error))
     reason = errors[0] if errors else "no folder for an index"
-    notice(f"the index of the images cannot be written, so every image is opened each time: {reason}")
+    notice(f"could not write the index of the images, so every image is opened each time: {reason}")
     return None
 
 
 @contextmanager
-def making(paths: list[Path]) -> Iterator[None]:
+def index_lock(paths: list[Path]) -> Iterator[None]:
     """Let one process at a time build an index; the others wait for it without a time limit, and then read it.
 
     The lock is released when its holder ends. If no file system offers one, each process builds its own index.
@@ -149,7 +149,7 @@ def making(paths: list[Path]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if torchrun.is_main():
-                notice(f"another process is making the index of these images; waiting for it ({paths[0].parent})")
+                notice(f"another process is indexing these images; waiting for its index in {paths[0].parent}")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass

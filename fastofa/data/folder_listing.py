@@ -42,7 +42,7 @@ BACKUP = re.compile(r".*~|~\$.*|#.*#|.*\.(bak|orig|tmp|swp)", re.IGNORECASE | re
 _SPECIAL = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 _LINKS = {errno.ENOENT: "a broken link", errno.ELOOP: "a circular link"}
 HIDDEN, LEFTOVER, OUTSIDE = "hidden", "of the system or an editor", "outside the class folders"
-LOOP, BROKEN = "linked to a folder that contains it or is listed already", "linked to nothing"
+LOOP, BROKEN = "linked to a folder that contains it or is already listed", "linked to a missing target"
 
 
 class Listing(NamedTuple):
@@ -79,7 +79,7 @@ class _Class(NamedTuple):
 
 
 def list_images(top: Path, split: str) -> Listing:
-    """List one split of the data set in folder `top`.
+    """List one split of the dataset in folder `top`.
 
     Raises:
         BadInput: the folder is missing or not readable, has no class or an unknown one, or a class has no images.
@@ -121,12 +121,12 @@ def list_images(top: Path, split: str) -> Listing:
     if nested := [name for contents in listed for name in contents.nested]:
         folder = nested[0].partition("/")[0]
         notices.append(
-            f"{root}: subfolders of the class folders contain {counted(len(nested), 'image')}, such as {nested[0]}, "
-            f"which counts as {folder}"
+            f"{root}: found {counted(len(nested), 'image')} in subfolders of the class folders, such as {nested[0]}, "
+            f"which gets the class {folder}"
         )
     for name, identity in classes.items():
         if (other := first_with[identity]) != name:
-            notices.append(f"{root}: {name} is the same folder as {other}; its images count for both classes")
+            notices.append(f"{root}: {name} is the same folder as {other}; its images are in both classes")
     return Listing(
         classes=tuple(train),
         names=Names(b"".join(contents.text for contents in listed)),
@@ -261,7 +261,7 @@ def _list_class(root: Path, name: str, excluded: set[tuple[int, int]]) -> _Class
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """Sorted by name with links last, so that every copy of the data set enters a folder by the same path."""
+    """Sorted by name with links last, so that every copy of the dataset enters a folder by the same path."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
@@ -286,14 +286,14 @@ def _why(entry: os.DirEntry[str], error: OSError) -> str:
 def remedy(error: OSError) -> str:
     """Advice for a folder or file that cannot be opened."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "raise the limit on open files (`ulimit -n 4096`) and start again"
+        return "raise the limit on open files (`ulimit -n 4096`) and run the command again"
     if error.errno in (errno.EACCES, errno.EPERM):
         return "make it readable for this user (`chmod a+rX`) or remove it"
     return "repair or remove it"
 
 
 def _skipped_notice(root: Path, skipped: list[_Skipped]) -> str:
-    """One line on the files and folders that are not part of the data set."""
+    """One line on the files and folders that are not part of the dataset."""
     entries = "1 file or folder" if len(skipped) == 1 else f"{len(skipped):,} files and folders"
     return (
         f"{root}: skipped {entries}: {_by_kind(skipped)}; images end in {', '.join(SUFFIXES)}{_misnamed(root, skipped)}"

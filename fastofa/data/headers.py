@@ -52,6 +52,7 @@ class Limits:
 
 
 DEFAULT = Limits()
+LARGER = "resize it, or give --max-pixels to precompute, write or train"
 
 
 def parse_limits(millions: float, allow_warnings: bool) -> Limits:
@@ -64,7 +65,7 @@ def parse_limits(millions: float, allow_warnings: bool) -> Limits:
 def check_pixels(header: "Header", limits: Limits) -> None:
     """Raises ValueError if an image has more pixels than the limit."""
     if header.height * header.width > limits.max_pixels:
-        remedy = "; --max-pixels accepts larger ones" if limits.max_pixels >= DEFAULT.max_pixels else ""
+        remedy = f"; {LARGER}" if limits.max_pixels >= DEFAULT.max_pixels else ""
         raise ValueError(
             f"its header claims {header.height:,} x {header.width:,}, more than {limits.max_pixels:,} pixels{remedy}"
         )
@@ -121,7 +122,7 @@ def _jpeg(data: bytes) -> Header:
             height, width = struct.unpack_from(">HH", data, at + 5)
             return Header("JPEG", height, width, may_turn)
         if marker in (0xD9, 0xDA):
-            raise ValueError("no size in its header")
+            raise ValueError("its header contains no size")
         if marker == 0xE1 and data[at + 4 : at + 9] == EXIF:
             may_turn = True
         alone = 0xD0 <= marker <= 0xD8 or marker == 0x01

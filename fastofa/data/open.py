@@ -1,4 +1,4 @@
-"""Open a data set by its specification:
+"""Open a dataset by its specification:
 
 open_dataset("digits")              scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels
 open_dataset("digits:100")          the same, with only 100 training images
@@ -24,7 +24,7 @@ from fastofa.system.errors import BadInput
 def open_dataset(
     spec: str, split: Split = "train", skip_corrupt: bool = False, check: bool = False, limits: Limits = DEFAULT
 ) -> Dataset:
-    """Open one split of a data set.
+    """Open one split of a dataset.
 
     Args:
         spec: see the top of this file.
@@ -34,7 +34,7 @@ def open_dataset(
         limits: the limits within which images are accepted.
 
     Raises:
-        BadInput: unknown data set, missing folder, no images or unreadable ones.
+        BadInput: unknown dataset, missing folder, no images or unreadable ones.
     """
     if split not in ("train", "val"):
         raise BadInput(f"unknown split {split!r}: expected train or val")
@@ -44,7 +44,7 @@ def open_dataset(
     if is_folder and (is_digits or is_cifar100):
         other = "rename the folder to use the built-in one" if rest else f"{name}: for the built-in one"
         raise BadInput(
-            f"{spec}: expected one data set with this name, got two: the built-in one and the folder "
+            f"{spec}: expected one dataset with this name, got two: the built-in one and the folder "
             f"{os.path.abspath(spec)}; give {os.path.join('.', spec)} for the folder, or {other}"
         )
     if is_digits:
@@ -56,7 +56,7 @@ def open_dataset(
     if is_folder:
         return open_image_folder(spec, split, skip_corrupt, check, limits)
     raise BadInput(
-        f"unknown data set {spec!r}: expected digits, digits:N, cifar100:DIR, a folder with train/ and val/, or a "
+        f"unknown dataset {spec!r}: expected digits, digits:N, cifar100:DIR, a folder with train/ and val/, or a "
         f"{' or '.join(FORMS)} that `fastofa write` wrote; there is no such folder"
     )
 

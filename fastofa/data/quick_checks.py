@@ -22,7 +22,7 @@ def check_data(data: str, splits: tuple[str, ...]) -> None:
         return
     if _is_missing(Path(data)):
         raise BadInput(
-            f"unknown data set {data!r}: expected digits, digits:N, cifar100:DIR, a folder with train/ and val/, or a "
+            f"unknown dataset {data!r}: expected digits, digits:N, cifar100:DIR, a folder with train/ and val/, or a "
             ".pack or .beton that `fastofa write` wrote; there is no such folder"
         )
     for split in splits:

@@ -1,4 +1,4 @@
-"""Write both splits of a data set as a .pack or .beton. Every image is decoded and checked; the writing is atomic."""
+"""Write both splits of a dataset as a .pack or .beton. Every image is decoded and checked; the writing is atomic."""
 
 import io
 import os
@@ -48,7 +48,7 @@ ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
 def write(config: WriteConfig) -> None:
-    """Run `fastofa write`: write the data set, and verify it if `config.verify`.
+    """Run `fastofa write`: write the dataset, and verify it if `config.verify`.
 
     Raises:
         BadInput: unreadable images (notices name each), OUT exists, the disk is full, or verifying finds damage.
@@ -82,7 +82,7 @@ def _open_splits(config: WriteConfig) -> list[Dataset]:
 
 
 def _splits(data: str) -> list[Literal["train", "val"]]:
-    """Both splits, or only "train" if the data set has no validation split."""
+    """Both splits, or only "train" if the dataset has no validation split."""
     both: list[Literal["train", "val"]] = ["train", "val"]
     if Path(data).suffix in FORMS + FFCV and os.path.exists(data):
         written = splits_of(Path(data))
@@ -92,7 +92,7 @@ def _splits(data: str) -> list[Literal["train", "val"]]:
 
 
 def _check_form(config: WriteConfig) -> None:
-    """Raises BadInput if the existing file has another image size or storage than the flags ask for."""
+    """Raises BadInput if the existing file has another image size or storage than the flags specify."""
     index = read_index(config.out)
     if config.size not in (None, index.size):
         raise BadInput(f"{config.out}: expected images of {config.size} pixels because of --size, got {index.size}")
@@ -104,8 +104,8 @@ def _check_source(config: WriteConfig, sources: list[Dataset]) -> None:
     for source in sources:
         if open_written(config.out, source.split, source.limits).fingerprint != source.fingerprint:
             raise BadInput(
-                f"{config.out}: is intact, but was not written from {config.data} in its present state ({source.split} "
-                "differs); write it again to another path"
+                f"{config.out}: expected the present images of {config.data}, got intact but different ones "
+                f"({source.split}); write it again to another path"
             )
 
 

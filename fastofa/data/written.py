@@ -1,11 +1,11 @@
-"""Open and verify data sets that `fastofa write` wrote.
+"""Open and verify datasets that `fastofa write` wrote.
 
 photos.pack/     images.npy uint8 [N, S, S, 3] and labels.npy int64 [N], the training split first, then the validation
                  split; dataset.safetensors
 photos.beton     the training split in FFCV's format; photos.val.beton, the validation split; photos.beton.safetensors
 
 The .safetensors is the index. It contains each image's name, original height and width and checksum, the class names
-and the fingerprint of the source. A data set thus has the same identity in every form, and a teacher cache made from
+and the fingerprint of the source. A dataset thus has the same identity in every form, and a teacher cache made from
 one form can be used with the others. Everything that is read on opening is compared with a checksum; images are
 compared only by `verify`.
 
@@ -25,7 +25,7 @@ import torch
 from fastofa.data.beton import find_nonzero_gap, read_layout
 from fastofa.data.content import DIGEST, digest_of, sample
 from fastofa.data.dataset import FFCV, Dataset, fingerprint_of
-from fastofa.data.headers import Limits
+from fastofa.data.headers import LARGER, Limits
 from fastofa.data.names import Names
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, map_file, save_tensors
@@ -90,7 +90,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def splits_of(path: Path) -> list[str]:
-    """The splits of a written data set. Raises BadInput as `read_index` does."""
+    """The splits of a written dataset. Raises BadInput as `read_index` does."""
     if is_foreign(path):
         return ["train", "val"] if _foreign_val(path) else ["train"]
     return list(read_index(path).splits)
@@ -116,7 +116,7 @@ def write_index(path: Path, index: Index) -> None:
 def read_index(path: Path) -> Index:
     """Read the index of a .pack or .beton. Raises BadInput if it is missing, damaged or of another version."""
     if not os.path.exists(path):
-        raise BadInput(f"{path} does not exist; `fastofa write DATA {path}` writes it")
+        raise BadInput(f"{path}: expected a written dataset, found none; `fastofa write DATA {path}` writes it")
     file = index_path(path)
     if not os.path.exists(file):
         training = path.with_name(path.name.replace(".val.beton", ".beton"))
@@ -163,7 +163,7 @@ def open_written(path: Path, split: str, limits: Limits) -> Dataset:
         return _open_foreign(path, split, limits)
     index = read_index(path)
     if split not in index.splits:
-        raise BadInput(f"{path}: expected the split {split}, it contains only {', '.join(index.splits)}")
+        raise BadInput(f"{path}: expected the split {split}, got only {', '.join(index.splits)}")
     part = index.splits[split]
     form = _open_pack if path.suffix == ".pack" else _open_beton
     dataset = Dataset(
@@ -180,7 +180,9 @@ def open_written(path: Path, split: str, limits: Limits) -> Dataset:
     if not 0 < len(dataset.names) == len(dataset.labels) == len(dataset.stored_sizes) or not (
         0 <= dataset.labels.min() <= dataset.labels.max() < len(dataset.classes)
     ):
-        raise BadInput(f"{path}: its files do not belong together; remove them and write it again")
+        raise BadInput(
+            f"{path}: expected files written together, got some of another dataset; remove and write it again"
+        )
     return dataset
 
 
@@ -225,7 +227,7 @@ def _open_beton(path: Path, split: str, index: Index) -> dict[str, Any]:
     _check_size(file, expected.bytes)
     layout = read_layout(file)
     if layout.crc32 != expected.crc32:
-        raise BadInput(f"{file}: is damaged: the checksum of its tables does not match; write {path} again")
+        raise BadInput(f"{file}: the checksum of its tables does not match, so it is damaged; write {path} again")
     return {
         "labels": layout.labels, "file": file, "stored": layout.sizes, "spans": layout.spans, "is_raw": layout.is_raw,
     }  # fmt: skip
@@ -233,7 +235,7 @@ def _open_beton(path: Path, split: str, index: Index) -> dict[str, Any]:
 
 def _check_size(file: Path, expected: int) -> None:
     if not os.path.exists(file):
-        raise BadInput(f"{file} is missing; remove the other files and write the data set again")
+        raise BadInput(f"{file}: expected this file, found none; remove the other files and write the dataset again")
     if file.stat().st_size != expected:
         raise BadInput(
             f"{file}: expected {expected:,} bytes, got {file.stat().st_size:,}; remove it and write it again"
@@ -244,7 +246,7 @@ def _check(file: Path, expected: File, head: int) -> None:
     """Raises BadInput unless the size and the checksum of the first `head` bytes of a pack's file match the index."""
     _check_size(file, expected.bytes)
     if head_crc32(file, head) != expected.crc32:
-        raise BadInput(f"{file}: is damaged: its checksum does not match; remove it and write it again")
+        raise BadInput(f"{file}: its checksum does not match, so it is damaged; remove it and write it again")
 
 
 def head_crc32(file: Path, count: int) -> int:
@@ -282,7 +284,7 @@ def _open_foreign(path: Path, split: str, limits: Limits) -> Dataset:
         height, width = layout.sizes[large[0]].tolist()
         raise BadInput(
             f"{file}: the header of sample {large[0]} claims {height:,} x {width:,}, more than {limits.max_pixels:,} "
-            "pixels; --max-pixels accepts larger ones"
+            f"pixels; {LARGER}"
         )
     names, labels, spans = Names.of(f"{i:08d}" for i in order.tolist()), layout.labels[order], layout.spans[order]
     notice(f"{file}: written by FFCV; samples and classes are named by numbers")
@@ -342,7 +344,7 @@ def verify(path: Path, workers: int) -> None:
             bad.append(f"{split}/{name} ({why})")
         file = beton_path(path, split)
         if path.suffix != ".pack" and (offset := find_nonzero_gap(file)) is not None:
-            bad.append(f"{file} (there are bytes other than zero between its images, after byte {offset:,})")
+            bad.append(f"{file} (expected zeros between its images, got other bytes after byte {offset:,})")
     if bad:
         for line in bad[MAX_NAMED:]:
             notice(f"damaged: {line}")

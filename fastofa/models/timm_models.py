@@ -30,7 +30,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CONFIG, FILES = "config.json", ("model.safetensors", "pytorch_model.bin")  # in a folder with a model
 SPARE = 100_000_000  # numbers that a model may have besides its weights, such as positions and masks
-# If a file has a classifier of another size: refuse it, adopt its number of classes, or start it at random.
+# If a file has a classifier of another size: refuse it, adopt its number of classes, or initialise it at random.
 OtherClasses = Literal["refuse", "adopt", "restart"]
 
 
@@ -197,7 +197,7 @@ def _fit_classifier(
     if keys[0] not in own or (weight is not None and weight.shape[:1] == own[keys[0]].shape[:1]):
         return tensors
     if weight is None and keys[1] not in tensors:
-        notice(f"{source}: has no classifier {name}; it starts at random")
+        notice(f"{source}: contains no classifier {name}; it is initialised at random")
     fresh = nn.init.trunc_normal_(torch.empty_like(own[keys[0]]), std=0.02)
     zeros = {keys[1]: torch.zeros_like(own[keys[1]])} if keys[1] in own else {}
     return {**tensors, keys[0]: fresh, **zeros}
@@ -259,8 +259,8 @@ def open_model_folder(folder: Path) -> tuple[Any, ModelConfig]:
         numbers = sum(t.numel() for part in (skeleton.parameters(), skeleton.buffers()) for t in part)
         if numbers > 2 * weights.numbers + SPARE:
             raise BadInput(
-                f"{config.path}: describes a model of {numbers:,} numbers, but {weights.source} contains only "
-                f"{weights.numbers:,}; restore the original files"
+                f"{config.path}: expected a model of about {weights.numbers:,} numbers, as {weights.source} contains, "
+                f"got one of {numbers:,}; restore the original files"
             )
         return _build_with(weights, name, arguments, "refuse"), config
     except BadInput:

@@ -29,6 +29,6 @@ def check_onnx() -> None:
     """Raises BadInput unless the packages that PyTorch's ONNX exporter needs are installed."""
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise BadInput(
-            f"onnx: expected the packages onnx and onnxscript, {' and '.join(missing)} not installed; "
-            "pip install 'fastofa[onnx]', or leave --onnx out"
+            f"onnx: expected the packages onnx and onnxscript, but found no {' and no '.join(missing)}; "
+            "pip install 'fastofa[onnx]', or leave out --onnx"
         )

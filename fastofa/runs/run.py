@@ -81,7 +81,7 @@ class Run:
                 "teacher_dim": self.teacher_dim,
                 "fingerprint": self.fingerprint,
                 "val_fingerprint": self.val_fingerprint,
-                "answers": list(self.view_digests),
+                "view_digests": list(self.view_digests),
                 "pages": self.pages,
             },
         )
@@ -118,7 +118,7 @@ def open_run(path: Path) -> Run:
     if not (path / CONFIG).is_file():
         raise BadInput(f"{path}: expected a run made by `fastofa train`, found no {CONFIG}")
     values = read_json(path / CONFIG)
-    texts, lists = ("fingerprint", "val_fingerprint", "pages", "folder"), ("classes", "answers")
+    texts, lists = ("fingerprint", "val_fingerprint", "pages", "folder"), ("classes", "view_digests")
     try:
         kinds = {"config": dict, "teacher_dim": int, **dict.fromkeys(texts, str), **dict.fromkeys(lists, list)}
         wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
@@ -130,7 +130,7 @@ def open_run(path: Path) -> Run:
         raise BadInput(f"{path / CONFIG}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(
-            f"{path / CONFIG}: expected what `fastofa train` writes, it lacks {error}; the file was edited, restore it"
+            f"{path / CONFIG}: expected a run's configuration, but it lacks {error}; restore the original file"
         ) from None
     classes, view_digests = (tuple(values[name]) for name in lists)
     data, val, pages, folder = (values[name] for name in texts)

@@ -30,22 +30,24 @@ from fastofa.system.read import regular_file
 
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE since Python 3.13
 STALE_S = 3600  # age in seconds above which a temporary file of an unknown process is a leftover
+FREE_SPACE, GET_ACCESS = "free space or choose another path", "get write access or choose another path"
 # Remedies for errors on writing; for other errors, another path.
 REMEDIES = {
-    errno.ENOSPC: "free space or choose another place",
-    errno.EDQUOT: "free space or choose another place",
-    errno.EFBIG: "free space or choose another place",
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EFBIG: FREE_SPACE,
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.EACCES: "its owner must allow you to write there, or choose another place",
-    errno.EPERM: "its owner must allow you to write there, or choose another place",
-    errno.EROFS: "choose a writable place",
-    errno.EIO: "check the disk, or choose another place",
+    errno.EACCES: GET_ACCESS,
+    errno.EPERM: GET_ACCESS,
+    errno.EROFS: "choose a path on a writable file system",
+    errno.EIO: "check the disk or choose another path",
 }
+REWRITE = "delete it and run the command that wrote it again"
 
 
 def reason(error: OSError) -> str:
     """The error's text and a remedy."""
-    return f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, 'choose another place')}"
+    return f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, 'choose another path')}"
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ def replacing(path: Path, size: str = "") -> Iterator[BinaryIO]:
     """A file to write piece by piece. It is renamed to `path` when the block ends, as in `write_atomic`.
 
     Args:
-        size: for the message.
+        size: how large the file will be, for the message.
 
     Raises:
         BadInput: the disk is full or the folder cannot be written; after this or any other exception nothing is left.
@@ -184,7 +186,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         except OSError as error:
             raise BadInput(f"could not write {path}: {reason(error)}") from None
         except safetensors.SafetensorError as error:
-            raise BadInput(f"could not write {path}: {error}; free space or choose another place") from None
+            raise BadInput(f"could not write {path}: {error}; {FREE_SPACE}") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -221,12 +223,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError as error:
         raise BadInput(f"could not read {path}: {error.strerror or error}") from None
     except (KeyError, TypeError, RecursionError):
-        raise BadInput(f"{path}: expected a file that fastofa wrote, got another safetensors file") from None
+        raise BadInput(f"{path}: expected a file that fastofa wrote, got another safetensors file; {REWRITE}") from None
     except (safetensors.SafetensorError, ValueError):
         kind = "a pickle" if is_pickle(path) else "truncated or damaged"
-        raise BadInput(f"{path}: expected a safetensors file, got one that is {kind}; make it again") from None
+        raise BadInput(f"{path}: expected a safetensors file, got one that is {kind}; {REWRITE}") from None
     if _checksum(tensors, info) != expected:
-        raise BadInput(f"{path}: its checksum does not match: it was edited or damaged; delete it and make it again")
+        raise BadInput(f"{path}: its checksum does not match, so it was edited or damaged; {REWRITE}")
     return tensors, info
 
 

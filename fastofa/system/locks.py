@@ -49,7 +49,9 @@ def writing(out: Path, inside: bool = False) -> Iterator[None]:
         _remove_empty(missing)
         no_folder = isinstance(error, FileExistsError | NotADirectoryError)
         cause = "Not a directory" if no_folder else error.strerror
-        raise BadInput(f"{out}: not writable ({cause}: {error.filename}); choose another place") from None
+        raise BadInput(
+            f"{out}: expected a writable path, got {cause!r} for {error.filename}; choose another path"
+        ) from None
     _held.add(file)
     try:
         yield
@@ -93,7 +95,7 @@ def _take(out: Path, lock: Path) -> int:
 def _hold(out: Path, lock: Path, file: int) -> None:
     """Acquire the lock. Raises BadInput if another process holds it."""
     pid, host = _holder(file)
-    remedy = "wait until it ends or choose another place"
+    remedy = "wait until it ends or choose another path"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return

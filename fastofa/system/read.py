@@ -47,4 +47,7 @@ def read_json(path: Path) -> Any:
         why = "it is nested too deeply"
     except ValueError as error:
         why = str(error)
-    raise BadInput(f"{path}: expected JSON, got an edited or damaged file ({why}); make it again")
+    raise BadInput(
+        f"{path}: expected JSON, got an edited or damaged file ({why}); restore it or run the command that wrote it "
+        "again"
+    )

@@ -61,7 +61,7 @@ def match_classes(teacher: str, outputs: OutputNames, classes: Sequence[str]) ->
     if same_count and (subset is not None or not outputs.names):
         _report_assumed_order(teacher, classes)
         return list(range(len(classes)))
-    expected = f"teacher {teacher}: expected the data set's {counted(len(classes), 'class')}, got {outputs.count}"
+    expected = f"teacher {teacher}: expected the dataset's {counted(len(classes), 'class')}, got {outputs.count}"
     train = "train one on these images (`fastofa train --method scratch`) and give its run as --teacher"
     if not outputs.names:
         raise BadInput(f"{expected}, without names; {train}, or give --teacher-checkpoint")

@@ -243,9 +243,9 @@ def check_same(world: World, digest: str, name: str) -> None:
 
 
 def check_shared(world: World, exists: bool, name: str) -> None:
-    """Raises BadInput on a rank where `name`, which rank 0 wrote, does not exist."""
+    """Raises BadInput on a rank where `name`, which exists on rank 0, does not."""
     if not exists:
         raise BadInput(
-            f"rank {world.rank}: expected {name}, which rank 0 just wrote, but found none; --out must be on a file "
-            "system that all nodes share"
+            f"rank {world.rank}: expected {name} as on rank 0, found none; put --out on a file system that all nodes "
+            "share"
         )
