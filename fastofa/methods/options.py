@@ -18,5 +18,3 @@ class Options:
     ofa_weight: float = 1.0
     gt_loss: Literal["ce", "bce"] = "ce"
     smoothing: float = 0.0
-    kernel: bool = False
-    """Use the Triton kernel of the loss; otherwise the implementation is chosen by device."""

@@ -174,8 +174,8 @@ class TrainConfig:
     kernels: tuple[Literal["auto", "off", "loss", "exits", "stem", "norms"], ...] = ("auto",)
     """Triton kernels to use on a GPU: loss (the whole objective), exits (depthwise convolutions of the exits and of
     MobileNets), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
-    and the residual after them). auto: exits, stem and norms on an H100 or H200, where they were measured to be faster,
-    and none elsewhere. off: none."""
+    and the residual after them). auto: on a GPU, the fastest implementation of each part, measured at the start of a
+    run; on a CPU, none. off: none."""
     cuda_graphs: bool = False
     """Replay the compiled program as CUDA graphs, which reduces launch overhead; useful for small students and
     batches."""
@@ -294,7 +294,6 @@ class TrainConfig:
             self.ofa_weight,
             self.gt_loss,
             self.smoothing,
-            "loss" in self.kernels,
         )
 
     def policy(self, default: ViewPolicy) -> ViewPolicy:
