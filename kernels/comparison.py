@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 TWIN = "torch"
-# Largest error of a result, as a share of its norm, by the lowest precision among the inputs: a few roundings (of TF32,
-# for fp32).
+# Largest error of a result beyond the twin's own in the same precision, as a share of its norm, by the lowest precision
+# among the inputs: a few roundings (of TF32, for fp32).
 TOLERANCE = {torch.float16: 2**-8, torch.bfloat16: 2**-6, torch.float32: 2**-9}
 ROUNDS = 5
 ROUND_MS = 0.5  # a candidate is repeated until a round takes about as long, at most REPEATS times
@@ -89,6 +89,8 @@ class Measured:
 def compare(comparison: Comparison, timer: Timer, compiled: bool = False) -> Measured:
     """Check every candidate against the twin in fp32 on the same inputs, then time those that are correct.
 
+    A candidate may err as much as the twin does in the same precision, and a tolerance that depends on the precision.
+
     Args:
         timer: milliseconds of each call.
         compiled: compile the candidates in `comparison.fused`.
@@ -104,6 +106,9 @@ def compare(comparison: Comparison, timer: Timer, compiled: bool = False) -> Mea
         slope = torch.randn_like(_tensors(twin(*exact))[0].float()) if comparison.leaves else None
     truth = _outputs(comparison, twin, exact, slope)
     del exact
+    norms = [t.float().norm().item() for t in truth]
+    allowed = _errors(_outputs(comparison, twin, inputs, slope), truth)
+    allowed = [error + tolerance * norm for error, norm in zip(allowed, norms, strict=True)]
     calls: dict[str, Callable[[], object]] = {}
     dropped = {}
     for name, run in comparison.candidates.items():
@@ -111,7 +116,7 @@ def compare(comparison: Comparison, timer: Timer, compiled: bool = False) -> Mea
             run = torch.compile(run, dynamic=False, fullgraph=True)
         call = partial(_outputs, comparison, run, inputs, slope)
         try:
-            problem = _difference(call(), truth, tolerance)
+            problem = _difference(call(), truth, allowed, norms)
         except Exception as error:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         if problem:
@@ -145,15 +150,22 @@ def _to_fp32(value: Any) -> Any:
     return value.to(torch.float32, copy=True) if floating else value
 
 
-def _difference(got: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> str:
+def _difference(
+    got: Sequence[Tensor], truth: Sequence[Tensor], allowed: Sequence[float], norms: Sequence[float]
+) -> str:
     """Why `got` is wrong; empty if it is correct."""
     for number, (a, b) in enumerate(zip(got, truth, strict=True)):
         if a.shape != b.shape:
             return f"result {number}: expected shape {tuple(b.shape)}, got {tuple(a.shape)}"
-        error, norm = (a.float() - b.float()).norm().item(), b.float().norm().item()
-        if not error <= tolerance * norm:  # also if it is NaN
-            return f"result {number}: expected an error of at most {tolerance:.2g}, got {error / max(norm, 1e-30):.2g}"
+    for number, (error, most, norm) in enumerate(zip(_errors(got, truth), allowed, norms, strict=True)):
+        if not error <= most:  # also if it is NaN
+            share = max(norm, 1e-30)
+            return f"result {number}: expected an error of at most {most / share:.2g}, got {error / share:.2g}"
     return ""
+
+
+def _errors(got: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    return [(a.float() - b.float()).norm().item() for a, b in zip(got, truth, strict=True)]
 
 
 # --- Inputs -----------------------------------------------------------------------------------------------------------

@@ -216,6 +216,7 @@ def test_a_resumed_run_keeps_its_choice(choice, tmp_path):
 def test_a_run_records_its_choice_and_resumes_with_it(on_photos, monkeypatch, tmp_path, capsys):
     """As on a GPU, except that nothing is computed: the default is not the fastest, and another is when it resumes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITON_INTERPRET")
     for module in (choose_kernels, loop):
         monkeypatch.setattr(module, "measures_kernels", lambda *_: True)
     fastest = {"name": "torch"}

@@ -127,19 +127,14 @@ class KernelChoice:
             self._report(f"kernels: {comparison.kernel} could not be measured and keeps its default ({reason})")
             return {"chosen": comparison.default, "ms": {}, "dropped": {comparison.default: reason}}, "failed"
         finally:
-            self._free()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
             self.longest_s[fused] = max(self.longest_s[fused], time.monotonic() - began)
             self.spent_s += time.monotonic() - began
         for name, reason in measured.dropped.items():
             self._report(f"kernels: {comparison.kernel} by {name} is not used for {comparison.size}: {reason}")
         ms = {name: round(value, 4) for name, value in measured.ms.items()}
         return {"chosen": measured.fastest or TWIN, "ms": ms, "dropped": measured.dropped}, "measured"
-
-    def _free(self) -> None:
-        if self.compiled:
-            torch.compiler.reset()  # the number of compiled versions of a function is limited
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _from_record(self) -> dict[tuple[str, str], Any]:
         """The rows recorded by an earlier start, if it had the same GPU and versions."""
@@ -180,7 +175,7 @@ def _write(path: Path | None, results: dict[str, Any]) -> None:
 
 def _valid(row: Any, comparison: Comparison) -> dict[str, Any] | None:
     """The parts of a recorded row that say what was chosen and why; None if it is not such a row."""
-    if not isinstance(row, dict) or row.get("chosen") not in comparison.candidates:
+    if not isinstance(row, dict) or row.get("chosen") not in list(comparison.candidates):
         return None
     parts = {name: row.get(name) for name in ("ms", "dropped")}
     return {"chosen": row["chosen"], **{name: part if isinstance(part, dict) else {} for name, part in parts.items()}}

@@ -90,6 +90,8 @@ class Step:
         check_device(config, device)
         student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.compiled = choose_compile(config.compile, device)
+        if self.compiled:
+            allow_image_sizes(MAX_IMAGE_SIZES)
         if config.sync_bn and self.world.size > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         program = Program(student, config, device)
@@ -104,7 +106,6 @@ class Step:
         self.ema = None if config.ema is None else MovingAverage(student, config.ema)
         self.bf16 = program.bf16
         if self.compiled:
-            allow_image_sizes(MAX_IMAGE_SIZES)
             program.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
         self.steps = 0
