@@ -63,7 +63,7 @@ def test_the_fastest_of_the_correct_ones():
     ("run", "reason"),
     [
         (lambda x, weight: 1.01 * square(x, weight), "expected an error of at most 0.002, got 0.01"),
-        (lambda x, weight: square(x, weight)[:32], r"expected shape \(64,\), got \(32,\)"),
+        (lambda x, weight: square(x, weight)[:32], "shape .*64.*32"),
         (nan_at_one_place, "got nan"),
         (WrongGradient.apply, "result 1: .* got 0.5"),
         (raises, "RuntimeError: no such instruction"),
