@@ -13,25 +13,38 @@ from torch import Tensor
 IMPLEMENTATIONS = (None, "triton", "torch")
 HAS_TRITON = find_spec("triton") is not None
 
-# Kernels that were measured to be faster than their compiled twins (docs/kernels.md); impl=None uses them on a GPU.
-MEASURED_FASTER = frozenset({"crop_resize", "norm_act", "norm_act_pool"})
-
 
 def use_triton(kernel: str, impl: str | None, device: torch.device) -> bool:
-    """Whether to run the Triton kernel, for `impl` "triton", "torch", or None: the one measured to be faster.
+    """Whether to run the Triton kernel, for `impl` "triton", "torch", or None: Triton on a GPU.
+
+    A training run does not leave `impl` out: it measures the implementations and passes the fastest (comparison.py).
 
     Raises:
         ValueError: `impl` has another value, or is "triton" where Triton cannot run.
     """
     if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
+        raise ValueError(f"{kernel}: impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "triton":
         if not HAS_TRITON:
-            raise ValueError("impl: expected Triton to be installed for 'triton', it is not; leave impl out")
+            raise ValueError(f"{kernel}: impl: expected Triton to be installed for 'triton', it is not; leave impl out")
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
-            raise ValueError(f"impl: expected tensors on a GPU for 'triton', got {device}; leave impl out")
+            raise ValueError(f"{kernel}: impl: expected tensors on a GPU for 'triton', got {device}; leave impl out")
         return True
-    return impl is None and kernel in MEASURED_FASTER and device.type == "cuda" and HAS_TRITON
+    return impl is None and device.type == "cuda" and HAS_TRITON
+
+
+def use_triton_for(kernel: str, impl: str | None, x: Tensor) -> bool:
+    """As `use_triton`, for a kernel that does not support float64: with impl None, the twin then runs.
+
+    Raises:
+        ValueError: as `use_triton`, or `impl` is "triton" and x is float64.
+    """
+    triton = use_triton(kernel, impl, x.device)
+    if triton and x.dtype == torch.float64:
+        if impl is None:
+            return False
+        raise ValueError(f"{kernel}: impl: expected fp32, bf16 or fp16 for 'triton', got torch.float64; leave impl out")
+    return triton
 
 
 def interpreted() -> bool:

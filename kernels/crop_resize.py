@@ -3,7 +3,9 @@
 Shapes: N images in the source, B crops, S side of the output.
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from fastofa.kernels import reference
 from fastofa.kernels.choice import interpreted, use_triton
+from fastofa.kernels.comparison import Comparison
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
@@ -61,6 +64,26 @@ def crop_resize(
         got = f"{images.shape[1]} x {images.shape[2]}"
         raise ValueError(f"images: expected less than 2^31 bytes each for 'triton', got {got} pixels; leave impl out")
     return crop_resize_op(images, boxes, flip, size, ids, mean, std, dtype)
+
+
+def crop_comparison(shape: tuple[int, ...], size: int, device: torch.device) -> Comparison:
+    """Crops of random boxes to `size` pixels, one from each of uint8 images [B, H, W, 3] of this shape."""
+    batch, height, width, _ = shape
+
+    def inputs() -> tuple[Tensor, ...]:
+        images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        whole = torch.tensor([height, width], device=device)
+        sides = (whole * (0.3 + 0.7 * torch.rand(batch, 2, device=device))).ceil()
+        corners = ((whole - sides) * torch.rand(batch, 2, device=device)).floor()
+        boxes = torch.cat([corners, sides], dim=1)
+        return images, boxes, torch.rand(batch, device=device) < 0.5, torch.arange(batch, device=device)
+
+    def crop(impl: str, images: Tensor, boxes: Tensor, flip: Tensor, ids: Tensor) -> Tensor:
+        return crop_resize(images, boxes, flip, size, ids, impl=impl)
+
+    candidates = {impl: partial(crop, impl) for impl in ("triton", "torch")}
+    text = f"{'x'.join(map(str, shape))} uint8, size {size}"
+    return Comparison("crop_resize", text, inputs, candidates, elements=math.prod(shape))
 
 
 def _check(

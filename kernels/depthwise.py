@@ -1,18 +1,38 @@
 """Depthwise 3x3 convolution, channels last, with the batch norm and activation before it: checks the arguments, then
 runs an implementation.
 
+Its three passes are chosen separately, because the fastest implementation differs (docs/kernels.md). "torch" is cuDNN's
+convolution on a GPU.
+
 Shapes: B batch, C channels, H and W of the input.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastofa.kernels import reference
-from fastofa.kernels.choice import interpreted, use_triton
+from fastofa.kernels.choice import interpreted, use_triton_for
+from fastofa.kernels.comparison import Comparison, describe, random_like
 
 ACTIVATIONS = (None, "relu", "relu6")
+
+
+class Passes(NamedTuple):
+    """The implementation of each pass, "triton" or "torch"."""
+
+    forward: str
+    input_gradient: str
+    weight_gradient: str
+
+
+def default_passes(stride: int, folded: bool) -> Passes:
+    """The fastest on an H200: Triton, but cuDNN for the forward pass, and for the weight gradient of stride 1, if no
+    batch norm is folded in."""
+    return Passes(
+        "triton" if folded else "torch", "triton", "triton" if folded or stride == 2 else "torch"
+    )  # fmt: skip
 
 
 def depthwise_conv3x3(
@@ -22,7 +42,7 @@ def depthwise_conv3x3(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str | None = None,
-    impl: str | None = None,
+    impl: str | Passes | None = None,
 ) -> Tensor:
     """Depthwise 3x3 convolution of act(x * scale + shift), with a zero padding of 1 and no bias.
 
@@ -32,7 +52,7 @@ def depthwise_conv3x3(
         stride: 1 or 2.
         scale, shift: floating [C], both or neither: a batch norm before the convolution.
         activation: None, "relu" or "relu6", applied after scale and shift, before the padding.
-        impl: "triton", "torch" or None (choose).
+        impl: "triton", "torch", one for each pass, or None (`default_passes` on a GPU).
 
     Returns:
         [B, C, ceil(H / stride), ceil(W / stride)] in x's dtype, differentiable in x, weight, scale and shift.
@@ -41,11 +61,55 @@ def depthwise_conv3x3(
         ValueError: invalid shapes, dtypes, devices or options; the message states what was expected and what was given.
     """
     _check(x, weight, stride, scale, shift, activation)
-    if not use_triton("depthwise_conv3x3", impl, x.device):
+    passes = impl if isinstance(impl, Passes) else [impl]
+    if not any([use_triton_for("depthwise_conv3x3", each, x) for each in passes]):
         return reference.depthwise_conv3x3(x, weight, stride, scale, shift, activation)
-    if x.dtype == torch.float64:
-        raise ValueError("impl: expected fp32, bf16 or fp16 for 'triton', got torch.float64; leave impl out")
-    return depthwise_op(x, weight, stride, scale, shift, activation)
+    if impl is None:
+        impl = default_passes(stride, scale is not None)
+    elif not isinstance(impl, Passes):
+        impl = Passes(impl, impl, impl)
+    return depthwise_op(x, weight, stride, scale, shift, activation, *impl)
+
+
+def comparisons(
+    x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, shift: Tensor | None, activation: str | None
+) -> dict[str, Comparison]:
+    """A comparison for each field of `Passes`, for tensors like these."""
+    folded = scale is not None
+    y = _channels_last((*x.shape[:2], *(-(-side // stride) for side in x.shape[2:])), x)
+    options = {"stride": stride, "before": activation or ("scale" if folded else "nothing")}
+    given = [x, weight, scale, shift]
+
+    def forward(impl: str) -> Any:
+        return lambda x, weight, scale, shift: depthwise_conv3x3(x, weight, stride, scale, shift, activation, impl)
+
+    def backward(run: Any) -> Any:
+        return lambda dy, x, weight, scale, shift: run(dy, x, weight, stride, scale, shift, activation)
+
+    runs: dict[str, dict[str, Any]] = {
+        "forward": {impl: forward(impl) for impl in ("triton", "torch")},
+        "input_gradient": {
+            "triton": backward(input_gradient_op),
+            "torch": backward(reference.depthwise_input_gradient),
+        },
+        "weight_gradient": {
+            "triton": backward(weight_gradient_op),
+            "torch": backward(reference.depthwise_weight_gradient),
+        },
+    }
+    found = {}
+    for name, first in default_passes(stride, folded)._asdict().items():
+        tensors = given if name == "forward" else [y, *given]
+        candidates = dict(sorted(runs[name].items(), key=lambda item: item[0] != first))
+        found[name] = Comparison(
+            f"depthwise_conv3x3 {name.replace('_', ' ')}",
+            describe(x, weight, **options),
+            random_like(*tensors),
+            candidates,
+            fused=("torch",) if folded and name != "forward" else (),  # the operator runs its forward pass eagerly
+            elements=x.numel(),
+        )
+    return found
 
 
 def _check(
@@ -81,9 +145,19 @@ def _check(
 
 @torch.library.custom_op("fastofa::depthwise_conv3x3", mutates_args=(), device_types="cuda")
 def depthwise_op(
-    x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, shift: Tensor | None, activation: str | None
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+    forward: str,
+    input_gradient: str,
+    weight_gradient: str,
 ) -> Tensor:
-    """[B, C, OH, OW], channels last."""
+    """[B, C, OH, OW], channels last. The last three arguments are those of `Passes`."""
+    if forward == "torch":
+        return _as_channels_last(reference.depthwise_conv3x3(x, weight, stride, scale, shift, activation))
     from fastofa.kernels import triton_depthwise
 
     with torch.cuda.device_of(x):
@@ -92,12 +166,12 @@ def depthwise_op(
 
 @depthwise_op.register_kernel("cpu")
 def _(x: Tensor, *arguments: Any) -> Tensor:
-    if interpreted() and x.dtype != torch.float64:
+    *given, forward, _, _ = arguments
+    if forward == "triton" and _interpreted(x):
         from fastofa.kernels import triton_depthwise
 
-        return triton_depthwise.depthwise_conv3x3(x, *arguments)
-    y = reference.depthwise_conv3x3(x, *arguments)
-    return _channels_last(y.shape, y).copy_(y)
+        return triton_depthwise.depthwise_conv3x3(x, *given)
+    return _as_channels_last(reference.depthwise_conv3x3(x, *given))
 
 
 @depthwise_op.register_fake
@@ -106,8 +180,8 @@ def _(x: Tensor, weight: Tensor, stride: int, *arguments: Any) -> Tensor:
     return _channels_last((batch, channels, (height + stride - 1) // stride, (width + stride - 1) // stride), x)
 
 
-@torch.library.custom_op("fastofa::depthwise_conv3x3_backward", mutates_args=(), device_types="cuda")
-def backward_op(
+@torch.library.custom_op("fastofa::depthwise_conv3x3_input_gradient", mutates_args=(), device_types="cuda")
+def input_gradient_op(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -115,50 +189,94 @@ def backward_op(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx [B, C, H, W], channels last, and dw [C, 1, 3, 3], with the dtypes of x and weight; dscale and dshift fp32 [C],
-    or [0] if there are none."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [B, C, H, W], channels last, in x's dtype; dscale and dshift fp32 [C], or [0] if there are none."""
     from fastofa.kernels import triton_depthwise
 
     with torch.cuda.device_of(x):
-        return triton_depthwise.depthwise_conv3x3_backward(dy, x, weight, stride, scale, shift, activation)
+        return triton_depthwise.input_gradient(dy, x, weight, stride, scale, shift, activation)
 
 
-@backward_op.register_kernel("cpu")
-def _(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if interpreted() and x.dtype != torch.float64:
+@input_gradient_op.register_kernel("cpu")
+def _(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _interpreted(x):
         from fastofa.kernels import triton_depthwise
 
-        return triton_depthwise.depthwise_conv3x3_backward(dy, x, *arguments)
-    dx, dw, dscale, dshift = reference.depthwise_gradients(dy, x, *arguments)
-    return _channels_last(dx.shape, dx).copy_(dx), dw, dscale, dshift
+        return triton_depthwise.input_gradient(dy, x, *arguments)
+    dx, dscale, dshift = reference.depthwise_input_gradient(dy, x, *arguments)
+    return _as_channels_last(dx), dscale, dshift
 
 
-@backward_op.register_fake
+@input_gradient_op.register_fake
 def _(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     dscale, dshift = (x.new_empty(0 if scale is None else x.shape[1], dtype=dtype) for _ in range(2))
-    return _channels_last(x.shape, x), weight.new_empty(weight.shape), dscale, dshift
+    return _channels_last(x.shape, x), dscale, dshift
+
+
+@torch.library.custom_op("fastofa::depthwise_conv3x3_weight_gradient", mutates_args=(), device_types="cuda")
+def weight_gradient_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """dw [C, 1, 3, 3], in the dtype of `weight`."""
+    from fastofa.kernels import triton_depthwise
+
+    with torch.cuda.device_of(x):
+        return triton_depthwise.weight_gradient(dy, x, weight, stride, scale, shift, activation)
+
+
+@weight_gradient_op.register_kernel("cpu")
+def _(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+    if _interpreted(x):
+        from fastofa.kernels import triton_depthwise
+
+        return triton_depthwise.weight_gradient(dy, x, *arguments)
+    return reference.depthwise_weight_gradient(dy, x, *arguments)
+
+
+@weight_gradient_op.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+def _interpreted(x: Tensor) -> bool:
+    return interpreted() and x.dtype != torch.float64
 
 
 def _channels_last(shape: Any, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def _as_channels_last(t: Tensor) -> Tensor:
+    """t itself, or a copy, with exactly the strides of `_channels_last`, which `contiguous` does not ensure for sides
+    of 1."""
+    expected = _channels_last(t.shape, t)
+    return t if t.stride() == expected.stride() else expected.copy_(t)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, stride, scale, shift, activation = inputs
+    x, weight, stride, scale, shift, activation, _, ctx.input_gradient, ctx.weight_gradient = inputs
     ctx.save_for_backward(x, weight, scale, shift)
     ctx.stride, ctx.activation = stride, activation
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The compiler sees the operations of a pass that is "torch" and fuses them with others."""
     x, weight, scale, shift = ctx.saved_tensors
-    dx, dw, dscale, dshift = backward_op(dy, x, weight, ctx.stride, scale, shift, ctx.activation)
-    if scale is None:
-        return dx, dw, None, None, None, None
-    return dx, dw, None, dscale.to(scale.dtype), dshift.to(shift.dtype), None
+    arguments = (dy, x, weight, ctx.stride, scale, shift, ctx.activation)
+    of_input = input_gradient_op if ctx.input_gradient == "triton" else reference.depthwise_input_gradient
+    of_weight = weight_gradient_op if ctx.weight_gradient == "triton" else reference.depthwise_weight_gradient
+    dx, dscale, dshift = of_input(*arguments)
+    folded = () if scale is None else (dscale.to(scale.dtype), dshift.to(shift.dtype))
+    return dx, of_weight(*arguments), None, *(folded or (None, None)), None, None, None, None
 
 
 depthwise_op.register_autograd(_backward, setup_context=_save)

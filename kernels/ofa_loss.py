@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastofa.kernels import reference
-from fastofa.kernels.choice import interpreted, use_triton
+from fastofa.kernels.choice import interpreted, use_triton_for
 
 VARIANTS = ("official", "paper")
 
@@ -47,9 +47,8 @@ def ofa_loss(
         ValueError: invalid shapes, dtypes, devices or values; the message states what was expected and what was given.
     """
     eps = _check(logits, labels, classes, log_probs, eps, temperature, variant)
-    if not use_triton("ofa_loss", impl, logits.device):
+    if not use_triton_for("ofa_loss", impl, logits):
         return reference.head_losses(logits, labels, classes, log_probs, eps, temperature, variant)
-    _check_triton(logits)
     return ofa_loss_op(logits, labels, classes, log_probs, eps, temperature, variant)
 
 
@@ -88,7 +87,7 @@ def distillation_loss(
     """
     eps = _check(logits, labels, classes, log_probs, eps, temperature, variant)
     _check_labels(labels, smoothing, partner_labels, mix)
-    if not use_triton("distillation_loss", impl, logits.device):
+    if not use_triton_for("distillation_loss", impl, logits):
         gt = reference.cross_entropy(logits[-1], labels, partner_labels, mix, smoothing)
         if partner_labels is not None and mix is not None:
             labels = reference.heavier(labels, partner_labels, mix)
@@ -96,7 +95,6 @@ def distillation_loss(
         kd, ofa = heads[-1], heads[:-1].sum()
         total = gt_weight * gt + kd_weight * kd + ofa_weight * ofa
         return total, torch.stack([gt, kd, ofa]).detach()
-    _check_triton(logits)
     weights = [gt_weight, kd_weight, ofa_weight]
     losses = distillation_loss_op(
         logits, labels, classes, log_probs, eps, temperature, variant, weights, smoothing, partner_labels, mix
@@ -165,11 +163,6 @@ def _check_labels(labels: Tensor, smoothing: float, partner_labels: Tensor | Non
         raise ValueError(
             f"partner_labels and mix: expected on {labels.device}, got {partner_labels.device} and {mix.device}"
         )
-
-
-def _check_triton(logits: Tensor) -> None:
-    if logits.dtype == torch.float64:
-        raise ValueError("impl: expected fp32, bf16 or fp16 logits for 'triton', got torch.float64; leave impl out")
 
 
 # --- The kernels as PyTorch operators ---------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def depthwise_conv3x3(
     )
 
 
-def depthwise_gradients(
+def depthwise_input_gradient(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -237,21 +237,37 @@ def depthwise_gradients(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, scale and shift (the last two at least fp32, empty if there are none) in closed form."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and shift (the last two at least fp32, empty if there are none) in closed form."""
     convolved = _before_conv(x, scale, shift, activation)
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, convolved, weight.to(x.dtype), None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], x.shape[1],
-        [True, True, False],
-    )  # fmt: skip
+    dx, _, _ = _convolution_backward(dy, convolved, weight, stride, [True, False, False])
     dtype = torch.promote_types(x.dtype, torch.float32)
     if scale is None:
-        return dx, dw.to(weight.dtype), dx.new_empty(0, dtype=dtype), dx.new_empty(0, dtype=dtype)
+        return dx, dx.new_empty(0, dtype=dtype), dx.new_empty(0, dtype=dtype)
     gradient = dx.to(dtype)
     if activation is not None:
         gradient = gradient * ((convolved > 0) & (convolved < 6) if activation == "relu6" else convolved > 0)
     dscale, dshift = (gradient * x.to(dtype)).sum(dim=(0, 2, 3)), gradient.sum(dim=(0, 2, 3))
-    return (gradient * scale[:, None, None]).to(x.dtype), dw.to(weight.dtype), dscale, dshift
+    return (gradient * scale[:, None, None]).to(x.dtype), dscale, dshift
+
+
+def depthwise_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """The gradient of the weight, in its dtype, in closed form."""
+    convolved = _before_conv(x, scale, shift, activation)
+    return _convolution_backward(dy, convolved, weight, stride, [False, True, False])[1].to(weight.dtype)
+
+
+def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, stride: int, mask: list[bool]) -> tuple[Tensor, ...]:
+    settings = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], x.shape[1])
+    return torch.ops.aten.convolution_backward(dy, x, weight.to(x.dtype), *settings, mask)
 
 
 def _before_conv(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str | None) -> Tensor:

@@ -368,12 +368,6 @@ def depthwise_conv3x3(
     return y
 
 
-def depthwise_conv3x3_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Implements the operator of that name in depthwise.py."""
-    dx, dscale, dshift = input_gradient(dy, x, *arguments)
-    return dx, weight_gradient(dy, x, *arguments), dscale, dshift
-
-
 def input_gradient(
     dy: Tensor,
     x: Tensor,
@@ -383,7 +377,7 @@ def input_gradient(
     shift: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [B, C, H, W], channels last; dscale, dshift fp32 [C] ([0] if none)."""
+    """Implements the operator of that name in depthwise.py."""
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     channels = 0 if scale is None else x.shape[1]
@@ -408,7 +402,7 @@ def weight_gradient(
     shift: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    """dw [C, 1, 3, 3], in the dtype of `weight`."""
+    """Implements the operator of that name in depthwise.py."""
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     if not x.numel():
         return weight.new_zeros(weight.shape)

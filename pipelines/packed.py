@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from fastofa.kernels import crop_resize
+from fastofa.kernels.comparison import Comparison
+from fastofa.kernels.crop_resize import crop_comparison
 from fastofa.pipelines.request import Request
 from fastofa.pipelines.threaded import Threaded
 from fastofa.system.errors import BadInput
@@ -30,6 +32,12 @@ class Cropped(Threaded):
 class Gathered(Cropped):
     """A pack whose images are gathered whole by threads and cropped by a GPU."""
 
+    crop_impl: str | None = None
+
+    def comparisons(self) -> dict[str, Comparison]:
+        shape = (self.batch_size, *self.pixels.shape[1:])
+        return {"crop_impl": crop_comparison(shape, self.image_size, self.device)}
+
     def _extent(self, size: int) -> tuple[int, int]:
         return self.pixels.shape[1:3]
 
@@ -42,7 +50,7 @@ class Gathered(Cropped):
     def _to_gpu(self, images: Tensor, views: Views, rows: np.ndarray, size: int) -> Tensor:
         boxes = views.take(rows).boxes(self.sizes[samples_of(rows, len(self.sizes))])
         pixels, box, flip = self._copy(images, torch.from_numpy(boxes), torch.from_numpy(views.flip[rows]))
-        return crop_resize(pixels, box, flip, size)
+        return crop_resize(pixels, box, flip, size, impl=self.crop_impl)
 
 
 def Pipeline(request: Request) -> Cropped:

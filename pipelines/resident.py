@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastofa.data.decode import crop_resize_one
 from fastofa.kernels import crop_resize
+from fastofa.kernels.comparison import Comparison
+from fastofa.kernels.crop_resize import crop_comparison
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
 from fastofa.pipelines.request import Request
@@ -19,6 +21,8 @@ from fastofa.views.table import Views, samples_of
 
 class Pipeline:
     """See `fastofa.pipelines.open_pipeline`. Needs images of one size."""
+
+    crop_impl: str | None = None
 
     def __init__(self, request: Request) -> None:
         dataset, self.device = request.dataset, request.device
@@ -49,12 +53,16 @@ class Pipeline:
             images = augment(crops, views, all_rows, len(rows))
             yield make_batch(images, self.labels, views, rows, self.normalize)
 
+    def comparisons(self) -> dict[str, Comparison]:
+        shape = (self.batch_size, *self.pixels.shape[1:])
+        return {"crop_impl": crop_comparison(shape, self.image_size, self.device)}
+
     def _crops(self, views: Views, ids: np.ndarray, size: int) -> Tensor:
         """uint8 [B, 3, S, S]: row b of the views applied to image ids[b]."""
         boxes = views.boxes(self.sizes[ids])
         if self.device.type != "cpu":
             box, flip, at = (torch.from_numpy(v).to(self.device, non_blocking=True) for v in (boxes, views.flip, ids))
-            return crop_resize(self.pixels, box, flip, size, ids=at)
+            return crop_resize(self.pixels, box, flip, size, ids=at, impl=self.crop_impl)
         images = torch.empty(len(ids), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for out, i, box, flip in zip(images, ids, boxes.tolist(), views.flip.tolist(), strict=True):
             out.copy_(crop_resize_one(self.pixels[i].permute(2, 0, 1), box, flip, size))

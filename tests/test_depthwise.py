@@ -1,10 +1,13 @@
 """The depthwise convolution against float64: on a GPU if there is one, else in Triton's interpreter."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastofa.kernels import depthwise_conv3x3
+from fastofa.kernels.depthwise import Passes
 from fastofa.kernels.triton_depthwise import tiling
 
 pytestmark = pytest.mark.kernel
@@ -36,8 +39,10 @@ def make_case(B=2, C=8, H=5, W=7, dtype=torch.float32, folded=True, seed=0) -> l
     return [t.to(DEVICE) for t in (x, weight, scale, torch.randn(C, generator=generator))]
 
 
-def run(case: list[Tensor], impl: str, dtype: torch.dtype, stride: int, activation: str | None) -> list[Tensor]:
-    """y and the gradients of all inputs, in float64, for the same gradient of y."""
+def run(
+    case: list[Tensor], impl: str | Passes, dtype: torch.dtype, stride: int, activation: str | None
+) -> list[Tensor]:
+    """y and the gradients of all inputs, in float64, for a gradient of y that is the same for all."""
     double = dtype == torch.float64
     x, *others = ((t.double() if double else t.clone()).requires_grad_() for t in case)
     y = depthwise_conv3x3(x, others[0], stride, *others[1:], activation=activation, impl=impl)
@@ -47,11 +52,11 @@ def run(case: list[Tensor], impl: str, dtype: torch.dtype, stride: int, activati
     return [t.double() for t in (y.detach(), *(leaf.grad for leaf in (x, *others)))]
 
 
-def check(case: list[Tensor], stride: int = 1, activation: str | None = None) -> None:
+def check(case: list[Tensor], stride: int = 1, activation: str | None = None, impl: str | Passes = "triton") -> None:
     """|truth - kernel| <= |truth - twin in the same dtype| + tolerance, for y and all gradients."""
     dtype = case[0].dtype
     results = [
-        run(case, *how, stride, activation) for how in (("torch", torch.float64), ("torch", dtype), ("triton", dtype))
+        run(case, *how, stride, activation) for how in (("torch", torch.float64), ("torch", dtype), (impl, dtype))
     ]
     for name, exact, plain, got in zip(NAMES, *results, strict=False):
         assert got.shape == exact.shape, name
@@ -128,19 +133,27 @@ def test_nan_is_propagated(activation):
 
 
 @pytest.mark.parametrize("folded", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_is_an_operator_of_pytorch(folded, stride):
+@pytest.mark.parametrize(("stride", "passes"), [(1, ["triton"] * 3), (2, ["triton"] * 3), (2, ["torch"] * 3)])
+def test_is_an_operator_of_pytorch(folded, stride, passes):
     """opcheck: schema, fake tensors, autograd registration, compilation with dynamic shapes."""
     x, weight, *rest = (t.requires_grad_() for t in make_case(B=2, C=3, H=3, W=2, folded=folded))
     options = (stride, *(rest or (None, None)), "relu" if folded else None)
-    torch.library.opcheck(torch.ops.fastofa.depthwise_conv3x3, (x, weight, *options))
+    torch.library.opcheck(torch.ops.fastofa.depthwise_conv3x3, (x, weight, *options, *passes))
     given = [t.detach() if isinstance(t, Tensor) else t for t in (x, weight, *options)]
     slope = torch.randn(2, 3, -(-3 // stride), -(-2 // stride)).to(DEVICE)
-    torch.library.opcheck(torch.ops.fastofa.depthwise_conv3x3_backward, (slope, *given))
+    torch.library.opcheck(torch.ops.fastofa.depthwise_conv3x3_input_gradient, (slope, *given))
+    torch.library.opcheck(torch.ops.fastofa.depthwise_conv3x3_weight_gradient, (slope, *given))
+
+
+@pytest.mark.parametrize("impl", list(itertools.product(["triton", "torch"], repeat=3)))
+@pytest.mark.parametrize("folded", [True, False])
+def test_each_pass_has_its_own_implementation(impl, folded):
+    """All eight combinations against float64."""
+    check(make_case(folded=folded), 2, "relu" if folded else None, Passes(*impl))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("impl", ["triton", "torch", Passes("torch", "triton", "torch")])
 def test_compiles_without_a_graph_break(impl):
     def function(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return depthwise_conv3x3(2 * x, weight, 2, scale, shift, "relu", impl) + 1
@@ -163,7 +176,7 @@ def test_on_a_cpu_the_operators_are_the_twin(activation, monkeypatch):
     leaves = [t.requires_grad_() for t in make_case(folded=folded)]
     x, weight, *rest = leaves
     options = (2, *(rest or (None, None)), activation if folded else None)
-    got = torch.ops.fastofa.depthwise_conv3x3(x, weight, *options)
+    got = torch.ops.fastofa.depthwise_conv3x3(x, weight, *options, *["triton"] * 3)
     expected = depthwise_conv3x3(x, weight, *options)
     torch.testing.assert_close(got, expected)
     slope = torch.randn(got.shape)

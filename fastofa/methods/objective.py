@@ -3,12 +3,15 @@
 Shapes: B images, C classes.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
+from fastofa.kernels import distillation_loss
+from fastofa.kernels.comparison import Comparison, describe
 from fastofa.kernels.reference import cross_entropy, heavier, mixed_labels
 from fastofa.methods.method import Method, Outputs, Sizes
 from fastofa.methods.named import method_class
@@ -16,6 +19,8 @@ from fastofa.methods.ofa import OFA
 from fastofa.methods.options import ObjectiveOptions
 from fastofa.methods.targets import Targets
 from fastofa.system.errors import BadInput
+
+TOPK = 16  # K with which implementations are compared; their times hardly depend on it
 
 
 class Objective(nn.Module):
@@ -66,6 +71,41 @@ class Objective(nn.Module):
         joined = torch.cat(parts)
         total = sum(weight * part for weight, part in zip(self.weights, joined, strict=True))
         return torch.cat([torch.as_tensor(total)[None], joined])
+
+    @property
+    def impl(self) -> str | None:
+        """The implementation of the methods' kernels, see `fastofa.kernels.distillation_loss`."""
+        return cast(Method, self.methods[0]).impl if self.methods else None
+
+    @impl.setter
+    def impl(self, value: str | None) -> None:
+        for method in self.methods:
+            cast(Method, method).impl = value
+
+    def comparisons(self, logits: Tensor) -> dict[str, Comparison]:
+        """The loss of OFA and its gradient for logits [H, B, C] like these, K = TOPK, and images that are not mixed.
+
+        The default is the twin, since the whole step was measured to be faster with it, if compiled.
+        """
+        if not self.is_joint:
+            return {}
+        ofa, (heads, batch, num_classes), device = cast(OFA, self.methods[0]), logits.shape, logits.device
+        o, dtype, topk = ofa.options, logits.dtype, min(TOPK, num_classes)
+        weights = (self.options.gt_weight, o.kd_weight, o.ofa_weight)
+
+        def inputs() -> tuple[Tensor, ...]:
+            log_probs, classes = torch.randn(batch, num_classes, device=device).log_softmax(dim=1).topk(topk)
+            labels = torch.randint(num_classes, (batch,), device=device)
+            logits = torch.randn(heads, batch, num_classes, device=device, dtype=dtype)
+            return logits, labels, classes.to(torch.int32), log_probs.half(), ofa.eps
+
+        def loss(impl: str, logits: Tensor, labels: Tensor, classes: Tensor, log_probs: Tensor, eps: Tensor) -> Tensor:
+            given = (logits, labels, classes, log_probs, eps, o.temperature, *weights, self.options.smoothing)
+            return distillation_loss(*given, impl=impl, variant=o.variant)[0]
+
+        candidates = {impl: partial(loss, impl) for impl in ("torch", "triton")}
+        size = describe(logits, k=topk, variant=o.variant, temperature=o.temperature)
+        return {"impl": Comparison("loss", size, inputs, candidates, (0,), ("torch",), logits.numel())}
 
     def _label_loss(self, final: Tensor, labels: Tensor, partner_labels: Tensor | None, mix: Tensor | None) -> Tensor:
         smoothing, final = self.options.smoothing, final.float()

@@ -232,7 +232,7 @@ def _launches(run: Path) -> list[dict[str, Any]]:
     launches = read_json(run / LAUNCHES)
     if not (isinstance(launches, list) and all(isinstance(launch, dict) for launch in launches)):
         raise BadInput(f"{run / LAUNCHES}: expected a list of objects, one per launch; delete it")
-    return launches
+    return [{key: value for key, value in launch.items() if key != "kernels"} for launch in launches]  # a long table
 
 
 def _varying(launches: list[dict[str, Any]]) -> list[str]:

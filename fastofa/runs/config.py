@@ -185,9 +185,9 @@ class TrainConfig:
     kernels: tuple[Literal["auto", "off", "loss", "exits", "stem", "norms", "tokens", "layer_norms"], ...] = ("auto",)
     """Triton kernels to use on a GPU: loss (the whole objective), exits (depthwise convolutions of the exits and of
     MobileNets), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
-    and the residual after them), tokens (bias and GELU in the MLPs of token models),
-    layer_norms (those of their blocks, with the residual before them). auto: exits, stem and norms on an H100 or H200,
-    where they were measured to be faster, and none elsewhere. off: none."""
+    and the residual after them), tokens (bias and GELU in the MLPs of token models), layer_norms (those of their
+    blocks, with the residual before them). auto: on a GPU, the fastest implementation of each part, measured at the
+    start of a run; on a CPU, none. off: none."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Replay the compiled program as CUDA graphs, which launch all its kernels together. auto: on if the CPU would
     launch them more slowly than the GPU computes them, as with small students and batches; this is measured before the

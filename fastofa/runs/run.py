@@ -1,8 +1,10 @@
 """A run's folder. Its config.json contains everything needed to resume, evaluate and export the run."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from fastofa import __version__
 from fastofa.models.timm_models import find_folder
@@ -137,7 +139,13 @@ def open_run(path: Path) -> Run:
     return Run(path, config, classes, values["teacher_dim"], data, view_digests, val, pages, folder)
 
 
-def log_launch(path: Path, step: int, ranks: int, pixel_difference: float | None = None) -> None:
+def log_launch(
+    path: Path,
+    step: int,
+    ranks: int,
+    pixel_difference: float | None = None,
+    kernels: dict[str, Any] | None = None,
+) -> None:
     """Append to environment.json when, where and with which versions the run was started or resumed.
 
     Args:
@@ -145,9 +153,18 @@ def log_launch(path: Path, step: int, ranks: int, pixel_difference: float | None
         ranks: number of processes.
         pixel_difference: mean difference, 0 to 255, between the student's and the teacher's images; None if unknown
             (see `teacher.reference_images`).
+        kernels: the chosen kernels (see `student.kernel_choice`); empty or None if there was nothing to choose.
     """
     launches = read_json(path / LAUNCHES) if (path / LAUNCHES).exists() else []
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     known = {} if pixel_difference is None else {"pixel_difference": round(pixel_difference, 3)}
     launch = {"date": now, "step": step, "ranks": ranks, **known, "fastofa": __version__, **environment()}
-    write_json(path / LAUNCHES, [*launches, launch])
+    write_json(path / LAUNCHES, [*launches, launch | ({"kernels": kernels} if kernels else {})])
+
+
+def recorded_kernels(path: Path) -> dict[str, Any]:
+    """The chosen kernels that the newest launch recorded; empty if there are none or the file is damaged."""
+    with suppress(BadInput, IndexError, KeyError, TypeError):
+        kernels = read_json(path / LAUNCHES)[-1]["kernels"]
+        return kernels if isinstance(kernels, dict) else {}
+    return {}

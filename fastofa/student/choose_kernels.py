@@ -1,21 +1,24 @@
-"""Choose the Triton kernels that run in a student: those named, or those measured to be faster."""
+"""Put kernels into a student: those named, or whichever are fastest on its GPU."""
 
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastofa.kernels.choice import HAS_TRITON, interpreted
+from fastofa.kernels.comparison import Chooses, Comparison
 from fastofa.student.fused_depthwise import use_depthwise_kernel
 from fastofa.student.fused_layer_norms import use_layer_norm_kernels
 from fastofa.student.fused_norms import use_norm_kernels
 from fastofa.student.fused_stem import use_stem_kernels
 from fastofa.student.fused_tokens import use_token_kernels
+from fastofa.student.kernel_choice import KernelChoice
+from fastofa.student.model import Student
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 
-MEASURED_FASTER = ("exits", "stem", "norms")  # in a whole training step (docs/kernels.md)
-MEASURED_ON = 9  # major compute capability of H100 and H200
 SWITCHES = {  # applied in this order
     "exits": use_depthwise_kernel,
     "stem": use_stem_kernels,
@@ -34,35 +37,82 @@ def check_kernels(kernels: Sequence[str], device: torch.device) -> None:
         )
 
 
-def use_kernels(student: nn.Module, kernels: Sequence[str], device: torch.device, report: bool = True) -> None:
+def measures_kernels(kernels: Sequence[str], device: torch.device) -> bool:
+    """Whether TrainConfig.kernels leaves the choice to measurements: on a CPU, plain PyTorch runs without any."""
+    return "auto" in kernels and device.type == "cuda" and HAS_TRITON
+
+
+def use_kernels(
+    student: Student, kernels: Sequence[str], device: torch.device, choice: KernelChoice, batch_size: int, bf16: bool
+) -> Any:
     """Switch the student's modules to the kernels of TrainConfig.kernels, except "loss", which is not part of a module.
 
-    If "auto" fails for any reason, the student stays unchanged, and a notice reports the failure if `report`.
+    Kernels that are named run in every module that is recognised. With "auto" on a GPU, `choice` selects the fastest
+    implementation for each module. If that fails for any reason, the student stays unchanged, and a notice reports it.
+
+    Args:
+        batch_size: images that the student processes at once.
+        bf16: whether autocast computes in bf16.
+
+    Returns:
+        With "auto" on a GPU, a fake tensor like the student's logits for such a batch; else None.
 
     Raises:
         BadInput: kernels that need a GPU are named and `device` is not a GPU.
     """
-    automatic = "auto" in kernels
-    if automatic:
-        kernels = MEASURED_FASTER if _was_measured(device) else ()
     check_kernels(kernels, device)
-    if automatic and kernels and not HAS_TRITON:
-        if report:
-            notice("kernels auto: Triton is not installed; PyTorch's own kernels are used")
-        return
+    automatic = measures_kernels(kernels, device)
+    if "auto" in kernels and device.type == "cuda" and not HAS_TRITON and choice.is_main:
+        notice("kernels auto: Triton is not installed; PyTorch's own kernels are used")
     kinds = [(module, type(module)) for module in student.modules()]
     try:
         for kernel, switch in SWITCHES.items():
-            if kernel in kernels:
+            if kernel in kernels or automatic:
                 switch(student)
+        if not automatic:
+            return None
+        began = time.monotonic()
+        logits, found = record_comparisons(student, batch_size, bf16)
+        choice.spent_s += time.monotonic() - began
     except Exception as error:
         if not automatic:
             raise
         for module, kind in kinds:
             module.__class__ = kind
-        if report:
+        if choice.is_main:
             notice(f"kernels auto: {type(error).__name__} in this student ({error}); PyTorch's own kernels are used")
+        return None
+    choice.choose(found)
+    return logits
 
 
-def _was_measured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == MEASURED_ON
+def record_comparisons(
+    student: Student, batch_size: int, bf16: bool
+) -> tuple[Any, list[tuple[object, str, Comparison]]]:
+    """What there is to choose in a student, at the sizes of its own inputs, found by a training pass of fake images.
+
+    Fake tensors have shapes, but no memory, and are not computed. The student's state does not change.
+
+    Returns:
+        Fake logits; and the modules, the attributes that name their implementations, and the comparisons.
+    """
+    found: list[tuple[object, str, Comparison]] = []
+
+    def record(module: Any, inputs: tuple[Any, ...]) -> None:
+        found.extend((module, name, comparison) for name, comparison in module.comparisons(*inputs).items())
+
+    hooks = [m.register_forward_pre_hook(record) for m in student.modules() if isinstance(m, Chooses)]
+    training, device = student.training, student.mean.device
+    tensors = [*student.named_parameters(), *student.named_buffers()]
+    shape = (batch_size, 3, student.image_size, student.image_size)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+            state: dict[str, Any] = {name: fake.from_tensor(t) for name, t in tensors}
+            images = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = torch.func.functional_call(student.train(), state, (images,))
+    finally:
+        student.train(training)
+        for hook in hooks:
+            hook.remove()
+    return logits, found

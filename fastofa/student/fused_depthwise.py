@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fastofa.kernels import channel_statistics, depthwise_conv3x3
 from fastofa.kernels.choice import can_run_triton
+from fastofa.kernels.comparison import Comparison
+from fastofa.kernels.depthwise import Passes, comparisons
 from fastofa.kernels.norm_act import update_running
 from fastofa.student.exits import ConvExit
 
@@ -31,18 +33,36 @@ class Folded(NamedTuple):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A 3x3 depthwise convolution (padding 1, no bias) that uses the kernel if Triton can run."""
+    """A 3x3 depthwise convolution (padding 1, no bias). If Triton can run, each pass has its own implementation."""
+
+    forward_impl, input_gradient_impl, weight_gradient_impl = "triton", "triton", "triton"
 
     def forward(self, input: Tensor | Folded) -> Tensor:
-        x, scale, shift, activation = input if isinstance(input, Folded) else Folded(input)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        impl = "triton" if can_run_triton(x) else "torch"
+        x, scale, shift, activation = self._arguments(input)
+        impl: Passes | str = "torch"
+        if can_run_triton(x):
+            impl = Passes(self.forward_impl, self.input_gradient_impl, self.weight_gradient_impl)
         return depthwise_conv3x3(x, self.weight, self.stride[0], scale, shift, activation, impl)
+
+    def comparisons(self, input: Tensor | Folded) -> dict[str, Comparison]:
+        x, scale, shift, activation = self._arguments(input)
+        found = comparisons(x, self.weight, self.stride[0], scale, shift, activation)
+        return {f"{name}_impl": comparison for name, comparison in found.items()}
+
+    def _arguments(self, input: Tensor | Folded) -> Folded:
+        """The input in the dtype in which autocast runs a convolution."""
+        folded = input if isinstance(input, Folded) else Folded(input)
+        device = folded.x.device.type
+        if torch.is_autocast_enabled(device):
+            folded = folded._replace(x=folded.x.to(torch.get_autocast_dtype(device)))
+        return folded
 
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm and the activation after it, both applied by the next DepthwiseConv2d; else like nn.BatchNorm2d."""
+    """A batch norm and the activation after it, both applied by the next DepthwiseConv2d; else like nn.BatchNorm2d.
+
+    The statistics are Triton's without a choice: the compiler cannot fuse PyTorch's with what remains here on an H200.
+    """
 
     activation: str | None
 

@@ -8,6 +8,7 @@ Shapes: B batch, C channels.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from fastofa.kernels import norm_act
 from fastofa.kernels.choice import can_run_triton
+from fastofa.kernels.comparison import Comparison, describe, random_like
 from fastofa.student.fused_depthwise import ACTIVATIONS, is_plain_norm
 
 FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "relu": F.relu, "relu6": F.relu6}
@@ -30,6 +32,7 @@ class NormAct2d(nn.BatchNorm2d):
     """A batch norm, the addition of a residual if one is given, and the activation after it."""
 
     activation: str | None
+    impl: str = "triton"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self.training:  # PyTorch's implementation needs few passes, even without a compiler
@@ -39,6 +42,14 @@ class NormAct2d(nn.BatchNorm2d):
             dtype = torch.promote_types(input.dtype, residual.dtype)
             input, residual = input.to(dtype), residual.to(dtype)
         return norm_act(input, **norm_arguments(self, input), activation=self.activation, residual=residual)
+
+    def comparisons(self, input: Tensor, residual: Tensor | None = None) -> dict[str, Comparison]:
+        if residual is not None:
+            input = input.to(torch.promote_types(input.dtype, residual.dtype))
+        run = partial(norm_act, activation=self.activation)
+        after = None if residual is None else input
+        size = describe(input, residual="no" if residual is None else "yes", activation=self.activation or "no")
+        return {"impl": norm_comparison("norm_act", size, run, self, input, after)}
 
 
 class FusedBasicBlock(BasicBlock):
@@ -71,11 +82,31 @@ class FusedInvertedResidual(InvertedResidual):
         return self.bn3(self.conv_pwl(x), shortcut)
 
 
-def norm_arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
+def norm_arguments(norm: Any, x: Tensor) -> dict[str, Any]:
     """The kernel's arguments for a batch in training; increments the norm's batch counter."""
     cast(Tensor, norm.num_batches_tracked).add_(1)
     names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
-    return {name: getattr(norm, name) for name in names} | {"impl": "triton" if can_run_triton(x) else "torch"}
+    return {name: getattr(norm, name) for name in names} | {"impl": norm.impl if can_run_triton(x) else "torch"}
+
+
+def norm_comparison(
+    kernel: str,
+    size: str,
+    run: Callable[..., Tensor],
+    norm: nn.BatchNorm2d,
+    x: Tensor,
+    residual: Tensor | None = None,
+) -> Comparison:
+    """Forward and backward pass of a batch norm in training, by `run(x, weight, ..., impl=)`; any residual is last."""
+
+    def training(impl: str, *given: Tensor | None) -> Tensor:
+        *norms, after = given
+        more = {} if after is None else {"residual": after}
+        return run(*norms, momentum=norm.momentum, eps=norm.eps, impl=impl, **more)
+
+    inputs = random_like(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, residual)
+    candidates = {impl: partial(training, impl) for impl in ("triton", "torch")}
+    return Comparison(kernel, size, inputs, candidates, (0, 1, 2, 5), fused=("torch",), elements=x.numel())
 
 
 # --- Switching a model's modules --------------------------------------------------------------------------------------

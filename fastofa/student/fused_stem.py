@@ -12,26 +12,59 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from fastofa.kernels import norm_act_pool, stem_conv2d
+from fastofa.kernels.comparison import Comparison, describe, random_like
 from fastofa.student.fused_depthwise import is_plain_norm
-from fastofa.student.fused_norms import norm_arguments
+from fastofa.student.fused_norms import norm_arguments, norm_comparison
 
 
 class NormActPool2d(nn.BatchNorm2d):
     """A batch norm, ReLU, and 3x3 max-pooling with stride 2."""
+
+    impl: str = "triton"
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return F.max_pool2d(F.relu(super().forward(input)), 3, 2, 1)
         return norm_act_pool(input, **norm_arguments(self, input))
 
+    def comparisons(self, input: Tensor) -> dict[str, Comparison]:
+        return {"impl": norm_comparison("norm_act_pool", describe(input), norm_act_pool, self, input)}
+
 
 class StridedConv2d(nn.Conv2d):
-    """A convolution of the pixels, computed on squares of pixels (see `fastofa.kernels.stem_conv2d`)."""
+    """A convolution of the pixels: on squares of pixels (see `fastofa.kernels.stem_conv2d`), or PyTorch's."""
+
+    impl: str = "squares"
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.impl == "torch":
+            return super().forward(input)
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         return stem_conv2d(input, self.weight, self.bias, self.stride[0], cast(int, self.padding[0]))
+
+    def comparisons(self, input: Tensor) -> dict[str, Comparison]:
+        """Forward pass and gradients of the parameters; pixels need none."""
+        stride, padding = self.stride[0], cast(int, self.padding[0])
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+
+        def squares(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return stem_conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
+
+        def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
+
+        comparison = Comparison(
+            "stem_conv2d",
+            describe(input, self.weight, stride=stride, padding=padding),
+            random_like(input, self.weight, self.bias),
+            {"squares": squares, "torch": plain},
+            leaves=(1, 2),
+            fused=("squares",),
+            elements=input.numel(),
+        )
+        return {"impl": comparison}
 
 
 def use_stem_kernels(module: nn.Module) -> int:

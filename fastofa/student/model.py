@@ -106,13 +106,13 @@ class Student(nn.Module):
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Parameters on which no head depends: some timm models have layers that they do not use."""
-        training = self.training
+        training, parameters = self.training, [*self.backbone.parameters(), *self.exits.parameters()]
         self.eval()
         images = torch.zeros(1, 3, self.image_size, self.image_size, device=self.mean.device)
         with torch.enable_grad():
-            gradients = torch.autograd.grad(self(images).sum(), list(self.parameters()), allow_unused=True)
+            gradients = torch.autograd.grad(self(images).sum(), parameters, allow_unused=True)
         self.train(training)
-        return [p for p, gradient in zip(self.parameters(), gradients, strict=True) if gradient is None]
+        return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
     @torch.no_grad()
     def check_sizes(self, sizes: Iterable[int]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastofa.data.dataset import Dataset
 from fastofa.data.headers import parse_limits
 from fastofa.data.open import open_dataset
+from fastofa.kernels.comparison import Chooses
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.reports.curves import draw_curves, import_plotting
 from fastofa.reports.metrics import measure
@@ -29,7 +30,8 @@ from fastofa.runs.config import SIZED, TrainConfig
 from fastofa.runs.log import MetricsLog, open_wandb, read_metrics
 from fastofa.runs.predictions import save_predictions
 from fastofa.runs.recipes import augmentation_differences
-from fastofa.runs.run import CONFIG, Run, log_launch, open_run
+from fastofa.runs.run import CONFIG, Run, log_launch, open_run, recorded_kernels
+from fastofa.student.choose_kernels import measures_kernels
 from fastofa.system.device import choose_workers
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling
@@ -104,6 +106,8 @@ def _train(config: TrainConfig, world: World) -> Result:
         if chosen:
             flags = " ".join(f"--{name.replace('_', '-')} {getattr(job.config, name):g}" for name in chosen)
             notice(f"chosen by the number of training images: {flags}")
+        if line := job.step.kernels.line():
+            notice(line)
         for caution in cautions(job.config, job.epochs.steps):
             notice(caution)
     if job.pixels is not None:
@@ -158,7 +162,7 @@ class Job:
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(c.seed)
         student = run.build_student(None if c.resume and checkpoint.checkpoints(run.path) else c.init)
-        self.step = Step(student, c, self.device, world)
+        self.step = Step(student, c, self.device, world, kernels=recorded_kernels(run.path) if c.resume else None)
         self.last_step = c.epochs * epochs.steps
         full = student.image_size
         workers = choose_workers(c.workers, world.local_size)
@@ -170,6 +174,9 @@ class Job:
                 (val_set, c.eval_size or full, self._eval_batch_size(part)),
             )
         )
+        if measures_kernels(c.kernels, self.device) and isinstance(self.train_pipeline, Chooses):
+            found = self.train_pipeline.comparisons()
+            self.step.kernels.choose((self.train_pipeline, *each) for each in found.items())
         if epochs.rank_batch_size == c.accumulate and any(isinstance(m, BatchNorm) for m in student.modules()):
             raise BadInput(
                 f"batch-size: expected at least two images in each part of a step, because {c.student} has batch norm, "
@@ -223,7 +230,8 @@ class Job:
         c, main = self.config, self.world.is_main
         first, position = divmod(self.step.steps, self.epochs.steps)
         if main:
-            log_launch(self.run.path, self.step.steps, self.world.size, self.pixels and self.pixels.mean)
+            kernels = self.step.kernels.record()
+            log_launch(self.run.path, self.step.steps, self.world.size, self.pixels and self.pixels.mean, kernels)
             self.best = {
                 file: checkpoint.best_top1(self.run.path, self.step.steps, file)
                 for file in (checkpoint.BEST, checkpoint.BEST_EMA)

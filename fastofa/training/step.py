@@ -20,6 +20,7 @@ from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch
 from fastofa.runs.config import TrainConfig
 from fastofa.student.choose_kernels import check_kernels, use_kernels
+from fastofa.student.kernel_choice import KernelChoice
 from fastofa.student.model import Student
 from fastofa.system.device import choose_bf16, choose_compile
 from fastofa.system.errors import BadInput
@@ -73,6 +74,10 @@ class Step:
     `steps` counts the updates. `sums`, fp32 [len(names)] on the device, accumulates the values called `names` over the
     `summed` updates since `reset_sums`: the losses of this rank's images and the norm of the gradient over all ranks.
     Once a value is not finite, its sum is not finite either.
+
+    Args:
+        sizes: what the modules of the methods depend on; None if these have none.
+        kernels: the choice of kernels that an earlier start of the run recorded.
     """
 
     def __init__(
@@ -82,26 +87,30 @@ class Step:
         device: torch.device,
         world: World | None = None,
         sizes: Sizes | None = None,
+        kernels: dict[str, Any] | None = None,
     ) -> None:
-        """
-        Args:
-            sizes: what the modules of the methods depend on; None if these have none.
-        """
         self.config, self.device, self.world = config, device, world or World()
         check_device(config, device)
         objective = Objective(config.objective, sizes or Sizes(0))
+        objective.impl = "triton" if "loss" in config.kernels else "torch"
         student.methods, self.names = objective.methods, (*objective.parts, "grad_norm")
         objective.to(device)
         student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.compiled = choose_compile(config.compile, device)
+        if self.compiled:
+            allow_image_sizes(MAX_IMAGE_SIZES)
         if config.sync_bn and self.world.size > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        use_kernels(student, config.kernels, device, report=self.world.rank == 0)
+        program = Program(student, objective, config, device)
+        self.kernels = KernelChoice(device, self.compiled, kernels or {}, self.world.is_main, self.world.broadcast)
+        images = config.batch_size // self.world.size // config.accumulate
+        logits = use_kernels(student, config.kernels, device, self.kernels, images, program.bf16)
+        if logits is not None:
+            self.kernels.choose((program.objective, *each) for each in program.objective.comparisons(logits).items())
         self.student = student
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)
         self.ema = None if config.ema is None else MovingAverage(student, config.ema)
-        program = Program(student, objective, config, device)
         self.bf16 = program.bf16
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
         possible = self.compiled and device.type == "cuda" and config.accumulate == 1
