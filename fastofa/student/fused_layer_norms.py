@@ -31,7 +31,7 @@ class AddNorm:
 
     def comparisons(self, x: Tensor, *_: Any) -> dict[str, Comparison]:
         """The addition and the second norm of the block, with their gradients."""
-        norm, dtype = cast(Any, self).norm2, _dtype_of_products(x)
+        norm, dtype, x = cast(Any, self).norm2, _dtype_of_products(x), x.flatten(0, -2)
         branch = x.to(dtype or x.dtype)
 
         def run(impl: str, x: Tensor, weight: Tensor, bias: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ class FusedMlp(Mlp):
         """Bias and GELU, with their gradients."""
         kind, approximate = x.device.type, cast(str, _approximation(self.act))
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        x = x.new_empty((*x.shape[:-1], self.fc1.out_features), dtype=dtype)
+        x = x.new_empty((x.shape[:-1].numel(), cast(int, self.fc1.out_features)), dtype=dtype)
         run = {impl: partial(bias_gelu, approximate=approximate, impl=impl) for impl in ("triton", "torch")}
         inputs, size = random_like(x, self.fc1.bias), describe(x, approximate=approximate)
         return {"impl": Comparison("bias_gelu", size, inputs, run, (0, 1), ("torch",), x.numel())}
