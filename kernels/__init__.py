@@ -7,7 +7,7 @@ from fastofa.kernels.crop_resize import crop_resize
 from fastofa.kernels.depthwise import depthwise_conv3x3
 from fastofa.kernels.norm_act import channel_statistics, norm_act, norm_act_pool
 from fastofa.kernels.ofa_loss import distillation_loss, ofa_loss
-from fastofa.kernels.stem_conv import stem_conv2d
+from fastofa.kernels.stem_conv import stem_conv2d, stem_conv2d_with_statistics
 
 __all__ = [
     "channel_statistics",
@@ -18,4 +18,5 @@ __all__ = [
     "norm_act_pool",
     "ofa_loss",
     "stem_conv2d",
+    "stem_conv2d_with_statistics",
 ]

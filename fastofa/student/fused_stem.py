@@ -1,44 +1,83 @@
 """Run a model's stem with Triton kernels: the convolution of the pixels, and a ResNet's batch norm, ReLU and max-pool.
 
-Only the classes of modules change. Parameters, buffers and their names stay the same, and so do checkpoints and
-exports. Modules that are not recognised stay unchanged.
+In a student whose stem is known, the convolution also normalises the pixels, so that a kernel can read uint8 images.
+Only the classes of modules change, and such a convolution gets buffers that are not saved. Parameters and the state
+dict stay the same, and so do checkpoints and exports. Modules that are not recognised stay unchanged.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm.models.convnext import ConvNeXt
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.regnet import RegNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from fastofa.kernels import norm_act_pool, stem_conv2d
+from fastofa.kernels import norm_act_pool, stem_conv2d, stem_conv2d_with_statistics
+from fastofa.kernels.choice import can_run_triton
 from fastofa.student.fused_depthwise import is_plain_norm
 from fastofa.student.fused_norms import norm_arguments
+from fastofa.student.model import Student
+
+# The convolution to which these models pass the images as they are, nothing before it.
+STEMS = {
+    ResNet: ("conv1", "conv1.0"), EfficientNet: ("conv_stem",), MobileNetV3: ("conv_stem",), RegNet: ("stem.conv",),
+    ConvNeXt: ("stem.0",),
+}  # fmt: skip
 
 
 class NormActPool2d(nn.BatchNorm2d):
     """A batch norm, ReLU, and 3x3 max-pooling with stride 2."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """`input` may come with its mean and biased variance."""
+        x, statistics = (input[0], input[1:]) if isinstance(input, tuple) else (input, None)
         if not self.training:
-            return F.max_pool2d(F.relu(super().forward(input)), 3, 2, 1)
-        return norm_act_pool(input, **norm_arguments(self, input))
+            return F.max_pool2d(F.relu(super().forward(x)), 3, 2, 1)
+        return norm_act_pool(x, **norm_arguments(self, x), statistics=statistics)
 
 
 class StridedConv2d(nn.Conv2d):
-    """A convolution of the pixels, computed on squares of pixels (see `fastofa.kernels.stem_conv2d`)."""
+    """A convolution of the pixels (see `fastofa.kernels.stem_conv2d`), which also normalises uint8 images."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        return stem_conv2d(input, self.weight, self.bias, self.stride[0], cast(int, self.padding[0]))
+    impl: str | None = None
+    """How uint8 images are convolved: "triton", "torch", or None (choose)."""
+    before_norm = False
+    """Whether a NormActPool2d follows, to which "triton" gives the statistics in training."""
+    mean: Tensor
+    std: Tensor
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        autocast = torch.is_autocast_enabled(input.device.type)
+        dtype = torch.get_autocast_dtype(input.device.type) if autocast else self.weight.dtype
+        options = (self.weight, self.bias, self.stride[0], cast(int, self.padding[0]))
+        if input.dtype != torch.uint8:
+            return stem_conv2d(input.to(dtype) if autocast else input, *options)
+        impl = self.impl if can_run_triton(self.weight) else "torch"
+        pixels: dict[str, Any] = {"mean": self.mean, "std": self.std, "dtype": dtype, "impl": impl}
+        if self.training and self.before_norm and impl == "triton":
+            return stem_conv2d_with_statistics(input, *options, **pixels)
+        return stem_conv2d(input, *options, **pixels)
 
 
-def use_stem_kernels(module: nn.Module) -> int:
+class UnnormalizedStudent(Student):
+    """A student whose stem normalises uint8 images."""
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return images
+
+
+def use_stem_kernels(module: nn.Module, impl: str | None = None) -> int:
     """Switch convolutions of the pixels, and a ResNet's batch norm, ReLU and max-pool after them, to kernels.
 
     Call this before `use_norm_kernels`; the notes there apply here, too. The ResNet's features of reduction 2 are then
     those after its max-pool.
+
+    Args:
+        impl: how a Student's stem convolves uint8 images, see `StridedConv2d`.
 
     Returns:
         The number of convolutions and batch norms that were switched.
@@ -59,7 +98,25 @@ def use_stem_kernels(module: nn.Module) -> int:
             for absorbed in (block.act1, block.maxpool):
                 cast(nn.Module, absorbed).__class__ = nn.Identity
             switched += 1
+    if type(module) is Student and (stem := _stem(module.backbone)) is not None:
+        stem.register_buffer("mean", module.mean.flatten(), persistent=False)
+        stem.register_buffer("std", module.std.flatten(), persistent=False)
+        stem.impl = impl
+        stem.before_norm = (
+            stem is getattr(module.backbone, "conv1", None) and type(module.backbone.bn1) is NormActPool2d
+        )
+        module.__class__ = UnnormalizedStudent
     return switched
+
+
+def _stem(backbone: nn.Module) -> StridedConv2d | None:
+    """The switched convolution that gets the images as they are, if it is known."""
+    modules = dict(backbone.named_modules())
+    for kind, names in STEMS.items():
+        found = [modules[name] for name in names if type(modules.get(name)) is StridedConv2d]
+        if isinstance(backbone, kind) and found:
+            return cast(StridedConv2d, found[0])
+    return None
 
 
 def _is_stem_pool(pool: nn.Module) -> bool:
