@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from fastofa.kernels import reference
 from fastofa.kernels.choice import interpreted, use_triton
@@ -154,10 +155,14 @@ def _of_uint8(
     multiple: int = 8,
 ) -> Tensor:
     """The twin of the kernel."""
-    pixels = x.to(torch.promote_types(dtype, torch.float32)) / 255
-    pixels = ((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)).to(dtype)
+    pixels = _normalized(x, mean, std, dtype)
     bias = None if bias is None else bias.to(dtype)
     return _on_squares(pixels, weight.to(dtype), bias, stride, padding, multiple)
+
+
+def _normalized(x: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    pixels = x.to(torch.promote_types(dtype, torch.float32)) / 255
+    return ((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)).to(dtype)
 
 
 def _on_squares(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, multiple: int) -> Tensor:
@@ -255,10 +260,8 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, mean: Te
         from fastofa.kernels import triton_stem_conv
 
         return triton_stem_conv.stem_conv2d_backward(dy, x, weight, stride, padding, mean, std)
-    with torch.enable_grad():
-        leaf = weight.detach().requires_grad_()
-        y = _of_uint8(x, leaf, None, stride, padding, mean, std, dy.dtype)
-        return torch.autograd.grad(y, leaf, dy)[0].clone(memory_format=torch.contiguous_format)
+    pixels = _normalized(x, mean, std, dy.dtype)
+    return conv2d_weight(pixels, weight.shape, dy, stride, padding).to(weight.dtype).contiguous()
 
 
 @stem_conv2d_backward_op.register_fake

@@ -22,7 +22,7 @@ def compiled(tmp_path_factory) -> list[dict[str, Any]]:
 
 def test_every_kernel_is_compiled_for_both_architectures(compiled):
     assert {row["architecture"] for row in compiled} == {"sm_80", "sm_90"}
-    assert {row["kernel"].split()[0] for row in compiled} == {"ofa_loss", "crop_resize", "depthwise", "norm"}
+    assert {row["kernel"].split()[0] for row in compiled} == {"ofa_loss", "crop_resize", "depthwise", "norm", "stem"}
 
 
 def test_nothing_is_spilled_and_nothing_is_computed_in_fp64(compiled):
@@ -37,3 +37,9 @@ def test_memory_is_read_by_128_bits(compiled):
     promised = [row for row in compiled if row["promised_wide"]]
     assert promised
     assert [row["kernel"] for row in promised if not row["wide_loads"]] == []
+
+
+def test_matrix_products_use_tensor_cores(compiled):
+    promised = [row for row in compiled if row["promised_tensor_cores"]]
+    assert promised
+    assert [row["kernel"] for row in promised if not row["matrix_products"]] == []
