@@ -39,9 +39,11 @@ from fastofa.kernels import (
     ofa_loss,
     reference,
     stem_conv2d,
+    stem_conv2d_with_statistics,
 )
 from fastofa.kernels.choice import HAS_TRITON, can_run_triton
 from fastofa.kernels.reference import dense_probs, ofa_loss_dense
+from fastofa.kernels.stem_conv import MAX_KERNEL
 
 HEADS, TOPK, BASELINE = 5, 16, "twin, eager"
 MAX_INPUTS_MB = 200  # total size of the rotating inputs: four times an H100's L2 cache
@@ -438,6 +440,14 @@ def stem_case(device: torch.device, name: str, kernel: int, stride: int, padding
             torch.compile(forward(lambda *a, **k: stem_conv2d(*a, **k, multiple=4)), dynamic=False)
         ),
     }
+    if kernel <= MAX_KERNEL and can_run_triton(weight):
+        normalization = {
+            name: torch.full((3,), value, device=device) for name, value in (("mean", 0.45), ("std", 0.22))
+        }
+        options = {"stride": stride, "padding": padding, "dtype": dtype, "impl": "triton", **normalization}
+        candidates["triton, from uint8"] = call(partial(stem_conv2d, **options))
+        with_statistics = partial(stem_conv2d_with_statistics, **options)
+        candidates["triton, with statistics"] = call(lambda images, weight: with_statistics(images, weight)[0])
     size = f"{name} {kernel}x{kernel}/{stride} to {width}, {side} px, B={batch}"
     return Case("stem", size, moved, batch, candidates, tuple(candidates)[1:], inputs=inputs, by_norm=True)
 

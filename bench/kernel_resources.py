@@ -17,6 +17,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,6 +32,7 @@ from fastofa.kernels import (
     triton_norm_act,
     triton_norm_act_pool,
     triton_ofa_loss,
+    triton_stem_conv,
 )
 
 ARCHITECTURES = (80, 90)
@@ -55,6 +57,8 @@ class Case:
     max_registers: int = 128
     wide_loads: bool = True
     """Whether it reads its tensors 128 bits at a time."""
+    tensor_cores: bool = False
+    """Whether it multiplies matrices on tensor cores."""
     exact: bool = False
     """Whether it has the bits of its twin: no fused multiply-add, and fp64 where the twin has it."""
 
@@ -69,6 +73,7 @@ def cases() -> list[Case]:
         *gelu_cases(),
         *layer_norm_cases(),
         *augment_cases(),
+        *stem_conv_cases(),
     ]
 
 
@@ -297,6 +302,36 @@ def layer_norm_cases() -> list[Case]:
     return found
 
 
+def stem_conv_cases() -> list[Case]:
+    """bf16, batch 1,024, 224 px: the stems of ResNets, MobileNetV2 and ConvNeXt. Pixels are gathered byte by byte."""
+    found = []
+    for kernel_size, stride, padding, channels in ((7, 2, 3, 64), (3, 2, 1, 32), (4, 4, 0, 96)):
+        tiles = triton_stem_conv.tiling((1024, 3, 224, 224), (channels, 3, kernel_size, kernel_size), stride, padding)
+        for name, kernel, block_k, registers in (
+            ("forward", triton_stem_conv._forward_kernel, triton_stem_conv.FORWARD_K, 184),
+            ("weight gradient", triton_stem_conv._weight_gradient_kernel, triton_stem_conv.GRADIENT_K, 255),
+        ):
+            pointers = {"x": "*u8", "y": "*bf16", "dy": "*bf16"}
+            pointers |= dict.fromkeys(("weight", "bias", "means", "stds", "sums"), "*fp32")
+            constants = {
+                "WITH_BIAS": kernel_size == 4, "WITH_SUMS": kernel_size != 4, "OPERAND": tl.bfloat16, "PRECISION": None,
+                "BLOCK_K": block_k, **tiles.constants,
+            }  # fmt: skip
+            found.append(
+                Case(
+                    f"stem {name} {kernel_size}x{kernel_size}/{stride} to {channels}",
+                    kernel,
+                    pointers={n: t for n, t in pointers.items() if n in kernel.arg_names},
+                    scalars={"tiles": "i32", "parts": "i32", "height": "i32"},
+                    constants={n: v for n, v in constants.items() if n in kernel.arg_names},
+                    max_registers=registers,
+                    wide_loads=name != "forward",
+                    tensor_cores=True,
+                )
+            )
+    return found
+
+
 def compile_case(case: Case, architecture: int) -> dict[str, Any]:
     """Registers, bytes of stack and shared memory; numbers of 128-bit loads and stores, fp64 and fused instructions.
 
@@ -318,11 +353,14 @@ def compile_case(case: Case, architecture: int) -> dict[str, Any]:
         "architecture": f"sm_{architecture}",
         **_resources(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
-        "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
+        "wide_loads": len(
+            re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|cp\.async\.cg.*\], 0x10", ptx)
+        ),
         "wide_stores": len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx)),
         "doubles": len(re.findall(r"\.f64", ptx)),
         "fused": len(re.findall(r"\bfma\.", ptx)),
         "exact": case.exact,
+        "matrix_products": len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
     }
 
 
@@ -339,7 +377,12 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def measure(only: Callable[[Case], bool] = lambda case: True) -> list[dict[str, Any]]:
     return [
-        {**compile_case(case, architecture), "max_registers": case.max_registers, "promised_wide": case.wide_loads}
+        {
+            **compile_case(case, architecture),
+            "max_registers": case.max_registers,
+            "promised_wide": case.wide_loads,
+            "promised_tensor_cores": case.tensor_cores,
+        }
         for case in cases()
         if only(case)
         for architecture in ARCHITECTURES

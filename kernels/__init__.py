@@ -9,7 +9,7 @@ from fastofa.kernels.gelu import bias_gelu
 from fastofa.kernels.layer_norm import layer_norm
 from fastofa.kernels.norm_act import channel_statistics, norm_act, norm_act_pool
 from fastofa.kernels.ofa_loss import distillation_loss, ofa_loss
-from fastofa.kernels.stem_conv import stem_conv2d
+from fastofa.kernels.stem_conv import stem_conv2d, stem_conv2d_with_statistics
 
 __all__ = [
     "bias_gelu",
@@ -22,4 +22,5 @@ __all__ = [
     "norm_act_pool",
     "ofa_loss",
     "stem_conv2d",
+    "stem_conv2d_with_statistics",
 ]

@@ -75,12 +75,14 @@ def norm_act_pool(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    statistics: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """3x3 max-pooling with stride 2 and padding 1 of relu(batch_norm(x)), as in a ResNet's stem.
 
-    The arguments are those of `norm_act`. If values in x are equal, the first one gets the gradient. The kernels never
-    store the normalised map.
+    The arguments are those of `norm_act`, and `statistics`: the mean and biased variance of x, fp32 [C], if they are
+    known already (used in training; the gradient of x includes the paths through them). If values in x are equal, the
+    first one gets the gradient. The kernels never store the normalised map.
 
     Returns:
         [B, C, ceil(H / 2), ceil(W / 2)] in x's dtype, differentiable in x, weight and bias.
@@ -93,10 +95,10 @@ def norm_act_pool(
     if not training:
         return reference.norm_act_pool(x, running_mean, running_var, weight, bias, eps)
     if not triton:
-        mean, var = reference.channel_statistics(x)
+        mean, var = statistics or reference.channel_statistics(x)
         update_running(running_mean, running_var, mean, var, momentum, x)
         return reference.norm_act_pool(x, mean, var, weight, bias, eps)
-    mean, var = statistics_op(x.detach())
+    mean, var = statistics or statistics_op(x.detach())
     update_running(running_mean, running_var, mean, var, momentum, x)
     return norm_act_pool_op(x, mean, var, weight, bias, eps)[0]
 

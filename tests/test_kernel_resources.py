@@ -30,6 +30,7 @@ def test_every_kernel_is_compiled_for_both_architectures(compiled):
         "gelu",
         "layer_norm",
         "augment",
+        "stem",
     }
 
 
@@ -52,3 +53,9 @@ def test_memory_is_read_128_bits_at_a_time(compiled):
     promised = [row for row in compiled if row["promised_wide"]]
     assert promised
     assert [row["kernel"] for row in promised if not row["wide_loads"]] == []
+
+
+def test_matrix_products_use_tensor_cores(compiled):
+    promised = [row for row in compiled if row["promised_tensor_cores"]]
+    assert promised
+    assert [row["kernel"] for row in promised if not row["matrix_products"]] == []
