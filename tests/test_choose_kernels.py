@@ -85,16 +85,6 @@ def test_a_student_that_cannot_be_switched_stays_as_it_was(model, card, monkeypa
         use_kernels(model, ("norms",), GPU)
 
 
-@pytest.mark.parametrize("synchronised", [False, True])
-def test_batch_norms_that_are_synchronised_stay(model, card, synchronised):
-    card(9, 0)
-    if synchronised:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    use_kernels(model, ("auto",), GPU)
-    found = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    assert found == (20 + 6 if synchronised else 0)
-
-
 def test_named_kernels_need_a_gpu(model, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BadInput, match=r"kernels: expected a GPU for exits norms, .* omit these kernels"):

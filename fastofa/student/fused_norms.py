@@ -30,6 +30,7 @@ class NormAct2d(nn.BatchNorm2d):
     """A batch norm, the addition of a residual if one is given, and the activation after it."""
 
     activation: str | None
+    group: str | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self.training:  # PyTorch's implementation needs few passes, even without a compiler
@@ -71,11 +72,13 @@ class FusedInvertedResidual(InvertedResidual):
         return self.bn3(self.conv_pwl(x), shortcut)
 
 
-def norm_arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
-    """The kernel's arguments for a batch in training; increments the norm's batch counter."""
+def norm_arguments(norm: nn.BatchNorm2d, x: Tensor, impl: str | None = None) -> dict[str, Any]:
+    """The arguments of `norm_act` for a batch in training, by default with the kernel if Triton can run; increments the
+    norm's batch counter. `norm` has a `group`."""
     cast(Tensor, norm.num_batches_tracked).add_(1)
-    names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
-    return {name: getattr(norm, name) for name in names} | {"impl": "triton" if can_run_triton(x) else "torch"}
+    names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "group")
+    impl = impl or ("triton" if can_run_triton(x) else "torch")
+    return {name: getattr(norm, name) for name in names} | {"impl": impl}
 
 
 # --- Switching a model's modules --------------------------------------------------------------------------------------
@@ -84,8 +87,8 @@ def norm_arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
 def use_norm_kernels(module: nn.Module) -> int:
     """Switch the batch norms in `module`, with the operations that follow them, to the kernel.
 
-    The results stay the same up to rounding. Compile, copy or wrap the module only afterwards. Convert batch norms to
-    synchronised ones or fold them into depthwise convolutions beforehand: those are not switched.
+    The results stay the same up to rounding. Compile, copy or wrap the module only afterwards. Fold batch norms into
+    depthwise convolutions beforehand: those are not switched.
 
     Returns:
         The number of batch norms that were switched.

@@ -19,6 +19,8 @@ from fastofa.student.fused_norms import norm_arguments
 class NormActPool2d(nn.BatchNorm2d):
     """A batch norm, ReLU, and 3x3 max-pooling with stride 2."""
 
+    group: str | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return F.max_pool2d(F.relu(super().forward(input)), 3, 2, 1)

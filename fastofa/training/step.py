@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -20,8 +21,8 @@ from fastofa.pipelines import Batch
 from fastofa.runs.config import TrainConfig
 from fastofa.student.choose_kernels import check_kernels, use_kernels
 from fastofa.student.model import Student
+from fastofa.student.shared_norms import share_statistics
 from fastofa.system.device import choose_bf16, choose_compile
-from fastofa.system.errors import BadInput
 from fastofa.system.tuning import allow_image_sizes
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.training.distributed import World
@@ -35,12 +36,6 @@ MAX_IMAGE_SIZES = 64  # maximum number for which one run compiles
 def check_device(config: TrainConfig, device: torch.device) -> None:
     """Raises BadInput for options that the device does not support."""
     check_kernels(config.kernels, device)
-    if config.sync_bn and device.type != "cuda":
-        raise BadInput("sync-bn: expected GPUs, but the student is on the CPU; leave it out")
-    if config.sync_bn and choose_compile(config.compile, device):
-        raise BadInput(
-            "sync-bn: expected --compile off, since PyTorch cannot compile synchronised batch norm as one graph"
-        )
     check_optimizer(config.optimizer, device)
 
 
@@ -78,9 +73,9 @@ class Step:
         check_device(config, device)
         student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.compiled = choose_compile(config.compile, device)
-        if config.sync_bn and self.world.size > 1:
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         use_kernels(student, config.kernels, device, report=self.world.rank == 0)
+        if config.sync_bn and self.world.size > 1:
+            share_statistics(student, dist.group.WORLD.group_name)  # type: ignore[union-attr]
         self.student = student
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)
