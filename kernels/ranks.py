@@ -35,5 +35,5 @@ def mean_over_ranks(first: Tensor, second: Tensor, group: str) -> tuple[Tensor, 
 
 def _gather(first: Tensor, second: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """The two tensors [C] of all ranks, [ranks, C] each, in one collective."""
-    gathered = all_gather_tensor_autograd(stack([first, second])[None], 0, group)
+    gathered = all_gather_tensor_autograd(stack([first, second])[None], 0, group)  # type: ignore[arg-type]
     return gathered[:, 0], gathered[:, 1]

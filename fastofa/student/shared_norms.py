@@ -60,4 +60,4 @@ def share_statistics(module: nn.Module, group: str) -> None:
                     f"a {type(norm).__name__}, in this student; leave sync-bn out"
                 )
             norm.__class__ = kinds[type(norm)]
-            norm.group = group
+            norm.group = group  # type: ignore[assignment]
