@@ -250,6 +250,44 @@ def depthwise_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for channels, side, stride in sizes:
         for work in ("forward", "folded", "input gradient", "weight gradient"):
             yield depthwise_case(device, work, batch, channels, side, stride)
+        for folded in (False, True):
+            yield depthwise_gradients_case(device, folded, batch, channels, side, stride)
+
+
+def depthwise_gradients_case(
+    device: torch.device, folded: bool, batch: int, channels: int, side: int, stride: int
+) -> Case:
+    """All gradients, by separate kernels and in one pass; with a preceding batch norm and ReLU if `folded`."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    out_side = -(-side // stride)
+    scale, shift = torch.rand(2, channels, device=device)
+    norm = (scale, shift, "relu") if folded else (None, None, None)
+
+    def make(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        x, dy = (
+            torch.randn(batch, n, n, channels, generator=generator, device=device, dtype=dtype).permute(0, 3, 1, 2)
+            for n in (side, out_side)
+        )
+        return x, dy, torch.randn(channels, 1, 3, 3, generator=generator, device=device)
+
+    moved = batch * channels * (2 * side**2 + out_side**2) * dtype.itemsize
+    inputs = rotate(make, moved, device)
+
+    def with_function(gradients: Callable[..., tuple[Tensor, ...]]) -> Call:
+        return _on(inputs, lambda x, dy, weight: gradients(dy, x, weight, stride, *norm)[: 4 if folded else 2])
+
+    candidates = {
+        BASELINE: with_function(reference.depthwise_gradients),
+        "twin, compiled": with_function(torch.compile(reference.depthwise_gradients, dynamic=False)),
+    }
+    if can_run_triton(scale):
+        from fastofa.kernels import triton_depthwise, triton_depthwise_gradients
+
+        candidates["triton, separate"] = with_function(triton_depthwise.depthwise_conv3x3_backward)
+        candidates["triton, one pass"] = with_function(triton_depthwise_gradients.all_gradients)
+    size = f"gradients{', folded' * folded}: C={channels}, {side} px, stride {stride}, B={batch}"
+    return Case("depthwise", size, moved, batch, candidates, tuple(candidates)[1:], 0.03, inputs=inputs, by_norm=True)
 
 
 def depthwise_case(device: torch.device, work: str, batch: int, channels: int, side: int, stride: int) -> Case:
@@ -293,9 +331,20 @@ def depthwise_case(device: torch.device, work: str, batch: int, channels: int, s
             return triton_depthwise.input_gradient(dy, x, weight, stride, None, None, None)[0]
         return triton_depthwise.weight_gradient(dy, x, weight, stride, None, None, None)
 
+    def narrow(*given: Tensor) -> Tensor:
+        """Tiles of half the elements: four channels per lane."""
+        from fastofa.kernels import triton_depthwise
+
+        elements = triton_depthwise.ELEMENTS
+        triton_depthwise.ELEMENTS = elements // 2
+        try:
+            return triton(*given)
+        finally:
+            triton_depthwise.ELEMENTS = elements
+
     functions = {BASELINE: twin, "twin, compiled": torch.compile(twin, dynamic=False)}
     if gpu and HAS_TRITON:
-        functions["triton"] = triton
+        functions |= {"triton": triton, "triton, four channels": narrow}
     candidates = {name: _on(inputs, function) for name, function in functions.items()}
     return Case("depthwise", size, moved, batch, candidates, tuple(list(candidates)[1:]), inputs=inputs)
 
@@ -381,10 +430,9 @@ def norm_case(
         if work == "apply":
             return kernels.norm_act(x, mean, var, w, b, y, 1e-5, activation)
         if work == "sums":
-            return kernels.coefficients(dy, x, y, mean, var, w, b, 1e-5, activation, x.numel() // channels)[2:]
-        return kernels.gradient_of_x(dy, x, mean, var, w, b, ones, 1e-5, None if residual else activation)
+            return kernels.norm_act_sums(dy, x, y, mean, var, w, b, 1e-5, activation)[1:]
+        return kernels.norm_act_gradient(dy, x, mean, var, w, b, w, b, 1e-5, None if residual else activation)
 
-    ones = torch.ones(3, channels, device=device)
     if can_run_triton(weight):
         candidates = {"triton": _on(inputs, part)}  # there is no baseline: its share of a copy's bandwidth counts
     return Case("norm", size, moved, batch, candidates, inputs=inputs)
@@ -501,6 +549,7 @@ def pool_case(device: torch.device, work: str, batch: int, channels: int, side: 
         return Case("stem", size, moved, batch, candidates, tuple(candidates)[1:], 0.03, inputs=inputs, by_norm=True)
     if can_run_triton(weight):
         from fastofa.kernels import triton_norm_act_pool as kernels
+        from fastofa.kernels.triton_norm_act import norm_act_sums
 
         weights = weight.detach(), bias.detach()
 
@@ -508,7 +557,8 @@ def pool_case(device: torch.device, work: str, batch: int, channels: int, side: 
             if work == "forward":
                 return kernels.norm_act_pool(x.detach(), mean, var, *weights, 1e-5)
             greatest, places = kept
-            return kernels.norm_act_pool_backward(dy, x.detach(), greatest, places, mean, var, *weights, 1e-5)
+            _, *sums = norm_act_sums(dy, greatest, None, mean, var, *weights, 1e-5, "relu")
+            return kernels.norm_act_pool_gradient(dy, places, x.detach(), mean, var, weights[0], *sums, 1e-5), *sums
 
         candidates = {"triton": _on(inputs, part)}
     return Case("stem", size, moved, batch, candidates, inputs=inputs)

@@ -27,6 +27,7 @@ from fastofa.kernels import (
     triton_augment,
     triton_crop_resize,
     triton_depthwise,
+    triton_depthwise_gradients,
     triton_gelu,
     triton_layer_norm,
     triton_norm_act,
@@ -140,12 +141,19 @@ def depthwise_cases() -> list[Case]:
     found = []
     for channels, side, activation in ((64, 56, "relu"), (512, 7, "relu"), (96, 112, "relu6")):
         for stride in (1, 2):
-            tiles = triton_depthwise.tiling(256, side, side, channels, stride)
-            for name, kernel in (
-                ("forward", triton_depthwise._forward_kernel),
-                ("input gradient", triton_depthwise._input_gradient_kernel),
-                ("weight gradient", triton_depthwise._weight_gradient_kernel),
+            for name, kernel, elements, limit in (
+                ("forward", triton_depthwise._forward_kernel, None, None),
+                ("input gradient", triton_depthwise._input_gradient_kernel, None, None),
+                ("weight gradient", triton_depthwise._weight_gradient_kernel, None, None),
+                (
+                    "all gradients",
+                    triton_depthwise_gradients._gradients_kernel,
+                    triton_depthwise_gradients.ELEMENTS,
+                    triton_depthwise_gradients.REGISTERS,
+                ),
             ):
+                tiles = triton_depthwise.tiling(256, side, side, channels, stride, elements)
+                limit = limit or triton_depthwise.register_limit(kernel, stride)
                 pointers = {
                     "x": "*bf16", "weight": "*fp32", "scales": "*fp32", "shifts": "*fp32", "y": "*bf16", "dy": "*bf16",
                     "dx": "*bf16", "sums": "*fp32",
@@ -160,8 +168,9 @@ def depthwise_cases() -> list[Case]:
                             "C": channels, "STRIDE": stride, "FOLDED": True, "ACTIVATION": activation,
                             "BLOCK_W": tiles.block_w, "BLOCK_C": tiles.block_c,
                         },
-                        register_limit=triton_depthwise.register_limit(kernel, stride),
-                        max_registers=triton_depthwise.register_limit(kernel, stride) or 255,
+                        register_limit=limit,
+                        max_registers=limit or 255,
+                        wide_loads=elements is None,
                     )
                 )  # fmt: skip
     return found
@@ -169,7 +178,7 @@ def depthwise_cases() -> list[Case]:
 
 def norm_cases() -> list[Case]:
     """bf16, batch 1,024: a ResNet-18's first stage, and MobileNetV2's 144 channels in blocks of sixteen."""
-    of_channels = dict.fromkeys(("means", "variances", "weight", "bias", "coefficients", "sums"), "*fp32")
+    of_channels = dict.fromkeys(("means", "variances", "weight", "bias", "dweight", "dbias", "sums"), "*fp32")
     found = []
     for channels, rows in ((64, 1024 * 56 * 56), (144, 1024 * 56 * 56)):
         for name, kernel, tile, constants in (
@@ -207,7 +216,7 @@ def pool_cases() -> list[Case]:
     """bf16, a ResNet's stem."""
     tiles = triton_depthwise.tiling(1024, 112, 112, 64, 2)
     maps = dict.fromkeys(("x", "y", "greatest", "dy", "dx"), "*bf16") | {"places": "*u8"}
-    maps |= dict.fromkeys(("means", "variances", "weight", "bias", "coefficients"), "*fp32")
+    maps |= dict.fromkeys(("means", "variances", "weight", "bias", "dweight", "dbias"), "*fp32")
     found = []
     for name, kernel in (
         ("forward", triton_norm_act_pool._forward_kernel),

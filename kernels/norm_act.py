@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastofa.kernels import reference
 from fastofa.kernels.choice import interpreted, use_triton
+from fastofa.kernels.ranks import mean_over_ranks, statistics_over_ranks
 
 ACTIVATIONS = (None, "relu", "relu6")
 
@@ -26,6 +27,7 @@ def norm_act(
     eps: float = 1e-5,
     activation: str | None = None,
     residual: Tensor | None = None,
+    group: str | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """act(batch_norm(x) + residual), computed in fp32 (float64 for float64) and rounded once.
@@ -38,6 +40,8 @@ def norm_act(
         momentum: weight of this batch in the running statistics.
         activation: None, "relu" or "relu6".
         residual: added before the activation; shape, dtype and device as x.
+        group: name of the process group among whose ranks the batch is split into parts of the same shape; the
+            statistics are then those of the whole batch. Every rank must call this function. None: x is the batch.
         impl: "triton", "torch" or None (choose). The kernels are for training; otherwise the twin runs.
 
     Returns:
@@ -57,13 +61,10 @@ def norm_act(
     triton = _use_triton("norm_act", impl, x)
     if not training:
         return reference.norm_act(x, running_mean, running_var, weight, bias, eps, activation, residual)
+    mean, var = _training_statistics(x, running_mean, running_var, momentum, group, triton)
     if not triton:
-        mean, var = reference.channel_statistics(x)
-        update_running(running_mean, running_var, mean, var, momentum, x)
         return reference.norm_act(x, mean, var, weight, bias, eps, activation, residual)
-    mean, var = statistics_op(x.detach())
-    update_running(running_mean, running_var, mean, var, momentum, x)
-    return norm_act_op(x, mean, var, weight, bias, residual, eps, activation)
+    return norm_act_op(x, mean, var, weight, bias, residual, eps, activation, group)
 
 
 def norm_act_pool(
@@ -75,6 +76,7 @@ def norm_act_pool(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    group: str | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -94,13 +96,10 @@ def norm_act_pool(
     triton = _use_triton("norm_act_pool", impl, x)
     if not training:
         return reference.norm_act_pool(x, running_mean, running_var, weight, bias, eps)
+    mean, var = _training_statistics(x, running_mean, running_var, momentum, group, triton, statistics)
     if not triton:
-        mean, var = statistics or reference.channel_statistics(x)
-        update_running(running_mean, running_var, mean, var, momentum, x)
         return reference.norm_act_pool(x, mean, var, weight, bias, eps)
-    mean, var = statistics or statistics_op(x.detach())
-    update_running(running_mean, running_var, mean, var, momentum, x)
-    return norm_act_pool_op(x, mean, var, weight, bias, eps)[0]
+    return norm_act_pool_op(x, mean, var, weight, bias, eps, group)[0]
 
 
 def channel_statistics(x: Tensor, impl: str | None = None) -> tuple[Tensor, Tensor]:
@@ -115,12 +114,63 @@ def channel_statistics(x: Tensor, impl: str | None = None) -> tuple[Tensor, Tens
     return statistics_op(x)
 
 
-@torch.no_grad()
-def update_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, x: Tensor
-) -> None:
-    """Update running statistics as nn.BatchNorm2d does, with the unbiased variance."""
+def batch_statistics(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    group: str | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `channel_statistics`, over all ranks of `group`; updates the running statistics."""
+    return _over_ranks(*channel_statistics(x, impl), x, running_mean, running_var, momentum, group)
+
+
+def _over_ranks(
+    mean: Tensor,
+    var: Tensor,
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    group: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The statistics of x over all ranks of `group`, given those of this rank; updates the running statistics."""
     count = x.numel() // x.shape[1]
+    if group is not None:
+        mean, var, ranks = statistics_over_ranks(mean, var, group)
+        count *= ranks
+    _update_running(running_mean, running_var, mean.detach(), var.detach(), momentum, count)
+    return mean, var
+
+
+def _training_statistics(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    group: str | None,
+    triton: bool,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `batch_statistics`; not differentiable if `triton`, since its operators compute the whole gradient of x.
+
+    `known` are x's mean and biased variance on this rank. The twin computes them again, for their gradient.
+    """
+    if not triton:
+        return batch_statistics(x, running_mean, running_var, momentum, group, "torch")
+    if known is not None:
+        return _over_ranks(*known, x, running_mean, running_var, momentum, group)
+    if group is not None:
+        return batch_statistics(x.detach(), running_mean, running_var, momentum, group, "triton")
+    return update_statistics_op(x.detach(), running_mean, running_var, momentum)
+
+
+@torch.no_grad()
+def _update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
+) -> None:
+    """Update running statistics as nn.BatchNorm2d does, with the unbiased variance of `count` values per channel."""
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
@@ -202,9 +252,39 @@ def _statistics_backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Tensor:
 statistics_op.register_autograd(_statistics_backward, setup_context=_save_mean)
 
 
+@torch.library.custom_op(
+    "fastofa::update_statistics", mutates_args=("running_mean", "running_var"), device_types="cuda"
+)
+def update_statistics_op(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """As statistics_op, without a gradient; updates the running statistics."""
+    from fastofa.kernels import triton_norm_act
+
+    with torch.cuda.device_of(x):
+        return triton_norm_act.statistics(x, (running_mean, running_var), momentum)
+
+
+@update_statistics_op.register_kernel("cpu")
+def _(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    if _interpreted(x):
+        from fastofa.kernels import triton_norm_act
+
+        return triton_norm_act.statistics(x, (running_mean, running_var), momentum)
+    mean, var = reference.channel_statistics(x)
+    _update_running(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1])
+    return mean, var
+
+
+@update_statistics_op.register_fake
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+
 # --- Normalise, add, activate -----------------------------------------------------------------------------------------
 
-# The gradient of x includes the paths through mean and var, which are statistics of x.
+# The gradient of x includes the paths through mean and var, which are statistics of x, or of the x of all ranks of
+# `group`.
 
 
 @torch.library.custom_op("fastofa::norm_act", mutates_args=(), device_types="cuda")
@@ -217,8 +297,9 @@ def norm_act_op(
     residual: Tensor | None,
     eps: float,
     activation: str | None,
+    group: str | None,
 ) -> Tensor:
-    """A tensor like x, channels last."""
+    """A tensor like x, channels last. `group` concerns the gradient only."""
     from fastofa.kernels import triton_norm_act
 
     with torch.cuda.device_of(x):
@@ -235,6 +316,7 @@ def _(
     residual: Tensor | None,
     eps: float,
     activation: str | None,
+    group: str | None,
 ) -> Tensor:
     if _interpreted(x):
         from fastofa.kernels import triton_norm_act
@@ -249,8 +331,8 @@ def _(x: Tensor, *arguments: Any) -> Tensor:
     return _channels_last(x.shape, x)
 
 
-@torch.library.custom_op("fastofa::norm_act_backward", mutates_args=(), device_types="cuda")
-def backward_op(
+@torch.library.custom_op("fastofa::norm_act_sums", mutates_args=(), device_types="cuda")
+def sums_op(
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -260,47 +342,100 @@ def backward_op(
     bias: Tensor,
     eps: float,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx and the residual's gradient, like x; dweight and dbias, fp32 [C]. `y` is the result if there is a residual.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient before the activation, like x; dweight and dbias of this x, fp32 [C].
 
-    The residual's gradient is empty, [0], if there is no residual, or no activation, in which case it equals dy.
+    `y` is the result if there are a residual and an activation. Without it, x tells where the activation passes the
+    gradient on, and the first tensor is empty, [0].
     """
     from fastofa.kernels import triton_norm_act
 
     with torch.cuda.device_of(x):
-        return triton_norm_act.norm_act_backward(dy, x, y, mean, var, weight, bias, eps, activation)
+        return triton_norm_act.norm_act_sums(dy, x, y, mean, var, weight, bias, eps, activation)
 
 
-@backward_op.register_kernel("cpu")
-def _(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@sums_op.register_kernel("cpu")
+def _(dy: Tensor, x: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _interpreted(x):
         from fastofa.kernels import triton_norm_act
 
-        return triton_norm_act.norm_act_backward(dy, x, *arguments)
-    dx, gradient, dweight, dbias = reference.norm_act_gradients(dy, x, *arguments)
-    y, activation = arguments[0], arguments[-1]
-    stored = _channels_last(x.shape, x).copy_(gradient) if y is not None and activation else x.new_empty(0)
-    return _channels_last(x.shape, x).copy_(dx), stored, dweight, dbias
+        return triton_norm_act.norm_act_sums(dy, x, y, *arguments)
+    gradient, dweight, dbias = reference.norm_act_sums(dy, x, y, *arguments)
+    masked = x.new_empty(0) if y is None else _channels_last(x.shape, x).copy_(gradient)
+    return masked, dweight, dbias
 
 
-@backward_op.register_fake
-def _(dy: Tensor, x: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stored = _channels_last(x.shape, x) if y is not None and arguments[-1] else x.new_empty(0)
-    return _channels_last(x.shape, x), stored, _vector(x, x.shape[1]), _vector(x, x.shape[1])
+@sums_op.register_fake
+def _(dy: Tensor, x: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    masked = x.new_empty(0) if y is None else _channels_last(x.shape, x)
+    return masked, _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+
+@torch.library.custom_op("fastofa::norm_act_gradient", mutates_args=(), device_types="cuda")
+def gradient_op(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """dx, like x. dweight and dbias: those of this x, or their mean over the ranks."""
+    from fastofa.kernels import triton_norm_act
+
+    with torch.cuda.device_of(x):
+        return triton_norm_act.norm_act_gradient(dy, x, mean, var, weight, bias, dweight, dbias, eps, activation)
+
+
+@gradient_op.register_kernel("cpu")
+def _(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    if _interpreted(x):
+        from fastofa.kernels import triton_norm_act
+
+        return triton_norm_act.norm_act_gradient(dy, x, mean, var, weight, bias, dweight, dbias, eps, activation)
+    gradient, *_ = reference.norm_act_sums(dy, x, None, mean, var, weight, bias, eps, activation)
+    dx = reference.norm_act_gradient(gradient, x, mean, var, weight, dweight, dbias, eps)
+    return _channels_last(x.shape, x).copy_(dx)
+
+
+@gradient_op.register_fake
+def _(dy: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+    return _channels_last(x.shape, x)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mean, var, weight, bias, residual, ctx.eps, ctx.activation = inputs
+    x, mean, var, weight, bias, residual, ctx.eps, ctx.activation, ctx.group = inputs
     y = None if residual is None or ctx.activation is None else output
     ctx.save_for_backward(x, y, mean, var, weight, bias)
     ctx.with_residual = residual is not None
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, mean, var, weight, bias = ctx.saved_tensors
-    dx, stored, dweight, dbias = backward_op(dy, x, y, mean, var, weight, bias, ctx.eps, ctx.activation)
-    dresidual = (dy if y is None else stored) if ctx.with_residual else None
-    return dx, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual, None, None
+    x, y, *norm = ctx.saved_tensors
+    masked, dweight, dbias = sums_op(dy, x, y, *norm, ctx.eps, ctx.activation)
+    means = (dweight, dbias) if ctx.group is None else mean_over_ranks(dweight, dbias, ctx.group)
+    if y is not None:
+        dx = gradient_op(masked, x, *norm, *means, ctx.eps, None)
+    else:
+        dx = gradient_op(dy, x, *norm, *means, ctx.eps, ctx.activation)
+    dresidual = (dy if y is None else masked) if ctx.with_residual else None
+    *_, weight, bias = norm
+    return dx, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual, None, None, None
 
 
 norm_act_op.register_autograd(_backward, setup_context=_save)
@@ -311,10 +446,10 @@ norm_act_op.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("fastofa::norm_act_pool", mutates_args=(), device_types="cuda")
 def norm_act_pool_op(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, group: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B, C, OH, OW], channels last: the result; the value of x from which it was computed; and the position of that
-    value among the nine, uint8, 9 if the result is 0 and no gradient passes."""
+    value among the nine, uint8, 9 if the result is 0 and no gradient passes. `group` concerns the gradient only."""
     from fastofa.kernels import triton_norm_act_pool
 
     with torch.cuda.device_of(x):
@@ -322,12 +457,14 @@ def norm_act_pool_op(
 
 
 @norm_act_pool_op.register_kernel("cpu")
-def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, group: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
     if _interpreted(x):
         from fastofa.kernels import triton_norm_act_pool
 
-        return triton_norm_act_pool.norm_act_pool(x, *arguments)
-    maps = reference.norm_act_pool_places(x, *arguments)
+        return triton_norm_act_pool.norm_act_pool(x, mean, var, weight, bias, eps)
+    maps = reference.norm_act_pool_places(x, mean, var, weight, bias, eps)
     return tuple(_channels_last(t.shape, t).copy_(t) for t in maps)  # type: ignore[return-value]
 
 
@@ -338,42 +475,43 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _channels_last(shape, x), _channels_last(shape, x), _channels_last(shape, x, torch.uint8)
 
 
-@torch.library.custom_op("fastofa::norm_act_pool_backward", mutates_args=(), device_types="cuda")
-def pool_backward_op(
+@torch.library.custom_op("fastofa::norm_act_pool_gradient", mutates_args=(), device_types="cuda")
+def pool_gradient_op(
     dy: Tensor,
-    x: Tensor,
-    greatest: Tensor,
     places: Tensor,
+    x: Tensor,
     mean: Tensor,
     var: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, like x; dweight and dbias, fp32 [C]."""
+) -> Tensor:
+    """dx, like x. dweight and dbias: those of this x, or their mean over the ranks."""
     from fastofa.kernels import triton_norm_act_pool
 
     with torch.cuda.device_of(x):
-        return triton_norm_act_pool.norm_act_pool_backward(dy, x, greatest, places, mean, var, weight, bias, eps)
+        return triton_norm_act_pool.norm_act_pool_gradient(dy, places, x, mean, var, weight, dweight, dbias, eps)
 
 
-@pool_backward_op.register_kernel("cpu")
-def _(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+@pool_gradient_op.register_kernel("cpu")
+def _(dy: Tensor, places: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> Tensor:
     if _interpreted(x):
         from fastofa.kernels import triton_norm_act_pool
 
-        return triton_norm_act_pool.norm_act_pool_backward(dy, x, *arguments)
-    dx, dweight, dbias = reference.norm_act_pool_gradients(dy, x, *arguments)
-    return _channels_last(x.shape, x).copy_(dx), dweight, dbias
+        return triton_norm_act_pool.norm_act_pool_gradient(dy, places, x, mean, *arguments)
+    gradient = reference.max_pool_gradient(dy.to(mean.dtype), places, x)
+    dx = reference.norm_act_gradient(gradient, x, mean, *arguments)
+    return _channels_last(x.shape, x).copy_(dx)
 
 
-@pool_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _channels_last(x.shape, x), _vector(x, x.shape[1]), _vector(x, x.shape[1])
+@pool_gradient_op.register_fake
+def _(dy: Tensor, places: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+    return _channels_last(x.shape, x)
 
 
 def _save_places(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, mean, var, weight, bias, ctx.eps = inputs
+    x, mean, var, weight, bias, ctx.eps, ctx.group = inputs
     _, greatest, places = output
     ctx.mark_non_differentiable(greatest, places)
     ctx.set_materialize_grads(False)
@@ -382,10 +520,12 @@ def _save_places(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _pool_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 6
-    *_, weight, bias = saved = ctx.saved_tensors
-    dx, dweight, dbias = pool_backward_op(dy, *saved, ctx.eps)
-    return dx, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None
+        return (None,) * 7
+    x, greatest, places, mean, var, weight, bias = ctx.saved_tensors
+    _, dweight, dbias = sums_op(dy, greatest, None, mean, var, weight, bias, ctx.eps, "relu")
+    means = (dweight, dbias) if ctx.group is None else mean_over_ranks(dweight, dbias, ctx.group)
+    dx = pool_gradient_op(dy, places, x, mean, var, weight, *means, ctx.eps)
+    return dx, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
 
 
 norm_act_pool_op.register_autograd(_pool_backward, setup_context=_save_places)

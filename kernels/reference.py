@@ -308,7 +308,7 @@ def norm_act(
     return z.to(x.dtype)
 
 
-def norm_act_gradients(
+def norm_act_sums(
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -318,8 +318,8 @@ def norm_act_gradients(
     bias: Tensor,
     eps: float,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight and bias (the last two at least fp32) in closed form, for a batch's statistics.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient before the activation, like x, and the gradients of weight and bias, at least fp32 [C].
 
     `y` is the result, if a residual was added.
     """
@@ -329,19 +329,25 @@ def norm_act_gradients(
     if activation is not None:
         value = away * (weight * inverse)[:, None, None] + bias[:, None, None] if y is None else y
         gradient = gradient * ((value > 0) & (value < 6) if activation == "relu6" else value > 0)
-    dx, dweight, dbias = _norm_gradients(gradient, gradient * away, away, inverse, weight)
-    return dx.to(x.dtype), gradient.to(x.dtype), dweight, dbias
+    return gradient.to(x.dtype), (gradient * away).sum(dim=(0, 2, 3)) * inverse, gradient.sum(dim=(0, 2, 3))
 
 
-def _norm_gradients(
-    gradient: Tensor, products: Tensor, away: Tensor, inverse: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, from the gradient before the activation and its products with x - mean."""
-    dbias, dweight = gradient.sum(dim=(0, 2, 3)), products.sum(dim=(0, 2, 3)) * inverse
-    count = away.numel() // away.shape[1]
-    normalised = away * inverse[:, None, None]
+def norm_act_gradient(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    eps: float,
+) -> Tensor:
+    """The gradient of x, for a batch's statistics, from that before the activation and those of weight and bias (their
+    mean over the parts of the batch, if x is one of several)."""
+    inverse, count = torch.rsqrt(var + eps), x.numel() // x.shape[1]
+    normalised = (x.to(mean.dtype) - mean[:, None, None]) * inverse[:, None, None]
     centred = gradient - (dbias / count)[:, None, None] - normalised * (dweight / count)[:, None, None]
-    return centred * (weight * inverse)[:, None, None], dweight, dbias
+    return (centred * (weight * inverse)[:, None, None]).to(x.dtype)
 
 
 def norm_act_pool(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -363,28 +369,15 @@ def norm_act_pool_places(
     return y.to(x.dtype), greatest, torch.where(y > 0, place, 9).to(torch.uint8)
 
 
-def norm_act_pool_gradients(
-    dy: Tensor,
-    x: Tensor,
-    greatest: Tensor,
-    places: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (the last two at least fp32) in closed form."""
-    batch, channels, height, width = x.shape
+def max_pool_gradient(dy: Tensor, places: Tensor, like: Tensor) -> Tensor:
+    """dy of the pooled map, put where its values came from (see norm_act_pool_places): shape as `like`, dtype as dy."""
+    batch, channels, height, width = like.shape
     place = places.long()
     passes = place < 9
-    rows, columns = (2 * torch.arange(n, device=x.device) - 1 for n in dy.shape[2:])
+    rows, columns = (2 * torch.arange(n, device=dy.device) - 1 for n in dy.shape[2:])
     index = torch.where(passes, (rows[:, None] + place // 3) * width + columns + place % 3, 0)
-    slope = dy.to(mean.dtype) * passes
-    gradient = slope.new_zeros(batch, channels, height * width).scatter_add(2, index.flatten(2), slope.flatten(2))
-    gradient, away = gradient.view(x.shape), x.to(mean.dtype) - mean[:, None, None]
-    dx, dweight, dbias = _norm_gradients(gradient, gradient * away, away, torch.rsqrt(var + eps), weight)
-    return dx.to(x.dtype), dweight, dbias
+    gradient = dy.new_zeros(batch, channels, height * width)
+    return gradient.scatter_add(2, index.flatten(2), (dy * passes).flatten(2)).view(like.shape)
 
 
 # --- Bias and GELU ----------------------------------------------------------------------------------------------------

@@ -321,6 +321,7 @@ def _weight_gradient_kernel(
 
 PROGRAMS = 528  # the minimum before a program takes several images: four per multiprocessor of an H100
 ROWS = 32  # the maximum per strip of one image
+ELEMENTS = 1024  # of a tile: eight channels per lane, which are 128 bits in bf16
 
 
 def register_limit(kernel: Any, stride: int) -> int | None:
@@ -341,10 +342,11 @@ class Tiling:
     """Number of blocks of channels."""
 
 
-def tiling(batch: int, height: int, width: int, channels: int, stride: int) -> Tiling:
-    """Blocks of 1,024 elements that extend past the edges least; strips of up to ROWS rows, or several small images."""
+def tiling(batch: int, height: int, width: int, channels: int, stride: int, elements: int | None = None) -> Tiling:
+    """Blocks of ELEMENTS (or `elements`) that extend past the edges least; strips of up to ROWS rows, or several small
+    images."""
     out_height, out_width = -(-height // stride), -(-width // stride)
-    sizes = [(1024 // c, c) for c in ((128, 64, 32) if channels > 16 else (16, 8))]
+    sizes = [((elements or ELEMENTS) // c, c) for c in ((128, 64, 32) if channels > 16 else (16, 8))]
     block_w, block_c = min(sizes, key=lambda size: -(-out_width // size[0]) * -(-channels // size[1]))
     tiles, blocks, strips = -(-out_width // block_w), -(-channels // block_c), -(-out_height // ROWS)
     rows = -(-out_height // strips)
@@ -415,10 +417,12 @@ def weight_gradient(
     return products.sum(dim=0).t().reshape(weight.shape).to(weight.dtype).contiguous()
 
 
-def _common(x: Tensor, stride: int, scale: Tensor | None, activation: str | None) -> tuple[Tiling, tuple, dict]:
-    """The tiling, and the arguments of all three kernels."""
+def _common(
+    x: Tensor, stride: int, scale: Tensor | None, activation: str | None, elements: int | None = None
+) -> tuple[Tiling, tuple, dict]:
+    """The tiling, and the arguments of all kernels."""
     batch, channels, height, width = x.shape
-    tiles = tiling(batch, height, width, channels, stride)
+    tiles = tiling(batch, height, width, channels, stride, elements)
     constants = {
         "C": channels, "STRIDE": stride, "FOLDED": scale is not None, "ACTIVATION": activation,
         "BLOCK_W": tiles.block_w, "BLOCK_C": tiles.block_c,

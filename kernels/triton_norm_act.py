@@ -111,15 +111,30 @@ def _statistics_kernel(
 
 
 @triton.jit
+def _move_towards(running, channels, value, momentum, C: tl.constexpr):
+    """running += momentum * (value - running), [C]."""
+    kept = channels < C
+    old = _per_channel(running, channels, C)
+    tl.store(running + channels, (old + momentum * (value - old)).to(running.dtype.element_ty), mask=kept)
+
+
+@triton.jit
 def _mean_and_variance_kernel(
-    x, sums, means, variances, rows, parts, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    x, sums, running_means, running_variances, means, variances, rows, parts, momentum, unbiased,
+    C: tl.constexpr, UPDATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """Mean and biased variance [C]. With UPDATE, the running statistics move towards the mean and the variance times
+    `unbiased`."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total, squares = _add_up(sums, channels, parts, C, BLOCK_P, BLOCK_C)
     away = total / rows
     variance = tl.maximum(squares / rows - away * away, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(means + channels, _per_channel(x, channels, C) + away, mask=channels < C)
+    mean = _per_channel(x, channels, C) + away
+    tl.store(means + channels, mean, mask=channels < C)
     tl.store(variances + channels, variance, mask=channels < C)
+    if UPDATE:
+        _move_towards(running_means, channels, mean, momentum, C)
+        _move_towards(running_variances, channels, variance * unbiased, momentum, C)
 
 
 # --- Forward ----------------------------------------------------------------------------------------------------------
@@ -144,7 +159,8 @@ def _apply_kernel(
 
 # --- Backward ---------------------------------------------------------------------------------------------------------
 
-# With g the gradient before the activation,  dx = a g + b (x - mean) + c;  a, b, c come from two sums of a channel.
+# With g the gradient before the activation and the batch's means of g and of g (x - mean) / std, which are dbias and
+# dweight divided by the number of values,  dx = scale g + b (x - mean) + c.
 
 
 @triton.jit
@@ -177,43 +193,41 @@ def _sums_kernel(
 
 
 @triton.jit
-def _coefficients_kernel(
-    sums, means, variances, weight, coefficients, dweight, dbias, count, parts, eps,
-    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+def _add_up_gradients_kernel(
+    sums, variances, dweight, dbias, parts, eps, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """a, b, c fp32 [3, C] for `count` values per channel, and the gradients of weight and bias [C]."""
+    """The gradients of weight and bias [C]."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total, products = _add_up(sums, channels, parts, C, BLOCK_P, BLOCK_C)
     inverse = tl.rsqrt(_per_channel(variances, channels, C) + eps)
-    a = _per_channel(weight, channels, C) * inverse
-    b = -a * inverse * inverse * (products / count)
-    c = -a * (total / count)
-    kept = channels < C
-    tl.store(coefficients + channels, a, mask=kept)
-    tl.store(coefficients + C + channels, b, mask=kept)
-    tl.store(coefficients + 2 * C + channels, c, mask=kept)
-    tl.store(dweight + channels, products * inverse, mask=kept)
-    tl.store(dbias + channels, total, mask=kept)
+    tl.store(dweight + channels, products * inverse, mask=channels < C)
+    tl.store(dbias + channels, total, mask=channels < C)
+
+
+@triton.jit
+def _coefficients(scale, variances, dweight, dbias, channels, count, eps, C: tl.constexpr):
+    """b and c, from the gradients of weight and bias for `count` values per channel."""
+    inverse = tl.rsqrt(_per_channel(variances, channels, C) + eps)
+    b = -scale * inverse * (_per_channel(dweight, channels, C) / count)
+    return b, -scale * (_per_channel(dbias, channels, C) / count)
 
 
 @triton.jit
 def _gradient_kernel(
-    dy, x, means, variances, weight, bias, coefficients, dx, rows, parts, eps,
+    dy, x, means, variances, weight, bias, dweight, dbias, dx, rows, parts, eps,
     C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = a g + b (x - mean) + c, with g = dy where the activation passes it on."""
+    """dx = scale g + b (x - mean) + c, with g = dy where the activation passes it on."""
     channels, part = _place(C, BLOCK_C)
     mean, scale, shift = _affine(means, variances, weight, bias, channels, eps, C)
-    a = _per_channel(coefficients, channels, C)
-    b = _per_channel(coefficients + C, channels, C)
-    c = _per_channel(coefficients + 2 * C, channels, C)
+    b, c = _coefficients(scale, variances, dweight, dbias, channels, rows, eps, C)
     for start in range(part * BLOCK_M, rows, parts * BLOCK_M):
         at, inside = _tile(start, channels, rows, C, BLOCK_M)
         away = _read(x, at, inside) - mean
         gradient = _read(dy, at, inside)
         if ACTIVATION is not None:
             gradient = tl.where(_passes(away * scale + shift, ACTIVATION), gradient, 0.0)
-        tl.store(dx + at, (a * gradient + b * away + c).to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + at, (scale * gradient + b * away + c).to(dx.dtype.element_ty), mask=inside)
 
 
 # --- Launch -----------------------------------------------------------------------------------------------------------
@@ -258,16 +272,23 @@ def _common(x: Tensor, tile: tuple[int, int]) -> tuple[tuple[int], tuple[int, in
     return (t.parts * t.blocks,), (rows, t.parts), {"C": channels, "BLOCK_M": t.block_m, "BLOCK_C": t.block_c}
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, fp32 [C]."""
+def _summed(channels: int) -> tuple[tuple[int], dict]:
+    """The grid and the constants of a kernel that adds up partial sums."""
+    return (-(-channels // SUMMED_CHANNELS),), {"C": channels, "BLOCK_P": BLOCK_P, "BLOCK_C": SUMMED_CHANNELS}
+
+
+def statistics(x: Tensor, running: tuple[Tensor, Tensor] | None = None, momentum: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, fp32 [C]; updates the running mean and variance, if given."""
     x = x.contiguous(memory_format=torch.channels_last)
     grid, (rows, parts), constants = _common(x, STATISTICS)
     channels = x.shape[1]
     sums, mean, var = _empty(x, parts, 2, channels), _empty(x, channels), _empty(x, channels)
     _statistics_kernel[grid](x, sums, rows, parts, **constants)
-    _mean_and_variance_kernel[(-(-channels // SUMMED_CHANNELS),)](
-        x, sums, mean, var, rows, parts, C=channels, BLOCK_P=BLOCK_P, BLOCK_C=SUMMED_CHANNELS
-    )
+    grid, constants = _summed(channels)
+    _mean_and_variance_kernel[grid](
+        x, sums, *(running or (mean, var)), mean, var, rows, parts, momentum, rows / max(rows - 1, 1),
+        UPDATE=running is not None, **constants,
+    )  # fmt: skip
     return mean, var
 
 
@@ -293,7 +314,7 @@ def norm_act(
     return y
 
 
-def coefficients(
+def norm_act_sums(
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -303,61 +324,40 @@ def coefficients(
     bias: Tensor,
     eps: float,
     activation: str | None,
-    count: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first backward pass: g (dy itself if x alone gives the mask); coefficients [3, C]; dweight and dbias [C].
-
-    `y` is the result, after a residual.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements the operator of that name in norm_act.py: the first backward pass."""
+    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
     channels = x.shape[1]
     grid, (rows, parts), constants = _common(x, SUMS)
-    masked = torch.empty_like(x) if y is not None and activation is not None else dy
+    masked = x.new_empty(0) if y is None else torch.empty_like(x)
     sums = _empty(x, parts, 2, channels)
     _sums_kernel[grid](
-        dy, x, x if y is None else y, mean, var, weight, bias, masked, sums, rows, parts, eps,
+        dy, x, x if y is None else y, mean, var, weight, bias, dy if y is None else masked, sums, rows, parts, eps,
         WITH_RESIDUAL=y is not None, ACTIVATION=activation, **constants,
     )  # fmt: skip
-    abc, dweight, dbias = _empty(x, 3, channels), _empty(x, channels), _empty(x, channels)
-    _coefficients_kernel[(-(-channels // SUMMED_CHANNELS),)](
-        sums, mean, var, weight, abc, dweight, dbias, count, parts, eps,
-        C=channels, BLOCK_P=BLOCK_P, BLOCK_C=SUMMED_CHANNELS,
-    )  # fmt: skip
-    return masked, abc, dweight, dbias
+    dweight, dbias = _empty(x, channels), _empty(x, channels)
+    grid, constants = _summed(channels)
+    _add_up_gradients_kernel[grid](sums, var, dweight, dbias, parts, eps, **constants)
+    return masked, dweight, dbias
 
 
-def norm_act_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Implements the operator of that name in norm_act.py."""
-    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
-    norm = (mean, var, weight, bias)
-    masked, abc, dweight, dbias = coefficients(dy, x, y, *norm, eps, activation, x.numel() // x.shape[1])
-    is_masked = y is not None  # g is already masked by the activation
-    dx = gradient_of_x(masked, x, *norm, abc, eps, None if is_masked else activation)
-    return dx, masked if is_masked and activation is not None else x.new_empty(0), dweight, dbias
-
-
-def gradient_of_x(
+def norm_act_gradient(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
     weight: Tensor,
     bias: Tensor,
-    abc: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
     eps: float,
     activation: str | None,
 ) -> Tensor:
-    """The second backward pass: dx, from the coefficients [3, C] of the first."""
+    """Implements the operator of that name in norm_act.py: the second backward pass."""
+    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
     dx = torch.empty_like(x)
     grid, sizes, constants = _common(x, GRADIENT)
-    _gradient_kernel[grid](dy, x, mean, var, weight, bias, abc, dx, *sizes, eps, ACTIVATION=activation, **constants)
+    _gradient_kernel[grid](
+        dy, x, mean, var, weight, bias, dweight, dbias, dx, *sizes, eps, ACTIVATION=activation, **constants
+    )
     return dx

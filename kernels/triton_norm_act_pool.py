@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastofa.kernels.triton_depthwise import _place
-from fastofa.kernels.triton_norm_act import _affine, _per_channel, coefficients
+from fastofa.kernels.triton_norm_act import _affine, _coefficients
 
 NOWHERE = tl.constexpr(9)  # the position if the result is 0
 
@@ -92,25 +92,23 @@ def _if_at(slope, place, here: tl.constexpr):
 
 
 @triton.jit
-def _write(dx, x, image, row, column, channels, height, width, gradient, mean, a, b, c, C: tl.constexpr):
+def _write(dx, x, image, row, column, channels, height, width, gradient, mean, scale, b, c, C: tl.constexpr):
     inside = (row < height) & (column < width) & (channels < C)
     at = image + row * width * C + (column * C + channels)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + at, (a * gradient + b * (value - mean) + c).to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + at, (scale * gradient + b * (value - mean) + c).to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gradient_kernel(
-    dy, places, x, means, coefficients, dx, batch, images, height, width, rows,
+    dy, places, x, means, variances, weight, dweight, dbias, dx, batch, images, height, width, rows, eps,
     C: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx [B, H, W, C] = a g + b (x - mean) + c: four neighbours of it, p q above r s, from four of dy."""
+    """dx [B, H, W, C] = scale g + b (x - mean) + c: four neighbours of it, p q above r s, from four of dy."""
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
     columns, channels, first, last, image, _ = _place(images, out_height, out_width, rows, C, BLOCK_W, BLOCK_C)
-    mean = _per_channel(means, channels, C)
-    a = _per_channel(coefficients, channels, C)
-    b = _per_channel(coefficients + C, channels, C)
-    c = _per_channel(coefficients + 2 * C, channels, C)
+    mean, scale, _ = _affine(means, variances, weight, weight, channels, eps, C)
+    b, c = _coefficients(scale, variances, dweight, dbias, channels, batch * height * width, eps, C)
 
     for number in range(image, tl.minimum(image + images, batch)):
         source = tl.cast(number, tl.int64) * out_height * out_width * C
@@ -125,10 +123,10 @@ def _gradient_kernel(
             q = _if_at(d0, at0, 5) + _if_at(d1, at1, 3)
             r = _if_at(d0, at0, 7) + _if_at(d2, at2, 1)
             s = _if_at(d0, at0, 8) + _if_at(d1, at1, 6) + _if_at(d2, at2, 2) + _if_at(d3, at3, 0)
-            _write(dx, x, target, top, left, channels, height, width, p, mean, a, b, c, C)
-            _write(dx, x, target, top, left + 1, channels, height, width, q, mean, a, b, c, C)
-            _write(dx, x, target, top + 1, left, channels, height, width, r, mean, a, b, c, C)
-            _write(dx, x, target, top + 1, left + 1, channels, height, width, s, mean, a, b, c, C)
+            _write(dx, x, target, top, left, channels, height, width, p, mean, scale, b, c, C)
+            _write(dx, x, target, top, left + 1, channels, height, width, q, mean, scale, b, c, C)
+            _write(dx, x, target, top + 1, left, channels, height, width, r, mean, scale, b, c, C)
+            _write(dx, x, target, top + 1, left + 1, channels, height, width, s, mean, scale, b, c, C)
             d0, at0, d1, at1 = d2, at2, d3, at3
 
 
@@ -160,22 +158,20 @@ def norm_act_pool(
     return y, greatest, places
 
 
-def norm_act_pool_backward(
+def norm_act_pool_gradient(
     dy: Tensor,
-    x: Tensor,
-    greatest: Tensor,
     places: Tensor,
+    x: Tensor,
     mean: Tensor,
     var: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """Implements the operator of that name in norm_act.py."""
-    dy, x, greatest, places = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x, greatest, places))
-    count = x.numel() // x.shape[1]
-    _, abc, dweight, dbias = coefficients(dy, greatest, None, mean, var, weight, bias, eps, "relu", count)
+    dy, places, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, places, x))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     grid, sizes, constants = _common(x)
-    _gradient_kernel[grid](dy, places, x, mean, abc, dx, *sizes, **constants)
-    return dx, dweight, dbias
+    _gradient_kernel[grid](dy, places, x, mean, var, weight, dweight, dbias, dx, *sizes, eps, **constants)
+    return dx

@@ -371,16 +371,6 @@ def test_a_student_that_cannot_be_switched_stays_as_it_was(choice, monkeypatch, 
         use_kernels(model, ("norms",), GPU, choice(), 2, bf16=True)
 
 
-@pytest.mark.parametrize("synchronised", [False, True])
-def test_batch_norms_that_are_synchronised_stay(choice, synchronised):
-    model = student()
-    if synchronised:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    use_kernels(model, ("exits", "stem", "norms"), GPU, choice(), 2, bf16=True)
-    found = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    assert found == sum(isinstance(module, nn.BatchNorm2d) for module in student().modules()) * synchronised
-
-
 def test_named_kernels_need_a_gpu(choice, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BadInput, match=r"kernels: expected a GPU for exits norms, .* omit these kernels"):

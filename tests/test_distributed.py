@@ -211,6 +211,22 @@ def test_the_number_of_ranks_and_parts_does_not_change_the_training(config, alon
 
 
 @pytest.mark.slow
+def test_two_ranks_that_share_batch_statistics_train_a_cnn_as_one(config):
+    """Also the checkpoints' running statistics, of the student and of its moving average."""
+    overrides: dict[str, Any] = {"student": "test_resnet", "ema": 0.9, "epochs": 2, "sync_bn": True}
+    with float64():
+        train(config("cnn-alone", **overrides))
+    alone = config("cnn-alone").out
+    pair = train_on(2, config("cnn-shared", **overrides))
+    assert_near(pair, alone)
+    expected, got = (load_tensors(newest(run))[0] for run in (alone, pair))
+    statistics = [name for name in expected if name.endswith(("_mean", "_var"))]
+    assert len(statistics) > 20
+    for name in statistics:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_bf16_gradient_compression_changes_little(config, alone):
     """After the first step the losses differ from those without compression, by less than 1%."""
     run = train_on(2, config("bf16", grad_compression="bf16", epochs=2))

@@ -112,12 +112,11 @@ def test_copies_are_fused_and_checkpoints_can_be_exchanged():
     assert [type(m) for m in again.modules()] == [type(m) for m in switched.modules()]
 
 
-@pytest.mark.parametrize("kind", ["without weights", "cumulative", "synchronised", "dropped after"])
+@pytest.mark.parametrize("kind", ["without weights", "cumulative", "dropped after"])
 def test_other_batch_norms_are_not_replaced(kind):
     norm = {
         "without weights": lambda: nn.BatchNorm2d(4, affine=False),
         "cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
-        "synchronised": lambda: nn.SyncBatchNorm(4),
         "dropped after": lambda: BatchNormAct2d(4, drop_layer=nn.Dropout),
     }[kind]()
     model = nn.Sequential(norm, nn.ReLU())

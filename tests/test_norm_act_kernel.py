@@ -212,17 +212,22 @@ def test_are_operators_of_pytorch():
     ops = torch.ops.fastofa
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
     torch.library.opcheck(ops.channel_statistics, (x,))
-    torch.library.opcheck(ops.norm_act, (x, mean, var, weight, bias, case["residual"].requires_grad_(), 1e-5, "relu"))
-    torch.library.opcheck(ops.norm_act, (x, mean, var, weight, bias, None, 1e-5, None))
-    torch.library.opcheck(ops.norm_act_pool, (x, mean, var, weight, bias, 1e-5))
+    running = case["running_mean"], case["running_var"]
+    torch.library.opcheck(ops.update_statistics, (x.detach(), *running, 0.1))
+    residual = case["residual"].requires_grad_()
+    torch.library.opcheck(ops.norm_act, (x, mean, var, weight, bias, residual, 1e-5, "relu", None))
+    torch.library.opcheck(ops.norm_act, (x, mean, var, weight, bias, None, 1e-5, None, None))
+    torch.library.opcheck(ops.norm_act_pool, (x, mean, var, weight, bias, 1e-5, None))
     quick = {"test_utils": ("test_schema", "test_faketensor")}  # the others are in the forward operators'
     x, weight, bias = (t.detach() for t in (x, weight, bias))
     y = case["residual"].detach()
-    torch.library.opcheck(ops.norm_act_backward, (y, x, y, mean, var, weight, bias, 1e-5, "relu6"), **quick)
-    torch.library.opcheck(ops.norm_act_backward, (y, x, None, mean, var, weight, bias, 1e-5, "relu"), **quick)
-    pooled, greatest, places = ops.norm_act_pool(x, mean, var, weight, bias, 1e-5)
-    given = (pooled, x, greatest, places, mean, var, weight, bias, 1e-5)
-    torch.library.opcheck(ops.norm_act_pool_backward, given, **quick)
+    norm = (mean, var, weight, bias)
+    torch.library.opcheck(ops.norm_act_sums, (y, x, y, *norm, 1e-5, "relu6"), **quick)
+    torch.library.opcheck(ops.norm_act_sums, (y, x, None, *norm, 1e-5, "relu"), **quick)
+    torch.library.opcheck(ops.norm_act_gradient, (y, x, *norm, weight, bias, 1e-5, "relu"), **quick)
+    pooled, _, places = ops.norm_act_pool(x, *norm, 1e-5, None)
+    given = (pooled, places, x, mean, var, weight, weight, bias, 1e-5)
+    torch.library.opcheck(ops.norm_act_pool_gradient, given, **quick)
 
 
 @pytest.mark.kernel
@@ -272,8 +277,8 @@ def test_gradcheck(op):
     def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
         mean, var = reference.channel_statistics(x.detach())
         if op == "norm_act_pool":
-            return torch.ops.fastofa.norm_act_pool(x, mean, var, weight, bias, 1e-5)[0]
-        return torch.ops.fastofa.norm_act(x, mean, var, weight, bias, residual, 1e-5, "relu6")
+            return torch.ops.fastofa.norm_act_pool(x, mean, var, weight, bias, 1e-5, None)[0]
+        return torch.ops.fastofa.norm_act(x, mean, var, weight, bias, residual, 1e-5, "relu6", None)
 
     with torch.no_grad():
         weight[weight == 0] = 0.7  # where nothing is equal

@@ -694,7 +694,6 @@ def test_contradictory_input_is_refused_before_anything_is_written(on_photos, gi
     ("given", "message"),
     [
         ({"device": "cuda:99"}, "device 'cuda:99': .*auto, cpu"),
-        ({"sync_bn": True, "device": "cpu"}, "sync-bn: .*GPU"),
         ({"optimizer": "apex_sgd", "device": "cpu"}, "optimizer apex_.*: .*GPU"),
         ({"cache": None}, "ofa: .*--cache.*--method scratch"),
         ({"cache": None, "method": "kd"}, "kd: .*--cache"),

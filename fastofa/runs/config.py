@@ -195,7 +195,7 @@ class TrainConfig:
     accumulate: int = 1
     """Number of parts in which a rank computes its share of a step, one after the other, to save memory."""
     sync_bn: bool = False
-    """Compute batch statistics over the images of all ranks (GPUs only)."""
+    """Compute batch statistics over the images of all ranks instead of each rank's own."""
     grad_compression: Literal["none", "bf16"] = "none"
     """Precision in which ranks exchange gradients: their own, or bf16, which halves the traffic."""
     timeout_s: int = 600

@@ -6,18 +6,21 @@ of modules change. Parameters, buffers and their names stay the same, and so do 
 Shapes: B batch, C channels.
 """
 
-from typing import NamedTuple, cast
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import torch
-from timm.layers import BatchNormAct2d
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from timm.layers import BatchNormAct2d, ConvNormAct
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, UniversalInvertedResidual
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
-from fastofa.kernels import channel_statistics, depthwise_conv3x3
+from fastofa.kernels import depthwise_conv3x3
 from fastofa.kernels.choice import can_run_triton
 from fastofa.kernels.comparison import Comparison
 from fastofa.kernels.depthwise import Passes, comparisons
-from fastofa.kernels.norm_act import update_running
+from fastofa.kernels.norm_act import batch_statistics
 from fastofa.student.exits import ConvExit
 
 ACTIVATIONS = {nn.Identity: None, nn.ReLU: "relu", nn.ReLU6: "relu6"}
@@ -65,28 +68,23 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
     """
 
     activation: str | None
+    group: str | None = None
 
     def forward(self, input: Tensor) -> Folded:  # type: ignore[override]
         mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         if self.training:
-            mean, var = self._batch_statistics(input)
+            impl = "triton" if can_run_triton(input) else "torch"
+            mean, var = batch_statistics(input, mean, var, cast(float, self.momentum), self.group, impl)
+            cast(Tensor, self.num_batches_tracked).add_(1)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return Folded(input, scale, self.bias - mean * scale, self.activation)
 
-    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of the batch, fp32 [C]; updates the running statistics."""
-        mean, var = channel_statistics(x, "triton" if can_run_triton(x) else "torch")
-        running = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
-        update_running(*running, mean.detach(), var.detach(), cast(float, self.momentum), x)
-        cast(Tensor, self.num_batches_tracked).add_(1)
-        return mean, var
-
 
 def use_depthwise_kernel(module: nn.Module) -> int:
-    """Switch the depthwise 3x3 convolutions of exits and MobileNet blocks in `module` to the kernel.
+    """Switch the depthwise 3x3 convolutions of exits, MobileNets and EfficientNets in `module` to the kernel.
 
-    The results stay the same up to rounding. Compile, copy or wrap the module only afterwards, but convert batch norms
-    to synchronised ones beforehand, because those are not folded.
+    The batch norms before them are folded in, with their activation if it is ReLU or ReLU6. The results stay the same
+    up to rounding. Compile, copy or wrap the module only afterwards.
 
     Returns:
         The number of convolutions that were switched.
@@ -97,11 +95,41 @@ def use_depthwise_kernel(module: nn.Module) -> int:
             layers = [layer for layer in block.blocks.modules() if not any(layer.children())]  # in forward order
             for number, layer in enumerate(layers):
                 switched += _switch(layer, *layers[max(number - 2, 0) : number])
+        elif isinstance(block, EfficientNet | MobileNetV3):
+            switched += _switch_next(block.bn1, block.blocks[0][0])  # type: ignore[index]
         elif isinstance(block, InvertedResidual):
-            switched += _switch(block.conv_dw, block.bn1, getattr(block.bn1, "act", None))
+            switched += _switch_after(block.bn1, block.conv_dw)
+        elif isinstance(block, UniversalInvertedResidual):
+            switched += _switch_layers(block.dw_start, block.pw_exp, block.dw_mid)
+            switched += _switch_layers(block.pw_proj, block.dw_end)
         elif isinstance(block, DepthwiseSeparableConv):
             switched += _switch(block.conv_dw)
+        elif type(block) is nn.Sequential:  # its result may be the features of a stage; what its blocks pass on is not
+            for before, after in pairwise(block.children()):
+                if isinstance(before, DepthwiseSeparableConv) and not before.has_skip:
+                    switched += _switch_next(before.bn2, after)
     return switched
+
+
+def _switch_next(norm: nn.Module, block: nn.Module) -> bool:
+    """Switch the convolution with which a block begins, if the block alone uses the norm's result, and only once."""
+    if not isinstance(block, DepthwiseSeparableConv) or block.has_skip or block.conv_s2d is not None:
+        return False
+    return _switch_after(norm, block.conv_dw)
+
+
+def _switch_layers(*layers: nn.Module) -> int:
+    """Switch the convolutions of layers in a row, each a convolution and a batch norm; others are not there."""
+    found: list[Any] = [layer for layer in layers if isinstance(layer, ConvNormAct)]
+    switched = _switch(found[0].conv) if found else 0
+    for before, after in pairwise(found):
+        switched += _switch_after(before.bn, after.conv) if before.aa is None else _switch(after.conv)
+    return switched
+
+
+def _switch_after(norm: nn.Module, conv: nn.Module) -> bool:
+    """Switch a convolution after one of timm's norms, which contain the activation."""
+    return _switch(conv, norm, getattr(norm, "act", None))
 
 
 def _switch(conv: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None) -> bool:
@@ -131,6 +159,11 @@ def is_plain_norm(norm: nn.Module) -> bool:
     return (
         isinstance(norm, nn.BatchNorm2d)
         and type(norm) in (nn.BatchNorm2d, BatchNormAct2d)
-        and (norm.affine, norm.track_running_stats, norm.momentum is None) == (True, True, False)
+        and has_weights_and_statistics(norm)
         and isinstance(getattr(norm, "drop", None), nn.Identity | None)
     )
+
+
+def has_weights_and_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether a batch norm has weights and running statistics that each batch moves by a fixed share."""
+    return norm.affine and norm.track_running_stats and norm.momentum is not None

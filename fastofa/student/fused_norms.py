@@ -33,6 +33,7 @@ class NormAct2d(nn.BatchNorm2d):
 
     activation: str | None
     impl: str = "triton"
+    group: str | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self.training:  # PyTorch's implementation needs few passes, even without a compiler
@@ -82,11 +83,17 @@ class FusedInvertedResidual(InvertedResidual):
         return self.bn3(self.conv_pwl(x), shortcut)
 
 
-def norm_arguments(norm: Any, x: Tensor) -> dict[str, Any]:
-    """The kernel's arguments for a batch in training; increments the norm's batch counter."""
+def norm_arguments(norm: Any, x: Tensor, impl: str | None = None) -> dict[str, Any]:
+    """The arguments of `norm_act` for a batch in training; increments the norm's batch counter.
+
+    Args:
+        norm: a batch norm with a `group`.
+        impl: the implementation if Triton can run; None for the norm's own.
+    """
     cast(Tensor, norm.num_batches_tracked).add_(1)
-    names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
-    return {name: getattr(norm, name) for name in names} | {"impl": norm.impl if can_run_triton(x) else "torch"}
+    names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "group")
+    impl = (impl or norm.impl) if can_run_triton(x) else "torch"
+    return {name: getattr(norm, name) for name in names} | {"impl": impl}
 
 
 def norm_comparison(
@@ -115,8 +122,8 @@ def norm_comparison(
 def use_norm_kernels(module: nn.Module) -> int:
     """Switch the batch norms in `module`, with the operations that follow them, to the kernel.
 
-    The results stay the same up to rounding. Compile, copy or wrap the module only afterwards. Convert batch norms to
-    synchronised ones or fold them into depthwise convolutions beforehand: those are not switched.
+    The results stay the same up to rounding. Compile, copy or wrap the module only afterwards. Fold batch norms into
+    depthwise convolutions beforehand: those are not switched.
 
     Returns:
         The number of batch norms that were switched.

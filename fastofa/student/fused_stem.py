@@ -36,6 +36,7 @@ class NormActPool2d(nn.BatchNorm2d):
     """A batch norm, ReLU, and 3x3 max-pooling with stride 2."""
 
     impl: str = "triton"
+    group: str | None = None
 
     def forward(self, input: Tensor | tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """`input` may come with its mean and biased variance."""

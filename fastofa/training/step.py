@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -22,8 +23,8 @@ from fastofa.runs.config import TrainConfig
 from fastofa.student.choose_kernels import check_kernels, use_kernels
 from fastofa.student.kernel_choice import KernelChoice
 from fastofa.student.model import Student
+from fastofa.student.shared_norms import share_statistics
 from fastofa.system.device import choose_bf16, choose_compile
-from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 from fastofa.system.tuning import allow_image_sizes
 from fastofa.teacher.device_targets import DeviceTargets
@@ -38,12 +39,6 @@ MAX_IMAGE_SIZES = 64  # maximum number for which one run compiles
 def check_device(config: TrainConfig, device: torch.device) -> None:
     """Raises BadInput for options that the device does not support."""
     check_kernels(config.kernels, device)
-    if config.sync_bn and device.type != "cuda":
-        raise BadInput("sync-bn: expected GPUs, but the student is on the CPU; leave it out")
-    if config.sync_bn and choose_compile(config.compile, device):
-        raise BadInput(
-            "sync-bn: expected --compile off, since PyTorch cannot compile synchronised batch norm as one graph"
-        )
     check_optimizer(config.optimizer, device)
 
 
@@ -99,14 +94,14 @@ class Step:
         self.compiled = choose_compile(config.compile, device)
         if self.compiled:
             allow_image_sizes(MAX_IMAGE_SIZES)
-        if config.sync_bn and self.world.size > 1:
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         program = Program(student, objective, config, device)
         self.kernels = KernelChoice(device, self.compiled, kernels or {}, self.world.is_main, self.world.broadcast)
         images = config.batch_size // self.world.size // config.accumulate
         logits = use_kernels(student, config.kernels, device, self.kernels, images, program.bf16)
         if logits is not None:
             self.kernels.choose((program.objective, *each) for each in program.objective.comparisons(logits).items())
+        if config.sync_bn and self.world.size > 1:
+            share_statistics(student, dist.group.WORLD.group_name)  # type: ignore[union-attr]
         self.student = student
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)
