@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
+from fastofa.kernels import triton_augment
 from fastofa.kernels.augment_batch import NAMES, Erasing, Mixing, apply_operations, mix_and_erase
-from fastofa.pipelines.augment import augment, with_partners
+from fastofa.pipelines.augment import augment, checked, with_partners
 from fastofa.views.draw import draw_views
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.rand_augment import amounts, limits
@@ -244,3 +245,17 @@ def test_wrong_arguments_are_refused():
             mix_and_erase(images, 2, mixing, None)
     with pytest.raises(ValueError, match=r"keys: expected torch.int32 \(2,\), got torch.int64"):
         mix_and_erase(images, 2, None, Erasing(boxes, good, MEAN, STD))
+
+
+@pytest.mark.kernel
+def test_the_check_before_the_first_batch(monkeypatch, capsys):
+    """The kernels pass it; a kernel that is wrong or fails is not used, and a notice says why."""
+    assert checked(DEVICE) == "triton"
+    assert capsys.readouterr().err == ""
+    right = triton_augment.apply_operations
+    monkeypatch.setattr(triton_augment, "apply_operations", lambda *given: right(*given) ^ 1)
+    assert checked(DEVICE) == "torch"
+    assert "results differ" in capsys.readouterr().err
+    monkeypatch.setattr(triton_augment, "apply_operations", lambda *given: 1 / 0)
+    assert checked(DEVICE) == "torch"
+    assert "ZeroDivisionError" in capsys.readouterr().err
