@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.lib import command_line
 from bench.lib.record import write_record
 from bench.lib.timing import interleaved_ms, median_ratio, wait
+from bench.lib.turns import wait_for_turn
 from fastofa.data.dataset import from_array
 from fastofa.pipelines import open_pipeline
 from fastofa.pipelines.augment import augment
@@ -33,7 +34,7 @@ from fastofa.views.rand_augment import OPS
 from fastofa.views.table import Views
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BATCH, SIZE, ROUNDS = 1024 if DEVICE.type == "cuda" else 256, 224, 9
+SIZE = 224
 TEXT = "rand-m9-mstd0.5-inc1"
 WHOLE = ("posterize", "solarize", "solarize_add")
 
@@ -84,23 +85,27 @@ def launches(call: Callable[[], object]) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
 
 
-def main() -> None:
-    args = command_line.parser(__doc__).parse_args()
-    photos = np.stack([p[:427, :427] for p in load_sample_images().images])[np.arange(BATCH) % 2]
-    names = [f"{i:03d}" for i in range(BATCH)]
-    dataset = from_array("photographs", "train", ("photo",), names, np.zeros(BATCH, dtype=np.int64), photos)
+def main(argv: list[str] | None = None) -> None:
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--batch-size", type=int, default=1024 if DEVICE.type == "cuda" else 256)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args(argv)
+    count = args.batch_size
+    photos = np.stack([p[:427, :427] for p in load_sample_images().images])[np.arange(count) % 2]
+    names = [f"{i:03d}" for i in range(count)]
+    dataset = from_array("photographs", "train", ("photo",), names, np.zeros(count, dtype=np.int64), photos)
     policies = {
         "randaugment": ViewPolicy(auto_augment=TEXT),
         "all": ViewPolicy(auto_augment=TEXT, mixup=0.8, cutmix=1.0, erase=0.25),
     }
     tables = {name: draw_views(policy, dataset.sizes, 0, 0) for name, policy in policies.items()}
     crops = Views(tables["all"].crop, tables["all"].flip)
-    rows = np.arange(BATCH)
-    (batch,) = open_pipeline("resident", dataset, SIZE, BATCH).epoch(crops, rows)
+    rows = np.arange(count)
+    (batch,) = open_pipeline("resident", dataset, SIZE, count).epoch(crops, rows)
     images = [Image.fromarray(image.numpy()) for image in batch.images.permute(0, 2, 3, 1).contiguous()]
 
     candidates = {
-        f"{name}{suffix}": partial(augment, batch.images.to(DEVICE, copy=True), table, rows, BATCH, impl)
+        f"{name}{suffix}": partial(augment, batch.images.to(DEVICE, copy=True), table, rows, count, impl)
         for name, table in tables.items()
         for suffix, impl in (("", "torch"), ("_triton", "triton"))
         if impl == "torch" or DEVICE.type == "cuda"
@@ -112,13 +117,14 @@ def main() -> None:
         "timm_randaugment": lambda: by_timm(images, tables["randaugment"]),
         **candidates,
     }
-    times = interleaved_ms(steps, DEVICE, ROUNDS, calls=1, warmup=1)
+    wait_for_turn()
+    times = interleaved_ms(steps, DEVICE, args.rounds, calls=1, warmup=1)
     result: dict[str, Any] = {
         "policy": TEXT,
-        "batch": BATCH,
+        "batch": count,
         "size": SIZE,
-        "rounds": ROUNDS,
-        "images_per_second": {name: BATCH / statistics.median(t) * 1e3 for name, t in times.items()},
+        "rounds": args.rounds,
+        "images_per_second": {name: count / statistics.median(t) * 1e3 for name, t in times.items()},
         "randaugment_over_timm": median_ratio(times, "randaugment", "timm_randaugment"),
         "pixels_that_differ": (difference > 0).float().mean().item(),
         "largest_difference": difference.max().item(),

@@ -27,6 +27,7 @@ from bench.lib import command_line
 from bench.lib.photographs import in_memory
 from bench.lib.record import markdown_table, write_record
 from bench.lib.timing import interleaved_ms, median_ratio
+from bench.lib.turns import wait_for_turn
 from fastofa.data.dataset import Dataset
 from fastofa.system.interrupt import Interrupt
 from fastofa.teacher.model import Teacher, open_teacher
@@ -100,7 +101,10 @@ def times_of(args: argparse.Namespace, device: torch.device, folder: Path) -> di
 
     steps = {COMPILED: bare(True), EAGER: bare(False)}
     steps |= {row(compile_): product(compile_) for compile_ in ("on", "off")}
-    return interleaved_ms(steps, device, args.rounds, calls=1, warmup=1)
+    for step in steps.values():
+        step()  # compiles
+    wait_for_turn()
+    return interleaved_ms(steps, device, args.rounds, calls=1, warmup=0)
 
 
 def row(compile_: str) -> str:

@@ -74,7 +74,7 @@ def run_product(folder: Path, args: Any, count: int, epochs: int) -> dict[str, A
     seconds = [later - earlier for earlier, later in itertools.pairwise(clock)]
     return {
         **dict(zip(("write_s", "precompute_s", "train_s"), seconds, strict=True)),
-        "epochs": [row for row in read_metrics(run) if row["kind"] == "epoch"],
+        "logged": [row for row in read_metrics(run) if row["kind"] == "epoch"],
     }
 
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     options = StepOptions(precision="auto", compile="auto", kernels=("auto",))
     times = interleaved_ms({"bare step": our_step(job, options)}, device, args.rounds, args.calls)
     bare = args.batch_size * 1e3 / statistics.median(times["bare step"])
-    for epoch in result["epochs"]:
+    for epoch in result["logged"]:
         epoch["share_of_bare_step"] = args.images / epoch["epoch_seconds"] / bare
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "folder")}
     result |= {**settings, "bare_images_per_second": bare, "rounds_ms": times, "baseline": "bare step"}
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{epoch['loader_share']:.0%}",
             f"{epoch['share_of_bare_step']:.2f}",
         ]
-        for epoch in result["epochs"]
+        for epoch in result["logged"]
     ]
     print(markdown_table(header, rows))
     print(

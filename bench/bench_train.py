@@ -62,7 +62,7 @@ COMPILED = replace(CHANNELS_LAST, compile="on")
 CACHED = replace(COMPILED, online_teacher=False)
 START = CACHED if torch.cuda.is_available() else replace(CACHED, precision="fp32")
 
-ALL_KERNELS = ("loss", "exits", "stem", "norms")
+ALL_KERNELS = ("loss", "exits", "stem", "norms", "tokens", "layer_norms")
 NEEDS_GPU = "Triton kernels need a GPU"
 OFFICIAL, OFFICIAL_FP16, TIMM = "official code, fp32", "official code, fp16 AMP", "timm, online logit distillation"
 LADDER = (
@@ -79,6 +79,10 @@ LADDER = (
     Row("+ stem kernels", "kernel", replace(CACHED, kernels=("stem",)), gpu_only=NEEDS_GPU),
     Row("+ norm kernels", "kernel", replace(CACHED, kernels=("norms",)), gpu_only=NEEDS_GPU),
     Row("+ stem and norm kernels", "kernel", replace(CACHED, kernels=("stem", "norms")), gpu_only=NEEDS_GPU),
+    Row("+ token kernels", "kernel", replace(CACHED, kernels=("tokens",)), gpu_only=NEEDS_GPU),
+    Row("+ layer norm kernels", "kernel", replace(CACHED, kernels=("layer_norms",)), gpu_only=NEEDS_GPU),
+    Row("+ max-autotune", "compiler", replace(CACHED, compile="max-autotune"), gpu_only="it tunes for GPUs"),
+    Row("+ kernels chosen by measuring", "kernel", replace(CACHED, kernels=("auto",)), gpu_only=NEEDS_GPU),
     Row("+ all kernels", "kernel", replace(CACHED, kernels=ALL_KERNELS), gpu_only=NEEDS_GPU),
     Row("cached, resident loader", "with a loader", CACHED, loader="resident"),
     Row("cached, packed loader", "with a loader", CACHED, loader="packed"),
@@ -90,6 +94,12 @@ LADDER = (
         "plain training, stem and norm kernels",
         "kernel",
         replace(CACHED, method="scratch", kernels=("stem", "norms")),
+        gpu_only=NEEDS_GPU,
+    ),
+    Row(
+        "plain training, kernels chosen by measuring",
+        "kernel",
+        replace(CACHED, method="scratch", kernels=("auto",)),
         gpu_only=NEEDS_GPU,
     ),
     Row("KD only, cached", "peer", replace(CACHED, method="kd")),

@@ -41,6 +41,8 @@ class Job:
     tiny: tuple[str, ...]
     takes_turns: bool = True
     """Whether it waits for its turn; otherwise it runs while the others compile."""
+    alone_s: float | None = None
+    """Time limit of its measurements; None for ALONE_S."""
 
 
 def ladder(name: str, student: str, teacher: str, batch: int, *rows: str, profile: bool = True) -> Job:
@@ -59,6 +61,7 @@ def ladder(name: str, student: str, teacher: str, batch: int, *rows: str, profil
 
 SWIN = "swin_tiny_patch4_window7_224"
 CACHED, PLAIN = "+ cached teacher", "plain training"
+AUTO, PLAIN_AUTO = "+ kernels chosen by measuring", "plain training, kernels chosen by measuring"
 LOADERS = ("packed", "resident", "packed, gather only", "ffcv", "torchvision", "dali")
 
 # The most important first: a slow machine loses the last ones.
@@ -72,11 +75,28 @@ JOBS = (
     ladder("resnet18", "resnet18", SWIN, 1024, CACHED, PLAIN, "+ loss kernel"),
     # Two rows per job: all jobs that warm up at the same time must fit into 80 GB, and one takes 13 GB at this size.
     ladder("resnet18_kernels", "resnet18", SWIN, 1024, "+ all kernels", "plain training, stem and norm kernels"),
+    ladder("resnet18_auto", "resnet18", SWIN, 1024, AUTO, PLAIN_AUTO),
+    Job("choices", ("bench.kernel_choice",), ("bench.kernel_choice", "--dry-run"), alone_s=120.0),
     ladder("resnet18_stem", "resnet18", SWIN, 1024, "+ stem and norm kernels", "+ stem kernels"),
     ladder("resnet18_exits", "resnet18", SWIN, 1024, "+ norm kernels", "+ exits kernel"),
     ladder("resnet50", "resnet50", SWIN, 256, CACHED, PLAIN),
+    ladder("resnet50_auto", "resnet50", SWIN, 256, AUTO, PLAIN_AUTO),
     ladder("mobilenetv2", "mobilenetv2_100", SWIN, 512, CACHED, PLAIN),
+    ladder("mobilenetv2_auto", "mobilenetv2_100", SWIN, 512, AUTO, PLAIN_AUTO),
     ladder("deit_tiny", "deit_tiny_patch16_224", "resnet50", 1024, CACHED, PLAIN),
+    ladder("deit_tiny_kernels", "deit_tiny_patch16_224", "resnet50", 1024, "+ token kernels", "+ layer norm kernels"),
+    ladder("deit_tiny_auto", "deit_tiny_patch16_224", "resnet50", 1024, AUTO, PLAIN_AUTO),
+    Job(
+        "run",
+        ("bench.bench_run",),
+        ("bench.bench_run", "--images", "64", "--batch-size", "16", "--epochs", "1", "--rounds", "1", "--calls", "1"),
+        alone_s=180.0,
+    ),
+    Job(
+        "precompute",
+        ("bench.bench_precompute", "--rounds", "3"),
+        ("bench.bench_precompute", "--images", "32", "--batch-size", "16", "--image-size", "32", "--rounds", "1"),
+    ),
     Job(
         "loaders",
         ("bench.bench_loader", "--only", *LOADERS, "--count", "1024", "--rounds", "1", "--calls", "32"),
@@ -96,6 +116,9 @@ JOBS = (
     ),
     ladder("graphs_64", "resnet18", SWIN, 64, CACHED, "+ CUDA graphs", profile=False),
     ladder("resmlp_12", "resmlp_12_224", SWIN, 1024, CACHED, PLAIN),
+    ladder("resmlp_12_auto", "resmlp_12_224", SWIN, 1024, AUTO, PLAIN_AUTO),
+    ladder("autotune", "deit_tiny_patch16_224", "resnet50", 1024, "+ max-autotune", profile=False),
+    Job("augment", ("bench.augment",), ("bench.augment", "--batch-size", "16", "--rounds", "1")),
     Job(
         "optimizers",
         ("bench.optimizers",),
@@ -197,7 +220,7 @@ def run(jobs: list[Job], dry_run: bool, out: Path, seconds: float) -> list[Runni
                 continue
             waiting.remove(turn)
             turn.go()
-            turn.wait(until if dry_run else min(until, time.monotonic() + ALONE_S))
+            turn.wait(until if dry_run else min(until, time.monotonic() + (turn.job.alone_s or ALONE_S)))
         for r in waiting:
             r.stop("left out: no time")
         for r in others:

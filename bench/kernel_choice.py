@@ -22,7 +22,9 @@ import torch
 from bench.lib import command_line
 from bench.lib.record import markdown_table, write_record
 from bench.lib.timing import timed_ms
+from bench.lib.turns import wait_for_turn
 from fastofa.kernels.comparison import cuda_ms
+from fastofa.methods.method import Sizes
 from fastofa.methods.objective import Objective
 from fastofa.runs import recipes
 from fastofa.student.choose_kernels import SWITCHES, record_comparisons
@@ -76,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         device,
         memory_format=torch.channels_last,  # type: ignore[call-overload]
     )
-    objective = Objective(recipes.imagenet_cnn(data="synthetic", student=args.student, out=Path()).objective, device)
+    config = recipes.imagenet_cnn(data="synthetic", student=args.student, out=Path())
+    objective = Objective(config.objective, Sizes(args.classes)).to(device)
     with tempfile.TemporaryDirectory() as folder:
         choice = KernelChoice(
             device,
@@ -85,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             budget_s=float("inf"),
             cache=Path(folder) / "kernels.json" if args.dry_run else cache_path(),
         )
+        wait_for_turn()
         measure(student, args.batch_size, choice, objective)
     print(table(choice))
     print(choice.line())
