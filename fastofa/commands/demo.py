@@ -59,12 +59,7 @@ def _demo(out: Path) -> dict[str, Result]:
     results: dict[str, Result] = {}
 
     notice(f"1/4 training the teacher, a Transformer ({TEACHER}), on all labelled images")
-    config = recipes.digits(
-        data=ALL_LABELS, student=TEACHER, method="scratch", out=out / "teacher-run",
-        epochs=10, batch_size=64, lr=1e-3, warmup_epochs=1, eval_every=5,
-    )  # fmt: skip
-    results["teacher"] = train(config)
-    export(config.out, out / "teacher")
+    results["teacher"] = train_teacher(out)
 
     notice(f"2/4 caching its predictions for {VIEWS} views of the student's 100 images")
     began = time.monotonic()
@@ -89,6 +84,17 @@ def _demo(out: Path) -> dict[str, Result]:
             f"expected top-1 {results['ofa'].top1:.2%} as in the run, the exported student has {timm_top1:.2%}"
         )
     return results
+
+
+def train_teacher(out: Path) -> Result:
+    """Train the teacher in OUT/teacher-run and export it to OUT/teacher."""
+    config = recipes.digits(
+        data=ALL_LABELS, student=TEACHER, method="scratch", out=out / "teacher-run",
+        epochs=10, batch_size=64, lr=1e-3, warmup_epochs=1, eval_every=5,
+    )  # fmt: skip
+    result = train(config)
+    export(config.out, out / "teacher")
+    return result
 
 
 @torch.inference_mode()
