@@ -292,6 +292,19 @@ def test_means_by_stages(cnn, transformer):
         assert means[i, j] == pytest.approx(np.mean(inside))
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("mobilenetv2_100", [3, 3, 7, 4]), ("repvgg_a0", [2, 4, 14, 1]), ("deit_tiny_patch16_224", [2, 2, 6, 2])],
+)
+def test_stages_are_those_of_the_exits(tmp_path, name, blocks):
+    """MobileNetV2's first block, 2 times smaller than the image, is in stage 1; RepVGG's stage 4 ends after a last
+    convolution, which is no block; DeiT's end at blocks 1, 3, 9 and 11."""
+    size = {"img_size": 64} if name.startswith("deit") else {}
+    network = open_network(str(saved(tmp_path / name, name, 64, **size)))
+    parts = [layer.part for layer in network.layers]
+    assert parts == [*(f"stage {i}" for i, count in enumerate(blocks, 1) for _ in range(count)), "logits"]
+
+
 def test_a_network_with_itself(transformer):
     comparison = compare_networks(transformer, transformer, "digits", batch_size=64, device="cpu", workers=0)
     np.testing.assert_allclose(comparison.cka.diagonal(), 1, atol=1e-9)

@@ -10,7 +10,7 @@ Shapes: B images in a batch, S image side, C classes, H heads, L layers of netwo
 """
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -210,7 +210,7 @@ def open_network(name: str, exits: bool = True, device: torch.device | None = No
             module, side, crop = _of_timm(name)
         model, forward = module.model, lambda images: module(images)[None]
     blocks = find_blocks(model, name)
-    numbers = _stage_ends(model, side)
+    parts = _parts_of(model, blocks, side)
     module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     network = Network(name, blocks, heads, forward, (), side, crop, choose_bf16(precision, device))
     try:
@@ -219,8 +219,7 @@ def open_network(name: str, exits: bool = True, device: torch.device | None = No
         raise
     except Exception as error:  # a model from an unusual config.json can fail in many ways
         raise BadInput(f"{name}: does not run at {side} px ({first_line(error)}); choose another model") from None
-    parts = _parts_of([n for n in names if n in blocks], numbers)
-    layers = (*(Layer(n, part) for n, part in parts.items()), *(Layer(head, head) for head in heads))
+    layers = tuple(Layer(layer, parts.get(layer, layer)) for layer in names)
     return Network(name, blocks, heads, forward, layers, side, crop, network.bf16)
 
 
@@ -237,31 +236,23 @@ def _of_timm(name: str) -> tuple[Normalized, int, float]:
     return Normalized(model, mean, std), input_size(model), crop
 
 
-def _stage_ends(model: Any, side: int) -> dict[int, str | None]:
-    """Stage number -> name of the module that ends it, None for the whole model; empty if the stages are unknown."""
-    if not hasattr(model, "forward_intermediates"):
-        return {}
+def _parts_of(model: Any, blocks: Iterable[str], side: int) -> dict[str, str]:
+    """The part that each block belongs to: the first stage that does not end before it in the model's definition, or
+    "blocks" if the stages are unknown."""
     try:
-        stages = probe_stages(model, side)[2]
+        stages = probe_stages(model, side)[2] if hasattr(model, "forward_intermediates") else {}
     except BadInput:
-        return {}
+        stages = {}
     modules = [entry["module"] for entry in feature_info(model)]
-    return {number: modules[stage.index] if stage.index >= 0 else None for number, stage in stages.items()}
-
-
-def _parts_of(blocks: Sequence[str], stage_ends: dict[int, str | None]) -> dict[str, str]:
-    """The part that each block belongs to: the first stage that does not end before it, or "blocks"."""
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
     ends: dict[int, int] = {}
-    for number, module in sorted(stage_ends.items()):
-        inside = [i for i, block in enumerate(blocks) if module is None or f"{block}.".startswith(f"{module}.")]
-        around = [i for i, block in enumerate(blocks) if module is not None and module.startswith(f"{block}.")]
-        if inside or around:
-            ends[number] = max(inside + around)
+    for number, stage in sorted(stages.items()):
+        inside = [place for name, place in places.items() if f"{name}.".startswith(f"{modules[stage.index]}.")]
+        if inside:
+            ends[number] = max(inside) if stage.index >= 0 else len(places)
     if not ends:
         return dict.fromkeys(blocks, "blocks")
-    last = max(ends)
-    numbers = [next((number for number, end in ends.items() if i <= end), last) for i in range(len(blocks))]
-    return {block: f"stage {number}" for block, number in zip(blocks, numbers, strict=True)}
+    return {block: f"stage {next((n for n in ends if places[block] <= ends[n]), max(ends))}" for block in blocks}
 
 
 def compare_networks(
