@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": "compute a run's top-1, top-5 and agreement with the teacher",
     "export": "write a run's student as a model that plain timm loads",
     "predict": "predict the classes of unlabelled images with a run's student or an exported model",
+    "cka": "compare the layers of two networks, of any architectures, by CKA of their features",
     "cache": "describe a teacher cache, or verify its checksums",
     "doctor": "report which accelerators work here, and how to install what is missing",
 }

@@ -114,6 +114,37 @@ class PredictConfig:
 
 
 @dataclass(frozen=True)
+class CkaConfig:
+    """Compare the layers of two networks by CKA, and write OUT/cka.json and OUT/cka.png."""
+
+    a: str
+    """First network (rows): a timm model, a folder written by `fastofa export` or timm, local-dir:FOLDER,
+    hf-hub:OWNER/NAME, or a folder written by `fastofa train`."""
+    b: str
+    """Second network (columns), likewise."""
+    data: str
+    """Dataset whose validation images are used."""
+    images: int = 10_000
+    """Number of validation images, drawn at random but always the same; all if there are fewer."""
+    batch_size: int = 128
+    """Images per batch, at least 4."""
+    exits: bool = True
+    """Whether the exits of a run's student are compared, too."""
+    out: Path = Path("cka")
+    """Folder for cka.json and cka.png, which are replaced if they exist."""
+    device: str = "auto"
+    """auto, cuda, cuda:1, cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the networks; CKA is computed in fp32 and fp64. auto: bf16 on a GPU, fp32 on a CPU."""
+    workers: int | None = None
+    """Decoder processes or threads; by default one per core, at most 16."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 4, "images", "batch_size")
+        at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True)
 class CacheConfig:
     """info: print how the cache was made. verify: read every finished table, compare its checksum, check its values."""
 
@@ -136,6 +167,7 @@ CONFIGS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "predict": PredictConfig,
+    "cka": CkaConfig,
     "cache": CacheConfig,
     "doctor": DoctorConfig,
 }

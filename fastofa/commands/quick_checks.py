@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastofa.commands.arguments import EvaluateConfig, ExportConfig, PredictConfig
+from fastofa.commands.arguments import CkaConfig, EvaluateConfig, ExportConfig, PredictConfig
 from fastofa.data.quick_checks import SPLITS, check_data, check_written
 from fastofa.data.write_config import WriteConfig
 from fastofa.runs.config import TrainConfig
@@ -39,6 +39,10 @@ def check(config: Any) -> None:
                 check_data(config.data, ("val",))
         case PredictConfig():
             _check_file(config.csv)
+        case CkaConfig():
+            check_data(config.data, ("val",))
+            if config.out.exists() and not config.out.is_dir():
+                raise BadInput(f"{config.out}: expected a folder for the results, got a file; choose another --out")
         case ExportConfig():
             check_new(config.out)
             if config.onnx:
