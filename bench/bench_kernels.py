@@ -277,14 +277,22 @@ def depthwise_gradients_case(
     def with_function(gradients: Callable[..., tuple[Tensor, ...]]) -> Call:
         return _on(inputs, lambda x, dy, weight: gradients(dy, x, weight, stride, *norm)[: 4 if folded else 2])
 
-    candidates = {
-        BASELINE: with_function(reference.depthwise_gradients),
-        "twin, compiled": with_function(torch.compile(reference.depthwise_gradients, dynamic=False)),
-    }
+    def separate(implementation: Any) -> Callable[..., tuple[Tensor, ...]]:
+        """Gradients of x, weight, scale and shift by the two functions of a module."""
+
+        def gradients(*given: Any) -> tuple[Tensor, ...]:
+            dx, *norms = implementation[0](*given)
+            return dx, implementation[1](*given), *norms
+
+        return gradients
+
+    twin = separate((reference.depthwise_input_gradient, reference.depthwise_weight_gradient))
+    candidates = {BASELINE: with_function(twin), "twin, compiled": with_function(torch.compile(twin, dynamic=False))}
     if can_run_triton(scale):
         from fastofa.kernels import triton_depthwise, triton_depthwise_gradients
 
-        candidates["triton, separate"] = with_function(triton_depthwise.depthwise_conv3x3_backward)
+        both = (triton_depthwise.input_gradient, triton_depthwise.weight_gradient)
+        candidates["triton, separate"] = with_function(separate(both))
         candidates["triton, one pass"] = with_function(triton_depthwise_gradients.all_gradients)
     size = f"gradients{', folded' * folded}: C={channels}, {side} px, stride {stride}, B={batch}"
     return Case("depthwise", size, moved, batch, candidates, tuple(candidates)[1:], 0.03, inputs=inputs, by_norm=True)

@@ -163,7 +163,7 @@ def all_gradients(
     shift: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `depthwise_conv3x3_backward` of triton_depthwise.py."""
+    """Gradients of x, weight, scale and shift (the last two empty without them), see triton_depthwise.py."""
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     channels = x.shape[1]

@@ -439,7 +439,7 @@ def test_export_refuses_and_leaves_nothing(photo_run, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(timm, "create_model", damaged)
-    with pytest.raises(BadInput, match="timm's logits differ from the run's by up to 1"):
+    with pytest.raises(BadInput, match="timm's logits differ from the model's by up to 1"):
         export(photo_run.path, tmp_path / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "taken"]
 

@@ -214,7 +214,7 @@ def test_compiles_as_one_graph():
 
 
 def test_float64_uses_the_twin():
-    with pytest.raises(ValueError, match=r"expected fp32, bf16 or fp16 logits for 'triton', got torch.float64"):
+    with pytest.raises(ValueError, match=r"expected fp32, bf16 or fp16 for 'triton', got torch.float64"):
         ofa_loss(*(t.to(DEVICE) for t in make_case()), 1.0, impl="triton")
 
 

@@ -96,6 +96,30 @@ def test_of_several_sets_the_best_match_then_the_average(contents, taken, left, 
         found(contents, key="nothing")
 
 
+def test_shapes_tell_a_student_from_a_larger_teacher():
+    """All names are in both: the tensors of this model's shapes are taken, wherever they are."""
+    larger = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30)).state_dict()
+    for own, other in (("student", "teacher"), ("teacher", "student")):
+        assert found({**under(f"module.{own}."), **under(f"module.{other}.", larger)}) == 1
+
+
+def test_a_distillers_teacher_is_no_average(capsys):
+    """Beside projectors, of two equal sets the student's is taken; the teacher's if asked for."""
+    distiller = {
+        **under("student."),
+        **under("teacher.", OTHER),
+        "projector.1.weight": torch.zeros(9),
+        "projector.1.bias": torch.zeros(9),
+    }
+    for contents in (distiller, {"state_dict": under("module.", distiller)}):
+        assert found(contents) == 1
+        assert found(contents, key="teacher" if contents is distiller else "state_dict.teacher") == 2
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == (
+        "file: uses the weights called student, not projector, teacher; to use others, save them in a separate file"
+    )
+
+
 def test_the_flag_that_chooses_is_named(capsys):
     SavedWeights("f", {"model": OWN, "model_ema": OWN}, flag="--teacher-checkpoint-key").of_model(OWN)
     assert capsys.readouterr().err.endswith("not model; --teacher-checkpoint-key chooses others\n")

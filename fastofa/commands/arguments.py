@@ -41,10 +41,11 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Compute top-1, top-5 and agreement with the teacher, and write them to RUN/evaluation.json."""
+    """Compute top-1 and top-5; for a run also agreement with the teacher, and write them to RUN/evaluation.json."""
 
-    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder written by `fastofa train`."""
+    model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN|MODEL|CHECKPOINT")]]
+    """Folder written by `fastofa train`, `fastofa export` or timm, local-dir:FOLDER, hf-hub:OWNER/NAME, or a
+    .safetensors or .pth file of weights, which needs --student."""
     data: str | None = None
     """Dataset whose validation split is used; by default the one that the run was trained on."""
     weights: Weights = "last"
@@ -61,6 +62,15 @@ class EvaluateConfig:
     """Decoder processes (torchvision pipeline) or threads (others); by default one per core, at most 16."""
     json: Path | None = None
     """Also write these figures, the recall of each class and the confusion matrix to this file."""
+    student: str | None = None
+    """Architecture of a checkpoint: timm's name, or swin_nano_patch4_window7_224 or swin_pico_patch4_window7_224."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of RGB (0 to 1) for a checkpoint. Default: timm's for --student."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of RGB (0 to 1) for a checkpoint. Default: timm's for --student."""
+    eval_crop: float | None = None
+    """Side of the central square, as a fraction of the image's shorter side, for a checkpoint. Default: timm's for
+    --student."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size")
@@ -71,8 +81,8 @@ class EvaluateConfig:
 class ExportConfig:
     """Write OUT/model.safetensors and OUT/config.json, for timm.create_model and `fastofa precompute --teacher OUT`."""
 
-    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder written by `fastofa train`."""
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN|CHECKPOINT")]]
+    """Folder written by `fastofa train`, or a .safetensors or .pth file of weights, which needs --student."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """New folder for the model."""
     weights: Weights = "last"
@@ -81,6 +91,15 @@ class ExportConfig:
     onnx: bool = False
     """Also write OUT/model.onnx: uint8 RGB pixels [batch, 3, size, size] -> logits, with the normalisation in the
     graph, opset 18. Needs the packages onnx and onnxscript (pip install 'fastofa[onnx]')."""
+    student: str | None = None
+    """Architecture of a checkpoint: timm's name, or swin_nano_patch4_window7_224 or swin_pico_patch4_window7_224."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of RGB (0 to 1) for a checkpoint. Default: timm's for --student."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of RGB (0 to 1) for a checkpoint. Default: timm's for --student."""
+    eval_crop: float | None = None
+    """Side of the central square, as a fraction of the image's shorter side, for a checkpoint. Default: timm's for
+    --student."""
 
 
 @dataclass(frozen=True)

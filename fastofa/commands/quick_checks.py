@@ -11,7 +11,7 @@ from fastofa.commands.arguments import CkaConfig, EvaluateConfig, ExportConfig, 
 from fastofa.data.quick_checks import SPLITS, check_data, check_written
 from fastofa.data.write_config import WriteConfig
 from fastofa.runs.config import TrainConfig
-from fastofa.runs.quick_checks import check_new, check_onnx, check_vacant
+from fastofa.runs.quick_checks import check_checkpoint, check_new, check_onnx, check_vacant
 from fastofa.system import torchrun
 from fastofa.system.errors import BadInput
 from fastofa.teacher.precompute_config import PrecomputeConfig
@@ -35,6 +35,7 @@ def check(config: Any) -> None:
             check_data(config.data, ())
         case EvaluateConfig():
             _check_file(config.json)
+            check_checkpoint(config.model, config.student, config.mean, config.std, config.eval_crop, config.weights)
             if config.data is not None:
                 check_data(config.data, ("val",))
         case PredictConfig():
@@ -45,6 +46,7 @@ def check(config: Any) -> None:
                 raise BadInput(f"{config.out}: expected a folder for the results, got a file; choose another --out")
         case ExportConfig():
             check_new(config.out)
+            check_checkpoint(config.run, config.student, config.mean, config.std, config.eval_crop, config.weights)
             if config.onnx:
                 check_onnx()
 

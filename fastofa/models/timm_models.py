@@ -13,6 +13,7 @@ from timm.models import _builder, _hub, get_pretrained_cfg
 from torch import Tensor, nn
 
 from fastofa.models.model_config import CHANNELS, ModelConfig, channels_message, check_arguments, read_model_config
+from fastofa.models.not_in_timm import family_of_name, family_of_weights
 from fastofa.models.weights import SavedWeights, read_weights
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
@@ -42,6 +43,8 @@ def resolve(name: str, image_size: int | None = None, drop_path: float | None = 
     """
     name, arguments = VARIANTS.get(name, (name.removeprefix("timm/"), {}))
     if not timm.is_model(name):
+        if family := family_of_name(name):
+            raise BadInput(f"unknown model {name!r}: timm has no {family}; choose another MLP, such as resmlp_12_224")
         known = [*VARIANTS, *timm.list_models()]
         similar = [n for n in known if name and n.startswith(name)] or difflib.get_close_matches(name, known)
         hint = f"; similar names: {', '.join(similar[:3])}" if similar else ""
@@ -150,21 +153,31 @@ def load_weights(
     counters = {key for key in own.keys() - tensors.keys() if key.endswith("num_batches_tracked")}  # not in old files
     missing, unexpected = sorted(own.keys() - tensors.keys() - counters), sorted(tensors.keys() - own.keys())
     reshaped = [k for k in sorted(own.keys() & tensors.keys()) if own[k].shape != tensors[k].shape]
+    if (missing or unexpected) and (family := family_of_weights(weights.names)):
+        raise BadInput(f"{weights.source}: expected weights of a timm model, got {family}, which timm does not have")
     if missing or unexpected:
         raise BadInput(
             f"{weights.source}: does not match the model: missing {_some(missing)}, unexpected {_some(unexpected)}"
+            f"; {_remedy(weights)}"
         )
     first = model.pretrained_cfg.get("first_conv")
     for name in (first,) if isinstance(first, str) else first or ():
-        if (key := f"{name}.weight") in reshaped and tensors[key].ndim == 4 and own[key].shape[1] == CHANNELS:
-            raise BadInput(channels_message(weights.source, tensors[key].shape[1]))
+        if (key := f"{name}.weight") in reshaped and tensors[key].ndim == 4:
+            expected, got = own[key].shape[1], tensors[key].shape[1]
+            if expected == CHANNELS != got:
+                raise BadInput(channels_message(weights.source, got))
     if reshaped:
         key = reshaped[0]
         raise BadInput(
             f"{weights.source}: does not match the model: expected {key} {tuple(own[key].shape)}, got "
-            f"{tuple(tensors[key].shape)} ({len(reshaped)} such tensors); check the architecture and number of classes"
+            f"{tuple(tensors[key].shape)} ({len(reshaped)} such tensors); {_remedy(weights)}"
         )
     model.load_state_dict({**tensors, **{key: own[key] for key in counters}})
+
+
+def _remedy(weights: SavedWeights) -> str:
+    found = f"the file is of {weights.architecture}, " if weights.architecture else ""
+    return f"{found}check the architecture and number of classes"
 
 
 def _same_shapes(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> bool:

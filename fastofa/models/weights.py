@@ -1,13 +1,14 @@
 """Read weights from torch or safetensors files, including trainers' checkpoints and wrapped models.
 
 A checkpoint is a tree. Its dictionaries ({"model_ema": ...}) and the prefixes that wrappers add to every name
-(`module.`, `_orig_mod.`, `backbone.`) lead to sets of weights. A set is named by its path in the tree.
+(`module.`, `_orig_mod.`, `backbone.`) lead to sets of weights. A set is named by its path in the tree. The official
+code's distiller holds `student.`, `teacher.` and `projector.`.
 """
 
 import argparse
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from fastofa.system.progress import notice
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "averaged_model", "teacher")
 OTHERS = ("state_dict", "model_state_dict", "model", "net", "network", "student", "backbone")
 UNNAMED = ("module", "_orig_mod")  # by DistributedDataParallel and torch.compile; they do not identify the weights
-PREFIXES = (*UNNAMED, *AVERAGES, *OTHERS)
+PROJECTOR = "projector"  # of a distiller; its teacher is another model, not an average of the student
+PREFIXES = (*UNNAMED, *AVERAGES, *OTHERS, PROJECTOR)
 MAX_DEPTH = 8  # of nested wrappers
 
 
@@ -45,16 +47,26 @@ class SavedWeights:
         """The total number of elements in all sets."""
         return sum(tensor.numel() for weights in _sets(self.contents, set()).values() for tensor in weights.values())
 
-    def of_model(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The set of weights for a model with these names of tensors, without prefixes; a notice says which it is.
+    @property
+    def names(self) -> set[str]:
+        """The names of the tensors in all sets, without prefixes."""
+        return {name for weights in _sets(self.contents, set()).values() for name in weights}
 
-        Of several sets, the one with the most matching names is used, and an average is preferred to the weights
-        themselves.
+    @property
+    def architecture(self) -> str | None:
+        """The model's name as timm's trainer writes it; None if the file contains none."""
+        arch = self.contents.get("arch")
+        return arch if isinstance(arch, str) else None
+
+    def of_model(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The set of weights for a model with this state_dict, without prefixes; a notice says which it is.
+
+        Of several sets, the one with the most tensors of the same name and shape is used. Among equals, an average is
+        preferred to the weights themselves, and a distiller's student to its teacher.
 
         Raises:
             BadInput: the file contains no weights, or none called `key`.
         """
-        own = set(names)
         sets = _sets(self.contents, {name.partition(".")[0] for name in own})
         if not self.contents:
             return {}
@@ -70,11 +82,15 @@ class SavedWeights:
                 f"{self.source}: expected a state_dict of tensors, found none in {_some(map(str, self.contents))}"
             )
         ranks = {name: i for i, name in enumerate((*AVERAGES, *OTHERS))}
+        if any(PROJECTOR in path.split(".") for path in sets):
+            ranks["teacher"] = len(ranks)
 
-        def rank(path: str) -> tuple[int, int, int]:
+        def rank(path: str) -> tuple[int, int, int, int]:
             weights = candidates[path]
+            common = own.keys() & weights.keys()
+            same = sum(own[name].shape == weights[name].shape for name in common)
             best = min(ranks.get(part, len(ranks)) for part in path.split("."))
-            return -len(own & weights.keys()), best, -sum(tensor.numel() for tensor in weights.values())
+            return -same, -len(common), best, -sum(tensor.numel() for tensor in weights.values())
 
         path = min(candidates, key=rank)
         if path and self.key is None:

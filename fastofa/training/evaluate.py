@@ -1,24 +1,33 @@
-"""Evaluate a run's student: metrics, agreement with the teacher, recall of each class and confusion matrix."""
+"""Evaluate a run's student, an exported model or a checkpoint: metrics, recall of each class and confusion matrix.
+
+For a run also the agreement with its teacher.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
 from fastofa.methods.targets import TopK
+from fastofa.models.timm_models import CONFIG, find_folder
 from fastofa.pipelines import open_pipeline
 from fastofa.reports.confusion import confusion
 from fastofa.reports.metrics import measure
 from fastofa.runs.config import Weights
-from fastofa.runs.run import Run, open_run
-from fastofa.system.device import choose_bf16, choose_device, choose_workers
+from fastofa.runs.quick_checks import check_checkpoint
+from fastofa.runs.run import Run, is_run, open_run
+from fastofa.system.device import choose_device, choose_workers
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import write_json
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import TeacherCache, agreement
+from fastofa.training.checkpoint_model import open_checkpoint
+from fastofa.training.predict_files import Classifier, open_classifier
 from fastofa.training.validate import best_classes
 
 
@@ -72,40 +81,62 @@ class Evaluation:
 
 
 def evaluate(
-    run_folder: str | Path,
+    model: str | Path,
     data: str | None = None,
     weights: Weights = "last",
     batch_size: int = 256,
     device: str = "auto",
     pipeline: str = "auto",
     workers: int | None = None,
+    student: str | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    eval_crop: float | None = None,
 ) -> Evaluation:
-    """Evaluate a run's student and write the figures to RUN/evaluation.json.
+    """Evaluate a model on validation images. The figures of a run are also written to RUN/evaluation.json.
 
     Args:
-        run_folder: folder written by `train`.
+        model: a run's folder; a folder with config.json and weights, or local-dir:FOLDER; hf-hub:OWNER/NAME; or, with
+            `student`, a file with weights.
         data: dataset whose validation images are used; None: the run's own.
+        student: timm's name of the checkpoint's architecture.
+        mean, std: normalisation of RGB in 0..1 for a checkpoint; None: timm's for `student`.
+        eval_crop: side of the central square for a checkpoint, as a fraction of the image's shorter side; None: timm's.
         weights, batch_size, device, pipeline, workers: see the flags of `fastofa evaluate`.
 
     Raises:
-        BadInput: there is no run, no checkpoint or no dataset, or the dataset has other classes; the student's logits
-            are not finite.
+        BadInput: there is no such model, no checkpoint or no dataset; the dataset has other classes; the logits are
+            not finite.
     """
-    run_folder = Path(run_folder)
-    run = open_run(run_folder)
-    dataset = open_dataset(data, "val") if data is not None else _own_data(run)
-    if dataset.classes != run.classes:
+    check_checkpoint(Path(model), student, mean, std, eval_crop, weights)
+    on = choose_device(device)
+    run = None
+    if student is None:
+        folder = find_folder(str(model)) or Path(model)
+        run = open_run(folder) if is_run(folder) or not (folder / CONFIG).is_file() else None
+    if data is not None:
+        dataset = open_dataset(data, "val")
+    elif run is not None:
+        dataset = _own_data(run)
+    else:
+        raise BadInput(f"data: expected --data with the images, got none; {model} is not a run, which names its own")
+    if run is not None and dataset.classes != run.classes:
         raise BadInput(
-            f"data {dataset.spec}: expected the {counted(len(run.classes), 'class')} that {run_folder} was trained on, "
+            f"data {dataset.spec}: expected the {counted(len(run.classes), 'class')} that {model} was trained on, "
             f"got {len(dataset.classes)}: {_difference(run.classes, dataset.classes)}"
         )
-    on = choose_device(device)
-    student = run.trained_student(weights).to(on)
-    size = run.config.eval_size or student.image_size
-    loader = open_pipeline(pipeline, dataset, size, batch_size, on, choose_workers(workers))
-    bf16 = choose_bf16(run.config.precision, on)
-    best = best_classes(student, loader, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
-    teacher = _teacher_targets(run, dataset)
+    if student is None:
+        classifier = open_classifier(model, weights, device)
+    else:
+        classifier = open_checkpoint(Path(model), student, mean, std, eval_crop, on)
+    columns = None
+    if run is None:
+        columns = _columns(classifier, dataset)
+        notice(f"{classifier.describe()}; evaluated on {counted(len(dataset.classes), 'class')} of {dataset.spec}")
+    loader = open_pipeline(pipeline, dataset, classifier.image_size, batch_size, on, choose_workers(workers))
+    network = _DataLogits(classifier.model, columns).to(on)
+    best = best_classes(network, loader, dataset, classifier.crop, classifier.bf16, "evaluate", classifier.flip)
+    teacher = None if run is None else _teacher_targets(run, dataset)
     evaluation = Evaluation(
         data=dataset.spec,
         images=len(dataset),
@@ -115,8 +146,47 @@ def evaluate(
         classes=dataset.classes,
         confusion=confusion(best[:, 0], dataset.labels, len(dataset.classes)),
     )
-    write_json(run_folder / "evaluation.json", {"weights": weights, **evaluation.summary()})
+    if run is not None:
+        write_json(run.path / "evaluation.json", {"weights": weights, **evaluation.summary()})
     return evaluation
+
+
+class _DataLogits(nn.Module):
+    """`classify(pixels)`: logits [B, C] of the data's classes, as `best_classes` needs them."""
+
+    columns: Tensor | None
+
+    def __init__(self, model: nn.Module, columns: list[int] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("columns", None if columns is None else torch.tensor(columns))
+
+    def classify(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        return logits if self.columns is None else logits[:, self.columns]
+
+
+def _columns(classifier: Classifier, dataset: Dataset) -> list[int] | None:
+    """The output for each class of the data by name; None if the outputs are those classes in the same order.
+
+    Raises:
+        BadInput: the names do not match; or the outputs have no names and the numbers of classes differ.
+    """
+    outputs, classes = classifier.classes, dataset.classes
+    if outputs == classes:
+        return None
+    unnamed = outputs == tuple(map(str, range(len(outputs))))
+    if unnamed and len(outputs) == len(classes):
+        notice(f"{classifier.name}: has no class names; its outputs are taken for the data's classes in their order")
+        return None
+    index = {name: i for i, name in enumerate(outputs)}
+    if not unnamed and all(name in index for name in classes):
+        return [index[name] for name in classes]
+    reason = "without names" if unnamed else _difference(classes, outputs)
+    raise BadInput(
+        f"{classifier.name}: expected outputs for the {counted(len(classes), 'class')} of {dataset.spec}, got "
+        f"{len(outputs):,}: {reason}; give the --data that it was trained for, or another model"
+    )
 
 
 def _own_data(run: Run) -> Dataset:

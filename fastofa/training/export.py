@@ -1,4 +1,4 @@
-"""Export a run's student as a model that plain timm loads, without the exits.
+"""Export a run's student, without the exits, or a checkpoint as a model that plain timm loads.
 
 The exported model is then loaded with timm. Its logits are compared with the run's, and its predictions for validation
 images, preprocessed by timm's own transform, with those of the run's evaluation.
@@ -22,13 +22,14 @@ from fastofa.data.decode import crop_resize_one
 from fastofa.data.open import open_dataset
 from fastofa.models.normalized import Normalized
 from fastofa.runs.config import Weights
-from fastofa.runs.quick_checks import check_new, check_onnx
+from fastofa.runs.quick_checks import check_checkpoint, check_new, check_onnx
 from fastofa.runs.run import Run, open_run
 from fastofa.student.model import Student
 from fastofa.system.device import choose_device
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import new_folder
 from fastofa.system.progress import notice
+from fastofa.training.checkpoint_model import open_checkpoint
 from fastofa.training.export_onnx import export_onnx
 from fastofa.views.table import center_views
 
@@ -67,30 +68,82 @@ def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", o
             f"unavailable: {error}"
         )
         sample = None
+    normalized = Normalized(student.backbone, student.mean, student.std).cpu().eval()
     with new_folder(out) as folder:
-        save_for_hf(
-            student.backbone,
-            str(folder),
-            model_config={"label_names": list(run.classes)},
-            safe_serialization=True,
-            data_config={
-                "input_size": (3, size, size),
-                "mean": tuple(student.mean.flatten().tolist()),
-                "std": tuple(student.std.flatten().tolist()),
-                "test_input_size": (3, eval_size, eval_size),
-                "crop_pct": run.config.eval_crop,
-                "crop_mode": "center",
-                "interpolation": "bilinear",
-            },
-        )
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        _compare_logits(student.cpu(), model)
+        model = _write(normalized, folder, run.classes, size, eval_size, run.config.eval_crop)
         if sample is not None:
             _compare_predictions(sample, model)
         if onnx:
-            normalized = Normalized(student.backbone, student.mean, student.std).eval()
             notice(f"export: {export_onnx(normalized, folder, run.classes, eval_size, run.config.eval_crop)}")
+    return _line(out)
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    student: str,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    eval_crop: float | None = None,
+    onnx: bool = False,
+) -> str:
+    """Write the model with a checkpoint's weights under timm's present names, load it with timm and compare the logits.
+
+    A checkpoint has no class names, and so the model has none.
+
+    Args:
+        checkpoint, student, mean, std, eval_crop: see `fastofa.training.checkpoint_model.open_checkpoint`.
+        out: new folder for the model.
+        onnx: also write OUT/model.onnx.
+
+    Returns:
+        The line of Python that loads the model with timm.
+
+    Raises:
+        BadInput: the weights cannot be read or do not match; `out` exists; the disk is full; a package that `onnx`
+            needs is missing.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    check_new(out)
+    check_checkpoint(checkpoint, student, mean, std, eval_crop)
+    if onnx:
+        check_onnx()
+    classifier = open_checkpoint(checkpoint, student, mean, std, eval_crop)
+    notice(f"export: {classifier.describe()}")
+    size, crop = classifier.image_size, classifier.crop
+    with new_folder(out) as folder:
+        _write(classifier.model, folder, (), size, size, crop)
+        if onnx:
+            notice(f"export: {export_onnx(classifier.model, folder, classifier.classes, size, crop)}")
+    return _line(out)
+
+
+def _line(out: Path) -> str:
     return f"timm.create_model({json.dumps(f'local-dir:{out}', ensure_ascii=False)}, pretrained=True)"
+
+
+def _write(
+    normalized: Normalized, folder: Path, classes: tuple[str, ...], size: int, eval_size: int, crop: float
+) -> Any:
+    """Write the model into the folder; returns it as timm loads it. Raises BadInput if timm's logits differ."""
+    save_for_hf(
+        normalized.model,
+        str(folder),
+        model_config={"label_names": list(classes)} if classes else None,
+        safe_serialization=True,
+        data_config={
+            "input_size": (3, size, size),
+            "mean": tuple(normalized.mean.flatten().tolist()),
+            "std": tuple(normalized.std.flatten().tolist()),
+            "test_input_size": (3, eval_size, eval_size),
+            "crop_pct": crop,
+            "crop_mode": "center",
+            "interpolation": "bilinear",
+        },
+    )
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    _compare_logits(normalized.model, model, size)
+    return model
 
 
 @dataclass(frozen=True)
@@ -133,11 +186,11 @@ def _pil_image(dataset: Dataset, sample_id: int) -> Image.Image:
 
 
 @torch.inference_mode()
-def _compare_logits(student: Student, model: torch.nn.Module) -> None:
-    images = torch.randn(2, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0))
-    expected, got = student(images)[-1], model(images)
+def _compare_logits(own: torch.nn.Module, model: torch.nn.Module, size: int) -> None:
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    expected, got = own(images), model(images)
     if not torch.allclose(expected, got, rtol=1e-4, atol=1e-4):
-        raise BadInput(f"export: timm's logits differ from the run's by up to {(expected - got).abs().max():.2g}")
+        raise BadInput(f"export: timm's logits differ from the model's by up to {(expected - got).abs().max():.2g}")
 
 
 @torch.inference_mode()

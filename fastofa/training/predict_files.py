@@ -72,6 +72,14 @@ class Classifier:
     """Average the logits of each image and of its mirror image."""
     bf16: bool
 
+    def describe(self) -> str:
+        """The model and its preprocessing, for a notice."""
+        mean, std = (", ".join(f"{v:.4g}" for v in values.flatten()) for values in (self.model.mean, self.model.std))
+        return (
+            f"{self.name}: {counted(len(self.classes), 'output')}, {self.image_size} px, central crop {self.crop:g}, "
+            f"mean {mean}, std {std}"
+        )
+
     def read(self, file: Path) -> Tensor:
         """The cropped and resized image, uint8 [3, S, S]. Raises BadInput if the file cannot be read."""
         image = read_image(file)
