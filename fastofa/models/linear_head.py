@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastofa.models.timm_models import first_line
 from fastofa.system.errors import BadInput
 
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # largest difference of logits, relative to the largest logit
+ROUNDING, ROUNDING_BF16 = 1e-4, 2e-2  # largest difference of logits, relative to the largest logit
 
 
 def pooled_vector(model: Any, features: Tensor) -> Tensor:
@@ -51,7 +51,8 @@ def check_linear_head(model: Any, images: Tensor, name: str) -> int:
         raise _not_linear(name, f"its classifier has {classifier.in_features} inputs, its features are {got}")
     rebuilt = nn.functional.linear(vectors, classifier.weight, classifier.bias)
     away, largest = (rebuilt - logits).abs().max().item(), logits.abs().max().item()
-    if not away <= ROUNDING[logits.dtype] * largest:  # also if one is NaN
+    rounding = ROUNDING_BF16 if logits.dtype == torch.bfloat16 else ROUNDING
+    if not away <= rounding * largest:  # also if one is NaN
         raise _not_linear(name, f"the linear layer's outputs differ from its logits by {away:.2g} of {largest:.2g}")
     return classifier.in_features
 
