@@ -65,7 +65,10 @@ def command_line(command: str, config: Any) -> list[str]:
     argv = [command]
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
-        if isinstance(value, bool):
+        if dataclasses.is_dataclass(value):
+            for option, own in vars(value).items():
+                argv += [f"{flag}.{option}", str(own)]
+        elif isinstance(value, bool):
             argv += [flag] if value else []
         elif value is not None:
             argv += [flag, *map(str, value if isinstance(value, tuple) else [value])]

@@ -13,7 +13,16 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import ColorJitter
 
 from fastofa.commands.arguments import parse
-from fastofa.methods.options import BKDOptions, DISTOptions, DKDOptions, LSKDOptions
+from fastofa.methods.options import (
+    BKDOptions,
+    CCOptions,
+    CRDOptions,
+    DISTOptions,
+    DKDOptions,
+    LSKDOptions,
+    RKDOptions,
+    RSDOptions,
+)
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.recipes import (
@@ -249,6 +258,7 @@ def test_differences_that_make_it_another_run():
         "warmup_epochs": 2, "warmup_lr": 0.01, "clip": 1.0, "ema": 0.9, "precision": "bf16", "start_size": 32,
         "growth": (0.1, 0.2), "eval_size": 96, "eval_flip": True, "sync_bn": True,
         "order": "pages", "bkd": BKDOptions(2), "dkd": DKDOptions(2), "dist": DISTOptions(2), "lskd": LSKDOptions(2),
+        "cc": CCOptions(2), "rkd": RKDOptions(2), "crd": CRDOptions(2), "rsd": RSDOptions(2),
     }  # fmt: skip
     assert set(changed) | set(free) | {"mean", "std"} == {field.name for field in dataclasses.fields(TrainConfig)}
     for name, value in changed.items():

@@ -28,6 +28,7 @@ from fastofa.data.write import write
 from fastofa.data.write_config import WriteConfig
 from fastofa.pipelines import open_pipeline
 from fastofa.runs import recipes
+from fastofa.runs.checkpoint import checkpoints
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.log import read_metrics
 from fastofa.runs.run import Run
@@ -578,6 +579,39 @@ def test_a_folder_that_is_not_shared_is_reported():
     check_shared(World(1, 2), True, "run/config.json")
     with pytest.raises(BadInput, match=r"rank 1: expected run/config.json as on rank 0, found none; put --out on"):
         check_shared(World(1, 2), False, "run/config.json")
+
+
+# --- Vectors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    return make_cache("digits:100", 10, tmp_path_factory.mktemp("vectors"), topk=4, features="pooled")
+
+
+@pytest.mark.slow
+def test_each_rank_restores_all_classes_of_its_own_images(config, vectors):
+    """The run of two ranks has the losses of the run of one."""
+    with float64():
+        train(config("dkd-alone", method="dkd", cache=vectors.path))
+    assert_near(train_on(2, config("dkd-pair", method="dkd", cache=vectors.path)), config("dkd-alone").out, rel=1e-4)
+
+
+def _train_in_fp32(_: int, config: TrainConfig) -> None:
+    cli.main(command_line("train", config))
+
+
+@pytest.mark.slow
+def test_the_modules_of_a_method_learn_on_two_ranks(config, vectors):
+    """Each weight of the projector changes; DDP waits for no gradient that does not come."""
+    c = config("rsd-pair", method="ofa+rsd", cache=vectors.path, checkpoint_every=1, keep=99)
+    with Ranks(2, c.out.with_suffix(".logs"), _train_in_fp32, c) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+    files = checkpoints(c.out)
+    last, first = (load_tensors(file)[0] for file in (files[0], files[-1]))
+    own = [name for name in first if name.startswith("student.methods.") and name.endswith("weight")]
+    assert len(own) == 3
+    assert not any(torch.equal(first[name], last[name]) for name in own)
 
 
 # --- torchrun ---------------------------------------------------------------------------------------------------------

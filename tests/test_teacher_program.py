@@ -64,18 +64,23 @@ def log_prob_of_each(targets: Targets, classes: int = 10) -> Tensor:
 
 
 @pytest.mark.slow
-def test_compiled_answers_are_the_eager_ones_for_every_batch_size(opened: Teacher) -> None:
+@pytest.mark.parametrize("features", ["none", "pooled"])
+def test_compiled_answers_are_the_eager_ones_for_every_batch_size(opened: Teacher, features: str) -> None:
     """The last batch of a table is smaller: nothing is compiled again, and padding does not show."""
-    compiled, eager = (TopKProgram(opened, K, BATCH, compile_) for compile_ in (True, False))
+    compiled, eager = (TopKProgram(opened, K, BATCH, compile_, features) for compile_ in (True, False))
     images = pixels(BATCH)
-    whole = compiled(images)
-    for values, others in zip(whole, eager(images), strict=True):
-        assert (values.dtype, values.shape) == (others.dtype, others.shape)
-    torch.testing.assert_close(log_prob_of_each(whole), log_prob_of_each(eager(images)), rtol=2e-3, atol=2e-3)
+    whole, expected = compiled(images), eager(images)
+    assert whole.keys() == expected.keys()
+    for name, values in whole.items():
+        assert (values.dtype, values.shape) == (expected[name].dtype, expected[name].shape)
+    of_each = (log_prob_of_each(Targets(c["classes"], c["log_probs"])) for c in (whole, expected))
+    torch.testing.assert_close(*of_each, rtol=2e-3, atol=2e-3)
+    if features == "pooled":
+        torch.testing.assert_close(whole["pooled"], expected["pooled"], rtol=2e-3, atol=2e-3)
     with torch.compiler.set_stance("fail_on_recompile"):
         for count in (BATCH, BATCH - 1, 1):
-            for values, first in zip(compiled(images[:count]), whole, strict=True):
-                assert torch.equal(values, first[:count])
+            for name, values in compiled(images[:count]).items():
+                assert torch.equal(values, whole[name][:count])
 
 
 def test_a_compiler_that_fails_is_one_notice(opened: Teacher, monkeypatch, tmp_path, capsys) -> None:
@@ -90,8 +95,9 @@ def test_a_compiler_that_fails_is_one_notice(opened: Teacher, monkeypatch, tmp_p
     program = TopKProgram(opened, K, BATCH, compile_=True)
     capsys.readouterr()
     for _ in range(2):
-        for values, expected in zip(program(images), best_classes(opened.log_probs(images), K), strict=True):
-            assert torch.equal(values, expected)
+        expected = best_classes(opened.log_probs(images), K)
+        for name, values in program(images).items():
+            assert torch.equal(values, getattr(expected, name))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2  # that it compiles, and that it could not
     assert "no such instruction" in lines[1]
@@ -103,8 +109,8 @@ def far_classes(device: str, classes: int, compiled: bool) -> Targets:
     log_probs[0, classes - 1], log_probs[1, 33_000] = -0.1, -0.2
     found = (torch.compile(best_classes) if compiled else best_classes)(log_probs, 1)
     downloads = Downloads(torch.device(device))
-    (arrived,) = [*downloads.add(found), *downloads.finish()]
-    return as_stored(arrived)
+    (arrived,) = [*downloads.add(found._asdict()), *downloads.finish()]
+    return Targets(**as_stored(arrived))
 
 
 @pytest.mark.parametrize("classes", [40_000, 70_000])
@@ -130,10 +136,11 @@ def test_everything_arrives_once_and_in_order(every: int) -> None:
     """Whatever the number of batches per copy; no more than two copies are under way."""
     downloads, found = Downloads(CPU, every), []
     for number in range(10):
-        arrived = downloads.add(Targets(torch.full((2, K), number), torch.full((2, K), -number)))
-        found += [part.classes for part in arrived]
+        arrived = downloads.add({"classes": torch.full((2, K), number), "pooled": torch.full((2,), -number)})
+        found += [part["classes"] for part in arrived]
+        assert all(torch.equal(part["classes"][:, 0], -part["pooled"]) for part in arrived)
         assert 2 * (number + 1) - sum(map(len, found)) <= 2 * 2 * every
-    found += [part.classes for part in downloads.finish()]
+    found += [part["classes"] for part in downloads.finish()]
     assert torch.cat(found)[:, 0].tolist() == [number for number in range(10) for _ in range(2)]
     assert downloads.finish() == []
 
@@ -157,7 +164,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """SIGTERM arrives during the batch `number`, counted from 0. Returns the sizes of the batches, as they come."""
     original, seen = TopKProgram.__call__, []
 
-    def call(self: TopKProgram, images: Tensor) -> Targets:
+    def call(self: TopKProgram, images: Tensor) -> dict[str, Tensor]:
         if len(seen) == number:
             signal.raise_signal(signal.SIGTERM)
         seen.append(len(images))
@@ -167,14 +174,17 @@ def stopping(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     return seen
 
 
-def test_a_stop_keeps_what_was_computed_though_it_was_not_fetched(vit, tmp_path, late, monkeypatch):
+@pytest.mark.parametrize("features", ["none", "pooled", "pooled-int8"])
+def test_a_stop_keeps_what_was_computed_though_it_was_not_fetched(vit, tmp_path, late, monkeypatch, features):
     """40 batches of validation images, then the fifth of seven of the view; no image is asked for twice."""
-    reference = precompute(config(vit, tmp_path / "reference"))
+    reference = precompute(config(vit, tmp_path / "reference", features=features))
     seen = stopping(monkeypatch, 40 + 4)
     with pytest.raises(Stopped):
-        precompute(config(vit, tmp_path / "cache"))
-    assert len(load_tensors(tmp_path / "cache" / PARTIAL)[0]["classes"]) == 5 * 15
-    precompute(config(vit, tmp_path / "cache"))
+        precompute(config(vit, tmp_path / "cache", features=features))
+    saved = load_tensors(tmp_path / "cache" / PARTIAL)[0]
+    assert {len(column) for column in saved.values()} == {5 * 15}
+    assert ("pooled" in saved, "pooled_scale" in saved) == (features != "none", features == "pooled-int8")
+    precompute(config(vit, tmp_path / "cache", features=features))
     assert sum(seen) == 599 + 100
     assert tables(tmp_path / "cache") == tables(reference.path)
 
@@ -216,8 +226,8 @@ def test_the_cpu_does_not_wait_for_a_gpu(vit):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     found += downloads.finish()
-    rows = torch.cat([part.classes for part in found])
-    assert torch.equal(rows, torch.cat([expected.classes] * 4 + [expected.classes[:3]]).cpu())
+    rows = torch.cat([part["classes"] for part in found])
+    assert torch.equal(rows, torch.cat([expected["classes"]] * 4 + [expected["classes"][:3]]).cpu())
 
 
 # --- Caches -----------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def info(cache: TeacherCache) -> dict[str, str]:
         f"{counted(cache.num_classes, 'class')}",
         "classes": _abbreviated(cache.classes),
         "predictions": f"top {cache.topk} of {cache.num_classes}",
+        **_vectors(cache),
         "views": f"{cache.finished}{' are finished' * (cache.views < header['views'])}, seed {header['seed']}",
         "crops": "area {:g} to {:g}, ratio {:.3g} to {:.3g}".format(*policy.scale, *policy.ratio),
         "flip": f"{policy.flip:g}",
@@ -40,6 +41,11 @@ def info(cache: TeacherCache) -> dict[str, str]:
         "pipeline": header["pipeline"],
         "made with": ", ".join(f"{name} {version}" for name, version in header["versions"].items()),
     }
+
+
+def _vectors(cache: TeacherCache) -> dict[str, str]:
+    kinds = {"pooled": "float16", "pooled-int8": "int8 with a scale per image"}
+    return {"vectors": f"{cache.pooled_dim} numbers, {kinds[cache.features]}"} if cache.pooled_dim else {}
 
 
 def _abbreviated(names: tuple[str, ...]) -> str:

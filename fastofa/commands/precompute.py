@@ -19,4 +19,5 @@ def main(config: PrecomputeConfig) -> None:
     size = sum(file.stat().st_size for file in cache.path.iterdir())
     views = f"{cache.finished} view{'s' * (cache.finished != '1')}"
     images, classes = counted(cache.num_samples, "image"), counted(cache.num_classes, "class")
-    print(escaped(f"{cache.path}: {views} of {images}, top {cache.topk} of {classes}, {filesize.decimal(size)}"))
+    kept = f"top {cache.topk} of {classes}" + f", vectors of {cache.pooled_dim} numbers" * (cache.pooled_dim > 0)
+    print(escaped(f"{cache.path}: {views} of {images}, {kept}, {filesize.decimal(size)}"))

@@ -20,7 +20,9 @@ class LSKD(Method):
 
     def loss(self, outputs: Outputs, targets: Targets, labels: Tensor) -> Tensor:
         t = self.options.temperature
-        teacher = targets.probs(outputs.logits.shape[1]).clamp(min=TINY).log()
+        teacher = targets.all_log_probs
+        if teacher is None:
+            teacher = targets.probs(outputs.logits.shape[1]).clamp(min=TINY).log()
         log_p, log_q = (log_softmax(standardised(z), t) for z in (teacher, outputs.logits))
         return t**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
 

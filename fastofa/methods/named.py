@@ -3,10 +3,11 @@
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
-from fastofa.methods.method import Method
+from fastofa.methods.method import Method, Needs
 from fastofa.methods.options import BUILT_IN
 from fastofa.system.errors import BadInput
 
@@ -29,6 +30,11 @@ def method_class(name: str) -> type[Method]:
         has = f"it has {', '.join(methods)}" if methods else "it has none"
         raise BadInput(f"method {name}: expected a subclass of fastofa.methods.Method called {kind} in {path}, {has}")
     return method
+
+
+def needs_of(names: Iterable[str]) -> set[Needs]:
+    """What methods need of the teacher. Raises BadInput as `method_class`."""
+    return {method_class(name).needs for name in names}
 
 
 def _run_file(path: Path) -> object:

@@ -30,12 +30,17 @@ class Targets(NamedTuple):
     """The features of the teacher's stages, floating [B, C, H, W], for methods that need them."""
     sample_ids: Tensor | None = None
     """int64 [B]: the images' numbers in the dataset, for methods that need the pooled vector."""
+    all_log_probs: Tensor | None = None
+    """fp32 [B, C]: log-probabilities of all classes at temperature 1, for methods that need all classes; None if only
+    the K classes are known."""
 
     def probs(self, num_classes: int, temperature: float = 1.0) -> Tensor:
         """Probabilities of all classes at a temperature, fp32 [B, C].
 
-        The probability outside the K classes is spread evenly over the other classes.
+        Without `all_log_probs`, the probability outside the K classes is spread evenly over the other classes.
         """
+        if self.all_log_probs is not None:
+            return torch.softmax(self.all_log_probs / temperature, dim=1)
         return dense_probs(
             self.classes,
             self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32)),

@@ -14,12 +14,16 @@ from fastofa.data.headers import parse_limits
 from fastofa.methods.options import (
     BUILT_IN,
     BKDOptions,
+    CCOptions,
+    CRDOptions,
     DISTOptions,
     DKDOptions,
     KDOptions,
     LSKDOptions,
     ObjectiveOptions,
     OFAOptions,
+    RKDOptions,
+    RSDOptions,
     check_options,
 )
 from fastofa.runs.config_file import from_json, to_json
@@ -84,7 +88,8 @@ class TrainConfig:
 
     method: str = "ofa"
     """What the student learns from the teacher: ofa (exits and final logits), kd, bkd, dkd, dist or lskd (final
-    logits), several of them (ofa+dkd), or your own, FILE.py:Name. scratch: nothing, only the labels are used."""
+    logits), cc, rkd, crd or rsd (pooled vectors, which `fastofa precompute --features pooled` stores), several of them
+    (ofa+rsd), or your own, FILE.py:Name. scratch: nothing, only the labels are used."""
     stages: tuple[int, ...] = (1, 2, 3, 4)
     """Stages of the student that get an exit (ofa)."""
     eps: tuple[float, ...] = (1.0,)
@@ -108,6 +113,10 @@ class TrainConfig:
     dkd: DKDOptions = field(default_factory=DKDOptions)
     dist: DISTOptions = field(default_factory=DISTOptions)
     lskd: LSKDOptions = field(default_factory=LSKDOptions)
+    cc: CCOptions = field(default_factory=CCOptions)
+    rkd: RKDOptions = field(default_factory=RKDOptions)
+    crd: CRDOptions = field(default_factory=CRDOptions)
+    rsd: RSDOptions = field(default_factory=RSDOptions)
 
     image_size: int | None = None
     """Side of the student's input in pixels; by default the model's own."""

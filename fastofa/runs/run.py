@@ -132,7 +132,7 @@ def open_run(path: Path) -> Run:
         raise BadInput(f"{path / CONFIG}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(
-            f"{path / CONFIG}: expected a run's configuration, but it lacks {error}; restore the original file"
+            f"{path / CONFIG}: expected what `fastofa train` writes, but it lacks {error}; restore the original file"
         ) from None
     classes, view_digests = (tuple(values[name]) for name in lists)
     data, val, pages, folder = (values[name] for name in texts)

@@ -1,6 +1,7 @@
 """A timm model with an exit at each of its four stages: images -> logits of all heads.
 
-Shapes: B batch, S image side, C classes, H heads (the exits in stage order, then the model's own head).
+Shapes: B batch, S image side, C classes, H heads (the exits in stage order, then the model's own head), D width of the
+pooled vector, the input of the model's classifier.
 """
 
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastofa.models.linear_head import check_linear_head, pooled_vector
 from fastofa.models.timm_models import check_channels, create_model, first_line, input_size, normalization
 from fastofa.models.weights import SavedWeights
 from fastofa.student.exits import ConvExit, TokenExit
@@ -51,6 +53,7 @@ class Student(nn.Module):
         init: str | SavedWeights | None = None,
     ) -> None:
         super().__init__()
+        self.model_name = model_name
         self.backbone = create_model(model_name, num_classes, image_size, drop_path, init)
         check_channels(self.backbone, f"student {model_name}")
         self.image_size = image_size or input_size(self.backbone)
@@ -92,13 +95,33 @@ class Student(nn.Module):
         images = self.normalize(images)
         if not self.stages:
             return self.backbone(images)[None]
+        final, logits = self._run_exits(images)
+        return torch.stack([*logits, self.backbone.forward_head(final)])
+
+    def with_pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits [H, B, C], and the pooled vector [B, D] from which the model's own head computes its logits.
+
+        Needs a linear head, which `pooled_dim` checks.
+        """
+        images = self.normalize(images)
+        final, logits = self._run_exits(images) if self.stages else (self.backbone.forward_features(images), [])
+        pooled = pooled_vector(self.backbone, final)
+        return torch.stack([*logits, self.backbone.get_classifier()(pooled)]), pooled
+
+    def _run_exits(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The final features of normalised images, and the logits of each exit."""
         final, features = run_stages(self.backbone, images, self.indices, self.output_format)
         by_index = dict(zip(self.indices, features, strict=True))
         logits = [
             exit_(*as_exit_input(by_index.get(stage.index, final), self.is_token_model))
             for stage, exit_ in zip(self.stages, self.exits, strict=True)
         ]
-        return torch.stack([*logits, self.backbone.forward_head(final)])
+        return final, logits
+
+    def pooled_dim(self) -> int:
+        """D. Raises BadInput unless the model's own logits are one linear layer of the pooled vector."""
+        images = torch.rand(2, 3, self.image_size, self.image_size, device=self.mean.device)
+        return check_linear_head(self.backbone, images, f"student {self.model_name}")
 
     def classify(self, images: Tensor) -> Tensor:
         """Only the model's own logits, [B, C], without running the exits."""

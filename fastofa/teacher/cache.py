@@ -4,6 +4,9 @@
     CACHE/view-00000.safetensors    the columns of `Views` (crop uint16 [N, 4], flip bool [N], and the others that the
                                     policy draws), classes uint16 or int32 [N, K], best first, log_probs float16 [N, K]
                                     at temperature 1
+                                    with --features also pooled float16 [N, D], the input of the teacher's classifier,
+                                    or pooled int8 [N, D] with pooled_scale float32 [N]
+    CACHE/classifier.safetensors    only with --features: weight float32 [C, D] and bias float32 [C]
     CACHE/val.safetensors           classes and log_probs of the validation images, on the teacher's own centre crops
     CACHE/seen.png                  a few images of view 0 as the teacher saw them (pixels.py)
     CACHE/partial.safetensors       only after an interruption of `fastofa precompute`: predictions for the first rows
@@ -15,14 +18,14 @@ that it replays.
 Views are stored as parameters, not as seeds, so that a cache replays exactly even if a library changes its random
 numbers. No file is a pickle.
 
-Shapes: N samples, B batch, C classes, K classes kept.
+Shapes: N samples, B batch, C classes, K classes kept, D width of the teacher's pooled vector.
 """
 
 import dataclasses
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,11 +37,22 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import load_tensors, read_info, save_tensors
 from fastofa.system.progress import track
 from fastofa.teacher.cache_header import AGAIN, identity, policy_from_json, read_header
-from fastofa.teacher.table_checks import targets_fault, views_fault
+from fastofa.teacher.table_checks import classifier_fault, targets_fault, vectors_fault, views_fault
+from fastofa.teacher.vectors import Classifier, Vectors
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views
 
-VAL, PARTIAL = "val.safetensors", "partial.safetensors"
+VAL, PARTIAL, CLASSIFIER = "val.safetensors", "partial.safetensors", "classifier.safetensors"
+
+
+class Table(NamedTuple):
+    """One view, and what the teacher computed for it."""
+
+    views: Views
+    targets: TopK
+    """classes uint16 or int32 [N, K], log_probs float16 [N, K]."""
+    vectors: Vectors | None
+    """[N, D]; None if the cache has none."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,8 @@ class TeacherCache:
         repeats = policy_from_json(header["policy"]).repeats
         views = next(view for view in itertools.count() if not (path / view_file(view)).is_file())
         views = min(views, header["views"]) // repeats * repeats
-        missing = [file for file in (*map(view_file, range(views, repeats)), VAL) if not (path / file).is_file()]
+        others = (VAL, CLASSIFIER) if "features" in header else (VAL,)
+        missing = [file for file in (*map(view_file, range(views, repeats)), *others) if not (path / file).is_file()]
         if missing:
             raise BadInput(
                 f"{path}: expected the validation predictions and at least {repeats} of {header['views']} views, but "
@@ -70,6 +85,7 @@ class TeacherCache:
             )
         cache = cls(path, header, views)
         cache.val_targets()
+        cache.classifier()
         return cache
 
     @property
@@ -104,6 +120,16 @@ class TeacherCache:
         """The number of features before the teacher's classifier."""
         return self.header["teachers"][0]["num_features"]
 
+    @property
+    def features(self) -> str:
+        """none, pooled or pooled-int8: what the cache stores beside the top K."""
+        return self.header.get("features", {}).get("kind", "none")
+
+    @property
+    def pooled_dim(self) -> int:
+        """D; 0 if the cache has no vectors."""
+        return self.header.get("features", {}).get("width", 0)
+
     def digests(self, count: int) -> tuple[str, ...]:
         """A digest of each of the first `count` views: the first 16 hexadecimal digits of its file's checksum.
 
@@ -121,10 +147,12 @@ class TeacherCache:
         return tuple(digests)
 
     def targets(self, view: int) -> tuple[Views, Tensor, Tensor]:
-        """One view and its targets, with checksum and values checked.
+        """The view and the targets of `table`: (views, classes uint16 or int32 [N, K], log_probs float16 [N, K])."""
+        table = self.table(view)
+        return table.views, table.targets.classes, table.targets.log_probs
 
-        Returns:
-            (views, classes uint16 or int32 [N, K], log_probs float16 [N, K]).
+    def table(self, view: int) -> Table:
+        """One view and everything stored for it, with checksum and values checked.
 
         Raises:
             BadInput: the file is truncated, edited or from another cache, or contains impossible values.
@@ -133,12 +161,24 @@ class TeacherCache:
             raise BadInput(f"{self.path}: expected a view from 0 to {self.views - 1}, got {view}")
         path = self.path / view_file(view)
         tensors = read_table(path, self.header, view)
-        columns = {name: tensor.numpy() for name, tensor in tensors.items() if name not in TopK._fields}
-        fault = targets_fault(tensors, self.num_samples, self.topk, self.num_classes)
+        predicted = {*TopK._fields, *(Vectors._fields if self.pooled_dim else ())}
+        columns = {name: tensor.numpy() for name, tensor in tensors.items() if name not in predicted}
+        fault = predictions_fault(tensors, self.header, self.num_samples)
         if fault := fault or views_fault(columns, self.policy, self.num_samples):
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
         views = Views(**columns, mean=self.policy.mean, std=self.policy.std)
-        return views, tensors["classes"], tensors["log_probs"]
+        vectors = Vectors(tensors["pooled"], tensors.get("pooled_scale")) if self.pooled_dim else None
+        return Table(views, TopK(tensors["classes"], tensors["log_probs"]), vectors)
+
+    def classifier(self) -> Classifier | None:
+        """The teacher's classifier, with checksum and values checked; None if the cache has no vectors."""
+        if not self.pooled_dim:
+            return None
+        path = self.path / CLASSIFIER
+        tensors = read_table(path, self.header, CLASSIFIER)
+        if fault := classifier_fault(tensors, self.num_classes, self.pooled_dim):
+            raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
+        return Classifier(tensors["weight"], tensors["bias"])
 
     def val_targets(self) -> TopK:
         """The teacher's predictions for the validation images, checked like those of `targets`."""
@@ -156,8 +196,9 @@ class TeacherCache:
         """
         title, total = f"verifying {self.path}", self.views * self.num_samples
         for view in track(range(self.views), total, title, lambda _: self.num_samples):
-            self.targets(view)
+            self.table(view)
         self.val_targets()
+        self.classifier()
         exists = [(self.path / view_file(view)).is_file() for view in range(self.header["views"])]
         if exists != sorted(exists, reverse=True):
             missing = view_file(exists.index(False))
@@ -205,10 +246,18 @@ def best_classes(log_probs: Tensor, topk: int) -> TopK:
     return TopK(classes.to(torch.int16 if log_probs.shape[-1] <= 1 << 16 else torch.int32), values.half())
 
 
-def as_stored(targets: TopK) -> TopK:
-    """`best_classes` on the CPU -> the same values as the cache stores them, classes uint16 or int32."""
-    classes, log_probs = targets
-    return TopK(classes.view(torch.uint16) if classes.dtype == torch.int16 else classes, log_probs)
+def predictions_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
+    """Check the columns that the teacher computed for `count` images. Returns a fault, or ""."""
+    fault = targets_fault(tensors, count, header["topk"], header["num_classes"])
+    if fault or "features" not in header:
+        return fault
+    return vectors_fault(tensors, count, **header["features"])
+
+
+def as_stored(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Columns, those of `best_classes` among them, as the cache stores them: classes uint16 or int32. On the CPU."""
+    classes = columns["classes"]
+    return {**columns, "classes": classes.view(torch.uint16) if classes.dtype == torch.int16 else classes}
 
 
 def topk_targets(log_probs: Tensor, topk: int) -> TopK:
@@ -217,7 +266,8 @@ def topk_targets(log_probs: Tensor, topk: int) -> TopK:
     Returns:
         On the CPU: classes uint16 (int32 if C > 65,536) [B, K], best first, and log_probs float16 [B, K].
     """
-    return as_stored(TopK(*(values.cpu() for values in best_classes(log_probs, topk))))
+    columns = best_classes(log_probs, topk)._asdict()
+    return TopK(**as_stored({name: values.cpu() for name, values in columns.items()}))
 
 
 def view_file(view: int) -> str:

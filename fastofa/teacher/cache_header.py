@@ -69,6 +69,7 @@ def _validity(header: dict[str, Any]) -> dict[str, bool]:
         "teachers": isinstance(teachers, list) and len(teachers) == 1 and _is_teacher(teachers[0]),
         "pipeline": isinstance(header["pipeline"], str),
         "versions": isinstance(versions, dict) and len(versions) <= 100 and _texts(versions, tuple(versions)),
+        "features": "features" not in header or _is_features(header["features"]),
     }
 
 
@@ -90,6 +91,13 @@ def _is_teacher(teacher: Any) -> bool:
         and _whole(teacher.get("image_size"), 1, 1 << 16)
         and _whole(teacher.get("num_features"), 1, 1 << 20)
     )
+
+
+def _is_features(features: Any) -> bool:
+    """Whether they describe stored vectors: their kind and their width."""
+    if not isinstance(features, dict) or features.keys() != {"kind", "width"}:
+        return False
+    return features["kind"] in ("pooled", "pooled-int8") and _whole(features["width"], 1, 1 << 20)
 
 
 def _is_policy(values: Any) -> bool:
@@ -116,7 +124,8 @@ def write_header(path: Path, header: dict[str, Any]) -> None:
 def identity(header: dict[str, Any]) -> dict[str, Any]:
     """The part of the header on which predictions depend: two caches with the same identity have the same views."""
     dataset = {split: header["dataset"][split] for split in ("train", "val")}
-    return {"dataset": dataset, **{k: header[k] for k in ("classes", "topk", "policy", "seed", "teachers")}}
+    names = ("classes", "topk", "policy", "seed", "teachers", *(["features"] if "features" in header else []))
+    return {"dataset": dataset, **{name: header[name] for name in names}}
 
 
 def policy_to_json(policy: ViewPolicy) -> dict[str, Any]:

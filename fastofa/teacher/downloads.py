@@ -1,6 +1,6 @@
 """Fetch predictions from a GPU without making it wait for the CPU.
 
-Shapes: B images in a batch, K classes kept.
+Shapes: B images in a batch.
 """
 
 from collections import deque
@@ -8,9 +8,9 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from fastofa.methods.targets import TopK
-
 EVERY = 8  # batches per copy from a GPU
+Columns = dict[str, Tensor]
+"""Columns of a table by name, with a row per image."""
 
 
 class Downloads:
@@ -27,27 +27,26 @@ class Downloads:
     def __init__(self, device: torch.device, every: int | None = None) -> None:
         self.device, self.gpu = device, device.type == "cuda"
         self.every = every or (EVERY if self.gpu else 1)
-        self.batches: list[TopK] = []
-        self.copies: deque[tuple[TopK, torch.cuda.Event | None]] = deque()
+        self.batches: list[Columns] = []
+        self.copies: deque[tuple[Columns, torch.cuda.Event | None]] = deque()
 
-    def add(self, targets: TopK) -> list[TopK]:
-        """Add a batch, [B, K] on the device. Returns the predictions that have arrived on the CPU, in their order."""
-        self.batches.append(targets)
+    def add(self, batch: Columns) -> list[Columns]:
+        """Add a batch, [B, ...] on the device. Returns the predictions that have arrived on the CPU, in their order."""
+        self.batches.append(batch)
         if len(self.batches) < self.every:
             return []
         self._begin_copy()
         return self._arrived(len(self.copies) - 1)
 
-    def finish(self) -> list[TopK]:
+    def finish(self) -> list[Columns]:
         """Wait for all predictions that have not been returned yet."""
         if self.batches:
             self._begin_copy()
         return self._arrived(len(self.copies))
 
     def _begin_copy(self) -> None:
-        joined = TopK(*(torch.cat(values) for values in zip(*self.batches, strict=True)))
+        copies = {name: self._copy(torch.cat([batch[name] for batch in self.batches])) for name in self.batches[0]}
         self.batches = []
-        copies = TopK(*map(self._copy, joined))
         event = torch.cuda.current_stream(self.device).record_event() if self.gpu else None
         self.copies.append((copies, event))
 
@@ -56,13 +55,13 @@ class Downloads:
             return values
         return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
-    def _arrived(self, count: int) -> list[TopK]:
+    def _arrived(self, count: int) -> list[Columns]:
         """The predictions of the oldest `count` copies."""
         found = []
         for _ in range(count):
             copies, event = self.copies.popleft()
             if event is not None:
                 event.synchronize()
-                copies = TopK(*(values.clone() for values in copies))  # pinned memory is scarce
+                copies = {name: values.clone() for name, values in copies.items()}  # pinned memory is scarce
             found.append(copies)
         return found

@@ -1,6 +1,6 @@
 """The teacher: a timm model with its own normalisation and input size, which computes log-probabilities.
 
-Shapes: B batch, S image side, C classes of the data, O outputs of the model.
+Shapes: B batch, S image side, C classes of the data, O outputs of the model, D width of the pooled vector.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from fastofa.models.linear_head import check_linear_head, pooled_vector
 from fastofa.models.model_config import ModelConfig, read_model_config
 from fastofa.models.timm_models import (
     CONFIG,
@@ -31,6 +32,7 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import read_json
 from fastofa.system.progress import notice
 from fastofa.teacher.class_names import OutputNames, match_classes
+from fastofa.teacher.vectors import Classifier
 
 PURE_BF16 = "pure bf16"  # weights and activations; earlier versions wrote "bf16" for autocast, which rounds differently
 
@@ -64,8 +66,18 @@ class LogProbs(nn.Module):
         self.register_buffer("columns", None if columns is None else torch.tensor(columns))
 
     def forward(self, images: Tensor) -> Tensor:
-        normalized = (images.float() / 255 - self.mean) / self.std
-        logits = self.model(normalized.to(self.dtype))
+        return self._log_probs(self.model(self.normalize(images)))
+
+    def with_pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The same log-probabilities, and the pooled vectors [B, D] in the model's precision. Needs a linear head."""
+        vectors = pooled_vector(self.model, self.model.forward_features(self.normalize(images)))
+        return self._log_probs(self.model.get_classifier()(vectors)), vectors
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images -> normalised, in the model's precision."""
+        return ((images.float() / 255 - self.mean) / self.std).to(self.dtype)
+
+    def _log_probs(self, logits: Tensor) -> Tensor:
         if self.columns is not None:
             logits = logits[:, self.columns]
         return torch.log_softmax(logits.float(), dim=-1)
@@ -105,6 +117,24 @@ class Teacher:
         result is conditional on these, which is what a student without the other classes has to learn.
         """
         return self.network(images)
+
+    @torch.inference_mode()
+    def with_pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-probabilities, and the pooled vectors [B, D] in the model's precision. Needs a linear head."""
+        return self.network.with_pooled(images)
+
+    def check_linear_head(self, images: Tensor) -> int:
+        """D. Raises BadInput unless the logits of these images, as in `log_probs`, are linear in the pooled vector."""
+        return check_linear_head(self.model, self.network.normalize(images), f"teacher {self.name}")
+
+    @property
+    def classifier(self) -> Classifier:
+        """The model's linear classifier for the classes of the data, on the CPU."""
+        linear = self.model.get_classifier()
+        weight = linear.weight.detach().float().cpu()
+        bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach().float().cpu()
+        rows = slice(None) if self.columns is None else list(self.columns)
+        return Classifier(weight[rows], bias[rows])
 
     def describe(self) -> dict[str, Any]:
         """The teacher's entry in the header of a cache."""
@@ -260,6 +290,16 @@ def check_finite(teacher: str, log_probs: Tensor, view: str, samples: Sequence[s
     raise BadInput(
         f"{expected} minus infinity {where}: the probability is smaller than float16 can represent; lower --topk"
     )
+
+
+def check_finite_vectors(teacher: str, vectors: Tensor, view: str, samples: Sequence[str]) -> None:
+    """Raises BadInput unless float16 holds all pooled vectors [B, D]; the other arguments are as in `check_finite`."""
+    bad = (~vectors.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise BadInput(
+            f"teacher {teacher}: expected pooled vectors within float16's range, in {view} they exceed it for "
+            f"{samples[bad[0]]} ({len(bad)} of {counted(len(samples), 'image')}); use --features pooled-int8"
+        )
 
 
 def report_accuracy(teacher: str, top1: float, num_classes: int, images: int) -> None:

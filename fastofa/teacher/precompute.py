@@ -29,23 +29,24 @@ from fastofa.system.files import filling, read_info
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import Bar, notice, progress_bar
 from fastofa.teacher.cache import (
+    CLASSIFIER,
     PARTIAL,
     VAL,
     TeacherCache,
     as_stored,
     check_origin,
+    predictions_fault,
     read_table,
     view_file,
     write_table,
 )
 from fastofa.teacher.cache_header import HEADER, identity, policy_to_json, read_header, write_header
-from fastofa.teacher.downloads import Downloads
-from fastofa.teacher.model import check_finite, open_teacher, report_accuracy
+from fastofa.teacher.downloads import Columns, Downloads
+from fastofa.teacher.model import Teacher, check_finite, check_finite_vectors, open_teacher, report_accuracy
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.program import TopKProgram
 from fastofa.teacher.quick_checks import check_cache, other_cache
 from fastofa.teacher.reference_images import save_teacher_images
-from fastofa.teacher.table_checks import targets_fault
 from fastofa.views.draw import draw_views
 from fastofa.views.order import pair_order
 from fastofa.views.table import Views, center_views, samples_of
@@ -123,8 +124,21 @@ def open_job(
         )
         for data in (train, val)
     )
-    program = TopKProgram(teacher, config.topk, config.batch_size, choose_compile(config.compile, device))
+    if config.features != "none":
+        header["features"] = {"kind": config.features, "width": _vector_width(teacher, train_source)}
+    compile_ = choose_compile(config.compile, device)
+    program = TopKProgram(teacher, config.topk, config.batch_size, compile_, config.features)
     return CacheJob(config, _begin(config.out, header), program, train_source, val_source, interrupt)
+
+
+def _vector_width(teacher: Teacher, source: "Source") -> int:
+    """D, from the first batch. Raises BadInput unless the teacher's logits are linear in its pooled vectors."""
+    views = center_views(source.dataset.sizes, teacher.crop)
+    with closing(source.pipeline.epoch(views, np.arange(len(views)))) as batches:
+        try:
+            return teacher.check_linear_head(next(batches).images)
+        except BadInput as error:
+            raise BadInput(f"{error}; leave --features out, or choose another teacher") from None
 
 
 def _check_early(config: PrecomputeConfig) -> torch.device:
@@ -151,12 +165,13 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
         return header
     existing = read_header(out)
     new, old = identity(header), identity(existing)
-    different = [key for key in new if new[key] != old[key]]
+    different = [key for key in {**new, **old} if new.get(key) != old.get(key)]
     if different and not _may_start_over(out, different):
-        raise other_cache(out, [f"{key} (cached: {_short(old[key])}, given: {_short(new[key])})" for key in different])
+        pairs = [(key, _short(old.get(key, "none")), _short(new.get(key, "none"))) for key in different]
+        raise other_cache(out, [f"{key} (cached: {cached}, given: {given})" for key, cached, given in pairs])
     if different:
         notice(f"{out}: starts over, because {' and '.join(different)} changed and no view was finished")
-        for file in (VAL, PARTIAL):
+        for file in (VAL, PARTIAL, CLASSIFIER):
             (out / file).unlink(missing_ok=True)
         write_header(out, header)
         return header
@@ -203,6 +218,8 @@ class CacheJob:
 
     def run(self) -> None:
         """Write all tables that are missing."""
+        if self.config.features != "none" and not self.is_finished(CLASSIFIER, CLASSIFIER):
+            write_table(self.out / CLASSIFIER, self.program.teacher.classifier._asdict(), self.header, CLASSIFIER)
         self.write_val()
         todo = [view for view in range(self.config.views) if not self.is_finished(view_file(view), view)]
         if todo[:1] == [0]:  # written with view 0, because the images may change later
@@ -231,8 +248,8 @@ class CacheJob:
         with progress_bar() as bar:
             task = bar.add_task("validation", total=len(dataset), note="")
             targets = self._predict(self.val, views, VAL, bar, task)
-        self._commit(VAL, targets._asdict(), VAL)
-        correct = targets.classes[:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
+        self._commit(VAL, {name: targets[name] for name in TopK._fields}, VAL)
+        correct = targets["classes"][:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
         report_accuracy(teacher.name, float(correct.float().mean()), len(dataset.classes), len(dataset))
 
     def write_views(self, todo: list[int]) -> None:
@@ -248,13 +265,13 @@ class CacheJob:
                 views = self._draw(view)
                 targets = self._predict(self.train, views, view, bar, task)
                 columns = {name: torch.from_numpy(column) for name, column in views.columns().items()}
-                self._commit(view_file(view), {**columns, **targets._asdict()}, view)
+                self._commit(view_file(view), {**columns, **targets}, view)
                 bar.done(task, f"view {view + 1} of {total} done")
 
     def _draw(self, view: int) -> Views:
         return draw_views(self.config.policy(), self.train.dataset.sizes, self.config.seed, view)
 
-    def _predict(self, source: Source, views: Views, table: int | str, bar: Bar, task: TaskID) -> TopK:
+    def _predict(self, source: Source, views: Views, table: int | str, bar: Bar, task: TaskID) -> Columns:
         """The teacher's predictions for every row of a table, in the order of sample ids."""
         dataset, pipeline = source
         # In file order, for sequential reads; mixed images follow each other, so that each is read once.
@@ -265,14 +282,16 @@ class CacheJob:
         saved_at = time.monotonic()
         teacher, downloads = self.program.teacher, Downloads(self.program.teacher.device)
 
-        def keep(arrived: list[TopK]) -> None:
+        def keep(arrived: list[Columns]) -> None:
             """Check predictions that follow those in `parts`, and add them."""
             for targets in map(as_stored, arrived):
                 first = _rows(parts)
-                rows = order[first : first + len(targets.classes)]
+                rows = order[first : first + _rows([targets])]
                 names = [dataset.names[i] for i in samples_of(rows, len(dataset)).tolist()]
                 which = f"view {table}" if isinstance(table, int) else "the validation view"
-                check_finite(teacher.name, targets.log_probs, which, names)
+                check_finite(teacher.name, targets["log_probs"], which, names)
+                if self.config.features == "pooled":
+                    check_finite_vectors(teacher.name, targets["pooled"], which, names)
                 parts.append(targets)
                 bar.advance(task, len(rows))
 
@@ -289,11 +308,11 @@ class CacheJob:
                             saved_at = time.monotonic()
             finally:  # also after an error, since what was computed is saved
                 keep(downloads.finish())
-        joined, place = _joined(parts), np.argsort(order)
-        return TopK(*(torch.from_numpy(values.numpy()[place]) for values in joined))
+        place = np.argsort(order)
+        return {name: torch.from_numpy(values.numpy()[place]) for name, values in _joined(parts).items()}
 
     @contextmanager
-    def saving(self, table: int | str, parts: list[TopK], partial: str = "") -> Iterator[None]:
+    def saving(self, table: int | str, parts: list[Columns], partial: str = "") -> Iterator[None]:
         """Save the predictions of an unfinished table if an exception occurs. A BadInput then names the table."""
         try:
             yield
@@ -308,7 +327,7 @@ class CacheJob:
             name = table if isinstance(table, str) else view_file(table)
             raise BadInput(f"{name}: {error}{self._how_to_continue(parts)}") from None
 
-    def _how_to_continue(self, parts: list[TopK]) -> str:
+    def _how_to_continue(self, parts: list[Columns]) -> str:
         """The end of an error message: what was saved, and how to continue."""
         views, predicted = len(list(self.out.glob("view-*.safetensors"))), _rows(parts)
         if not views and not predicted:
@@ -319,11 +338,11 @@ class CacheJob:
             f"repeat the command to continue; with --skip-corrupt, it {skip} if that changes the images"
         )
 
-    def _save(self, parts: list[TopK], partial: str) -> None:
+    def _save(self, parts: list[Columns], partial: str) -> None:
         if parts:
-            write_table(self.out / PARTIAL, _joined(parts)._asdict(), self.header, partial)
+            write_table(self.out / PARTIAL, _joined(parts), self.header, partial)
 
-    def _read_partial(self, partial: str, rows: int) -> list[TopK]:
+    def _read_partial(self, partial: str, rows: int) -> list[Columns]:
         """The predictions that an interrupted run saved of this table, which has `rows` rows."""
         if not (self.out / PARTIAL).is_file():
             return []
@@ -332,18 +351,16 @@ class CacheJob:
         except BadInput:
             return []  # of another table, which was finished after all, or in another order
         count = min(rows, len(tensors.get("classes", ())))
-        if targets_fault(tensors, count, self.header["topk"], self.header["num_classes"]):
-            return []
-        return [TopK(tensors["classes"], tensors["log_probs"])]
+        return [] if predictions_fault(tensors, self.header, count) else [tensors]
 
     def _commit(self, file: str, tensors: dict[str, Tensor], table: int | str) -> None:
         write_table(self.out / file, tensors, self.header, table)
         (self.out / PARTIAL).unlink(missing_ok=True)
 
 
-def _rows(parts: list[TopK]) -> int:
-    return sum(len(part.classes) for part in parts)
+def _rows(parts: list[Columns]) -> int:
+    return sum(len(part["classes"]) for part in parts)
 
 
-def _joined(parts: list[TopK]) -> TopK:
-    return TopK(torch.cat([p.classes for p in parts]), torch.cat([p.log_probs for p in parts]))
+def _joined(parts: list[Columns]) -> Columns:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -36,6 +36,10 @@ class PrecomputeConfig:
     smaller cache. More can be added later; a number below that of an existing cache changes nothing."""
     topk: int
     """Classes stored per prediction, at 4 bytes each. The remaining probability is spread over the other classes."""
+    features: Literal["none", "pooled", "pooled-int8"] = "none"
+    """Also store the teacher's pooled vector, the input of its classifier, for cc, rkd, crd and rsd; other methods then
+    learn from all classes exactly. pooled: 2 bytes per number; pooled-int8: 1 byte per number. Needs a linear
+    classifier."""
     teacher_checkpoint: Path | None = None
     """A .safetensors or .pth file with the teacher's weights, instead of timm's. A config.json next to it, if for the
     same architecture, supplies normalisation, input size and class names."""

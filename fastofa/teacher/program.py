@@ -1,4 +1,4 @@
-"""The teacher as one program, compiled for one batch shape: uint8 pixels -> top-K predictions, still on the device.
+"""The teacher as one program, compiled for one batch shape: uint8 pixels -> what a cache stores, still on the device.
 
 Shapes: B images in a batch, S image side, C classes, K classes kept.
 """
@@ -6,15 +6,17 @@ Shapes: B images in a batch, S image side, C classes, K classes kept.
 import torch
 from torch import Tensor
 
-from fastofa.methods.targets import TopK
 from fastofa.models.timm_models import first_line
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import best_classes
 from fastofa.teacher.model import Teacher
+from fastofa.teacher.vectors import stored
 
 
 class TopKProgram:
-    """`program(images)`: uint8 [B, 3, S, S] on the teacher's device -> its `best_classes`, for B up to `batch_size`.
+    """`program(images)`: uint8 [B, 3, S, S] on the teacher's device -> columns of a table, for B up to `batch_size`.
+
+    The columns are those of `best_classes` and, with `features`, of the stored pooled vectors.
 
     The first call compiles the program for `batch_size` images, which can take minutes. A smaller batch is padded,
     because another shape would be compiled again. If the compiler fails, a notice says so, and the program runs
@@ -25,27 +27,36 @@ class TopKProgram:
         topk: K.
         batch_size: the largest B.
         compile_: whether to compile. An uncompiled program does not pad.
+        features: none, pooled or pooled-int8 (`fastofa.teacher.vectors`); the latter need a linear head.
     """
 
-    def __init__(self, teacher: Teacher, topk: int, batch_size: int, compile_: bool) -> None:
-        self.teacher, self.topk, self.batch_size = teacher, topk, batch_size
+    def __init__(self, teacher: Teacher, topk: int, batch_size: int, compile_: bool, features: str = "none") -> None:
+        self.teacher, self.topk, self.batch_size, self.features = teacher, topk, batch_size, features
         self.to_compile = compile_
-        self.compiled = torch.compile(self._predict, dynamic=False) if compile_ else None
+        self.compiled = torch.compile(self._compute, dynamic=False) if compile_ else None
 
     @torch.no_grad()  # inference mode cannot be compiled
-    def __call__(self, images: Tensor) -> TopK:
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
         if self.to_compile:
             self._compile()
         if self.compiled is None:
-            return best_classes(self.teacher.log_probs(images), self.topk)
+            if self.features == "none":
+                return self._columns(self.teacher.log_probs(images))
+            return self._columns(*self.teacher.with_pooled(images))
         count, missing = len(images), self.batch_size - len(images)
         if missing:
             images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-        targets = self.compiled(images.contiguous(memory_format=torch.channels_last))
-        return TopK(*(values[:count] for values in targets))
+        columns = self.compiled(images.contiguous(memory_format=torch.channels_last))
+        return {name: values[:count] for name, values in columns.items()}
 
-    def _predict(self, images: Tensor) -> TopK:
-        return best_classes(self.teacher.network(images), self.topk)
+    def _compute(self, images: Tensor) -> dict[str, Tensor]:
+        if self.features == "none":
+            return self._columns(self.teacher.network(images))
+        return self._columns(*self.teacher.network.with_pooled(images))
+
+    def _columns(self, log_probs: Tensor, vectors: Tensor | None = None) -> dict[str, Tensor]:
+        columns = best_classes(log_probs, self.topk)._asdict()
+        return columns if vectors is None else {**columns, **stored(vectors, self.features).columns()}
 
     def _compile(self) -> None:
         """Compile for a black batch. An error here is the compiler's: `open_teacher` has tried the teacher itself."""

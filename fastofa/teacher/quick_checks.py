@@ -41,10 +41,12 @@ def _differences(config: PrecomputeConfig) -> list[str]:
     try:
         header = json.loads((config.out / HEADER).read_bytes())
         default = {field.name: field.default for field in dataclasses.fields(ViewPolicy)}
-        cached = {"topk": header["topk"], "seed": header["seed"], **default, **header["policy"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        features = header.get("features", {}).get("kind", "none")
+        cached = {"topk": header["topk"], "features": features, "seed": header["seed"], **default, **header["policy"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
-    requested = {"topk": config.topk, "seed": config.seed, **dataclasses.asdict(config.policy())}
+    given = {name: getattr(config, name) for name in ("topk", "features", "seed")}
+    requested = {**given, **dataclasses.asdict(config.policy())}
     return [
         f"{name.replace('_', '-')} (cached: {_text(cached[name])}, given: {_text(value)})"
         for name, value in requested.items()

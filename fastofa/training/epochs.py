@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from fastofa.data.dataset import Dataset
+from fastofa.methods.named import needs_of
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.recipes import default_policy, with_size_defaults
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache import Table, TeacherCache
 from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.vectors import joined
 from fastofa.training.distributed import World
 from fastofa.views.draw import draw_views
 from fastofa.views.order import epoch_order, epoch_rows
@@ -123,14 +125,28 @@ class Epochs:
         if self.loaded is not None and self.loaded_views == numbers and self.world.size == 1:
             self.loaded = Epoch(self.loaded.views, self._order(epoch, self.loaded.views), self.loaded.targets)
             return self.loaded
-        tables, classes, log_probs = zip(*map(self.cache.targets, numbers), strict=True)
-        views = join_views(tables)
+        tables = [self.cache.table(number) for number in numbers]
+        views = join_views([table.views for table in tables])
         order = self._order(epoch, views)
-        dense = self.cache.topk == self.cache.num_classes
-        kept = None if self.world.size == 1 else order  # the rows that this rank looks up
-        targets = DeviceTargets(torch.cat(classes), torch.cat(log_probs), self.device, dense, kept)
-        self.loaded_views, self.loaded = numbers, Epoch(views, order, targets if c.methods else None)
+        targets = self._device_targets(self.cache, tables, order) if c.methods else None
+        self.loaded_views, self.loaded = numbers, Epoch(views, order, targets)
         return self.loaded
+
+    def _device_targets(self, cache: TeacherCache, tables: list[Table], order: np.ndarray) -> DeviceTargets:
+        """The targets that this epoch's methods need, on the device."""
+        needs = needs_of(self.config.methods)
+        dense = cache.topk == cache.num_classes
+        rebuilt = "all classes" in needs and not dense
+        vectors = [t.vectors for t in tables if t.vectors is not None and (rebuilt or "pooled vector" in needs)]
+        return DeviceTargets(
+            torch.cat([table.targets.classes for table in tables]),
+            torch.cat([table.targets.log_probs for table in tables]),
+            self.device,
+            dense,
+            None if self.world.size == 1 else order,  # the rows that this rank looks up
+            joined(vectors) if vectors else None,
+            cache.classifier() if rebuilt else None,
+        )
 
     def _order(self, epoch: int, views: Views) -> np.ndarray:
         order = epoch_order(

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from fastofa.data.dataset import Dataset
 from fastofa.data.headers import parse_limits
 from fastofa.data.open import open_dataset
 from fastofa.kernels.comparison import Chooses
+from fastofa.methods.method import Sizes
+from fastofa.methods.named import needs_of
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.reports.curves import draw_curves, import_plotting
 from fastofa.reports.metrics import measure
@@ -50,7 +53,7 @@ from fastofa.training.distributed import (
     was_restarted,
 )
 from fastofa.training.epochs import Epochs
-from fastofa.training.preflight import check_early, check_resumable, choose_order, views_begun_with
+from fastofa.training.preflight import check_early, check_resumable, choose_order, spread_notice, views_begun_with
 from fastofa.training.schedule import cautions, image_size, learning_rate, lengthened, summary
 from fastofa.training.step import Step
 from fastofa.training.validate import best_classes_each
@@ -112,6 +115,8 @@ def _train(config: TrainConfig, world: World) -> Result:
             notice(caution)
     if job.pixels is not None:
         notice(f"pixels of {IMAGES} images, compared with {config.cache}: {job.pixels}")
+    if job.spread:
+        notice(job.spread)
     if world.is_main and (missing := augmentation_differences(config.recipe, job.epochs.policy)):
         notice(f"recipe {config.recipe}: its published views have {missing}; precompute --recipe draws such views")
     job.run_epochs()
@@ -162,7 +167,15 @@ class Job:
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(c.seed)
         student = run.build_student(None if c.resume and checkpoint.checkpoints(run.path) else c.init)
-        self.step = Step(student, c, self.device, world, kernels=recorded_kernels(run.path) if c.resume else None)
+        needs_pooled = "pooled vector" in needs_of(c.methods)
+        sizes = Sizes(
+            len(train_set.classes),
+            student.pooled_dim() if needs_pooled else 0,
+            0 if epochs.cache is None else epochs.cache.pooled_dim,
+            images_per_class=tuple(np.bincount(train_set.labels, minlength=len(train_set.classes)).tolist()),
+        )
+        kernels = recorded_kernels(run.path) if c.resume else None
+        self.step = Step(student, c, self.device, world, sizes, kernels)
         self.last_step = c.epochs * epochs.steps
         full = student.image_size
         workers = choose_workers(c.workers, world.local_size)
@@ -177,10 +190,12 @@ class Job:
         if measures_kernels(c.kernels, self.device) and isinstance(self.train_pipeline, Chooses):
             found = self.train_pipeline.comparisons()
             self.step.kernels.choose((self.train_pipeline, *each) for each in found.items())
-        if epochs.rank_batch_size == c.accumulate and any(isinstance(m, BatchNorm) for m in student.modules()):
+        needs_two = any(isinstance(m, BatchNorm) for m in student.modules())
+        if epochs.rank_batch_size == c.accumulate and (needs_two or needs_pooled):
+            reason = f"{c.student} has batch norm" if needs_two else f"{c.method} compares images"
             raise BadInput(
-                f"batch-size: expected at least two images in each part of a step, because {c.student} has batch norm, "
-                "got one; raise --batch-size or lower --accumulate"
+                f"batch-size: expected at least two images in each part of a step, because {reason}, got one; raise "
+                "--batch-size or lower --accumulate"
             )
         if c.start_size is not None and c.start_size > full:
             raise BadInput(f"start-size: expected at most the full {full} pixels, got {c.start_size}")
@@ -190,6 +205,7 @@ class Job:
         self.sizes_seen: set[int] = set()
         self.loading: Generator[Batch, None, None] | None = None
         self.pixels: Difference | None = None
+        self.spread = ""
         self.wandb_run: Any = None
         self.report_failed = False
         self.evaluated_before = False
@@ -215,7 +231,9 @@ class Job:
         if self.step.steps < self.last_step:
             self.epochs.load(self.step.steps // self.epochs.steps)
         if self.world.is_main and (cache := self.epochs.cache) is not None:
-            self.pixels = compare_teacher_images(cache.path, self.train_pipeline, cache.targets(0)[0])
+            views, _, log_probs = cache.targets(0)
+            self.pixels = compare_teacher_images(cache.path, self.train_pipeline, views)
+            self.spread = spread_notice(self.config.methods, cache, log_probs)
 
     def begin(self) -> None:
         """Write the run's configuration, once everything has been checked. It is the first file written."""

@@ -1,11 +1,14 @@
 """Checks before a run, so that errors are reported before anything is written."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from fastofa.data.dataset import Dataset
+from fastofa.methods.named import method_class
 from fastofa.models.timm_models import resolve
 from fastofa.pipelines import PIPELINES
 from fastofa.runs import checkpoint
@@ -35,7 +38,7 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
         if config.wandb is not None:
             import_wandb()
     if config.cache is not None:
-        TeacherCache.open(config.cache)
+        check_needs(config.methods, TeacherCache.open(config.cache))
     elif config.methods:
         raise BadInput(f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch")
     resolve(config.student, config.image_size)
@@ -48,6 +51,40 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
     if config.batch_size is not None:
         check_divisible(config.batch_size, {"ranks": world.size, "parts": config.accumulate})
     return device
+
+
+def check_needs(methods: Sequence[str], cache: TeacherCache) -> None:
+    """Raises BadInput unless the cache contains what each method needs of the teacher."""
+    for name in methods:
+        needs = method_class(name).needs
+        if needs == "pooled vector" and not cache.pooled_dim:
+            raise BadInput(
+                f"method {name}: expected a cache with the teacher's pooled vectors, {cache.path} has only its top "
+                f"{cache.topk} of {cache.num_classes} classes; run `fastofa precompute --features pooled` with another "
+                "--out"
+            )
+        if needs == "stage features":
+            raise BadInput(
+                f"method {name}: expected the features of the teacher's stages, which a cache does not contain; choose "
+                "another --method"
+            )
+
+
+def spread_notice(methods: Sequence[str], cache: TeacherCache, log_probs: Tensor) -> str:
+    """What methods that need all classes lose on this cache, for a notice; empty if nothing.
+
+    Args:
+        log_probs: float16 [N, K], of view 0.
+    """
+    names = [name for name in methods if method_class(name).needs == "all classes"]
+    if not names or cache.pooled_dim or cache.topk == cache.num_classes:
+        return ""
+    kept = log_probs.double().exp().sum(dim=1).clamp(max=1).mean().item()
+    return (
+        f"method {'+'.join(names)}: needs all classes; the {cache.topk} of {cache.num_classes} in the cache hold "
+        f"{kept:.3%} of the teacher's probability (mean over view 0), and the rest is spread evenly over the others: a "
+        f"total variation error of at most {1 - kept:.3%}, which `fastofa precompute --features pooled` removes"
+    )
 
 
 def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:

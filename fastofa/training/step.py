@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastofa.methods.method import Outputs, Sizes
+from fastofa.methods.named import needs_of
 from fastofa.methods.objective import Objective
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch
@@ -48,6 +49,7 @@ class Program(nn.Module):
     def __init__(self, student: Student, objective: Objective, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
         self.student, self.objective = student, objective
+        self.needs_pooled = "pooled vector" in needs_of(config.methods)
         self.device_type, self.bf16 = device.type, choose_bf16(config.precision, device)
 
     def forward(
@@ -59,7 +61,7 @@ class Program(nn.Module):
         mix: Tensor | None = None,
     ) -> Tensor:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
-            outputs = Outputs(self.student(images))
+            outputs = Outputs(*self.student.with_pooled(images)) if self.needs_pooled else Outputs(self.student(images))
         return self.objective(outputs, labels, targets, partner_labels, mix)
 
 
@@ -154,7 +156,7 @@ class Step:
         torch.manual_seed(_random_state(c.seed, self.steps, self.world.rank))  # dropout, stochastic depth
         set_learning_rate(self.optimizer, lr)
         for number, batch in enumerate(parts, start=1):
-            part_targets = None if targets is None else targets.lookup(batch.rows)
+            part_targets = None if targets is None else targets.lookup(batch.rows)._replace(sample_ids=batch.sample_ids)
             inputs = (batch.images, batch.labels, part_targets, batch.partner_labels, batch.mix)
             if self.uncompiled is not None:
                 self._choose_cuda_graphs(self.uncompiled, inputs)
