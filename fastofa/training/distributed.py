@@ -81,11 +81,12 @@ class World:
         return torch.stack(tensors)
 
     def average_statistics(self, model: torch.nn.Module) -> None:
-        """Replace the running statistics of batch norm by their mean over the ranks, since each saw its own images."""
+        """Replace the running statistics of batch norms by their mean over the ranks, since each saw its own images."""
         if self.size > 1:
-            for statistic in statistics(model).values():
-                dist.all_reduce(statistic)
-                statistic /= self.size
+            for name, statistic in statistics(model).items():
+                if name.endswith(("running_mean", "running_var")):  # not the memories of a distillation method
+                    dist.all_reduce(statistic)
+                    statistic /= self.size
 
     def leave(self) -> None:
         """Close the connections. Drop objects that use them (DDP) first, or PyTorch may wait forever."""
@@ -142,7 +143,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def statistics(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The running statistics of the model's batch norms, by name."""
+    """What ranks hold for themselves, by name: running statistics of batch norms, memories of distillation methods."""
     saved = model.state_dict().keys()
     return {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
 
