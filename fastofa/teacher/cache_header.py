@@ -89,7 +89,12 @@ def _is_teacher(teacher: Any) -> bool:
         _texts(teacher, ("name", "sha256", "precision"))
         and _whole(teacher.get("image_size"), 1, 1 << 16)
         and _whole(teacher.get("num_features"), 1, 1 << 20)
+        and all(_is_colour(teacher.get(name)) for name in ("mean", "std"))
     )
+
+
+def _is_colour(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(_number(v, -math.inf, math.inf) for v in values)
 
 
 def _is_policy(values: Any) -> bool:

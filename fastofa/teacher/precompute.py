@@ -21,6 +21,7 @@ from torch import Tensor
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
 from fastofa.methods.targets import TopK
+from fastofa.models.normalized import in_words
 from fastofa.models.timm_models import find_folder, resolve
 from fastofa.pipelines import PIPELINES, Pipeline, choose, open_pipeline
 from fastofa.system.device import choose_bf16, choose_compile, choose_device, choose_workers
@@ -87,17 +88,19 @@ def open_job(
         raise BadInput(f"topk: expected at most the {classes} of {config.data}, got {config.topk}")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    mean, std = config.normalization()
     teacher = open_teacher(
         config.teacher,
         train.classes,
         config.teacher_checkpoint,
         config.image_size,
-        config.mean,
-        config.std,
+        mean,
+        std,
         device,
         choose_bf16(config.precision, device),
         config.teacher_checkpoint_key,
     )
+    notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
     header: dict[str, Any] = {
         "dataset": {"spec": config.data, "train": train.fingerprint, "val": val.fingerprint},
         "num_samples": len(train),

@@ -104,7 +104,9 @@ def evaluate(
     size = run.config.eval_size or student.image_size
     loader = open_pipeline(pipeline, dataset, size, batch_size, on, choose_workers(workers))
     bf16 = choose_bf16(run.config.precision, on)
-    best = best_classes(student, loader, dataset, run.config.eval_crop, bf16, "evaluate", run.config.eval_flip)
+    c = run.config
+    bicubic = c.eval_interpolation == "bicubic"
+    best = best_classes(student, loader, dataset, c.eval_crop, bf16, "evaluate", c.eval_flip, bicubic)
     teacher = _teacher_targets(run, dataset)
     evaluation = Evaluation(
         data=dataset.spec,

@@ -80,7 +80,7 @@ def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", o
                 "test_input_size": (3, eval_size, eval_size),
                 "crop_pct": run.config.eval_crop,
                 "crop_mode": "center",
-                "interpolation": "bilinear",
+                "interpolation": run.config.eval_interpolation,
             },
         )
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -89,7 +89,8 @@ def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", o
             _compare_predictions(sample, model)
         if onnx:
             normalized = Normalized(student.backbone, student.mean, student.std).eval()
-            notice(f"export: {export_onnx(normalized, folder, run.classes, eval_size, run.config.eval_crop)}")
+            view = eval_size, run.config.eval_crop, run.config.eval_interpolation
+            notice(f"export: {export_onnx(normalized, folder, run.classes, *view)}")
     return f"timm.create_model({json.dumps(f'local-dir:{out}', ensure_ascii=False)}, pretrained=True)"
 
 
@@ -112,11 +113,11 @@ def _own_predictions(run: Run, student: Student, size: int) -> _Sample:
         raise BadInput(f"the classes of {run.config.data} have changed")
     ids = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).round().astype(np.int64))
     boxes = center_views(dataset.sizes, run.config.eval_crop).boxes(dataset.stored_sizes)
-    device = choose_device("auto")
+    device, bicubic = choose_device("auto"), run.config.eval_interpolation == "bicubic"
     student.to(device)
     predictions = []
     for part in np.array_split(ids, -(-len(ids) // BATCH_SIZE)):
-        images = [crop_resize_one(dataset.read(i), boxes[i].tolist(), False, size) for i in part.tolist()]
+        images = [crop_resize_one(dataset.read(i), boxes[i].tolist(), False, size, bicubic) for i in part.tolist()]
         predictions.append(student.classify(torch.stack(images).to(device)).argmax(dim=1).cpu().numpy())
     return _Sample([_pil_image(dataset, i) for i in ids.tolist()], dataset.labels[ids], np.concatenate(predictions))
 

@@ -1,12 +1,13 @@
 """Checks before a run, so that errors are reported before anything is written."""
 
+import dataclasses
 from pathlib import Path
 from typing import get_args
 
 import torch
 
 from fastofa.data.dataset import Dataset
-from fastofa.models.timm_models import resolve
+from fastofa.models.timm_models import evaluation_view, resolve
 from fastofa.pipelines import PIPELINES
 from fastofa.runs import checkpoint
 from fastofa.runs.config import Order, TrainConfig
@@ -48,6 +49,18 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
     if config.batch_size is not None:
         check_divisible(config.batch_size, {"ranks": world.size, "parts": config.accumulate})
     return device
+
+
+def with_own_evaluation(config: TrainConfig) -> TrainConfig:
+    """Return `config` with the student's own crop and filter for the evaluation where it leaves them unset."""
+    if config.eval_crop is not None and config.eval_interpolation != "student":
+        return config
+    crop, interpolation = evaluation_view(config.student)
+    return dataclasses.replace(
+        config,
+        eval_crop=crop if config.eval_crop is None else config.eval_crop,
+        eval_interpolation=interpolation if config.eval_interpolation == "student" else config.eval_interpolation,
+    )
 
 
 def choose_order(config: TrainConfig, train_set: Dataset, world: World) -> Order:
