@@ -206,7 +206,7 @@ def crop_resize(
 ) -> Tensor:
     """Resizing is separable: two small matrix products per image. A flip reverses the weights.
 
-    A bicubic filter overshoots at edges. As in Pillow, the rows of pixels are resized first, then rounded and clipped.
+    A bicubic filter overshoots at edges. As in torch, the rows of pixels are resized first, then rounded and clipped.
     """
     batch, height, width, _ = images.shape
     top, left, box_height, box_width = boxes.to(torch.float32).unbind(dim=1)
