@@ -15,7 +15,7 @@ from fastofa.system.read import read_json
 # Fields that may contain a path, each with the value that is not one.
 BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}
 # Fields that files of earlier versions lack, each with what those versions did.
-LATER = {"bicubic": None, "eval_interpolation": "bilinear", "lr_updates": "step", "decay_embeddings": False}
+LATER = {"bicubic": 0.0, "eval_interpolation": "bilinear", "lr_updates": "step", "decay_embeddings": False}
 MAX_NAMED = 8  # maximum number of fields named in an error
 Config = TypeVar("Config")
 
