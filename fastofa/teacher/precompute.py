@@ -100,7 +100,6 @@ def open_job(
         choose_bf16(config.precision, device),
         config.teacher_checkpoint_key,
     )
-    notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
     header: dict[str, Any] = {
         "dataset": {"spec": config.data, "train": train.fingerprint, "val": val.fingerprint},
         "num_samples": len(train),
@@ -206,6 +205,8 @@ class CacheJob:
 
     def run(self) -> None:
         """Write all tables that are missing."""
+        teacher = self.program.teacher
+        notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
         self.write_val()
         todo = [view for view in range(self.config.views) if not self.is_finished(view_file(view), view)]
         if todo[:1] == [0]:  # written with view 0, because the images may change later
