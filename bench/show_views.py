@@ -50,7 +50,7 @@ def main() -> None:
     axes = figure.subplots(ROWS, VIEWS + 1)
     for column in range(VIEWS + 1):
         views = draw_views(policy, dataset.sizes, seed=7, view=max(column - 1, 0))
-        plain = Views(views.crop, views.flip)
+        plain = Views(views.crop, views.flip, views.bicubic)
         (batch,) = pipeline.epoch(plain if column == 0 else views, np.arange(4))
         for i, image in enumerate(batch.images.permute(0, 2, 3, 1).numpy()):
             axes[i, column].imshow(image)

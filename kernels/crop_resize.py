@@ -28,8 +28,9 @@ def crop_resize(
     std: Sequence[float] | None = None,
     dtype: torch.dtype = torch.uint8,
     impl: str | None = None,
+    bicubic: bool = False,
 ) -> Tensor:
-    """Crop images of a batch (or of a resident dataset, by sample id) and resize them to S x S: bilinear, antialiased.
+    """Crop images of a batch (or of a resident dataset, by sample id) and resize them to S x S, antialiased.
 
     Equals torchvision's `resized_crop` and `horizontal_flip` up to their 8-bit rounding.
 
@@ -46,6 +47,7 @@ def crop_resize(
         dtype: uint8 (rounded), or bf16, fp16, fp32.
         impl: "triton", "torch" or None (choose). The kernel reads only the pixels it needs and does not copy
             images[ids].
+        bicubic: the filter; False: bilinear. The kernel is bilinear only; the twin does both.
 
     Returns:
         [B, 3, S, S] in channels-last memory format; floating-point results are pixels / 255, normalised by mean and
@@ -55,11 +57,13 @@ def crop_resize(
         ValueError: invalid shapes, dtypes, devices or values; the message states what was expected and what was given.
     """
     _check(images, boxes, flip, size, ids, mean, std, dtype)
-    triton = use_triton("crop_resize", impl, images.device)
+    if bicubic and impl == "triton":
+        raise ValueError("impl: expected 'torch' or None for the bicubic filter, got 'triton'")
+    triton = not bicubic and use_triton("crop_resize", impl, images.device)
     too_large = images.shape[1] * images.shape[2] * 3 >= 2**31
     if not triton or (too_large and impl is None):
         chosen = images if ids is None else images[ids]
-        return reference.crop_resize(chosen, boxes, flip, size, mean, std, dtype)
+        return reference.crop_resize(chosen, boxes, flip, size, mean, std, dtype, bicubic)
     if too_large:
         got = f"{images.shape[1]} x {images.shape[2]}"
         raise ValueError(f"images: expected less than 2^31 bytes each for 'triton', got {got} pixels; leave impl out")

@@ -174,16 +174,22 @@ def cross_entropy_gradient(
 # --- Crop and resize --------------------------------------------------------------------------------------------------
 
 
-def resize_weights(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
-    """Bilinear weights [B, S, source] that map pixels start .. start + length to S output pixels.
+def resize_weights(start: Tensor, length: Tensor, source: int, size: int, bicubic: bool = False) -> Tensor:
+    """Bilinear or bicubic weights [B, S, source] that map pixels start .. start + length to S output pixels.
 
-    Antialiased: a filter's width grows with the scale.
+    Antialiased: a filter's width grows with the scale. The bicubic filter is Keys' with a = -1/2, as in Pillow and in
+    torch's antialiased resizing.
     """
     scale = (length / size)[:, None, None]
     out = torch.arange(size, device=start.device, dtype=start.dtype)[None, :, None]
     pixel = torch.arange(source, device=start.device, dtype=start.dtype)[None, None, :] + 0.5
     first, last = start[:, None, None], (start + length)[:, None, None]
-    weights = (1 - ((pixel - first - (out + 0.5) * scale) / scale.clamp(min=1)).abs()).clamp(min=0)
+    x = ((pixel - first - (out + 0.5) * scale) / scale.clamp(min=1)).abs()
+    if bicubic:
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+        weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
+    else:
+        weights = (1 - x).clamp(min=0)
     weights = weights * ((pixel + 0.5 > first) & (pixel - 0.5 < last))  # only pixels that overlap the box
     return weights / weights.sum(dim=-1, keepdim=True)
 
@@ -196,15 +202,23 @@ def crop_resize(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     dtype: torch.dtype,
+    bicubic: bool = False,
 ) -> Tensor:
-    """Resizing is separable: two small matrix products per image. A flip reverses the weights."""
+    """Resizing is separable: two small matrix products per image. A flip reverses the weights.
+
+    A bicubic filter overshoots at edges. As in torch, the rows of pixels are resized first, then rounded and clipped.
+    """
     batch, height, width, _ = images.shape
     top, left, box_height, box_width = boxes.to(torch.float32).unbind(dim=1)
-    rows = resize_weights(top, box_height, height, size)
-    columns = resize_weights(left, box_width, width, size)
+    rows = resize_weights(top, box_height, height, size, bicubic)
+    columns = resize_weights(left, box_width, width, size, bicubic)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    out = torch.bmm(rows, images.to(torch.float32).reshape(batch, height, width * 3))
-    out = torch.einsum("bxw,bywc->byxc", columns, out.view(batch, size, width, 3))  # [B, S, S, 3]
+    if bicubic:
+        out = torch.einsum("bxw,bywc->byxc", columns, images.to(torch.float32)).round().clamp(0, 255)
+        out = torch.bmm(rows, out.reshape(batch, height, size * 3)).view(batch, size, size, 3).clamp(0, 255)
+    else:
+        out = torch.bmm(rows, images.to(torch.float32).reshape(batch, height, width * 3))
+        out = torch.einsum("bxw,bywc->byxc", columns, out.view(batch, size, width, 3))  # [B, S, S, 3]
     if dtype == torch.uint8:
         out = out.round().clamp(0, 255)
     else:

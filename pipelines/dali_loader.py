@@ -32,6 +32,7 @@ except (ImportError, OSError) as error:
         f"pipeline dali: needs DALI ({error}); `fastofa doctor` says how to install it, or use --pipeline torchvision"
     ) from None
 
+LINEAR, CUBIC = int(types.DALIInterpType.INTERP_LINEAR), int(types.DALIInterpType.INTERP_CUBIC)
 JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
@@ -81,7 +82,8 @@ class Pipeline:
                 boxes = table.boxes(self.sizes[ids])
                 size = np.full((len(ids), 2), image_size, np.float32)
                 size[table.flip, 1] *= -1  # a negative width flips the image
-                yield paths, boxes[:, :2].astype(np.int32), boxes[:, 2:].astype(np.int32), size
+                filters = np.where(table.is_bicubic, CUBIC, LINEAR).astype(np.int32)
+                yield paths, boxes[:, :2].astype(np.int32), boxes[:, 2:].astype(np.int32), size, filters
 
         on_gpu = self.device.type == "cuda"
         largest = max(len(rows) for rows in row_batches)
@@ -93,13 +95,13 @@ class Pipeline:
             exec_dynamic=True,
         )
         def crops() -> tuple[Any, ...]:
-            path, anchor, shape, size = fn.external_source(source, num_outputs=4)
+            path, anchor, shape, size, filter_type = fn.external_source(source, num_outputs=5)
             data = fn.io.file.read(path)
             decoder = {"device": "mixed", "hw_decoder_load": self.hardware_share} if on_gpu else {}
             image = fn.decoders.image_slice(
                 data, anchor, shape, axis_names="HW", normalized_anchor=False, normalized_shape=False, **decoder
             )
-            image = fn.resize(image, size=size, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
+            image = fn.resize(image, size=size, interp_type=filter_type, antialias=True)
             return image, data, fn.peek_image_shape(data)
 
         dali = crops()
@@ -125,8 +127,9 @@ class Pipeline:
         """Same as `_run`, but with torchvision, which is slower. Raises BadInput with the name of a damaged file."""
         table, ids = views.take(rows), samples_of(rows, len(self.sizes))
         images = torch.empty(len(ids), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        for out, i, box, flip in zip(images, ids, table.boxes(self.sizes[ids]).tolist(), table.flip, strict=True):
-            out.copy_(crop_resize_one(self.dataset.read(i), box, bool(flip), size))
+        boxes = table.boxes(self.sizes[ids]).tolist()
+        for out, i, box, flip, bicubic in zip(images, ids, boxes, table.flip, table.is_bicubic, strict=True):
+            out.copy_(crop_resize_one(self.dataset.read(i), box, bool(flip), size, bool(bicubic)))
         return images.to(self.device)
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastofa.kernels import crop_resize
 from fastofa.kernels.comparison import Comparison
 from fastofa.kernels.crop_resize import crop_comparison
+from fastofa.pipelines.crops import crop_on_device
 from fastofa.pipelines.request import Request
 from fastofa.pipelines.threaded import Threaded
 from fastofa.system.errors import BadInput
@@ -48,9 +48,10 @@ class Gathered(Cropped):
         return copy
 
     def _to_gpu(self, images: Tensor, views: Views, rows: np.ndarray, size: int) -> Tensor:
-        boxes = views.take(rows).boxes(self.sizes[samples_of(rows, len(self.sizes))])
-        pixels, box, flip = self._copy(images, torch.from_numpy(boxes), torch.from_numpy(views.flip[rows]))
-        return crop_resize(pixels, box, flip, size, impl=self.crop_impl)
+        table = views.take(rows)
+        boxes = table.boxes(self.sizes[samples_of(rows, len(self.sizes))])
+        pixels, box, flip = self._copy(images, torch.from_numpy(boxes), torch.from_numpy(table.flip))
+        return crop_on_device(pixels, box, flip, size, None, table.bicubic, self.crop_impl)
 
 
 def Pipeline(request: Request) -> Cropped:

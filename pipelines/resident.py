@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from fastofa.data.decode import crop_resize_one
-from fastofa.kernels import crop_resize
 from fastofa.kernels.comparison import Comparison
 from fastofa.kernels.crop_resize import crop_comparison
 from fastofa.pipelines.augment import augment, with_partners
 from fastofa.pipelines.batch import Batch, make_batch
+from fastofa.pipelines.crops import crop_on_device
 from fastofa.pipelines.request import Request
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
@@ -62,10 +62,10 @@ class Pipeline:
         boxes = views.boxes(self.sizes[ids])
         if self.device.type != "cpu":
             box, flip, at = (torch.from_numpy(v).to(self.device, non_blocking=True) for v in (boxes, views.flip, ids))
-            return crop_resize(self.pixels, box, flip, size, ids=at, impl=self.crop_impl)
+            return crop_on_device(self.pixels, box, flip, size, at, views.bicubic, self.crop_impl)
         images = torch.empty(len(ids), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        for out, i, box, flip in zip(images, ids, boxes.tolist(), views.flip.tolist(), strict=True):
-            out.copy_(crop_resize_one(self.pixels[i].permute(2, 0, 1), box, flip, size))
+        for out, i, box, flip, bicubic in zip(images, ids, boxes.tolist(), views.flip, views.is_bicubic, strict=True):
+            out.copy_(crop_resize_one(self.pixels[i].permute(2, 0, 1), box, bool(flip), size, bool(bicubic)))
         return images
 
 

@@ -134,12 +134,13 @@ class Threaded(ABC):
 
     def _filler(self, ids: np.ndarray, table: Views, out: np.ndarray, size: int) -> Callable[[np.ndarray], None]:
         """The threads' task. Its argument is positions in the batch, int64, which index `out`, `ids` and `table`."""
-        boxes = table.boxes(self.sizes[ids])
+        boxes, bicubic = table.boxes(self.sizes[ids]), table.is_bicubic
 
         def crop(part: np.ndarray) -> None:
             for i in part.tolist():
                 image = self.read(ids[i])
-                out[i] = crop_resize_one(image, boxes[i].tolist(), bool(table.flip[i]), size).permute(1, 2, 0)
+                pixels = crop_resize_one(image, boxes[i].tolist(), bool(table.flip[i]), size, bool(bicubic[i]))
+                out[i] = pixels.permute(1, 2, 0)
 
         return crop
 

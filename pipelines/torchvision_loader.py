@@ -71,6 +71,6 @@ class Pipeline:
         """Write the images of the table's rows [M], cropped and flipped, into `images`, uint8 [M, 3, S, S]."""
         table, ids = views.take(rows), samples_of(rows, len(self.dataset))
         boxes = table.boxes(self.dataset.stored_sizes[ids])
-        for out, i, box, flip in zip(images, ids, boxes.tolist(), table.flip.tolist(), strict=True):
+        for out, i, box, flip, bicubic in zip(images, ids, boxes.tolist(), table.flip, table.is_bicubic, strict=True):
             image = self.dataset.read(i)
-            out.copy_(crop_resize_one(image, box, flip, images.shape[-1]))
+            out.copy_(crop_resize_one(image, box, bool(flip), images.shape[-1], bool(bicubic)))

@@ -35,6 +35,7 @@ from fastofa.runs.recipes import (
     with_size_defaults,
 )
 from fastofa.system.errors import BadInput
+from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.views.policy import ViewPolicy
 
 NAN = math.nan
@@ -86,6 +87,8 @@ WRONG = [
     ("gt_loss", "CE", "expected one of ce, bce"),
     ("optimizer", "adam", "expected one of sgd, adamw, lamb, apex_sgd, apex_adam, apex_lamb"),
     ("schedule", "poly", "expected one of cosine, step, linear"),
+    ("lr_updates", "batch", "expected one of step, epoch"),
+    ("eval_interpolation", "nearest", "expected one of bilinear, bicubic, student"),
     ("grad_compression", "fp16", "expected one of none, bf16"),
     ("order", "sorted", "expected one of auto, random, pages"),
     ("precision", "fp16", "expected one of auto, bf16, fp32"),
@@ -108,7 +111,7 @@ def test_every_number_and_choice_is_checked():
     numeric = {
         f.name for f in dataclasses.fields(TrainConfig) if any(t in str(f.type) for t in ("int", "float", "Lit"))
     }
-    elsewhere = {"scale", "ratio", "flip", "mean", "std", "workers"}  # workers: open_pipeline refuses them
+    elsewhere = {"scale", "ratio", "flip", "bicubic", "mean", "std", "workers"}  # workers: open_pipeline refuses them
     assert {name for name, *_ in WRONG} | elsewhere == numeric | {"method", "data", "student", "init", "wandb"}
 
 
@@ -123,6 +126,7 @@ def test_every_number_and_choice_is_checked():
         ({"scale": (0.5, 1.5)}, "view policy: expected scale"),
         ({"ratio": (2.0, 1.0)}, "view policy: expected ratio with 0 < minimum <= maximum, got 2.0 1.0"),
         ({"flip": 1.5}, "view policy: expected flip between 0 and 1, got 1.5"),
+        ({"bicubic": -0.5}, "view policy: expected bicubic between 0 and 1, got -0.5"),
         ({"method": "kd", "eps": (1.0, 1.2)}, "eps: expected 1 number above 0"),
         ({"stages": (1, 4), "eps": (1.0, 1.2)}, "eps: expected 1 or 3 numbers above 0"),
         ({"cuda_graphs": "on", "compile": "off"}, "compile: expected on, auto or max-autotune with --cuda-graphs on"),
@@ -141,7 +145,7 @@ def test_contradictory_values_are_refused(values, message):
         {"stages": (), "method": "kd"},
         {"stages": (4, 1), "eps": (1.0, 1.2, 1.4)},
         {"lr": 0.0, "weight_decay": 0, "gt_weight": 0, "warmup_epochs": 0.5},
-        {"drop_path": 0.0},
+        {"drop_path": None, "eval_crop": None, "eval_interpolation": "student"},
         {"epochs": None, "batch_size": None, "lr": None, "warmup_epochs": None},
         {"smoothing": 0.0, "drop_path": 0.99, "eval_crop": 1.0, "ema": 0.5, "clip": 0.1},
         {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "flip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)},
@@ -203,6 +207,15 @@ def test_json_round_trip_of_recipes(name):
     assert TrainConfig.from_json(json.loads(json.dumps(c.to_json()))) == c
 
 
+def test_json_of_an_earlier_version_means_what_that_version_did():
+    """It lacks later fields: crops were bilinear, the learning rate changed at every step, embeddings were exempt."""
+    c = config(drop_path=None, eval_crop=1.0, bicubic=0.0)
+    later = ("bicubic", "eval_interpolation", "lr_updates", "decay_embeddings")
+    earlier = {name: value for name, value in c.to_json().items() if name not in later}
+    assert TrainConfig.from_json(earlier) == c
+    assert tuple(getattr(c, name) for name in later) == (0, "bilinear", "step", False)
+
+
 def test_json_of_another_version_or_edited_is_refused():
     values = config().to_json()
     with pytest.raises(BadInput, match=r"expected .* these differ: student; "):
@@ -254,7 +267,8 @@ def test_differences_that_make_it_another_run():
         "gt_loss": "bce",
         "smoothing": 0.2, "epochs": 107, "batch_size": 8, "image_size": 64, "eval_crop": 0.5, "seed": 5, "init": "file",
         "drop_path": 0.2, "scale": (0.5, 1.0), "ratio": (1.0, 1.0), "flip": 0.3, "optimizer": "lamb", "lr": 0.7,
-        "min_lr": 0.01, "weight_decay": 0.3, "schedule": "step", "decay_epochs": 9, "decay_rate": 0.5,
+        "min_lr": 0.01, "weight_decay": 0.3, "bicubic": 0.3, "eval_interpolation": "bicubic", "lr_updates": "epoch",
+        "decay_embeddings": True, "schedule": "step", "decay_epochs": 9, "decay_rate": 0.5,
         "warmup_epochs": 2, "warmup_lr": 0.01, "clip": 1.0, "ema": 0.9, "precision": "bf16", "start_size": 32,
         "growth": (0.1, 0.2), "eval_size": 96, "eval_flip": True, "sync_bn": True,
         "order": "pages", "bkd": BKDOptions(2), "dkd": DKDOptions(2), "dist": DISTOptions(2), "lskd": LSKDOptions(2),
@@ -274,17 +288,54 @@ def test_differences_that_make_it_another_run():
 # --- Recipes ----------------------------------------------------------------------------------------------------------
 
 # As published, batch sizes of 8 GPUs together: epochs, batch, optimiser, lr, least lr, weight decay, schedule, warm-up
-# epochs, label smoothing, clip, EMA, label loss, drop-path, evaluation crop. Then what views do not hold.
+# epochs, label smoothing, clip, EMA, label loss, drop-path, and the crop and filter of the evaluation. The published
+# code takes crop and filter from the student's configuration in timm 0.6.5: 0.875 and bilinear for ResNet-18.
+OWN = None, "student"
 PUBLISHED = {
-    "imagenet_cnn": (100, 8 * 64, "sgd", 0.1, 1e-6, 1e-4, "step", 3, 0.1, None, None, "ce", None, 0.875),
-    "imagenet_vit_mlp": (300, 8 * 128, "adamw", 5e-4, 1e-6, 0.05, "cosine", 20, 0.1, 5, 0.99996, "ce", None, 0.875),
-    "imagenet_stronger": (300, 8 * 256, "lamb", 5e-3, 1e-6, 0.02, "cosine", 5, 0, None, 0.9998, "bce", 0.05, 0.95),
-    "cifar_cnn": (300, 8 * 128, "sgd", 0.05, 1e-3, 2e-3, "cosine", 3, 0.1, None, None, "ce", None, 1.0),
-    "cifar_vit_mlp": (300, 8 * 128, "adamw", 5e-4, 1e-5, 0.05, "cosine", 20, 0.1, 5, None, "ce", None, 1.0),
+    "imagenet_cnn": (100, 8 * 64, "sgd", 0.1, 1e-6, 1e-4, "step", 3, 0.1, None, None, "ce", 0, 0.875, "bilinear"),
+    "imagenet_vit_mlp": (300, 8 * 128, "adamw", 5e-4, 1e-6, 0.05, "cosine", 20, 0.1, 5, 0.99996, "ce", 0, *OWN),
+    "imagenet_stronger": (
+        300,
+        8 * 256,
+        "lamb",
+        5e-3,
+        1e-6,
+        0.02,
+        "cosine",
+        5,
+        0,
+        None,
+        0.9998,
+        "bce",
+        0.05,
+        0.95,
+        "student",
+    ),
+    "cifar_cnn": (300, 8 * 128, "sgd", 0.05, 1e-3, 2e-3, "cosine", 3, 0.1, None, None, "ce", 0, 0.875, "bilinear"),
+    "cifar_vit_mlp": (300, 8 * 128, "adamw", 5e-4, 1e-5, 0.05, "cosine", 20, 0.1, 5, None, "ce", 0, *OWN),
+    # What the authors ran (issues 14 and 19 of their repository).
+    "cifar_cnn_authors": (
+        300,
+        8 * 128,
+        "sgd",
+        0.1,
+        1e-3,
+        2e-3,
+        "cosine",
+        3,
+        0.1,
+        None,
+        None,
+        "ce",
+        0,
+        0.875,
+        "bilinear",
+    ),
+    "cifar_vit_mlp_authors": (300, 8 * 128, "adamw", 5e-4, 1e-6, 0.05, "cosine", 20, 0.1, 5, 0.99996, "ce", 0, *OWN),
 }
 COLUMNS = (
     "epochs", "batch_size", "optimizer", "lr", "min_lr", "weight_decay", "schedule", "warmup_epochs", "smoothing",
-    "clip", "ema", "gt_loss", "drop_path", "eval_crop",
+    "clip", "ema", "gt_loss", "drop_path", "eval_crop", "eval_interpolation",
 )  # fmt: skip
 
 
@@ -299,10 +350,13 @@ def test_a_recipe_has_the_published_values(name):
     assert tuple(getattr(c, column) for column in COLUMNS) == PUBLISHED[name]
     assert c.recipe == name
     assert (c.method, c.stages, c.eps, c.temperature, c.variant) == ("ofa", (1, 2, 3, 4), (1.0,), 1.0, "official")
-    assert (c.gt_weight, c.kd_weight, c.ofa_weight) == (1, 1, 1)
+    assert (c.gt_weight, c.kd_weight, c.ofa_weight) == (1, 1, 0.1 if name == "cifar_cnn_authors" else 1)
+    assert c.precision == ("fp32" if name == "cifar_cnn_authors" else "auto")
+    assert c.lr_updates == ("epoch" if name.endswith("authors") else "step")
+    assert c.decay_embeddings is (name == "cifar_vit_mlp_authors")
     if name == "imagenet_cnn":
         assert (c.decay_epochs, c.decay_rate) == (30, 0.1)
-    if name.endswith("vit_mlp"):
+    if "vit_mlp" in name:
         assert c.warmup_lr == 5e-7
     cifar = name.startswith("cifar")
     assert c.image_size == (224 if cifar else None)
@@ -321,7 +375,7 @@ def test_imagenet_fast_has_ffcvs_values(epochs):
     assert (c.schedule, c.lr, c.min_lr, c.warmup_epochs) == ("linear", 0.5, 0, 2)
     assert c.warmup_lr == pytest.approx(1e-4 * c.lr)
     assert c.recipe == "imagenet_fast"
-    assert (c.clip, c.ema, c.gt_loss, c.drop_path) == (None, None, "ce", None)
+    assert (c.clip, c.ema, c.gt_loss, c.drop_path) == (None, None, "ce", 0)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -335,18 +389,41 @@ def test_given_values_override_the_recipe(name):
 
 
 def test_the_published_views():
-    """The values of the paper's code except colour jitter (see the next test); CIFAR's images have their own mean."""
-    vit_mlp = {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "erase": 0.25}
+    """The values of the paper's code except colour jitter (see the test below); CIFAR's images have their own mean."""
+    vit_mlp = {"bicubic": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "erase": 0.25}
     expected = {
         "imagenet_vit_mlp": ViewPolicy(**vit_mlp),
         "cifar_vit_mlp": ViewPolicy(**vit_mlp, mean=CIFAR_MEAN, std=CIFAR_STD),
-        "imagenet_stronger": ViewPolicy(auto_augment="rand-m7-mstd0.5", mixup=0.1, cutmix=1.0, repeats=3),
+        "imagenet_stronger": ViewPolicy(bicubic=0.5, auto_augment="rand-m7-mstd0.5", mixup=0.1, cutmix=1.0, repeats=3),
+        **dict.fromkeys(("imagenet_cnn", "cifar_cnn", "cifar_cnn_authors"), ViewPolicy(bicubic=0.5)),
     }
+    expected["cifar_vit_mlp_authors"] = expected["cifar_vit_mlp"]
     for name in RECIPES:
         assert default_policy("photos", name) == expected.get(name, ViewPolicy())
         on_digits = default_policy("digits", name)
         assert (on_digits.scale, on_digits.flip) == ((0.6, 1.0), 0.0)
         assert dataclasses.replace(on_digits, scale=(0.08, 1.0), flip=0.5) == default_policy("photos", name)
+
+
+def test_timm_draws_one_of_two_filters_unless_told_otherwise():
+    """This is why the published views are bicubic with probability 0.5: the published code keeps this default."""
+    crop = transforms_imagenet_train(interpolation="random").transforms[0]
+    assert sorted(mode.value for mode in crop.interpolation) == ["bicubic", "bilinear"]
+
+
+def test_a_teachers_input_is_normalised_as_published():
+    """The published code overwrites mean and standard deviation for CIFAR-100, whatever the teacher."""
+
+    def normalization(**given: Any) -> Any:
+        config = PrecomputeConfig(data="cifar100:d", teacher="t", out=Path("o"), views=1, topk=1, **given)
+        return config.normalization()
+
+    for name in RECIPES:
+        cifar = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)) if name.startswith("cifar") else (None, None)
+        assert normalization(recipe=name) == cifar
+    assert normalization() == (None, None)
+    given = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    assert normalization(recipe="cifar_cnn", **given) == (given["mean"], given["std"])
 
 
 @pytest.mark.parametrize(
@@ -363,7 +440,8 @@ def test_differences_from_the_recipes_views_are_named():
         assert augmentation_differences(name, default_policy("digits", name)) == ""
     plain = ViewPolicy()
     assert augmentation_differences("cifar_vit_mlp", plain) == (
-        "auto-augment rand-m9-mstd0.5-inc1 (not none), mixup 0.8 (not 0.0), cutmix 1.0 (not 0.0), erase 0.25 (not 0.0)"
+        "bicubic 0.5 (not 0.0), auto-augment rand-m9-mstd0.5-inc1 (not none), mixup 0.8 (not 0.0), "
+        "cutmix 1.0 (not 0.0), erase 0.25 (not 0.0)"
     )
     assert augmentation_differences("imagenet_cnn", default_policy("photos", "imagenet_stronger")) == (
         "auto-augment none (not rand-m7-mstd0.5), mixup 0.0 (not 0.1), cutmix 0.0 (not 1.0), repeats 1 (not 3)"

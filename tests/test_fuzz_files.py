@@ -179,7 +179,7 @@ def impossible(cache: dict[str, Any]) -> str:
     """Values that no teacher can have predicted and no policy can have drawn."""
     for columns in cache["views_"]:
         crop = columns["crop"].astype(int)
-        if crop.shape != (cache["num_samples"], 4) or (crop[:, :2] + crop[:, 2:] > 65535).any():
+        if crop.shape != (cache["num_samples"], 4) or (crop[:, :2] + crop[:, 2:] > 65536).any():  # rounded twice
             return "crops outside of the image"
     for classes, log_probs in [*cache["views"], cache["val"]]:
         number, given = classes.to(torch.int64), log_probs.float()

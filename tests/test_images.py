@@ -450,6 +450,18 @@ def test_crop_and_resize_equal_torchvision(photo: Image.Image, box: list[int], s
     assert torch.equal(got, expected.flip(-1) if flip else expected)
 
 
+@pytest.mark.parametrize(("box", "size"), [([0, 0, HEIGHT, WIDTH], 32), ([5, 11, 40, 30], 24), ([5, 11, 10, 12], 48)])
+def test_bicubic_resizing_equals_pillows(photo: Image.Image, box: list[int], size: int) -> None:
+    """To 1 of 255, if Pillow resizes the rows first, as torch does."""
+    top, left, height, width = box
+    cropped = photo.crop((left, top, left + width, top + height))
+    rows = cropped.resize((size, height), Image.Resampling.BICUBIC)
+    expected = tv.pil_to_tensor(rows.resize((size, size), Image.Resampling.BICUBIC))
+    got = crop_resize_one(tv.pil_to_tensor(photo), box, False, size, bicubic=True)
+    assert (got.int() - expected.int()).abs().max() <= 1
+    assert not torch.equal(got, crop_resize_one(tv.pil_to_tensor(photo), box, False, size))
+
+
 def test_the_cause_is_a_field_of_the_error(tmp_path):
     """Without the file's name and the remedy; with the system's error number if the system refused the file."""
     folder = tmp_path / "a (b); c"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fastofa.models.timm_models import (
     check_channels,
     create_model,
+    evaluation_view,
     input_size,
     load_weights,
     normalization,
@@ -591,6 +592,30 @@ def test_one_channel(tmp_path: Path) -> None:
     assert expected in refusal(open_model_folder, tmp_path / "folder")
     assert expected in refusal(create_model, NAME, CLASSES, init=str(tmp_path / "folder"))
     assert expected in refusal(check_channels, grey, "student x")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("deit_tiny_patch16_224", (0.9, "bicubic")),
+        ("vit_small_patch16_224", (0.9, "bicubic")),
+        ("swin_tiny_patch4_window7_224", (0.9, "bicubic")),
+        ("swin_nano_patch4_window7_224", (0.9, "bicubic")),
+        ("swin_pico_patch4_window7_224", (0.9, "bicubic")),
+        ("mixer_b16_224", (0.875, "bicubic")),
+        ("resmlp_12_224", (0.875, "bicubic")),
+        ("mobilenetv2_100", (0.875, "bicubic")),
+        ("resnet18.tv_in1k", (0.875, "bilinear")),
+    ],
+)
+def test_evaluation_views_of_the_papers_students(name: str, expected: tuple[float, str]) -> None:
+    """Crop and filter of timm 0.6.5, which the published code used. (timm's ResNet-18 without a tag is now another.)"""
+    assert evaluation_view(name) == expected
+
+
+def test_an_evaluation_view_never_exceeds_the_image() -> None:
+    assert evaluation_view("volo_d1_224") == (0.96, "bicubic")
+    assert evaluation_view("volo_d5_448")[0] == 1.0  # 1.15 in timm
 
 
 def test_drop_path_of_zero_disables_a_models_own() -> None:

@@ -61,6 +61,16 @@ def test_biases_norms_and_embeddings_have_no_weight_decay(model, size, exempt):
         assert any(name.endswith(exempt) for name in got)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+def test_embeddings_may_have_weight_decay_as_published(name):
+    """The published code exempts one-dimensional parameters and biases only."""
+    student = Student("deit_tiny_patch16_224", 10, 32)
+    got = decays(student, config(weight_decay=0.07, decay_embeddings=True, optimizer=name))
+    assert got["backbone.pos_embed"] == got["backbone.cls_token"] == 0.07
+    for name, parameter in student.named_parameters():
+        assert got[name] == (0 if parameter.ndim <= 1 or name.endswith(".bias") else 0.07), name
+
+
 def test_zero_weight_decay():
     assert set(decays(Student("test_resnet", 10, 32), config(weight_decay=0)).values()) == {0}
 

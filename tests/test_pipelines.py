@@ -24,9 +24,9 @@ from fastofa.data.dataset import Dataset, from_array
 from fastofa.data.open import open_dataset
 from fastofa.data.write import write
 from fastofa.data.write_config import WriteConfig
-from fastofa.kernels import crop_resize
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.pipelines.augment import augment, shares, with_partners
+from fastofa.pipelines.crops import crop_on_device
 from fastofa.pipelines.packed import Cropped, Gathered
 from fastofa.pipelines.request import Request
 from fastofa.pipelines.resident import check_memory
@@ -85,8 +85,11 @@ def beton(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(str(path))
 
 
-def draw(dataset: Dataset, view: int = 0) -> Views:
-    return draw_views(ViewPolicy(), dataset.sizes, seed=1, view=view)
+FILTERS = {False: tv.InterpolationMode.BILINEAR, True: tv.InterpolationMode.BICUBIC}
+
+
+def draw(dataset: Dataset, view: int = 0, bicubic: float = 0.0) -> Views:
+    return draw_views(ViewPolicy(bicubic=bicubic), dataset.sizes, seed=1, view=view)
 
 
 def source_of(name: str, request: pytest.FixtureRequest) -> Dataset:
@@ -109,12 +112,13 @@ def run(
 def by_hand(dataset: Dataset, views: Views, size: int) -> Tensor:
     """Pillow and torchvision's transforms, one sample after the other."""
     images = []
-    for i, (box, flip) in enumerate(zip(views.boxes(dataset.stored_sizes).tolist(), views.flip, strict=True)):
+    boxes = views.boxes(dataset.stored_sizes).tolist()
+    for i, (box, flip, bicubic) in enumerate(zip(boxes, views.flip, views.is_bicubic, strict=True)):
         if dataset.root is not None:
             image = tv.pil_to_tensor(Image.open(dataset.path(i)).convert("RGB"))
         else:
             image = dataset.read(i)
-        image = tv.resized_crop(image, *box, [size, size], antialias=True)
+        image = tv.resized_crop(image, *box, [size, size], FILTERS[bool(bicubic)], antialias=True)
         images.append(tv.horizontal_flip(image) if flip else image)
     return torch.stack(images)
 
@@ -262,7 +266,7 @@ def test_a_view_is_the_same_region_in_every_form_and_at_every_size(tmp_path, for
 
 # --- The rest of the augmentation -------------------------------------------------------------------------------------
 
-FULL = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
+FULL = ViewPolicy(bicubic=0.5, auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
 
 
 def draw_full(dataset: Dataset, view: int = 0, policy: ViewPolicy = FULL) -> Views:
@@ -313,7 +317,7 @@ def test_the_augmentation_equals_timms_image_by_image(request, source, name):
     dataset = request.getfixturevalue(source)
     for view in range(3):
         views = draw_full(dataset, view)
-        plain = Views(views.crop, views.flip)
+        plain = Views(views.crop, views.flip, views.bicubic)
         got = images_of(run(name, dataset, views, 48, batch_size=16))
         expected = augmented_by_hand(images_of(run(name, dataset, plain, 48)), views)
         for image, (top, left, bottom, right) in zip(got, pixel_boxes(views.erase, 48), strict=True):
@@ -407,7 +411,7 @@ def test_joined_views_are_the_views_one_after_the_other(digits, name):
 def test_a_gpu_augments_to_the_same_bits_and_never_waits(digits):
     """The operations consist of single roundings, which are the same on every device."""
     views, rows = draw_full(digits), np.arange(100)
-    crops = images_of(run("resident", digits, Views(views.crop, views.flip), 64))
+    crops = images_of(run("resident", digits, Views(views.crop, views.flip, views.bicubic), 64))
     expected = augment(crops.clone(memory_format=torch.channels_last), views, rows, 100)
     for mode in ("default", "error"):  # the first time constants are copied
         images = crops.cuda().contiguous(memory_format=torch.channels_last)
@@ -443,10 +447,13 @@ def test_fill_and_noise_have_the_policys_mean(digits):
     + [("mixed", "torchvision"), ("beton", "torchvision"), ("digits", "packed"), ("packed", "packed")]
     + [("beton", "ffcv"), ("raw", "ffcv"), FOLDER_DALI],
 )
-def test_equals_a_plain_torchvision_loop(request, source, name):
-    """Per sample: open, resized_crop(antialias=True), horizontal_flip; digits to 1 of 255 at every pixel."""
+@pytest.mark.parametrize("bicubic", [0.0, 0.5])
+def test_equals_a_plain_torchvision_loop(request, source, name, bicubic):
+    """Per sample: open, resized_crop(antialias=True) with the view's filter, horizontal_flip; digits to 1 of 255 at
+    every pixel.
+    """
     dataset = request.getfixturevalue(source)
-    views = draw(dataset)
+    views = draw(dataset, bicubic=bicubic)
     for size in (32 if name == "dali" else 8, 45):  # whose resizing differs at the outermost pixels
         got, expected = images_of(run(name, dataset, views, size)), by_hand(dataset, views, size)
         assert got.dtype == torch.uint8
@@ -455,12 +462,13 @@ def test_equals_a_plain_torchvision_loop(request, source, name):
         assert difference(got, expected) <= 1
 
 
+@pytest.mark.parametrize("bicubic", [0.0, 0.5])
 @pytest.mark.parametrize("source", ["digits", "uniform"])
-def test_resident_and_the_gpus_kernel_agree_with_torchvision(request, source):
-    """To a mean of 1/255: the resident pipeline, and `crop_resize`, which it uses on a GPU, on the same pixels."""
+def test_resident_and_the_gpus_kernel_agree_with_torchvision(request, source, bicubic):
+    """To a mean of 1/255: the resident pipeline, and the crops that it makes on a GPU, of the same pixels."""
     dataset = request.getfixturevalue(source)
-    views = draw(dataset)
-    center = center_views(dataset.sizes)
+    views = draw(dataset, bicubic=bicubic)
+    center = center_views(dataset.sizes, bicubic=bicubic > 0)
     pixels = dataset.pixels
     if pixels is None:
         pixels = np.stack([np.asarray(Image.open(dataset.path(i))) for i in range(len(dataset))])
@@ -468,7 +476,9 @@ def test_resident_and_the_gpus_kernel_agree_with_torchvision(request, source):
         expected = images_of(run("torchvision", dataset, table))
         assert difference(images_of(run("resident", dataset, table)), expected) <= 1
         boxes, flip = torch.from_numpy(table.boxes(dataset.sizes)), torch.from_numpy(table.flip)
-        assert difference(crop_resize(torch.from_numpy(pixels), boxes, flip, 32), expected) <= 1
+        on_device = crop_on_device(torch.from_numpy(pixels), boxes, flip, 32, None, table.bicubic, None)
+        assert on_device.is_contiguous(memory_format=torch.channels_last)
+        assert difference(on_device, expected) <= 1
 
 
 @pytest.mark.parametrize("source", ["beton", "raw"])
@@ -815,7 +825,7 @@ def test_a_gpu_crops_to_the_pixels_of_the_cpu(packed, name):
     """Gathered, copied on a stream and cropped there; in whatever order batches are consumed."""
     views = draw_full(packed)
     order = epoch_order(24, seed=9, epoch=2, partner=views.partner)
-    plain = Views(views.crop, views.flip)
+    plain = Views(views.crop, views.flip, views.bicubic)
     expected = by_row(run("torchvision", packed, plain, 64))
     for workers in (1, 4):
         batches = run(name, packed, plain, 64, batch_size=4, order=order, device="cuda", workers=workers)

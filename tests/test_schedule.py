@@ -29,6 +29,21 @@ def rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
     return [learning_rate(c, step, steps_per_epoch) for step in range(c.epochs * steps_per_epoch)]
 
 
+def published_rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
+    """What timm's scheduler sets for each step if it is updated after every epoch, as the published code does."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=c.lr)
+    names = ("min_lr", "warmup_epochs", "warmup_lr", "decay_epochs", "decay_rate")
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, c.schedule, num_epochs=c.epochs, **{name: getattr(c, name) for name in names}
+    )
+    assert epochs == c.epochs
+    rates = []
+    for epoch in range(c.epochs):
+        rates += [optimizer.param_groups[0]["lr"]] * steps_per_epoch
+        scheduler.step(epoch + 1)
+    return rates
+
+
 def timm_rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
     """What timm's scheduler, updated after every step as its train script does, sets for each step of the run."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=c.lr)
@@ -46,7 +61,8 @@ def timm_rates(c: TrainConfig, steps_per_epoch: int) -> list[float]:
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "imagenet_fast"])
 def test_the_learning_rates_of_the_recipes_equal_timms(name):
-    c = with_size_defaults(RECIPES[name](data="digits", student="test_resnet", out=Path("run")), 1000, 1000, 1)
+    c = RECIPES[name](data="digits", student="test_resnet", out=Path("run"), lr_updates="step")
+    c = with_size_defaults(c, 1000, 1000, 1)
     actual = rates(c, 7)
     assert actual == pytest.approx(timm_rates(c, 7), rel=1e-9, abs=1e-15)
     assert actual[0] == pytest.approx(c.warmup_lr if c.warmup_epochs else c.lr)
@@ -75,6 +91,26 @@ def test_learning_rates_equal_timms(steps_per_epoch, **values):
 def test_after_the_last_step_the_learning_rate_is_min_lr(schedule):
     c = config(epochs=3, lr=0.1, min_lr=0.01, schedule=schedule)
     assert [learning_rate(c, step, 5) for step in (15, 16, 100)] == pytest.approx([0.01] * 3)
+
+
+PUBLISHED = [name for name in RECIPES if name.startswith(("imagenet", "cifar")) and name != "imagenet_fast"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_updates_between_epochs_equal_the_published_codes(name):
+    """Of timm's schedulers, updated once per epoch. Resuming within an epoch does not change its rate."""
+    c = RECIPES[name](data="d", student="s", out=Path("o"), lr_updates="epoch")
+    assert rates(c, 7) == pytest.approx(published_rates(c, 7), rel=1e-9)
+    assert len(set(rates(c, 7)[7:14])) == 1
+
+
+def test_updates_at_every_step_warm_cnns_up_with_half_as_much_again():
+    """The sum of the learning rates of the three epochs of warm-up: 1.5 times the published one, but for warmup_lr."""
+    step, epoch = (
+        sum(rates(RECIPES["imagenet_cnn"](data="d", student="s", out=Path("o"), lr_updates=updates), 2502)[: 3 * 2502])
+        for updates in ("step", "epoch")
+    )
+    assert step / epoch == pytest.approx(1.5, abs=0.01)
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------

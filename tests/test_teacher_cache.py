@@ -284,7 +284,7 @@ def test_validation_predictions_are_of_the_teachers_own_centre_crops(photo_cache
 
 # --- Augmented views --------------------------------------------------------------------------------------------------
 
-FULL = {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "erase": 0.25}
+FULL = {"bicubic": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "erase": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +309,7 @@ def test_every_column_is_stored_and_read(full_cache, photos):
             np.testing.assert_array_equal(stored.columns()[name], column)
     said = info(full_cache)
     assert (said["auto-augment"], said["mixup"], said["erase"]) == ("rand-m9-mstd0.5-inc1", "0.8", "0.25")
+    assert said["bicubic"] == "0.5"
     assert "repeats" not in said
 
 
@@ -332,10 +333,25 @@ def test_pair_order_and_batches_do_not_affect_the_views(full_cache, make):
         torch.testing.assert_close(*by_class, rtol=2e-3, atol=2e-3)
 
 
+def test_the_teachers_input_is_normalised_by_its_own_configuration_or_as_published(make, capsys):
+    """A cifar recipe uses CIFAR's numbers for every teacher, and so do the predictions. The numbers are reported."""
+    own, published, given = make(views=1), make(views=1, recipe="cifar_cnn"), {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    by_hand = make(views=1, recipe="cifar_cnn", **given)
+    seen = [(c.header["teachers"][0]["mean"], c.header["teachers"][0]["std"]) for c in (own, published, by_hand)]
+    assert seen[0] == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # of the teacher's config.json
+    assert seen[1] == ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])
+    assert seen[2] == ([0.5] * 3, [0.2] * 3)
+    assert not torch.equal(own.val_targets().log_probs, published.val_targets().log_probs)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "normalised with mean 0.485 0.456 0.406, std 0.229 0.224 0.225" in said
+    assert "normalised with mean 0.5071 0.4865 0.4409, std 0.2673 0.2564 0.2762" in said
+
+
 def test_flags_change_the_recipes_views(make):
     cache = make(views=2, recipe="imagenet_vit_mlp", mixup=0.0, cutmix=0.0, erase=0.5, auto_augment="")
-    assert cache.policy == ViewPolicy(erase=0.5)
-    assert set(cache.targets(0)[0].columns()) == {"crop", "flip", "erase", "noise"}
+    assert cache.policy == ViewPolicy(bicubic=0.5, erase=0.5)
+    assert set(cache.targets(0)[0].columns()) == {"crop", "flip", "bicubic", "erase", "noise"}
+    assert make(recipe="imagenet_cnn", bicubic=0.0).policy == ViewPolicy()
     cache = make(views=2, auto_augment="rand-m5-n1", repeats=2)
     assert cache.policy == ViewPolicy(auto_augment="rand-m5-n1", repeats=2)
     with pytest.raises(BadInput, match="views: expected a multiple of 3, the repeats of the augmentation, got 4"):
@@ -349,7 +365,7 @@ def test_flags_change_the_recipes_views(make):
 def test_json_round_trip_of_a_policy(data):
     share = st.floats(0, 1)
     policy = ViewPolicy(
-        flip=data.draw(share), erase=data.draw(share), mixup=data.draw(st.floats(0, 3)),
+        flip=data.draw(share), bicubic=data.draw(share), erase=data.draw(share), mixup=data.draw(st.floats(0, 3)),
         repeats=data.draw(st.integers(1, 4)), cutmix=data.draw(st.floats(0, 3)),
         auto_augment=data.draw(st.sampled_from(["", "rand-m9", "rand-m7-n3-p0.1"])),
         mean=data.draw(st.tuples(share, share, share)),
@@ -372,6 +388,8 @@ def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache,
         digit_cache.check(open_dataset("digits:200"), digit_cache.policy)
     with pytest.raises(BadInput, match=r"expected views drawn with .*flip=0.5\), got .*flip=0.0\)"):
         digit_cache.check(digits, dataclasses.replace(digit_cache.policy, flip=0.5))
+    with pytest.raises(BadInput, match=r"expected views drawn with \(bicubic=1.0\), got \(bicubic=0.0\)"):
+        photo_cache.check(open_dataset(str(photos)), ViewPolicy(bicubic=1.0))
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos" / "train" / "china" / "000.jpg").unlink()
     with pytest.raises(BadInput, match=r"23 samples.*24 samples"):
@@ -543,6 +561,8 @@ def test_impossible_values_with_a_correct_checksum_are_detected(changed):
         ("teachers", lambda h: h["teachers"] * 10_000),
         ("teachers", lambda h: [{**h["teachers"][0], "num_features": 10**15}]),
         ("teachers", lambda h: h["teachers"][0]),
+        ("teachers", lambda h: [{**h["teachers"][0], "mean": ["a", 1, 2]}]),
+        ("teachers", lambda h: [{**h["teachers"][0], "std": [0.5]}]),
         ("views", lambda _: 10**12),
         ("views", lambda _: -3),
         ("views", lambda _: True),

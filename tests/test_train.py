@@ -47,13 +47,16 @@ from fastofa.system.files import load_tensors
 from fastofa.teacher.cache import TeacherCache
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.distributed import World
 from fastofa.training.evaluate import evaluate
-from fastofa.training.loop import Result, train
+from fastofa.training.export import export
+from fastofa.training.loop import Result, open_job, train
 from fastofa.training.optim import create_optimizer
+from fastofa.training.predict_files import open_classifier, predict
 from fastofa.training.schedule import learning_rate
 from fastofa.views.draw import draw_views
 from fastofa.views.order import epoch_order, epoch_rows
-from fastofa.views.table import join_views
+from fastofa.views.table import Views, center_views, join_views
 from runs import make_cache, newest, same_run
 
 SIZE = 32
@@ -449,6 +452,49 @@ def test_drop_path(on_photos):
     assert rows(plain.out, "step")[0]["gt"] != rows(dropping.out, "step")[0]["gt"]
 
 
+def test_drop_path_is_0_unless_set(on_photos):
+    """Although timm's default for Swin is 0.1, which None selects."""
+
+    def rates(name: str, **given: Any) -> list[float]:
+        job = open_job(on_photos(name, student="swin_pico_patch4_window7_224", image_size=32, **given), World())
+        modules = job.step.student.backbone.modules()
+        return [module.drop_prob for module in modules if isinstance(module, DropPath) and module.drop_prob]
+
+    assert rates("default") == []
+    assert max(rates("timm", drop_path=None)) == pytest.approx(0.1)
+    assert max(rates("set", drop_path=0.2)) == pytest.approx(0.2)
+
+
+def test_the_students_own_crop_and_filter_in_evaluation(on_photos, photos, evaluated, capsys):
+    """Those of its configuration in timm, here 0.95 and bicubic; in training, `evaluate`, `predict` and `export`."""
+    config = on_photos(student="test_vit", eval_crop=None, eval_interpolation="student", epochs=1)
+    result = train(config)
+    sizes = open_dataset(str(photos), "val").sizes
+    evaluate(config.out)
+    assert len(evaluated) == 2
+    for views in evaluated:
+        np.testing.assert_array_equal(views.crop, center_views(sizes, 0.95).crop)
+        assert views.is_bicubic.all()
+    stored = open_run(config.out).config
+    assert (stored.eval_crop, stored.eval_interpolation) == (0.95, "bicubic")
+    export(config.out, config.out.parent / "model")
+    written = json.loads((config.out.parent / "model" / "config.json").read_text())["pretrained_cfg"]
+    assert (written["crop_pct"], written["interpolation"]) == (0.95, "bicubic")
+    for model in (config.out, config.out.parent / "model"):
+        classifier = open_classifier(model)
+        assert (classifier.crop, classifier.bicubic) == (0.95, True)
+        found = list(predict(model, photos / "val"))
+        assert np.mean([p.classes[0] == p.file.parent.name for p in found]) == pytest.approx(result.top1)
+    train(dataclasses.replace(config, resume=True, epochs=2))  # the same run
+
+
+def test_the_normalisation_of_student_and_teacher_is_reported(on_photos, capsys):
+    train(on_photos(epochs=1, mean=(0.5, 0.25, 0.125), std=(1.0, 1.0, 0.2673)))
+    said = " ".join(capsys.readouterr().err.split())
+    student, teacher = "mean 0.5 0.25 0.125, std 1 1 0.2673", "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
+    assert f"normalisation: student {student}; teacher {teacher}" in said
+
+
 def test_init_gives_the_initial_weights(on_photos, tmp_path):
     """With learning rate 0 they are unchanged: the file's backbone, and exits as determined by the seed."""
     weights = Student("test_efficientnet", 2, SIZE).backbone.state_dict()
@@ -513,6 +559,21 @@ def crops(monkeypatch) -> list[np.ndarray]:
     def spy(self, views, order, *given, **named) -> Iterator:
         if len(order) == 24:
             found.append(views.crop)
+        return epoch(self, views, order, *given, **named)
+
+    monkeypatch.setattr(torchvision_loader.Pipeline, "epoch", spy)
+    return found
+
+
+@pytest.fixture
+def evaluated(monkeypatch) -> list[Views]:
+    """The table of each evaluation of the 12 validation images."""
+    found = []
+    epoch = torchvision_loader.Pipeline.epoch
+
+    def spy(self, views, order, *given, **named) -> Iterator:
+        if len(order) == 12:
+            found.append(views)
         return epoch(self, views, order, *given, **named)
 
     monkeypatch.setattr(torchvision_loader.Pipeline, "epoch", spy)
@@ -813,7 +874,9 @@ def test_differences_from_the_recipe_are_reported_at_the_start(on_photos, capsys
     given = {name: values[name] for name in ("data", "cache", "student", "batch_size", "image_size", "workers")}
     for name, said in (("cifar_vit_mlp", True), ("cifar_cnn", False)):
         train(recipes.RECIPES[name](**given, out=values["out"].with_name(name), epochs=1, warmup_epochs=0))
-        missing = "its published views have auto-augment rand-m9-mstd0.5-inc1 (not none), mixup 0.8"
+        missing = (
+            "its published views have bicubic 0.5 (not 0.0), auto-augment rand-m9-mstd0.5-inc1 (not none), mixup 0.8"
+        )
         assert (missing in capsys.readouterr().err) is said
 
 

@@ -19,7 +19,7 @@ from fastofa.views.table import Views, center_views, join_views, pixel_boxes
 
 POLICY = ViewPolicy()
 CROP_ONLY = ViewPolicy(flip=0.0)
-FULL = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
+FULL = ViewPolicy(bicubic=0.5, auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
 
 
 def same_size(count: int, height: int, width: int) -> np.ndarray:
@@ -206,15 +206,44 @@ def test_crops_do_not_depend_on_the_other_columns():
     sizes = mixed_sizes(200)
     plain, full = draw_views(POLICY, sizes, 5, 2), draw_views(FULL, sizes, 5, 2)
     assert set(plain.columns()) == {"crop", "flip"}
-    assert set(full.columns()) == {"crop", "flip", "ops", "amounts", "partner", "mix", "mix_box", "erase", "noise"}
+    assert set(full.columns()) == {
+        "crop",
+        "flip",
+        "bicubic",
+        "ops",
+        "amounts",
+        "partner",
+        "mix",
+        "mix_box",
+        "erase",
+        "noise",
+    }
     for name, column in plain.columns().items():
         assert np.array_equal(column, full.columns()[name])
     kinds = {name: (column.dtype.name, column.shape) for name, column in full.columns().items()}
     assert kinds == {
-        "crop": ("uint16", (200, 4)), "flip": ("bool", (200,)), "ops": ("uint8", (200, 2)),
+        "crop": ("uint16", (200, 4)), "flip": ("bool", (200,)), "bicubic": ("bool", (200,)), "ops": ("uint8", (200, 2)),
         "amounts": ("float32", (200, 2)), "partner": ("int32", (200,)), "mix": ("float32", (200,)),
         "mix_box": ("uint16", (200, 4)), "erase": ("uint16", (200, 4)), "noise": ("int32", (200,)),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.25, 0.5, 1.0])
+def test_a_filter_is_drawn_for_every_image(chance):
+    """Bicubic with the policy's probability, whatever the crop and the flip."""
+    views = draw_views(ViewPolicy(bicubic=chance), same_size(20_000, 30, 40), seed=3, view=1)
+    assert views.is_bicubic.mean() == pytest.approx(chance, abs=0.02)
+    assert (views.bicubic is None) == (chance == 0)
+    if 0 < chance < 1:
+        for other in (views.flip, views.crop[:, 2], views.crop[:, 0]):
+            assert abs(np.corrcoef(views.is_bicubic, other)[0, 1]) < 0.03
+
+
+def test_the_evaluation_view_has_one_filter():
+    sizes = mixed_sizes(5)
+    assert center_views(sizes).bicubic is None
+    assert center_views(sizes, bicubic=True).is_bicubic.tolist() == [True] * 5
+    assert center_views(sizes, 0.9).crop.tolist() == center_views(sizes, 0.9, bicubic=True).crop.tolist()
 
 
 def test_the_random_streams_are_unchanged():
@@ -224,6 +253,7 @@ def test_the_random_streams_are_unchanged():
     assert views.ops.tolist() == [[12, 14], [0, 0], [0, 0], [7, 0], [0, 0], [5, 0], [0, 0], [0, 2]]
     assert views.partner.tolist() == [2, 4, 0, 6, 1, 7, 3, 5]
     assert views.noise[:2].tolist() == [2026808164, -1287953907]
+    assert views.is_bicubic.tolist() == [False, True, False, True, True, True, True, False]
 
 
 # --- A pure function, row by row --------------------------------------------------------------------------------------
@@ -263,7 +293,7 @@ def test_a_row_depends_on_its_own_image_only():
 def test_the_first_rows_of_a_longer_table_are_the_shorter_table():
     """Appended images change only partners, also beyond the block of rows that is drawn at a time."""
     sizes = mixed_sizes(70_000)
-    policy = ViewPolicy(auto_augment=FULL.auto_augment, erase=0.25)
+    policy = ViewPolicy(bicubic=0.5, auto_augment=FULL.auto_augment, erase=0.25)
     longer = draw_views(policy, sizes, 5, 2).columns()
     for count in (0, 1, 1000, 66_000):
         shorter = draw_views(policy, sizes[:count], 5, 2)

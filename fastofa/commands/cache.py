@@ -22,7 +22,7 @@ def info(cache: TeacherCache) -> dict[str, str]:
     """The properties of a cache by name, for a table."""
     header, policy = cache.header, cache.policy
     augmentation = {
-        name: header["policy"].get(name) for name in ("auto_augment", "mixup", "cutmix", "erase", "repeats")
+        name: header["policy"].get(name) for name in ("bicubic", "auto_augment", "mixup", "cutmix", "erase", "repeats")
     }
     size = sum(file.stat().st_size for file in cache.path.iterdir())
     (teacher,) = header["teachers"]

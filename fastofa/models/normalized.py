@@ -3,6 +3,7 @@
 Shapes: B batch, S image side, C classes.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,3 +28,10 @@ class Normalized(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.model((pixels.float() / 255 - self.mean) / self.std)
+
+
+def in_words(mean: Iterable[float], std: Iterable[float]) -> str:
+    """ "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"."""
+    return ", ".join(
+        f"{name} {' '.join(f'{value:.4g}' for value in values)}" for name, values in (("mean", mean), ("std", std))
+    )

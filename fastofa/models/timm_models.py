@@ -9,6 +9,7 @@ from unittest import mock
 
 import timm
 import torch
+from timm.data.constants import DEFAULT_CROP_PCT
 from timm.models import _builder, _hub, get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -297,6 +298,20 @@ def input_size(model: Any) -> int:
 def normalization(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The model's own (mean, std) for pixels scaled to 0..1."""
     return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
+
+
+def evaluation_view(name: str) -> tuple[float, Literal["bilinear", "bicubic"]]:
+    """How timm evaluates a model (see `resolve`): the side of the central square, as a fraction of the image's shorter
+    side, and the filter with which it is resized. Filters other than bilinear count as bicubic.
+
+    Raises:
+        BadInput: unknown model.
+    """
+    config = get_pretrained_cfg(resolve(name)[0])
+    if config is None:
+        return DEFAULT_CROP_PCT, "bicubic"
+    crop = min(config.crop_pct or DEFAULT_CROP_PCT, 1.0)  # VOLO's 1.15 would exceed the image
+    return crop, "bilinear" if config.interpolation == "bilinear" else "bicubic"
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -37,7 +37,8 @@ Order = Literal["auto", "random", "pages"]
 Weights = Literal["last", "best", "raw", "ema", "best-raw", "best-ema"]
 Optimizer = Literal["sgd", "adamw", "lamb", "apex_sgd", "apex_adam", "apex_lamb"]
 
-# None until the dataset is opened and `recipes.with_size_defaults` chooses a value by its size; never None after that.
+# None until a run is opened: `recipes.with_size_defaults` chooses by the size of the dataset, and
+# `preflight.with_own_evaluation` by the student. Never None after that.
 if TYPE_CHECKING:
     SizedInt: TypeAlias = int
     SizedFloat: TypeAlias = float
@@ -70,15 +71,16 @@ class TrainConfig:
     """
     recipe: str
     """Source of the defaults below: photos (your own images), digits, imagenet_fast, imagenet_cnn, imagenet_vit_mlp,
-    imagenet_stronger, cifar_cnn, cifar_vit_mlp. Without this flag: digits for the digits dataset, cifar_cnn for
-    cifar100:DIR, photos for all other data. --help together with --recipe shows that recipe's defaults."""
+    imagenet_stronger, cifar_cnn, cifar_vit_mlp, cifar_cnn_authors, cifar_vit_mlp_authors. Without this flag: digits for
+    the digits dataset, cifar_cnn for cifar100:DIR, photos for all other data. --help together with --recipe shows that
+    recipe's defaults."""
     cache: Path | None = None
     """Teacher cache written by `fastofa precompute`; required unless --method is scratch."""
     init: str | None = None
     """Initial weights of the student: random without this flag, "pretrained" for timm's published ones, a .safetensors
     or .pth file, or a folder written by `fastofa train`, `fastofa export` or timm."""
-    drop_path: float | None = None
-    """Stochastic depth of the student. None: the model's own, which is not 0 for some models."""
+    drop_path: float | None = 0.0
+    """Stochastic depth of the student. None: timm's default for the model, which is 0.1 for Swin."""
     resume: bool = False
     """Resume the run in --out from its newest checkpoint, or from the start if it has none yet. --resume RUN needs no
     other flag: the configuration comes from RUN/config.json, and only flags that do not change the result (--device,
@@ -127,8 +129,11 @@ class TrainConfig:
     steps of 32 pixels."""
     eval_size: int | None = None
     """Side of the images in evaluation; by default --image-size."""
-    eval_crop: float = 0.875
-    """Side of the central square that is evaluated, as a fraction of the image's shorter side."""
+    eval_crop: SizedFloat = 0.875
+    """Side of the central square that is evaluated, as a fraction of the image's shorter side. None: that of the
+    student's configuration in timm."""
+    eval_interpolation: Literal["bilinear", "bicubic", "student"] = "bilinear"
+    """Filter with which images are resized in evaluation. student: that of the student's configuration in timm."""
     eval_flip: bool = False
     """Average the logits of each image and of its mirror image in evaluation."""
     mean: tuple[float, float, float] | None = None
@@ -143,6 +148,9 @@ class TrainConfig:
     value is accepted."""
     flip: float | None = None
     """Probability of a horizontal flip. By default the cache's; with a cache no other value is accepted."""
+    bicubic: float | None = None
+    """Probability that a crop is resized with a bicubic filter instead of a bilinear one. By default the cache's; with
+    a cache no other value is accepted."""
 
     epochs: SizedInt = 100
     """Passes over the training set. Epoch e replays view e modulo the number of cached views. None: 30 to 300,
@@ -164,6 +172,8 @@ class TrainConfig:
     """Learning rate at the end of the run."""
     schedule: Literal["cosine", "step", "linear"] = "cosine"
     """Schedule of the learning rate."""
+    lr_updates: Literal["step", "epoch"] = "step"
+    """When the learning rate changes: at every step, or only between epochs, as in the published code."""
     decay_epochs: float = 30
     """step: epochs between two decays."""
     decay_rate: float = 0.1
@@ -175,9 +185,12 @@ class TrainConfig:
 
     optimizer: Optimizer = "sgd"
     """sgd and adamw are torch's fused optimizers, lamb is timm's, apex_* are NVIDIA apex's if it is installed (see
-    `fastofa doctor`). Biases, norms and position embeddings are exempt from weight decay."""
+    `fastofa doctor`). Biases and norms are exempt from weight decay."""
     weight_decay: float = 1e-4
     """Weight decay."""
+    decay_embeddings: bool = False
+    """Apply weight decay to position embeddings and class tokens too, as the published code does. By default they are
+    exempt, as in timm."""
     clip: float | None = None
     """Maximum gradient norm. None: no clipping. lamb and apex_lamb also clip at 1 by themselves."""
     ema: float | None = None
@@ -266,7 +279,7 @@ class TrainConfig:
             need(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "a number from 0 to below 1")
         for name in ("temperature", "decay_epochs", "decay_rate"):
             need(getattr(self, name) > 0, name, "a number above 0")
-        need(0 < self.eval_crop <= 1, "eval_crop", "a number above 0 and at most 1")
+        need(self.eval_crop is None or 0 < self.eval_crop <= 1, "eval_crop", "a number above 0 and at most 1")
         need(self.clip is None or self.clip > 0, "clip", "a number above 0, or None for no clipping")
         need(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1, or None for no average")
         for name in ("data", "student", "init", "wandb"):
@@ -341,7 +354,7 @@ class TrainConfig:
 
     def policy(self, default: ViewPolicy) -> ViewPolicy:
         """The policy of the views: `default` with the values that this configuration sets."""
-        return changed_policy(default, scale=self.scale, ratio=self.ratio, flip=self.flip)
+        return changed_policy(default, scale=self.scale, ratio=self.ratio, flip=self.flip, bicubic=self.bicubic)
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self)

@@ -14,6 +14,8 @@ from fastofa.system.read import read_json
 
 # Fields that may contain a path, each with the value that is not one.
 BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}
+# Fields that files of earlier versions lack, each with what those versions did.
+LATER = {"bicubic": 0.0, "eval_interpolation": "bilinear", "lr_updates": "step", "decay_embeddings": False}
 MAX_NAMED = 8  # maximum number of fields named in an error
 Config = TypeVar("Config")
 
@@ -28,6 +30,7 @@ def from_json(cls: type[Config], values: Any, remedy: str) -> Config:
     if not isinstance(values, dict):
         raise BadInput(f"expected an object as config, got {_text(values)}")
     hints = get_type_hints(cls)
+    values = {**{name: value for name, value in LATER.items() if name in hints}, **values}
     if different := sorted(set(values) ^ set(hints)):
         named = [_text(name).strip('"') for name in different[:MAX_NAMED]] + ["..."] * (len(different) > MAX_NAMED)
         raise BadInput(

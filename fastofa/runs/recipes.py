@@ -1,4 +1,7 @@
-"""Training recipes: functions that return a complete configuration. Five are those published for OFA-KD (appendix A).
+"""Training recipes: functions that return a complete configuration.
+
+Five are those published for OFA-KD (appendix A; configs/ of the official code). Two more are what its authors ran on
+CIFAR-100, by their answers in the issues of the official repository.
 
     recipes.imagenet_cnn(data="/data/imagenet", cache=Path("cache"), student="resnet18", out=Path("run"))
 
@@ -15,6 +18,7 @@ from fastofa.runs.config import TrainConfig
 from fastofa.system.errors import BadInput
 from fastofa.views.policy import ViewPolicy
 
+STUDENTS_OWN = {"eval_crop": None, "eval_interpolation": "student"}
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
@@ -89,6 +93,7 @@ def imagenet_vit_mlp(**overrides: Any) -> TrainConfig:
         "clip": 5.0,
         "smoothing": 0.1,
         "ema": 0.99996,
+        **STUDENTS_OWN,
     }
     return TrainConfig(**{"recipe": "imagenet_vit_mlp", **values, **overrides})
 
@@ -107,6 +112,7 @@ def imagenet_stronger(**overrides: Any) -> TrainConfig:
         "drop_path": 0.05,
         "ema": 0.9998,
         "eval_crop": 0.95,
+        "eval_interpolation": "student",
     }
     return TrainConfig(**{"recipe": "imagenet_stronger", **values, **overrides})
 
@@ -116,7 +122,6 @@ def cifar_cnn(**overrides: Any) -> TrainConfig:
         "epochs": 300,
         "batch_size": 1024,
         "image_size": 224,
-        "eval_crop": 1.0,
         "optimizer": "sgd",
         "lr": 0.05,
         "min_lr": 1e-3,
@@ -135,7 +140,6 @@ def cifar_vit_mlp(**overrides: Any) -> TrainConfig:
         "epochs": 300,
         "batch_size": 1024,
         "image_size": 224,
-        "eval_crop": 1.0,
         "optimizer": "adamw",
         "lr": 5e-4,
         "min_lr": 1e-5,
@@ -146,8 +150,21 @@ def cifar_vit_mlp(**overrides: Any) -> TrainConfig:
         "smoothing": 0.1,
         "mean": CIFAR_MEAN,
         "std": CIFAR_STD,
+        **STUDENTS_OWN,
     }
     return TrainConfig(**{"recipe": "cifar_vit_mlp", **values, **overrides})
+
+
+def cifar_cnn_authors(**overrides: Any) -> TrainConfig:
+    """What the authors ran for ResNet-18 (issue 14 of the official repository), in fp32."""
+    values = {"lr": 0.1, "ofa_weight": 0.1, "precision": "fp32", "lr_updates": "epoch"}
+    return cifar_cnn(**{"recipe": "cifar_cnn_authors", **values, **overrides})
+
+
+def cifar_vit_mlp_authors(**overrides: Any) -> TrainConfig:
+    """What the authors ran for DeiT-T and Swin-Pico (issue 19 of the official repository), without drop-path."""
+    values = {"min_lr": 1e-6, "ema": 0.99996, "drop_path": 0.0, "lr_updates": "epoch", "decay_embeddings": True}
+    return cifar_vit_mlp(**{"recipe": "cifar_vit_mlp_authors", **values, **overrides})
 
 
 def imagenet_fast(epochs: int = 16, **overrides: Any) -> TrainConfig:
@@ -182,15 +199,23 @@ RECIPES: dict[str, Callable[..., TrainConfig]] = {
     "imagenet_stronger": imagenet_stronger,
     "cifar_cnn": cifar_cnn,
     "cifar_vit_mlp": cifar_vit_mlp,
+    "cifar_cnn_authors": cifar_cnn_authors,
+    "cifar_vit_mlp_authors": cifar_vit_mlp_authors,
 }
 
-# The published augmentation of the recipes that use more than crop and flip. The published files set
-# `color_jitter: 0.4`, but timm disables it with RandAugment (transforms_factory.py: `disable_color_jitter`).
-_VIT_MLP = ViewPolicy(auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
+# The published augmentation. The published files set `color_jitter: 0.4`, but timm disables it with RandAugment
+# (transforms_factory.py: `disable_color_jitter`).
+_CNN = ViewPolicy(bicubic=0.5)
+_VIT_MLP = dataclasses.replace(_CNN, auto_augment="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, erase=0.25)
+_CIFAR_VIT_MLP = dataclasses.replace(_VIT_MLP, mean=CIFAR_MEAN, std=CIFAR_STD)
 VIEWS = {
+    "imagenet_cnn": _CNN,
     "imagenet_vit_mlp": _VIT_MLP,
-    "imagenet_stronger": ViewPolicy(auto_augment="rand-m7-mstd0.5", mixup=0.1, cutmix=1.0, repeats=3),
-    "cifar_vit_mlp": dataclasses.replace(_VIT_MLP, mean=CIFAR_MEAN, std=CIFAR_STD),
+    "imagenet_stronger": dataclasses.replace(_CNN, auto_augment="rand-m7-mstd0.5", mixup=0.1, cutmix=1.0, repeats=3),
+    "cifar_cnn": _CNN,
+    "cifar_vit_mlp": _CIFAR_VIT_MLP,
+    "cifar_cnn_authors": _CNN,
+    "cifar_vit_mlp_authors": _CIFAR_VIT_MLP,
 }
 
 
@@ -237,6 +262,14 @@ def with_size_defaults(config: TrainConfig, images: int, rows: int, multiple: in
     )
 
 
+def teacher_normalization(recipe: str) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[None, None]:
+    """The (mean, std) with which a recipe's published code normalises every teacher's input; None: the teacher's own.
+
+    On ImageNet, the published code normalises a teacher's input as the student's, which is a mistake if they differ.
+    """
+    return (CIFAR_MEAN, CIFAR_STD) if recipe.startswith("cifar_") else (None, None)
+
+
 def default_policy(data: str, recipe: str = "") -> ViewPolicy:
     """The published augmentation of a recipe; without flips for digits, since a mirrored digit is a different
     symbol."""
@@ -249,7 +282,7 @@ def default_policy(data: str, recipe: str = "") -> ViewPolicy:
 def augmentation_differences(recipe: str, policy: ViewPolicy) -> str:
     """Describe how the published augmentation of the recipe differs from `policy`; empty if it does not."""
     published = VIEWS.get(recipe, ViewPolicy())
-    names = ("auto_augment", "mixup", "cutmix", "erase", "repeats")
+    names = ("bicubic", "auto_augment", "mixup", "cutmix", "erase", "repeats")
     values = {name: (getattr(published, name), getattr(policy, name)) for name in names}
     return ", ".join(
         f"{name.replace('_', '-')} {'none' if wanted == '' else wanted} (not {'none' if actual == '' else actual})"

@@ -86,7 +86,9 @@ class TokenExit(nn.Module):
             layers.append(nn.Linear(channels, dim))  # small images: nothing to merge, but the width must match
         self.merge = nn.Sequential(*layers)
         self.project_prefix = nn.Linear(channels, dim) if class_token and channels != dim else nn.Identity()
-        self.blocks = nn.Sequential(*(Block(dim, HEADS) for _ in range(max(4 - stage, 1))))
+        # torch's LayerNorm: its epsilon, 1e-5, is the published one; that of timm's is now 1e-6.
+        blocks = (Block(dim, HEADS, norm_layer=nn.LayerNorm) for _ in range(max(4 - stage, 1)))
+        self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(dim, num_classes)
         self.apply(init_exit)
 

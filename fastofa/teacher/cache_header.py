@@ -90,6 +90,7 @@ def _is_teacher(teacher: Any) -> bool:
         _texts(teacher, ("name", "sha256", "precision"))
         and _whole(teacher.get("image_size"), 1, 1 << 16)
         and _whole(teacher.get("num_features"), 1, 1 << 20)
+        and all(_is_colour(teacher.get(name)) for name in ("mean", "std"))
     )
 
 
@@ -98,6 +99,10 @@ def _is_features(features: Any) -> bool:
     if not isinstance(features, dict) or features.keys() != {"kind", "width"}:
         return False
     return features["kind"] in ("pooled", "pooled-int8") and _whole(features["width"], 1, 1 << 20)
+
+
+def _is_colour(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(_number(v, -math.inf, math.inf) for v in values)
 
 
 def _is_policy(values: Any) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
 from fastofa.methods.targets import TopK
+from fastofa.models.normalized import in_words
 from fastofa.models.timm_models import find_folder, resolve
 from fastofa.pipelines import PIPELINES, Pipeline, choose, open_pipeline
 from fastofa.system.device import choose_bf16, choose_compile, choose_device, choose_workers
@@ -88,13 +89,14 @@ def open_job(
         raise BadInput(f"topk: expected at most the {classes} of {config.data}, got {config.topk}")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    mean, std = config.normalization()
     teacher = open_teacher(
         config.teacher,
         train.classes,
         config.teacher_checkpoint,
         config.image_size,
-        config.mean,
-        config.std,
+        mean,
+        std,
         device,
         choose_bf16(config.precision, device),
         config.teacher_checkpoint_key,
@@ -218,8 +220,10 @@ class CacheJob:
 
     def run(self) -> None:
         """Write all tables that are missing."""
+        teacher = self.program.teacher
+        notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
         if self.config.features != "none" and not self.is_finished(CLASSIFIER, CLASSIFIER):
-            write_table(self.out / CLASSIFIER, self.program.teacher.classifier._asdict(), self.header, CLASSIFIER)
+            write_table(self.out / CLASSIFIER, teacher.classifier._asdict(), self.header, CLASSIFIER)
         self.write_val()
         todo = [view for view in range(self.config.views) if not self.is_finished(view_file(view), view)]
         if todo[:1] == [0]:  # written with view 0, because the images may change later

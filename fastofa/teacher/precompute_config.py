@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fastofa.data.headers import Limits, parse_limits
 from fastofa.runs.config import MAX_EPOCHS
 from fastofa.runs.config_file import to_json
-from fastofa.runs.recipes import default_policy, recipe
+from fastofa.runs.recipes import default_policy, recipe, teacher_normalization
 from fastofa.system.errors import BadInput, at_least
 from fastofa.views.policy import ViewPolicy, changed_policy
 
@@ -49,17 +49,22 @@ class PrecomputeConfig:
     image_size: int | None = None
     """Side of the teacher's input in pixels. Default: its own."""
     mean: tuple[float, float, float] | None = None
-    """Mean of RGB (0 to 1) for normalising the teacher's input. Default: its own."""
+    """Mean of RGB (0 to 1) for normalising the teacher's input. Default: CIFAR's with a cifar_* recipe, otherwise its
+    own."""
     std: tuple[float, float, float] | None = None
-    """Standard deviation of RGB (0 to 1) for normalising the teacher's input. Default: its own."""
+    """Standard deviation of RGB (0 to 1) for normalising the teacher's input. Default: as for --mean."""
     scale: tuple[float, float] | None = None
     """Minimum and maximum area of a crop as a fraction of the image. Default: 0.08 1 (digits: 0.6 1)."""
     ratio: tuple[float, float] | None = None
     """Minimum and maximum aspect ratio (width over height) of a crop. Default: 3/4 4/3."""
     flip: float | None = None
     """Probability of a horizontal flip. Default: 0.5 (digits: 0)."""
+    bicubic: float | None = None
+    """Probability that a crop is resized with a bicubic filter instead of a bilinear one. Default: the recipe's (0.5 as
+    published), or 0."""
     recipe: str = ""
-    """Draw the views of this training recipe, as published; the flags above and the next five override its values."""
+    """Draw the views of this training recipe, as published; the flags above and the next five override its values. With
+    a cifar_* recipe, the teacher's input is normalised as published too."""
     auto_augment: str | None = None
     """RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1. Default: the recipe's, or none."""
     mixup: float | None = None
@@ -123,9 +128,15 @@ class PrecomputeConfig:
         """The limits within which images are accepted."""
         return parse_limits(self.max_pixels, self.allow_warnings)
 
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[None, None]:
+        """The (mean, std) for the teacher's input: those given, or the recipe's; None for the teacher's own."""
+        if self.mean is not None and self.std is not None:
+            return self.mean, self.std
+        return teacher_normalization(self.recipe)
+
     def policy(self) -> ViewPolicy:
         """The policy by which views are drawn. Raises BadInput for impossible values."""
-        names = ("scale", "ratio", "flip", "auto_augment", "mixup", "cutmix", "erase", "repeats")
+        names = ("scale", "ratio", "flip", "bicubic", "auto_augment", "mixup", "cutmix", "erase", "repeats")
         flags = {name: getattr(self, name) for name in names}
         policy = changed_policy(default_policy(self.data, self.recipe), **flags)
         if self.views % policy.repeats:

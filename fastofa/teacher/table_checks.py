@@ -111,6 +111,8 @@ def views_fault(columns: Mapping[str, np.ndarray], policy: ViewPolicy, count: in
 
 def _column_kinds(policy: ViewPolicy, count: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     kinds = {"crop": ("uint16", 4), "flip": ("bool", 0)}
+    if policy.bicubic:
+        kinds |= {"bicubic": ("bool", 0)}
     if policy.auto_augment:
         layers = rand_augment.parse(policy.auto_augment).layers
         kinds |= {"ops": ("uint8", layers), "amounts": ("float32", layers)}

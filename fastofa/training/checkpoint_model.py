@@ -43,6 +43,7 @@ def open_checkpoint(
         classes=tuple(map(str, range(model.num_classes))),
         image_size=input_size(model),
         crop=eval_crop or min(float(model.pretrained_cfg.get("crop_pct") or 0.875), 1.0),
+        bicubic=model.pretrained_cfg.get("interpolation") == "bicubic",
         flip=False,
         bf16=choose_bf16("auto", device),
     )

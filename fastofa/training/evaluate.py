@@ -135,7 +135,9 @@ def evaluate(
         notice(f"{classifier.describe()}; evaluated on {counted(len(dataset.classes), 'class')} of {dataset.spec}")
     loader = open_pipeline(pipeline, dataset, classifier.image_size, batch_size, on, choose_workers(workers))
     network = _DataLogits(classifier.model, columns).to(on)
-    best = best_classes(network, loader, dataset, classifier.crop, classifier.bf16, "evaluate", classifier.flip)
+    best = best_classes(
+        network, loader, dataset, classifier.crop, classifier.bf16, "evaluate", classifier.flip, classifier.bicubic
+    )
     teacher = None if run is None else _teacher_targets(run, dataset)
     evaluation = Evaluation(
         data=dataset.spec,

@@ -70,11 +70,12 @@ def export(run_folder: str | Path, out: str | Path, weights: Weights = "last", o
         sample = None
     normalized = Normalized(student.backbone, student.mean, student.std).cpu().eval()
     with new_folder(out) as folder:
-        model = _write(normalized, folder, run.classes, size, eval_size, run.config.eval_crop)
+        view = eval_size, run.config.eval_crop, run.config.eval_interpolation
+        model = _write(normalized, folder, run.classes, size, *view)
         if sample is not None:
             _compare_predictions(sample, model)
         if onnx:
-            notice(f"export: {export_onnx(normalized, folder, run.classes, eval_size, run.config.eval_crop)}")
+            notice(f"export: {export_onnx(normalized, folder, run.classes, *view)}")
     return _line(out)
 
 
@@ -111,10 +112,11 @@ def export_checkpoint(
     classifier = open_checkpoint(checkpoint, student, mean, std, eval_crop)
     notice(f"export: {classifier.describe()}")
     size, crop = classifier.image_size, classifier.crop
+    interpolation = "bicubic" if classifier.bicubic else "bilinear"
     with new_folder(out) as folder:
-        _write(classifier.model, folder, (), size, size, crop)
+        _write(classifier.model, folder, (), size, size, crop, interpolation)
         if onnx:
-            notice(f"export: {export_onnx(classifier.model, folder, classifier.classes, size, crop)}")
+            notice(f"export: {export_onnx(classifier.model, folder, classifier.classes, size, crop, interpolation)}")
     return _line(out)
 
 
@@ -123,7 +125,13 @@ def _line(out: Path) -> str:
 
 
 def _write(
-    normalized: Normalized, folder: Path, classes: tuple[str, ...], size: int, eval_size: int, crop: float
+    normalized: Normalized,
+    folder: Path,
+    classes: tuple[str, ...],
+    size: int,
+    eval_size: int,
+    crop: float,
+    interpolation: str,
 ) -> Any:
     """Write the model into the folder; returns it as timm loads it. Raises BadInput if timm's logits differ."""
     save_for_hf(
@@ -138,7 +146,7 @@ def _write(
             "test_input_size": (3, eval_size, eval_size),
             "crop_pct": crop,
             "crop_mode": "center",
-            "interpolation": "bilinear",
+            "interpolation": interpolation,
         },
     )
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -165,11 +173,11 @@ def _own_predictions(run: Run, student: Student, size: int) -> _Sample:
         raise BadInput(f"the classes of {run.config.data} have changed")
     ids = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).round().astype(np.int64))
     boxes = center_views(dataset.sizes, run.config.eval_crop).boxes(dataset.stored_sizes)
-    device = choose_device("auto")
+    device, bicubic = choose_device("auto"), run.config.eval_interpolation == "bicubic"
     student.to(device)
     predictions = []
     for part in np.array_split(ids, -(-len(ids) // BATCH_SIZE)):
-        images = [crop_resize_one(dataset.read(i), boxes[i].tolist(), False, size) for i in part.tolist()]
+        images = [crop_resize_one(dataset.read(i), boxes[i].tolist(), False, size, bicubic) for i in part.tolist()]
         predictions.append(student.classify(torch.stack(images).to(device)).argmax(dim=1).cpu().numpy())
     return _Sample([_pil_image(dataset, i) for i in ids.tolist()], dataset.labels[ids], np.concatenate(predictions))
 

@@ -26,13 +26,16 @@ FILE = "model.onnx"
 
 
 @torch.inference_mode()
-def export_onnx(model: Normalized, folder: Path, classes: tuple[str, ...], image_size: int, crop: float) -> str:
+def export_onnx(
+    model: Normalized, folder: Path, classes: tuple[str, ...], image_size: int, crop: float, interpolation: str
+) -> str:
     """Write FOLDER/model.onnx and, if onnxruntime is installed, compare its logits with the model's.
 
     Args:
         model: on the CPU, in eval mode.
         image_size: S, in pixels.
         crop: side of the central square, as a fraction of the image's shorter side; for the metadata.
+        interpolation: bilinear or bicubic; for the metadata.
 
     Returns:
         A line that describes the file, its input and output, and the comparison.
@@ -64,7 +67,12 @@ def export_onnx(model: Normalized, folder: Path, classes: tuple[str, ...], image
             "input": f"uint8 RGB pixels [batch, 3, {image_size}, {image_size}]; the graph normalises them",
             "output": f"float32 logits [batch, {len(classes)}]; their softmax gives probabilities",
             "preprocessing": json.dumps(
-                {"crop_mode": "center", "crop_pct": crop, "size": image_size, "interpolation": "bilinear, antialiased"}
+                {
+                    "crop_mode": "center",
+                    "crop_pct": crop,
+                    "size": image_size,
+                    "interpolation": f"{interpolation}, antialiased",
+                }
             ),
             "normalization": json.dumps({name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}),
             "classes": json.dumps(list(classes), ensure_ascii=False),

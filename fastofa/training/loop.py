@@ -24,6 +24,7 @@ from fastofa.data.open import open_dataset
 from fastofa.kernels.comparison import Chooses
 from fastofa.methods.method import Sizes
 from fastofa.methods.named import needs_of
+from fastofa.models.normalized import in_words
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.reports.curves import draw_curves, import_plotting
 from fastofa.reports.metrics import measure
@@ -53,7 +54,14 @@ from fastofa.training.distributed import (
     was_restarted,
 )
 from fastofa.training.epochs import Epochs
-from fastofa.training.preflight import check_early, check_resumable, choose_order, spread_notice, views_begun_with
+from fastofa.training.preflight import (
+    check_early,
+    check_resumable,
+    choose_order,
+    spread_notice,
+    views_begun_with,
+    with_own_evaluation,
+)
 from fastofa.training.schedule import cautions, image_size, learning_rate, lengthened, summary
 from fastofa.training.step import Step
 from fastofa.training.validate import best_classes_each
@@ -109,6 +117,7 @@ def _train(config: TrainConfig, world: World) -> Result:
         if chosen:
             flags = " ".join(f"--{name.replace('_', '-')} {getattr(job.config, name):g}" for name in chosen)
             notice(f"chosen by the number of training images: {flags}")
+        notice(job.normalization())
         if line := job.step.kernels.line():
             notice(line)
         for caution in cautions(job.config, job.epochs.steps):
@@ -135,7 +144,7 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         train_set, val_set = (
             open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
         )
-    config = dataclasses.replace(config, order=choose_order(config, train_set, world))
+    config = with_own_evaluation(dataclasses.replace(config, order=choose_order(config, train_set, world)))
     epochs = Epochs(config, train_set, world, device, views_begun_with(config, world))
     config = epochs.config
     data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
@@ -234,6 +243,15 @@ class Job:
             views, _, log_probs = cache.targets(0)
             self.pixels = compare_teacher_images(cache.path, self.train_pipeline, views)
             self.spread = spread_notice(self.config.methods, cache, log_probs)
+
+    def normalization(self) -> str:
+        """One line with the normalisation of the student's input and, with a cache, of the teacher's."""
+        student = self.step.student
+        line = f"normalisation: student {in_words(student.mean.flatten().tolist(), student.std.flatten().tolist())}"
+        if self.epochs.cache is None:
+            return line
+        teacher = self.epochs.cache.header["teachers"][0]
+        return f"{line}; teacher {in_words(teacher['mean'], teacher['std'])}"
 
     def begin(self) -> None:
         """Write the run's configuration, once everything has been checked. It is the first file written."""
@@ -411,6 +429,7 @@ class Job:
                 c.eval_crop,
                 step.bf16,
                 flip=c.eval_flip,
+                bicubic=c.eval_interpolation == "bicubic",
                 world=self.world,
                 compiled=step.compiled,
             )

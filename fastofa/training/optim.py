@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 
 from fastofa.runs.config import TrainConfig
@@ -16,8 +16,8 @@ APEX = {"apex_sgd": "fusedsgd", "apex_adam": "fusedadamw", "apex_lamb": "fusedla
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9, AdamW or LAMB over the model's parameters.
 
-    Biases, norms and parameters named by `model.no_weight_decay()` (position embeddings, class tokens) have no weight
-    decay.
+    Biases, norms and, unless `config.decay_embeddings`, parameters named by `model.no_weight_decay()` (position
+    embeddings, class tokens) have no weight decay.
 
     Raises:
         BadInput: an apex_* optimiser without a GPU or without NVIDIA's apex.
@@ -29,6 +29,8 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
         name = APEX[name]
     elif name != "lamb":  # torch has no fused LAMB; timm's updates all tensors together on a GPU
         arguments["fused"] = True
+    if config.decay_embeddings:
+        return create_optimizer_v2(param_groups_weight_decay(model, config.weight_decay), opt=name, **arguments)
     return create_optimizer_v2(model, opt=name, **arguments)
 
 

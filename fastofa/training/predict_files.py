@@ -4,7 +4,8 @@
         print(prediction.file, prediction.classes[0], prediction.probabilities[0])
 
 Images are preprocessed as in `fastofa evaluate`: the central square is cropped, resized with torch's antialiased
-bilinear filter and normalised as in training. Top-1 on a run's validation images therefore equals that of `evaluate`.
+filter (bilinear or bicubic) and normalised as in training. Top-1 on a run's validation images therefore equals that of
+`evaluate`.
 
 Shapes: B batch, S image side, C classes.
 """
@@ -68,6 +69,8 @@ class Classifier:
     """S, in pixels."""
     crop: float
     """Side of the central square, as a fraction of the image's shorter side."""
+    bicubic: bool
+    """Whether the square is resized with a bicubic filter, otherwise with a bilinear one."""
     flip: bool
     """Average the logits of each image and of its mirror image."""
     bf16: bool
@@ -85,7 +88,7 @@ class Classifier:
         image = read_image(file)
         sizes = np.array([image.shape[1:]])
         box = center_views(sizes, self.crop).boxes(sizes)[0]
-        return crop_resize_one(image, box.tolist(), False, self.image_size)
+        return crop_resize_one(image, box.tolist(), False, self.image_size, self.bicubic)
 
     @torch.inference_mode()
     def predict(self, files: list[Path], images: list[Tensor], topk: int) -> list[Prediction]:
@@ -146,13 +149,14 @@ def _of_run(folder: Path, weights: Weights, device: torch.device) -> Classifier:
         classes=run.classes,
         image_size=c.eval_size or student.image_size,
         crop=c.eval_crop,
+        bicubic=c.eval_interpolation == "bicubic",
         flip=c.eval_flip,
         bf16=choose_bf16(c.precision, device),
     )
 
 
 def _of_model(name: str, folder: Path, weights: Weights, device: torch.device) -> Classifier:
-    """A model with the test size and crop from its config.json, if any, where `fastofa export` writes the run's."""
+    """A model with the test size, crop and filter from its config.json, where `fastofa export` writes the run's."""
     if weights != "last":
         raise BadInput(f"weights: only a run has {weights} weights, but {name} is a model; leave --weights out")
     model, config = open_model_folder(folder)
@@ -167,6 +171,7 @@ def _of_model(name: str, folder: Path, weights: Weights, device: torch.device) -
         classes=tuple(config.label_names.get(i, str(i)) for i in range(model.num_classes)),
         image_size=size[-1] if size else input_size(model),
         crop=min(preprocessing.get("test_crop_pct") or preprocessing.get("crop_pct") or 0.875, 1.0),
+        bicubic=preprocessing.get("interpolation") == "bicubic",
         flip=False,
         bf16=choose_bf16("auto", device),
     )

@@ -1,5 +1,6 @@
 """Checks before a run, so that errors are reported before anything is written."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fastofa.data.dataset import Dataset
 from fastofa.methods.named import method_class
-from fastofa.models.timm_models import resolve
+from fastofa.models.timm_models import evaluation_view, resolve
 from fastofa.pipelines import PIPELINES
 from fastofa.runs import checkpoint
 from fastofa.runs.config import Order, TrainConfig
@@ -84,6 +85,18 @@ def spread_notice(methods: Sequence[str], cache: TeacherCache, log_probs: Tensor
         f"method {'+'.join(names)}: needs all classes; the {cache.topk} of {cache.num_classes} in the cache hold "
         f"{kept:.3%} of the teacher's probability (mean over view 0), and the rest is spread evenly over the others: a "
         f"total variation error of at most {1 - kept:.3%}, which `fastofa precompute --features pooled` removes"
+    )
+
+
+def with_own_evaluation(config: TrainConfig) -> TrainConfig:
+    """Return `config` with the student's own crop and filter for the evaluation where it leaves them unset."""
+    if config.eval_crop is not None and config.eval_interpolation != "student":
+        return config
+    crop, interpolation = evaluation_view(config.student)
+    return dataclasses.replace(
+        config,
+        eval_crop=crop if config.eval_crop is None else config.eval_crop,
+        eval_interpolation=interpolation if config.eval_interpolation == "student" else config.eval_interpolation,
     )
 
 

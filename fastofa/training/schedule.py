@@ -9,11 +9,15 @@ SIZE_STEP = 32  # pixels
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step, equal to that of timm's schedulers if they are updated at every step.
+    """The learning rate of a step, equal to that of timm's schedulers, updated at every step or at every epoch.
 
+    With `lr_updates` epoch, all steps of an epoch have the rate of its first one, as in the published code. In a
+    warm-up of E epochs from about 0, the mean rate is then (E - 1) / E of that with updates at every step.
     `cosine` and `step` count from the first step of the run; `linear` falls from `lr` at the end of the warm-up to
     `min_lr` at the end of the run.
     """
+    if config.lr_updates == "epoch":
+        step -= step % steps_per_epoch
     warmup, last = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
         return config.warmup_lr + step * (config.lr - config.warmup_lr) / warmup

@@ -24,9 +24,10 @@ def best_classes(
     bf16: bool,
     title: str = "",
     flip: bool = False,
+    bicubic: bool = False,
 ) -> np.ndarray:
     """`best_classes_each` for one student."""
-    return best_classes_each([student], pipeline, dataset, crop, bf16, title, flip)[0]
+    return best_classes_each([student], pipeline, dataset, crop, bf16, title, flip, bicubic)[0]
 
 
 @torch.inference_mode()
@@ -38,6 +39,7 @@ def best_classes_each(
     bf16: bool,
     title: str = "",
     flip: bool = False,
+    bicubic: bool = False,
     world: World | None = None,
     compiled: bool = False,
 ) -> list[np.ndarray]:
@@ -48,6 +50,7 @@ def best_classes_each(
     Args:
         crop: side of the central square, as a fraction of the image's shorter side.
         flip: average the logits of each image and of its mirror image.
+        bicubic: resize the squares with a bicubic filter; False: bilinear.
         world: each rank evaluates its share of the images and gets the predictions of all ranks.
         compiled: compile the students, at the first call; a smaller last batch is padded to the size of the others.
 
@@ -67,7 +70,7 @@ def best_classes_each(
     results = []
     compute = torch.compile(logits_of, fullgraph=True, dynamic=False) if compiled else logits_of
     size = 0
-    with closing(pipeline.epoch(center_views(dataset.sizes, crop), order)) as batches:
+    with closing(pipeline.epoch(center_views(dataset.sizes, crop, bicubic), order)) as batches:
         for batch in track(batches, len(order), title, lambda batch: len(batch.labels)):
             size = size or len(batch.images)  # of the first batch: no later one is larger
             images = _padded(batch.images, size) if compiled else batch.images

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastofa.views import rand_augment
 from fastofa.views.policy import ViewPolicy
-from fastofa.views.random_streams import CROP, ERASE, MIX, OPS, PAIRS, random_stream
+from fastofa.views.random_streams import CROP, ERASE, MIX, OPS, PAIRS, RESIZE, random_stream
 from fastofa.views.table import UNIT, Views, fractions
 
 TRIES = 10  # as in torchvision's RandomResizedCrop and timm's RandomErasing
@@ -34,6 +34,7 @@ def draw_views(policy: ViewPolicy, sizes: np.ndarray, seed: int, view: int) -> V
     sizes = np.asarray(sizes, dtype=np.int64)
     crop, flip = _draw_crops(policy, sizes, seed, view)
     columns = {
+        **(_draw_filters(policy, len(sizes), seed, view) if policy.bicubic else {}),
         **(_draw_ops(policy, len(sizes), seed, view) if policy.auto_augment else {}),
         **(_draw_mixing(policy, len(sizes), seed, view) if policy.mixes else {}),
         **(_draw_erasing(policy, len(sizes), seed, view) if policy.erase else {}),
@@ -86,6 +87,11 @@ def _random_resized_crop(policy: ViewPolicy, sizes: np.ndarray, draws: np.ndarra
     h = np.where(narrow, np.rint(width / policy.ratio[0]), height).astype(np.int64)
     boxes[remaining] = np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
     return boxes
+
+
+def _draw_filters(policy: ViewPolicy, count: int, seed: int, view: int) -> dict[str, np.ndarray]:
+    """The column of the filter: timm's random choice between bilinear and bicubic."""
+    return {"bicubic": random_stream(seed, RESIZE, view).random(count) < policy.bicubic}
 
 
 def _draw_ops(policy: ViewPolicy, count: int, seed: int, view: int) -> dict[str, np.ndarray]:

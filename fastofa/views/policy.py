@@ -10,7 +10,8 @@ from fastofa.views import rand_augment
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """The distributions from which views are drawn. The defaults are those of the published ImageNet recipe."""
+    """The distributions from which views are drawn. The defaults are those of the published ImageNet recipe, except
+    that every crop is resized with the bilinear filter."""
 
     scale: tuple[float, float] = (0.08, 1.0)
     """Minimum and maximum area of a crop as a fraction of the image."""
@@ -18,6 +19,9 @@ class ViewPolicy:
     """Minimum and maximum aspect ratio (width over height) of a crop; its logarithm is uniform."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    bicubic: float = 0.0
+    """Probability that a crop is resized with a bicubic filter instead of a bilinear one. The published code draws one
+    of the two for every image (0.5); bilinear is faster."""
     auto_augment: str = ""
     """RandAugment of the cropped image in timm's notation (rand-m9-mstd0.5-inc1); "" for none."""
     mixup: float = 0.0
@@ -40,8 +44,9 @@ class ViewPolicy:
                 raise BadInput(f"view policy: expected {name} with 0 < minimum <= maximum{limit}, got {low} {high}")
         if not 0 <= self.flip <= 1:
             raise BadInput(f"view policy: expected flip between 0 and 1, got {self.flip}")
-        if not 0 <= self.erase <= 1:
-            raise BadInput(f"view policy: expected erase between 0 and 1, got {self.erase}")
+        for name in ("bicubic", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"view policy: expected {name} between 0 and 1, got {getattr(self, name)}")
         for name in ("mixup", "cutmix"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BadInput(f"view policy: expected {name} of at least 0, got {getattr(self, name)}")

@@ -3,7 +3,7 @@
 import numpy as np
 
 # Numbers of views and epochs are below 2^32.
-CROP, ORDER, OPS, ERASE, PAIRS, MIX = range(6)
+CROP, ORDER, OPS, ERASE, PAIRS, MIX, RESIZE = range(7)
 
 
 def random_stream(seed: int, stream: int, number: int) -> np.random.Generator:

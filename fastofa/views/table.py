@@ -18,6 +18,8 @@ class Views:
     """uint16 [N, 4]: top, left, height, width in 1/65535 of the whole image."""
     flip: np.ndarray
     """bool [N]: flip horizontally."""
+    bicubic: np.ndarray | None = None
+    """bool [N]: resize the crop with a bicubic filter, otherwise with a bilinear one; None: bilinear for all."""
     ops: np.ndarray | None = None
     """uint8 [N, n]: operations in the order of application, indices into `rand_augment.OPS`; 0 for none."""
     amounts: np.ndarray | None = None
@@ -39,6 +41,11 @@ class Views:
 
     def __len__(self) -> int:
         return len(self.crop)
+
+    @property
+    def is_bicubic(self) -> np.ndarray:
+        """bool [N]: whether each crop is resized with a bicubic filter."""
+        return np.zeros(len(self), dtype=bool) if self.bicubic is None else self.bicubic
 
     def columns(self) -> dict[str, np.ndarray]:
         """The columns that are not None, by name; a cache stores them."""
@@ -93,9 +100,13 @@ def samples_of(rows: np.ndarray, count: int) -> np.ndarray:
     return rows % count
 
 
-def center_views(sizes: np.ndarray, fraction: float = 0.875) -> Views:
-    """The evaluation view: the central square with a side of `fraction` of the image's shorter side, not flipped."""
+def center_views(sizes: np.ndarray, fraction: float = 0.875, bicubic: bool = False) -> Views:
+    """The evaluation view: the central square with a side of `fraction` of the image's shorter side, not flipped.
+
+    It is resized with a bicubic filter, or with a bilinear one.
+    """
     sizes = np.asarray(sizes)
     side = np.rint(sizes.min(axis=1) * fraction).astype(np.int64).clip(1)
     boxes = np.stack([(sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2, side, side], axis=1)
-    return Views(fractions(boxes, sizes), np.zeros(len(sizes), dtype=bool))
+    flip = np.zeros(len(sizes), dtype=bool)
+    return Views(fractions(boxes, sizes), flip, np.ones(len(sizes), dtype=bool) if bicubic else None)
