@@ -29,8 +29,8 @@ from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
 from fastofa.system.device import choose_bf16, choose_compile, choose_workers
 from fastofa.system.environment import environment
+from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.model import open_teacher
-from fastofa.teacher.program import TopKProgram
 from fastofa.training.schedule import image_size
 
 IMAGES = 1_281_167

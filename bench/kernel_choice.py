@@ -28,7 +28,7 @@ from fastofa.methods.method import Sizes
 from fastofa.methods.objective import Objective
 from fastofa.runs import recipes
 from fastofa.student.choose_kernels import SWITCHES, record_comparisons
-from fastofa.student.kernel_choice import KernelChoice, cache_path
+from fastofa.student.measure_kernels import KernelChoice, cache_path
 from fastofa.student.model import Student
 from fastofa.system.tuning import allow_image_sizes
 from fastofa.training.step import MAX_IMAGE_SIZES

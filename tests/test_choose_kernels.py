@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from fastofa.kernels.comparison import Chooses, Comparison, Measured, random_like
 from fastofa.runs import recipes
 from fastofa.runs.run import log_launch, recorded_kernels
-from fastofa.student import choose_kernels, kernel_choice
+from fastofa.student import choose_kernels, measure_kernels
 from fastofa.student.choose_kernels import record_comparisons, use_kernels
 from fastofa.student.fused_depthwise import DepthwiseConv2d
 from fastofa.student.fused_norms import NormAct2d
 from fastofa.student.fused_stem import NormActPool2d, StridedConv2d
-from fastofa.student.kernel_choice import KernelChoice
+from fastofa.student.measure_kernels import KernelChoice
 from fastofa.student.model import Student
 from fastofa.system.errors import BadInput
 from fastofa.training import loop
@@ -157,10 +157,10 @@ def test_another_size_gpu_version_or_compilation_measures_again(choice, monkeypa
     assert chosen(choice(timer=Timer("fast"), compiled=True), Doubling()) == ["fast"]
     for name, value in (("__version__", "9.9.9"), ("version", lambda name: "9.9.9")):
         with monkeypatch.context() as patch:
-            patch.setattr(kernel_choice, name, value)
-            kernel_choice._environment.cache_clear()
+            patch.setattr(measure_kernels, name, value)
+            measure_kernels._environment.cache_clear()
             assert chosen(choice(timer=Timer("fast")), Doubling()) == ["fast"]
-    kernel_choice._environment.cache_clear()
+    measure_kernels._environment.cache_clear()
     assert chosen(choice(timer=Timer("fast")), Doubling()) == ["other"]
 
 
@@ -220,7 +220,7 @@ def test_a_run_records_its_choice_and_resumes_with_it(on_photos, monkeypatch, tm
     for module in (choose_kernels, loop):
         monkeypatch.setattr(module, "measures_kernels", lambda *_: True)
     fastest = {"name": "torch"}
-    monkeypatch.setattr(kernel_choice, "compare", lambda *_: Measured((fastest["name"],), {}, {}))
+    monkeypatch.setattr(measure_kernels, "compare", lambda *_: Measured((fastest["name"],), {}, {}))
     config = on_photos(student="test_resnet", pipeline="torchvision", epochs=1)
     train(config)
     (launch,) = json.loads((config.out / "environment.json").read_text())

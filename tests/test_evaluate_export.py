@@ -271,7 +271,7 @@ def test_evaluate_refuses(photo_run, photos, tmp_path):
 def test_evaluate_refuses_an_edited_run(photo_run, photos):
     for edit, message in (
         ({"config": {}}, r"config.json: expected the fields of this version"),
-        ({"classes": None}, r"config.json: expected a run's configuration, but it lacks"),
+        ({"classes": None}, r"config.json: expected what `fastofa train` writes, but it lacks"),
     ):
         kept = json.loads((photo_run.path / "config.json").read_text())
         write_json(photo_run.path / "config.json", {**kept, **edit})

@@ -391,7 +391,8 @@ def test_too_many_pixels_are_refused(tmp_path: Path, photo: Image.Image, monkeyp
     monkeypatch.setattr("fastofa.data.decode.decode_image", lambda *_, **__: pytest.fail("decoded"))
     claim = f"its header claims {side:,} x {side:,}, more than 200,000,000 pixels; resize it"
     assert claim in refusal(path)
-    assert header_size(path, DEFAULT) == checked_size(path, DEFAULT) == claim
+    assert header_size(path, DEFAULT) == checked_size(path, DEFAULT)
+    assert str(header_size(path, DEFAULT)).startswith(claim)
     assert header_size(path, Limits(max_pixels=side * side)) == (side, side)
 
 

@@ -13,11 +13,11 @@ from fastofa.methods.cc import CC
 from fastofa.methods.crd import CRD
 from fastofa.methods.dist import DIST
 from fastofa.methods.dkd import DKD
+from fastofa.methods.find_method import method_class
 from fastofa.methods.fitnet import FitNet
 from fastofa.methods.kd import KD
 from fastofa.methods.lskd import LSKD
 from fastofa.methods.method import Method, Outputs, Sizes
-from fastofa.methods.named import method_class
 from fastofa.methods.objective import Objective
 from fastofa.methods.options import (
     BUILT_IN,

@@ -21,6 +21,7 @@ import fastofa
 import fastofa.training.loop
 from fastofa.methods.method import Outputs
 from fastofa.methods.objective import Objective
+from fastofa.models.normalized import Normalized
 from fastofa.runs.checkpoint import BEST, BEST_EMA, FOLDER, best_top1, checkpoints
 from fastofa.runs.config import Weights
 from fastofa.runs.log import read_metrics
@@ -344,14 +345,17 @@ def test_weights_that_are_not_finite_are_not_evaluated(on_photos, monkeypatch, p
 
 def test_logits_that_are_not_finite_are_refused(on_photos, monkeypatch):
     """Finite weights can overflow in the evaluation only: the run ends, and so does `fastofa evaluate`."""
-    original = Student.classify
 
-    def overflow(self: Student, images: Tensor) -> Tensor:
-        logits = original(self, images)
-        logits[:2, 1] = torch.inf
-        return logits
+    def overflow(original: Any) -> Any:
+        def call(model: nn.Module, images: Tensor) -> Tensor:
+            logits = original(model, images)
+            logits[:2, 1] = torch.inf
+            return logits
 
-    monkeypatch.setattr(Student, "classify", overflow)
+        return call
+
+    monkeypatch.setattr(Student, "classify", overflow(Student.classify))
+    monkeypatch.setattr(Normalized, "forward", overflow(Normalized.forward))
     config = on_photos()
     with pytest.raises(BadInput, match=r"the student gives NaN or infinity for \d+ of 12 validation images"):
         train(config)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fastofa.kernels import distillation_loss
 from fastofa.kernels.comparison import Comparison, describe
 from fastofa.kernels.reference import cross_entropy, heavier, mixed_labels
+from fastofa.methods.find_method import method_class
 from fastofa.methods.method import Method, Outputs, Sizes
-from fastofa.methods.named import method_class
 from fastofa.methods.ofa import OFA
 from fastofa.methods.options import ObjectiveOptions
 from fastofa.methods.targets import Targets

@@ -153,7 +153,7 @@ def log_launch(
         ranks: number of processes.
         pixel_difference: mean difference, 0 to 255, between the student's and the teacher's images; None if unknown
             (see `teacher.reference_images`).
-        kernels: the chosen kernels (see `student.kernel_choice`); empty or None if there was nothing to choose.
+        kernels: the chosen kernels (see `student.measure_kernels`); empty or None if there was nothing to choose.
     """
     launches = read_json(path / LAUNCHES) if (path / LAUNCHES).exists() else []
     now = datetime.now().astimezone().isoformat(timespec="seconds")

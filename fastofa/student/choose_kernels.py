@@ -14,7 +14,7 @@ from fastofa.student.fused_layer_norms import use_layer_norm_kernels
 from fastofa.student.fused_norms import use_norm_kernels
 from fastofa.student.fused_stem import use_stem_kernels
 from fastofa.student.fused_tokens import use_token_kernels
-from fastofa.student.kernel_choice import KernelChoice
+from fastofa.student.measure_kernels import KernelChoice
 from fastofa.student.model import Student
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice

@@ -42,10 +42,10 @@ from fastofa.teacher.cache import (
     write_table,
 )
 from fastofa.teacher.cache_header import HEADER, identity, policy_to_json, read_header, write_header
+from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.downloads import Columns, Downloads
 from fastofa.teacher.model import Teacher, check_finite, check_finite_vectors, open_teacher, report_accuracy
 from fastofa.teacher.precompute_config import PrecomputeConfig
-from fastofa.teacher.program import TopKProgram
 from fastofa.teacher.quick_checks import check_cache, other_cache
 from fastofa.teacher.reference_images import save_teacher_images
 from fastofa.views.draw import draw_views

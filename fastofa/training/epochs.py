@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastofa.data.dataset import Dataset
-from fastofa.methods.named import needs_of
+from fastofa.methods.find_method import needs_of
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.recipes import default_policy, with_size_defaults
 from fastofa.system.errors import BadInput, counted

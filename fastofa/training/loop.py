@@ -22,8 +22,8 @@ from fastofa.data.dataset import Dataset
 from fastofa.data.headers import parse_limits
 from fastofa.data.open import open_dataset
 from fastofa.kernels.comparison import Chooses
+from fastofa.methods.find_method import needs_of
 from fastofa.methods.method import Sizes
-from fastofa.methods.named import needs_of
 from fastofa.models.normalized import in_words
 from fastofa.pipelines import Batch, open_pipeline
 from fastofa.reports.curves import draw_curves, import_plotting
@@ -42,6 +42,7 @@ from fastofa.system.files import filling
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice, progress_bar
 from fastofa.teacher.reference_images import IMAGES, Difference, compare_teacher_images
+from fastofa.training.background_writer import Writer
 from fastofa.training.clock import Clock
 from fastofa.training.distributed import (
     Vote,
@@ -65,7 +66,6 @@ from fastofa.training.preflight import (
 from fastofa.training.schedule import cautions, image_size, learning_rate, lengthened, summary
 from fastofa.training.step import Step
 from fastofa.training.validate import best_classes_each
-from fastofa.training.writer import Writer
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 REPORT_EVERY_S = 60  # minimum number of seconds between two reports during a run

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastofa.data.dataset import Dataset
-from fastofa.methods.named import method_class
+from fastofa.methods.find_method import method_class
 from fastofa.models.timm_models import evaluation_view, resolve
 from fastofa.pipelines import PIPELINES
 from fastofa.runs import checkpoint

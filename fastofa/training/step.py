@@ -15,14 +15,14 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from fastofa.methods.find_method import needs_of
 from fastofa.methods.method import Outputs, Sizes
-from fastofa.methods.named import needs_of
 from fastofa.methods.objective import Objective
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch
 from fastofa.runs.config import TrainConfig
 from fastofa.student.choose_kernels import check_kernels, use_kernels
-from fastofa.student.kernel_choice import KernelChoice
+from fastofa.student.measure_kernels import KernelChoice
 from fastofa.student.model import Student
 from fastofa.student.shared_norms import share_statistics
 from fastofa.system.device import choose_bf16, choose_compile

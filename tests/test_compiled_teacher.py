@@ -18,11 +18,11 @@ from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
 from fastofa.system.interrupt import Stopped
 from fastofa.teacher.cache import PARTIAL, TeacherCache, as_stored, best_classes, view_file
+from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.downloads import Downloads
 from fastofa.teacher.model import Teacher, open_teacher
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
-from fastofa.teacher.program import TopKProgram
 from fastofa.training.loop import train
 
 SIZE, BATCH, K = 32, 8, 4

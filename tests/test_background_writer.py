@@ -10,7 +10,7 @@ from torch import nn
 from fastofa.runs.checkpoint import checkpoints, save_best, save_checkpoint
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
-from fastofa.training.writer import Writer
+from fastofa.training.background_writer import Writer
 
 
 def test_jobs_run_in_order_in_one_other_thread():
