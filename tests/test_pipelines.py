@@ -577,7 +577,7 @@ def test_a_damaged_image_of_a_beton_is_named(photos: Path, tmp_path: Path):
             run("ffcv", dataset, views, workers=2)
         assert threading.active_count() <= threads
     (tmp_path / "x.beton").write_bytes(whole[: begin + 9])
-    with pytest.raises(BadInput, match=f"image {dataset.names[17]} in .*x.beton: expected [\d,]+ bytes, got 9"):
+    with pytest.raises(BadInput, match=rf"image {dataset.names[17]} in .*x.beton: expected [\d,]+ bytes, got 9"):
         run("ffcv", dataset, views, order=np.arange(17, 18))
 
 
