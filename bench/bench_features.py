@@ -1,12 +1,13 @@
-"""How exactly stored vectors restore a teacher's predictions, and what they cost beside the top K.
+"""Measure how exactly stored vectors restore a teacher's predictions, and what they cost compared with the top K.
 
     python -m bench.bench_features --teacher demo/teacher      writes bench/results/features.json
 
-The teacher is the one of `fastofa demo`, in fp32, on one view of the 1,198 training digits. Each way of storing its
-predictions is compared with its log-probabilities of all classes: mean and largest KL divergence, how often the best
-class is the same, and the mean cosine of the gradients of dkd's loss in a student's logits, which are random (normal,
-standard deviation 3). The step is one of ResNet-18 with `dkd` on synthetic images of 1,000 classes and vectors of
-DeiT-S's width. A cache with vectors holds the top K as well, since ofa and kd learn from it; its bytes are left out.
+The teacher is the one of `fastofa demo`, in fp32, on one view of the 1,198 training digits. The predictions restored
+from each form of storage are compared with its log-probabilities of all classes: mean and largest KL divergence, how
+often the best class is the same, and the mean cosine of the gradients of dkd's loss with respect to random student
+logits (normal, standard deviation 3). The step is one of ResNet-18 with `dkd` on synthetic images of 1,000 classes and
+vectors of DeiT-S's width. A cache with vectors holds the top K as well, since ofa and kd learn from it; its bytes are
+left out.
 
 Shapes: N images, C classes, D width of a vector, K classes kept.
 """
@@ -53,7 +54,7 @@ def predictions(folder: str) -> tuple[Tensor, Tensor, Classifier]:
 
 
 def exactness(log_probs: Tensor, vectors: Tensor, classifier: Classifier) -> dict[str, dict[str, float]]:
-    """For each way of storing predictions, how they differ from `log_probs` [N, C], and their bytes per image."""
+    """For each form of storage, how its predictions differ from `log_probs` [N, C], and its bytes per image."""
     count, num_classes = log_probs.shape
     labels = log_probs.argmax(dim=1)
     student = torch.randn(count, num_classes, generator=torch.Generator().manual_seed(0)) * 3

@@ -579,7 +579,7 @@ GELUS = [(1024 * 197, 768, 1024), (256 * 56 * 56, 384, 256)]
 
 
 def gelu_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Forward and backward of what is between an MLP's matrix products, with the bias's gradient; then each pass."""
+    """Forward and backward pass of an MLP's bias and GELU, with the bias's gradient; then each pass by itself."""
     gpu = device.type == "cuda"
     for rows, channels, images in GELUS[: 1 if quick else None]:
         for work in ("training", "forward", "backward"):

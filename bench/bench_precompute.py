@@ -2,8 +2,8 @@
 
     python -m bench.bench_precompute                  writes bench/results/precompute_{cpu,gpu}.json
 
-The product runs its real code on images in memory: it draws a view, crops, runs the teacher, keeps the top K, checks
-them and writes the view's file. A bare forward pass normalises one batch that stays on the device and computes its
+The rows of `precompute` run its real code on images in memory: they draw a view, crop, run the teacher, keep the top K,
+check them and write the view's file. A bare forward pass normalises one batch that stays on the device and computes its
 logits, nothing else. All have the same weights, which are random, in the same precision. Every row runs in every round;
 a round is one view. Opening and compiling are left out. The target is 0.95 of the compiled forward pass.
 
@@ -40,7 +40,7 @@ TARGET = 0.95
 
 
 def write_teacher(name: str, image_size: int, classes: Sequence[str], folder: Path) -> str:
-    """Write a timm model with random weights and these classes as a folder that `--teacher` takes."""
+    """Write a timm model with random weights and these classes as a folder for `--teacher`."""
     config = get_pretrained_cfg(name)
     sized: dict[str, Any] = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def times_of(args: argparse.Namespace, device: torch.device, folder: Path) -> di
 
 
 def row(compile_: str) -> str:
-    """The name of the product's row with this --compile."""
+    """The name of the row of `precompute` with this --compile."""
     return f"precompute --compile {compile_}"
 
 

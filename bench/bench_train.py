@@ -46,7 +46,7 @@ class Row:
 
     name: str
     idea: str
-    """The kind of idea, which decides its colour in the chart."""
+    """The kind of idea, which determines its colour in the chart."""
     options: StepOptions | None = None
     """Options of our step; None for another project's step."""
     loader: str | None = None
@@ -67,7 +67,7 @@ NEEDS_GPU = "Triton kernels need a GPU"
 OFFICIAL, OFFICIAL_FP16, TIMM = "official code, fp32", "official code, fp16 AMP", "timm, online logit distillation"
 LADDER = (
     Row(OFFICIAL, "published code"),
-    Row(OFFICIAL_FP16, "published code", gpu_only="a CPU has no fp16 convolutions to speak of"),
+    Row(OFFICIAL_FP16, "published code", gpu_only="fp16 convolutions are too slow on a CPU"),
     Row("+ one loss, no syncs", "arithmetic", ONLINE),
     Row("+ bf16", "arithmetic", BF16),
     Row("+ channels-last", "arithmetic", CHANNELS_LAST),
@@ -138,7 +138,7 @@ def warm_up(
 ) -> tuple[dict[str, TakeStep], dict[str, dict[str, str]]]:
     """The steps of the rows that run here, compiled and warm, and the reasons why the others do not.
 
-    Rows compile before the job's turn, while other jobs do so, too; cuDNN times and chooses its algorithms during the
+    Rows compile before the job's turn, while other jobs compile, too; cuDNN times and chooses its algorithms during the
     turn. The published code compiles nothing and takes much memory, so it starts during the turn.
     """
     steps: dict[str, TakeStep] = {}
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 32)
     parser.add_argument("--num-classes", type=int, default=1000)
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in LADDER], metavar="ROW", help="only these")
-    parser.add_argument("--profile", action="store_true", help="which kernels the first row's time goes to")
+    parser.add_argument("--profile", action="store_true", help="also report the kernels that take the first row's time")
     parser.add_argument("--start", action="store_true", help="also time the start of the row '+ cached teacher'")
     parser.add_argument("--loaders", action="store_true", help="rows with a real loader, too")
     parser.add_argument("--rounds", type=int, default=5)

@@ -6,8 +6,8 @@
     python -m bench.gpu --dry-run             every job at a tiny size, on any machine, without a time limit
 
 It needs the checkout and its Python libraries; fastofa need not be installed. The tests also need tyro and hypothesis,
-from any folder in PYTHONPATH. Every job is a process of its own. All compile at the same time, since a GPU idles while
-a compiler runs; then each measures alone, in the order of JOBS. Tests run while the jobs compile.
+which may be in any folder of PYTHONPATH. Every job is a process of its own. All compile at the same time, since a GPU
+idles while a compiler runs; then each measures alone, in the order of JOBS. Tests run while the jobs compile.
 Exit code 1 if a job failed or was left out, 2 without a GPU.
 """
 
@@ -64,7 +64,7 @@ CACHED, PLAIN = "+ cached teacher", "plain training"
 AUTO, PLAIN_AUTO = "+ kernels chosen by measuring", "plain training, kernels chosen by measuring"
 LOADERS = ("packed", "resident", "packed, gather only", "ffcv", "torchvision", "dali")
 
-# The most important first: a slow machine loses the last ones.
+# The most important first: on a slow machine, the last ones are left out.
 JOBS = (
     Job(
         "tests",

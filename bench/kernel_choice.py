@@ -4,8 +4,8 @@
     python -m bench.kernel_choice --dry-run                               a tiny student, in Triton's interpreter
     writes bench/results/kernel_choice.json
 
-A training run measures for five seconds; what that does not cover is measured by later runs. After this command the
-user's cache folder contains everything for this student, batch size and GPU, so that the next run measures nothing.
+A training run measures for about five seconds and leaves the rest to later runs. After this command, the user's cache
+folder contains all results for this student, batch size and GPU, so that the next run measures nothing.
 """
 
 import os

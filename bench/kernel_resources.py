@@ -61,7 +61,7 @@ class Case:
     tensor_cores: bool = False
     """Whether it multiplies matrices on tensor cores."""
     exact: bool = False
-    """Whether it has the bits of its twin: no fused multiply-add, and fp64 where the twin has it."""
+    """Whether its results equal its twin's bit by bit: no fused multiply-add, and fp64 where the twin uses it."""
 
 
 def cases() -> list[Case]:
@@ -237,7 +237,7 @@ def pool_cases() -> list[Case]:
 
 
 def augment_cases() -> list[Case]:
-    """224 px, channels-last. Only bytes in the order of memory are read 128 bits at a time."""
+    """224 px, channels-last. Only the two kernels that read bytes in memory order read 128 bits at a time."""
     found = []
     for name, kernel, block in (
         ("tables", triton_augment._tables_kernel, triton_augment.TABLE_BLOCK),

@@ -62,7 +62,7 @@ class Command:
     result: Callable[[Path], str]
     """A function that returns the sha256 of the result."""
     source: str = ""
-    """The folder of which the output is a copy at the start; "" for a new output."""
+    """The folder that is copied to the output before the start; "" for a new output."""
     ranks: int = 1
 
     def argv(self, out: Path, again: bool) -> list[str]:

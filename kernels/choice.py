@@ -17,7 +17,7 @@ HAS_TRITON = find_spec("triton") is not None
 def use_triton(kernel: str, impl: str | None, device: torch.device) -> bool:
     """Whether to run the Triton kernel, for `impl` "triton", "torch", or None: Triton on a GPU.
 
-    A training run does not leave `impl` out: it measures the implementations and passes the fastest (comparison.py).
+    A training run passes `impl`: by default the implementation that it measured as the fastest (comparison.py).
 
     Raises:
         ValueError: `impl` has another value, or is "triton" where Triton cannot run.

@@ -4,7 +4,7 @@ An object that runs a kernel (a module, the objective, a pipeline) states its im
 and holds the name of the chosen one in an attribute:
 
     class Gelu(nn.GELU):
-        impl: str = "triton"  # runs unless another one is chosen
+        impl: str = "triton"  # the default, which `comparisons` names first
 
         def forward(self, x):
             return gelu(x, self.impl)
@@ -13,7 +13,7 @@ and holds the name of the chosen one in an attribute:
             run = {impl: partial(gelu, impl=impl) for impl in ("triton", "torch")}
             return {"impl": Comparison("gelu", describe(x), random_like(x), run, leaves=(0,))}
 
-A `Comparison` makes its own inputs, so that it can be measured before the data is there. It only needs the shapes and
+A `Comparison` makes its own inputs, so that it can be measured before any data is loaded. It only needs the shapes and
 dtypes of the tensors that `comparisons` receives, which may be fake.
 """
 
@@ -145,7 +145,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _to_fp32(value: Any) -> Any:
-    """A copy, since some implementations update an input; what is not a floating tensor stays as it is."""
+    """A copy, since some implementations update an input; anything but a floating tensor is returned unchanged."""
     floating = isinstance(value, Tensor) and value.is_floating_point()
     return value.to(torch.float32, copy=True) if floating else value
 
@@ -202,10 +202,10 @@ def describe(*tensors: Tensor | None, **options: Any) -> str:
 
 
 def cuda_ms(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Milliseconds per call on the current GPU: medians of rounds in which every call takes its turn.
+    """Milliseconds per call on the current GPU: medians of rounds, each of which times every call.
 
-    Each round replays a CUDA graph of several calls, so that it takes the device's time only, without launches. The
-    calls read the same inputs again, so what fits in the L2 cache is read faster than in a training step.
+    Each round replays a CUDA graph of several calls, so that only the device's time counts, without launches. The
+    calls read the same inputs repeatedly, so small tensors are read from the L2 cache, faster than in a training step.
     """
     graphs = {name: _captured(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}

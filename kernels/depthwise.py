@@ -269,7 +269,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The compiler sees the operations of a pass that is "torch" and fuses them with others."""
+    """For a pass that is "torch", PyTorch's operations, which the compiler can fuse with others."""
     x, weight, scale, shift = ctx.saved_tensors
     arguments = (dy, x, weight, ctx.stride, scale, shift, ctx.activation)
     of_input = input_gradient_op if ctx.input_gradient == "triton" else reference.depthwise_input_gradient

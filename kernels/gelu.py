@@ -45,7 +45,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none", impl: str | No
     return (bias_gelu_op if triton else reference.bias_gelu)(x, bias, approximate)
 
 
-# --- As an operator of PyTorch ----------------------------------------------------------------------------------------
+# --- The kernel as PyTorch operators ----------------------------------------------------------------------------------
 
 # On a CPU, the operators run the twins.
 

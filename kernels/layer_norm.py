@@ -71,7 +71,7 @@ def layer_norm(
     return _LayerNorm.apply(x, residual, weight, bias, eps, dtype)
 
 
-# --- Operators of PyTorch ---------------------------------------------------------------------------------------------
+# --- The kernel as PyTorch operators ----------------------------------------------------------------------------------
 
 # On a CPU, the operators run the twins.
 
@@ -178,7 +178,7 @@ def _(
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Not the operator's own autograd, since an operator cannot return its argument, the stream without a residual."""
+    """Needed because an operator cannot return its argument, which is the stream if there is no residual."""
 
     @staticmethod
     def forward(

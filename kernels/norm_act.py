@@ -345,8 +345,8 @@ def sums_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient before the activation, like x; dweight and dbias of this x, fp32 [C].
 
-    `y` is the result if there are a residual and an activation. Without it, x tells where the activation passes the
-    gradient on, and the first tensor is empty, [0].
+    `y` is the result if there are both a residual and an activation. Without `y`, x determines where the activation
+    passes the gradient on, and the first tensor is empty, [0].
     """
     from fastofa.kernels import triton_norm_act
 

@@ -384,7 +384,7 @@ def norm_act_pool_places(
 
 
 def max_pool_gradient(dy: Tensor, places: Tensor, like: Tensor) -> Tensor:
-    """dy of the pooled map, put where its values came from (see norm_act_pool_places): shape as `like`, dtype as dy."""
+    """dy of the pooled map, moved to the values' sources (see norm_act_pool_places): shape as `like`, dtype as dy."""
     batch, channels, height, width = like.shape
     place = places.long()
     passes = place < 9

@@ -189,7 +189,7 @@ def _on_squares(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad
 
 
 def squares(kernel: int, stride: int, padding: int) -> tuple[int, int]:
-    """How many squares before its output's square a kernel begins, and the number T of squares that it spans."""
+    """How many squares a kernel begins before its output's square, and the number T of squares that it spans."""
     before = -(-padding // stride)
     return before, (kernel - 1 - padding) // stride + before + 1
 

@@ -3,12 +3,12 @@
 apply_operations, once a column of operations:
     _tables_kernel  builds the table of every image whose operation maps levels; a histogram where it needs one
     _point_kernel   looks up the tables, blends colours, sharpens, copies; bytes in the order of memory
-    _warp_kernel    rotates, shears, translates; a lane has a pixel, whose channels share a position
+    _warp_kernel    rotates, shears, translates; a lane computes a pixel, whose channels share a position
 mix_and_erase:
     _mix_erase_kernel
 
-The bits are those of augment.py. So every product and sum is rounded separately (enable_fp_fusion=False forbids fused
-multiply-add), positions are computed in fp64 as there, and levels, histograms and noise are integers.
+The results equal those of augment.py bit by bit. So every product and sum is rounded separately (enable_fp_fusion=False
+forbids fused multiply-add), positions are computed in fp64 as there, and levels, histograms and noise are integers.
 
 The images are sorted on the CPU by the kernel that changes them. A plan, int32 [R, 4], has a row for each: its number,
 its operation, the bits of the operation's fp32 amount, and padding. With the padding every plan is aligned to 16 bytes,
@@ -38,7 +38,7 @@ ROTATE = tl.constexpr(NUMBERS["rotate"])
 
 TABLE, POINT, WARP = range(3)
 KINDS = torch.full((len(NUMBERS) + 1,), TABLE)
-"""What changes the image, by the operation's number."""
+"""The kernel that changes the image, by the operation's number."""
 KINDS[[0, NUMBERS["color"], NUMBERS["sharpness"]]] = POINT
 KINDS[[NUMBERS[name] for name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")]] = WARP
 
@@ -83,7 +83,7 @@ def _grey(pixel, inside, CHANNEL: tl.constexpr):
 
 @triton.jit
 def _tables_kernel(images, plan, tables, S: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Write tables uint8 [R, 3, 256] for the rows of a plan. A program has a channel of an image."""
+    """Write tables uint8 [R, 3, 256] for the rows of a plan. A program handles one channel of an image."""
     channel = tl.program_id(0) % 3
     image, op, amount = _row(plan, tl.program_id(0) // 3)
     image = images + image * (3 * S * S)
@@ -185,7 +185,7 @@ def _bilinear(source, left, top, along, below, inside, S: tl.constexpr, COLUMN: 
 def _warp_kernel(
     images, result, plan, maps, red, green, blue, S: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Images whose pixels move, each by its row of maps fp64 [R, 6]; (red, green, blue) comes from outside."""
+    """Images whose pixels move, each by its row of maps fp64 [R, 6]; outside of an image is (red, green, blue)."""
     PIXELS: tl.constexpr = S * S
     BLOCKS: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // BLOCKS
@@ -339,7 +339,7 @@ def mix_and_erase(images: Tensor, count: int, mixing: "Mixing | None", erasing: 
     plan = torch.zeros(count, 11, dtype=torch.int32)
     plan[:, 0] = torch.arange(count)
     plan[:, 1] = torch.ones(count).view(torch.int32)
-    noise = images  # a pointer that nobody reads
+    noise = images  # a pointer that is never read
     if mixing is not None:
         plan[:, 0] = mixing.partners
         plan[:, 1] = mixing.shares.view(torch.int32)

@@ -1,7 +1,7 @@
 """All gradients of the depthwise 3x3 convolution in one pass, in Triton, channels last.
 
-The gradient of an input pixel and its products with the weights' gradient need the same nine values of dy. So a program
-has a tile of columns and channels of the input, reads each row of dy as three tiles and each row of x as one, and
+The gradient of an input pixel and its products for the weight's gradient need the same nine values of dy. So a program
+handles a tile of columns and channels of the input, reads each row of dy as three tiles and each row of x as one, and
 computes both: three passes over memory (dy, x, dx) where separate kernels take five with a folded batch norm, and four
 without. It keeps nine more sums in registers, therefore a tile has half of the elements: four channels per lane.
 

@@ -1,7 +1,7 @@
 """Bias and GELU in Triton: one pass forward; one pass backward, which also sums the bias's gradient.
 
-A program has a block of channels and iterates over every P-th tile of rows. Sums over the rows are written per program
-and added up afterwards, so that they are the same in every run.
+A program handles a block of channels and iterates over every P-th tile of rows. Sums over the rows are written per
+program and added up afterwards, so that they are the same in every run.
 
 Shapes: M rows, C channels, P programs per block of channels.
 """

@@ -1,7 +1,7 @@
 """Layer norm with the addition of a residual in Triton: one pass forward, one pass backward.
 
-A tile has some rows and all channels. Forward, a program has one tile; backward, it iterates over every P-th tile. Its
-sums for weight and bias are added up afterwards, so that they are the same in every run.
+A tile has some rows and all channels. Forward, a program handles one tile; backward, it iterates over every P-th tile.
+Its sums for weight and bias are added up afterwards, so that they are the same in every run.
 
 Shapes: M rows, C channels, P programs backward.
 """

@@ -1,9 +1,9 @@
 """Batch norm, residual and activation in Triton, channels last: statistics, one pass forward, two passes backward.
 
-A tensor is a matrix of M rows (the pixels of all images) and C channels. A program has a block of channels and iterates
-over every P-th tile of rows. Sums over the rows are written per program and added up by a second, small kernel, so that
-they are the same in every run. Statistics are sums of each channel's differences from its first value, which avoids
-cancellation if the mean is far from 0.
+A tensor is a matrix of M rows (the pixels of all images) and C channels. A program handles a block of channels and
+iterates over every P-th tile of rows. Sums over the rows are written per program and added up by a second, small
+kernel, so that they are the same in every run. Statistics are sums of each channel's differences from its first value,
+which avoids cancellation if the mean is far from 0.
 
 Shapes: M rows, C channels, P programs per block of channels.
 """

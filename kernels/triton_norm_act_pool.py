@@ -1,8 +1,8 @@
 """Batch norm, ReLU and 3x3 max-pooling with stride 2 in Triton, channels last: the normalised map is never stored.
 
 Within a channel, a batch norm is monotonic in x, so that the maximum of nine values can be found in x itself, or in -x
-if the channel's scale is negative. In the forward pass, a program has a tile of columns and channels of the result and
-iterates down the rows of a strip, as in the depthwise convolution. It stores the value of x at the maximum, and its
+if the channel's scale is negative. In the forward pass, a program handles a tile of columns and channels of the result
+and iterates down the rows of a strip, as in the depthwise convolution. It stores the value of x at the maximum, and its
 position. The backward pass can thus compute the sums over a channel from maps of the result's size, and one pass over x
 computes its gradient: four values of dx from four of dy.
 

@@ -31,7 +31,7 @@ def augment(images: Tensor, views: Views, rows: np.ndarray, count: int, impl: st
     """Apply the table's operations, mixing and erasing: uint8 [M, 3, S, S] of `rows` [M] -> uint8 [count, 3, S, S].
 
     The order is that of the published code: its collate function mixes, then its loader erases on the device. `images`
-    may be overwritten. `impl` is as in `fastofa.kernels.augment_batch`; None for Triton on a GPU, once it is checked.
+    may be overwritten. `impl` is as in `fastofa.kernels.augment_batch`; None: Triton on a GPU, after a check.
     """
     table, size, impl = views.take(rows), images.shape[-1], impl or _implementation(images.device)
     if table.ops is not None and table.amounts is not None:
@@ -47,7 +47,7 @@ def _implementation(device: torch.device) -> str:
 
 
 def checked(device: str | torch.device) -> str:
-    """Return "triton" if its results are those of the twin for a batch with every operation; else "torch", reported."""
+    """Return "triton" if it equals the twin on a batch with every operation; else report that and return "torch"."""
     count = len(NAMES)
     random = np.random.default_rng(0)
     images = torch.from_numpy(random.integers(256, size=(count, 3, 32, 32), dtype=np.uint8)).to(device)

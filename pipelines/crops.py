@@ -21,7 +21,7 @@ def crop_on_device(
 ) -> Tensor:
     """`crop_resize` with a filter for every crop: uint8 [B, 3, S, S], channels last.
 
-    The crops of each filter are made together: the bilinear ones by `impl`, the bicubic ones by the kernel's twin.
+    The crops of each filter are computed together: the bilinear ones by `impl`, the bicubic ones by the kernel's twin.
 
     Args:
         images, boxes, flip, size, ids, impl: see `crop_resize`.

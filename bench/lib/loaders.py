@@ -85,7 +85,7 @@ def pipeline(name: str, form: str | None = None, peer: str | None = None, needs:
 
 
 def gathered(task: Task) -> Iterator[int]:
-    """The host's part of `packed` if a GPU crops: copy whole images into one buffer, pinned if there is a GPU."""
+    """The host's part of `packed` when a GPU crops: copy whole images into one buffer, pinned if there is a GPU."""
     dataset = open_dataset(task.sources["pack"])
     request = Request(dataset, task.image_size, task.batch_size, torch.device(task.device), task.workers, None)
     return (len(batch.rows) for batch in Gathered(request).host_batches(*views_and_order(dataset)))

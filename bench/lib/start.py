@@ -1,6 +1,6 @@
-"""The seconds that a step takes to start, in a new process: cold, with an empty compiler cache, and again warm.
+"""Time the start of a training step in a new process: cold, with an empty compiler cache, then warm, with a full one.
 
-They count from the building of the student to the end of its first step, without imports.
+The seconds count from building the student to the end of its first step, without imports.
 """
 
 import dataclasses

@@ -144,11 +144,11 @@ class CkaConfig:
     data: str
     """Dataset whose validation images are used."""
     images: int = 10_000
-    """Number of validation images, drawn at random but always the same; all if there are fewer."""
+    """Number of validation images, drawn at random with a fixed seed; all if there are fewer."""
     batch_size: int = 128
     """Images per batch, at least 4."""
     exits: bool = True
-    """Whether the exits of a run's student are compared, too."""
+    """Also compare the exits of a run's student."""
     out: Path = Path("cka")
     """Folder for cka.json and cka.png, which are replaced if they exist."""
     device: str = "auto"
@@ -217,7 +217,7 @@ FILE = "config"
 
 
 def _train_defaults(argv: list[str]) -> dict[str, Any]:
-    """The values of the run to resume, of the --config file, or of the recipe: the one named, else the one for the
+    """The values of the run to resume, of the --config file, or of the recipe: the named one, or the default for the
     data."""
     run, file, out = _flag_value(argv, "--resume"), _flag_value(argv, f"--{FILE}"), _flag_value(argv, "--out")
     if not run and not file:

@@ -8,7 +8,7 @@ CKA is 1 for features that agree up to a rotation and a common scale, and about 
 channels and positions may differ. Both networks see the same validation images, each with its own normalisation, input
 size and central crop. The layers are every block, the exits of a run's student, and the logits.
 
-Prints the mean CKA by stages, and writes every pair of layers to OUT/cka.json and as a picture to OUT/cka.png. The
+Prints the mean CKA by stages, writes the CKA of every pair of layers to OUT/cka.json, and draws it in OUT/cka.png. The
 estimate is unbiased for any batch size and takes one pass; its memory does not depend on the number of images. More
 images make it more precise; larger batches do, too, but take more memory and time per image.
 """
@@ -37,7 +37,7 @@ def main(config: CkaConfig) -> None:
     images, seconds = comparison.images, comparison.seconds
     notice(f"compared on {counted(images, 'image')} in {seconds:,.1f} s, {images / seconds:,.0f} images/s")
     print(escaped(f"{c.out / 'cka.json'}: every pair of layers"))
-    print(escaped(f"{c.out / 'cka.png'}: the same as a picture"))
+    print(escaped(f"{c.out / 'cka.png'}: the same as a heat map"))
 
 
 def _draw(comparison: Comparison, config: CkaConfig) -> None:

@@ -53,7 +53,7 @@ class Dataset:
     is_raw: np.ndarray | None = None
     """bool [N]: which images of a .beton are stored as pixels; the others are JPEGs."""
     shuffled: bool = True
-    """Whether `file` stores the images in random order, if it does not store them in order of sample ids."""
+    """Whether `file` stores its images in random order; irrelevant if it stores them in order of sample ids."""
     limits: Limits = DEFAULT
     """The limits within which images are accepted."""
 

@@ -79,7 +79,7 @@ def index_paths(top: Path, split: str) -> list[Path]:
     places = [beside, Path(cache) / "fastofa" / key]
     if not os.access(beside if beside.is_dir() else top, os.W_OK):
         places.reverse()
-    # Without a home folder the second path is unknown. Through a planted link, a user's file could be overwritten.
+    # Left out: the second path without a home folder ("~"), and links, which could lead to another of the user's files.
     return [place / f"{split}.safetensors" for place in places if not (place.is_symlink() or str(place)[0] == "~")]
 
 

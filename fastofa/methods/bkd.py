@@ -1,4 +1,4 @@
-"""Binary distillation, as in the published code of OFA-KD: every class is a yes-or-no question."""
+"""Binary distillation, as in the published code of OFA-KD: each class is a binary classification."""
 
 import torch.nn.functional as F
 from torch import Tensor

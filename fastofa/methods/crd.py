@@ -36,7 +36,7 @@ class CRD(Method):
             self.register_buffer(name, torch.empty(self.images, options.width).uniform_(-bound, bound))
         self.register_buffer("constants", torch.full((2,), -1.0))  # negative until the first batch
         counts = torch.tensor((0, *sizes.images_per_class))
-        self.register_buffer("starts", counts.cumsum(0), persistent=False)  # of each class among the sample ids
+        self.register_buffer("starts", counts.cumsum(0), persistent=False)  # first sample id of each class
 
     def loss(self, outputs: Outputs, targets: Targets, labels: Tensor) -> Tensor:
         assert outputs.pooled is not None

@@ -33,7 +33,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def needs_of(names: Iterable[str]) -> set[Needs]:
-    """What methods need of the teacher. Raises BadInput as `method_class`."""
+    """What these methods need from the teacher. Raises BadInput as `method_class`."""
     return {method_class(name).needs for name in names}
 
 

@@ -12,8 +12,9 @@ from fastofa.methods.targets import Targets, full
 class FitNet(Method):
     """sum over stages of the mean squared difference of the student's projected features and the teacher's (eq. 3).
 
-    A 1x1 convolution brings the student's features to the teacher's width, and bilinear interpolation to its grid.
-    Tokens are arranged as a grid; class tokens are left out. Between CNNs with equal grids, this is the published form.
+    A 1x1 convolution projects the student's features to the teacher's width; bilinear interpolation resizes them to its
+    grid. Tokens are arranged as a grid; class tokens are left out. Between CNNs with equal grids, this is the published
+    form.
     """
 
     Options = FitNetOptions

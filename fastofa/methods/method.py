@@ -1,4 +1,4 @@
-"""What a distillation method is: a loss between the student's outputs and the teacher's targets.
+"""The interface of a distillation method: a loss between the student's outputs and the teacher's targets.
 
 Shapes: B images, C classes, H heads (the exits, then the model's own), D width of a pooled vector.
 """
@@ -60,7 +60,7 @@ class Method(nn.Module):
     """
 
     needs: ClassVar[Needs] = "top-K"
-    """What it needs of the teacher."""
+    """What the method needs from the teacher."""
     impl: str | None = None
     """The implementation of its kernels, "triton" or "torch"; None: chosen by the device."""
 
@@ -85,6 +85,8 @@ class Method(nn.Module):
         """The unweighted loss, fp32 [].
 
         Args:
+            outputs: what the student computes for the images.
+            targets: the teacher's for the same images.
             labels: int64 [B]; for mixed images, the label of larger weight.
         """
         raise NotImplementedError

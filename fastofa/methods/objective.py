@@ -85,7 +85,7 @@ class Objective(nn.Module):
     def comparisons(self, logits: Tensor) -> dict[str, Comparison]:
         """The loss of OFA and its gradient for logits [H, B, C] like these, K = TOPK, and images that are not mixed.
 
-        The default is the twin, since the whole step was measured to be faster with it, if compiled.
+        The default is the twin, because a whole compiled step was faster with it on an H200 (docs/kernels.md).
         """
         if not self.is_joint:
             return {}

@@ -12,7 +12,7 @@ from fastofa.methods.targets import Targets
 class OFA(Method):
     """kd_weight * L(final; eps[-1]) + ofa_weight * sum_k L(exit_k; eps[k]) (eq. 7-10); L is `fastofa.kernels.ofa_loss`.
 
-    Options: `OFAOptions`; one eps serves all heads.
+    Options: `OFAOptions`; a single eps applies to all heads.
     """
 
     Options = OFAOptions

@@ -85,7 +85,7 @@ class LSKDOptions:
 
 @dataclass(frozen=True)
 class CCOptions:
-    """Correlation of the difference between student and teacher from each image of the batch to the next."""
+    """Product of the differences between student and teacher for consecutive images of the batch."""
 
     weight: float = 1.0
     """Weight of the loss."""
@@ -104,19 +104,19 @@ class RKDOptions:
     distance: float = 25.0
     """Weight of the distances."""
     angle: float = 50.0
-    """Weight of the angles. Their memory grows with the cube of the batch."""
+    """Weight of the angles, whose memory grows with the cube of the batch size."""
 
 
 @dataclass(frozen=True)
 class CRDOptions:
-    """Contrast of student and teacher on the same image with other images, from a memory of all images."""
+    """Contrastive loss: student and teacher agree on an image and differ on others, which come from a memory."""
 
     weight: float = 1.0
     """Weight of the loss."""
     width: int = 128
     """Width of the space into which both vectors are projected."""
     negatives: int = 16384
-    """Other images, of other classes, per image of the batch."""
+    """Images of other classes with which each image of the batch is contrasted."""
     temperature: float = 0.07
     """Divisor of the products of vectors."""
     momentum: float = 0.5
@@ -125,19 +125,19 @@ class CRDOptions:
 
 @dataclass(frozen=True)
 class RSDOptions:
-    """Cross-correlation of student and teacher over the batch, brought to the identity matrix."""
+    """Difference of the cross-correlation of student and teacher over the batch from the identity matrix."""
 
     weight: float = 0.1
     """Weight of the loss."""
     kappa: float = 0.01
     """Weight of the elements off the diagonal."""
     expansion: int = 2
-    """Width of the projector's hidden layer, in widths of the student."""
+    """Width of the projector's hidden layer, as a multiple of the student's."""
 
 
 @dataclass(frozen=True)
 class FitNetOptions:
-    """Squared difference of the features of each stage. Needs --online-teacher."""
+    """Squared difference of the features of each stage. No command computes the teacher's features yet."""
 
     weight: float = 1.0
     """Weight of the loss."""

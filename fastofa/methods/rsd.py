@@ -13,9 +13,9 @@ TINY = 1e-5  # added to standard deviations
 class RSD(Method):
     """sum_ij k_ij (P_ij - I_ij)^2, P the correlation of the teacher's dimension i with the student's j over the batch.
 
-    k is 1 on the diagonal and kappa elsewhere. The student's pooled vector first passes a projector of two layers,
-    which is trained with it and then discarded. Correlations are over the part of the batch that this rank computes at
-    once.
+    k is 1 on the diagonal and kappa elsewhere. A projector of two layers is applied to the student's pooled vector
+    first. It is trained with the student and then discarded. Correlations are over the part of the batch that this rank
+    computes at once.
     """
 
     Options = RSDOptions

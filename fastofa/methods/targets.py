@@ -18,7 +18,7 @@ class TopK(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What a method gets of the teacher for the images of a batch."""
+    """What a method receives from the teacher for the images of a batch."""
 
     classes: Tensor
     """integer [B, K]: the K most probable classes, most probable first."""
@@ -29,7 +29,7 @@ class Targets(NamedTuple):
     stages: tuple[Tensor, ...] = ()
     """The features of the teacher's stages, floating [B, C, H, W], for methods that need them."""
     sample_ids: Tensor | None = None
-    """int64 [B]: the images' numbers in the dataset, for methods that need the pooled vector."""
+    """int64 [B]: the sample ids of the images, for methods that need the pooled vector."""
     all_log_probs: Tensor | None = None
     """fp32 [B, C]: log-probabilities of all classes at temperature 1, for methods that need all classes; None if only
     the K classes are known."""

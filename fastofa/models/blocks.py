@@ -1,4 +1,4 @@
-"""Find the blocks of a timm model, and watch their outputs.
+"""Find the blocks of a timm model, and observe their outputs.
 
 A stage is either a list of blocks (ResNet's layer1) or a module with such a list (Swin's layers.0.blocks).
 """
@@ -12,20 +12,20 @@ from torch import nn
 from fastofa.system.errors import BadInput
 
 BLOCKS = "blocks"  # timm's name for the list of blocks in a stage
-STEM = ("stem", "patch_embed")  # how timm's names for what comes before the blocks begin
+STEM = ("stem", "patch_embed")  # prefixes of timm's names for the modules before the blocks
 
 
 def find_blocks(model: Any, name: str) -> dict[str, nn.Module]:
     """The blocks of a timm model by their names in it, in the order of definition.
 
-    A model without blocks, such as VGG, has the modules whose outputs timm lists as features.
+    For a model without blocks, such as VGG, they are the modules whose outputs timm lists as features.
 
     Args:
         model: the model.
         name: its name, for the message.
 
     Raises:
-        BadInput: the model has neither.
+        BadInput: the model has neither blocks nor such modules.
     """
     found: dict[str, nn.Module] = {}
     for part, module in model.named_children():

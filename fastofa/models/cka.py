@@ -4,7 +4,7 @@
 
 K_t and L_t are the Gram matrices X X' and Y Y' of batch t, and HSIC is the unbiased estimator of Song et al. (Feature
 Selection via Dependence Maximization, JMLR 2012, equation 4). Because it is unbiased, its sum over batches estimates
-the value for all images, which that of a biased estimator does not (Nguyen, Raghu and Kornblith: Do Wide and Deep
+the value for all images; the sum of a biased estimator does not (Nguyen, Raghu and Kornblith: Do Wide and Deep
 Networks Learn the Same Things?, ICLR 2021, equation 3). CKA is 1 for features that agree up to a rotation and a common
 scale, and about 0 for unrelated ones; as an estimate, it can be slightly negative.
 
@@ -25,7 +25,7 @@ def gram(features: Tensor) -> Tensor:
     """The Gram matrix of the features of B images, up to terms that centring removes.
 
     The first image's features are subtracted from all: a common offset does not change the centred Gram matrix, but a
-    large one would cost it all digits of fp32, and features that do not depend on the image become exact zeros.
+    large one would leave it no digits in fp32. Features that do not depend on the image become exact zeros.
 
     Args:
         features: floating point [B, ...], in any memory format.

@@ -1,7 +1,7 @@
 """The models of the official OFA-KD code that timm does not have, recognised by name or by weights, for error messages.
 
 Source: custom_model/cycle_mlp.py, hire_mlp.py and vip.py of https://github.com/Hao840/OFAKD. All its other models are
-in timm, but for Swin-Nano and Swin-Pico (`fastofa.models.timm_models.VARIANTS`).
+in timm, except Swin-Nano and Swin-Pico (`fastofa.models.timm_models.VARIANTS`).
 """
 
 from collections.abc import Iterable

@@ -121,8 +121,9 @@ def _weights_of(init: str, timm_name: str) -> SavedWeights:
 def _build_with(weights: SavedWeights, timm_name: str, arguments: dict[str, Any], other_classes: OtherClasses) -> Any:
     """The model with these weights.
 
-    timm builds the model and calls its loader, for which `load_weights` is substituted here: it also gets timm's own
-    conversion of published checkpoints, but requires every weight to match, which timm's loader does not.
+    timm builds the model and calls its own loader, which is replaced by `load_weights` here. `load_weights` also
+    applies timm's conversion of published checkpoints, but requires every weight to match, which timm's loader does
+    not.
     """
 
     def load(model: nn.Module, *_: Any, filter_fn: Callable[..., Any] | None = None, **__: Any) -> None:

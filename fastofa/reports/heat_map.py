@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from fastofa.system.files import write_atomic
 
 CELL, MARGIN = 0.3, 2.2  # inches
-MOST_VALUES = 16  # layers of a network up to which the cells show their values
+MOST_VALUES = 16  # maximum number of layers per network for which the cells show their values
 DARK = 0.6  # below this value, text on a cell is white
 
 
@@ -26,10 +26,10 @@ def draw_heat_map(
 
     Args:
         matrix: float [L, M].
-        names: of the L rows and of the M columns.
-        titles: of both axes.
+        names: names of the L rows and of the M columns.
+        titles: titles of both axes.
         ends: numbers of the rows and of the columns before which a line is drawn.
-        title: above the picture.
+        title: above the heat map.
         path: the file.
     """
     rows, columns = matrix.shape

@@ -203,11 +203,11 @@ class TrainConfig:
     """Precision of the student's computation; the loss is always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
     """torch.compile of student, exits and loss as one program, and of the evaluation. auto: on for a GPU, off for a
-    CPU. max-autotune: on, and the compiler times several implementations of every matrix product, which takes long."""
+    CPU. max-autotune: on, and the compiler times several implementations of every matrix product, which is slow."""
     kernels: tuple[Literal["auto", "off", "loss", "exits", "stem", "norms", "tokens", "layer_norms"], ...] = ("auto",)
     """Triton kernels to use on a GPU: loss (the whole objective), exits (depthwise convolutions of the exits and of
     MobileNets), stem (the convolution of the pixels, and a ResNet's max-pool), norms (batch norms with the activation
-    and the residual after them), tokens (bias and GELU in the MLPs of token models), layer_norms (those of their
+    and the residual after them), tokens (bias and GELU in the MLPs of token models), layer_norms (layer norms in their
     blocks, with the residual before them). auto: on a GPU, the fastest implementation of each part, measured at the
     start of a run; on a CPU, none. off: none."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"

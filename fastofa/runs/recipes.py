@@ -265,7 +265,7 @@ def with_size_defaults(config: TrainConfig, images: int, rows: int, multiple: in
 def teacher_normalization(recipe: str) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[None, None]:
     """The (mean, std) with which a recipe's published code normalises every teacher's input; None: the teacher's own.
 
-    On ImageNet, the published code normalises a teacher's input as the student's, which is a mistake if they differ.
+    On ImageNet, the published code normalises a teacher's input like the student's, which is a mistake if they differ.
     """
     return (CIFAR_MEAN, CIFAR_STD) if recipe.startswith("cifar_") else (None, None)
 

@@ -89,9 +89,10 @@ def use_kernels(
 def record_comparisons(
     student: Student, batch_size: int, bf16: bool
 ) -> tuple[Any, list[tuple[object, str, Comparison]]]:
-    """What there is to choose in a student, at the sizes of its own inputs, found by a training pass of fake images.
+    """Find the implementations to choose from in a student, at the sizes of its own inputs, with fake images.
 
-    Fake tensors have shapes, but no memory, and are not computed. The student's state does not change.
+    A training pass of fake tensors, which have shapes but no memory and are not computed, reaches every module. The
+    student's state does not change.
 
     Returns:
         Fake logits; and the modules, the attributes that name their implementations, and the comparisons.

@@ -64,7 +64,7 @@ class DepthwiseConv2d(nn.Conv2d):
 class FoldedBatchNorm2d(nn.BatchNorm2d):
     """A batch norm and the activation after it, both applied by the next DepthwiseConv2d; else like nn.BatchNorm2d.
 
-    The statistics are Triton's without a choice: the compiler cannot fuse PyTorch's with what remains here on an H200.
+    Where Triton can run, it always computes the statistics: on an H200, the compiler failed on PyTorch's.
     """
 
     activation: str | None
@@ -104,7 +104,7 @@ def use_depthwise_kernel(module: nn.Module) -> int:
             switched += _switch_layers(block.pw_proj, block.dw_end)
         elif isinstance(block, DepthwiseSeparableConv):
             switched += _switch(block.conv_dw)
-        elif type(block) is nn.Sequential:  # its result may be the features of a stage; what its blocks pass on is not
+        elif type(block) is nn.Sequential:  # only its last block's result can be the features of a stage
             for before, after in pairwise(block.children()):
                 if isinstance(before, DepthwiseSeparableConv) and not before.has_skip:
                     switched += _switch_next(before.bn2, after)
@@ -112,14 +112,14 @@ def use_depthwise_kernel(module: nn.Module) -> int:
 
 
 def _switch_next(norm: nn.Module, block: nn.Module) -> bool:
-    """Switch the convolution with which a block begins, if the block alone uses the norm's result, and only once."""
+    """Switch the first convolution of a block, if only that convolution uses the norm's result."""
     if not isinstance(block, DepthwiseSeparableConv) or block.has_skip or block.conv_s2d is not None:
         return False
     return _switch_after(norm, block.conv_dw)
 
 
 def _switch_layers(*layers: nn.Module) -> int:
-    """Switch the convolutions of layers in a row, each a convolution and a batch norm; others are not there."""
+    """Switch the convolutions of consecutive layers; layers that are not a convolution and a batch norm are skipped."""
     found: list[Any] = [layer for layer in layers if isinstance(layer, ConvNormAct)]
     switched = _switch(found[0].conv) if found else 0
     for before, after in pairwise(found):
@@ -165,5 +165,5 @@ def is_plain_norm(norm: nn.Module) -> bool:
 
 
 def has_weights_and_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether a batch norm has weights and running statistics that each batch moves by a fixed share."""
+    """Whether a batch norm has weights and running statistics with a fixed momentum."""
     return norm.affine and norm.track_running_stats and norm.momentum is not None

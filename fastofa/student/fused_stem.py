@@ -25,7 +25,7 @@ from fastofa.student.fused_depthwise import is_plain_norm
 from fastofa.student.fused_norms import norm_arguments, norm_comparison
 from fastofa.student.model import Student
 
-# The convolution to which these models pass the images as they are, nothing before it.
+# The convolution that receives the images directly in these models.
 STEMS = {
     ResNet: ("conv1", "conv1.0"), EfficientNet: ("conv_stem",), MobileNetV3: ("conv_stem",), RegNet: ("stem.conv",),
     ConvNeXt: ("stem.0",),
@@ -39,7 +39,7 @@ class NormActPool2d(nn.BatchNorm2d):
     group: str | None = None
 
     def forward(self, input: Tensor | tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """`input` may come with its mean and biased variance."""
+        """`input`: x [B, C, H, W], or a tuple of x and its mean and biased variance, fp32 [C] each."""
         x, statistics = (input[0], input[1:]) if isinstance(input, tuple) else (input, None)
         if not self.training:
             return F.max_pool2d(F.relu(super().forward(x)), 3, 2, 1)
@@ -58,7 +58,7 @@ class StridedConv2d(nn.Conv2d):
 
     impl: str = "squares"
     before_norm = False
-    """Whether a NormActPool2d follows, to which "triton" gives the statistics in training."""
+    """Whether a NormActPool2d follows; in training, "triton" then also returns the statistics that it needs."""
     mean: Tensor
     std: Tensor
 
@@ -164,7 +164,7 @@ def use_stem_kernels(module: nn.Module, impl: str = "squares") -> int:
 
 
 def _stem(backbone: nn.Module) -> StridedConv2d | None:
-    """The switched convolution that gets the images as they are, if it is known."""
+    """The switched convolution that receives the images directly; None if it is not known."""
     modules = dict(backbone.named_modules())
     for kind, names in STEMS.items():
         found = [modules[name] for name in names if type(modules.get(name)) is StridedConv2d]

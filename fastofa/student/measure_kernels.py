@@ -1,9 +1,9 @@
 """The implementations that a run uses, chosen by measuring them at its sizes on its GPU, like cuDNN's benchmark mode.
 
-A measurement takes milliseconds, but compiling a kernel for the first time takes up to seconds. What is not measured
-within BUDGET_S seconds keeps its default in this run, and is measured when the next run starts. Results are kept in a
-file of the user's cache folder, by GPU, versions and size. Delete it to measure again. `python -m bench.kernel_choice`
-measures everything, however long it takes.
+A measurement takes milliseconds, but compiling a kernel for the first time takes up to seconds. A part that is not
+measured within BUDGET_S seconds keeps its default in this run, and is measured when the next run starts. Results are
+kept in a file of the user's cache folder, by GPU, versions and size. Delete it to measure again. `python -m
+bench.kernel_choice` measures everything, however long it takes.
 
 A resumed run keeps the choice that its environment.json records, if GPU, versions and sizes are the same, so that it
 continues with the same numerics. With several ranks, rank 0 chooses for all.
@@ -30,7 +30,7 @@ from fastofa.system.files import read_json, write_json
 from fastofa.system.progress import notice
 
 BUDGET_S = 5.0
-COMPILE_S = 2.0  # what the first compiled candidate is expected to take
+COMPILE_S = 2.0  # expected time of the first comparison with a compiled candidate
 Owners = list[tuple[object, str]]  # objects and the attributes that name the implementation they run
 SOURCES = ("measured", "as cached", "as before in this run", "not in time", "failed")
 
@@ -61,12 +61,12 @@ class KernelChoice:
         self.longest_s = {False: 0.0, True: COMPILE_S if self.compiled else 0.0}
 
     def choose(self, comparisons: Iterable[tuple[object, str, Comparison]]) -> None:
-        """Set the attribute (second) of each object (first) to the name of the implementation that it shall run."""
+        """For each (object, attribute, comparison), choose an implementation and store its name in the attribute."""
         grouped: dict[tuple[str, str], tuple[Comparison, Owners]] = {}
         for owner, attribute, comparison in comparisons:
             owners = grouped.setdefault((comparison.kernel, comparison.size), (comparison, []))[1]
             owners.append((owner, attribute))
-        # The most work first, but what needs no compilation before what does.
+        # Comparisons that need no compilation first; among equals, those with the most work.
         found = sorted(grouped.values(), key=lambda each: (bool(each[0].fused), -each[0].elements * len(each[1])))
         rows = self._rows(found) if self.is_main else [{"chosen": each.default} for each, _ in found]
         for (comparison, owners), row in zip(found, rows, strict=True):

@@ -8,7 +8,7 @@
                                     or pooled int8 [N, D] with pooled_scale float32 [N]
     CACHE/classifier.safetensors    only with --features: weight float32 [C, D] and bias float32 [C]
     CACHE/val.safetensors           classes and log_probs of the validation images, on the teacher's own centre crops
-    CACHE/seen.png                  a few images of view 0 as the teacher saw them (pixels.py)
+    CACHE/seen.png                  a few images of view 0 as the teacher saw them (reference_images.py)
     CACHE/partial.safetensors       only after an interruption of `fastofa precompute`: predictions for the first rows
                                     of the next view, in the order in which the images were read
 
@@ -239,8 +239,8 @@ def best_classes(log_probs: Tensor, topk: int) -> TopK:
     """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, on the same device.
 
     Returns:
-        classes int16, the bits of uint16, in which few operations exist (int32 if C > 65,536) [B, K], best first, and
-        log_probs float16 [B, K].
+        classes [B, K], best first: int32 if C > 65,536, else int16 with the bits of uint16, which has few operations;
+        and log_probs float16 [B, K].
     """
     values, classes = log_probs.topk(topk, dim=-1)
     return TopK(classes.to(torch.int16 if log_probs.shape[-1] <= 1 << 16 else torch.int32), values.half())
@@ -255,7 +255,7 @@ def predictions_fault(tensors: dict[str, Tensor], header: dict[str, Any], count:
 
 
 def as_stored(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns, those of `best_classes` among them, as the cache stores them: classes uint16 or int32. On the CPU."""
+    """The columns of a table on the CPU as the cache stores them: int16 classes of `best_classes` become uint16."""
     classes = columns["classes"]
     return {**columns, "classes": classes.view(torch.uint16) if classes.dtype == torch.int16 else classes}
 

@@ -9,7 +9,7 @@ from fastofa.teacher.vectors import Classifier, Vectors
 
 
 class DeviceTargets:
-    """The targets of one view table on the device. A lookup by row is one gather, so that the teacher costs no more.
+    """The targets of one view table on the device. A lookup by row is one gather, the teacher's only cost.
 
     Args:
         classes: uint16 or int32 [N, K].
@@ -48,8 +48,8 @@ class DeviceTargets:
         self.classifier = None if classifier is None else classifier.to(device)
 
     def lookup(self, rows: Tensor) -> Targets:
-        """Rows int64 [B] -> classes int32 [B, K], log_probs float16 (dense: float32) [B, K], and what the vectors give:
-        pooled fp32 [B, D] and, with a classifier, all_log_probs fp32 [B, C]."""
+        """Rows int64 [B] -> classes int32 [B, K], log_probs float16 (dense: float32) [B, K], and, with
+        vectors, pooled fp32 [B, D] and, with a classifier, all_log_probs fp32 [B, C]."""
         rows = rows if self.positions is None else self.positions[rows]
         classes = self.classes[rows]
         if self.narrow:

@@ -16,8 +16,8 @@ Columns = dict[str, Tensor]
 class Downloads:
     """Copies the predictions of several batches at once, and returns them when the next copy begins.
 
-    The CPU waits once per copy, for the one before it. At that time the device has the batches of a whole copy to work
-    on, so that it never becomes idle.
+    The CPU waits once per copy, for the previous copy. Meanwhile, the batches of the next copy are queued on the
+    device, so that it does not become idle.
 
     Args:
         device: where the predictions are computed.

@@ -91,7 +91,7 @@ class Teacher:
     network: LogProbs
     """The model with its normalisation, on `device`."""
     sha256: str
-    """Of the weights as they were read, before they were rounded to bf16."""
+    """Digest of the weights as they were read, before they were rounded to bf16."""
     device: torch.device
     image_size: int
     """S, in pixels."""
@@ -228,7 +228,7 @@ def open_teacher(
 def round_to_bf16(model: nn.Module) -> None:
     """Round parameters and buffers to bf16, except those of batch norms.
 
-    A batch norm takes bf16 activations with fp32 statistics, at no cost; rounding its variance would scale a channel.
+    A batch norm accepts bf16 activations with fp32 statistics, at no cost; rounding its variance would scale a channel.
     """
     for module in model.modules():
         if not isinstance(module, BatchNorm):

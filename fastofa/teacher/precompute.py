@@ -186,7 +186,7 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_start_over(out: Path, different: list[str]) -> bool:
-    """Whether no finished work would be lost: no view, and no validation predictions unless only the data changed."""
+    """Whether starting over loses no work: no view is finished, nor validation predictions unless only data changed."""
     data_only = set(different) <= {"dataset", "classes"}
     return not any(out.glob("view-*.safetensors")) and (data_only or not (out / VAL).exists())
 

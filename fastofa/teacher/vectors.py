@@ -18,7 +18,7 @@ class Vectors(NamedTuple):
     pooled: Tensor
     """float16 or int8 [N, D]."""
     pooled_scale: Tensor | None = None
-    """With int8: float32 [N], by which the row is multiplied."""
+    """With int8: float32 [N], the factor of each row."""
 
     def columns(self) -> dict[str, Tensor]:
         """The columns of a table, by name."""
@@ -37,7 +37,7 @@ class Vectors(NamedTuple):
 
 
 def stored(vectors: Tensor, features: str) -> Vectors:
-    """Round vectors, floating [N, D], for `--features`: pooled (float16) or pooled-int8 (int8 with a scale a row)."""
+    """Round vectors, floating [N, D], for `--features`: pooled (float16) or pooled-int8 (int8 with a scale per row)."""
     vectors = vectors.float()
     if features == "pooled":
         return Vectors(vectors.half())

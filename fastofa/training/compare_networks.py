@@ -268,7 +268,7 @@ def compare_networks(
 ) -> Comparison:
     """CKA of every layer of network `a` with every layer of network `b`.
 
-    Both see the central crops of the same validation images, drawn at random but always the same, each with its own
+    Both see central crops of the same validation images, drawn at random with a fixed seed. Each network has its own
     normalisation, input size and crop.
 
     Args:

@@ -143,7 +143,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def statistics(model: torch.nn.Module) -> dict[str, Tensor]:
-    """What ranks hold for themselves, by name: running statistics of batch norms, memories of distillation methods."""
+    """Each rank's own tensors by name: running statistics of batch norms, memories of distillation methods."""
     saved = model.state_dict().keys()
     return {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 TRIALS = 3
 LAUNCHING = 0.9
-"""Fraction of a step's time that the CPU launches kernels, above which the step is launch-bound. If the GPU is the
+"""If the CPU launches kernels for more than this fraction of a step's time, the step is launch-bound. If the GPU is the
 slower one, it still has to compute the kernels in its queue after the last launch. The queue holds about 1,000 kernels,
-so this is less than a tenth of the time only for steps of more than 10,000. Unmeasured on a GPU."""
+which take less than a tenth of the time only in steps of more than 10,000 kernels. Unmeasured on a GPU."""
 
 
 def launch_share(launch: Callable[[], object], wait: Callable[[], object], trials: int = TRIALS) -> float:

@@ -55,7 +55,7 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
 
 
 def check_needs(methods: Sequence[str], cache: TeacherCache) -> None:
-    """Raises BadInput unless the cache contains what each method needs of the teacher."""
+    """Raises BadInput unless the cache contains what each method needs from the teacher."""
     for name in methods:
         needs = method_class(name).needs
         if needs == "pooled vector" and not cache.pooled_dim:
