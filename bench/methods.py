@@ -4,8 +4,8 @@
 
 The setting is the demo's: a Transformer trained on all labelled digits teaches a small CNN that trains on 100 of them.
 All students replay the same cache, which also holds pooled vectors, with the defaults of each method (crd: 64
-negatives, since there are only 90 images of other classes). A seed sets initial weights and order. Speed is that of the training
-steps; the methods take turns, seed by seed, and the ratio to `kd` is the median over the seeds.
+negatives, since there are only 90 images of other classes). A seed sets initial weights and order. Speed is that of the
+training steps; the methods take turns, seed by seed, and the ratio to `kd` is the median over the seeds.
 """
 
 import statistics
