@@ -435,3 +435,23 @@ def test_two_losses_of_one_name_are_refused():
     options = ObjectiveOptions((("ofa", OFAOptions((1.0,) * 5)), ("kd", KDOptions())))
     with pytest.raises(BadInput, match=r"ofa\+kd: .*called kd"):
         Objective(options, SIZES)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "    def loss(self, o, t, y):\n        return o.logits.float().mean(1)\n",
+            "its loss to return a scalar, got",
+        ),
+        ("    @dataclass(frozen=True)\n    class Options:\n        scale: float = 1.0\n", "expected a field `weight"),
+    ],
+)
+def test_a_wrong_method_is_refused_in_one_line(tmp_path, body, said):
+    head = "from dataclasses import dataclass\nfrom fastofa.methods import Method\n\nclass Wrong(Method):\n"
+    file = tmp_path / "wrong.py"
+    file.write_text(head + body)
+    outputs, targets, labels = case()
+    with pytest.raises(BadInput, match=said) as error:
+        Objective(ObjectiveOptions(((f"{file}:Wrong", None),)), SIZES)(outputs, labels, targets)
+    assert "\n" not in str(error.value)

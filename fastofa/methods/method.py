@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastofa.methods.options import Weight
 from fastofa.methods.targets import Targets, full
+from fastofa.system.errors import BadInput
 
 Needs = Literal["top-K", "all classes", "pooled vector", "stage features"]
 
@@ -93,7 +94,11 @@ class Method(nn.Module):
 
     def losses(self, outputs: Outputs, targets: Targets, labels: Tensor) -> Tensor:
         """The unweighted losses, fp32 [len(parts)]."""
-        return self.loss(outputs, targets, labels)[None]
+        loss = self.loss(outputs, targets, labels)
+        if loss.ndim:
+            name = type(self).__name__
+            raise BadInput(f"method {name}: expected its loss to return a scalar, got shape {list(loss.shape)}")
+        return loss[None]
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:

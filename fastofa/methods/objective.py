@@ -119,4 +119,8 @@ class Objective(nn.Module):
 
 def _create(name: str, options: Any, sizes: Sizes) -> Method:
     kind = method_class(name)
-    return kind(kind.Options() if options is None else options, sizes)
+    options = kind.Options() if options is None else options
+    method = kind(options, sizes)
+    if type(method).weights is Method.weights and not hasattr(options, "weight"):
+        raise BadInput(f"method {name}: expected a field `weight: float = 1.0` in its Options, found none; add it")
+    return method
