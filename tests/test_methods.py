@@ -14,7 +14,6 @@ from fastofa.methods.crd import CRD
 from fastofa.methods.dist import DIST
 from fastofa.methods.dkd import DKD
 from fastofa.methods.find_method import method_class
-from fastofa.methods.fitnet import FitNet
 from fastofa.methods.kd import KD
 from fastofa.methods.lskd import LSKD
 from fastofa.methods.method import Method, Outputs, Sizes
@@ -23,7 +22,6 @@ from fastofa.methods.options import (
     BUILT_IN,
     CRDOptions,
     DKDOptions,
-    FitNetOptions,
     KDOptions,
     LSKDOptions,
     ObjectiveOptions,
@@ -36,7 +34,7 @@ from fastofa.methods.targets import Targets
 from fastofa.system.errors import BadInput
 
 B, C, S, T = 6, 5, 4, 7  # images, classes, widths of the pooled vectors of student and teacher
-SIZES = Sizes(C, S, T, (3, 4, 5, 6), (2, 3, 4, 5), (3, 2, 4, 3, 3))
+SIZES = Sizes(C, S, T, (3, 2, 4, 3, 3))
 IMAGES = sum(SIZES.images_per_class)
 
 
@@ -49,11 +47,9 @@ def case(seed: int = 0) -> tuple[Outputs, Targets, Tensor]:
     generator = torch.Generator().manual_seed(seed + 100)
     labels = torch.randint(0, C, (B,), generator=generator)
     log_probs, classes = random(B, C, seed=seed).mul(2).log_softmax(1).sort(dim=1, descending=True)
-    student_maps = tuple(random(B, c, 16 >> i, 16 >> i, seed=seed + i) for i, c in enumerate(SIZES.student_stages))
-    teacher_maps = tuple(random(B, c, 12 >> i, 12 >> i, seed=seed - i + 50) for i, c in enumerate(SIZES.teacher_stages))
     starts = torch.tensor([0, *SIZES.images_per_class]).cumsum(0)
-    outputs = Outputs(random(2, B, C, seed=seed + 1), random(B, S, seed=seed + 2), student_maps)
-    return outputs, Targets(classes, log_probs, random(B, T, seed=seed + 3), teacher_maps, starts[labels]), labels
+    outputs = Outputs(random(2, B, C, seed=seed + 1), random(B, S, seed=seed + 2))
+    return outputs, Targets(classes, log_probs, random(B, T, seed=seed + 3), starts[labels]), labels
 
 
 def teacher_logits(targets: Targets) -> Tensor:
@@ -206,36 +202,19 @@ def test_rsd_is_zero_for_uncorrelated_dimensions_that_agree():
     assert method.loss(outputs, targets, torch.zeros(4)).item() == pytest.approx(0, abs=1e-8)
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_fitnet_equals_the_mean_squared_difference_at_the_teachers_grid(same):
-    outputs, targets, labels = case()
-    if same:
-        targets = targets._replace(stages=tuple(random(B, c, 16 >> i, 16 >> i) for i, c in enumerate((2, 3, 4, 5))))
-    method = built(FitNet, stages=(4, 2))
-    assert isinstance(method, FitNet)
-    expected = 0.0
-    for stage, projector in zip((4, 2), method.projectors, strict=True):
-        student, teacher = outputs.stages[stage - 1], targets.stages[stage - 1]
-        projected = torch.einsum("bchw,dc->bdhw", student, projector.weight[:, :, 0, 0])
-        if not same:  # antialiased linear resizing, as torchvision's
-            projected = F.interpolate(projected, teacher.shape[2:], mode="bilinear", antialias=True)
-        expected += float((projected - teacher).square().mean())
-    assert method.loss(outputs, targets, labels).item() == pytest.approx(expected)
-
-
 # --- CRD --------------------------------------------------------------------------------------------------------------
 
 
 def test_crd_contrasts_an_image_with_those_of_other_classes():
     """With one image of another class, it is every negative, and the loss has a closed form."""
-    sizes = Sizes(2, S, T, (), (), (3, 1))
+    sizes = Sizes(2, S, T, (3, 1))
     torch.manual_seed(1)
     method = CRD(CRD.Options(width=4, negatives=5, temperature=0.5, momentum=0.25), sizes).double()
     memories = {name: getattr(method, name).clone() for name in ("of_student", "of_teacher")}
     ids, labels = torch.tensor([2, 0]), torch.tensor([0, 0])
     outputs, targets = (
         Outputs(random(1, 2, 2), random(2, S)),
-        Targets(torch.empty(0), torch.empty(0), random(2, T), (), ids),
+        Targets(torch.empty(0), torch.empty(0), random(2, T), ids),
     )
     s = F.normalize(method.embed_student(outputs.pooled), dim=1)
     t = F.normalize(method.embed_teacher(targets.pooled), dim=1)
@@ -282,17 +261,16 @@ def test_crds_negatives_are_uniform_over_the_other_classes():
 # --- Gradients and limits ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [KD, BKD, DKD, DIST, LSKD, CC, RKD, RSD, FitNet])
+@pytest.mark.parametrize("method", [KD, BKD, DKD, DIST, LSKD, CC, RKD, RSD])
 def test_gradients(method):
     outputs, targets, labels = case()
     built_method = built(method).train()
     heads, pooled = outputs.heads.clone().requires_grad_(), outputs.pooled.clone().requires_grad_()
-    stages = [stage.clone().requires_grad_() for stage in outputs.stages]
 
-    def loss(heads: Tensor, pooled: Tensor, *stages: Tensor) -> Tensor:
-        return built_method.loss(Outputs(heads, pooled, stages), targets, labels)
+    def loss(heads: Tensor, pooled: Tensor) -> Tensor:
+        return built_method.loss(Outputs(heads, pooled), targets, labels)
 
-    assert torch.autograd.gradcheck(loss, (heads, pooled, *stages), atol=1e-6)
+    assert torch.autograd.gradcheck(loss, (heads, pooled), atol=1e-6)
 
 
 @pytest.mark.parametrize("method", list(LOGITS))
@@ -359,8 +337,6 @@ def test_classes_that_are_not_kept_share_the_remaining_probability():
         (LSKDOptions(weight=-1), "x.weight: expected a number of at least 0, got -1"),
         (CRDOptions(momentum=1), "x.momentum: expected a number from 0 to below 1, got 1"),
         (CRDOptions(negatives=0), "x.negatives: expected a number above 0, got 0"),
-        (FitNetOptions(stages=(1, 1)), "x.stages: expected some of 1 2 3 4, got 1 1"),
-        (FitNetOptions(stages=()), "x.stages: expected some of 1 2 3 4"),
     ],
 )
 def test_an_option_out_of_range_is_refused(options, said):

@@ -464,7 +464,7 @@ def test_killed_at_any_moment_then_written_again(photos: Path, tmp_path: Path, f
             assert contents(out) == truth
             shutil.rmtree(out) if out.is_dir() else out.unlink()
         else:
-            with pytest.raises(BadInput, match="does not exist"):
+            with pytest.raises(BadInput, match="found none"):
                 open_dataset(str(out))
     assert deaths >= 2
     written(form, photos, out.parent)

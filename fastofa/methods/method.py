@@ -13,7 +13,7 @@ from fastofa.methods.options import Weight
 from fastofa.methods.targets import Targets, full
 from fastofa.system.errors import BadInput
 
-Needs = Literal["top-K", "all classes", "pooled vector", "stage features"]
+Needs = Literal["top-K", "all classes", "pooled vector"]
 
 
 class Outputs(NamedTuple):
@@ -23,8 +23,6 @@ class Outputs(NamedTuple):
     """floating [H, B, C]: the logits of the exits in stage order, then the final logits."""
     pooled: Tensor | None = None
     """floating [B, D]: the input of the student's classifier, for methods that need the teacher's pooled vector."""
-    stages: tuple[Tensor, ...] = ()
-    """The features of the stages, floating [B, C, H, W], for methods that need the teacher's."""
 
     @property
     def logits(self) -> Tensor:
@@ -41,10 +39,6 @@ class Sizes:
     """Width of the student's pooled vector."""
     teacher_dim: int = 0
     """Width of the teacher's pooled vector."""
-    student_stages: tuple[int, ...] = ()
-    """Channels of the student's four stages."""
-    teacher_stages: tuple[int, ...] = ()
-    """Channels of the teacher's four stages."""
     images_per_class: tuple[int, ...] = ()
     """Number of training images of each class, whose sample ids are consecutive."""
 

@@ -135,16 +135,6 @@ class RSDOptions:
     """Width of the projector's hidden layer, as a multiple of the student's."""
 
 
-@dataclass(frozen=True)
-class FitNetOptions:
-    """Squared difference of the features of each stage. No command computes the teacher's features yet."""
-
-    weight: float = 1.0
-    """Weight of the loss."""
-    stages: tuple[int, ...] = (1, 2, 3, 4)
-    """Stages that are compared."""
-
-
 # The class of each built-in method in the module of its name.
 BUILT_IN = {
     "ofa": "OFA",
@@ -157,7 +147,6 @@ BUILT_IN = {
     "rkd": "RKD",
     "crd": "CRD",
     "rsd": "RSD",
-    "fitnet": "FitNet",
 }
 
 
@@ -182,9 +171,6 @@ def check_options(name: str, options: Any) -> None:
             fits, expected = all(v > 0 for v in numbers), "a number above 0"
         elif field == "momentum":
             fits, expected = 0 <= value < 1, "a number from 0 to below 1"
-        elif field == "stages":
-            fits = len(set(value)) == len(value) > 0 and set(value) <= {1, 2, 3, 4}
-            expected = "some of 1 2 3 4"
         else:
             fits, expected = all(v >= 0 and v != float("inf") for v in numbers), "a number of at least 0"
         if not fits:

@@ -26,8 +26,6 @@ class Targets(NamedTuple):
     """floating [B, K]: log-probabilities of these classes at temperature 1."""
     pooled: Tensor | None = None
     """floating [B, D]: the input of the teacher's classifier, for methods that need it."""
-    stages: tuple[Tensor, ...] = ()
-    """The features of the teacher's stages, floating [B, C, H, W], for methods that need them."""
     sample_ids: Tensor | None = None
     """int64 [B]: the sample ids of the images, for methods that need the pooled vector."""
     all_log_probs: Tensor | None = None

@@ -64,11 +64,6 @@ def check_needs(methods: Sequence[str], cache: TeacherCache) -> None:
                 f"{cache.topk} of {cache.num_classes} classes; run `fastofa precompute --features pooled` with another "
                 "--out"
             )
-        if needs == "stage features":
-            raise BadInput(
-                f"method {name}: expected the features of the teacher's stages, which a cache does not contain; choose "
-                "another --method"
-            )
 
 
 def spread_notice(methods: Sequence[str], cache: TeacherCache, log_probs: Tensor) -> str:
