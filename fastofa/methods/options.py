@@ -135,6 +135,16 @@ class RSDOptions:
     """Width of the projector's hidden layer, as a multiple of the student's."""
 
 
+@dataclass(frozen=True)
+class FitNetOptions:
+    """Squared difference of the features of each stage, which only an online teacher provides."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    stages: tuple[int, ...] = (1, 2, 3, 4)
+    """Stages of student and teacher that are compared."""
+
+
 # The class of each built-in method in the module of its name.
 BUILT_IN = {
     "ofa": "OFA",
@@ -147,6 +157,7 @@ BUILT_IN = {
     "rkd": "RKD",
     "crd": "CRD",
     "rsd": "RSD",
+    "fitnet": "FitNet",
 }
 
 
@@ -171,6 +182,8 @@ def check_options(name: str, options: Any) -> None:
             fits, expected = all(v > 0 for v in numbers), "a number above 0"
         elif field == "momentum":
             fits, expected = 0 <= value < 1, "a number from 0 to below 1"
+        elif field == "stages":
+            fits, expected = len(set(value)) == len(value) > 0 and set(value) <= {1, 2, 3, 4}, "some of 1 2 3 4"
         else:
             fits, expected = all(v >= 0 and v != float("inf") for v in numbers), "a number of at least 0"
         if not fits:

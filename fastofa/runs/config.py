@@ -18,6 +18,7 @@ from fastofa.methods.options import (
     CRDOptions,
     DISTOptions,
     DKDOptions,
+    FitNetOptions,
     KDOptions,
     LSKDOptions,
     ObjectiveOptions,
@@ -75,7 +76,14 @@ class TrainConfig:
     the digits dataset, cifar_cnn for cifar100:DIR, photos for all other data. --help together with --recipe shows that
     recipe's defaults."""
     cache: Path | None = None
-    """Teacher cache written by `fastofa precompute`; required unless --method is scratch."""
+    """Teacher cache written by `fastofa precompute`; required unless --method is scratch or --online-teacher is given.
+    """
+    online_teacher: str | None = None
+    """Instead of --cache: run this teacher in every step, on the student's own images, which are drawn anew for every
+    epoch. A timm model with its tag, a folder written by `fastofa train`, `fastofa export` or timm, or
+    hf-hub:OWNER/NAME, as for `fastofa precompute --teacher`."""
+    teacher_checkpoint: Path | None = None
+    """A .safetensors or .pth file with the weights of --online-teacher, instead of timm's."""
     init: str | None = None
     """Initial weights of the student: random without this flag, "pretrained" for timm's published ones, a .safetensors
     or .pth file, or a folder written by `fastofa train`, `fastofa export` or timm."""
@@ -90,8 +98,9 @@ class TrainConfig:
 
     method: str = "ofa"
     """What the student learns from the teacher: ofa (exits and final logits), kd, bkd, dkd, dist or lskd (final
-    logits), cc, rkd, crd or rsd (pooled vectors, which `fastofa precompute --features pooled` stores), several of them
-    (ofa+rsd), or your own, FILE.py:Name. scratch: nothing, only the labels are used."""
+    logits), cc, rkd, crd or rsd (pooled vectors, which `fastofa precompute --features pooled` stores), fitnet (features
+    of the stages, which need --online-teacher), several of them (ofa+rsd), or your own, FILE.py:Name. scratch: nothing,
+    only the labels are used."""
     stages: tuple[int, ...] = (1, 2, 3, 4)
     """Stages of the student that get an exit (ofa)."""
     eps: tuple[float, ...] = (1.0,)
@@ -119,6 +128,7 @@ class TrainConfig:
     rkd: RKDOptions = field(default_factory=RKDOptions)
     crd: CRDOptions = field(default_factory=CRDOptions)
     rsd: RSDOptions = field(default_factory=RSDOptions)
+    fitnet: FitNetOptions = field(default_factory=FitNetOptions)
 
     image_size: int | None = None
     """Side of the student's input in pixels; by default the model's own."""
@@ -282,7 +292,7 @@ class TrainConfig:
         need(self.eval_crop is None or 0 < self.eval_crop <= 1, "eval_crop", "a number above 0 and at most 1")
         need(self.clip is None or self.clip > 0, "clip", "a number above 0, or None for no clipping")
         need(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1, or None for no average")
-        for name in ("data", "student", "init", "wandb"):
+        for name in ("data", "student", "init", "wandb", "online_teacher"):
             need(getattr(self, name) != "", name, "a name")
         for name in ("image_size", "start_size", "eval_size"):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1 pixel")
@@ -298,6 +308,7 @@ class TrainConfig:
             set(self.stages) <= {1, 2, 3, 4} and len(set(self.stages)) == len(self.stages), "stages", "some of 1 2 3 4"
         )
         self._check_methods()
+        self._check_teacher()
         need("ofa" not in self.methods or len(self.stages) > 0, "stages", "at least one stage (or --method kd)")
         heads = len(self.exits) + 1
         expected = "1 number above 0" if heads == 1 else f"1 or {heads} numbers above 0"
@@ -323,6 +334,23 @@ class TrainConfig:
         for name in BUILT_IN:
             if hasattr(self, name):
                 check_options(name, getattr(self, name))
+
+    def _check_teacher(self) -> None:
+        """Raises BadInput unless at most one teacher is given, and a method learns from an online one."""
+        if self.online_teacher is None:
+            if self.teacher_checkpoint is not None:
+                raise BadInput("teacher-checkpoint: expected --online-teacher with it, got none; give both or neither")
+            return
+        if self.cache is not None:
+            raise BadInput(
+                f"online-teacher: expected no --cache with it, which holds a teacher's predictions, got {self.cache}; "
+                "give one of them"
+            )
+        if not self.methods:
+            raise BadInput(
+                f"online-teacher: expected a --method that learns from it, got scratch with {self.online_teacher}; "
+                "leave it out"
+            )
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -381,6 +409,7 @@ class TrainConfig:
         }
         free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data", "cache"}
         free |= {"allow_warnings", "max_pixels"}  # the data's fingerprint covers the images they accept
+        free |= {"online_teacher", "teacher_checkpoint"}  # the run records the teacher and the digest of its weights
         own, others = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
         if self.epochs is not None and other.epochs is not None and self.epochs > other.epochs:
             free.add("epochs")

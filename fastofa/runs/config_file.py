@@ -9,13 +9,22 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from fastofa.methods.options import FitNetOptions
 from fastofa.system.errors import BadInput
 from fastofa.system.read import read_json
 
 # Fields that may contain a path, each with the value that is not one.
-BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}
+BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": "", "online_teacher": ""}
 # Fields that files of earlier versions lack, each with what those versions did.
-LATER = {"bicubic": 0.0, "eval_interpolation": "bilinear", "lr_updates": "step", "decay_embeddings": False}
+LATER: dict[str, Any] = {
+    "bicubic": 0.0,
+    "eval_interpolation": "bilinear",
+    "lr_updates": "step",
+    "decay_embeddings": False,
+    "online_teacher": None,
+    "teacher_checkpoint": None,
+    "fitnet": dataclasses.asdict(FitNetOptions()),
+}
 MAX_NAMED = 8  # maximum number of fields named in an error
 Config = TypeVar("Config")
 

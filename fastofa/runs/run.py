@@ -38,6 +38,9 @@ class Run:
     """Fingerprint of the validation set."""
     pages: str = ""
     """Fingerprint of the assignment of samples to pages with `order` pages, else empty."""
+    teacher: dict[str, Any] | None = None
+    """The online teacher as `teacher.model.Teacher.describe` describes it, with the digest of its weights; None if the
+    run has none."""
     folder: str = ""
     """Folder in which the run was started. Relative paths in its configuration are relative to it."""
 
@@ -85,6 +88,7 @@ class Run:
                 "val_fingerprint": self.val_fingerprint,
                 "view_digests": list(self.view_digests),
                 "pages": self.pages,
+                "teacher": self.teacher,
             },
         )
 
@@ -92,6 +96,17 @@ class Run:
     def cache(self) -> Path | None:
         """The path of the teacher cache, valid from any working directory."""
         return None if self.config.cache is None else Path(self.folder, self.config.cache)
+
+    @property
+    def online_teacher(self) -> str | None:
+        """The name of the online teacher, valid from any working directory; likewise `teacher_checkpoint`."""
+        name = self.config.online_teacher
+        return None if name is None else from_folder(self.folder, name, BUILT_IN["online_teacher"])
+
+    @property
+    def teacher_checkpoint(self) -> Path | None:
+        file = self.config.teacher_checkpoint
+        return None if file is None else Path(self.folder, file)
 
     @property
     def data(self) -> str:
@@ -125,6 +140,9 @@ def open_run(path: Path) -> Run:
         kinds = {"config": dict, "teacher_dim": int, **dict.fromkeys(texts, str), **dict.fromkeys(lists, list)}
         wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
         wrong += [name for name in lists if not all(isinstance(text, str) for text in values[name])]
+        teacher = values.get("teacher")  # files of earlier versions have none
+        if not (teacher is None or (isinstance(teacher, dict) and isinstance(teacher.get("sha256"), str))):
+            wrong.append("teacher")
         if wrong or not 0 <= values["teacher_dim"] <= MAX_FEATURES:
             raise TypeError(f"a valid {' and '.join(wrong) or 'teacher_dim'}")
         config = TrainConfig.from_json(values["config"])
@@ -136,7 +154,7 @@ def open_run(path: Path) -> Run:
         ) from None
     classes, view_digests = (tuple(values[name]) for name in lists)
     data, val, pages, folder = (values[name] for name in texts)
-    return Run(path, config, classes, values["teacher_dim"], data, view_digests, val, pages, folder)
+    return Run(path, config, classes, values["teacher_dim"], data, view_digests, val, pages, teacher, folder)
 
 
 def log_launch(

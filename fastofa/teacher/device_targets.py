@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fastofa.methods.targets import Targets
+from fastofa.pipelines import Batch
 from fastofa.teacher.vectors import Classifier, Vectors
 
 
@@ -46,6 +47,10 @@ class DeviceTargets:
         self.classes, self.log_probs = classes.to(device), log_probs.to(device)
         self.vectors = None if vectors is None else vectors.to(device)
         self.classifier = None if classifier is None else classifier.to(device)
+
+    def of(self, batch: Batch) -> Targets:
+        """The targets of the batch's images, with their sample ids."""
+        return self.lookup(batch.rows)._replace(sample_ids=batch.sample_ids)
 
     def lookup(self, rows: Tensor) -> Targets:
         """Rows int64 [B] -> classes int32 [B, K], log_probs float16 (dense: float32) [B, K], and, with

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import Table, TeacherCache
 from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.online import OnlineTeacher, TargetSource
 from fastofa.teacher.vectors import joined
 from fastofa.training.distributed import World
 from fastofa.views.draw import draw_views
@@ -27,8 +29,8 @@ class Epoch:
     views: Views
     order: np.ndarray
     """int64 [steps * images per step of this rank]: rows of `views`."""
-    targets: DeviceTargets | None
-    """The teacher's targets, on the device; None if the method does not use them."""
+    targets: TargetSource | None
+    """The source of the teacher's targets, on the device; None if the method does not use them."""
 
 
 def check_divisible(batch_size: int, factors: dict[str, int]) -> None:
@@ -42,20 +44,28 @@ def check_divisible(batch_size: int, factors: dict[str, int]) -> None:
 class Epochs:
     """The epochs of a run on one rank.
 
-    With a cache of V views, epoch e replays view e modulo V; without one, new views are drawn for each epoch.
+    With a cache of V views, epoch e replays view e modulo V; without one, new views are drawn for each epoch, and an
+    online teacher computes the targets.
     `self.config` is the given configuration with its unset values (None) chosen by dataset size.
 
     Args:
         views: number of cached views that a resumed run started with; 0 for a new run, which uses all finished ones.
+        teacher: the online teacher; None without one.
 
     Raises:
         BadInput: the batch size does not suit the ranks, mixed pairs or dataset, or the cache does not fit the dataset.
     """
 
     def __init__(
-        self, config: TrainConfig, dataset: Dataset, world: World, device: torch.device, views: int = 0
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        world: World,
+        device: torch.device,
+        views: int = 0,
+        teacher: OnlineTeacher | None = None,
     ) -> None:
-        self.config, self.dataset, self.world, self.device = config, dataset, world, device
+        self.config, self.dataset, self.world, self.device, self.teacher = config, dataset, world, device, teacher
         self.cache = None if config.cache is None else TeacherCache.open(config.cache)
         if self.cache is not None:
             self.policy = config.policy(self.cache.policy)
@@ -111,7 +121,23 @@ class Epochs:
     @property
     def teacher_dim(self) -> int:
         """Width of the teacher's last features, 0 without a teacher."""
+        if self.teacher is not None:
+            return int(self.teacher.teacher.model.num_features)
         return 0 if self.cache is None else self.cache.teacher_dim
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled vectors in the targets, 0 without them."""
+        if self.teacher is not None:
+            return self.teacher.pooled_dim
+        return 0 if self.cache is None else self.cache.pooled_dim
+
+    @property
+    def teacher_header(self) -> dict[str, Any] | None:
+        """The teacher as `Teacher.describe` describes it; None without one."""
+        if self.teacher is not None:
+            return self.teacher.teacher.describe()
+        return None if self.cache is None else self.cache.header["teachers"][0]
 
     def load(self, epoch: int) -> Epoch:
         """Return the data of an epoch. Raises BadInput if the file of a view is missing or damaged."""
@@ -119,7 +145,7 @@ class Epochs:
         numbers = [epoch // repeats * repeats + i for i in range(repeats)]
         if self.cache is None:
             views = join_views([draw_views(self.policy, self.dataset.sizes, c.seed, view) for view in numbers])
-            return Epoch(views, self._order(epoch, views), None)
+            return Epoch(views, self._order(epoch, views), self.teacher)
         numbers = [view % len(self.view_digests) for view in numbers]
         # With several ranks, the targets depend on this epoch's order, so they are loaded again.
         if self.loaded is not None and self.loaded_views == numbers and self.world.size == 1:

@@ -27,6 +27,7 @@ from fastofa.system.files import write_json
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import TeacherCache, agreement
 from fastofa.training.checkpoint_model import open_checkpoint
+from fastofa.training.online_targets import online_targets
 from fastofa.training.predict_files import Classifier, open_classifier
 from fastofa.training.validate import best_classes
 
@@ -40,10 +41,9 @@ class Evaluation:
     metrics: dict[str, float]
     """Every metric of reports/metrics.py by name."""
     teacher_top1: float | None
-    """Fraction of the images, 0 to 1; None without a teacher cache for these images."""
+    """Fraction of the images, 0 to 1; None without a teacher cache for these images or an online teacher."""
     agreement: float | None
-    """Fraction of images for which student and teacher predict the same class; None without a teacher cache for
-    them."""
+    """Fraction of images for which student and teacher predict the same class; None likewise."""
     classes: tuple[str, ...] = field(repr=False)
     confusion: np.ndarray = field(repr=False, compare=False)
     """int64 [C, C]: number of images by true class (row) and predicted class (column)."""
@@ -138,7 +138,10 @@ def evaluate(
     best = best_classes(
         network, loader, dataset, classifier.crop, classifier.bf16, "evaluate", classifier.flip, classifier.bicubic
     )
-    teacher = None if run is None else _teacher_targets(run, dataset)
+    if run is not None and run.teacher is not None:
+        teacher = online_targets(run, dataset, on, pipeline, batch_size, workers)
+    else:
+        teacher = None if run is None else _teacher_targets(run, dataset)
     evaluation = Evaluation(
         data=dataset.spec,
         images=len(dataset),

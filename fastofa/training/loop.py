@@ -36,11 +36,13 @@ from fastofa.runs.predictions import save_predictions
 from fastofa.runs.recipes import augmentation_differences
 from fastofa.runs.run import CONFIG, Run, log_launch, open_run, recorded_kernels
 from fastofa.student.choose_kernels import measures_kernels
+from fastofa.student.stages import channels
 from fastofa.system.device import choose_workers
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice, progress_bar
+from fastofa.teacher.online import open_online_teacher
 from fastofa.teacher.reference_images import IMAGES, Difference, compare_teacher_images
 from fastofa.training.background_writer import Writer
 from fastofa.training.clock import Clock
@@ -118,6 +120,8 @@ def _train(config: TrainConfig, world: World) -> Result:
             flags = " ".join(f"--{name.replace('_', '-')} {getattr(job.config, name):g}" for name in chosen)
             notice(f"chosen by the number of training images: {flags}")
         notice(job.normalization())
+        if job.epochs.teacher is not None:
+            notice(job.epochs.teacher.describe(job.step.student.image_size))
         if line := job.step.kernels.line():
             notice(line)
         for caution in cautions(job.config, job.epochs.steps):
@@ -145,16 +149,19 @@ def open_job(config: TrainConfig, world: World) -> "Job":
             open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
         )
     config = with_own_evaluation(dataclasses.replace(config, order=choose_order(config, train_set, world)))
-    epochs = Epochs(config, train_set, world, device, views_begun_with(config, world))
+    online = open_online_teacher(config, train_set.classes, device)
+    epochs = Epochs(config, train_set, world, device, views_begun_with(config, world), online)
     config = epochs.config
     data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
-    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.view_digests, val, pages)
+    teacher = None if online is None else online.teacher.describe()
+    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.view_digests, val, pages, teacher)
     views = hashlib.sha256("".join(epochs.view_digests).encode()).hexdigest()
     for digest, name in (
         (data, config.data),
         (val, f"the validation images of {config.data}"),
         (pages, f"the pages of {config.data}"),
         (views, f"the {counted(len(epochs.view_digests), 'view')} of {config.cache}"),
+        ("" if teacher is None else teacher["sha256"], f"the weights of {config.online_teacher}"),
     ):
         check_same(world, digest, name)
     if world.is_main and not config.plan:
@@ -176,12 +183,15 @@ class Job:
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(c.seed)
         student = run.build_student(None if c.resume and checkpoint.checkpoints(run.path) else c.init)
-        needs_pooled = "pooled vector" in needs_of(c.methods)
+        needs = needs_of(c.methods)
+        needs_pooled = "pooled vector" in needs
         sizes = Sizes(
             len(train_set.classes),
             student.pooled_dim() if needs_pooled else 0,
-            0 if epochs.cache is None else epochs.cache.pooled_dim,
-            images_per_class=tuple(np.bincount(train_set.labels, minlength=len(train_set.classes)).tolist()),
+            epochs.pooled_dim,
+            tuple(np.bincount(train_set.labels, minlength=len(train_set.classes)).tolist()),
+            channels(student.find_stages()) if "stage features" in needs else {},
+            {} if epochs.teacher is None else channels(epochs.teacher.stages),
         )
         kernels = recorded_kernels(run.path) if c.resume else None
         self.step = Step(student, c, self.device, world, sizes, kernels)
@@ -245,13 +255,11 @@ class Job:
             self.spread = spread_notice(self.config.methods, cache, log_probs)
 
     def normalization(self) -> str:
-        """One line with the normalisation of the student's input and, with a cache, of the teacher's."""
+        """One line with the normalisation of the student's input and, with a teacher, of the teacher's."""
         student = self.step.student
         line = f"normalisation: student {in_words(student.mean.flatten().tolist(), student.std.flatten().tolist())}"
-        if self.epochs.cache is None:
-            return line
-        teacher = self.epochs.cache.header["teachers"][0]
-        return f"{line}; teacher {in_words(teacher['mean'], teacher['std'])}"
+        teacher = self.epochs.teacher_header
+        return line if teacher is None else f"{line}; teacher {in_words(teacher['mean'], teacher['std'])}"
 
     def begin(self) -> None:
         """Write the run's configuration, once everything has been checked. It is the first file written."""

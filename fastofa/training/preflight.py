@@ -22,6 +22,7 @@ from fastofa.system.errors import BadInput
 from fastofa.system.memory import memory_bytes
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.online import check_online_teacher
 from fastofa.training.distributed import World
 from fastofa.training.epochs import check_divisible
 from fastofa.training.step import check_device
@@ -40,8 +41,12 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
             import_wandb()
     if config.cache is not None:
         check_needs(config.methods, TeacherCache.open(config.cache))
-    elif config.methods:
-        raise BadInput(f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch")
+    elif config.methods and config.online_teacher is None:
+        raise BadInput(
+            f"--method {config.method}: expected --cache, made by `fastofa precompute`, or --online-teacher; or "
+            "--method scratch"
+        )
+    check_online_teacher(config)
     resolve(config.student, config.image_size)
     if config.init not in (None, "pretrained") and ":" not in config.init and not Path(config.init).exists():
         raise BadInput(f"{config.init}: expected a file with weights, found none; correct --init")
@@ -63,6 +68,11 @@ def check_needs(methods: Sequence[str], cache: TeacherCache) -> None:
                 f"method {name}: expected a cache with the teacher's pooled vectors, {cache.path} has only its top "
                 f"{cache.topk} of {cache.num_classes} classes; run `fastofa precompute --features pooled` with another "
                 "--out"
+            )
+        if needs == "stage features":
+            raise BadInput(
+                f"method {name}: expected the features of the teacher's stages, which a cache does not contain; give "
+                f"--online-teacher instead of --cache {cache.path}"
             )
 
 
@@ -134,6 +144,19 @@ def views_begun_with(config: TrainConfig, world: World) -> int:
     return world.broadcast(views)
 
 
+def teacher_differences(run: Run, begun: Run) -> list[str]:
+    """What differs between the online teachers of a resumed run and of the run as it began; its precision may."""
+    own, other = run.teacher or {}, begun.teacher or {}
+    here, there = (
+        f"{r.config.online_teacher} with weights {r.teacher['sha256'][:12]}" if r.teacher else "none"
+        for r in (run, begun)
+    )
+    if own.get("sha256") != other.get("sha256"):
+        return [f"online-teacher: {here} here, {there} there (first digits of the sha256)"]
+    changed = [name for name in own if name not in ("name", "precision", "crop") and own[name] != other.get(name)]
+    return [f"online-teacher: {run.config.online_teacher} has another {' and '.join(changed)}"] if changed else []
+
+
 def check_resumable(run: Run) -> None:
     """Raises BadInput if the run's folder contains another run, or this one with other arguments or data."""
     if not (run.path / CONFIG).exists():
@@ -156,6 +179,7 @@ def check_resumable(run: Run) -> None:
             f"cache: {run.config.cache} does not contain the predictions that the run started with"
             + (f" (view{'s' * (len(views) > 1)} {', '.join(views)} changed)" if views else "")
         )
+    different += teacher_differences(run, begun)
     if run.config.order == begun.config.order and run.pages != begun.pages:
         different.append(f"data: the pages of {run.config.data} contain other samples than those the run started with")
     if different:

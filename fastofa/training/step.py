@@ -28,7 +28,7 @@ from fastofa.student.shared_norms import share_statistics
 from fastofa.system.device import choose_bf16, choose_compile
 from fastofa.system.progress import notice
 from fastofa.system.tuning import allow_image_sizes
-from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.online import TargetSource
 from fastofa.training.distributed import World
 from fastofa.training.launch_bound import is_launch_bound
 from fastofa.training.moving_average import MovingAverage
@@ -49,7 +49,9 @@ class Program(nn.Module):
     def __init__(self, student: Student, objective: Objective, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
         self.student, self.objective = student, objective
-        self.needs_pooled = "pooled vector" in needs_of(config.methods)
+        needs = needs_of(config.methods)
+        self.needs_pooled, self.needs_stages = "pooled vector" in needs, "stage features" in needs
+        self.stages = list(student.find_stages().values()) if self.needs_stages else []
         self.device_type, self.bf16 = device.type, choose_bf16(config.precision, device)
 
     def forward(
@@ -61,7 +63,10 @@ class Program(nn.Module):
         mix: Tensor | None = None,
     ) -> Tensor:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
-            outputs = Outputs(*self.student.with_pooled(images)) if self.needs_pooled else Outputs(self.student(images))
+            if self.needs_pooled or self.needs_stages:
+                outputs = Outputs(*self.student.with_features(images, self.needs_pooled, self.stages))
+            else:
+                outputs = Outputs(self.student(images))
         return self.objective(outputs, labels, targets, partner_labels, mix)
 
 
@@ -146,17 +151,17 @@ class Step:
             ddp.register_comm_hook(None, bf16_compress_hook)
         return ddp
 
-    def __call__(self, parts: Sequence[Batch], targets: DeviceTargets | None, lr: float) -> None:
+    def __call__(self, parts: Sequence[Batch], targets: TargetSource | None, lr: float) -> None:
         """Take one step on this rank's images, in one part or, to save memory, in several.
 
         Args:
-            targets: the teacher's targets for this epoch's views; None without a teacher.
+            targets: the source of the teacher's targets for this epoch's views; None without a teacher.
         """
         c = self.config
         torch.manual_seed(_random_state(c.seed, self.steps, self.world.rank))  # dropout, stochastic depth
         set_learning_rate(self.optimizer, lr)
         for number, batch in enumerate(parts, start=1):
-            part_targets = None if targets is None else targets.lookup(batch.rows)._replace(sample_ids=batch.sample_ids)
+            part_targets = None if targets is None else targets.of(batch)
             inputs = (batch.images, batch.labels, part_targets, batch.partner_labels, batch.mix)
             if self.uncompiled is not None:
                 self._choose_cuda_graphs(self.uncompiled, inputs)
