@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from fastofa.data.headers import parse_limits
+from fastofa.data.headers import Limits, parse_limits
 from fastofa.methods.options import (
     BUILT_IN,
     BKDOptions,
@@ -257,7 +257,7 @@ class TrainConfig:
                 need(value in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
             numbers = value if isinstance(value, tuple) else (value,)
             need(not any(isinstance(v, float) and math.isinf(v) for v in numbers), name, "finite numbers")
-        parse_limits(self.max_pixels, self.allow_warnings)
+        self.limits()
         names = ("loss", "exits", "stem", "norms", "tokens", "layer_norms")
         named = self.kernels in (("auto",), ("off",)) or set(self.kernels) <= set(names)
         need(named, "kernels", f"auto, off, or some of {' '.join(names)}")
@@ -351,6 +351,10 @@ class TrainConfig:
         }
         methods = tuple((name, own.get(name, getattr(self, name, None))) for name in self.methods)
         return ObjectiveOptions(methods, self.gt_weight, self.gt_loss, self.smoothing)
+
+    def limits(self) -> Limits:
+        """The limits within which images are accepted."""
+        return parse_limits(self.max_pixels, self.allow_warnings)
 
     def policy(self, default: ViewPolicy) -> ViewPolicy:
         """The policy of the views: `default` with the values that this configuration sets."""

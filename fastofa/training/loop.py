@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fastofa.data.dataset import Dataset
-from fastofa.data.headers import parse_limits
 from fastofa.data.open import open_dataset
 from fastofa.kernels.comparison import Chooses
 from fastofa.methods.find_method import needs_of
@@ -140,9 +139,8 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         unset = [name for name in SIZED if getattr(config, name) is None]
         config = dataclasses.replace(config, **{name: getattr(begun, name) for name in unset})
     with world.no_timeout():  # opening a folder for the first time opens every image
-        limits = parse_limits(config.max_pixels, config.allow_warnings)
         train_set, val_set = (
-            open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
+            open_dataset(config.data, split, config.skip_corrupt, limits=config.limits()) for split in ("train", "val")
         )
     config = with_own_evaluation(dataclasses.replace(config, order=choose_order(config, train_set, world)))
     epochs = Epochs(config, train_set, world, device, views_begun_with(config, world))
