@@ -21,7 +21,7 @@ from torch import Tensor
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
 from fastofa.kernels.comparison import Chooses
-from fastofa.methods.find_method import needs_of
+from fastofa.methods.find_method import file_digests, needs_of
 from fastofa.methods.method import Sizes
 from fastofa.models.normalized import in_words
 from fastofa.pipelines import Batch, open_pipeline
@@ -33,7 +33,7 @@ from fastofa.runs.config import SIZED, TrainConfig
 from fastofa.runs.log import MetricsLog, open_wandb, read_metrics
 from fastofa.runs.predictions import save_predictions
 from fastofa.runs.recipes import augmentation_differences
-from fastofa.runs.run import CONFIG, Run, log_launch, open_run, recorded_kernels
+from fastofa.runs.run import CONFIG, KERNELS, Run, log_launch, open_run, recorded
 from fastofa.student.choose_kernels import measures_kernels
 from fastofa.system.device import choose_workers
 from fastofa.system.errors import BadInput, counted
@@ -61,9 +61,11 @@ from fastofa.training.preflight import (
     spread_notice,
     views_begun_with,
     with_own_evaluation,
+    with_own_options,
 )
 from fastofa.training.schedule import cautions, image_size, learning_rate, lengthened, summary
 from fastofa.training.step import Step
+from fastofa.training.try_methods import try_methods
 from fastofa.training.validate import best_classes_each
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
@@ -142,13 +144,16 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         train_set, val_set = (
             open_dataset(config.data, split, config.skip_corrupt, limits=config.limits()) for split in ("train", "val")
         )
-    config = with_own_evaluation(dataclasses.replace(config, order=choose_order(config, train_set, world)))
+    config = dataclasses.replace(config, order=choose_order(config, train_set, world))
+    config = with_own_options(with_own_evaluation(config))
     epochs = Epochs(config, train_set, world, device, views_begun_with(config, world))
     config = epochs.config
     data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
     run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.view_digests, val, pages)
     views = hashlib.sha256("".join(epochs.view_digests).encode()).hexdigest()
+    methods = hashlib.sha256("".join(file_digests(config.methods).values()).encode()).hexdigest()
     for digest, name in (
+        (methods, f"the files of --method {config.method}"),
         (data, config.data),
         (val, f"the validation images of {config.data}"),
         (pages, f"the pages of {config.data}"),
@@ -181,7 +186,7 @@ class Job:
             0 if epochs.cache is None else epochs.cache.pooled_dim,
             images_per_class=tuple(np.bincount(train_set.labels, minlength=len(train_set.classes)).tolist()),
         )
-        kernels = recorded_kernels(run.path) if c.resume else None
+        kernels = recorded(run.path, KERNELS) if c.resume else None
         self.step = Step(student, c, self.device, world, sizes, kernels)
         self.last_step = c.epochs * epochs.steps
         full = student.image_size
@@ -236,7 +241,7 @@ class Job:
         if self.config.init is not None and not self.step.is_finite():
             raise BadInput(f"{self.config.init}: expected finite weights, got NaN or infinity; give another --init")
         if self.step.steps < self.last_step:
-            self.epochs.load(self.step.steps // self.epochs.steps)
+            try_methods(self.step, self.train_pipeline, self.epochs.load(self.step.steps // self.epochs.steps))
         if self.world.is_main and (cache := self.epochs.cache) is not None:
             views, _, log_probs = cache.targets(0)
             self.pixels = compare_teacher_images(cache.path, self.train_pipeline, views)
@@ -264,8 +269,8 @@ class Job:
         c, main = self.config, self.world.is_main
         first, position = divmod(self.step.steps, self.epochs.steps)
         if main:
-            kernels = self.step.kernels.record()
-            log_launch(self.run.path, self.step.steps, self.world.size, self.pixels and self.pixels.mean, kernels)
+            records = self.step.kernels.record(), file_digests(c.methods)
+            log_launch(self.run.path, self.step.steps, self.world.size, self.pixels and self.pixels.mean, *records)
             self.best = {
                 file: checkpoint.best_top1(self.run.path, self.step.steps, file)
                 for file in (checkpoint.BEST, checkpoint.BEST_EMA)
