@@ -86,6 +86,7 @@ class Epochs:
         self._check_batches(rows, factors)
         self.rank_batch_size = config.batch_size // world.size
         self.steps = rows // config.batch_size  # per epoch
+        self.needs = needs_of(config.methods)
         self.loaded: Epoch | None = None
         self.loaded_views: list[int] = []
 
@@ -160,10 +161,9 @@ class Epochs:
 
     def _device_targets(self, cache: TeacherCache, tables: list[Table], order: np.ndarray) -> DeviceTargets:
         """The targets that this epoch's methods need, on the device."""
-        needs = needs_of(self.config.methods)
         dense = cache.topk == cache.num_classes
-        rebuilt = "all classes" in needs and not dense
-        vectors = [t.vectors for t in tables if t.vectors is not None and (rebuilt or "pooled vector" in needs)]
+        rebuilt = "all classes" in self.needs and not dense
+        vectors = [t.vectors for t in tables if t.vectors is not None and (rebuilt or "pooled vector" in self.needs)]
         return DeviceTargets(
             torch.cat([table.targets.classes for table in tables]),
             torch.cat([table.targets.log_probs for table in tables]),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastofa.data.dataset import Dataset
+from fastofa.data.headers import DEFAULT
 from fastofa.data.open import open_dataset
 from fastofa.methods.targets import TopK
 from fastofa.models.timm_models import CONFIG, find_folder
@@ -115,7 +116,7 @@ def evaluate(
         folder = find_folder(str(model)) or Path(model)
         run = open_run(folder) if is_run(folder) or not (folder / CONFIG).is_file() else None
     if data is not None:
-        dataset = open_dataset(data, "val")
+        dataset = open_dataset(data, "val", limits=DEFAULT if run is None else run.config.limits())
     elif run is not None:
         dataset = _own_data(run)
     else:
@@ -197,7 +198,7 @@ def _columns(classifier: Classifier, dataset: Dataset) -> list[int] | None:
 def _own_data(run: Run) -> Dataset:
     """Open the run's own validation images and report their dataset. Raises BadInput if they cannot be opened."""
     try:
-        dataset = open_dataset(run.data, "val")
+        dataset = open_dataset(run.data, "val", run.config.skip_corrupt, limits=run.config.limits())
     except BadInput as error:
         raise BadInput(f"{run.path}: could not open the run's own data, give --data: {error}") from None
     same = dataset.fingerprint == run.val_fingerprint

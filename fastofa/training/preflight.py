@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from fastofa.data.dataset import Dataset
-from fastofa.methods.find_method import method_class
+from fastofa.methods.find_method import file_digests, method_class, own_options
+from fastofa.methods.options import own_methods
 from fastofa.models.timm_models import evaluation_view, resolve
 from fastofa.pipelines import PIPELINES
 from fastofa.runs import checkpoint
 from fastofa.runs.config import Order, TrainConfig
+from fastofa.runs.config_file import in_folder
 from fastofa.runs.log import import_wandb
 from fastofa.runs.quick_checks import check_vacant
-from fastofa.runs.run import CONFIG, Run, open_run
+from fastofa.runs.run import CONFIG, METHOD_FILES, Run, open_run, recorded
 from fastofa.system.device import choose_device
 from fastofa.system.errors import BadInput
 from fastofa.system.memory import memory_bytes
@@ -93,6 +95,15 @@ def spread_notice(methods: Sequence[str], cache: TeacherCache, log_probs: Tensor
     )
 
 
+def with_own_options(config: TrainConfig) -> TrainConfig:
+    """Return `config` with every option of the methods in users' files, so that the run records their defaults, too."""
+    options = {
+        prefix: dataclasses.asdict(own_options(name, config.own_options.get(prefix, {})))
+        for prefix, name in own_methods(config.method).items()
+    }
+    return dataclasses.replace(config, own_options=options)
+
+
 def with_own_evaluation(config: TrainConfig) -> TrainConfig:
     """Return `config` with the student's own crop and filter for the evaluation where it leaves them unset."""
     if config.eval_crop is not None and config.eval_interpolation != "student":
@@ -165,7 +176,7 @@ def check_resumable(run: Run) -> None:
         notice(f"{run.path}: contains a run without a checkpoint; starting it again")
         return
     begun = open_run(run.path)
-    different = run.config.differences(begun.config)
+    different = run.config.differences(in_folder(begun.config, begun.folder))
     if run.fingerprint != begun.fingerprint:
         different.append(f"data: the training images of {run.config.data} are not those the run started with")
     if run.val_fingerprint != begun.val_fingerprint:
@@ -189,3 +200,10 @@ def check_resumable(run: Run) -> None:
             f"{run.path}: --resume expects the run's own arguments, but these differ: "
             f"{'; '.join(different)}{fewer}{new}"
         )
+    before = recorded(run.path, METHOD_FILES)
+    for prefix, digest in file_digests(run.config.methods).items():
+        if before.get(prefix, digest) != digest:
+            notice(
+                f"method {prefix}: its file has changed since the run was last started (sha256 {before[prefix]:.12} "
+                f"then, {digest:.12} now); the run continues with the new one"
+            )
