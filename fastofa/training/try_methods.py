@@ -7,7 +7,6 @@ from contextlib import closing
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from fastofa.kernels.reference import heavier
 from fastofa.methods.method import Method
@@ -36,8 +35,9 @@ def try_methods(step: Step, pipeline: Pipeline, epoch: Epoch) -> None:
     step.student.eval()  # the batch norms' statistics do not change
     with torch.no_grad():
         outputs = step.outputs(batch.images)
-    leaves = [each.requires_grad_() for each in outputs if isinstance(each, Tensor)]
-    targets = epoch.targets.lookup(batch.rows)._replace(sample_ids=batch.sample_ids)
+    given = [outputs.heads, outputs.pooled, *(outputs.stages or {}).values()]
+    leaves = [each.requires_grad_() for each in given if each is not None]
+    targets = epoch.targets.of(batch)
     labels = batch.labels
     if batch.partner_labels is not None and batch.mix is not None:
         labels = heavier(labels, batch.partner_labels, batch.mix)
