@@ -72,7 +72,7 @@ def command_line(command: str, config: Any) -> list[str]:
             continue
         if dataclasses.is_dataclass(value):
             for option, own in vars(value).items():
-                argv += [f"{flag}.{option}", str(own)]
+                argv += [f"{flag}.{option}", *map(str, own if isinstance(own, tuple) else [own])]
         elif isinstance(value, bool):
             argv += [flag] if value else []
         elif value is not None:

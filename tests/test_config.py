@@ -19,6 +19,7 @@ from fastofa.methods.options import (
     CRDOptions,
     DISTOptions,
     DKDOptions,
+    FitNetOptions,
     LSKDOptions,
     RKDOptions,
     RSDOptions,
@@ -257,10 +258,13 @@ def test_differences_that_make_it_another_run():
         "out": Path("elsewhere"), "resume": True, "device": "cuda", "compile": "on", "pipeline": "torchvision",
         "workers": 3, "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "data": "moved", "plan": True,
         "cuda_graphs": "on", "grad_compression": "bf16", "timeout_s": 9, "accumulate": 2, "keep": 1, "wandb": "mine",
+        "online_teacher": "other",
         "cache": Path("c"), "kernels": ("loss",), "skip_corrupt": True, "allow_warnings": True, "max_pixels": 300,
     }  # fmt: skip
     for name, value in free.items():
         assert mine.differences(dataclasses.replace(mine, **{name: value})) == []
+    online = dataclasses.replace(mine, online_teacher="teacher")
+    assert online.differences(dataclasses.replace(online, teacher_checkpoint=Path("c"))) == []
     changed: dict[str, Any] = {
         "student": "test_vit", "recipe": "cifar_cnn", "method": "kd", "stages": (1, 2),
         "eps": (1.5,), "temperature": 2.0, "variant": "paper", "gt_weight": 0.5, "kd_weight": 0.5, "ofa_weight": 0.5,
@@ -273,8 +277,11 @@ def test_differences_that_make_it_another_run():
         "growth": (0.1, 0.2), "eval_size": 96, "eval_flip": True, "sync_bn": True,
         "order": "pages", "bkd": BKDOptions(2), "dkd": DKDOptions(2), "dist": DISTOptions(2), "lskd": LSKDOptions(2),
         "cc": CCOptions(2), "rkd": RKDOptions(2), "crd": CRDOptions(2), "rsd": RSDOptions(2),
+        "fitnet": FitNetOptions(2),
     }  # fmt: skip
-    assert set(changed) | set(free) | {"mean", "std"} == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(changed) | set(free) | {"mean", "std", "teacher_checkpoint"} == {
+        field.name for field in dataclasses.fields(TrainConfig)
+    }
     for name, value in changed.items():
         (said,) = mine.differences(dataclasses.replace(mine, **{name: value}))
         assert said.startswith(f"{name}: ")

@@ -36,7 +36,7 @@ class OnlineTeacher:
         compile_: compile it at the first batch of each shape, as one program from pixels to targets.
 
     Raises:
-        BadInput: the teacher has no linear head, or no stages, and a method needs them.
+        BadInput: a method needs the pooled vector, and the teacher has no linear head.
     """
 
     def __init__(self, teacher: Teacher, needs: Collection[Needs], compile_: bool) -> None:
@@ -50,47 +50,41 @@ class OnlineTeacher:
             images = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, device=teacher.device)
             self.pooled_dim = teacher.check_linear_head(images)
         if "stage features" in needs:
-            if not hasattr(teacher.model, "forward_intermediates"):
-                raise BadInput(f"teacher {teacher.name}: timm does not give its stages; choose another teacher")
             self.stages = probe_stages(teacher.model, side)[2]
-        self.compute = torch.compile(self._compute, dynamic=False) if compile_ else self._compute
+        self.compute = torch.compile(self.targets, dynamic=False) if compile_ else self.targets
 
     @torch.no_grad()  # tensors of the inference mode could not take part in the student's loss
     def of(self, batch: Batch) -> Targets:
-        """The targets of images uint8 [B, 3, S, S], K = C: classes int32 and log_probs fp32 [B, C]; and what else the
-        methods need: pooled fp32 [B, D], all_log_probs fp32 [B, C], stages in the teacher's precision."""
+        """The targets of the batch's images, with their sample ids."""
         return self.compute(batch.images)._replace(sample_ids=batch.sample_ids)
 
-    def describe(self, image_size: int) -> str:
-        """One line for a notice: when the teacher runs, and whether images of this side in pixels are resized."""
-        side = self.teacher.image_size
-        resized = f", resized from {image_size} to {side} px" if side != image_size else ""
-        return f"teacher {self.teacher.name}: runs in every step, on the student's own images{resized}"
-
-    def _compute(self, images: Tensor) -> Targets:
+    def targets(self, images: Tensor) -> Targets:
+        """Images uint8 [B, 3, S, S] -> classes int32 and log_probs fp32 [B, C] of all classes; and what else the
+        methods need: pooled fp32 [B, D], all_log_probs fp32 [B, C], stages in the teacher's precision."""
         network, model, side = self.teacher.network, self.teacher.model, self.teacher.image_size
         if images.shape[-1] != side:
             images = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
-        images, pooled, stages = network.normalize(images), None, None
+        images, features = network.normalize(images), {}
         if self.stages:
             final, features = run_found_stages(model, images, self.stages.values(), "NCHW")
-            stages = {number: as_map(feature) for number, feature in features.items()}
-        elif self.pooled_dim:
-            final = model.forward_features(images)
-        if self.pooled_dim:
-            pooled = pooled_vector(model, final)
-            logits = model.get_classifier()(pooled)
         else:
-            logits = model.forward_head(final) if self.stages else model(images)
-        log_probs = network.log_probs(logits)
+            final = model.forward_features(images)
+        pooled = pooled_vector(model, final) if self.pooled_dim else None
+        log_probs = network.log_probs(model.forward_head(final) if pooled is None else model.get_classifier()(pooled))
         values, classes = log_probs.topk(log_probs.shape[1])
         return Targets(
             classes.to(torch.int32),
             values,
             None if pooled is None else pooled.float(),
             all_log_probs=log_probs if self.all_classes else None,
-            stages=stages,
+            stages={number: as_map(feature) for number, feature in features.items()} or None,
         )
+
+    def describe(self, image_size: int) -> str:
+        """One line for a notice: when the teacher runs, and whether images of this side in pixels are resized."""
+        side = self.teacher.image_size
+        resized = f", resized from {image_size} to {side} px" if side != image_size else ""
+        return f"teacher {self.teacher.name}: runs in every step, on the student's own images{resized}"
 
 
 TargetSource = DeviceTargets | OnlineTeacher  # of a step: what a cache contains, or the teacher itself
