@@ -97,16 +97,18 @@ def code_in(page: str) -> str:
     return code
 
 
-def test_the_documented_method_trains_alone_and_beside_others(digit_cache, tmp_path):
+def test_the_documented_methods_train_alone_and_beside_others(digit_cache, tmp_path):
     file = tmp_path / "my_method.py"
-    file.write_text(code_in("docs/methods.md"))
-    train(config(f"{file}:Squares", digit_cache.path, tmp_path / "alone"))
+    file.write_text(code_in("README.md"))
+    train(config(f"{file}:Squares", digit_cache.path, tmp_path / "alone", epochs=1))
     row = read_metrics(tmp_path / "alone")[0]
     assert row["loss"] == pytest.approx(row["gt"] + row["squares"])
     assert 0 < row["squares"] <= 2
-    train(config(f"ofa+{file}:Squares", digit_cache.path, tmp_path / "both"))
+    file.write_text(code_in("docs/methods.md"))
+    given = {"squares": {"weight": 2.0, "temperature": 4.0}}
+    train(config(f"ofa+{file}:Squares", digit_cache.path, tmp_path / "both", epochs=1, own_options=given))
     row = read_metrics(tmp_path / "both")[0]
-    assert row["loss"] == pytest.approx(row["gt"] + row["kd"] + row["ofa"] + row["squares"])
+    assert row["loss"] == pytest.approx(row["gt"] + row["kd"] + row["ofa"] + 2 * row["squares"])
 
 
 def test_a_methods_weights_are_trained_resumed_and_not_exported(digit_cache, tmp_path):
