@@ -50,7 +50,7 @@ def _place(error: Exception, file: Path) -> str:
     code = linecache.getline(str(file.resolve()), lines[-1]).strip()
     what = "torch.compile cannot compile it" if compiled else type(error).__name__
     remedy = "correct the file or give --compile off" if compiled else "correct the file"
-    return f"line {lines[-1]} of {file}, `{code}`: {what}{_text(error)}; {remedy}"
+    return f"line {lines[-1]}, `{code}`: {what}{_text(error)}; {remedy}"
 
 
 def _text(error: Exception) -> str:
