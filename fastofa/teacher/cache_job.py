@@ -199,7 +199,8 @@ class CacheJob:
                 if self.config.features == "pooled":
                     check_finite_vectors(teacher.name, targets["pooled"], which, names)
                 columns.append(targets)
-            bar.advance(sum(map(rows_in, arrived)))
+            if arrived:
+                bar.advance(sum(map(rows_in, arrived)))
 
         def save() -> None:
             with suppress(LostContact):
