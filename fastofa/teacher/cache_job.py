@@ -81,6 +81,7 @@ class CacheJob:
                 return
             if not self.shares.wait_for_others(lambda: self._wait(bar)):
                 self.compute_lost(work, bar)
+            bar.advance()  # shows what others have finished
         remove_parts(self.out, list(todo))  # ranks that count as lost may have written some after all
         self.shares.announce_end()
 
