@@ -81,6 +81,7 @@ class CacheJob:
                 return
             if not self.shares.wait_for_others(lambda: self._wait(bar)):
                 self.compute_lost(work, bar)
+            bar.advance()  # shows what others have finished
         remove_parts(self.out, list(todo))  # ranks that count as lost may have written some after all
         self.shares.announce_end()
 
@@ -199,7 +200,8 @@ class CacheJob:
                 if self.config.features == "pooled":
                     check_finite_vectors(teacher.name, targets["pooled"], which, names)
                 columns.append(targets)
-            bar.advance(sum(map(rows_in, arrived)))
+            if arrived:
+                bar.advance(sum(map(rows_in, arrived)))
 
         def save() -> None:
             with suppress(LostContact):
