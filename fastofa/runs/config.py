@@ -74,8 +74,12 @@ class TrainConfig:
     imagenet_stronger, cifar_cnn, cifar_vit_mlp, cifar_cnn_authors, cifar_vit_mlp_authors. Without this flag: digits for
     the digits dataset, cifar_cnn for cifar100:DIR, photos for all other data. --help together with --recipe shows that
     recipe's defaults."""
-    cache: Path | None = None
-    """Teacher cache written by `fastofa precompute`; required unless --method is scratch."""
+    cache: str | None = None
+    """Teacher cache written by `fastofa precompute`: its folder, or the URL of a pushed one (s3://BUCKET/FOLDER), whose
+    views are downloaded ahead of use. Required unless --method is scratch."""
+    allow_mismatch: Literal["none", "pixels"] = "none"
+    """pixels: accept a cache whose teacher saw other pixels of the same samples, such as images that were compressed or
+    resized since, or that another decoder read. Names, labels, classes and views must still be the same."""
     init: str | None = None
     """Initial weights of the student: random without this flag, "pretrained" for timm's published ones, a .safetensors
     or .pth file, or a folder written by `fastofa train`, `fastofa export` or timm."""
@@ -380,6 +384,7 @@ class TrainConfig:
             "accumulate",
         }
         free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data", "cache"}
+        free.add("allow_mismatch")
         free |= {"allow_warnings", "max_pixels"}  # the data's fingerprint covers the images they accept
         own, others = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
         if self.epochs is not None and other.epochs is not None and self.epochs > other.epochs:

@@ -13,9 +13,12 @@ from fastofa.system.errors import BadInput
 from fastofa.system.read import read_json
 
 # Fields that may contain a path, each with the value that is not one.
-BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}
+BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": "", "cache": ""}
 # Fields that files of earlier versions lack, each with what those versions did.
-LATER = {"bicubic": 0.0, "eval_interpolation": "bilinear", "lr_updates": "step", "decay_embeddings": False}
+LATER = {
+    "bicubic": 0.0, "eval_interpolation": "bilinear", "lr_updates": "step", "decay_embeddings": False, "first_view": 0,
+    "allow_mismatch": "none",
+}  # fmt: skip
 MAX_NAMED = 8  # maximum number of fields named in an error
 Config = TypeVar("Config")
 

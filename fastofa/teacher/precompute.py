@@ -70,8 +70,8 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
         )
         with Interrupt() as interrupt:
             open_job(config, train, val, device, interrupt).run()
-        cache = TeacherCache.open(config.out)
-        if cache.views == cache.header["views"]:
+        cache = TeacherCache.open(config.out, part=config.first_view > 0)
+        if cache.first + cache.views == cache.header["views"]:
             (config.out / PARTIAL).unlink(missing_ok=True)  # left behind by a process that was killed
     return cache
 
@@ -102,7 +102,12 @@ def open_job(
         config.teacher_checkpoint_key,
     )
     header: dict[str, Any] = {
-        "dataset": {"spec": config.data, "train": train.fingerprint, "val": val.fingerprint},
+        "dataset": {
+            "spec": config.data,
+            "train": train.fingerprint,
+            "val": val.fingerprint,
+            "train_samples": train.samples_fingerprint,
+        },
         "num_samples": len(train),
         "num_val_samples": len(val),
         "num_classes": len(train.classes),
@@ -225,7 +230,8 @@ class CacheJob:
         if self.config.features != "none" and not self.is_finished(CLASSIFIER, CLASSIFIER):
             write_table(self.out / CLASSIFIER, teacher.classifier._asdict(), self.header, CLASSIFIER)
         self.write_val()
-        todo = [view for view in range(self.config.views) if not self.is_finished(view_file(view), view)]
+        views = range(self.config.first_view, self.config.views)
+        todo = [view for view in views if not self.is_finished(view_file(view), view)]
         if todo[:1] == [0]:  # written with view 0, because the images may change later
             with self.saving(0, []):
                 save_teacher_images(self.out, self.train.pipeline, self._draw(0))
