@@ -182,7 +182,10 @@ def test_the_files_of_a_cache(photo_cache, photos):
     expected = {
         "schema": 4, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
         "classes": ["china", "flower"],
-        "dataset": {"spec": str(photos), "train": train.fingerprint, "val": val.fingerprint},
+        "dataset": {
+            "spec": str(photos), "train": train.fingerprint, "val": val.fingerprint,
+            "train_samples": train.samples_fingerprint,
+        },
         "policy": {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5},
     }  # fmt: skip
     assert {key: header[key] for key in expected} == expected
@@ -381,11 +384,30 @@ def test_check_accepts_its_own_data_and_policy(photo_cache, photos):
     photo_cache.check(open_dataset(str(photos)), ViewPolicy())
 
 
+def test_check_accepts_other_pixels_only_if_told(photo_cache, folder):
+    """Photographs compressed again are other data unless the caller accepts that; a renamed one is, even then."""
+    for file in folder.glob("train/*/*.jpg"):
+        Image.open(file).save(file, quality=60)
+    changed = open_dataset(str(folder))
+    found = rf"24 samples, sha256 {photo_cache.header['dataset']['train']:.12}"
+    expected = rf"24 samples, sha256 {changed.fingerprint:.12}"
+    with pytest.raises(
+        BadInput, match=rf"expected .* \({expected}\), got .* \({found}\) of the same names .*--allow-mismatch pixels"
+    ):
+        photo_cache.check(changed, ViewPolicy())
+    photo_cache.check(changed, ViewPolicy(), other_pixels=True)
+    with pytest.raises(BadInput, match="expected views drawn with"):
+        photo_cache.check(changed, ViewPolicy(flip=0.1), other_pixels=True)
+    (folder / "train" / "china" / "000.jpg").rename(folder / "train" / "china" / "zzz.jpg")
+    with pytest.raises(BadInput, match=r"expected one made from .* got one made from .*\); run `fastofa precompute`"):
+        photo_cache.check(open_dataset(str(folder)), ViewPolicy(), other_pixels=True)
+
+
 def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache, photos, tmp_path):
     digits = open_dataset("digits:100")
     with pytest.raises(BadInput, match="expected the 10 classes of digits:100, got 2"):
         photo_cache.check(digits, ViewPolicy())
-    with pytest.raises(BadInput, match=r"made from digits:200 .*\(200 samples\), got .* digits:100 \(100 samples\)"):
+    with pytest.raises(BadInput, match=r"from digits:200 .*\(200 samples, .*\), got .* digits:100 \(100 samples"):
         digit_cache.check(open_dataset("digits:200"), digit_cache.policy)
     with pytest.raises(BadInput, match=r"expected views drawn with .*flip=0.5\), got .*flip=0.0\)"):
         digit_cache.check(digits, dataclasses.replace(digit_cache.policy, flip=0.5))

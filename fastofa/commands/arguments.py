@@ -28,6 +28,7 @@ from fastofa.runs.config_file import from_json, read_config
 from fastofa.runs.quick_checks import RUN
 from fastofa.runs.recipes import default_recipe, recipe
 from fastofa.system.errors import BadInput, at_least
+from fastofa.system.urls import is_url, refuse_url
 from fastofa.teacher.precompute_config import SECTIONS as precompute_sections
 from fastofa.teacher.precompute_config import PrecomputeConfig
 
@@ -166,12 +167,40 @@ class CkaConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """info: print how the cache was made. verify: read every finished table, compare its checksum, check its values."""
+    """Describe, verify, join, compare or copy teacher caches."""
 
-    action: tyro.conf.Positional[Literal["info", "verify"]]
-    """Action to perform."""
-    cache: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CACHE")]]
-    """Folder written by `fastofa precompute`."""
+    action: tyro.conf.Positional[Literal["info", "verify", "merge", "extend", "diff", "push", "pull"]]
+    """info CACHE: print how it was made. verify CACHE: check every finished table. merge CACHE CACHE ... --out NEW:
+    join parts of one cache. extend CACHE CACHE ...: add the views of the others to the first. diff CACHE CACHE: compare
+    two caches. push CACHE URL, pull URL CACHE: copy a cache to or from an object store or a web server."""
+    caches: tyro.conf.Positional[
+        Annotated[tuple[str, ...], tyro.conf.arg(metavar="CACHE|URL", help_behavior_hint="(required)")]
+    ]
+    """Folders written by `fastofa precompute`. push and pull also need a URL: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER,
+    https://HOST/FOLDER (pull only) or any other that fsspec opens."""
+    out: Path | None = None
+    """merge: the joined cache, a new folder or an unfinished merge. Files are linked if the disk allows it, else
+    copied."""
+    json: Path | None = None
+    """diff: also write the result to this file."""
+
+    def __post_init__(self) -> None:
+        names = {"merge": "at least two caches", "extend": "at least two caches", "diff": "two caches"}
+        names |= {"push": "CACHE URL", "pull": "URL CACHE"}
+        count, expected = len(self.caches), names.get(self.action, "one cache")
+        if count < 2 if self.action in ("merge", "extend") else count != (2 if self.action in names else 1):
+            raise BadInput(f"cache {self.action}: expected {expected}, got {count}")
+        for flag, action in (("out", "merge"), ("json", "diff")):
+            if getattr(self, flag) is not None and self.action != action:
+                raise BadInput(f"{flag}: expected only with `fastofa cache {action}`; leave it out")
+        if self.action == "merge" and self.out is None:
+            raise BadInput("cache merge: expected --out, the folder of the joined cache; or `fastofa cache extend`")
+        place = {"push": 1, "pull": 0}.get(self.action)
+        for number, path in enumerate(self.caches):
+            if number == place and not is_url(path):
+                raise BadInput(f"cache {self.action}: expected {expected}, got {path!r} where the URL belongs")
+            if number != place:
+                refuse_url("", path)
 
 
 @dataclass(frozen=True)
@@ -197,8 +226,30 @@ def parse(command: str, argv: list[str]) -> Any:
     """The command's configuration. Exits after --help, and with code 2 for unknown or missing arguments.
 
     Raises:
-        BadInput: a value is invalid.
+        BadInput: a value is invalid, or a URL where the command expects a path.
     """
+    _refuse_urls(command, argv)  # before --resume and --config are read
+    config = _parsed(command, argv)
+    for name, value in vars(config).items():
+        if isinstance(value, Path):  # from a file; as a path, its URL has lost a slash
+            value = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(value), flags=re.IGNORECASE)
+        if isinstance(value, str) and (command, name) not in URLS:
+            refuse_url(name.replace("_", "-"), value)
+    return config
+
+
+URLS = {("train", "cache")}  # flags that accept URLs; `cache push` and `cache pull` check their own
+
+
+def _refuse_urls(command: str, argv: list[str]) -> None:
+    for previous, argument in pairwise(["", *argv]):
+        flag = argument.partition("=")[0] if argument.startswith("-") else previous
+        name = flag.lstrip("-") if flag.startswith("-") else ""
+        if command != "cache" and (command, name) not in URLS:
+            refuse_url(name, argument)
+
+
+def _parsed(command: str, argv: list[str]) -> Any:
     config, prog = CONFIGS[command], f"fastofa {command}"
     _give_help(config)
     if {"-h", "--help"} & set(argv):

@@ -88,9 +88,12 @@ class TrainConfig:
     imagenet_stronger, cifar_cnn, cifar_vit_mlp, cifar_cnn_authors, cifar_vit_mlp_authors. Without this flag: digits for
     the digits dataset, cifar_cnn for cifar100:DIR, photos for all other data. --help together with --recipe shows that
     recipe's defaults."""
-    cache: Path | None = None
-    """Teacher cache written by `fastofa precompute`; required unless --method is scratch or --online-teacher is given.
-    """
+    cache: str | None = None
+    """Teacher cache written by `fastofa precompute`: its folder, or the URL of a pushed one (s3://BUCKET/FOLDER), whose
+    views are downloaded ahead of use. Required unless --method is scratch or --online-teacher is given."""
+    allow_mismatch: Literal["none", "pixels"] = "none"
+    """pixels: accept a cache whose teacher saw other pixels of the same samples, such as images that were compressed or
+    resized since, or that another decoder read. Names, labels, classes and views must still be the same."""
     online_teacher: str | None = None
     """Instead of --cache: run this teacher in every step, on the student's own images, which are drawn anew for every
     epoch. A timm model with its tag, a folder written by `fastofa train`, `fastofa export` or timm, or
@@ -435,6 +438,7 @@ class TrainConfig:
             "accumulate",
         }
         free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data", "cache"}
+        free.add("allow_mismatch")
         free |= {"allow_warnings", "max_pixels"}  # the data's fingerprint covers the images they accept
         free |= {"online_teacher", "teacher_checkpoint"}  # the run records the teacher and the digest of its weights
         own, others = self._as_compared(), other._as_compared()

@@ -14,7 +14,7 @@ from fastofa.system.errors import BadInput
 from fastofa.system.read import read_json
 
 # Fields that may contain a path, each with the value that is not one.
-BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": "", "online_teacher": ""}
+BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": "", "online_teacher": "", "cache": ""}
 # Fields that files of earlier versions lack, each with what those versions did.
 LATER: dict[str, Any] = {
     "bicubic": 0.0,
@@ -24,6 +24,8 @@ LATER: dict[str, Any] = {
     "online_teacher": None,
     "teacher_checkpoint": None,
     "fitnet": dataclasses.asdict(FitNetOptions()),
+    "allow_mismatch": "none",
+    "first_view": 0,
 }
 # The field whose objects a file contains beside the fields: {"lr": 0.1, "squares": {"weight": 2.0}}.
 OWN = "own_options"

@@ -17,6 +17,7 @@ from fastofa.student.model import Student
 from fastofa.system.environment import environment
 from fastofa.system.errors import BadInput
 from fastofa.system.files import read_json, write_json
+from fastofa.system.urls import is_url
 
 CONFIG, LAUNCHES = "config.json", "environment.json"
 # Objects that a launch records, see `log_launch`.
@@ -95,9 +96,10 @@ class Run:
         )
 
     @property
-    def cache(self) -> Path | None:
-        """The path of the teacher cache, valid from any working directory."""
-        return None if self.config.cache is None else Path(self.folder, self.config.cache)
+    def cache(self) -> str | None:
+        """The path or URL of the teacher cache, valid from any working directory."""
+        cache = self.config.cache
+        return cache if cache is None or is_url(str(cache)) else str(Path(self.folder, cache))
 
     @property
     def online_teacher(self) -> str | None:

@@ -18,6 +18,7 @@ from fastofa.teacher.cache import Table, TeacherCache
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.online import OnlineTeacher, TargetSource
 from fastofa.teacher.packed_rows import joined
+from fastofa.teacher.staged_cache import open_cache
 from fastofa.teacher.vectors import joined as joined_vectors
 from fastofa.training.distributed import World
 from fastofa.views.draw import draw_views
@@ -67,10 +68,13 @@ class Epochs:
         teacher: OnlineTeacher | None = None,
     ) -> None:
         self.config, self.dataset, self.world, self.device, self.teacher = config, dataset, world, device, teacher
-        self.cache = None if config.cache is None else TeacherCache.open(config.cache)
+        self.cache = None if config.cache is None else open_cache(config.cache)
         if self.cache is not None:
             self.policy = config.policy(self.cache.policy)
-            self.cache.check(dataset, self.policy)
+            self.cache.check(dataset, self.policy, config.allow_mismatch == "pixels")
+            if world.is_main and self.cache.header["dataset"]["train"] != dataset.fingerprint:
+                made_from = self.cache.header["dataset"]["spec"]
+                notice(f"cache {self.cache.path}: made from other pixels ({made_from}), accepted by --allow-mismatch")
         else:
             self.policy = config.policy(default_policy(config.data, config.recipe))
         rows = epoch_rows(self.policy, len(dataset))

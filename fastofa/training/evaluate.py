@@ -26,7 +26,8 @@ from fastofa.system.device import choose_device, choose_workers
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import write_json
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import TeacherCache, agreement
+from fastofa.teacher.cache import agreement
+from fastofa.teacher.staged_cache import open_cache
 from fastofa.training.checkpoint_model import open_checkpoint
 from fastofa.training.online_targets import online_targets
 from fastofa.training.predict_files import Classifier, open_classifier
@@ -214,7 +215,7 @@ def _teacher_targets(run: Run, dataset: Dataset) -> TopK | None:
     if run.cache is None:
         return None
     try:
-        cache = TeacherCache.open(run.cache)
+        cache = open_cache(run.cache)
         header = cache.header
         if (header["dataset"]["val"], header["num_val_samples"]) != (dataset.fingerprint, len(dataset)):
             raise BadInput(f"{cache.path} contains predictions for other validation images")

@@ -255,6 +255,8 @@ class Job:
         if self.world.is_main and (cache := self.epochs.cache) is not None:
             views, _, log_probs = cache.targets(0)
             self.pixels = compare_teacher_images(cache.path, self.train_pipeline, views)
+            if self.pixels is not None and self.config.allow_mismatch != "pixels":
+                self.pixels.check(cache.path, self.config.data)
             self.spread = spread_notice(self.config.methods, cache, log_probs)
 
     def normalization(self) -> str:

@@ -25,6 +25,7 @@ from fastofa.system.memory import memory_bytes
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import TeacherCache
 from fastofa.teacher.online import check_online_teacher
+from fastofa.teacher.staged_cache import open_cache
 from fastofa.training.distributed import World
 from fastofa.training.epochs import check_divisible
 from fastofa.training.step import check_device
@@ -42,7 +43,7 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
         if config.wandb is not None:
             import_wandb()
     if config.cache is not None:
-        check_needs(config.methods, TeacherCache.open(config.cache))
+        check_needs(config.methods, open_cache(config.cache))
     elif config.methods and config.online_teacher is None:
         raise BadInput(
             f"--method {config.method}: expected --cache, made by `fastofa precompute`, or --online-teacher; or "
