@@ -18,7 +18,7 @@ from typing import Any
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling, read_info, replacing, temporary_name
 from fastofa.system.progress import notice, track
-from fastofa.teacher.cache import PARTIAL, VAL, TeacherCache, agreement, check_origin, view_file, views_in
+from fastofa.teacher.cache import VAL, TeacherCache, agreement, check_origin, view_file, views_in
 from fastofa.teacher.cache_header import HEADER, check_same, check_vacant, read_header, write_header
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES)
@@ -84,7 +84,7 @@ def _check_equal(view: int, parts: list[Path], header: dict[str, Any]) -> None:
 def _add_other_files(out: Path, parts: Sequence[Path], owners: dict[int, list[Path]], header: dict[str, Any]) -> None:
     """Add the files other than views from the first part that has each, beginning with the one that has view 0."""
     order = [*owners.get(0, []), *parts]
-    skipped = (HEADER, PARTIAL, ".", "view-")
+    skipped = (HEADER, "part-", ".", "view-")
     names = {f.name for part in parts for f in part.iterdir() if f.is_file() and not f.name.startswith(skipped)}
     for name in sorted(names):
         have = [part for part in dict.fromkeys(order) if (part / name).is_file()]

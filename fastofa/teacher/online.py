@@ -64,7 +64,8 @@ class OnlineTeacher:
         network, model, side = self.teacher.network, self.teacher.model, self.teacher.image_size
         if images.shape[-1] != side:
             images = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
-        images, features = network.normalize(images), {}
+        images = network.normalize(images)
+        features: dict[int, Tensor] = {}
         if self.stages:
             final, features = run_found_stages(model, images, self.stages.values(), "NCHW")
         else:
