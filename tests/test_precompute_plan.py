@@ -41,7 +41,8 @@ def test_the_bytes_are_those_of_a_view(config, options):
     assert not made.out.exists()
     cache = precompute(made)
     tensors, _ = load_tensors(cache.path / view_file(0))
-    assert estimate.row_bytes * 100 == sum(tensor.nbytes for tensor in tensors.values())
+    stored = sum(tensor.nbytes for tensor in tensors.values())  # flips are bits, and their last byte is not full
+    assert estimate.row_bytes * 100 == pytest.approx(stored, abs=1)
     assert estimate.bytes == 2 * 100 * estimate.row_bytes
     assert (estimate.images, estimate.val_images) == (100, cache.header["num_val_samples"])
     assert (estimate.passes, estimate.finished) == (2 * 100 + 599, 0)
