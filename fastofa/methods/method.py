@@ -96,9 +96,11 @@ class Method(nn.Module):
     def losses(self, outputs: Outputs, targets: Targets, labels: Tensor) -> Tensor:
         """The unweighted losses, fp32 [len(parts)]."""
         loss = self.loss(outputs, targets, labels)
-        if loss.ndim:
-            name = type(self).__name__
-            raise BadInput(f"method {name}: expected its loss to return a scalar, got shape {list(loss.shape)}")
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise BadInput(
+                f"method {type(self).__name__}: expected its loss to return a scalar, a tensor of shape [], got {got}"
+            )
         return loss[None]
 
 

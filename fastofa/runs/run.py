@@ -17,8 +17,11 @@ from fastofa.student.model import Student
 from fastofa.system.environment import environment
 from fastofa.system.errors import BadInput
 from fastofa.system.files import read_json, write_json
+from fastofa.system.urls import is_url
 
 CONFIG, LAUNCHES = "config.json", "environment.json"
+# Objects that a launch records, see `log_launch`.
+KERNELS, METHOD_FILES = "kernels", "method_sha256"
 MAX_FEATURES = 1 << 20  # width of a teacher's last features
 
 
@@ -93,9 +96,10 @@ class Run:
         )
 
     @property
-    def cache(self) -> Path | None:
-        """The path of the teacher cache, valid from any working directory."""
-        return None if self.config.cache is None else Path(self.folder, self.config.cache)
+    def cache(self) -> str | None:
+        """The path or URL of the teacher cache, valid from any working directory."""
+        cache = self.config.cache
+        return cache if cache is None or is_url(str(cache)) else str(Path(self.folder, cache))
 
     @property
     def online_teacher(self) -> str | None:
@@ -163,6 +167,7 @@ def log_launch(
     ranks: int,
     pixel_difference: float | None = None,
     kernels: dict[str, Any] | None = None,
+    method_files: dict[str, str] | None = None,
 ) -> None:
     """Append to environment.json when, where and with which versions the run was started or resumed.
 
@@ -172,17 +177,19 @@ def log_launch(
         pixel_difference: mean difference, 0 to 255, between the student's and the teacher's images; None if unknown
             (see `teacher.reference_images`).
         kernels: the chosen kernels (see `student.measure_kernels`); empty or None if there was nothing to choose.
+        method_files: sha256 of the file of each method in a user's file.
     """
     launches = read_json(path / LAUNCHES) if (path / LAUNCHES).exists() else []
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     known = {} if pixel_difference is None else {"pixel_difference": round(pixel_difference, 3)}
     launch = {"date": now, "step": step, "ranks": ranks, **known, "fastofa": __version__, **environment()}
-    write_json(path / LAUNCHES, [*launches, launch | ({"kernels": kernels} if kernels else {})])
+    objects = {KERNELS: kernels, METHOD_FILES: method_files}
+    write_json(path / LAUNCHES, [*launches, launch | {name: value for name, value in objects.items() if value}])
 
 
-def recorded_kernels(path: Path) -> dict[str, Any]:
-    """The chosen kernels that the newest launch recorded; empty if there are none or the file is damaged."""
+def recorded(path: Path, name: str) -> dict[str, Any]:
+    """The object of this name that the newest launch recorded; empty if there is none or the file is damaged."""
     with suppress(BadInput, IndexError, KeyError, TypeError):
-        kernels = read_json(path / LAUNCHES)[-1]["kernels"]
-        return kernels if isinstance(kernels, dict) else {}
+        value = read_json(path / LAUNCHES)[-1][name]
+        return value if isinstance(value, dict) else {}
     return {}

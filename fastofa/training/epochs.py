@@ -17,7 +17,9 @@ from fastofa.system.progress import notice
 from fastofa.teacher.cache import Table, TeacherCache
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.online import OnlineTeacher, TargetSource
-from fastofa.teacher.vectors import joined
+from fastofa.teacher.packed_rows import joined
+from fastofa.teacher.staged_cache import open_cache
+from fastofa.teacher.vectors import joined as joined_vectors
 from fastofa.training.distributed import World
 from fastofa.views.draw import draw_views
 from fastofa.views.order import epoch_order, epoch_rows
@@ -66,10 +68,13 @@ class Epochs:
         teacher: OnlineTeacher | None = None,
     ) -> None:
         self.config, self.dataset, self.world, self.device, self.teacher = config, dataset, world, device, teacher
-        self.cache = None if config.cache is None else TeacherCache.open(config.cache)
+        self.cache = None if config.cache is None else open_cache(config.cache)
         if self.cache is not None:
             self.policy = config.policy(self.cache.policy)
-            self.cache.check(dataset, self.policy)
+            self.cache.check(dataset, self.policy, config.allow_mismatch == "pixels")
+            if world.is_main and self.cache.header["dataset"]["train"] != dataset.fingerprint:
+                made_from = self.cache.header["dataset"]["spec"]
+                notice(f"cache {self.cache.path}: made from other pixels ({made_from}), accepted by --allow-mismatch")
         else:
             self.policy = config.policy(default_policy(config.data, config.recipe))
         rows = epoch_rows(self.policy, len(dataset))
@@ -86,6 +91,7 @@ class Epochs:
         self._check_batches(rows, factors)
         self.rank_batch_size = config.batch_size // world.size
         self.steps = rows // config.batch_size  # per epoch
+        self.needs = needs_of(config.methods)
         self.loaded: Epoch | None = None
         self.loaded_views: list[int] = []
 
@@ -160,17 +166,15 @@ class Epochs:
 
     def _device_targets(self, cache: TeacherCache, tables: list[Table], order: np.ndarray) -> DeviceTargets:
         """The targets that this epoch's methods need, on the device."""
-        needs = needs_of(self.config.methods)
         dense = cache.topk == cache.num_classes
-        rebuilt = "all classes" in needs and not dense
-        vectors = [t.vectors for t in tables if t.vectors is not None and (rebuilt or "pooled vector" in needs)]
+        rebuilt = "all classes" in self.needs and not dense
+        vectors = [t.vectors for t in tables if t.vectors is not None and (rebuilt or "pooled vector" in self.needs)]
         return DeviceTargets(
-            torch.cat([table.targets.classes for table in tables]),
-            torch.cat([table.targets.log_probs for table in tables]),
+            joined([table.predictions for table in tables]),
             self.device,
             dense,
             None if self.world.size == 1 else order,  # the rows that this rank looks up
-            joined(vectors) if vectors else None,
+            joined_vectors(vectors) if vectors else None,
             cache.classifier() if rebuilt else None,
         )
 

@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from fastofa.data.dataset import Dataset
-from fastofa.methods.find_method import method_class
+from fastofa.methods.find_method import file_digests, method_class, own_options
+from fastofa.methods.options import own_methods
 from fastofa.models.timm_models import evaluation_view, resolve
 from fastofa.pipelines import PIPELINES
 from fastofa.runs import checkpoint
 from fastofa.runs.config import Order, TrainConfig
+from fastofa.runs.config_file import in_folder
 from fastofa.runs.log import import_wandb
 from fastofa.runs.quick_checks import check_vacant
-from fastofa.runs.run import CONFIG, Run, open_run
+from fastofa.runs.run import CONFIG, METHOD_FILES, Run, open_run, recorded
 from fastofa.system.device import choose_device
 from fastofa.system.errors import BadInput
 from fastofa.system.memory import memory_bytes
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import TeacherCache
 from fastofa.teacher.online import check_online_teacher
+from fastofa.teacher.staged_cache import open_cache
 from fastofa.training.distributed import World
 from fastofa.training.epochs import check_divisible
 from fastofa.training.step import check_device
@@ -40,7 +43,7 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
         if config.wandb is not None:
             import_wandb()
     if config.cache is not None:
-        check_needs(config.methods, TeacherCache.open(config.cache))
+        check_needs(config.methods, open_cache(config.cache))
     elif config.methods and config.online_teacher is None:
         raise BadInput(
             f"--method {config.method}: expected --cache, made by `fastofa precompute`, or --online-teacher; or "
@@ -80,7 +83,7 @@ def spread_notice(methods: Sequence[str], cache: TeacherCache, log_probs: Tensor
     """What methods that need all classes lose on this cache, for a notice; empty if nothing.
 
     Args:
-        log_probs: float16 [N, K], of view 0.
+        log_probs: floating [N, K], of view 0.
     """
     names = [name for name in methods if method_class(name).needs == "all classes"]
     if not names or cache.pooled_dim or cache.topk == cache.num_classes:
@@ -91,6 +94,15 @@ def spread_notice(methods: Sequence[str], cache: TeacherCache, log_probs: Tensor
         f"{kept:.3%} of the teacher's probability (mean over view 0), and the rest is spread evenly over the others: a "
         f"total variation error of at most {1 - kept:.3%}, which `fastofa precompute --features pooled` removes"
     )
+
+
+def with_own_options(config: TrainConfig) -> TrainConfig:
+    """Return `config` with every option of the methods in users' files, so that the run records their defaults, too."""
+    options = {
+        prefix: dataclasses.asdict(own_options(name, config.own_options.get(prefix, {})))
+        for prefix, name in own_methods(config.method).items()
+    }
+    return dataclasses.replace(config, own_options=options)
 
 
 def with_own_evaluation(config: TrainConfig) -> TrainConfig:
@@ -165,7 +177,7 @@ def check_resumable(run: Run) -> None:
         notice(f"{run.path}: contains a run without a checkpoint; starting it again")
         return
     begun = open_run(run.path)
-    different = run.config.differences(begun.config)
+    different = run.config.differences(in_folder(begun.config, begun.folder))
     if run.fingerprint != begun.fingerprint:
         different.append(f"data: the training images of {run.config.data} are not those the run started with")
     if run.val_fingerprint != begun.val_fingerprint:
@@ -189,3 +201,10 @@ def check_resumable(run: Run) -> None:
             f"{run.path}: --resume expects the run's own arguments, but these differ: "
             f"{'; '.join(different)}{fewer}{new}"
         )
+    before = recorded(run.path, METHOD_FILES)
+    for prefix, digest in file_digests(run.config.methods).items():
+        if before.get(prefix, digest) != digest:
+            notice(
+                f"method {prefix}: its file has changed since the run was last started (sha256 {before[prefix]:.12} "
+                f"then, {digest:.12} now); the run continues with the new one"
+            )

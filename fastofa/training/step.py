@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fastofa.methods.find_method import needs_of
 from fastofa.methods.method import Outputs, Sizes
 from fastofa.methods.objective import Objective
+from fastofa.methods.own_errors import explained
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch
 from fastofa.runs.config import TrainConfig
@@ -62,12 +63,13 @@ class Program(nn.Module):
         partner_labels: Tensor | None = None,
         mix: Tensor | None = None,
     ) -> Tensor:
+        return self.objective(self.outputs(images), labels, targets, partner_labels, mix)
+
+    def outputs(self, images: Tensor) -> Outputs:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
             if self.needs_pooled or self.needs_stages:
-                outputs = Outputs(*self.student.with_features(images, self.needs_pooled, self.stages))
-            else:
-                outputs = Outputs(self.student(images))
-        return self.objective(outputs, labels, targets, partner_labels, mix)
+                return Outputs(*self.student.with_features(images, self.needs_pooled, self.stages))
+            return Outputs(self.student(images))
 
 
 class Step:
@@ -113,7 +115,7 @@ class Step:
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)
         self.ema = None if config.ema is None else MovingAverage(student, config.ema)
-        self.bf16 = program.bf16
+        self.bf16, self.outputs = program.bf16, program.outputs
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
         possible = self.compiled and device.type == "cuda" and config.accumulate == 1
         self.cuda_graphs = possible and config.cuda_graphs == "on"
@@ -170,7 +172,8 @@ class Step:
                 torch.compiler.cudagraph_mark_step_begin()  # imports the whole compiler, which takes a second
             last = number == len(parts) or self.world.size == 1
             with nullcontext() if last else self.program.no_sync():
-                losses = self.program(*inputs)
+                with explained(c.methods):
+                    losses = self.program(*inputs)
                 losses = losses / len(parts)
                 losses[0].backward()
             self.sums[:-1] += losses.detach()
