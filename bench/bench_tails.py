@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -42,7 +41,7 @@ EPS = (1.0, 1.5)
 DRAWS = 100  # views over which bias and variance are measured
 VIEWS, CYCLES, BATCH = 20, 6, 64
 
-# --- Forms: probabilities [N, C], labels [N], eps -> weights of the loss [N, C] ----------------------------------------
+# --- Forms: probabilities [N, C], labels [N], eps -> weights of the loss [N, C] ---------------------------------------
 
 Weights = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
 
