@@ -378,7 +378,7 @@ def test_the_students_vector_is_the_input_of_its_classifier(name, stages):
     for training in (False, True):
         student.train(training)
         with torch.no_grad():
-            heads, pooled = student.with_pooled(images)
+            heads, pooled, _ = student.with_features(images, pooled=True)
             torch.testing.assert_close(heads, student(images))
             torch.testing.assert_close(student.backbone.get_classifier()(pooled), heads[-1])
     assert pooled.shape == (3, student.pooled_dim())
