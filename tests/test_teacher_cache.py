@@ -28,6 +28,7 @@ from fastofa.teacher.cache import VAL, TeacherCache, agreement, topk_targets, vi
 from fastofa.teacher.cache_header import HEADER, policy_from_json, policy_to_json
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.model import Teacher, open_teacher
+from fastofa.teacher.packed_rows import RowFormat
 from fastofa.teacher.parts import PARTS, part_file
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
@@ -254,7 +255,7 @@ def pixels(dataset: Dataset, views: Views) -> Tensor:
 
 
 def assert_same_predictions(got: Targets, expected: Tensor) -> None:
-    """Within fp16, or half a packed step, of the log-probabilities `expected` [N, C], and no omitted class is better."""
+    """Within fp16, or half a packed step, of `expected` [N, C], and no omitted class is better."""
     got_at, allowed = expected.gather(1, got.classes.long()), 2e-3 if got.log_probs.dtype == torch.float16 else 0.02
     torch.testing.assert_close(got.log_probs.float(), got_at, rtol=allowed, atol=allowed)
     torch.testing.assert_close(got_at, expected.topk(got.classes.shape[1]).values, rtol=2e-3, atol=2e-3)
@@ -633,6 +634,32 @@ def test_verify_finds_the_damaged_file(changed, name):
             TeacherCache.open(changed).verify()
     (changed / name).write_bytes(data)
     TeacherCache.open(changed).verify()
+
+
+def test_a_cache_of_schema_3_is_read_and_continued_in_its_form(digit_cache, teacher_of_10, tmp_path):
+    """What an earlier version wrote: nothing packed. Its views replay as before, and a view can be added."""
+    old = Path(shutil.copytree(digit_cache.path, tmp_path / "cache"))
+    edit_header(old, schema=3)
+    for name in (view_file(0), view_file(1), VAL):
+        tensors, said = load_tensors(old / name)
+        packed = tensors.pop("predictions")
+        targets = RowFormat(4, 10).unpack(packed)
+        if "flip" in tensors:
+            tensors["flip"] = torch.from_numpy(digit_cache.targets(0 if name == view_file(0) else 1)[0].flip)
+        columns = {**tensors, "classes": targets.classes, "log_probs": targets.log_probs.half()}
+        save_tensors(old / name, columns, said)
+    cache = TeacherCache.open(old)
+    cache.verify()
+    for view in range(2):
+        (a, classes_a, log_probs_a), (b, classes_b, log_probs_b) = cache.targets(view), digit_cache.targets(view)
+        np.testing.assert_array_equal(a.flip, b.flip)
+        assert torch.equal(classes_a, classes_b)
+        assert torch.equal(log_probs_a, log_probs_b.half())
+    assert torch.equal(cache.val_targets().classes, digit_cache.val_targets().classes)
+    grown = precompute(PrecomputeConfig("digits:100", str(teacher_of_10), old, views=3, topk=4))
+    assert set(load_tensors(old / view_file(2))[0]) == {"crop", "flip", "classes", "log_probs"}
+    grown.verify()
+    assert json.loads((old / HEADER).read_text())["schema"] == 3
 
 
 # --- Making one -------------------------------------------------------------------------------------------------------
