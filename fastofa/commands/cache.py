@@ -14,6 +14,7 @@ from fastofa.commands.arguments import CacheConfig
 from fastofa.system.errors import counted, escaped
 from fastofa.system.progress import plain
 from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.fidelity import in_rows, read_fidelity
 
 MAX_CLASSES = 10  # class names to print
 
@@ -31,8 +32,10 @@ def info(cache: TeacherCache) -> dict[str, str]:
         "data": f"{header['dataset']['spec']}, {counted(cache.num_samples, 'image')}, "
         f"{counted(cache.num_classes, 'class')}",
         "classes": _abbreviated(cache.classes),
-        "predictions": f"top {cache.topk} of {cache.num_classes}",
+        "predictions": f"top {cache.topk} of {cache.num_classes}"
+        + ", chosen by --topk auto" * ("topk_chosen" in header),
         **_vectors(cache),
+        **_fidelity(cache),
         "views": f"{cache.finished}{' are finished' * (cache.views < header['views'])}, seed {header['seed']}",
         "crops": "area {:g} to {:g}, ratio {:.3g} to {:.3g}".format(*policy.scale, *policy.ratio),
         "flip": f"{policy.flip:g}",
@@ -46,6 +49,11 @@ def info(cache: TeacherCache) -> dict[str, str]:
 def _vectors(cache: TeacherCache) -> dict[str, str]:
     kinds = {"pooled": "float16", "pooled-int8": "int8 with a scale per image"}
     return {"vectors": f"{cache.pooled_dim} numbers, {kinds[cache.features]}"} if cache.pooled_dim else {}
+
+
+def _fidelity(cache: TeacherCache) -> dict[str, str]:
+    fidelity = read_fidelity(cache.path, cache.header)
+    return {} if fidelity is None else in_rows(fidelity)
 
 
 def _abbreviated(names: tuple[str, ...]) -> str:

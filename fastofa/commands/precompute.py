@@ -10,6 +10,7 @@ runs are using it: they keep replaying the views they started with. A smaller --
 from rich import filesize
 
 from fastofa.system.errors import counted, escaped
+from fastofa.teacher.fidelity import in_one_line, read_fidelity
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 
@@ -21,3 +22,5 @@ def main(config: PrecomputeConfig) -> None:
     images, classes = counted(cache.num_samples, "image"), counted(cache.num_classes, "class")
     kept = f"top {cache.topk} of {classes}" + f", vectors of {cache.pooled_dim} numbers" * (cache.pooled_dim > 0)
     print(escaped(f"{cache.path}: {views} of {images}, {kept}, {filesize.decimal(size)}"))
+    if (fidelity := read_fidelity(cache.path, cache.header)) is not None:
+        print(escaped(f"{cache.path}: {in_one_line(fidelity, cache.topk)}"))

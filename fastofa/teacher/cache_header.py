@@ -70,6 +70,7 @@ def _validity(header: dict[str, Any]) -> dict[str, bool]:
         "pipeline": isinstance(header["pipeline"], str),
         "versions": isinstance(versions, dict) and len(versions) <= 100 and _texts(versions, tuple(versions)),
         "features": "features" not in header or _is_features(header["features"]),
+        "topk_chosen": header.get("topk_chosen", "auto") == "auto",
     }
 
 

@@ -44,6 +44,17 @@ from fastofa.teacher.cache import (
 from fastofa.teacher.cache_header import HEADER, identity, policy_to_json, read_header, write_header
 from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.downloads import Columns, Downloads
+from fastofa.teacher.fidelity import (
+    FIDELITY,
+    Sample,
+    held_back,
+    in_one_line,
+    measure,
+    read_fidelity,
+    smallest_topk,
+    warning,
+    write_fidelity,
+)
 from fastofa.teacher.model import Teacher, check_finite, check_finite_vectors, open_teacher, report_accuracy
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.quick_checks import check_cache, other_cache
@@ -84,7 +95,7 @@ def open_job(
     Raises:
         BadInput: see `precompute`.
     """
-    if config.topk > len(train.classes):
+    if config.topk != "auto" and config.topk > len(train.classes):
         classes = counted(len(train.classes), "class")
         raise BadInput(f"topk: expected at most the {classes} of {config.data}, got {config.topk}")
     if device.type == "cuda":
@@ -128,9 +139,28 @@ def open_job(
     )
     if config.features != "none":
         header["features"] = {"kind": config.features, "width": _vector_width(teacher, train_source)}
+    sample = None
+    if config.topk == "auto":
+        sample = _choose_topk(config, header, teacher, train_source, interrupt)
     compile_ = choose_compile(config.compile, device)
-    program = TopKProgram(teacher, config.topk, config.batch_size, compile_, config.features)
-    return CacheJob(config, _begin(config.out, header), program, train_source, val_source, interrupt)
+    program = TopKProgram(teacher, header["topk"], config.batch_size, compile_, config.features)
+    return CacheJob(config, _begin(config.out, header), program, train_source, val_source, interrupt, sample)
+
+
+def _choose_topk(
+    config: PrecomputeConfig, header: dict[str, Any], teacher: Teacher, source: "Source", interrupt: Interrupt
+) -> Sample | None:
+    """Set `topk` in the header: that of the cache if it is to be continued, else by a sample, which is returned."""
+    header["topk_chosen"] = "auto"
+    if (config.out / HEADER).exists():
+        existing = read_header(config.out)
+        header["topk"] = existing["topk"]
+        if "topk_chosen" in existing and identity(header) == identity(existing):
+            return None
+    sample = held_back(teacher, *source, config.policy(), config.seed, interrupt)
+    header["topk"] = smallest_topk(sample, config.eps())
+    notice(f"topk auto: {header['topk']} of {counted(header['num_classes'], 'class')}")
+    return sample
 
 
 def _vector_width(teacher: Teacher, source: "Source") -> int:
@@ -173,7 +203,7 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
         raise other_cache(out, [f"{key} (cached: {cached}, given: {given})" for key, cached, given in pairs])
     if different:
         notice(f"{out}: starts over, because {' and '.join(different)} changed and no view was finished")
-        for file in (VAL, PARTIAL, CLASSIFIER):
+        for file in (VAL, PARTIAL, CLASSIFIER, FIDELITY):
             (out / file).unlink(missing_ok=True)
         write_header(out, header)
         return header
@@ -213,6 +243,8 @@ class CacheJob:
     train: Source
     val: Source
     interrupt: Interrupt
+    sample: Sample | None = None
+    """The predictions for the images held back, if they are known already."""
 
     @property
     def out(self) -> Path:
@@ -225,6 +257,7 @@ class CacheJob:
         if self.config.features != "none" and not self.is_finished(CLASSIFIER, CLASSIFIER):
             write_table(self.out / CLASSIFIER, teacher.classifier._asdict(), self.header, CLASSIFIER)
         self.write_val()
+        self.write_fidelity()
         todo = [view for view in range(self.config.views) if not self.is_finished(view_file(view), view)]
         if todo[:1] == [0]:  # written with view 0, because the images may change later
             with self.saving(0, []):
@@ -255,6 +288,20 @@ class CacheJob:
         self._commit(VAL, {name: targets[name] for name in TopK._fields}, VAL)
         correct = targets["classes"][:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
         report_accuracy(teacher.name, float(correct.float().mean()), len(dataset.classes), len(dataset))
+
+    def write_fidelity(self) -> None:
+        """Measure how exactly the top K represent the teacher's predictions, before the time is spent on the views."""
+        topk, fidelity = self.header["topk"], read_fidelity(self.out, self.header)
+        if fidelity is None:
+            with self.saving(FIDELITY, []):
+                sample = self.sample or held_back(
+                    self.program.teacher, *self.train, self.config.policy(), self.config.seed, self.interrupt
+                )
+                fidelity = measure(sample, topk, self.config.eps())
+            write_fidelity(self.out, self.header, fidelity)
+            notice(f"fidelity: {in_one_line(fidelity, topk)}")
+        if line := warning(fidelity, topk):
+            notice(f"fidelity: {line}")
 
     def write_views(self, todo: list[int]) -> None:
         """Write these views of the training images."""

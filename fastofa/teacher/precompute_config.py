@@ -34,8 +34,10 @@ class PrecomputeConfig:
     views: int
     """Views of the training set. An epoch replays view (epoch modulo views). One view per epoch is best; fewer make a
     smaller cache. More can be added later; a number below that of an existing cache changes nothing."""
-    topk: int
-    """Classes stored per prediction, at 4 bytes each. The remaining probability is spread over the other classes."""
+    topk: int | Literal["auto"]
+    """Classes stored per prediction, at 4 bytes each. The remaining probability is spread over the other classes. auto:
+    the fewest with which the gradient of the OFA loss has a cosine of 0.999 with the exact one, measured on up to 512
+    images that are not stored."""
     features: Literal["none", "pooled", "pooled-int8"] = "none"
     """Also store the teacher's pooled vector, the input of its classifier, for cc, rkd, crd and rsd; other methods then
     learn from all classes exactly. pooled: 2 bytes per number; pooled-int8: 1 byte per number. Needs a linear
@@ -101,6 +103,8 @@ class PrecomputeConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "views", "topk", "batch_size")
         at_least(self, 0, "workers")
+        if isinstance(self.topk, str) and self.topk != "auto":
+            raise BadInput(f"topk: expected a number or auto, got {self.topk!r}")
         if self.views > MAX_EPOCHS:
             raise BadInput(f"views: expected at most {MAX_EPOCHS:,}, got {self.views}")
         if not 0 <= self.seed < 2**63:
@@ -133,6 +137,13 @@ class PrecomputeConfig:
         if self.mean is not None and self.std is not None:
             return self.mean, self.std
         return teacher_normalization(self.recipe)
+
+    def eps(self) -> tuple[float, ...]:
+        """The values of eps for which the fidelity of the cache is measured: the recipe's, or the two that were
+        published (1 for CIFAR-100, 1.5 for ImageNet)."""
+        if not self.recipe:
+            return (1.0, 1.5)
+        return tuple(sorted({*recipe(self.recipe)(data=self.data, student="", out=self.out).eps}))
 
     def policy(self) -> ViewPolicy:
         """The policy by which views are drawn. Raises BadInput for impossible values."""
