@@ -29,11 +29,23 @@ from fastofa.pipelines import open_pipeline
 from fastofa.runs import recipes
 from fastofa.runs.recipes import default_policy
 from fastofa.system.interrupt import Interrupt
-from fastofa.teacher.fidelity import LossFidelity, Sample, compare, held_back, less_exact, smallest_topk, top_k
-from fastofa.teacher.model import Teacher, open_teacher
+from fastofa.teacher.ensemble import Ensemble
+from fastofa.teacher.fidelity import (
+    HELD_BACK,
+    LossFidelity,
+    Sample,
+    compare,
+    held_back,
+    held_back_order,
+    less_exact,
+    smallest_topk,
+    top_k,
+)
+from fastofa.teacher.model import open_teacher
 from fastofa.teacher.vectors import Classifier, stored
 from fastofa.training.export import export
 from fastofa.training.loop import train
+from fastofa.views.draw import draw_views
 from fastofa.views.policy import ViewPolicy
 
 EPS = (1.0, 1.5)
@@ -44,27 +56,15 @@ Form = Callable[[Tensor], Tensor]
 """A stored form: the teacher's log-probabilities fp32 [N, C] -> the probabilities [N, C] that a method sees."""
 
 
-class Recorder:
-    """A teacher that also keeps its vectors."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
-        self.vectors: list[Tensor] = []
-
-    def log_probs(self, images: Tensor) -> Tensor:
-        log_probs, vectors = self.teacher.with_pooled(images)
-        self.vectors.append(vectors.float())
-        return log_probs
-
-
 def predictions(folder: Path, data: str, policy: ViewPolicy) -> tuple[Sample, Tensor, Classifier]:
-    """A teacher's predictions for images held back, its vectors fp32 [N, D] for them, and its classifier."""
+    """A teacher's predictions for the images held back, its vectors fp32 [N, D] for them, and its classifier."""
     dataset = open_dataset(data)
     teacher = open_teacher(str(folder), dataset.classes)
-    recorder = Recorder(teacher)
     pipeline = open_pipeline("auto", dataset, teacher.image_size, batch_size=64)
-    sample = held_back(recorder, dataset, pipeline, policy, seed=0, interrupt=Interrupt())
-    return sample, torch.cat(recorder.vectors), teacher.classifier
+    sample = held_back(Ensemble((teacher,), (1.0,), (teacher.name,)), dataset, pipeline, policy, 0, Interrupt())
+    batches = pipeline.epoch(draw_views(policy, dataset.sizes, 0, HELD_BACK), held_back_order(len(dataset)))
+    vectors = [teacher.with_pooled(batch.images)[1].clone() for batch in batches]
+    return sample, torch.cat(vectors).float(), teacher.classifier
 
 
 def top_k_forms(num_classes: int) -> dict[str, tuple[int, Form]]:

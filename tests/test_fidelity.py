@@ -21,6 +21,7 @@ from fastofa.system.errors import BadInput
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.teacher.cache import TeacherCache
 from fastofa.teacher.cache_header import HEADER
+from fastofa.teacher.ensemble import Ensemble
 from fastofa.teacher.fidelity import (
     FIDELITY,
     STUDENTS,
@@ -47,6 +48,10 @@ DIGITS = tuple("0123456789")
 def made_up(images: int = 70, classes: int = 40, deviation: float = 3.0) -> Sample:
     logits = torch.randn(images, classes) * deviation
     return Sample(logits.log_softmax(dim=1), torch.randint(classes, (images,)))
+
+
+def alone(folder: str) -> Ensemble:
+    return Ensemble((open_teacher(folder, DIGITS, image_size=32),), (1.0,), (folder,))
 
 
 def gradient(sample: Sample, student: str, eps: float, topk: int) -> tuple[float, Tensor]:
@@ -125,7 +130,7 @@ def test_a_data_set_of_one_class_has_no_errors():
 def test_the_label_of_a_mixed_image_is_that_of_its_larger_share(teacher, digits):
     """As in training: from the table of the same view, by hand."""
     pipeline = open_pipeline("resident", digits, 32, 16)
-    opened = open_teacher(teacher, DIGITS, image_size=32)
+    opened = alone(teacher)
     plain, mixed = (
         held_back(opened, digits, pipeline, policy, 0, Interrupt())
         for policy in (ViewPolicy(flip=0.0), ViewPolicy(flip=0.0, mixup=1.0))
@@ -140,7 +145,7 @@ def test_the_label_of_a_mixed_image_is_that_of_its_larger_share(teacher, digits)
 def test_a_signal_ends_it(teacher, digits):
     interrupt = Interrupt()
     interrupt.signum = 15
-    opened, pipeline = open_teacher(teacher, DIGITS, image_size=32), open_pipeline("resident", digits, 32, 16)
+    opened, pipeline = alone(teacher), open_pipeline("resident", digits, 32, 16)
     with pytest.raises(Stopped, match="run the same command again"):
         held_back(opened, digits, pipeline, ViewPolicy(), 0, interrupt)
 
@@ -154,7 +159,9 @@ def make(teacher: str, tmp_path_factory: pytest.TempPathFactory):
 
     def cache(topk: object, out: Path | None = None, **given) -> TeacherCache:
         out = out or tmp_path_factory.mktemp("cache")
-        return precompute(PrecomputeConfig("digits:50", teacher, out, **{"views": 1, "topk": topk, **given}))
+        return precompute(
+            PrecomputeConfig("digits:50", teacher, out, **{"views": 1, "topk": topk, "image_size": 32, **given})
+        )
 
     return cache
 
@@ -197,7 +204,7 @@ def test_too_few_classes_are_reported_before_the_views(make, capsys):
 
 
 def test_the_command_ends_with_the_figures_and_info_shows_them(teacher, tmp_path, capsys):
-    precompute_command.main(PrecomputeConfig("digits:50", teacher, tmp_path / "cache", views=1, topk=4))
+    precompute_command.main(PrecomputeConfig("digits:50", teacher, tmp_path / "cache", views=1, topk=4, image_size=32))
     figures = fidelity(TeacherCache.open(tmp_path / "cache"))
     said = capsys.readouterr().out.splitlines()[-1]
     assert f"{figures.kept:.2%}" in said

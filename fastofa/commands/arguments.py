@@ -204,6 +204,7 @@ def parse(command: str, argv: list[str]) -> Any:
         print(_wrapped(_docstring(command), shutil.get_terminal_size().columns), end="\n\n")
     if config not in DEFAULTS:
         return tyro.cli(config, args=argv, description="", prog=prog)
+    argv = _joined(argv, "--teacher")
     form = _form(config, DEFAULTS[config](argv))
     flat = (tyro.conf.OmitArgPrefixes,)
     sections = vars(tyro.cli(form, args=argv, description="", prog=prog, config=flat)).values()
@@ -262,6 +263,20 @@ def _flag_value(argv: list[str], flag: str) -> str | None:
         if name == flag:
             last = value if equals else "" if following.startswith("-") else following
     return last
+
+
+def _joined(argv: list[str], flag: str) -> list[str]:
+    """The arguments with a repeated flag given once, with all its values: `--teacher a --teacher b` as `--teacher a b`.
+    Of other flags, tyro takes the last."""
+    values, others, taking = [], [], False
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        taking = name == flag if argument.startswith("--") else taking
+        if not taking:
+            others.append(argument)
+        elif argument != flag:
+            values.append(value if equals and name == flag else argument)
+    return [*others, flag, *values] if flag in (argument.partition("=")[0] for argument in argv) else argv
 
 
 DEFAULTS: dict[type, Callable[[list[str]], dict[str, Any]]] = {

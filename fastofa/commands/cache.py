@@ -6,6 +6,8 @@
 info prints how the cache was made. verify reads every finished table, compares its checksum and checks its values.
 """
 
+from typing import Any
+
 from rich import filesize
 from rich.console import Console
 from rich.table import Table
@@ -26,9 +28,8 @@ def info(cache: TeacherCache) -> dict[str, str]:
         name: header["policy"].get(name) for name in ("bicubic", "auto_augment", "mixup", "cutmix", "erase", "repeats")
     }
     size = sum(file.stat().st_size for file in cache.path.iterdir())
-    (teacher,) = header["teachers"]
     return {
-        "teacher": "{name} at {image_size} px, {precision}, weights {sha256:.12}".format(**teacher),
+        **_teachers(header),
         "data": f"{header['dataset']['spec']}, {counted(cache.num_samples, 'image')}, "
         f"{counted(cache.num_classes, 'class')}",
         "classes": _abbreviated(cache.classes),
@@ -43,6 +44,16 @@ def info(cache: TeacherCache) -> dict[str, str]:
         "size": filesize.decimal(size),
         "pipeline": header["pipeline"],
         "made with": ", ".join(f"{name} {version}" for name, version in header["versions"].items()),
+    }
+
+
+def _teachers(header: dict[str, Any]) -> dict[str, str]:
+    lines = ["{name} at {image_size} px, {precision}, weights {sha256:.12}".format(**t) for t in header["teachers"]]
+    if len(lines) == 1:
+        return {"teacher": lines[0]}
+    shares = header["teacher_weights"]
+    return {
+        f"teacher {i}": f"{share:.3g} of {line}" for i, (share, line) in enumerate(zip(shares, lines, strict=True), 1)
     }
 
 

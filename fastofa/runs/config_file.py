@@ -15,7 +15,13 @@ from fastofa.system.read import read_json
 # Fields that may contain a path, each with the value that is not one.
 BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": ""}
 # Fields that files of earlier versions lack, each with what those versions did.
-LATER = {"bicubic": 0.0, "eval_interpolation": "bilinear", "lr_updates": "step", "decay_embeddings": False}
+LATER = {
+    "bicubic": 0.0,
+    "eval_interpolation": "bilinear",
+    "lr_updates": "step",
+    "decay_embeddings": False,
+    "teacher_weights": None,
+}
 MAX_NAMED = 8  # maximum number of fields named in an error
 Config = TypeVar("Config")
 
@@ -74,7 +80,7 @@ def read_config(cls: type[Config], file: Path) -> Config:
         return config
     hints, fields = get_type_hints(cls), vars(config)
     paths = {k: Path(folder, v) for k, v in fields.items() if v is not None and _is_path(hints[k])}
-    names = {k: from_folder(folder, fields[k], built_in) for k, built_in in BUILT_IN.items() if fields.get(k)}
+    names = {k: _in_folder(folder, fields[k], built_in) for k, built_in in BUILT_IN.items() if fields.get(k)}
     return cls(**{**fields, **paths, **names})
 
 
@@ -86,6 +92,13 @@ def from_folder(folder: str, name: str, built_in: str) -> str:
     kind = next((kind for kind in ("cifar100:", "local-dir:") if name.startswith(kind)), "")
     path = Path(folder, name.removeprefix(kind))
     return f"{kind}{path}" if name.partition(":")[0] != built_in and path.exists() else name
+
+
+def _in_folder(folder: str, names: str | tuple[str, ...], built_in: str) -> str | tuple[str, ...]:
+    """`from_folder` of one name or several."""
+    if isinstance(names, str):
+        return from_folder(folder, names, built_in)
+    return tuple(from_folder(folder, name, built_in) for name in names)
 
 
 def _is_path(hint: Any) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from fastofa.system.progress import track
 from fastofa.teacher.cache import topk_targets
 from fastofa.teacher.cache_header import MAX_VIEWS, identity
 from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.ensemble import Ensemble
+from fastofa.teacher.model import check_finite
 from fastofa.views.draw import draw_views
 from fastofa.views.policy import ViewPolicy
 
@@ -88,14 +90,6 @@ class Fidelity:
         return min(loss.cosine for loss in self.losses)
 
 
-class Predicts(Protocol):
-    """A teacher, or several."""
-
-    def log_probs(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> log-probabilities fp32 [B, C] at temperature 1."""
-        ...
-
-
 def less_exact(losses: Sequence[LossFidelity]) -> list[LossFidelity]:
     """For each eps, the student whose gradient has the smaller cosine."""
     found: dict[float, LossFidelity] = {}
@@ -108,25 +102,32 @@ def less_exact(losses: Sequence[LossFidelity]) -> list[LossFidelity]:
 
 
 def held_back(
-    teacher: Predicts, dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy, seed: int, interrupt: Interrupt
+    teachers: Ensemble, dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy, seed: int, interrupt: Interrupt
 ) -> Sample:
-    """Run the teacher on images that are evenly spaced in the dataset, in a view that is not stored.
+    """Run the teachers on images that are evenly spaced in the dataset, in a view that is not stored.
 
     Raises:
+        BadInput: a prediction is not finite.
         Stopped: after Ctrl-C or SIGTERM.
     """
     views = draw_views(policy, dataset.sizes, seed, HELD_BACK)
-    count = min(IMAGES, len(dataset))
-    order = np.linspace(0, len(dataset) - 1, count).astype(np.int64)
-    log_probs, labels = [], []
-    with closing(pipeline.epoch(views, order)) as batches:
-        for batch in track(batches, count, "fidelity", lambda batch: len(batch.images)):
+    order, log_probs, labels = held_back_order(len(dataset)), [], []
+    with closing(teachers.batches(pipeline, teachers.same(views), order)) as batches:
+        for each in track(batches, len(order), "fidelity", lambda each: len(each[0].images)):
             if interrupt.signum is not None:
                 raise Stopped("run the same command again to continue", interrupt.signum)
-            log_probs += [teacher.log_probs(images) for images in batch.images.split(ROWS_AT_ONCE)]
-            mixed = batch.partner_labels is not None and batch.mix is not None
-            labels.append(heavier(batch.labels, batch.partner_labels, batch.mix) if mixed else batch.labels)
-    return Sample(torch.cat(log_probs), torch.cat(labels))
+            parts = zip(*(batch.images.split(ROWS_AT_ONCE) for batch in each), strict=True)
+            log_probs += [teachers.log_probs(*images) for images in parts]
+            own, partner, mix = each[0].labels, each[0].partner_labels, each[0].mix
+            labels.append(own if partner is None or mix is None else heavier(own, partner, mix))
+    found = torch.cat(log_probs)
+    check_finite(teachers.name, found, "a view that is not stored", [dataset.names[i] for i in order.tolist()])
+    return Sample(found, torch.cat(labels))
+
+
+def held_back_order(images: int) -> np.ndarray:
+    """The sample ids of the images held back, int64, evenly spaced in a dataset of `images`."""
+    return np.linspace(0, images - 1, min(IMAGES, images)).astype(np.int64)
 
 
 def top_k(topk: int) -> Callable[[Tensor], Tensor]:

@@ -6,7 +6,7 @@ pixels of the next batches are uploaded and the predictions of the last ones are
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from fastofa.methods.targets import TopK
 from fastofa.models.normalized import in_words
 from fastofa.models.timm_models import find_folder, resolve
 from fastofa.pipelines import PIPELINES, Pipeline, choose, open_pipeline
-from fastofa.system.device import choose_bf16, choose_compile, choose_device, choose_workers
+from fastofa.system.device import choose_compile, choose_device, choose_workers
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling, read_info
 from fastofa.system.interrupt import Interrupt, Stopped
@@ -42,8 +42,8 @@ from fastofa.teacher.cache import (
     write_table,
 )
 from fastofa.teacher.cache_header import HEADER, identity, policy_to_json, read_header, write_header
-from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.downloads import Columns, Downloads
+from fastofa.teacher.ensemble import EACH, Ensemble, open_teachers
 from fastofa.teacher.fidelity import (
     FIDELITY,
     Sample,
@@ -55,7 +55,7 @@ from fastofa.teacher.fidelity import (
     warning,
     write_fidelity,
 )
-from fastofa.teacher.model import Teacher, check_finite, check_finite_vectors, open_teacher, report_accuracy
+from fastofa.teacher.model import Teacher, check_finite_vectors, report_accuracy
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.quick_checks import check_cache, other_cache
 from fastofa.teacher.reference_images import save_teacher_images
@@ -100,18 +100,7 @@ def open_job(
         raise BadInput(f"topk: expected at most the {classes} of {config.data}, got {config.topk}")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    mean, std = config.normalization()
-    teacher = open_teacher(
-        config.teacher,
-        train.classes,
-        config.teacher_checkpoint,
-        config.image_size,
-        mean,
-        std,
-        device,
-        choose_bf16(config.precision, device),
-        config.teacher_checkpoint_key,
-    )
+    teachers = open_teachers(config, train.classes, device)
     header: dict[str, Any] = {
         "dataset": {"spec": config.data, "train": train.fingerprint, "val": val.fingerprint},
         "num_samples": len(train),
@@ -122,7 +111,7 @@ def open_job(
         "policy": policy_to_json(config.policy()),
         "seed": config.seed,
         "views": config.views,
-        "teachers": [teacher.describe()],
+        **teachers.describe(),
         "pipeline": choose(train, device)[0] if config.pipeline == "auto" else config.pipeline,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
         "config": config.to_json(),  # for `precompute --config`
@@ -132,23 +121,30 @@ def open_job(
         Source(
             data,
             open_pipeline(
-                config.pipeline, data, teacher.image_size, config.batch_size, device, choose_workers(config.workers)
+                config.pipeline,
+                data,
+                teachers.image_size,
+                config.batch_size,
+                device,
+                choose_workers(config.workers),
             ),
         )
         for data in (train, val)
     )
     if config.features != "none":
-        header["features"] = {"kind": config.features, "width": _vector_width(teacher, train_source)}
+        header["features"] = {"kind": config.features, "width": _vector_width(teachers.only, train_source)}
     sample = None
     if config.topk == "auto":
-        sample = _choose_topk(config, header, teacher, train_source, interrupt)
-    compile_ = choose_compile(config.compile, device)
-    program = TopKProgram(teacher, header["topk"], config.batch_size, compile_, config.features)
-    return CacheJob(config, _begin(config.out, header), program, train_source, val_source, interrupt, sample)
+        sample = _choose_topk(config, header, teachers, train_source, interrupt)
+    program = teachers.program(
+        header["topk"], config.batch_size, choose_compile(config.compile, device), config.features
+    )
+    header = _begin(config.out, header)
+    return CacheJob(config, header, teachers, program, train_source, val_source, interrupt, sample)
 
 
 def _choose_topk(
-    config: PrecomputeConfig, header: dict[str, Any], teacher: Teacher, source: "Source", interrupt: Interrupt
+    config: PrecomputeConfig, header: dict[str, Any], teachers: Ensemble, source: "Source", interrupt: Interrupt
 ) -> Sample | None:
     """Set `topk` in the header: that of the cache if it is to be continued, else by a sample, which is returned."""
     header["topk_chosen"] = "auto"
@@ -157,7 +153,7 @@ def _choose_topk(
         header["topk"] = existing["topk"]
         if "topk_chosen" in existing and identity(header) == identity(existing):
             return None
-    sample = held_back(teacher, *source, config.policy(), config.seed, interrupt)
+    sample = held_back(teachers, *source, config.policy(), config.seed, interrupt)
     header["topk"] = smallest_topk(sample, config.eps())
     notice(f"topk auto: {header['topk']} of {counted(header['num_classes'], 'class')}")
     return sample
@@ -181,8 +177,9 @@ def _check_early(config: PrecomputeConfig) -> torch.device:
     config.policy()
     if config.teacher_checkpoint is not None and not config.teacher_checkpoint.exists():
         raise BadInput(f"{config.teacher_checkpoint}: expected a file with weights, but it does not exist")
-    if config.teacher_checkpoint is not None or find_folder(config.teacher) is None:
-        resolve(config.teacher)
+    for teacher in config.teachers:
+        if config.teacher_checkpoint is not None or find_folder(teacher) is None:
+            resolve(teacher)
     if config.pipeline not in ("auto", *PIPELINES):
         raise BadInput(f"unknown pipeline {config.pipeline!r}: expected auto or one of {', '.join(PIPELINES)}")
     device = choose_device(config.device)
@@ -239,7 +236,9 @@ class CacheJob:
 
     config: PrecomputeConfig
     header: dict[str, Any]
-    program: TopKProgram
+    teachers: Ensemble
+    program: Callable[..., Columns]
+    """`Ensemble.program`."""
     train: Source
     val: Source
     interrupt: Interrupt
@@ -252,10 +251,10 @@ class CacheJob:
 
     def run(self) -> None:
         """Write all tables that are missing."""
-        teacher = self.program.teacher
-        notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
+        for teacher in self.teachers.teachers:
+            notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
         if self.config.features != "none" and not self.is_finished(CLASSIFIER, CLASSIFIER):
-            write_table(self.out / CLASSIFIER, teacher.classifier._asdict(), self.header, CLASSIFIER)
+            write_table(self.out / CLASSIFIER, self.teachers.only.classifier._asdict(), self.header, CLASSIFIER)
         self.write_val()
         self.write_fidelity()
         todo = [view for view in range(self.config.views) if not self.is_finished(view_file(view), view)]
@@ -280,14 +279,14 @@ class CacheJob:
         """Write the teacher's predictions for the validation images, and report its accuracy."""
         if self.is_finished(VAL, VAL):
             return
-        dataset, teacher = self.val.dataset, self.program.teacher
-        views = center_views(dataset.sizes, teacher.crop)
+        dataset = self.val.dataset
         with progress_bar() as bar:
             task = bar.add_task("validation", total=len(dataset), note="")
-            targets = self._predict(self.val, views, VAL, bar, task)
+            targets = self._predict(self.val, self.teachers.centered(dataset.sizes), VAL, bar, task)
         self._commit(VAL, {name: targets[name] for name in TopK._fields}, VAL)
-        correct = targets["classes"][:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
-        report_accuracy(teacher.name, float(correct.float().mean()), len(dataset.classes), len(dataset))
+        for name, best in self.teachers.best(targets):
+            correct = best.to(torch.int64) == torch.from_numpy(dataset.labels)
+            report_accuracy(name, float(correct.float().mean()), len(dataset.classes), len(dataset))
 
     def write_fidelity(self) -> None:
         """Measure how exactly the top K represent the teacher's predictions, before the time is spent on the views."""
@@ -295,7 +294,7 @@ class CacheJob:
         if fidelity is None:
             with self.saving(FIDELITY, []):
                 sample = self.sample or held_back(
-                    self.program.teacher, *self.train, self.config.policy(), self.config.seed, self.interrupt
+                    self.teachers, *self.train, self.config.policy(), self.config.seed, self.interrupt
                 )
                 fidelity = measure(sample, topk, self.config.eps())
             write_fidelity(self.out, self.header, fidelity)
@@ -314,7 +313,8 @@ class CacheJob:
             for view in todo:
                 bar.update(task, note=f"view {view + 1} of {total}")
                 views = self._draw(view)
-                targets = self._predict(self.train, views, view, bar, task)
+                targets = self._predict(self.train, self.teachers.same(views), view, bar, task)
+                targets.pop(EACH, None)
                 columns = {name: torch.from_numpy(column) for name, column in views.columns().items()}
                 self._commit(view_file(view), {**columns, **targets}, view)
                 bar.done(task, f"view {view + 1} of {total} done")
@@ -322,16 +322,16 @@ class CacheJob:
     def _draw(self, view: int) -> Views:
         return draw_views(self.config.policy(), self.train.dataset.sizes, self.config.seed, view)
 
-    def _predict(self, source: Source, views: Views, table: int | str, bar: Bar, task: TaskID) -> Columns:
-        """The teacher's predictions for every row of a table, in the order of sample ids."""
+    def _predict(self, source: Source, views: Sequence[Views], table: int | str, bar: Bar, task: TaskID) -> Columns:
+        """The predictions for every row of a table, in the order of sample ids, from the views of each teacher."""
         dataset, pipeline = source
         # In file order, for sequential reads; mixed images follow each other, so that each is read once.
-        order = pair_order(views, None if dataset.spans is None else dataset.spans[:, 0])
+        order = pair_order(views[0], None if dataset.spans is None else dataset.spans[:, 0])
         partial = f"first rows of {table} in the order {hashlib.sha256(order.tobytes()).hexdigest()}"
         parts = self._read_partial(partial, len(order))
         bar.advance(task, _rows(parts))
         saved_at = time.monotonic()
-        teacher, downloads = self.program.teacher, Downloads(self.program.teacher.device)
+        downloads = Downloads(self.teachers.device)
 
         def keep(arrived: list[Columns]) -> None:
             """Check predictions that follow those in `parts`, and add them."""
@@ -340,17 +340,17 @@ class CacheJob:
                 rows = order[first : first + _rows([targets])]
                 names = [dataset.names[i] for i in samples_of(rows, len(dataset)).tolist()]
                 which = f"view {table}" if isinstance(table, int) else "the validation view"
-                check_finite(teacher.name, targets["log_probs"], which, names)
+                self.teachers.check_finite(targets, which, names)
                 if self.config.features == "pooled":
-                    check_finite_vectors(teacher.name, targets["pooled"], which, names)
+                    check_finite_vectors(self.teachers.name, targets["pooled"], which, names)
                 parts.append(targets)
                 bar.advance(task, len(rows))
 
         with self.saving(table, parts, partial):
             try:
-                with closing(pipeline.epoch(views, order, start=_rows(parts))) as batches:
-                    for batch in batches:
-                        keep(downloads.add(self.program(batch.images)))
+                with closing(self.teachers.batches(pipeline, views, order, _rows(parts))) as batches:
+                    for images in batches:
+                        keep(downloads.add(self.program(*(batch.images for batch in images))))
                         if self.interrupt.signum is not None:
                             message = f"saved in {self.out}; run the same command again to continue"
                             raise Stopped(message, self.interrupt.signum)

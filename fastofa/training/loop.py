@@ -250,8 +250,8 @@ class Job:
         line = f"normalisation: student {in_words(student.mean.flatten().tolist(), student.std.flatten().tolist())}"
         if self.epochs.cache is None:
             return line
-        teacher = self.epochs.cache.header["teachers"][0]
-        return f"{line}; teacher {in_words(teacher['mean'], teacher['std'])}"
+        teachers = self.epochs.cache.header["teachers"]
+        return "; ".join([line, *(f"teacher {in_words(teacher['mean'], teacher['std'])}" for teacher in teachers)])
 
     def begin(self) -> None:
         """Write the run's configuration, once everything has been checked. It is the first file written."""
