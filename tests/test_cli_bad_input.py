@@ -410,11 +410,11 @@ def test_arguments_that_cannot_be_parsed(here, argv):
 @pytest.mark.parametrize(
     "argv",
     [
-        f"{PRECOMPUTE} --out new", "write photos new.pack", "evaluate run --data digits:20", "export run new",
+        "write photos new.pack", "evaluate run --data digits:20", "export run new",
         "cache verify cache", "demo --out new", "doctor",
     ],
 )  # fmt: skip
-def test_only_train_shares_its_work_among_ranks(here, argv, monkeypatch):
+def test_other_commands_than_train_and_precompute_refuse_several_ranks(here, argv, monkeypatch):
     """Each rank of another command would do all of the work and overwrite the others' files."""
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setenv("WORLD_SIZE", "8")

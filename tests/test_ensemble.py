@@ -23,11 +23,12 @@ from fastofa.runs import recipes
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
 from fastofa.system.interrupt import Stopped
-from fastofa.teacher.cache import PARTIAL, VAL, TeacherCache, view_file
+from fastofa.teacher.cache import VAL, TeacherCache, view_file
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.ensemble import Ensemble, open_teachers
 from fastofa.teacher.fidelity import read_fidelity
 from fastofa.teacher.model import Teacher, open_teacher
+from fastofa.teacher.parts import PARTS
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train
@@ -151,8 +152,8 @@ def test_classes_are_matched_by_name_for_each_teacher(make_teacher, small):
     )
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     expected = open_teacher(small, DIGITS[::-1]).log_probs(images)  # the same weights: output c is class 9 - c
-    torch.testing.assert_close(alone.log_probs(images), expected)
-    torch.testing.assert_close(twice.log_probs(images, images), expected)
+    torch.testing.assert_close(alone.mean(alone.each(images)), expected)
+    torch.testing.assert_close(twice.mean(twice.each(images, images)), expected)
 
 
 def test_one_teacher_in_a_list_is_one_teacher(make, small):
@@ -179,14 +180,15 @@ def test_a_stopped_ensemble_continues_to_the_same_bytes(make, tmp_path, monkeypa
 
     def mean(self: Ensemble, each: list[Tensor]) -> Tensor:
         seen[0] += len(each[0])
-        if seen[0] == 599 + 40 + 20:  # validation, images held back, one batch of two
+        if seen[0] == 40 + 599 + 20:  # images held back, validation, one batch of two
             signal.raise_signal(signal.SIGTERM)
         return original(self, each)
 
     monkeypatch.setattr(Ensemble, "mean", mean)
     with pytest.raises(Stopped):
         make(tmp_path / "cache", **given)
-    assert len(load_tensors(tmp_path / "cache" / PARTIAL)[0]["classes"]) == 20
+    (part,) = (tmp_path / "cache").glob(PARTS)
+    assert len(load_tensors(part)[0]["classes"]) == 20
     make(tmp_path / "cache", **given)
     assert seen[0] == 599 + 40 + 40
     assert tables(tmp_path / "cache") == tables(straight.path)

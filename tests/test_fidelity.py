@@ -198,7 +198,7 @@ def test_too_few_classes_are_reported_before_the_views(make, capsys):
     lines = capsys.readouterr().err.splitlines()
     (warned,) = (i for i, line in enumerate(lines) if "--topk auto" in line)
     assert "expected at least 0.999" in lines[warned]
-    assert warned < next(i for i, line in enumerate(lines) if "view 1 of 1 done" in line)
+    assert warned < next(i for i, line in enumerate(lines) if "validation images" in line)
     make(10)
     assert "--topk auto" not in capsys.readouterr().err
 
@@ -241,7 +241,7 @@ def test_fidelity_is_measured_once(make, tmp_path, monkeypatch):
     cache = make(3, tmp_path / "cache")
     before = (cache.path / FIDELITY).read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("fastofa.teacher.precompute.held_back", lambda *_: pytest.fail("measured again"))
+        patch.setattr("fastofa.teacher.cache_job.held_back", lambda *_: pytest.fail("measured again"))
         make(3, cache.path, views=2)
     assert (cache.path / FIDELITY).read_bytes() == before
     (cache.path / FIDELITY).unlink()

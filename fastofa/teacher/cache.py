@@ -9,8 +9,8 @@
     CACHE/classifier.safetensors    only with --features: weight float32 [C, D] and bias float32 [C]
     CACHE/val.safetensors           classes and log_probs of the validation images, on the teacher's own centre crops
     CACHE/seen.png                  a few images of view 0 as the teacher saw them (reference_images.py)
-    CACHE/partial.safetensors       only after an interruption of `fastofa precompute`: predictions for the first rows
-                                    of the next view, in the order in which the images were read
+    CACHE/part-....safetensors      only while `fastofa precompute` runs, or after an interruption: predictions for some
+                                    rows of an unfinished table (parts.py)
 
 A cache may grow while it is used: opening it gives the views that are finished, and a run records a digest of each view
 that it replays.
@@ -42,7 +42,7 @@ from fastofa.teacher.vectors import Classifier, Vectors
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views
 
-VAL, PARTIAL, CLASSIFIER = "val.safetensors", "partial.safetensors", "classifier.safetensors"
+VAL, CLASSIFIER = "val.safetensors", "classifier.safetensors"
 
 
 class Table(NamedTuple):

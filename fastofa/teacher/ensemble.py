@@ -7,7 +7,7 @@ Shapes: T teachers, B images in a batch, S image side, C classes, K classes kept
 """
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ class Ensemble:
     weights: tuple[float, ...]
     """Of the teachers' probabilities; their sum is 1."""
     names: tuple[str, ...]
-    """As given by the user, because two teachers may have one architecture."""
+    """For messages: that of the one teacher, or several as the user gave them, since two may be of one architecture."""
 
     @property
     def only(self) -> Teacher:
@@ -47,7 +47,7 @@ class Ensemble:
     @property
     def name(self) -> str:
         """For messages about all of them."""
-        return self.only.name if len(self.teachers) == 1 else " + ".join(self.names)
+        return " + ".join(self.names)
 
     @property
     def device(self) -> torch.device:
@@ -92,9 +92,9 @@ class Ensemble:
 
     # --- Predictions ---
 
-    def log_probs(self, *images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] for each teacher, on `device` -> log-probabilities fp32 [B, C] at temperature 1."""
-        return self.mean([teacher.log_probs(own) for teacher, own in zip(self.teachers, images, strict=True)])
+    def each(self, *images: Tensor) -> list[Tensor]:
+        """uint8 [B, 3, S, S] for each teacher, on `device` -> its log-probabilities fp32 [B, C] at temperature 1."""
+        return [teacher.log_probs(own) for teacher, own in zip(self.teachers, images, strict=True)]
 
     def mean(self, each: Sequence[Tensor]) -> Tensor:
         """The logarithm of the weighted mean of the teachers' probabilities, fp32 [B, C], from their logarithms."""
@@ -103,8 +103,8 @@ class Ensemble:
         weighted = [log_probs + math.log(weight) for log_probs, weight in zip(each, self.weights, strict=True)]
         return torch.logsumexp(torch.stack(weighted), dim=0)
 
-    def program(self, topk: int, batch_size: int, compile_: bool, features: str) -> Callable[..., Columns]:
-        """`program(*images)`: images as for `log_probs` -> columns of a table, on `device`. The arguments are those of
+    def program(self, topk: int, batch_size: int, compile_: bool, features: str) -> "TopKProgram | MeanProgram":
+        """`program(*images)`: images as for `each` -> columns of a table, on `device`. The arguments are those of
         `TopKProgram`; several teachers have no features."""
         if len(self.teachers) == 1:
             return TopKProgram(self.only, topk, batch_size, compile_, features)
@@ -132,6 +132,11 @@ class MeanProgram:
     def __init__(self, ensemble: Ensemble, topk: int, batch_size: int, compile_: bool) -> None:
         self.ensemble, self.topk = ensemble, topk
         self.programs = [LogProbsProgram(teacher, batch_size, compile_) for teacher in ensemble.teachers]
+
+    @property
+    def to_compile(self) -> bool:
+        """Whether the next call compiles."""
+        return any(program.to_compile for program in self.programs)
 
     @torch.no_grad()
     def __call__(self, *images: Tensor) -> Columns:
@@ -162,4 +167,10 @@ def open_teachers(config: PrecomputeConfig, classes: Sequence[str], device: torc
         )
         for name in config.teachers
     ]
-    return Ensemble(tuple(teachers), config.weights, config.teachers)
+    names = config.teachers if len(teachers) > 1 else (teachers[0].name,)
+    return Ensemble(tuple(teachers), config.weights, names)
+
+
+def kept(columns: Columns) -> Columns:
+    """The columns that a cache keeps."""
+    return {name: values for name, values in columns.items() if name != EACH}

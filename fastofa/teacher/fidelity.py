@@ -27,7 +27,7 @@ from fastofa.kernels.reference import heavier, ofa_loss_dense
 from fastofa.pipelines import Pipeline
 from fastofa.system.errors import BadInput
 from fastofa.system.files import read_json, write_json
-from fastofa.system.interrupt import Interrupt, Stopped
+from fastofa.system.interrupt import Interrupt
 from fastofa.system.progress import track
 from fastofa.teacher.cache import topk_targets
 from fastofa.teacher.cache_header import MAX_VIEWS, identity
@@ -43,6 +43,7 @@ HELD_BACK = MAX_VIEWS  # the number of a view that no cache stores
 LEAST_COSINE = 0.999
 ROWS_AT_ONCE = 64  # bounds the memory for float64 gradients, and for a teacher that runs uncompiled
 STUDENTS = ("untrained", "trained")
+RUN_AGAIN = "run the same command again to continue"
 
 
 class Sample(NamedTuple):
@@ -111,18 +112,21 @@ def held_back(
         Stopped: after Ctrl-C or SIGTERM.
     """
     views = draw_views(policy, dataset.sizes, seed, HELD_BACK)
-    order, log_probs, labels = held_back_order(len(dataset)), [], []
+    order = held_back_order(len(dataset))
+    names = iter([dataset.names[i] for i in order.tolist()])
+    log_probs, labels = [], []
     with closing(teachers.batches(pipeline, teachers.same(views), order)) as batches:
         for each in track(batches, len(order), "fidelity", lambda each: len(each[0].images)):
-            if interrupt.signum is not None:
-                raise Stopped("run the same command again to continue", interrupt.signum)
-            parts = zip(*(batch.images.split(ROWS_AT_ONCE) for batch in each), strict=True)
-            log_probs += [teachers.log_probs(*images) for images in parts]
+            interrupt.check(RUN_AGAIN)
+            for images in zip(*(batch.images.split(ROWS_AT_ONCE) for batch in each), strict=True):
+                predicted = teachers.each(*images)
+                samples = list(itertools.islice(names, len(images[0])))
+                for teacher, values in zip(teachers.names, predicted, strict=True):
+                    check_finite(teacher, values, "a view that is not stored", samples)
+                log_probs.append(teachers.mean(predicted))
             own, partner, mix = each[0].labels, each[0].partner_labels, each[0].mix
             labels.append(own if partner is None or mix is None else heavier(own, partner, mix))
-    found = torch.cat(log_probs)
-    check_finite(teachers.name, found, "a view that is not stored", [dataset.names[i] for i in order.tolist()])
-    return Sample(found, torch.cat(labels))
+    return Sample(torch.cat(log_probs), torch.cat(labels))
 
 
 def held_back_order(images: int) -> np.ndarray:

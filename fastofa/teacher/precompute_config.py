@@ -17,7 +17,7 @@ from fastofa.views.policy import ViewPolicy, changed_policy
 SECTIONS = {"data": "cache and teacher", "scale": "view", "skip_corrupt": "image", "batch_size": "hardware"}
 # Fields that a cache does not record: how its predictions were computed, and which images were left out (the dataset's
 # index does). --out is always given.
-FREE = {"skip_corrupt", "allow_warnings", "batch_size", "device", "compile", "pipeline", "workers"}
+FREE = {"plan", "skip_corrupt", "allow_warnings", "batch_size", "device", "compile", "pipeline", "workers"}
 WEIGHTS_ERROR = 0.005  # .33 .33 .33 has a sum of .99: too far; .333 .333 .333 is accepted and rescaled
 
 
@@ -40,6 +40,8 @@ class PrecomputeConfig:
     """Classes stored per prediction, at 4 bytes each. The remaining probability is spread over the other classes. auto:
     the fewest with which the gradient of the OFA loss has a cosine of 0.999 with the exact one, measured on up to 512
     images that are not stored."""
+    plan: bool = False
+    """Print the hours and disk space that the cache would take, from batches timed on this machine; writes nothing."""
     features: Literal["none", "pooled", "pooled-int8"] = "none"
     """Also store the teacher's pooled vector, the input of its classifier, for cc, rkd, crd and rsd; other methods then
     learn from all classes exactly. pooled: 2 bytes per number; pooled-int8: 1 byte per number. Needs a linear
