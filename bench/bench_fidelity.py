@@ -28,7 +28,6 @@ from fastofa.data.open import open_dataset
 from fastofa.pipelines import open_pipeline
 from fastofa.runs import recipes
 from fastofa.runs.recipes import default_policy
-from fastofa.system.interrupt import Interrupt
 from fastofa.teacher.ensemble import Ensemble
 from fastofa.teacher.fidelity import (
     HELD_BACK,
@@ -61,7 +60,7 @@ def predictions(folder: Path, data: str, policy: ViewPolicy) -> tuple[Sample, Te
     dataset = open_dataset(data)
     teacher = open_teacher(str(folder), dataset.classes)
     pipeline = open_pipeline("auto", dataset, teacher.image_size, batch_size=64)
-    sample = held_back(Ensemble((teacher,), (1.0,), (teacher.name,)), dataset, pipeline, policy, 0, Interrupt())
+    sample = held_back(Ensemble((teacher,), (1.0,), (teacher.name,)), dataset, pipeline, policy, seed=0)
     batches = pipeline.epoch(draw_views(policy, dataset.sizes, 0, HELD_BACK), held_back_order(len(dataset)))
     vectors = [teacher.with_pooled(batch.images)[1].clone() for batch in batches]
     return sample, torch.cat(vectors).float(), teacher.classifier

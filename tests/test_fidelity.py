@@ -18,7 +18,6 @@ from fastofa.kernels import ofa_loss
 from fastofa.pipelines import open_pipeline
 from fastofa.reports.page import write_report
 from fastofa.system.errors import BadInput
-from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.teacher.cache import TeacherCache
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.ensemble import Ensemble
@@ -132,7 +131,7 @@ def test_the_label_of_a_mixed_image_is_that_of_its_larger_share(teacher, digits)
     pipeline = open_pipeline("resident", digits, 32, 16)
     opened = alone(teacher)
     plain, mixed = (
-        held_back(opened, digits, pipeline, policy, 0, Interrupt())
+        held_back(opened, digits, pipeline, policy, seed=0)
         for policy in (ViewPolicy(flip=0.0), ViewPolicy(flip=0.0, mixup=1.0))
     )
     assert plain.log_probs.shape == mixed.log_probs.shape == (100, 10)
@@ -140,14 +139,6 @@ def test_the_label_of_a_mixed_image_is_that_of_its_larger_share(teacher, digits)
     assert plain.labels.tolist() == digits.labels.tolist()
     changed = (mixed.labels != plain.labels).float().mean().item()
     assert 0.25 < changed < 0.6  # half of the images are the smaller share; a tenth of the partners have the same label
-
-
-def test_a_signal_ends_it(teacher, digits):
-    interrupt = Interrupt()
-    interrupt.signum = 15
-    opened, pipeline = alone(teacher), open_pipeline("resident", digits, 32, 16)
-    with pytest.raises(Stopped, match="run the same command again"):
-        held_back(opened, digits, pipeline, ViewPolicy(), 0, interrupt)
 
 
 # --- The cache --------------------------------------------------------------------------------------------------------

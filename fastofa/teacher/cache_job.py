@@ -115,9 +115,7 @@ class CacheJob:
         fidelity = read_fidelity(self.out, self.header)
         if fidelity is None:
             with self.naming(FIDELITY):
-                sample = self.sample or held_back(
-                    self.teachers, *self.train, config.policy(), config.seed, self.interrupt
-                )
+                sample = self.sample or held_back(self.teachers, *self.train, config.policy(), config.seed)
             fidelity = measure(sample, topk, config.eps())
             write_fidelity(self.out, self.header, fidelity)
             notice(f"fidelity: {in_one_line(fidelity, topk)}")

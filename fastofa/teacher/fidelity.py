@@ -27,7 +27,6 @@ from fastofa.kernels.reference import heavier, ofa_loss_dense
 from fastofa.pipelines import Pipeline
 from fastofa.system.errors import BadInput
 from fastofa.system.files import read_json, write_json
-from fastofa.system.interrupt import Interrupt
 from fastofa.system.progress import track
 from fastofa.teacher.cache import topk_targets
 from fastofa.teacher.cache_header import MAX_VIEWS, identity
@@ -43,7 +42,6 @@ HELD_BACK = MAX_VIEWS  # the number of a view that no cache stores
 LEAST_COSINE = 0.999
 ROWS_AT_ONCE = 64  # bounds the memory for float64 gradients, and for a teacher that runs uncompiled
 STUDENTS = ("untrained", "trained")
-RUN_AGAIN = "run the same command again to continue"
 
 
 class Sample(NamedTuple):
@@ -102,14 +100,13 @@ def less_exact(losses: Sequence[LossFidelity]) -> list[LossFidelity]:
 # --- Measuring --------------------------------------------------------------------------------------------------------
 
 
-def held_back(
-    teachers: Ensemble, dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy, seed: int, interrupt: Interrupt
-) -> Sample:
+def held_back(teachers: Ensemble, dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy, seed: int) -> Sample:
     """Run the teachers on images that are evenly spaced in the dataset, in a view that is not stored.
+
+    A signal ends the job afterwards, because a part of the sample could not be saved.
 
     Raises:
         BadInput: a prediction is not finite.
-        Stopped: after Ctrl-C or SIGTERM.
     """
     views = draw_views(policy, dataset.sizes, seed, HELD_BACK)
     order = held_back_order(len(dataset))
@@ -117,7 +114,6 @@ def held_back(
     log_probs, labels = [], []
     with closing(teachers.batches(pipeline, teachers.same(views), order)) as batches:
         for each in track(batches, len(order), "fidelity", lambda each: len(each[0].images)):
-            interrupt.check(RUN_AGAIN)
             for images in zip(*(batch.images.split(ROWS_AT_ONCE) for batch in each), strict=True):
                 predicted = teachers.each(*images)
                 samples = list(itertools.islice(names, len(images[0])))

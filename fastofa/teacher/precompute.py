@@ -27,7 +27,7 @@ from fastofa.teacher.cache import TeacherCache
 from fastofa.teacher.cache_header import HEADER, identity, policy_to_json, read_header
 from fastofa.teacher.cache_job import CacheJob, Source
 from fastofa.teacher.ensemble import Ensemble, open_teachers
-from fastofa.teacher.fidelity import RUN_AGAIN, Sample, held_back, smallest_topk
+from fastofa.teacher.fidelity import Sample, held_back, smallest_topk
 from fastofa.teacher.model import Teacher
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.quick_checks import check_cache
@@ -127,12 +127,12 @@ def _choose_topk(
     Rank 0 chooses for all."""
     header["topk_chosen"], sample = "auto", None
     if not shares.is_main:
-        header["topk"] = shares.wait_for("topk", lambda: interrupt.check(RUN_AGAIN))
+        header["topk"] = shares.wait_for("topk", lambda: interrupt.check("run the same command again to continue"))
         return None
     existing = read_header(config.out) if (config.out / HEADER).exists() and not config.plan else {}
     header["topk"] = existing.get("topk")
     if "topk_chosen" not in existing or identity(header) != identity(existing):
-        sample = held_back(teachers, *source, config.policy(), config.seed, interrupt)
+        sample = held_back(teachers, *source, config.policy(), config.seed)
         header["topk"] = smallest_topk(sample, config.eps())
         notice(f"topk auto: {header['topk']} of {counted(header['num_classes'], 'class')}")
     shares.announce("topk", header["topk"])
