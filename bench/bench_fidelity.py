@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from bench import characters_folder
 from bench.lib import command_line
+from bench.lib.characters import characters
 from bench.lib.record import markdown_table, write_record
 from fastofa.commands.demo import train_teacher
 from fastofa.data.open import open_dataset
@@ -41,6 +42,7 @@ from fastofa.teacher.fidelity import (
     top_k,
 )
 from fastofa.teacher.model import open_teacher
+from fastofa.teacher.packed_rows import row_format
 from fastofa.teacher.vectors import Classifier, stored
 from fastofa.training.export import export
 from fastofa.training.loop import train
@@ -69,7 +71,9 @@ def predictions(folder: Path, data: str, policy: ViewPolicy) -> tuple[Sample, Te
 def top_k_forms(num_classes: int) -> dict[str, tuple[int, Form]]:
     """Bytes per image and form, by name: each K below C, and all classes if there are few."""
     kept = [k for k in TOPK if k < num_classes] + [num_classes] * (num_classes < max(TOPK))
-    return {f"top {k}": (4 * k, top_k(k)) for k in kept}
+    formats = {k: row_format(k, num_classes) for k in kept}
+    sizes = {k: 4 * k if rows is None else rows.num_bytes for k, rows in formats.items()}
+    return {f"top {k}": (sizes[k], top_k(k)) for k in kept}
 
 
 def vector_forms(vectors: Tensor, classifier: Classifier) -> dict[str, tuple[int, Form]]:
@@ -94,6 +98,15 @@ def rows(sample: Sample, forms: dict[str, tuple[int, Form]]) -> dict[str, dict[s
         }
         for name, (size, form) in forms.items()
     }
+
+
+def write_characters(folder: Path) -> None:
+    """Write FOLDER/train/CLASS/NUMBER.png and FOLDER/val/..., the characters of `bench.lib.characters`."""
+    for split in ("train", "val"):
+        for number, (image, label) in enumerate(zip(*characters(split), strict=True)):
+            path = folder / split / f"{label:02d}"
+            path.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).convert("RGB").save(path / f"{number:04d}.png")
 
 
 def train_on_characters(folder: Path, epochs: int) -> float:
@@ -123,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         folder = Path(temporary)
         if args.digits is None:
             train_teacher(folder)
-        characters_folder.write_folder(folder / "characters")
+        write_characters(folder / "characters")
         top1 = train_on_characters(folder, args.epochs)
         of_digits = predictions(args.digits or folder / "teacher", "digits", default_policy("digits"))
         of_characters = predictions(folder / "characters-teacher", str(folder / "characters"), CHARACTERS)

@@ -125,10 +125,8 @@ def test_each_teacher_sees_its_own_pixels_and_the_mean_is_stored(both, small, la
         each = [t.log_probs(pixels(dataset, v, t.image_size)) for t, v in zip(teachers, tables_, strict=True)]
         expected = mean_by_hand(*each)
         best = expected.topk(4)
-        torch.testing.assert_close(log_probs.double(), best.values, rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(
-            expected.gather(1, classes.long()), best.values, rtol=2e-3, atol=2e-3
-        )  # equal classes, but for ties
+        torch.testing.assert_close(log_probs.double(), best.values, rtol=0.02, atol=0.02)  # half a packed step
+        torch.testing.assert_close(expected.gather(1, classes.long()), best.values, rtol=2e-3, atol=2e-3)
         assert not torch.allclose(log_probs[:, 0].double(), each[0].double().amax(dim=1), atol=0.05)
 
 
@@ -140,7 +138,7 @@ def test_the_header_names_all_teachers_with_their_weights(both, small, large):
     assert header["config"]["teacher"] == [small, large]
     widths = [open_teacher(folder, DIGITS).model.num_features for folder in (small, large)]
     assert both.teacher_dim == max(widths)
-    assert load_tensors(both.path / view_file(0))[0].keys() == {"crop", "flip", "classes", "log_probs"}
+    assert load_tensors(both.path / view_file(0))[0].keys() == {"crop", "flip", "predictions"}
 
 
 def test_classes_are_matched_by_name_for_each_teacher(make_teacher, small):

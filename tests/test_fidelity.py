@@ -15,6 +15,7 @@ from fastofa.commands import cache as cache_command
 from fastofa.commands import precompute as precompute_command
 from fastofa.commands.arguments import CacheConfig
 from fastofa.kernels import ofa_loss
+from fastofa.methods.targets import TopK
 from fastofa.pipelines import open_pipeline
 from fastofa.reports.page import write_report
 from fastofa.system.errors import BadInput
@@ -36,6 +37,7 @@ from fastofa.teacher.fidelity import (
     top_k,
 )
 from fastofa.teacher.model import open_teacher
+from fastofa.teacher.packed_rows import PackedRows, packed
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train
@@ -54,11 +56,14 @@ def alone(folder: str) -> Ensemble:
 
 
 def gradient(sample: Sample, student: str, eps: float, topk: int) -> tuple[float, Tensor]:
-    """Loss and gradient [N, C] of the loss that training uses, from the K best classes in float16; in float64."""
+    """Loss and gradient [N, C] of the loss that training uses, from the K best classes as stored; in float64."""
     logits = students_logits(sample.log_probs)[student][None].requires_grad_()
     log_probs, classes = sample.log_probs.topk(topk)
-    stored = log_probs.half() if topk < sample.log_probs.shape[1] else log_probs
-    loss = ofa_loss(logits, sample.labels, classes, stored.double(), eps, impl="torch")[0]
+    if topk < sample.log_probs.shape[1]:
+        rows = packed(TopK(classes, log_probs), sample.log_probs.shape[1])
+        assert isinstance(rows, PackedRows)
+        log_probs = rows.unpacked().log_probs
+    loss = ofa_loss(logits, sample.labels, classes, log_probs.double(), eps, impl="torch")[0]
     loss.backward()
     return loss.item(), logits.grad[0]
 
@@ -86,7 +91,7 @@ def test_the_figures_are_those_of_the_loss_that_training_uses(topk):
 def test_probability_that_lies_with_other_classes():
     """One image, by hand: of .5 .3 .15 .05, the top 2 spread .2 evenly, so that .05 moves."""
     sample = Sample(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), torch.tensor([0]))
-    assert measure(sample, 2, (1.0,)).moved == pytest.approx(0.05, abs=1e-3)
+    assert measure(sample, 2, (1.0,)).moved == pytest.approx(0.05, abs=5e-3)
     assert measure(sample, 4, (1.0,)).moved == pytest.approx(0, abs=1e-3)
 
 
@@ -103,7 +108,7 @@ def test_a_method_sees_a_distribution():
     seen = top_k(2)(sample.log_probs)
     exact = sample.log_probs.exp()
     torch.testing.assert_close(seen.sum(dim=1), torch.ones(5))
-    torch.testing.assert_close(seen.topk(2).values, exact.topk(2).values, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(seen.topk(2).values, exact.topk(2).values, rtol=0.02, atol=1e-6)
     rest = seen.sort(dim=1).values[:, :4]
     torch.testing.assert_close(rest, rest[:, :1].expand(-1, 4))
     torch.testing.assert_close(top_k(6)(sample.log_probs), exact, rtol=2e-3, atol=1e-6)

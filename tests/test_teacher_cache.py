@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastofa.commands.cache import info
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
-from fastofa.methods.targets import Targets
+from fastofa.methods.targets import Targets, TopK
 from fastofa.pipelines import open_pipeline
 from fastofa.runs.recipes import default_policy
 from fastofa.system.errors import BadInput
@@ -110,14 +110,14 @@ def edit_header(path: Path, **values) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 30), st.data())
 def test_the_best_classes_are_stored(B, C, data):
-    """As by torch.topk, best first, as uint16 and fp16; with the log-probabilities of these classes."""
+    """As by torch.topk, best first, as uint16; with their log-probabilities, fp16 if all classes are kept."""
     K = data.draw(st.integers(1, C))
     log_probs = torch.randn(B, C, generator=torch.Generator().manual_seed(C)).log_softmax(-1)
     got = topk_targets(log_probs, K)
     values, classes = log_probs.topk(K)
-    assert (got.classes.dtype, got.log_probs.dtype) == (torch.uint16, torch.float16)
+    assert got.classes.dtype == torch.uint16
     assert torch.equal(got.classes.long(), classes)
-    assert torch.equal(got.log_probs, values.half())
+    assert torch.equal(got.log_probs, values.half() if K == C else values)
 
 
 @pytest.mark.parametrize(("C", "dtype"), [(65_535, torch.uint16), (65_536, torch.uint16), (65_537, torch.int32)])
@@ -130,7 +130,7 @@ def test_class_numbers_use_the_narrowest_type(C, dtype):
     got = topk_targets(log_probs, 3)
     assert got.classes.dtype == dtype
     assert got.classes.tolist() == best
-    looked_up = DeviceTargets(*got, CPU).lookup(torch.tensor([2, 0, 1, 2]))
+    looked_up = DeviceTargets(got, CPU).lookup(torch.tensor([2, 0, 1, 2]))
     assert looked_up.classes.dtype == torch.int32
     assert looked_up.classes.tolist() == [best[2], best[0], best[1], best[2]]
 
@@ -140,7 +140,7 @@ def test_lookup_is_a_gather_of_rows(dtype):
     """In any order, repeated, or none; log-probabilities are unchanged."""
     classes = torch.arange(20).view(5, 4).to(dtype)
     log_probs = torch.randn(5, 4).half()
-    table = DeviceTargets(classes, log_probs, CPU)
+    table = DeviceTargets(TopK(classes, log_probs), CPU)
     for ids in ([4, 0, 0, 3], [], [2]):
         got = table.lookup(torch.tensor(ids, dtype=torch.int64))
         assert got.classes.tolist() == classes.to(torch.int32)[ids].tolist()
@@ -153,9 +153,9 @@ def test_a_ranks_share_gives_the_same_targets_as_the_whole_table(dtype, dense):
     """For its own samples, in any order; others are not kept."""
     classes = torch.arange(40).view(10, 4).to(dtype)
     log_probs = torch.randn(10, 4).log_softmax(1).half()
-    whole = DeviceTargets(classes, log_probs, CPU, dense)
-    share = DeviceTargets(classes, log_probs, CPU, dense, rows=np.array([7, 2, 9]))
-    assert len(share.classes) == len(share.log_probs) == 3
+    whole = DeviceTargets(TopK(classes, log_probs), CPU, dense)
+    share = DeviceTargets(TopK(classes, log_probs), CPU, dense, rows=np.array([7, 2, 9]))
+    assert len(share) == 3
     for ids in ([7, 2, 9], [9, 9, 7], [2], []):
         found, expected = (table.lookup(torch.tensor(ids).long()) for table in (share, whole))
         for a, b in ((found.classes, expected.classes), (found.log_probs, expected.log_probs)):
@@ -181,7 +181,7 @@ def test_the_files_of_a_cache(photo_cache, photos):
     header = json.loads((photo_cache.path / HEADER).read_text())
     train, val = open_dataset(str(photos)), open_dataset(str(photos), "val")
     expected = {
-        "schema": 3, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
+        "schema": 4, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
         "classes": ["china", "flower"],
         "dataset": {"spec": str(photos), "train": train.fingerprint, "val": val.fingerprint},
         "policy": {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5},
@@ -195,7 +195,7 @@ def test_the_files_of_a_cache(photo_cache, photos):
     tensors, _ = load_tensors(photo_cache.path / view_file(1))
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     assert kinds == {
-        "crop": (torch.uint16, (24, 4)), "flip": (torch.bool, (24,)),
+        "crop": (torch.uint16, (24, 4)), "flip": (torch.uint8, (3,)),
         "classes": (torch.uint16, (24, 2)), "log_probs": (torch.float16, (24, 2)),
     }  # fmt: skip
     val_tensors, _ = load_tensors(photo_cache.path / VAL)
@@ -252,9 +252,9 @@ def pixels(dataset: Dataset, views: Views) -> Tensor:
 
 
 def assert_same_predictions(got: Targets, expected: Tensor) -> None:
-    """Within fp16 of the full log-probabilities `expected` [N, C], and no omitted class is better."""
-    got_at = expected.gather(1, got.classes.long())
-    torch.testing.assert_close(got.log_probs.float(), got_at, rtol=2e-3, atol=2e-3)
+    """Within fp16, or half a packed step, of the log-probabilities `expected` [N, C], and no omitted class is better."""
+    got_at, allowed = expected.gather(1, got.classes.long()), 2e-3 if got.log_probs.dtype == torch.float16 else 0.02
+    torch.testing.assert_close(got.log_probs.float(), got_at, rtol=allowed, atol=allowed)
     torch.testing.assert_close(got_at, expected.topk(got.classes.shape[1]).values, rtol=2e-3, atol=2e-3)
     assert (got.classes[:, 0].long() == expected.argmax(1)).float().mean() > 0.9
 
@@ -463,11 +463,11 @@ def test_a_missing_cache_and_invalid_headers(changed):
     header = (changed / HEADER).read_text()
     for text, message in (
         (header[:50], "expected JSON"),
-        ("[]", "expected schema 3, got list"),
-        ("{}", "expected schema 3, got None"),
+        ("[]", "expected schema 4, got list"),
+        ("{}", "expected schema 4, got None"),
         (
-            header.replace('"schema": 3', '"schema": 1'),
-            "expected schema 3, got 1; remove the cache",
+            header.replace('"schema": 4', '"schema": 1'),
+            "expected schema 4, got 1; remove the cache",
         ),
         (header.replace('"topk"', '"top"'), "expected the fields topk, but the file was edited"),
     ):

@@ -46,7 +46,7 @@ def _print_plan(plan: Plan, config: PrecomputeConfig) -> None:
         f"  teacher passes  {plan.passes:,}, validation included",
         f"  images/s        {plan.rate:,.0f} on {ranks}, {ms:,.3f} ms per image; the teacher alone {plan.teacher:,.0f}",
         f"  hours           {plan.hours:,.2f}; {plan.rank_hours:,.2f} GPU hours with one GPU per rank",
-        f"  disk            {filesize.decimal(plan.bytes)}, {plan.row_bytes} bytes per image and view",
+        f"  disk            {filesize.decimal(plan.bytes)}, {plan.row_bytes:.4g} bytes per image and view",
         "A teacher that runs in training takes a pass per image, epoch and student. The cache takes fewer passes from",
         f"{cheaper} students. An epoch replays one view, so the views repeat after {plan.views:,} epochs.",
         "No cache was begun.",

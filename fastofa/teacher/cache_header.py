@@ -10,7 +10,8 @@ from fastofa.system.errors import BadInput
 from fastofa.system.files import read_json, write_json
 from fastofa.views.policy import ViewPolicy
 
-SCHEMA = 3
+SCHEMA = 4
+OLDER = (3,)  # schemas that are still read
 MAX_VIEWS = MAX_EPOCHS  # an epoch replays one view
 AGAIN = "run `fastofa precompute` again with the same arguments"
 HEADER = "cache.json"
@@ -26,7 +27,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if not exists:
         raise BadInput(f"{path}: expected a teacher cache made by `fastofa precompute`, but it contains no {HEADER}")
     header = read_json(file)
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+    if not isinstance(header, dict) or header.get("schema") not in (SCHEMA, *OLDER):
         schema = header.get("schema") if isinstance(header, dict) else type(header).__name__
         raise BadInput(
             f"{file}: expected schema {SCHEMA}, got {str(schema)[:80]}; remove the cache and precompute it again with "

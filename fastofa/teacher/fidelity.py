@@ -2,8 +2,8 @@
 
     CACHE/fidelity.json
 
-A cache keeps the K most probable classes in float16 and spreads the rest of the probability evenly. Up to 512 images,
-in a view that no cache stores, show what this changes: the probability kept, and the error of the OFA loss and of its
+A cache keeps the K most probable classes, rounded, and spreads the rest of the probability evenly. Up to 512 images, in
+a view that no cache stores, show what this changes: the probability kept, and the error of the OFA loss and of its
 gradient at the logits of two simulated students. One is untrained: its logits are normal with standard deviation 1.
 The other is trained: its logits are the teacher's log-probabilities plus normal noise with standard deviation 1.
 
@@ -33,6 +33,7 @@ from fastofa.teacher.cache_header import MAX_VIEWS, identity
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.ensemble import Ensemble
 from fastofa.teacher.model import check_finite
+from fastofa.teacher.packed_rows import packed
 from fastofa.views.draw import draw_views
 from fastofa.views.policy import ViewPolicy
 
@@ -135,8 +136,8 @@ def top_k(topk: int) -> Callable[[Tensor], Tensor]:
 
     def seen(log_probs: Tensor) -> Tensor:
         count, num_classes = log_probs.shape
-        stored = topk_targets(log_probs, topk)
-        table = DeviceTargets(*stored, log_probs.device, dense=topk == num_classes)
+        stored = packed(topk_targets(log_probs, topk), num_classes)
+        table = DeviceTargets(stored, log_probs.device, dense=topk == num_classes)
         return table.lookup(torch.arange(count, device=log_probs.device)).probs(num_classes)
 
     return seen

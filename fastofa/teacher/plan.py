@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastofa.system.interrupt import Interrupt
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import as_stored, view_file
-from fastofa.teacher.downloads import Downloads
+from fastofa.teacher.cache import as_stored, packed_columns, view_file
+from fastofa.teacher.downloads import Columns, Downloads
 from fastofa.teacher.ensemble import kept
 from fastofa.teacher.parts import rows_in
 from fastofa.teacher.precompute import CacheJob, check_early, open_images, open_job
@@ -39,8 +40,8 @@ class Plan:
     """Images/s of `precompute`, all ranks together: reading, cropping, the teacher and its top K."""
     topk: int
     """Classes stored per prediction."""
-    row_bytes: int
-    """Bytes that a view stores per image."""
+    row_bytes: float
+    """Bytes that a view stores per image; flips are bits."""
 
     @property
     def passes(self) -> int:
@@ -59,7 +60,7 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Size of the views."""
-        return self.views * self.images * self.row_bytes
+        return round(self.views * self.images * self.row_bytes)
 
     def epochs(self, students: int) -> int:
         """The number of epochs of each student from which the cache takes fewer passes than a teacher in training.
@@ -79,14 +80,19 @@ def measure(job: CacheJob) -> Plan:
     with closing(job.teachers.batches(source.pipeline, views, parts.order)) as batches:
         images = [batch.images for batch in next(batches)]
     columns = job.program(*images)  # compiles, or lets cuDNN choose its algorithms
-    stored = [*kept(as_stored({name: values.cpu() for name, values in columns.items()})).values()]
-    drawn = views[0].columns().values()
-    row_bytes = sum(values[:1].nbytes for values in stored) + sum(values[:1].nbytes for values in drawn)
+    predicted = kept(as_stored({name: values.cpu() for name, values in columns.items()}))
+    drawn = {name: torch.from_numpy(values) for name, values in views[0].columns().items()}
+    row_bytes = sum(_row_bytes(table, job.header) for table in (predicted, drawn))
 
     device = job.teachers.device
     calls = _repetitions(_seconds(lambda: job.program(*images), 1, device))
     teacher = calls * len(images[0]) / _seconds(lambda: job.program(*images), calls, device)
     return _of_all_ranks(job, teacher, _rate(job), row_bytes)
+
+
+def _row_bytes(columns: Columns, header: dict[str, Any]) -> float:
+    rows = len(next(iter(columns.values())))
+    return sum(values.nbytes for values in packed_columns(columns, header).values()) / rows
 
 
 def _rate(job: CacheJob) -> float:
@@ -122,7 +128,7 @@ def _repetitions(seconds: float) -> int:
     return min(max(int(SECONDS / seconds), 2), 100)
 
 
-def _of_all_ranks(job: CacheJob, teacher: float, rate: float, row_bytes: int) -> Plan:
+def _of_all_ranks(job: CacheJob, teacher: float, rate: float, row_bytes: float) -> Plan:
     shares, config = job.shares, job.config
     shares.announce(f"speeds of {shares.place.rank}", (teacher, rate))
     ranks = range(shares.place.size)

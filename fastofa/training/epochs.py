@@ -15,7 +15,8 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import Table, TeacherCache
 from fastofa.teacher.device_targets import DeviceTargets
-from fastofa.teacher.vectors import joined
+from fastofa.teacher.packed_rows import joined
+from fastofa.teacher.vectors import joined as joined_vectors
 from fastofa.training.distributed import World
 from fastofa.views.draw import draw_views
 from fastofa.views.order import epoch_order, epoch_rows
@@ -139,12 +140,11 @@ class Epochs:
         rebuilt = "all classes" in needs and not dense
         vectors = [t.vectors for t in tables if t.vectors is not None and (rebuilt or "pooled vector" in needs)]
         return DeviceTargets(
-            torch.cat([table.targets.classes for table in tables]),
-            torch.cat([table.targets.log_probs for table in tables]),
+            joined([table.predictions for table in tables]),
             self.device,
             dense,
             None if self.world.size == 1 else order,  # the rows that this rank looks up
-            joined(vectors) if vectors else None,
+            joined_vectors(vectors) if vectors else None,
             cache.classifier() if rebuilt else None,
         )
 

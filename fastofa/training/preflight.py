@@ -70,7 +70,7 @@ def spread_notice(methods: Sequence[str], cache: TeacherCache, log_probs: Tensor
     """What methods that need all classes lose on this cache, for a notice; empty if nothing.
 
     Args:
-        log_probs: float16 [N, K], of view 0.
+        log_probs: floating [N, K], of view 0.
     """
     names = [name for name in methods if method_class(name).needs == "all classes"]
     if not names or cache.pooled_dim or cache.topk == cache.num_classes:
