@@ -98,9 +98,9 @@ def step_ms(batch_size: int, image_size: int, rounds: int, calls: int) -> dict[s
     classifier = Classifier(torch.randn(CLASSES, WIDTH) / WIDTH**0.5, torch.zeros(CLASSES))
     vectors = torch.randn(batch_size, WIDTH) * 3
     best = topk_targets(classifier.log_probs(vectors), TOPK)
-    tables = {f"top {TOPK}": DeviceTargets(*best, job.device)}
+    tables = {f"top {TOPK}": DeviceTargets(best, job.device)}
     for features in FEATURES:
-        tables[features] = DeviceTargets(*best, job.device, vectors=stored(vectors, features), classifier=classifier)
+        tables[features] = DeviceTargets(best, job.device, vectors=stored(vectors, features), classifier=classifier)
     steps = {name: (lambda table=table: step([batch], table, lr=1e-3)) for name, table in tables.items()}
     lookups = {f"lookup, {name}": (lambda table=table: table.lookup(batch.rows)) for name, table in tables.items()}
     return {

@@ -653,7 +653,7 @@ def test_edited_header_of_a_cache(copied):
 @pytest.mark.parametrize(
     ("edited", "message"),
     [
-        ({"schema": 2}, "schema 3...2"),
+        ({"schema": 2}, "schema 4...2"),
         ({"policy": {"scale": [0.1, 1], "ratio": [1, 1], "flip": 0, "auto_augment": 9}}, "cache.json: ...precompute"),
         ({"topk": 4}, "val.safetensors: ...cache...another"),
         ({"seed": 1}, "val.safetensors: ...cache...another"),

@@ -43,7 +43,7 @@ def _print_plan(plan: Plan, config: PrecomputeConfig) -> None:
         f"  teacher passes  {plan.passes:,}, validation included",
         f"  images/s        {plan.rate:,.0f} on {ranks}, {ms:,.3f} ms per image; the teacher alone {plan.teacher:,.0f}",
         f"  hours           {plan.hours:,.2f}; {plan.rank_hours:,.2f} GPU hours with one GPU per rank",
-        f"  disk            {filesize.decimal(plan.bytes)}, {plan.row_bytes} bytes per image and view",
+        f"  disk            {filesize.decimal(plan.bytes)}, {plan.row_bytes:,.1f} bytes per image and view",
         "A teacher that runs in training takes a pass per image, epoch and student. The cache takes fewer passes from",
         f"{cheaper} students.",
         f"An epoch replays one view, so views repeat after {counted(plan.views, 'epoch')}. Nothing was written.",

@@ -7,7 +7,6 @@ template escapes all of them.
 C classes, N validation images.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,9 +219,8 @@ class _Setting:
 
 def _settings(config: TrainConfig) -> list[_Setting]:
     default = recipe(config.recipe)(data=config.data, student=config.student, out=config.out)
-    names = [field.name for field in dataclasses.fields(config)]
-    by_size = {name: "by dataset size" for name in SIZED if getattr(default, name) is None}
-    return [_Setting(name, getattr(config, name), by_size.get(name, getattr(default, name))) for name in names]
+    defaults = default.flags | {name: "by dataset size" for name in SIZED if getattr(default, name) is None}
+    return [_Setting(name, value, defaults.get(name)) for name, value in config.flags.items()]
 
 
 def _launches(run: Path) -> list[dict[str, Any]]:

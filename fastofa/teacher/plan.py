@@ -12,7 +12,7 @@ import torch
 
 from fastofa.system.interrupt import Interrupt
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import as_stored, view_file
+from fastofa.teacher.cache import as_stored, packed_columns, view_file
 from fastofa.teacher.downloads import Downloads
 from fastofa.teacher.parts import rows_in
 from fastofa.teacher.precompute import CacheJob, check_early, open_images, open_job
@@ -36,7 +36,7 @@ class Plan:
     """Images/s of the teacher alone, all ranks together."""
     rate: float
     """Images/s of `precompute`, all ranks together: reading, cropping, the teacher and its top K."""
-    row_bytes: int
+    row_bytes: float
     """Bytes that a view stores per image."""
 
     @property
@@ -56,7 +56,7 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Size of the views."""
-        return self.views * self.images * self.row_bytes
+        return round(self.views * self.images * self.row_bytes)
 
     def epochs(self, students: int) -> int:
         """The number of epochs of each student from which the cache takes fewer passes than a teacher in training.
@@ -76,9 +76,9 @@ def measure(job: CacheJob) -> Plan:
     with closing(source.pipeline.epoch(views, parts.order)) as batches:
         images = next(batches).images
     columns = job.program(images)  # compiles, or lets cuDNN choose its algorithms
-    stored = [*as_stored({name: values.cpu() for name, values in columns.items()}).values()]
-    drawn = views.columns().values()
-    row_bytes = sum(values[:1].nbytes for values in stored) + sum(values[:1].nbytes for values in drawn)
+    drawn = {name: torch.from_numpy(column[: len(images)]) for name, column in views.columns().items()}
+    rows = drawn | as_stored({name: values.cpu() for name, values in columns.items()})
+    row_bytes = sum(values.nbytes for values in packed_columns(rows, job.header).values()) / len(images)
 
     device = job.program.teacher.device
     calls = _repetitions(_seconds(lambda: job.program(images), 1, device))
@@ -119,7 +119,7 @@ def _repetitions(seconds: float) -> int:
     return min(max(int(SECONDS / seconds), 2), 100)
 
 
-def _of_all_ranks(job: CacheJob, teacher: float, rate: float, row_bytes: int) -> Plan:
+def _of_all_ranks(job: CacheJob, teacher: float, rate: float, row_bytes: float) -> Plan:
     shares, config = job.shares, job.config
     shares.announce(f"speeds of {shares.place.rank}", (teacher, rate))
     ranks = range(shares.place.size)
@@ -127,8 +127,8 @@ def _of_all_ranks(job: CacheJob, teacher: float, rate: float, row_bytes: int) ->
     return Plan(
         images=len(job.train.dataset),
         val_images=len(job.val.dataset),
-        views=config.views,
-        finished=sum((config.out / view_file(view)).is_file() for view in range(config.views)),
+        views=len(job.views),
+        finished=sum((config.out / view_file(view)).is_file() for view in job.views),
         ranks=shares.place.size,
         teacher=sum(teacher for teacher, _ in speeds),
         rate=sum(rate for _, rate in speeds),
