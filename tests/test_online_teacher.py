@@ -122,7 +122,7 @@ def test_they_equal_those_of_a_cache_of_the_same_views(name, folder, tmp_path, m
     for view in range(views):
         table, classes, log_probs = cache.targets(view)
         expected = of_views[view * len(order) :][: len(order)][np.argsort(order)]
-        cached = DeviceTargets(classes, log_probs, CPU, dense=True)
+        cached = DeviceTargets(cache.table(view).predictions, CPU, dense=True)
         seen = []
         for ranks in (1, 2):
             for rank in range(ranks):
