@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 from fastofa.runs.log import read_metrics
 from runs import CONTEXT
@@ -23,11 +24,20 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Processes that each call `work(rank, *arguments)`; leaving `with Ranks(...)` kills those that are left."""
+    """Processes that each call `work(rank, *arguments)`; leaving `with Ranks(...)` kills those that are left.
 
-    def __init__(self, size: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
+    Rank 0 holds the store that the ranks share; with `agent`, this process does, as torchrun does on one node.
+    """
+
+    def __init__(
+        self, size: int, folder: Path, work: Callable[..., None], *arguments: Any, agent: bool = False
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        if agent:
+            self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            place |= {"MASTER_PORT": self.store.port}
+            place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
         self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
         self.processes = [
             CONTEXT.Process(target=_rank, args=({**place, "RANK": rank, "LOCAL_RANK": rank}, log, work, arguments))

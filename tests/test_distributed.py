@@ -162,6 +162,26 @@ def test_two_ranks_that_share_batch_statistics_train_a_cnn_as_one(config):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-6)
 
 
+def _train_in_fp32(_: int, config: TrainConfig) -> None:
+    """The teacher computes in fp32 or bf16, whatever the default is."""
+    import fastofa.training.preflight
+
+    fastofa.training.loop.Job._report = lambda job: None  # type: ignore[method-assign]
+    cli.main(command_line("train", config))
+
+
+@pytest.mark.slow
+def test_an_online_teacher_on_every_rank_trains_as_on_one(config, cache):
+    """Each rank runs it on its own images, and averages only the student's gradients; in parts, and with FitNet."""
+    teacher = str(cache.path.parent / "teacher")
+    overrides = {"cache": None, "online_teacher": teacher, "method": "ofa+fitnet", "epochs": 2, "lr": 1e-3}
+    train(config("online-alone", **overrides))
+    c = config("online-pair", **overrides, accumulate=2)
+    with Ranks(2, c.out.with_suffix(".logs"), _train_in_fp32, c) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+    assert_near(c.out, config("online-alone").out, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_bf16_gradient_compression_changes_little(config, alone):
     """After the first step the losses differ from those without compression, by less than 1%."""

@@ -29,6 +29,7 @@ from fastofa.teacher.cache_header import HEADER, policy_from_json, policy_to_jso
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.fidelity import FIDELITY
 from fastofa.teacher.model import Teacher, open_teacher
+from fastofa.teacher.packed_rows import RowFormat
 from fastofa.teacher.parts import PARTS, part_file
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
@@ -183,7 +184,10 @@ def test_the_files_of_a_cache(photo_cache, photos):
     expected = {
         "schema": 4, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
         "classes": ["china", "flower"],
-        "dataset": {"spec": str(photos), "train": train.fingerprint, "val": val.fingerprint},
+        "dataset": {
+            "spec": str(photos), "train": train.fingerprint, "val": val.fingerprint,
+            "train_samples": train.samples_fingerprint,
+        },
         "policy": {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5},
     }  # fmt: skip
     assert {key: header[key] for key in expected} == expected
@@ -252,7 +256,7 @@ def pixels(dataset: Dataset, views: Views) -> Tensor:
 
 
 def assert_same_predictions(got: Targets, expected: Tensor) -> None:
-    """Within fp16, or half a packed step, of the log-probabilities `expected` [N, C], and no omitted class is better."""
+    """Within fp16, or half a packed step, of `expected` [N, C], and no omitted class is better."""
     got_at, allowed = expected.gather(1, got.classes.long()), 2e-3 if got.log_probs.dtype == torch.float16 else 0.02
     torch.testing.assert_close(got.log_probs.float(), got_at, rtol=allowed, atol=allowed)
     torch.testing.assert_close(got_at, expected.topk(got.classes.shape[1]).values, rtol=2e-3, atol=2e-3)
@@ -382,11 +386,30 @@ def test_check_accepts_its_own_data_and_policy(photo_cache, photos):
     photo_cache.check(open_dataset(str(photos)), ViewPolicy())
 
 
+def test_check_accepts_other_pixels_only_if_told(photo_cache, folder):
+    """Photographs compressed again are other data unless the caller accepts that; a renamed one is, even then."""
+    for file in folder.glob("train/*/*.jpg"):
+        Image.open(file).save(file, quality=60)
+    changed = open_dataset(str(folder))
+    found = rf"24 samples, sha256 {photo_cache.header['dataset']['train']:.12}"
+    expected = rf"24 samples, sha256 {changed.fingerprint:.12}"
+    with pytest.raises(
+        BadInput, match=rf"expected .* \({expected}\), got .* \({found}\) of the same names .*--allow-mismatch pixels"
+    ):
+        photo_cache.check(changed, ViewPolicy())
+    photo_cache.check(changed, ViewPolicy(), other_pixels=True)
+    with pytest.raises(BadInput, match="expected views drawn with"):
+        photo_cache.check(changed, ViewPolicy(flip=0.1), other_pixels=True)
+    (folder / "train" / "china" / "000.jpg").rename(folder / "train" / "china" / "zzz.jpg")
+    with pytest.raises(BadInput, match=r"expected one made from .* got one made from .*\); run `fastofa precompute`"):
+        photo_cache.check(open_dataset(str(folder)), ViewPolicy(), other_pixels=True)
+
+
 def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache, photos, tmp_path):
     digits = open_dataset("digits:100")
     with pytest.raises(BadInput, match="expected the 10 classes of digits:100, got 2"):
         photo_cache.check(digits, ViewPolicy())
-    with pytest.raises(BadInput, match=r"made from digits:200 .*\(200 samples\), got .* digits:100 \(100 samples\)"):
+    with pytest.raises(BadInput, match=r"from digits:200 .*\(200 samples, .*\), got .* digits:100 \(100 samples"):
         digit_cache.check(open_dataset("digits:200"), digit_cache.policy)
     with pytest.raises(BadInput, match=r"expected views drawn with .*flip=0.5\), got .*flip=0.0\)"):
         digit_cache.check(digits, dataclasses.replace(digit_cache.policy, flip=0.5))
@@ -612,6 +635,32 @@ def test_verify_finds_the_damaged_file(changed, name):
             TeacherCache.open(changed).verify()
     (changed / name).write_bytes(data)
     TeacherCache.open(changed).verify()
+
+
+def test_a_cache_of_schema_3_is_read_and_continued_in_its_form(digit_cache, teacher_of_10, tmp_path):
+    """What an earlier version wrote: nothing packed. Its views replay as before, and a view can be added."""
+    old = Path(shutil.copytree(digit_cache.path, tmp_path / "cache"))
+    edit_header(old, schema=3)
+    for name in (view_file(0), view_file(1), VAL):
+        tensors, said = load_tensors(old / name)
+        packed = tensors.pop("predictions")
+        targets = RowFormat(4, 10).unpack(packed)
+        if "flip" in tensors:
+            tensors["flip"] = torch.from_numpy(digit_cache.targets(0 if name == view_file(0) else 1)[0].flip)
+        columns = {**tensors, "classes": targets.classes, "log_probs": targets.log_probs.half()}
+        save_tensors(old / name, columns, said)
+    cache = TeacherCache.open(old)
+    cache.verify()
+    for view in range(2):
+        (a, classes_a, log_probs_a), (b, classes_b, log_probs_b) = cache.targets(view), digit_cache.targets(view)
+        np.testing.assert_array_equal(a.flip, b.flip)
+        assert torch.equal(classes_a, classes_b)
+        assert torch.equal(log_probs_a, log_probs_b.half())
+    assert torch.equal(cache.val_targets().classes, digit_cache.val_targets().classes)
+    grown = precompute(PrecomputeConfig("digits:100", str(teacher_of_10), old, views=3, topk=4))
+    assert set(load_tensors(old / view_file(2))[0]) == {"crop", "flip", "classes", "log_probs"}
+    grown.verify()
+    assert json.loads((old / HEADER).read_text())["schema"] == 3
 
 
 # --- Making one -------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class OnlineTeacher:
         self.log_probs = torch.compile(log_probs) if options.compile == "on" else log_probs
 
     @torch.no_grad()
-    def lookup(self, rows: Tensor) -> Targets:
+    def of(self, batch: Batch) -> Targets:
         return Targets(self.classes, self.log_probs(self.images))
 
 

@@ -7,7 +7,6 @@ text: the template escapes all of them.
 C classes, N validation images.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,10 +209,10 @@ def _mistakes(run: Run) -> _Mistakes | None:
 
 
 def _fidelity(run: Run) -> Fidelity | None:
-    """How exactly the run's cache represents the teacher's predictions; None if the cache is not there to tell."""
-    if run.cache is None or not (run.cache / HEADER).is_file():
+    """How exactly the run's cache represents the teacher's predictions; None if no folder contains the cache."""
+    if run.cache is None or not Path(run.cache, HEADER).is_file():
         return None
-    return read_fidelity(run.cache, read_header(run.cache))
+    return read_fidelity(Path(run.cache), read_header(Path(run.cache)))
 
 
 # --- Configuration and environment ------------------------------------------------------------------------------------
@@ -233,9 +232,8 @@ class _Setting:
 
 def _settings(config: TrainConfig) -> list[_Setting]:
     default = recipe(config.recipe)(data=config.data, student=config.student, out=config.out)
-    names = [field.name for field in dataclasses.fields(config)]
-    by_size = {name: "by dataset size" for name in SIZED if getattr(default, name) is None}
-    return [_Setting(name, getattr(config, name), by_size.get(name, getattr(default, name))) for name in names]
+    defaults = default.flags | {name: "by dataset size" for name in SIZED if getattr(default, name) is None}
+    return [_Setting(name, value, defaults.get(name)) for name, value in config.flags.items()]
 
 
 def _launches(run: Path) -> list[dict[str, Any]]:

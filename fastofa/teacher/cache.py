@@ -72,11 +72,18 @@ class TeacherCache:
     path: Path
     header: dict[str, Any]
     views: int
-    """The number of finished views, from view 0 on; a multiple of the policy's `repeats`."""
+    """The number of finished views, from view `first` on; a multiple of the policy's `repeats`."""
+    first: int = 0
+    """The first finished view; above 0 only in a part of a cache, made with `precompute --first-view`."""
 
     @classmethod
-    def open(cls, path: str | Path) -> "TeacherCache":
+    def open(cls, path: str | Path, part: bool = False) -> "TeacherCache":
         """Open a cache.
+
+        Args:
+            path: its folder.
+            part: also accept a cache that begins with a later view than view 0; its finished views are those from the
+                first one on. Students learn only from whole caches.
 
         Raises:
             BadInput: not a cache, no finished views, no validation predictions, or another schema version.
@@ -84,16 +91,25 @@ class TeacherCache:
         path = Path(path)
         header = read_header(path)
         repeats = policy_from_json(header["policy"]).repeats
-        views = next(view for view in itertools.count() if not (path / view_file(view)).is_file())
-        views = min(views, header["views"]) // repeats * repeats
+        first = next(iter(views_in(path, header)), 0) // repeats * repeats if part else 0
+        end = next(view for view in itertools.count(first) if not (path / view_file(view)).is_file())
+        views = (min(end, header["views"]) - first) // repeats * repeats
         others = (VAL, CLASSIFIER) if "features" in header else (VAL,)
-        missing = [file for file in (*map(view_file, range(views, repeats)), *others) if not (path / file).is_file()]
+        needed = (*map(view_file, range(first + views, first + repeats)), *others)
+        missing = [file for file in needed if not (path / file).is_file()]
         if missing:
+            later = next(iter(views_in(path, header)), 0)
+            remedy = f"{AGAIN}, it continues where it stopped"
+            if later and not part:
+                remedy = (
+                    f"run `fastofa cache merge` to join this part, which begins with view {later}, with the others, or "
+                    "`fastofa precompute` again without --first-view"
+                )
             raise BadInput(
                 f"{path}: expected the validation predictions and at least {repeats} of {header['views']} views, but "
-                f"{missing[0]} is missing; {AGAIN}, it continues where it stopped"
+                f"{missing[0]} is missing; {remedy}"
             )
-        cache = cls(path, header, views)
+        cache = cls(path, header, views, first)
         cache.val_targets()
         cache.classifier()
         return cache
@@ -102,7 +118,8 @@ class TeacherCache:
     def finished(self) -> str:
         """The number of finished views; if some are missing, "n of total"."""
         total = self.header["views"]
-        return f"{total}" if self.views == total else f"{self.views} of {total}"
+        text = f"{total}" if self.views == total else f"{self.views} of {total}"
+        return f"{text} (from view {self.first} on)" if self.first else text
 
     @property
     def num_samples(self) -> int:
@@ -167,8 +184,9 @@ class TeacherCache:
         Raises:
             BadInput: the file is truncated, edited or from another cache, or contains impossible values.
         """
-        if not 0 <= view < self.views:
-            raise BadInput(f"{self.path}: expected a view from 0 to {self.views - 1}, got {view}")
+        if not self.first <= view < self.first + self.views:
+            last = self.first + self.views - 1
+            raise BadInput(f"{self.path}: expected a view from {self.first} to {last}, got {view}")
         path = self.path / view_file(view)
         tensors = read_table(path, self.header, view)
         predicted = {PREDICTIONS, *TopK._fields, *(Vectors._fields if self.pooled_dim else ())}
@@ -207,17 +225,24 @@ class TeacherCache:
             BadInput: for the first table that is wrong, or a view that is missing although later ones exist.
         """
         title, total = f"verifying {self.path}", self.views * self.num_samples
-        for view in track(range(self.views), total, title, lambda _: self.num_samples):
+        finished = range(self.first, self.first + self.views)
+        for view in track(finished, total, title, lambda _: self.num_samples):
             self.table(view)
         self.val_targets()
         self.classifier()
-        exists = [(self.path / view_file(view)).is_file() for view in range(self.header["views"])]
+        exists = [(self.path / view_file(view)).is_file() for view in range(self.first, self.header["views"])]
         if exists != sorted(exists, reverse=True):
-            missing = view_file(exists.index(False))
+            missing = view_file(self.first + exists.index(False))
             raise BadInput(f"{self.path}: {missing} is missing although later views exist; {AGAIN}")
 
-    def check(self, dataset: Dataset, policy: ViewPolicy) -> None:
-        """Raises BadInput unless the cache was made from this dataset with this policy."""
+    def check(self, dataset: Dataset, policy: ViewPolicy, other_pixels: bool = False) -> None:
+        """Raises BadInput unless the cache was made from this dataset with this policy.
+
+        Args:
+            dataset: the training images.
+            policy: how the run's views are drawn.
+            other_pixels: accept other content of the images if their names, labels and classes are the same.
+        """
         name = f"cache {self.path}"
         if self.num_classes != len(dataset.classes):
             classes = counted(len(dataset.classes), "class")
@@ -229,13 +254,19 @@ class TeacherCache:
                 f"{name}: expected the classes of {dataset.spec} in their order, got {actual!r} instead of "
                 f"{expected!r}; run `fastofa precompute` on that dataset with another --out"
             )
-        if (self.header["dataset"][dataset.split], self.num_samples) != (dataset.fingerprint, len(dataset)):
-            cached, current = counted(self.num_samples, "sample"), counted(len(dataset), "sample")
-            raise BadInput(
-                f"{name}: expected one made from {dataset.spec} in its present state ({current}), got one made from "
-                f"{self.header['dataset']['spec']} ({cached}); run `fastofa precompute` on that dataset with another "
-                "--out"
-            )
+        made_from = self.header["dataset"]
+        if (made_from[dataset.split], self.num_samples) != (dataset.fingerprint, len(dataset)):
+            cached = f"{counted(self.num_samples, 'sample')}, sha256 {made_from[dataset.split]:.12}"
+            current = f"{counted(len(dataset), 'sample')}, sha256 {dataset.fingerprint:.12}"
+            only_pixels = made_from.get("train_samples") == dataset.samples_fingerprint
+            if not (only_pixels and other_pixels):
+                samples = " of the same names and labels" if only_pixels else ""
+                accept = ", or accept the other pixels with --allow-mismatch pixels" if only_pixels else ""
+                raise BadInput(
+                    f"{name}: expected one made from {dataset.spec} in its present state ({current}), got one made "
+                    f"from {made_from['spec']} ({cached}){samples}; run `fastofa precompute` on that dataset with "
+                    f"another --out{accept}"
+                )
         requested, cached_policy = dataclasses.asdict(policy), dataclasses.asdict(self.policy)
         different = [field for field in requested if requested[field] != cached_policy[field]]
         expected, actual = (
@@ -296,6 +327,11 @@ def view_file(view: int) -> str:
     return f"view-{view:05d}.safetensors"
 
 
+def views_in(path: Path, header: dict[str, Any]) -> list[int]:
+    """The numbers of the views whose files exist, in ascending order."""
+    return [view for view in range(header["views"]) if (path / view_file(view)).is_file()]
+
+
 def write_table(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], table: int | str) -> None:
     """Write the table of a view (`table` is its number) or another table; the file records the cache's identity.
 
@@ -351,7 +387,7 @@ def read_table(path: Path, header: dict[str, Any], table: int | str) -> dict[str
     return tensors
 
 
-def check_origin(path: Path, info: dict[str, Any], header: dict[str, Any], table: int | str) -> None:
+def check_origin(path: Path | str, info: dict[str, Any], header: dict[str, Any], table: int | str) -> None:
     """Raises BadInput unless the metadata of a file (`info`) name this table of this cache."""
     if info != {"table": table, "cache": identity(header)}:
         expected = f"view {table}" if isinstance(table, int) else table

@@ -1,12 +1,13 @@
 """cache.json, the header of a teacher cache: read, check and write it."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastofa.runs.config import MAX_EPOCHS
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import read_json, write_json
 from fastofa.views.policy import ViewPolicy
 
@@ -15,6 +16,7 @@ OLDER = (3,)  # schemas that are still read
 MAX_VIEWS = MAX_EPOCHS  # an epoch replays one view
 AGAIN = "run `fastofa precompute` again with the same arguments"
 HEADER = "cache.json"
+MAX_NAMED, MAX_TEXT = 8, 40  # elements of a list and characters of a value in a message
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -143,6 +145,60 @@ def identity(header: dict[str, Any]) -> dict[str, Any]:
     names = ("classes", "topk", "policy", "seed", "teachers")
     optional = (name for name in ("teacher_weights", "features") if name in header)
     return {"dataset": dataset, **{name: header[name] for name in (*names, *optional)}}
+
+
+def check_vacant(out: Path) -> None:
+    """Raises BadInput if the folder contains files but no cache."""
+    try:
+        others = out.exists() and not (out / HEADER).exists() and any(not f.name.startswith(".") for f in out.iterdir())
+    except OSError as error:
+        raise BadInput(f"{out}: expected a folder, got {error.strerror}; choose another path") from None
+    if others:
+        raise BadInput(f"{out}: expected a new folder or a cache, got a folder with other files; choose another path")
+
+
+class FieldDifference(NamedTuple):
+    """A field in which two headers differ, with its value in each as text; "none" where a header lacks it."""
+
+    field: str
+    a: str
+    b: str
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[FieldDifference]:
+    """The fields in which two dictionaries from JSON differ, such as `identity` of two headers; nested ones are named
+    policy.flip or teachers.0.sha256. Of the classes, only the first difference is included."""
+    found = []
+    for name in {**a, **b}:
+        x, y = a.get(name), b.get(name)
+        if x == y:
+            continue
+        if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
+            x, y = ({str(i): value for i, value in enumerate(values)} for values in (x, y))
+        if isinstance(x, dict) and isinstance(y, dict):
+            nested = differences(x, y)
+            nested = nested[:1] if name == "classes" else nested
+            found += [each._replace(field=f"{name}.{each.field}") for each in nested]
+        else:
+            found.append(FieldDifference(name, _brief(x), _brief(y)))
+    return found
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list) and len(value) > MAX_NAMED:
+        return counted(len(value), "name" if isinstance(value[0], str) else "value")
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
+
+
+def check_same(a: object, header_a: dict[str, Any], b: object, header_b: dict[str, Any]) -> None:
+    """Raises BadInput unless two headers have the same identity; `a` and `b` are their paths or URLs."""
+    if different := differences(identity(header_a), identity(header_b)):
+        fields = "; ".join(f"{name} (there: {x}, here: {y})" for name, x, y in different)
+        raise BadInput(
+            f"{b}: expected views of the same cache as {a}, but they differ in {fields}; only views that were made "
+            "with the same arguments belong together"
+        )
 
 
 def policy_to_json(policy: ViewPolicy) -> dict[str, Any]:

@@ -76,18 +76,23 @@ class CacheJob:
     def out(self) -> Path:
         return self.config.out
 
+    @property
+    def views(self) -> range:
+        """The views to write."""
+        return range(self.config.first_view, self.config.views)
+
     def run(self) -> None:
         """Write all tables that are missing, together with the other ranks."""
         if self.shares.is_main:
             self.write_others()
             self.shares.announce_work(self.missing_work())
         work = self.shares.wait_for_work(self.stop_if_interrupted)
-        tables = {VAL, *range(self.config.views)}
+        tables = {VAL, *self.views}
         todo = {part.table for part in work.ranges}
         rows = sum(map(self._count, tables))
         computed = rows - sum(part.stop - part.start for part in work.ranges)
-        views, finished = self.config.views, len(tables - todo - {VAL})
-        with shared_bar(self.shares, rows, computed, views, finished) as bar:
+        finished = len(tables - todo - {VAL})
+        with shared_bar(self.shares, rows, computed, len(self.views), finished) as bar:
             for index in self.shares.take(work):
                 self.compute(work, index, bar)
             if not self.shares.is_main:
@@ -95,6 +100,7 @@ class CacheJob:
                 return
             if not self.shares.wait_for_others(lambda: self._wait(bar)):
                 self.compute_lost(work, bar)
+            bar.advance()  # shows what others have finished
         remove_parts(self.out, list(todo))  # ranks that count as lost may have written some after all
         self.shares.announce_end()
 
@@ -104,7 +110,7 @@ class CacheJob:
             notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
         if self.config.features != "none" and not self.is_finished(CLASSIFIER):
             write_table(self.out / CLASSIFIER, self.teachers.only.classifier._asdict(), self.header, CLASSIFIER)
-        if not self.is_finished(0):  # written with view 0, because the images may change later
+        if 0 in self.views and not self.is_finished(0):  # written with view 0, because the images may change later
             with self.naming(0):
                 save_teacher_images(self.out, self.train.pipeline, self._draw(0))
         self.write_fidelity()
@@ -124,7 +130,7 @@ class CacheJob:
 
     def missing_work(self) -> Work:
         """What is missing, cut into ranges for all ranks."""
-        tables: list[int | str] = [VAL, *range(self.config.views)]
+        tables: list[int | str] = [VAL, *self.views]
         todo = [table for table in tables if not self.is_finished(table)]
         remove_parts(self.out, [table for table in tables if table not in set(todo)])  # left behind by a killed process
         missing: list[Range] = []
@@ -231,7 +237,8 @@ class CacheJob:
                 if self.config.features == "pooled":
                     check_finite_vectors(self.teachers.name, targets["pooled"], which, names)
                 columns.append(targets)
-            bar.advance(sum(map(rows_in, arrived)))
+            if arrived:
+                bar.advance(sum(map(rows_in, arrived)))
 
         def save() -> None:
             with suppress(LostContact):

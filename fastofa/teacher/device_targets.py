@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastofa.methods.targets import Targets, TopK
+from fastofa.pipelines import Batch
 from fastofa.teacher.packed_rows import Decoder, PackedRows
 from fastofa.teacher.vectors import Classifier, Vectors
 
@@ -54,6 +55,10 @@ class DeviceTargets:
         """Packed rows, or classes and log_probs."""
         self.vectors = None if vectors is None else vectors.to(device)
         self.classifier = None if classifier is None else classifier.to(device)
+
+    def of(self, batch: Batch) -> Targets:
+        """The targets of the batch's images, with their sample ids."""
+        return self.lookup(batch.rows)._replace(sample_ids=batch.sample_ids)
 
     def __len__(self) -> int:
         """The number of rows on the device."""

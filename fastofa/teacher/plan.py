@@ -136,8 +136,8 @@ def _of_all_ranks(job: CacheJob, teacher: float, rate: float, row_bytes: float) 
     return Plan(
         images=len(job.train.dataset),
         val_images=len(job.val.dataset),
-        views=config.views,
-        finished=sum((config.out / view_file(view)).is_file() for view in range(config.views)),
+        views=len(job.views),
+        finished=sum((config.out / view_file(view)).is_file() for view in job.views),
         ranks=shares.place.size,
         teacher=sum(teacher for teacher, _ in speeds),
         rate=sum(rate for _, rate in speeds),

@@ -49,7 +49,7 @@ def precompute(config: PrecomputeConfig) -> TeacherCache:
             train, val = open_images(config)
             with Interrupt() as interrupt:
                 begun(open_job(config, train, val, device, interrupt, shares)).run()
-            cache = TeacherCache.open(config.out)
+            cache = TeacherCache.open(config.out, part=config.first_view > 0)
     return cache
 
 
@@ -82,7 +82,12 @@ def open_job(
         torch.backends.cudnn.benchmark = True
     teachers = open_teachers(config, train.classes, device)
     header: dict[str, Any] = {
-        "dataset": {"spec": config.data, "train": train.fingerprint, "val": val.fingerprint},
+        "dataset": {
+            "spec": config.data,
+            "train": train.fingerprint,
+            "val": val.fingerprint,
+            "train_samples": train.samples_fingerprint,
+        },
         "num_samples": len(train),
         "num_val_samples": len(val),
         "num_classes": len(train.classes),

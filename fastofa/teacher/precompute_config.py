@@ -17,7 +17,8 @@ from fastofa.views.policy import ViewPolicy, changed_policy
 SECTIONS = {"data": "cache and teacher", "scale": "view", "skip_corrupt": "image", "batch_size": "hardware"}
 # Fields that a cache does not record: how its predictions were computed, and which images were left out (the dataset's
 # index does). --out is always given.
-FREE = {"plan", "skip_corrupt", "allow_warnings", "batch_size", "device", "compile", "pipeline", "workers"}
+FREE = {"first_view", "plan", "skip_corrupt", "allow_warnings"}
+FREE |= {"batch_size", "device", "compile", "pipeline", "workers"}
 WEIGHTS_ERROR = 0.005  # .33 .33 .33 has a sum of .99: too far; .333 .333 .333 is accepted and rescaled
 
 
@@ -42,6 +43,9 @@ class PrecomputeConfig:
     images that are not stored."""
     plan: bool = False
     """Print the hours and disk space that the cache would take, from batches timed on this machine; writes nothing."""
+    first_view: int = 0
+    """Compute only the views from this one on, for a cache whose other views are computed elsewhere; `fastofa cache
+    merge` joins the parts."""
     features: Literal["none", "pooled", "pooled-int8"] = "none"
     """Also store the teacher's pooled vector, the input of its classifier, for cc, rkd, crd and rsd; other methods then
     learn from all classes exactly. pooled: 2 bytes per number; pooled-int8: 1 byte per number. Needs a linear
@@ -113,6 +117,9 @@ class PrecomputeConfig:
             raise BadInput(f"topk: expected a number or auto, got {self.topk!r}")
         if self.views > MAX_EPOCHS:
             raise BadInput(f"views: expected at most {MAX_EPOCHS:,}, got {self.views}")
+        if not 0 <= self.first_view < self.views:
+            last = self.views - 1
+            raise BadInput(f"first-view: expected 0 to {last}, the last of --views {self.views}, got {self.first_view}")
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"seed: expected a number from 0 to 2^63 - 1, got {self.seed}")
         if self.image_size is not None and self.image_size < 1:
@@ -186,8 +193,10 @@ class PrecomputeConfig:
         names = ("scale", "ratio", "flip", "bicubic", "auto_augment", "mixup", "cutmix", "erase", "repeats")
         flags = {name: getattr(self, name) for name in names}
         policy = changed_policy(default_policy(self.data, self.recipe), **flags)
-        if self.views % policy.repeats:
-            raise BadInput(
-                f"views: expected a multiple of {policy.repeats}, the repeats of the augmentation, got {self.views}"
-            )
+        for name in ("views", "first_view"):
+            if getattr(self, name) % policy.repeats:
+                raise BadInput(
+                    f"{name.replace('_', '-')}: expected a multiple of {policy.repeats}, the repeats of the "
+                    f"augmentation, got {getattr(self, name)}"
+                )
         return policy
