@@ -108,7 +108,7 @@ def test_a_method_sees_a_distribution():
     seen = top_k(2)(sample.log_probs)
     exact = sample.log_probs.exp()
     torch.testing.assert_close(seen.sum(dim=1), torch.ones(5))
-    torch.testing.assert_close(seen.topk(2).values, exact.topk(2).values, rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(seen.topk(2).values, exact.topk(2).values, rtol=0.05, atol=1e-6)
     rest = seen.sort(dim=1).values[:, :4]
     torch.testing.assert_close(rest, rest[:, :1].expand(-1, 4))
     torch.testing.assert_close(top_k(6)(sample.log_probs), exact, rtol=2e-3, atol=1e-6)
