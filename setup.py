@@ -41,6 +41,7 @@ setup(
         "matplotlib",
         "jinja2",
         "tensorboard",
+        "fsspec",
     ],
     extras_require={
         "ffcv": ["ffcv"],

@@ -5,8 +5,9 @@
 
 The setting is the demo's: a Transformer trained on all labelled digits teaches a small CNN that trains on 100 of them.
 All students replay the same cache, which also holds pooled vectors, with the defaults of each method (crd: 64
-negatives, since there are only 90 images of other classes). A seed sets initial weights and order. Speed is that of the
-training steps; the methods take turns, seed by seed, and the ratio to `kd` is the median over the seeds.
+negatives, since there are only 90 images of other classes). Only `fitnet` runs the teacher online, on new views in
+every epoch. A seed sets initial weights and order. Speed is that of the training steps; the methods take turns, seed by
+seed, and the ratio to `kd` is the median over the seeds.
 
 `--weights` replaces the weight of each method's loss by each of these in turn.
 """
@@ -29,7 +30,8 @@ from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import Result, train
 
 BASELINE, LABELS_ONLY = "kd", "scratch"
-METHODS = ("scratch", "kd", "bkd", "dkd", "dist", "lskd", "ofa", "cc", "rkd", "crd", "rsd", "ofa+dkd", "ofa+rsd")
+METHODS = ("scratch", "kd", "bkd", "dkd", "dist", "lskd", "ofa", "cc", "rkd", "crd", "rsd", "ofa+dkd", "ofa+rsd",
+           "fitnet")  # fmt: skip
 OPTIONS: dict[str, Any] = {"crd": CRDOptions(negatives=64)}
 
 
@@ -48,9 +50,11 @@ def rows_of(methods: list[str], weights: list[float]) -> dict[str, dict[str, Any
 
 
 def run(name: str, values: dict[str, Any], seed: int, cache: TeacherCache, out: Path) -> Result:
+    online = values["method"] == "fitnet"
+    teacher = {"online_teacher": str(out / "teacher")} if online else {"cache": cache.path}
     return train(
         recipes.digits(
-            data=FEW_LABELS, cache=cache.path, student=STUDENT, out=out / f"{name}-{seed}", seed=seed, eval_every=1000,
+            data=FEW_LABELS, student=STUDENT, out=out / f"{name}-{seed}", seed=seed, eval_every=1000, **teacher,
             **values,
         )
     )  # fmt: skip

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
-from itertools import pairwise
 from types import FrameType
 from typing import NoReturn
 
@@ -31,13 +30,12 @@ COMMANDS = {
     "export": "write a run's student, or a checkpoint, as a model that plain timm loads",
     "predict": "predict the classes of unlabelled images with a run's student or an exported model",
     "cka": "compare the layers of two networks, of any architectures, by CKA of their features",
-    "cache": "describe a teacher cache, or verify its checksums",
+    "cache": "describe, verify, join, compare or copy teacher caches",
     "doctor": "report which accelerators work here, and how to install what is missing",
 }
 USAGE = "usage: fastofa COMMAND [--help]\n\n" + "\n".join(f"  {name:12}{what}" for name, what in COMMANDS.items())
 
 
-URL = re.compile(r"[a-z][a-z0-9+.-]*://.*", re.IGNORECASE | re.DOTALL)
 INTERRUPTED = "interrupted; nothing else was saved"
 # How libraries report that memory ran out, besides MemoryError and ENOMEM.
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
@@ -109,16 +107,11 @@ def _main(argv: list[str], own: bool) -> int:
 def _run(argv: list[str], own: bool) -> None:
     if argv[0] not in COMMANDS:
         raise BadInput(f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}")
-    if argv[0] != "train" and torchrun.is_rank():
+    if argv[0] not in ("train", "precompute") and torchrun.is_rank():
         raise BadInput(
             f"{argv[0]}: expected one process, torchrun started {os.environ['WORLD_SIZE']} (WORLD_SIZE); start it "
             "without torchrun"
         )
-    for previous, argument in pairwise(argv):
-        if url := URL.search(argument):
-            name = previous.lstrip("-") if previous.startswith("-") else argument.partition("=")[0].lstrip("-")
-            flag = f"{name}: " if argument != url[0] or previous.startswith("-") else ""
-            raise BadInput(f"{flag}expected a path on this machine, got the URL {url[0]}; mount it or copy the files")
     with _exiting_on_interrupt() if own else nullcontext():
         from fastofa.commands.arguments import parse
         from fastofa.commands.quick_checks import check

@@ -21,11 +21,12 @@ TOP = {"__init__", "__main__", "cli", "dataset", "teacher_cache"}
 # What setup.py requires, by the names they are imported under.
 INSTALLED = {
     "torch", "torchvision", "timm", "triton", "numpy", "PIL", "safetensors", "sklearn", "tyro", "rich", "matplotlib",
-    "tensorboard", "jinja2",
+    "tensorboard", "jinja2", "fsspec",
 }  # fmt: skip
 OPTIONAL = {"dali_loader.py": {"nvidia"}, "export_onnx.py": {"onnxruntime"}}  # extras, each imported by one file only
 # Imported within a function: they take a second or more, and many runs do not need them.
 LATE = {
+    ("arguments.py", "fastofa.methods.find_method"),
     ("cli.py", "fastofa.commands.arguments"),
     ("cli.py", "fastofa.commands.quick_checks"),
     ("curves.py", "matplotlib"),

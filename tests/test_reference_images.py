@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastofa.data.open import open_dataset
 from fastofa.data.write import write
 from fastofa.data.write_config import WriteConfig
 from fastofa.pipelines import open_pipeline
-from fastofa.runs.run import LAUNCHES
+from fastofa.runs.run import CONFIG, LAUNCHES
 from fastofa.system.errors import BadInput
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
@@ -34,6 +35,29 @@ def test_a_cache_keeps_input_images_of_its_teacher(photo_cache, photos: Path):
     (batch,) = open_pipeline("torchvision", open_dataset(str(photos)), SIZE, 24).epoch(views, np.arange(24))
     expected = [batch.images[i].permute(1, 2, 0).numpy() for i in (0, 3, 6, 9, 13, 16, 19, 23)]
     assert np.array_equal(seen, np.concatenate(expected, axis=1))
+
+
+def test_other_pictures_are_refused(on_photos, photo_cache, tmp_path: Path):
+    """Before anything is written; unless the difference is accepted."""
+    cache = Path(shutil.copytree(photo_cache.path, tmp_path / "cache"))
+    seen = np.asarray(Image.open(cache / SEEN))
+    Image.fromarray(255 - seen).save(cache / SEEN)
+    found = f"{np.abs(255.0 - 2.0 * seen).mean():.1f}"
+    with pytest.raises(BadInput, match=rf"expected the pixels .* to 16 of 255, got a mean difference of {found}"):
+        train(on_photos("refused", cache=str(cache)))
+    assert not (tmp_path / "refused" / CONFIG).exists()
+    train(on_photos("accepted", cache=str(cache), allow_mismatch="pixels", epochs=1))
+
+
+def test_images_that_were_compressed_again_are_accepted_on_request(on_photos, photo_cache, folder: Path, capsys):
+    for file in folder.glob("*/*/*.jpg"):
+        Image.open(file).save(file, quality=60)
+    with pytest.raises(BadInput, match=r"of the same names and labels; .* --allow-mismatch pixels"):
+        train(on_photos("refused", data=str(folder)))
+    train(on_photos("accepted", data=str(folder), allow_mismatch="pixels", epochs=1))
+    error = capsys.readouterr().err
+    assert f"cache {photo_cache.path}: made from other pixels" in error
+    assert "mean difference" in error
 
 
 @pytest.mark.parametrize("count", [3, 24])

@@ -21,12 +21,14 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 import tyro
 
 from fastofa.data.write_config import WriteConfig
+from fastofa.methods.options import BUILT_IN, own_methods
 from fastofa.runs.config import SECTIONS as train_sections
-from fastofa.runs.config import TrainConfig, Weights
-from fastofa.runs.config_file import read_config
+from fastofa.runs.config import USED_BY, TrainConfig, Weights, check_method
+from fastofa.runs.config_file import from_json, read_config
 from fastofa.runs.quick_checks import RUN
 from fastofa.runs.recipes import default_recipe, recipe
 from fastofa.system.errors import BadInput, at_least
+from fastofa.system.urls import is_url, refuse_url
 from fastofa.teacher.precompute_config import SECTIONS as precompute_sections
 from fastofa.teacher.precompute_config import PrecomputeConfig
 
@@ -165,12 +167,40 @@ class CkaConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """info: print how the cache was made. verify: read every finished table, compare its checksum, check its values."""
+    """Describe, verify, join, compare or copy teacher caches."""
 
-    action: tyro.conf.Positional[Literal["info", "verify"]]
-    """Action to perform."""
-    cache: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CACHE")]]
-    """Folder written by `fastofa precompute`."""
+    action: tyro.conf.Positional[Literal["info", "verify", "merge", "extend", "diff", "push", "pull"]]
+    """info CACHE: print how it was made. verify CACHE: check every finished table. merge CACHE CACHE ... --out NEW:
+    join parts of one cache. extend CACHE CACHE ...: add the views of the others to the first. diff CACHE CACHE: compare
+    two caches. push CACHE URL, pull URL CACHE: copy a cache to or from an object store or a web server."""
+    caches: tyro.conf.Positional[
+        Annotated[tuple[str, ...], tyro.conf.arg(metavar="CACHE|URL", help_behavior_hint="(required)")]
+    ]
+    """Folders written by `fastofa precompute`. push and pull also need a URL: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER,
+    https://HOST/FOLDER (pull only) or any other that fsspec opens."""
+    out: Path | None = None
+    """merge: the joined cache, a new folder or an unfinished merge. Files are linked if the disk allows it, else
+    copied."""
+    json: Path | None = None
+    """diff: also write the result to this file."""
+
+    def __post_init__(self) -> None:
+        names = {"merge": "at least two caches", "extend": "at least two caches", "diff": "two caches"}
+        names |= {"push": "CACHE URL", "pull": "URL CACHE"}
+        count, expected = len(self.caches), names.get(self.action, "one cache")
+        if count < 2 if self.action in ("merge", "extend") else count != (2 if self.action in names else 1):
+            raise BadInput(f"cache {self.action}: expected {expected}, got {count}")
+        for flag, action in (("out", "merge"), ("json", "diff")):
+            if getattr(self, flag) is not None and self.action != action:
+                raise BadInput(f"{flag}: expected only with `fastofa cache {action}`; leave it out")
+        if self.action == "merge" and self.out is None:
+            raise BadInput("cache merge: expected --out, the folder of the joined cache; or `fastofa cache extend`")
+        place = {"push": 1, "pull": 0}.get(self.action)
+        for number, path in enumerate(self.caches):
+            if number == place and not is_url(path):
+                raise BadInput(f"cache {self.action}: expected {expected}, got {path!r} where the URL belongs")
+            if number != place:
+                refuse_url("", path)
 
 
 @dataclass(frozen=True)
@@ -196,19 +226,48 @@ def parse(command: str, argv: list[str]) -> Any:
     """The command's configuration. Exits after --help, and with code 2 for unknown or missing arguments.
 
     Raises:
-        BadInput: a value is invalid.
+        BadInput: a value is invalid, or a URL where the command expects a path.
     """
+    _refuse_urls(command, argv)  # before --resume and --config are read
+    config = _parsed(command, argv)
+    for name, value in vars(config).items():
+        if isinstance(value, Path):  # from a file; as a path, its URL has lost a slash
+            value = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(value), flags=re.IGNORECASE)
+        if isinstance(value, str) and (command, name) not in URLS:
+            refuse_url(name.replace("_", "-"), value)
+    return config
+
+
+URLS = {("train", "cache")}  # flags that accept URLs; `cache push` and `cache pull` check their own
+
+
+def _refuse_urls(command: str, argv: list[str]) -> None:
+    for previous, argument in pairwise(["", *argv]):
+        flag = argument.partition("=")[0] if argument.startswith("-") else previous
+        name = flag.lstrip("-") if flag.startswith("-") else ""
+        if command != "cache" and (command, name) not in URLS:
+            refuse_url(name, argument)
+
+
+def _parsed(command: str, argv: list[str]) -> Any:
     config, prog = CONFIGS[command], f"fastofa {command}"
     _give_help(config)
     if {"-h", "--help"} & set(argv):
         print(_wrapped(_docstring(command), shutil.get_terminal_size().columns), end="\n\n")
     if config not in DEFAULTS:
         return tyro.cli(config, args=argv, description="", prog=prog)
-    form = _form(config, DEFAULTS[config](argv))
+    argv = _joined(argv, "--teacher")
+    defaults = DEFAULTS[config](argv)
+    own = _own_forms(_flag_value(argv, "--method"), defaults) if config is TrainConfig else {}
     flat = (tyro.conf.OmitArgPrefixes,)
-    sections = vars(tyro.cli(form, args=argv, description="", prog=prog, config=flat)).values()
-    values = {name: value for section in sections for name, value in vars(section).items()}
-    return config(**{name: value for name, value in values.items() if name != FILE})
+    sections = vars(tyro.cli(_form(config, defaults, own), args=argv, description="", prog=prog, config=flat)).values()
+    values = {name: value for section in sections for name, value in vars(section).items() if name != FILE}
+    if config is TrainConfig:
+        values["own_options"] = {prefix: vars(values.pop(prefix)) for prefix in own}
+    parsed = config(**values)
+    if config is TrainConfig:
+        _refuse_unused(argv, parsed)
+    return parsed
 
 
 # --- Configurations from a file ---------------------------------------------------------------------------------------
@@ -264,6 +323,60 @@ def _flag_value(argv: list[str], flag: str) -> str | None:
     return last
 
 
+def _own_forms(method: str | None, defaults: dict[str, Any]) -> dict[str, Any]:
+    """For each method of a user's file in `method`, by the prefix of its options: a dataclass with the flags of its
+    options, and their default values.
+
+    Such a file is run here, which imports torch.
+    """
+    method = method or defaults["method"]
+    own, forms = own_methods(method), dict[str, Any]()
+    if not own:
+        return forms
+    from fastofa.methods.find_method import method_class, option_types, own_options
+
+    check_method(method)
+    for prefix, name in own.items():
+        known = defaults["own_options"].get(prefix, {})
+        options, types = dataclasses.asdict(own_options(name, known)), option_types(name)
+        docs = _field_docs(method_class(name).Options)
+        form = _dataclass(
+            (field, Annotated[hint, tyro.conf.arg(name=f"{prefix}.{field}", help=docs.get(field))], dataclasses.field())
+            for field, hint in types.items()
+        )
+        form.__doc__ = (inspect.getdoc(method_class(name)) or "").partition("\n\n")[0]
+        forms[prefix] = from_json(form, options, "correct the file of the configuration")
+    return forms
+
+
+def _refuse_unused(argv: list[str], config: TrainConfig) -> None:
+    """Raises BadInput for a flag that only methods use that were not chosen. Values from a recipe or a file may be
+    unused."""
+    for argument in argv:
+        flag = argument.partition("=")[0].removeprefix("--")
+        name = flag.replace("-", "_").partition(".")[0]
+        users = (name,) if name in BUILT_IN else USED_BY.get(name, ())
+        if argument.startswith("--") and users and not {*users} & {*config.methods}:
+            raise BadInput(
+                f"{flag}: expected only with --method {' or '.join(users)}, which uses it, but got --method "
+                f"{config.method}; leave it out"
+            )
+
+
+def _joined(argv: list[str], flag: str) -> list[str]:
+    """The arguments with a repeated flag given once, with all its values: `--teacher a --teacher b` as `--teacher a b`.
+    Of other flags, tyro takes the last."""
+    values, others, taking = [], [], False
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        taking = name == flag if argument.startswith("--") else taking
+        if not taking:
+            others.append(argument)
+        elif argument != flag:
+            values.append(value if equals and name == flag else argument)
+    return [*others, flag, *values] if flag in (argument.partition("=")[0] for argument in argv) else argv
+
+
 DEFAULTS: dict[type, Callable[[list[str]], dict[str, Any]]] = {
     TrainConfig: _train_defaults,
     PrecomputeConfig: _precompute_defaults,
@@ -302,14 +415,21 @@ _RESUME = tyro.constructors.PrimitiveConstructorSpec(
 )
 
 
-def _form(config: type, defaults: dict[str, Any]) -> Any:
+def _form(config: type, defaults: dict[str, Any], own: dict[str, Any]) -> Any:
     """The flat configuration as a dataclass with one nested dataclass per section, which tyro prints as a titled
-    group."""
+    group.
+
+    Args:
+        own: for each method of a user's file, an instance of a dataclass with its options, in place of `own_options`.
+    """
     sections: dict[str, list[Any]] = {}
     for field in dataclasses.fields(config):
         hint, default = config.__annotations__[field.name], defaults.get(field.name, field.default)
         if field.name in SECTIONS[config]:
             fields = sections[SECTIONS[config][field.name]] = []
+        if field.name == "own_options":
+            fields += [(prefix, type(form), dataclasses.field(default=form)) for prefix, form in own.items()]
+            continue
         if field.name == "resume":
             hint = Annotated[object, _RESUME, dataclasses.replace(hint.__metadata__[0], help_behavior_hint="")]
         needed = default is tyro.MISSING or default is dataclasses.MISSING
@@ -323,7 +443,7 @@ def _form(config: type, defaults: dict[str, Any]) -> Any:
 
 
 def _dataclass(fields: Iterable[Any]) -> Any:
-    return dataclasses.make_dataclass("Section", fields, kw_only=True)
+    return dataclasses.make_dataclass("Section", fields, kw_only=True, frozen=True)
 
 
 def _docstring(command: str) -> str:
@@ -357,16 +477,24 @@ def _give_help(config: type, prefix: str = "") -> None:
 
     The flags of options within options get their group's name as a prefix.
     """
-    (body,) = ast.parse(inspect.getsource(config)).body
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, nested in get_type_hints(config).items():
         if dataclasses.is_dataclass(nested):
             _give_help(cast(type, nested), f"{name}.")
+    for name, text in _field_docs(config).items():
+        explained = defaults[name] is None and re.search("by default|default:", text, re.IGNORECASE)
+        hint = (lambda default: "" if default == "None" else f"(default: {default})") if explained else None
+        given = f"{prefix}{name}" if prefix else None
+        argument = tyro.conf.arg(name=given, help=text, help_behavior_hint=hint)
+        config.__annotations__[name] = Annotated[config.__annotations__[name], argument]
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """The docstring of each field that has one, without line breaks."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    docs = {}
     for field, doc in pairwise(getattr(body, "body", ())):
         match field, doc:
             case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                explained = defaults[name] is None and re.search("by default|default:", text, re.IGNORECASE)
-                hint = (lambda default: "" if default == "None" else f"(default: {default})") if explained else None
-                given = f"{prefix}{name}" if prefix else None
-                argument = tyro.conf.arg(name=given, help=" ".join(text.split()), help_behavior_hint=hint)
-                config.__annotations__[name] = Annotated[config.__annotations__[name], argument]
+                docs[name] = " ".join(text.split())
+    return docs

@@ -1,10 +1,18 @@
-"""Describe or verify a teacher cache.
+"""Describe, verify, join, compare or copy teacher caches.
 
-    fastofa cache info cache
-    fastofa cache verify cache
+    fastofa cache info cache        print how the cache was made
+    fastofa cache verify cache      read every finished table, compare its checksum and check its values
+    fastofa cache merge part-a part-b --out cache       join views that were computed separately
+    fastofa cache extend cache part-b       add the views of part-b to the cache
+    fastofa cache diff cache-a cache-b      how the caches differ, and how far their predictions agree
+    fastofa cache push cache s3://bucket/cache      copy the cache to an object store
+    fastofa cache pull https://host/cache cache     copy the cache from an object store or a web server
 
-info prints how the cache was made. verify reads every finished table, compares its checksum and checks its values.
+Parts of a cache are made by `fastofa precompute --first-view`.
 """
+
+from pathlib import Path
+from typing import Any
 
 from rich import filesize
 from rich.console import Console
@@ -12,8 +20,14 @@ from rich.table import Table
 
 from fastofa.commands.arguments import CacheConfig
 from fastofa.system.errors import counted, escaped
-from fastofa.system.progress import plain
+from fastofa.system.files import write_json
+from fastofa.system.progress import notice, plain
 from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_header import FieldDifference
+from fastofa.teacher.compare_caches import compare
+from fastofa.teacher.fidelity import in_rows, read_fidelity
+from fastofa.teacher.merge import gaps, merge
+from fastofa.teacher.remote import pull, push
 
 MAX_CLASSES = 10  # class names to print
 
@@ -25,14 +39,15 @@ def info(cache: TeacherCache) -> dict[str, str]:
         name: header["policy"].get(name) for name in ("bicubic", "auto_augment", "mixup", "cutmix", "erase", "repeats")
     }
     size = sum(file.stat().st_size for file in cache.path.iterdir())
-    (teacher,) = header["teachers"]
     return {
-        "teacher": "{name} at {image_size} px, {precision}, weights {sha256:.12}".format(**teacher),
+        **_teachers(header),
         "data": f"{header['dataset']['spec']}, {counted(cache.num_samples, 'image')}, "
         f"{counted(cache.num_classes, 'class')}",
         "classes": _abbreviated(cache.classes),
-        "predictions": f"top {cache.topk} of {cache.num_classes}",
+        "predictions": f"top {cache.topk} of {cache.num_classes}"
+        + ", chosen by --topk auto" * ("topk_chosen" in header),
         **_vectors(cache),
+        **_fidelity(cache),
         "views": f"{cache.finished}{' are finished' * (cache.views < header['views'])}, seed {header['seed']}",
         "crops": "area {:g} to {:g}, ratio {:.3g} to {:.3g}".format(*policy.scale, *policy.ratio),
         "flip": f"{policy.flip:g}",
@@ -43,9 +58,24 @@ def info(cache: TeacherCache) -> dict[str, str]:
     }
 
 
+def _teachers(header: dict[str, Any]) -> dict[str, str]:
+    lines = ["{name} at {image_size} px, {precision}, weights {sha256:.12}".format(**t) for t in header["teachers"]]
+    if len(lines) == 1:
+        return {"teacher": lines[0]}
+    shares = header["teacher_weights"]
+    return {
+        f"teacher {i}": f"{share:.3g} of {line}" for i, (share, line) in enumerate(zip(shares, lines, strict=True), 1)
+    }
+
+
 def _vectors(cache: TeacherCache) -> dict[str, str]:
     kinds = {"pooled": "float16", "pooled-int8": "int8 with a scale per image"}
     return {"vectors": f"{cache.pooled_dim} numbers, {kinds[cache.features]}"} if cache.pooled_dim else {}
+
+
+def _fidelity(cache: TeacherCache) -> dict[str, str]:
+    fidelity = read_fidelity(cache.path, cache.header)
+    return {} if fidelity is None else in_rows(fidelity)
 
 
 def _abbreviated(names: tuple[str, ...]) -> str:
@@ -53,14 +83,76 @@ def _abbreviated(names: tuple[str, ...]) -> str:
     return ", ".join(names if len(names) <= MAX_CLASSES else (*names[: MAX_CLASSES - 1], "...", names[-1]))
 
 
-def main(config: CacheConfig) -> None:
-    cache = TeacherCache.open(config.cache)
-    if config.action == "verify":
-        cache.verify()
-        views = f"{cache.finished} view{'s' * (cache.finished != '1')}"
-        print(escaped(f"{config.cache}: {views} and the validation predictions match their checksums"))
-        return
-    table = Table(show_header=False, title=plain(str(config.cache)), title_justify="left")
+def _print_info(config: CacheConfig) -> None:
+    cache = TeacherCache.open(config.caches[0], part=True)
+    table = Table(show_header=False, title=plain(str(cache.path)), title_justify="left")
     for name, value in info(cache).items():
         table.add_row(name, plain(value))
     Console().print(table)
+
+
+def _verify(config: CacheConfig) -> None:
+    cache = TeacherCache.open(config.caches[0], part=True)
+    cache.verify()
+    print(escaped(f"{cache.path}: {_views(cache)} and the validation predictions match their checksums"))
+
+
+def _merge(config: CacheConfig) -> None:
+    out = config.out or Path(config.caches[0])
+    parts = [Path(cache) for cache in config.caches if Path(cache) != out]
+    cache = merge(parts, out)
+    if missing := gaps(cache):
+        notice(f"{missing}; students replay the views before it until it is computed")
+    print(escaped(f"{cache.path}: {_views(cache)} of {counted(cache.num_samples, 'image')}"))
+
+
+def _views(cache: TeacherCache) -> str:
+    return f"{cache.finished} view{'s' * (cache.finished != '1')}"
+
+
+def _diff(config: CacheConfig) -> None:
+    a, b = (TeacherCache.open(cache, part=True) for cache in config.caches)
+    result = compare(a, b)
+    if config.json is not None:
+        write_json(config.json, {"a": str(a.path), "b": str(b.path), **result.to_json()})
+    _print_fields(f"different: predictions depend on it (a: {a.path}, b: {b.path})", result.identity)
+    _print_fields("different: predictions depend on it at most in the last bits", result.made)
+    rows = {f"view {view}": each for view, each in result.views.items()}
+    rows |= {} if result.validation is None else {"validation images": result.validation}
+    if rows:
+        table = Table(title="predictions of b, compared with those of a", title_justify="left")
+        for name in ("", "same best class", "mean KL", "largest KL"):
+            table.add_column(name, justify="left" if not name else "right")
+        for name, each in rows.items():
+            table.add_row(name, f"{each.top1:.2%}", f"{each.kl:.2e}", f"{each.worst_kl:.2e}")
+        Console().print(table)
+    else:
+        print("no predictions to compare: the classes or the images differ")
+
+
+def _push(config: CacheConfig) -> None:
+    path, url = config.caches
+    cache = push(Path(path), url)
+    print(escaped(f"{url}: {_views(cache)} and the validation predictions of {path}"))
+
+
+def _pull(config: CacheConfig) -> None:
+    url, path = config.caches
+    cache = pull(url, Path(path))
+    print(escaped(f"{path}: {_views(cache)} and the validation predictions of {url}"))
+
+
+def _print_fields(title: str, different: list[FieldDifference]) -> None:
+    if different:
+        table = Table(title=plain(title), title_justify="left")
+        for name in ("", "a", "b"):
+            table.add_column(name)
+        for name, a, b in different:
+            table.add_row(name, plain(a), plain(b))
+        Console().print(table)
+
+
+def main(config: CacheConfig) -> None:
+    actions = {"info": _print_info, "verify": _verify, "merge": _merge, "extend": _merge, "diff": _diff}
+    actions |= {"push": _push, "pull": _pull}
+    actions[config.action](config)

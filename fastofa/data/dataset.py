@@ -60,6 +60,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def samples_fingerprint(self) -> str:
+        """sha256 of the samples' names and labels, which remains when the images are compressed or resized again."""
+        return fingerprint_of(self.names, np.zeros(0), self.labels, np.zeros(0))
+
     def path(self, sample_id: int) -> Path:
         """The image's file, for datasets made of image files."""
         assert self.root is not None

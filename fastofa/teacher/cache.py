@@ -1,24 +1,26 @@
 """The teacher cache: for each view, the view table and the teacher's top-K predictions for every sample.
 
     CACHE/cache.json                the header: dataset, teacher, view policy, and the planned number of views
-    CACHE/view-00000.safetensors    the columns of `Views` (crop uint16 [N, 4], flip bool [N], and the others that the
-                                    policy draws), classes uint16 or int32 [N, K], best first, log_probs float16 [N, K]
-                                    at temperature 1
+    CACHE/view-00000.safetensors    the columns of `Views` (crop uint16 [N, 4], and the others that the policy draws; a
+                                    bool column such as flip as bits, uint8 [N / 8, rounded up])
+                                    predictions uint8 [N, R]: packed rows (packed_rows.py) of the K best classes and
+                                    their log-probabilities at temperature 1; or, if K = C, classes uint16 or int32
+                                    [N, K], best first, and log_probs float16 [N, K]
                                     with --features also pooled float16 [N, D], the input of the teacher's classifier,
                                     or pooled int8 [N, D] with pooled_scale float32 [N]
     CACHE/classifier.safetensors    only with --features: weight float32 [C, D] and bias float32 [C]
-    CACHE/val.safetensors           classes and log_probs of the validation images, on the teacher's own centre crops
+    CACHE/val.safetensors           the same predictions of the validation images, on the teacher's own centre crops
     CACHE/seen.png                  a few images of view 0 as the teacher saw them (reference_images.py)
-    CACHE/partial.safetensors       only after an interruption of `fastofa precompute`: predictions for the first rows
-                                    of the next view, in the order in which the images were read
+    CACHE/part-....safetensors      only while `fastofa precompute` runs, or after an interruption: predictions for some
+                                    rows of an unfinished table (parts.py)
 
 A cache may grow while it is used: opening it gives the views that are finished, and a run records a digest of each view
 that it replays.
 
 Views are stored as parameters, not as seeds, so that a cache replays exactly even if a library changes its random
-numbers. No file is a pickle.
+numbers. No file is a pickle. A cache of schema 3 packs nothing; it is read, and continued in its own form.
 
-Shapes: N samples, B batch, C classes, K classes kept, D width of the teacher's pooled vector.
+Shapes: N samples, B batch, C classes, K classes kept, R bytes of a packed row, D width of the teacher's pooled vector.
 """
 
 import dataclasses
@@ -36,23 +38,31 @@ from fastofa.methods.targets import TopK
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import load_tensors, read_info, save_tensors
 from fastofa.system.progress import track
-from fastofa.teacher.cache_header import AGAIN, identity, policy_from_json, read_header
-from fastofa.teacher.table_checks import classifier_fault, targets_fault, vectors_fault, views_fault
+from fastofa.teacher.cache_header import AGAIN, SCHEMA, identity, policy_from_json, read_header
+from fastofa.teacher.packed_rows import PackedRows, packed, row_format
+from fastofa.teacher.table_checks import classifier_fault, packed_fault, targets_fault, vectors_fault, views_fault
 from fastofa.teacher.vectors import Classifier, Vectors
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views
 
-VAL, PARTIAL, CLASSIFIER = "val.safetensors", "partial.safetensors", "classifier.safetensors"
+VAL, CLASSIFIER = "val.safetensors", "classifier.safetensors"
+PREDICTIONS = "predictions"  # the column of packed rows
+BOOLEAN = ("flip", "bicubic")
 
 
 class Table(NamedTuple):
     """One view, and what the teacher computed for it."""
 
     views: Views
-    targets: TopK
-    """classes uint16 or int32 [N, K], log_probs float16 [N, K]."""
+    predictions: TopK | PackedRows
+    """The K best classes as the cache stores them."""
     vectors: Vectors | None
     """[N, D]; None if the cache has none."""
+
+    @property
+    def targets(self) -> TopK:
+        """classes uint16 or int32 [N, K], log_probs fp32 or, if they are not packed, float16 [N, K]."""
+        return _unpacked(self.predictions)
 
 
 @dataclass(frozen=True)
@@ -62,11 +72,18 @@ class TeacherCache:
     path: Path
     header: dict[str, Any]
     views: int
-    """The number of finished views, from view 0 on; a multiple of the policy's `repeats`."""
+    """The number of finished views, from view `first` on; a multiple of the policy's `repeats`."""
+    first: int = 0
+    """The first finished view; above 0 only in a part of a cache, made with `precompute --first-view`."""
 
     @classmethod
-    def open(cls, path: str | Path) -> "TeacherCache":
+    def open(cls, path: str | Path, part: bool = False) -> "TeacherCache":
         """Open a cache.
+
+        Args:
+            path: its folder.
+            part: also accept a cache that begins with a later view than view 0; its finished views are those from the
+                first one on. Students learn only from whole caches.
 
         Raises:
             BadInput: not a cache, no finished views, no validation predictions, or another schema version.
@@ -74,16 +91,25 @@ class TeacherCache:
         path = Path(path)
         header = read_header(path)
         repeats = policy_from_json(header["policy"]).repeats
-        views = next(view for view in itertools.count() if not (path / view_file(view)).is_file())
-        views = min(views, header["views"]) // repeats * repeats
+        first = next(iter(views_in(path, header)), 0) // repeats * repeats if part else 0
+        end = next(view for view in itertools.count(first) if not (path / view_file(view)).is_file())
+        views = (min(end, header["views"]) - first) // repeats * repeats
         others = (VAL, CLASSIFIER) if "features" in header else (VAL,)
-        missing = [file for file in (*map(view_file, range(views, repeats)), *others) if not (path / file).is_file()]
+        needed = (*map(view_file, range(first + views, first + repeats)), *others)
+        missing = [file for file in needed if not (path / file).is_file()]
         if missing:
+            later = next(iter(views_in(path, header)), 0)
+            remedy = f"{AGAIN}, it continues where it stopped"
+            if later and not part:
+                remedy = (
+                    f"run `fastofa cache merge` to join this part, which begins with view {later}, with the others, or "
+                    "`fastofa precompute` again without --first-view"
+                )
             raise BadInput(
                 f"{path}: expected the validation predictions and at least {repeats} of {header['views']} views, but "
-                f"{missing[0]} is missing; {AGAIN}, it continues where it stopped"
+                f"{missing[0]} is missing; {remedy}"
             )
-        cache = cls(path, header, views)
+        cache = cls(path, header, views, first)
         cache.val_targets()
         cache.classifier()
         return cache
@@ -92,7 +118,8 @@ class TeacherCache:
     def finished(self) -> str:
         """The number of finished views; if some are missing, "n of total"."""
         total = self.header["views"]
-        return f"{total}" if self.views == total else f"{self.views} of {total}"
+        text = f"{total}" if self.views == total else f"{self.views} of {total}"
+        return f"{text} (from view {self.first} on)" if self.first else text
 
     @property
     def num_samples(self) -> int:
@@ -117,8 +144,8 @@ class TeacherCache:
 
     @property
     def teacher_dim(self) -> int:
-        """The number of features before the teacher's classifier."""
-        return self.header["teachers"][0]["num_features"]
+        """The number of features before the teacher's classifier; of several teachers, the largest."""
+        return max(teacher["num_features"] for teacher in self.header["teachers"])
 
     @property
     def features(self) -> str:
@@ -147,7 +174,7 @@ class TeacherCache:
         return tuple(digests)
 
     def targets(self, view: int) -> tuple[Views, Tensor, Tensor]:
-        """The view and the targets of `table`: (views, classes uint16 or int32 [N, K], log_probs float16 [N, K])."""
+        """The view and the targets of `table`: (views, classes uint16 or int32 [N, K], log_probs floating [N, K])."""
         table = self.table(view)
         return table.views, table.targets.classes, table.targets.log_probs
 
@@ -157,18 +184,21 @@ class TeacherCache:
         Raises:
             BadInput: the file is truncated, edited or from another cache, or contains impossible values.
         """
-        if not 0 <= view < self.views:
-            raise BadInput(f"{self.path}: expected a view from 0 to {self.views - 1}, got {view}")
+        if not self.first <= view < self.first + self.views:
+            last = self.first + self.views - 1
+            raise BadInput(f"{self.path}: expected a view from {self.first} to {last}, got {view}")
         path = self.path / view_file(view)
         tensors = read_table(path, self.header, view)
-        predicted = {*TopK._fields, *(Vectors._fields if self.pooled_dim else ())}
-        columns = {name: tensor.numpy() for name, tensor in tensors.items() if name not in predicted}
+        predicted = {PREDICTIONS, *TopK._fields, *(Vectors._fields if self.pooled_dim else ())}
+        columns = {
+            name: _flags(name, tensor, self.num_samples) for name, tensor in tensors.items() if name not in predicted
+        }
         fault = predictions_fault(tensors, self.header, self.num_samples)
         if fault := fault or views_fault(columns, self.policy, self.num_samples):
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
         views = Views(**columns, mean=self.policy.mean, std=self.policy.std)
         vectors = Vectors(tensors["pooled"], tensors.get("pooled_scale")) if self.pooled_dim else None
-        return Table(views, TopK(tensors["classes"], tensors["log_probs"]), vectors)
+        return Table(views, _predictions(tensors, self.header), vectors)
 
     def classifier(self) -> Classifier | None:
         """The teacher's classifier, with checksum and values checked; None if the cache has no vectors."""
@@ -184,9 +214,9 @@ class TeacherCache:
         """The teacher's predictions for the validation images, checked like those of `targets`."""
         path = self.path / VAL
         tensors = read_table(path, self.header, VAL)
-        if fault := targets_fault(tensors, self.header["num_val_samples"], self.topk, self.num_classes):
+        if fault := best_classes_fault(tensors, self.header, self.header["num_val_samples"]):
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
-        return TopK(tensors["classes"], tensors["log_probs"])
+        return _unpacked(_predictions(tensors, self.header))
 
     def verify(self) -> None:
         """Read every finished table, compare its checksum and its origin, and check its values.
@@ -195,17 +225,24 @@ class TeacherCache:
             BadInput: for the first table that is wrong, or a view that is missing although later ones exist.
         """
         title, total = f"verifying {self.path}", self.views * self.num_samples
-        for view in track(range(self.views), total, title, lambda _: self.num_samples):
+        finished = range(self.first, self.first + self.views)
+        for view in track(finished, total, title, lambda _: self.num_samples):
             self.table(view)
         self.val_targets()
         self.classifier()
-        exists = [(self.path / view_file(view)).is_file() for view in range(self.header["views"])]
+        exists = [(self.path / view_file(view)).is_file() for view in range(self.first, self.header["views"])]
         if exists != sorted(exists, reverse=True):
-            missing = view_file(exists.index(False))
+            missing = view_file(self.first + exists.index(False))
             raise BadInput(f"{self.path}: {missing} is missing although later views exist; {AGAIN}")
 
-    def check(self, dataset: Dataset, policy: ViewPolicy) -> None:
-        """Raises BadInput unless the cache was made from this dataset with this policy."""
+    def check(self, dataset: Dataset, policy: ViewPolicy, other_pixels: bool = False) -> None:
+        """Raises BadInput unless the cache was made from this dataset with this policy.
+
+        Args:
+            dataset: the training images.
+            policy: how the run's views are drawn.
+            other_pixels: accept other content of the images if their names, labels and classes are the same.
+        """
         name = f"cache {self.path}"
         if self.num_classes != len(dataset.classes):
             classes = counted(len(dataset.classes), "class")
@@ -217,13 +254,19 @@ class TeacherCache:
                 f"{name}: expected the classes of {dataset.spec} in their order, got {actual!r} instead of "
                 f"{expected!r}; run `fastofa precompute` on that dataset with another --out"
             )
-        if (self.header["dataset"][dataset.split], self.num_samples) != (dataset.fingerprint, len(dataset)):
-            cached, current = counted(self.num_samples, "sample"), counted(len(dataset), "sample")
-            raise BadInput(
-                f"{name}: expected one made from {dataset.spec} in its present state ({current}), got one made from "
-                f"{self.header['dataset']['spec']} ({cached}); run `fastofa precompute` on that dataset with another "
-                "--out"
-            )
+        made_from = self.header["dataset"]
+        if (made_from[dataset.split], self.num_samples) != (dataset.fingerprint, len(dataset)):
+            cached = f"{counted(self.num_samples, 'sample')}, sha256 {made_from[dataset.split]:.12}"
+            current = f"{counted(len(dataset), 'sample')}, sha256 {dataset.fingerprint:.12}"
+            only_pixels = made_from.get("train_samples") == dataset.samples_fingerprint
+            if not (only_pixels and other_pixels):
+                samples = " of the same names and labels" if only_pixels else ""
+                accept = ", or accept the other pixels with --allow-mismatch pixels" if only_pixels else ""
+                raise BadInput(
+                    f"{name}: expected one made from {dataset.spec} in its present state ({current}), got one made "
+                    f"from {made_from['spec']} ({cached}){samples}; run `fastofa precompute` on that dataset with "
+                    f"another --out{accept}"
+                )
         requested, cached_policy = dataclasses.asdict(policy), dataclasses.asdict(self.policy)
         different = [field for field in requested if requested[field] != cached_policy[field]]
         expected, actual = (
@@ -240,31 +283,41 @@ def best_classes(log_probs: Tensor, topk: int) -> TopK:
 
     Returns:
         classes [B, K], best first: int32 if C > 65,536, else int16 with the bits of uint16, which has few operations;
-        and log_probs float16 [B, K].
+        and log_probs [B, K]: fp32, which the cache packs, or float16 if all classes are kept.
     """
     values, classes = log_probs.topk(topk, dim=-1)
-    return TopK(classes.to(torch.int16 if log_probs.shape[-1] <= 1 << 16 else torch.int32), values.half())
+    narrow, dense = log_probs.shape[-1] <= 1 << 16, topk == log_probs.shape[-1]
+    return TopK(classes.to(torch.int16 if narrow else torch.int32), values.half() if dense else values)
 
 
 def predictions_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
     """Check the columns that the teacher computed for `count` images. Returns a fault, or ""."""
-    fault = targets_fault(tensors, count, header["topk"], header["num_classes"])
+    fault = best_classes_fault(tensors, header, count)
     if fault or "features" not in header:
         return fault
     return vectors_fault(tensors, count, **header["features"])
 
 
+def best_classes_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
+    """Check the K best classes of `count` images, packed or not. Returns a fault, or ""."""
+    rows = row_format(header["topk"], header["num_classes"])
+    if rows is not None and PREDICTIONS in tensors:
+        return packed_fault(tensors[PREDICTIONS], count, rows)
+    return targets_fault(tensors, count, header["topk"], header["num_classes"])
+
+
 def as_stored(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The columns of a table on the CPU as the cache stores them: int16 classes of `best_classes` become uint16."""
+    """The columns of a table on the CPU as `write_table` takes them: int16 classes of `best_classes` become uint16."""
     classes = columns["classes"]
     return {**columns, "classes": classes.view(torch.uint16) if classes.dtype == torch.int16 else classes}
 
 
 def topk_targets(log_probs: Tensor, topk: int) -> TopK:
-    """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, as the cache stores them.
+    """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, before they are packed.
 
     Returns:
-        On the CPU: classes uint16 (int32 if C > 65,536) [B, K], best first, and log_probs float16 [B, K].
+        On the CPU: classes uint16 (int32 if C > 65,536) [B, K], best first, and log_probs fp32 (float16 if K = C)
+        [B, K].
     """
     columns = best_classes(log_probs, topk)._asdict()
     return TopK(**as_stored({name: values.cpu() for name, values in columns.items()}))
@@ -274,9 +327,57 @@ def view_file(view: int) -> str:
     return f"view-{view:05d}.safetensors"
 
 
+def views_in(path: Path, header: dict[str, Any]) -> list[int]:
+    """The numbers of the views whose files exist, in ascending order."""
+    return [view for view in range(header["views"]) if (path / view_file(view)).is_file()]
+
+
 def write_table(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], table: int | str) -> None:
-    """Write the table of a view (`table` is its number) or another table; the file records the cache's identity."""
+    """Write the table of a view (`table` is its number) or another table; the file records the cache's identity.
+
+    Args:
+        tensors: columns as `as_stored` returns them. Finished predictions are packed, unless the cache has schema 3.
+    """
+    if isinstance(table, int) or table == VAL:
+        tensors = packed_columns(tensors, header) if header.get("schema", SCHEMA) == SCHEMA else _rounded(tensors)
     save_tensors(path, tensors, {"table": table, "cache": identity(header)})
+
+
+def packed_columns(columns: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
+    """The columns of a view with bool columns as bits and, if K < C, the predictions as packed rows."""
+    columns = {
+        name: torch.from_numpy(np.packbits(values.numpy())) if values.dtype == torch.bool else values
+        for name, values in columns.items()
+    }
+    if "classes" not in columns:
+        return columns
+    predictions = packed(TopK(columns["classes"], columns["log_probs"]), header["num_classes"])
+    if not isinstance(predictions, PackedRows):
+        return columns
+    return {**{n: v for n, v in columns.items() if n not in TopK._fields}, PREDICTIONS: predictions.rows}
+
+
+def _rounded(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The columns as schema 3 has them, with log_probs float16."""
+    return {name: values.half() if name == "log_probs" else values for name, values in columns.items()}
+
+
+def _predictions(columns: dict[str, Tensor], header: dict[str, Any]) -> TopK | PackedRows:
+    rows = row_format(header["topk"], header["num_classes"])
+    if rows is None or PREDICTIONS not in columns:
+        return TopK(columns["classes"], columns["log_probs"])
+    return PackedRows(columns[PREDICTIONS], rows)
+
+
+def _unpacked(predictions: TopK | PackedRows) -> TopK:
+    return predictions.unpacked() if isinstance(predictions, PackedRows) else predictions
+
+
+def _flags(name: str, values: Tensor, count: int) -> np.ndarray:
+    """A column of a view of `count` samples; bits become bool [N]."""
+    if name in BOOLEAN and values.dtype == torch.uint8 and values.shape == (-(-count // 8),):
+        return np.unpackbits(values.numpy(), count=count).view(bool)
+    return values.numpy()
 
 
 def read_table(path: Path, header: dict[str, Any], table: int | str) -> dict[str, Tensor]:
@@ -286,7 +387,7 @@ def read_table(path: Path, header: dict[str, Any], table: int | str) -> dict[str
     return tensors
 
 
-def check_origin(path: Path, info: dict[str, Any], header: dict[str, Any], table: int | str) -> None:
+def check_origin(path: Path | str, info: dict[str, Any], header: dict[str, Any], table: int | str) -> None:
     """Raises BadInput unless the metadata of a file (`info`) name this table of this cache."""
     if info != {"table": table, "cache": identity(header)}:
         expected = f"view {table}" if isinstance(table, int) else table

@@ -1,19 +1,22 @@
 """cache.json, the header of a teacher cache: read, check and write it."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastofa.runs.config import MAX_EPOCHS
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import read_json, write_json
 from fastofa.views.policy import ViewPolicy
 
-SCHEMA = 3
+SCHEMA = 4
+OLDER = (3,)  # schemas that are still read
 MAX_VIEWS = MAX_EPOCHS  # an epoch replays one view
 AGAIN = "run `fastofa precompute` again with the same arguments"
 HEADER = "cache.json"
+MAX_NAMED, MAX_TEXT = 8, 40  # elements of a list and characters of a value in a message
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -26,7 +29,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if not exists:
         raise BadInput(f"{path}: expected a teacher cache made by `fastofa precompute`, but it contains no {HEADER}")
     header = read_json(file)
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+    if not isinstance(header, dict) or header.get("schema") not in (SCHEMA, *OLDER):
         schema = header.get("schema") if isinstance(header, dict) else type(header).__name__
         raise BadInput(
             f"{file}: expected schema {SCHEMA}, got {str(schema)[:80]}; remove the cache and precompute it again with "
@@ -66,10 +69,11 @@ def _validity(header: dict[str, Any]) -> dict[str, bool]:
         "views": _whole(header["views"], 1, MAX_VIEWS)
         and _is_policy(policy)
         and header["views"] % policy_from_json(policy).repeats == 0,
-        "teachers": isinstance(teachers, list) and len(teachers) == 1 and _is_teacher(teachers[0]),
+        "teachers": _are_teachers(teachers, header.get("teacher_weights")),
         "pipeline": isinstance(header["pipeline"], str),
         "versions": isinstance(versions, dict) and len(versions) <= 100 and _texts(versions, tuple(versions)),
         "features": "features" not in header or _is_features(header["features"]),
+        "topk_chosen": header.get("topk_chosen", "auto") == "auto",
     }
 
 
@@ -92,6 +96,15 @@ def _is_teacher(teacher: Any) -> bool:
         and _whole(teacher.get("num_features"), 1, 1 << 20)
         and all(_is_colour(teacher.get(name)) for name in ("mean", "std"))
     )
+
+
+def _are_teachers(teachers: Any, weights: Any) -> bool:
+    """Whether they describe one teacher without a weight, or several with a weight each."""
+    if not (isinstance(teachers, list) and all(map(_is_teacher, teachers))):
+        return False
+    if len(teachers) == 1:
+        return weights is None
+    return isinstance(weights, list) and len(weights) == len(teachers) > 0 and all(_number(w, 0, 1) for w in weights)
 
 
 def _is_features(features: Any) -> bool:
@@ -129,8 +142,63 @@ def write_header(path: Path, header: dict[str, Any]) -> None:
 def identity(header: dict[str, Any]) -> dict[str, Any]:
     """The part of the header on which predictions depend: two caches with the same identity have the same views."""
     dataset = {split: header["dataset"][split] for split in ("train", "val")}
-    names = ("classes", "topk", "policy", "seed", "teachers", *(["features"] if "features" in header else []))
-    return {"dataset": dataset, **{name: header[name] for name in names}}
+    names = ("classes", "topk", "policy", "seed", "teachers")
+    optional = (name for name in ("teacher_weights", "features") if name in header)
+    return {"dataset": dataset, **{name: header[name] for name in (*names, *optional)}}
+
+
+def check_vacant(out: Path) -> None:
+    """Raises BadInput if the folder contains files but no cache."""
+    try:
+        others = out.exists() and not (out / HEADER).exists() and any(not f.name.startswith(".") for f in out.iterdir())
+    except OSError as error:
+        raise BadInput(f"{out}: expected a folder, got {error.strerror}; choose another path") from None
+    if others:
+        raise BadInput(f"{out}: expected a new folder or a cache, got a folder with other files; choose another path")
+
+
+class FieldDifference(NamedTuple):
+    """A field in which two headers differ, with its value in each as text; "none" where a header lacks it."""
+
+    field: str
+    a: str
+    b: str
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[FieldDifference]:
+    """The fields in which two dictionaries from JSON differ, such as `identity` of two headers; nested ones are named
+    policy.flip or teachers.0.sha256. Of the classes, only the first difference is included."""
+    found = []
+    for name in {**a, **b}:
+        x, y = a.get(name), b.get(name)
+        if x == y:
+            continue
+        if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
+            x, y = ({str(i): value for i, value in enumerate(values)} for values in (x, y))
+        if isinstance(x, dict) and isinstance(y, dict):
+            nested = differences(x, y)
+            nested = nested[:1] if name == "classes" else nested
+            found += [each._replace(field=f"{name}.{each.field}") for each in nested]
+        else:
+            found.append(FieldDifference(name, _brief(x), _brief(y)))
+    return found
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list) and len(value) > MAX_NAMED:
+        return counted(len(value), "name" if isinstance(value[0], str) else "value")
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
+
+
+def check_same(a: object, header_a: dict[str, Any], b: object, header_b: dict[str, Any]) -> None:
+    """Raises BadInput unless two headers have the same identity; `a` and `b` are their paths or URLs."""
+    if different := differences(identity(header_a), identity(header_b)):
+        fields = "; ".join(f"{name} (there: {x}, here: {y})" for name, x, y in different)
+        raise BadInput(
+            f"{b}: expected views of the same cache as {a}, but they differ in {fields}; only views that were made "
+            "with the same arguments belong together"
+        )
 
 
 def policy_to_json(policy: ViewPolicy) -> dict[str, Any]:

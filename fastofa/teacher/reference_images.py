@@ -3,7 +3,7 @@
     CACHE/seen.png                  images of view 0, side by side, at the teacher's input size
 
 A view is the same region of an image in every form of the data and with every pipeline, but its pixels may differ: a
-pack stores fewer pixels, and decoders round differently. The difference is reported at startup.
+pack stores fewer pixels, and decoders round differently. The difference is reported at startup; a large one is refused.
 """
 
 from contextlib import closing
@@ -23,6 +23,7 @@ from fastofa.views.table import Views
 
 SEEN = "seen.png"
 IMAGES = 8  # evenly spaced in the order of samples, and thus spread over the classes
+TOLERANCE = 16  # of 255: a mean difference above this is no matter of compression, resizing or rounding
 
 
 class Difference(NamedTuple):
@@ -32,6 +33,15 @@ class Difference(NamedTuple):
     """Over all images."""
     worst: float
     """Over the image in which it is largest."""
+
+    def check(self, cache: Path, data: str) -> None:
+        """Raises BadInput if the mean is above the tolerance."""
+        if self.mean > TOLERANCE:
+            raise BadInput(
+                f"data: expected the pixels of which the teacher of {cache} saw {IMAGES} images ({cache / SEEN}), to "
+                f"{TOLERANCE} of 255, got a mean difference of {self.mean:.1f} with {data}; train on the form of the "
+                "data that the cache was made from, or accept the difference with --allow-mismatch pixels"
+            )
 
     def __str__(self) -> str:
         if self.worst == 0:
