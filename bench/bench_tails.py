@@ -1,6 +1,7 @@
 """Compare what a cache could keep of the classes outside the top K, at equal bytes: is a sample better than evenly?
 
-    OMP_NUM_THREADS=1 python -m bench.bench_tails            writes bench/results/tails.json
+    OMP_NUM_THREADS=1 python -m bench.bench_tails                    writes bench/results/tails.json
+    OMP_NUM_THREADS=1 python -m bench.bench_tails --only random      a part of it: bench/results/tails_random.json
 
 Each form gets a teacher's probabilities of all classes and returns the weights that the OFA loss would use:
 
@@ -10,8 +11,8 @@ Each form gets a teacher's probabilities of all classes and returns the weights 
     difference  as sampled, but only the difference from the even tail is estimated
     vector      the teacher's logits projected on their r principal components, int8, in place of a pooled vector
 
-Bytes are those of the packed predictions of one image and view: a class takes ceil(log2 C) bits, a log-probability 7
-and the first one 15, a component 8.
+Bytes are those of the packed predictions of one image and view (fastofa/teacher/packed_rows.py), a component takes 8
+bits.
 
 Measured for each: the gradient of the loss at the student's logits against that of all classes (bias, standard
 deviation of one view, cosine of one view, all relative to the exact gradient), the Kullback-Leibler divergences, and
@@ -28,7 +29,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -37,12 +37,15 @@ from torch import Tensor, nn
 from bench.lib import command_line
 from bench.lib.characters import characters
 from bench.lib.record import markdown_table, write_record
+from fastofa.kernels.reference import dense_probs
+from fastofa.methods.targets import TopK
+from fastofa.teacher.packed_rows import RowFormat
 
 EPS = (1.0, 1.5)
 DRAWS = 100  # views over which bias and variance are measured
 VIEWS, CYCLES, BATCH = 20, 6, 64
 
-# --- Forms: probabilities [N, C], labels [N], eps -> weights of the loss [N, C] ----------------------------------------
+# --- Forms: probabilities [N, C], labels [N], eps -> weights of the loss [N, C] ---------------------------------------
 
 Weights = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
 
@@ -114,13 +117,9 @@ class Form:
     weights: Weights
 
 
-def packed_bytes(classes: int, topk: int) -> int:
-    return math.ceil((topk * (classes - 1).bit_length() + 7 * topk + 8) / 8)
-
-
 def forms(probs: Tensor, topk: int) -> list[Form]:
     """All forms with the bytes of the top K, those that keep fewer classes included; `probs` [N, C] of the data."""
-    size = packed_bytes(probs.shape[1], topk)
+    size = RowFormat(topk, probs.shape[1]).num_bytes
     found = [Form(f"even, K = {topk}", size, partial(even, topk))]
     for samples in (topk // 4, topk // 2):
         for over_even, name in ((False, "sampled"), (True, "difference")):
@@ -340,25 +339,50 @@ def random_teachers() -> dict[str, Any]:
     return found
 
 
+def packing() -> dict[str, Any]:
+    """What rounding alone costs: the K classes and the even tail as packed rows, and as float16, against float64."""
+    found = {}
+    for deviation in (1.5, 3.0, 6.0):
+        probs, _, logits = soft_teacher(deviation)
+        values, classes = probs.log().topk(16, dim=1)
+        row_format = RowFormat(16, probs.shape[1])
+        unpacked = row_format.unpack(row_format.pack(TopK(classes, values))).log_probs
+        rows: dict[str, Any] = {}
+        for temperature in (1.0, 4.0):
+            expected, *given = (
+                dense_probs(classes, stored.double(), probs.shape[1], temperature)
+                for stored in (values, unpacked, values.half())
+            )
+            student = (logits / temperature).softmax(dim=1)
+            for name, size, stored in (("packed", row_format.num_bytes, given[0]), ("float16", 64, given[1])):
+                rows[f"T = {temperature:g}, {name}"] = {
+                    "bytes": size,
+                    "kl_of_stored": divergence(expected, stored),
+                    "1 - cosine": 1 - F.cosine_similarity(student - stored, student - expected).mean().item(),
+                }
+        found[f"packing, random logits, deviation {deviation:g}"] = {"classes": 1000, "rows": rows}
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = command_line.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=("random", "digits", "characters"), nargs="+")
     args = parser.parse_args(arguments)
     only = args.only or ("random", "digits", "characters")
-    result = random_teachers() if "random" in only else {}
+    result = packing() | random_teachers() if "random" in only else {}
     for name, make in (("digits", digits), ("characters", rendered)):
         if name in only:
             result[name] = students(make(), args.seeds)
     for name, found in result.items():
-        print(f"\n{name}, {found['classes']} classes, kept {found['kept_mass']:.3f}")
+        print(f"\n{name}, {found['classes']} classes")
         columns = [key for key in next(iter(found["rows"].values())) if key != "top1"]
         cells = [
             [row, *("" if values[key] is None else f"{values[key]:.4g}" for key in columns)]
             for row, values in found["rows"].items()
         ]
         print(markdown_table(["form", *columns], cells))
-    write_record("tails", result, args.out)
+    write_record("_".join(["tails", *(args.only or [])]), result, args.out)
     return result
 
 

@@ -18,7 +18,7 @@ from fastofa.methods.targets import TopK
 from fastofa.teacher.cache import TeacherCache, read_table, topk_targets, view_file, write_table
 from fastofa.teacher.cache_header import read_header
 from fastofa.teacher.device_targets import DeviceTargets
-from fastofa.teacher.packed_rows import Decoder, PackedRows, RowFormat, joined, packed
+from fastofa.teacher.packed_rows import Decoder, RowFormat, joined, packed
 from fastofa.teacher.table_checks import packed_fault
 
 CPU = torch.device("cpu")

@@ -63,7 +63,7 @@ def test_finished_views_are_not_counted_again(config):
 @pytest.mark.parametrize(("views", "val_images", "students"), [(100, 0, 1), (100, 0, 3), (10, 599, 1), (1, 50, 8)])
 def test_the_epochs_from_which_a_cache_takes_fewer_passes(views, val_images, students):
     estimate = Plan(
-        images=1000, val_images=val_images, views=views, finished=0, ranks=1, teacher=2, rate=1, row_bytes=9
+        images=1000, val_images=val_images, views=views, finished=0, ranks=1, teacher=2, rate=1, topk=16, row_bytes=9
     )
     cheaper = [students * epochs * 1000 > views * 1000 + val_images for epochs in range(1000)]
     assert estimate.epochs(students) == cheaper.index(True)

@@ -27,7 +27,9 @@ from fastofa.system.files import load_tensors, save_tensors
 from fastofa.teacher.cache import VAL, TeacherCache, agreement, topk_targets, view_file
 from fastofa.teacher.cache_header import HEADER, policy_from_json, policy_to_json
 from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.fidelity import FIDELITY
 from fastofa.teacher.model import Teacher, open_teacher
+from fastofa.teacher.packed_rows import RowFormat
 from fastofa.teacher.parts import PARTS, part_file
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
@@ -175,7 +177,7 @@ def test_agreement_is_the_share_of_equal_best_classes():
 def test_the_files_of_a_cache(photo_cache, photos):
     """Names, header, and shapes and dtypes of the tables; no temporary files."""
     assert sorted(file.name for file in photo_cache.path.iterdir()) == sorted(
-        [HEADER, SEEN, VAL, *map(view_file, range(3))]
+        [FIDELITY, HEADER, SEEN, VAL, *map(view_file, range(3))]
     )
     header = json.loads((photo_cache.path / HEADER).read_text())
     train, val = open_dataset(str(photos)), open_dataset(str(photos), "val")
@@ -254,7 +256,7 @@ def pixels(dataset: Dataset, views: Views) -> Tensor:
 
 
 def assert_same_predictions(got: Targets, expected: Tensor) -> None:
-    """Within fp16, or half a packed step, of the log-probabilities `expected` [N, C], and no omitted class is better."""
+    """Within fp16, or half a packed step, of `expected` [N, C], and no omitted class is better."""
     got_at, allowed = expected.gather(1, got.classes.long()), 2e-3 if got.log_probs.dtype == torch.float16 else 0.02
     torch.testing.assert_close(got.log_probs.float(), got_at, rtol=allowed, atol=allowed)
     torch.testing.assert_close(got_at, expected.topk(got.classes.shape[1]).values, rtol=2e-3, atol=2e-3)
@@ -635,6 +637,32 @@ def test_verify_finds_the_damaged_file(changed, name):
     TeacherCache.open(changed).verify()
 
 
+def test_a_cache_of_schema_3_is_read_and_continued_in_its_form(digit_cache, teacher_of_10, tmp_path):
+    """What an earlier version wrote: nothing packed. Its views replay as before, and a view can be added."""
+    old = Path(shutil.copytree(digit_cache.path, tmp_path / "cache"))
+    edit_header(old, schema=3)
+    for name in (view_file(0), view_file(1), VAL):
+        tensors, said = load_tensors(old / name)
+        packed = tensors.pop("predictions")
+        targets = RowFormat(4, 10).unpack(packed)
+        if "flip" in tensors:
+            tensors["flip"] = torch.from_numpy(digit_cache.targets(0 if name == view_file(0) else 1)[0].flip)
+        columns = {**tensors, "classes": targets.classes, "log_probs": targets.log_probs.half()}
+        save_tensors(old / name, columns, said)
+    cache = TeacherCache.open(old)
+    cache.verify()
+    for view in range(2):
+        (a, classes_a, log_probs_a), (b, classes_b, log_probs_b) = cache.targets(view), digit_cache.targets(view)
+        np.testing.assert_array_equal(a.flip, b.flip)
+        assert torch.equal(classes_a, classes_b)
+        assert torch.equal(log_probs_a, log_probs_b.half())
+    assert torch.equal(cache.val_targets().classes, digit_cache.val_targets().classes)
+    grown = precompute(PrecomputeConfig("digits:100", str(teacher_of_10), old, views=3, topk=4))
+    assert set(load_tensors(old / view_file(2))[0]) == {"crop", "flip", "classes", "log_probs"}
+    grown.verify()
+    assert json.loads((old / HEADER).read_text())["schema"] == 3
+
+
 # --- Making one -------------------------------------------------------------------------------------------------------
 
 
@@ -750,7 +778,7 @@ def test_a_temporarily_unreadable_image_loses_no_predictions(make, tmp_path, mon
             raise BadInput(f"unreadable image {self.names[sample_id]} (the disk is away)")
         return reads(self, sample_id)
 
-    reads, given, fails = Dataset.read, {"views": 2, "batch_size": 5}, {"val": [True], "train": [False, True]}
+    reads, given, fails = Dataset.read, {"views": 2, "batch_size": 5}, {"val": [True], "train": [False, False, True]}
     monkeypatch.setattr(Dataset, "read", read)
     monkeypatch.setattr(Teacher, "log_probs", log_probs)
     for message in (
@@ -761,7 +789,8 @@ def test_a_temporarily_unreadable_image_loses_no_predictions(make, tmp_path, mon
             make(tmp_path, **given)
         assert any(tmp_path.glob(PARTS))
     make(tmp_path, **given)
-    assert sum(calls) - 2 * calls.count(2) == 12 + 2 * 24 - 2  # open_teacher tries two; of validation two are the last
+    # 24 images held back; open_teacher tries two; of the validation images two are the last
+    assert sum(calls) - 2 * calls.count(2) == 24 + 12 + 2 * 24 - 2
     monkeypatch.undo()
     assert files(tmp_path) == files(make(**given).path)
 
@@ -771,7 +800,7 @@ def test_any_other_error_keeps_the_predictions_too(make, tmp_path, monkeypatch):
     original, calls = Teacher.log_probs, iter(range(100))
 
     def log_probs(self: Teacher, images: Tensor) -> Tensor:
-        if next(calls) == 6:
+        if next(calls) == 11:  # one trial, 5 batches held back, 3 of validation images, 2 of the view
             raise RuntimeError("out of memory")
         return original(self, images)
 
@@ -790,7 +819,7 @@ def test_skip_corrupt_starts_over_if_no_view_is_finished(photos, make, tmp_path,
     whole = broken.read_bytes()
 
     def read(self: Dataset, sample_id: int) -> Tensor:
-        if self.split == "train":
+        if self.split == "train" and (out / FIDELITY).exists():
             broken.write_bytes(whole[: len(whole) // 2])
         return original(self, sample_id)
 

@@ -211,7 +211,7 @@ def spoil(name: str, value: float) -> Callable[[dict[str, Tensor]], None]:
         ("pooled-int8", view_file(1), lambda t: t.pop("pooled_scale"), "pooled_scale is missing"),
         ("pooled", CLASSIFIER, spoil("weight", torch.nan), "NaN or infinity in weight"),
         ("pooled", CLASSIFIER, lambda t: t.update(bias=t["bias"][1:]), "expected bias float32"),
-        ("none", view_file(1), lambda t: t.update(pooled=t["log_probs"].clone()), "expected the columns"),
+        ("none", view_file(1), lambda t: t.update(pooled=t["crop"].clone()), "expected the columns"),
     ],
 )
 def test_impossible_values_are_found_in_spite_of_a_right_checksum(caches, tmp_path, features, file, change, said):
