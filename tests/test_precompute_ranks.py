@@ -182,15 +182,14 @@ def _rank_0_dies(rank: int) -> None:
         _after(3, _kill)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_without_rank_0_the_others_save_and_any_number_of_ranks_continues(config, alone, tmp_path, ranks):
+def test_without_rank_0_the_others_save_and_another_number_of_ranks_continues(config, alone, tmp_path):
     """Its process holds the store here; torchrun's own store would end with torchrun."""
     codes, output = on(2, config(tmp_path / "cache"), _rank_0_dies, agent=False)
     assert codes == [-signal.SIGKILL, 1], output
     assert "fastofa: rank 1: lost the other ranks" in output[1]
     assert "Traceback" not in output[1]
-    codes, output = on(ranks, config(tmp_path / "cache"))
-    assert codes == [0] * ranks, output
+    codes, output = on(3, config(tmp_path / "cache"))
+    assert codes == [0] * 3, output
     assert files(tmp_path / "cache") == files(alone)
 
 
