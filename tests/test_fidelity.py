@@ -206,7 +206,7 @@ def test_the_command_ends_with_the_figures_and_info_shows_them(teacher, tmp_path
     assert f"{figures.kept:.2%}" in said
     assert "(eps 1)" in said
     assert "(eps 1.5)" in said
-    cache_command.main(CacheConfig("info", tmp_path / "cache"))
+    cache_command.main(CacheConfig("info", (str(tmp_path / "cache"),)))
     told = " ".join(capsys.readouterr().out.split())
     for loss in less_exact(figures.losses):
         assert f"OFA loss, eps {loss.eps:g}" in told
