@@ -45,7 +45,7 @@ class PrecomputeConfig:
     """Views of the training set. An epoch replays view (epoch modulo views). One view per epoch is best; fewer make a
     smaller cache. More can be added later; a number below that of an existing cache changes nothing."""
     topk: int
-    """Classes stored per prediction, at 2 to 3 bytes each. The remaining probability is spread over the other classes."""
+    """Classes stored per prediction, at 2 to 3 bytes each. The remaining probability is spread over the others."""
     plan: bool = False
     """Print the hours and disk space that the cache would take, from batches timed on this machine; writes nothing."""
     first_view: int = 0
