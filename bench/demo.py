@@ -5,9 +5,7 @@
 The first seed is `fastofa demo`. For the others, its three students train again from its cache; a seed sets initial
 weights and order, and the teacher is the same. The chart is that of the first seed.
 
-CKA: every student is compared with the teacher on all validation digits in one batch, which gives the exact values. The
-last figures are the largest differences from these, over all pairs of layers, when the first seed's OFA student is
-compared in several batches.
+CKA: every student is compared with the teacher on all validation digits in one batch, which gives the exact values.
 """
 
 import shutil
@@ -15,8 +13,6 @@ import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bench.lib import command_line
 from bench.lib.record import markdown_table, write_record
@@ -27,7 +23,6 @@ from fastofa.training.loop import Result, train
 
 CHART = Path(__file__).parent.parent / "docs" / "demo-curves.png"
 DIGITS = 599  # images of the validation set
-BATCHES = (16, 32, 64, 128, 256)
 
 
 def train_students(out: Path, first: dict[str, Result], seeds: int) -> dict[str, list[Result]]:
@@ -48,9 +43,9 @@ def folder(out: Path, method: str, seed: int) -> Path:
     return out / (f"{method}-{seed}" if seed else method)
 
 
-def compare(out: Path, method: str, seed: int, batch_size: int = DIGITS) -> Comparison:
+def compare(out: Path, method: str, seed: int) -> Comparison:
     """The layers of the teacher (rows) and of a student (columns)."""
-    return compare_networks(out / "teacher-run", folder(out, method, seed), ALL_LABELS, batch_size=batch_size)
+    return compare_networks(out / "teacher-run", folder(out, method, seed), ALL_LABELS, batch_size=DIGITS)
 
 
 def with_teacher(comparison: Comparison) -> dict[str, dict[str, float]]:
@@ -80,8 +75,6 @@ def main() -> None:
         shutil.copyfile(out / "curves.png", CHART)
         results = train_students(out, first, args.seeds)
         cka = {method: [with_teacher(compare(out, method, seed)) for seed in range(args.seeds)] for method in METHODS}
-        exact = compare(out, "ofa", 0).cka
-        errors = {size: float(np.abs(compare(out, "ofa", 0, size).cka - exact).max()) for size in BATCHES}
     students = {
         method: {
             "top1": spread([result.top1 for result in each]),
@@ -100,7 +93,6 @@ def main() -> None:
         "teacher": vars(first["teacher"]),
         "students": students,
         "cka": similarities,
-        "cka_errors": {"images": DIGITS, "largest": errors},
     }
     write_record("demo", result, args.out)
     cells = [
@@ -114,7 +106,6 @@ def main() -> None:
         for kind, parts in kinds.items()
     ]
     print(markdown_table(["CKA with the teacher", "part"], lines, left=2))
-    print("largest error of the CKA in batches:", ", ".join(f"{size}: {error:.4f}" for size, error in errors.items()))
 
 
 if __name__ == "__main__":

@@ -109,6 +109,16 @@ def test_the_error_falls_with_images_and_batch_size():
         assert rms(images, batch) / law(images, batch) == pytest.approx(first, rel=0.35)
 
 
+def test_every_image_counts_the_same_if_the_last_batch_is_smaller():
+    """The HSIC of a batch is weighted by its number of images, not by its number of pairs."""
+    x, y = (f.double() for f in related(40, 1.0))
+    hsic = np.zeros(3)
+    for a, b in zip(x.split(25), y.split(25), strict=True):
+        k, m = (a @ a.T).numpy(), (b @ b.T).numpy()
+        hsic += [len(a) * song(*pair) for pair in ((k, m), (k, k), (m, m))]
+    assert streamed(x, y, 25) == pytest.approx(hsic[0] / math.sqrt(hsic[1] * hsic[2]), abs=1e-12)
+
+
 def test_batches_are_unbiased():
     """Sums over batches of 16 of 256 images, averaged over many orders, are those of all 256; the biased estimator's
     are far off."""

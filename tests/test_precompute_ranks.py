@@ -12,16 +12,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import HashStore
 
 import fastofa.teacher.shares
 from fastofa import cli
+from fastofa.system.errors import Failed
 from fastofa.system.files import filling
+from fastofa.system.rendezvous import Place
 from fastofa.teacher.cache import VAL, TeacherCache
 from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.parts import PARTS, Parts, Range
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
-from fastofa.teacher.shares import deal
+from fastofa.teacher.shares import Shares, deal
 from ranks import Ranks
 from runs import command_line
 
@@ -295,3 +298,12 @@ def test_a_part_that_cannot_be_used_is_computed_again(config, alone, tmp_path, d
     precompute(config(cache))
     assert files(cache) == files(alone)
     TeacherCache.open(cache).verify()
+
+
+def test_a_store_that_still_holds_an_earlier_start_is_refused():
+    """Its counters would skip ranges."""
+    store = HashStore()
+    Shares(store, Place(1, 2))
+    Shares(store, Place(0, 2))
+    with pytest.raises(Failed, match="earlier start of these ranks; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and run"):
+        Shares(store, Place(1, 2))

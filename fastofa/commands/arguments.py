@@ -256,6 +256,7 @@ def _parsed(command: str, argv: list[str]) -> Any:
         print(_wrapped(_docstring(command), shutil.get_terminal_size().columns), end="\n\n")
     if config not in DEFAULTS:
         return tyro.cli(config, args=argv, description="", prog=prog)
+    argv = _joined(argv, "--teacher")
     defaults = DEFAULTS[config](argv)
     own = _own_forms(_flag_value(argv, "--method"), defaults) if config is TrainConfig else {}
     flat = (tyro.conf.OmitArgPrefixes,)
@@ -360,6 +361,20 @@ def _refuse_unused(argv: list[str], config: TrainConfig) -> None:
                 f"{flag}: expected only with --method {' or '.join(users)}, which uses it, but got --method "
                 f"{config.method}; leave it out"
             )
+
+
+def _joined(argv: list[str], flag: str) -> list[str]:
+    """The arguments with a repeated flag given once, with all its values: `--teacher a --teacher b` as `--teacher a b`.
+    Of other flags, tyro takes the last."""
+    values, others, taking = [], [], False
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        taking = name == flag if argument.startswith("--") else taking
+        if not taking:
+            others.append(argument)
+        elif argument != flag:
+            values.append(value if equals and name == flag else argument)
+    return [*others, flag, *values] if flag in (argument.partition("=")[0] for argument in argv) else argv
 
 
 DEFAULTS: dict[type, Callable[[list[str]], dict[str, Any]]] = {

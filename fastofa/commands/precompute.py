@@ -14,6 +14,7 @@ from rich import filesize
 
 from fastofa.system import torchrun
 from fastofa.system.errors import counted, escaped
+from fastofa.teacher.fidelity import in_one_line, read_fidelity
 from fastofa.teacher.plan import Plan, plan
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
@@ -32,6 +33,8 @@ def main(config: PrecomputeConfig) -> None:
     images, classes = counted(cache.num_samples, "image"), counted(cache.num_classes, "class")
     kept = f"top {cache.topk} of {classes}" + f", vectors of {cache.pooled_dim} numbers" * (cache.pooled_dim > 0)
     print(escaped(f"{cache.path}: {views} of {images}, {kept}, {filesize.decimal(size)}"))
+    if (fidelity := read_fidelity(cache.path, cache.header)) is not None:
+        print(escaped(f"{cache.path}: {in_one_line(fidelity, cache.topk)}"))
 
 
 def _print_plan(plan: Plan, config: PrecomputeConfig) -> None:
@@ -39,7 +42,7 @@ def _print_plan(plan: Plan, config: PrecomputeConfig) -> None:
     views, ranks, ms = counted(plan.views, "view"), counted(plan.ranks, "rank"), 1e3 / plan.rate
     cheaper = ", ".join(f"{plan.epochs(n):,} epochs of {n}" for n in (1, 2, 4, 8))
     lines = (
-        f"{config.teacher}: {views}{exist} of {counted(plan.images, 'image')}, top {config.topk}",
+        f"{' + '.join(config.teachers)}: {views}{exist} of {counted(plan.images, 'image')}, top {plan.topk}",
         f"  teacher passes  {plan.passes:,}, validation included",
         f"  images/s        {plan.rate:,.0f} on {ranks}, {ms:,.3f} ms per image; the teacher alone {plan.teacher:,.0f}",
         f"  hours           {plan.hours:,.2f}; {plan.rank_hours:,.2f} GPU hours with one GPU per rank",

@@ -1,8 +1,8 @@
 """The HTML report of a run, RUN/report.html: its training, the student's errors and the configuration.
 
-The report is generated from the run's folder alone and omits what does not exist yet. The page needs no network, no
-other file and no script, so it can be mailed and archived. Names of classes and folders are untrusted text: the
-template escapes all of them.
+The report is generated from the run's folder and its teacher cache, and omits what does not exist (yet). The page needs
+no network, no other file and no script, so it can be mailed and archived. Names of classes and folders are untrusted
+text: the template escapes all of them.
 
 C classes, N validation images.
 """
@@ -26,6 +26,8 @@ from fastofa.runs.recipes import recipe
 from fastofa.runs.run import LAUNCHES, Run, open_run
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, read_json, write_atomic
+from fastofa.teacher.cache_header import HEADER, read_header
+from fastofa.teacher.fidelity import Fidelity, read_fidelity
 
 FILE, TEMPLATE = "report.html", "report.html.jinja"
 MAX_MATRIX_CLASSES = 64
@@ -58,6 +60,7 @@ def write_report(run: Path) -> Path:
         plots=_plots(opened.config, steps, epochs, pace, launches),
         rows_per_point=group_size(steps),
         mistakes=_mistakes(opened),
+        fidelity=_fidelity(opened),
         settings=_settings(opened.config),
         launches=launches,
         varying=_varying(launches),
@@ -200,6 +203,16 @@ def _mistakes(run: Run) -> _Mistakes | None:
         worst_pairs(counts, MAX_TABLE_ROWS),
         worst_classes(counts, MAX_TABLE_ROWS),
     )
+
+
+# --- Teacher cache ----------------------------------------------------------------------------------------------------
+
+
+def _fidelity(run: Run) -> Fidelity | None:
+    """How exactly the run's cache represents the teacher's predictions; None if no folder contains the cache."""
+    if run.cache is None or not Path(run.cache, HEADER).is_file():
+        return None
+    return read_fidelity(Path(run.cache), read_header(Path(run.cache)))
 
 
 # --- Configuration and environment ------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ LATER: dict[str, Any] = {
     "fitnet": dataclasses.asdict(FitNetOptions()),
     "allow_mismatch": "none",
     "first_view": 0,
+    "teacher_weights": None,
 }
 # The field whose objects a file contains beside the fields: {"lr": 0.1, "squares": {"weight": 2.0}}.
 OWN = "own_options"
@@ -98,7 +99,7 @@ def in_folder(config: Config, folder: str) -> Config:
         return config
     hints, fields, cls = get_type_hints(type(config)), vars(config), type(config)
     paths = {k: Path(folder, v) for k, v in fields.items() if v is not None and _is_path(hints[k])}
-    names = {k: from_folder(folder, fields[k], built_in) for k, built_in in BUILT_IN.items() if fields.get(k)}
+    names = {k: _in_folder(folder, fields[k], built_in) for k, built_in in BUILT_IN.items() if fields.get(k)}
     if "method" in fields:
         names["method"] = "+".join(_method_from(folder, name) for name in method_names(fields["method"]))
     return cls(**{**fields, **paths, **names})
@@ -126,6 +127,13 @@ def from_folder(folder: str, name: str, built_in: str) -> str:
     kind = next((kind for kind in ("cifar100:", "local-dir:") if name.startswith(kind)), "")
     path = Path(folder, name.removeprefix(kind))
     return f"{kind}{path}" if name.partition(":")[0] != built_in and path.exists() else name
+
+
+def _in_folder(folder: str, names: str | tuple[str, ...], built_in: str) -> str | tuple[str, ...]:
+    """`from_folder` of one name or several."""
+    if isinstance(names, str):
+        return from_folder(folder, names, built_in)
+    return tuple(from_folder(folder, name, built_in) for name in names)
 
 
 def _is_path(hint: Any) -> bool:

@@ -7,6 +7,7 @@ from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import CLASSIFIER, VAL
 from fastofa.teacher.cache_header import HEADER, identity, read_header, write_header
+from fastofa.teacher.fidelity import FIDELITY
 from fastofa.teacher.parts import PARTS
 from fastofa.teacher.quick_checks import other_cache
 
@@ -24,7 +25,7 @@ def begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
         raise other_cache(out, [f"{key} (cached: {cached}, given: {given})" for key, cached, given in pairs])
     if different:
         notice(f"{out}: starts over, because {' and '.join(different)} changed and no view was finished")
-        for file in (VAL, CLASSIFIER, *(path.name for path in out.glob(PARTS))):
+        for file in (VAL, CLASSIFIER, FIDELITY, *(path.name for path in out.glob(PARTS))):
             (out / file).unlink(missing_ok=True)
         write_header(out, header)
         return header

@@ -144,8 +144,8 @@ class TeacherCache:
 
     @property
     def teacher_dim(self) -> int:
-        """The number of features before the teacher's classifier."""
-        return self.header["teachers"][0]["num_features"]
+        """The number of features before the teacher's classifier; of several teachers, the largest."""
+        return max(teacher["num_features"] for teacher in self.header["teachers"])
 
     @property
     def features(self) -> str:

@@ -26,7 +26,18 @@ from fastofa.system.progress import notice
 from fastofa.teacher.cache import CLASSIFIER, VAL, as_stored, check_origin, view_file, write_table
 from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.downloads import Columns, Downloads
-from fastofa.teacher.model import check_finite, check_finite_vectors, report_accuracy
+from fastofa.teacher.ensemble import Ensemble, MeanProgram, kept
+from fastofa.teacher.fidelity import (
+    FIDELITY,
+    Sample,
+    held_back,
+    in_one_line,
+    measure,
+    read_fidelity,
+    warning,
+    write_fidelity,
+)
+from fastofa.teacher.model import check_finite_vectors, report_accuracy
 from fastofa.teacher.parts import Parts, Range, concatenated, has_parts, remove_parts, rows_in, saved_rows
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.reference_images import save_teacher_images
@@ -34,7 +45,7 @@ from fastofa.teacher.shared_bar import SharedBar, shared_bar
 from fastofa.teacher.shares import Shares, Work, deal
 from fastofa.views.draw import draw_views
 from fastofa.views.order import pair_order
-from fastofa.views.table import Views, center_views, samples_of
+from fastofa.views.table import Views, samples_of
 
 SAVE_EVERY_S = 300  # seconds between two saves of an unfinished range of rows
 
@@ -52,11 +63,14 @@ class CacheJob:
 
     config: PrecomputeConfig
     header: dict[str, Any]
-    program: TopKProgram
+    teachers: Ensemble
+    program: TopKProgram | MeanProgram
     train: Source
     val: Source
     interrupt: Interrupt
     shares: Shares
+    sample: Sample | None = None
+    """The predictions for the images held back (fidelity.py), if they are known already."""
 
     @property
     def out(self) -> Path:
@@ -92,13 +106,27 @@ class CacheJob:
 
     def write_others(self) -> None:
         """Write what is not a table of predictions."""
-        teacher = self.program.teacher
-        notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
+        for teacher in self.teachers.teachers:
+            notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
         if self.config.features != "none" and not self.is_finished(CLASSIFIER):
-            write_table(self.out / CLASSIFIER, teacher.classifier._asdict(), self.header, CLASSIFIER)
+            write_table(self.out / CLASSIFIER, self.teachers.only.classifier._asdict(), self.header, CLASSIFIER)
         if 0 in self.views and not self.is_finished(0):  # written with view 0, because the images may change later
             with self.naming(0):
                 save_teacher_images(self.out, self.train.pipeline, self._draw(0))
+        self.write_fidelity()
+
+    def write_fidelity(self) -> None:
+        """Measure how exactly the top K represent the teacher's predictions, before the time is spent on the views."""
+        config, topk = self.config, self.header["topk"]
+        fidelity = read_fidelity(self.out, self.header)
+        if fidelity is None:
+            with self.naming(FIDELITY):
+                sample = self.sample or held_back(self.teachers, *self.train, config.policy(), config.seed)
+            fidelity = measure(sample, topk, config.eps())
+            write_fidelity(self.out, self.header, fidelity)
+            notice(f"fidelity: {in_one_line(fidelity, topk)}")
+        if line := warning(fidelity, topk):
+            notice(f"fidelity: {line}")
 
     def missing_work(self) -> Work:
         """What is missing, cut into ranges for all ranks."""
@@ -134,7 +162,7 @@ class CacheJob:
         """Compute one range of the work, and finish its table if no other range is missing."""
         table, start, stop = work.ranges[index]
         source, views, parts = self.open_table(table)
-        whole = stop - start == len(views)
+        whole = stop - start == len(views[0])
         columns = self._predict(source, views, parts, work, index, bar) if start < stop else []
         if whole:
             self._commit(views, table, parts.by_sample(columns), bar)
@@ -145,7 +173,7 @@ class CacheJob:
         elif self.is_finished(table):
             remove_parts(self.out, [table])
 
-    def join(self, work: Work, table: int | str, views: Views, parts: Parts, bar: SharedBar) -> None:
+    def join(self, work: Work, table: int | str, views: list[Views], parts: Parts, bar: SharedBar) -> None:
         """Finish a table of which every part is saved."""
         with self.naming(table):
             columns = parts.joined(work.starts(table))
@@ -166,32 +194,36 @@ class CacheJob:
                 _, views, parts = self.open_table(table)
                 self.join(work, table, views, parts, bar)
 
-    def open_table(self, table: int | str) -> tuple[Source, Views, Parts]:
-        """The images of a table, its views, and its parts in the order in which the images are read."""
+    def open_table(self, table: int | str) -> tuple[Source, list[Views], Parts]:
+        """The images of a table, its views for each teacher, and its parts in the order in which the images are
+        read."""
         source = self.train if isinstance(table, int) else self.val
-        views = self._draw(table) if isinstance(table, int) else self._centered()
+        views = self._views(table)
         # In file order, for sequential reads; mixed images follow each other, so that each is read once.
         spans = source.dataset.spans
-        order = pair_order(views, None if spans is None else spans[:, 0])
+        order = pair_order(views[0], None if spans is None else spans[:, 0])
         return source, views, Parts(self.out, self.header, table, order)
 
     def _draw(self, view: int) -> Views:
         return draw_views(self.config.policy(), self.train.dataset.sizes, self.config.seed, view)
 
-    def _centered(self) -> Views:
-        return center_views(self.val.dataset.sizes, self.program.teacher.crop)
+    def _views(self, table: int | str) -> list[Views]:
+        """The views of a table for each teacher, which differ only in the centre crops of the validation images."""
+        if isinstance(table, int):
+            return self.teachers.same(self._draw(table))
+        return self.teachers.centered(self.val.dataset.sizes)
 
     def _count(self, table: int | str) -> int:
         return len((self.train if isinstance(table, int) else self.val).dataset)
 
     def _predict(
-        self, source: Source, views: Views, parts: Parts, work: Work, index: int, bar: SharedBar
+        self, source: Source, views: list[Views], parts: Parts, work: Work, index: int, bar: SharedBar
     ) -> list[Columns]:
         """The teacher's predictions for one range, in the order of the table."""
         dataset, pipeline = source
         table, start, stop = work.ranges[index]
         saved_at = time.monotonic()
-        teacher, downloads = self.program.teacher, Downloads(self.program.teacher.device)
+        downloads = Downloads(self.teachers.device)
         columns: list[Columns] = []
 
         def keep(arrived: list[Columns]) -> None:
@@ -201,9 +233,9 @@ class CacheJob:
                 rows = parts.order[first : first + rows_in(targets)]
                 names = [dataset.names[i] for i in samples_of(rows, len(dataset)).tolist()]
                 which = f"view {table}" if isinstance(table, int) else "the validation view"
-                check_finite(teacher.name, targets["log_probs"], which, names)
+                self.teachers.check_finite(targets, which, names)
                 if self.config.features == "pooled":
-                    check_finite_vectors(teacher.name, targets["pooled"], which, names)
+                    check_finite_vectors(self.teachers.name, targets["pooled"], which, names)
                 columns.append(targets)
             if arrived:
                 bar.advance(sum(map(rows_in, arrived)))
@@ -217,9 +249,9 @@ class CacheJob:
 
         with self.naming(table), self.saving(save):
             try:
-                with closing(pipeline.epoch(views, parts.order[:stop], start=start)) as batches:
-                    for batch in batches:
-                        keep(downloads.add(self.program(batch.images)))
+                with closing(self.teachers.batches(pipeline, views, parts.order[:stop], start)) as batches:
+                    for each in batches:
+                        keep(downloads.add(self.program(*(batch.images for batch in each))))
                         self.stop_if_interrupted()
                         if time.monotonic() - saved_at > SAVE_EVERY_S:
                             save()
@@ -260,18 +292,18 @@ class CacheJob:
             f"repeat the command to continue; with --skip-corrupt, it {skip} if that changes the images"
         )
 
-    def _commit(self, views: Views, table: int | str, columns: Columns, bar: SharedBar) -> None:
+    def _commit(self, views: list[Views], table: int | str, columns: Columns, bar: SharedBar) -> None:
         """Write a finished table."""
         if isinstance(table, int):
-            drawn = {name: torch.from_numpy(column) for name, column in views.columns().items()}
-            write_table(self.out / table_file(table), {**drawn, **columns}, self.header, table)
+            drawn = {name: torch.from_numpy(column) for name, column in views[0].columns().items()}
+            write_table(self.out / table_file(table), {**drawn, **kept(columns)}, self.header, table)
             bar.advance(views=1)
             return
         write_table(self.out / VAL, {name: columns[name] for name in TopK._fields}, self.header, VAL)
         dataset = self.val.dataset
-        correct = columns["classes"][:, 0].to(torch.int64) == torch.from_numpy(dataset.labels)
-        accuracy = float(correct.float().mean())
-        report_accuracy(self.program.teacher.name, accuracy, len(dataset.classes), len(dataset))
+        for name, best in self.teachers.best(columns):
+            correct = best.to(torch.int64) == torch.from_numpy(dataset.labels)
+            report_accuracy(name, float(correct.float().mean()), len(dataset.classes), len(dataset))
 
     def _wait(self, bar: SharedBar) -> None:
         self.stop_if_interrupted()
@@ -279,8 +311,7 @@ class CacheJob:
 
     def stop_if_interrupted(self) -> None:
         """Raises Stopped after Ctrl-C or SIGTERM."""
-        if self.interrupt.signum is not None:
-            raise Stopped(f"saved in {self.out}; run the same command again to continue", self.interrupt.signum)
+        self.interrupt.check(f"saved in {self.out}; run the same command again to continue")
 
 
 def table_file(table: int | str) -> str:

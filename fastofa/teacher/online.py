@@ -17,7 +17,7 @@ from fastofa.models.timm_models import find_folder, resolve
 from fastofa.pipelines import Batch
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.recipes import teacher_normalization
-from fastofa.student.stages import Stage, as_map, probe_stages, run_found_stages
+from fastofa.student.stages import Feature, Stage, as_map, probe_stages, run_found_stages
 from fastofa.system.device import choose_bf16, choose_compile
 from fastofa.system.errors import BadInput
 from fastofa.teacher.device_targets import DeviceTargets
@@ -65,7 +65,7 @@ class OnlineTeacher:
         if images.shape[-1] != side:
             images = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
         images = network.normalize(images)
-        features: dict[int, Tensor] = {}
+        features: dict[int, Feature] = {}
         if self.stages:
             final, features = run_found_stages(model, images, self.stages.values(), "NCHW")
         else:

@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastofa.system.interrupt import Interrupt
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import as_stored, packed_columns, view_file
-from fastofa.teacher.downloads import Downloads
+from fastofa.teacher.downloads import Columns, Downloads
+from fastofa.teacher.ensemble import kept
 from fastofa.teacher.parts import rows_in
 from fastofa.teacher.precompute import CacheJob, check_early, open_images, open_job
 from fastofa.teacher.precompute_config import PrecomputeConfig
@@ -36,8 +38,10 @@ class Plan:
     """Images/s of the teacher alone, all ranks together."""
     rate: float
     """Images/s of `precompute`, all ranks together: reading, cropping, the teacher and its top K."""
+    topk: int
+    """Classes stored per prediction."""
     row_bytes: float
-    """Bytes that a view stores per image."""
+    """Bytes that a view stores per image; flips are bits."""
 
     @property
     def passes(self) -> int:
@@ -73,27 +77,32 @@ def measure(job: CacheJob) -> Plan:
         compiles = " (compiling takes minutes)" if job.program.to_compile else ""
         notice(f"plan: timing the teacher and the pipeline{compiles}")
     source, views, parts = job.open_table(0)
-    with closing(source.pipeline.epoch(views, parts.order)) as batches:
-        images = next(batches).images
-    columns = job.program(images)  # compiles, or lets cuDNN choose its algorithms
-    drawn = {name: torch.from_numpy(column[: len(images)]) for name, column in views.columns().items()}
-    rows = drawn | as_stored({name: values.cpu() for name, values in columns.items()})
-    row_bytes = sum(values.nbytes for values in packed_columns(rows, job.header).values()) / len(images)
+    with closing(job.teachers.batches(source.pipeline, views, parts.order)) as batches:
+        images = [batch.images for batch in next(batches)]
+    columns = job.program(*images)  # compiles, or lets cuDNN choose its algorithms
+    predicted = kept(as_stored({name: values.cpu() for name, values in columns.items()}))
+    drawn = {name: torch.from_numpy(values) for name, values in views[0].columns().items()}
+    row_bytes = sum(_row_bytes(table, job.header) for table in (predicted, drawn))
 
-    device = job.program.teacher.device
-    calls = _repetitions(_seconds(lambda: job.program(images), 1, device))
-    teacher = calls * len(images) / _seconds(lambda: job.program(images), calls, device)
+    device = job.teachers.device
+    calls = _repetitions(_seconds(lambda: job.program(*images), 1, device))
+    teacher = calls * len(images[0]) / _seconds(lambda: job.program(*images), calls, device)
     return _of_all_ranks(job, teacher, _rate(job), row_bytes)
+
+
+def _row_bytes(columns: Columns, header: dict[str, Any]) -> float:
+    rows = len(next(iter(columns.values())))
+    return sum(values.nbytes for values in packed_columns(columns, header).values()) / rows
 
 
 def _rate(job: CacheJob) -> float:
     """Images/s of this rank, from reading to predictions on the CPU, once the first ones have arrived."""
     source, views, parts = job.open_table(0)
-    downloads = Downloads(job.program.teacher.device)
+    downloads = Downloads(job.teachers.device)
     counts, times = [0], [time.perf_counter()]
-    with closing(source.pipeline.epoch(views, parts.order)) as batches:
-        for batch in batches:
-            if arrived := downloads.add(job.program(batch.images)):
+    with closing(job.teachers.batches(source.pipeline, views, parts.order)) as batches:
+        for each in batches:
+            if arrived := downloads.add(job.program(*(batch.images for batch in each))):
                 counts.append(counts[-1] + sum(map(rows_in, arrived)))
                 times.append(time.perf_counter())
                 if times[-1] - times[1] > SECONDS:
@@ -132,6 +141,7 @@ def _of_all_ranks(job: CacheJob, teacher: float, rate: float, row_bytes: float) 
         ranks=shares.place.size,
         teacher=sum(teacher for teacher, _ in speeds),
         rate=sum(rate for _, rate in speeds),
+        topk=job.header["topk"],
         row_bytes=row_bytes,
     )
 

@@ -17,16 +17,18 @@ from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
 from fastofa.models.timm_models import find_folder, resolve
 from fastofa.pipelines import PIPELINES, choose, open_pipeline
-from fastofa.system.device import choose_bf16, choose_compile, choose_device, choose_workers
+from fastofa.system.device import choose_compile, choose_device, choose_workers
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling
 from fastofa.system.interrupt import Interrupt
+from fastofa.system.progress import notice
 from fastofa.teacher.begin_cache import begin, compare_with_main
 from fastofa.teacher.cache import TeacherCache
-from fastofa.teacher.cache_header import HEADER, policy_to_json, read_header
+from fastofa.teacher.cache_header import HEADER, identity, policy_to_json, read_header
 from fastofa.teacher.cache_job import CacheJob, Source
-from fastofa.teacher.compiled_teacher import TopKProgram
-from fastofa.teacher.model import Teacher, open_teacher
+from fastofa.teacher.ensemble import Ensemble, open_teachers
+from fastofa.teacher.fidelity import Sample, held_back, smallest_topk
+from fastofa.teacher.model import Teacher
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.quick_checks import check_cache
 from fastofa.teacher.shares import Shares, shares_of_ranks
@@ -73,23 +75,12 @@ def open_job(
     Raises:
         BadInput: see `precompute`.
     """
-    if config.topk > len(train.classes):
+    if config.topk != "auto" and config.topk > len(train.classes):
         classes = counted(len(train.classes), "class")
         raise BadInput(f"topk: expected at most the {classes} of {config.data}, got {config.topk}")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    mean, std = config.normalization()
-    teacher = open_teacher(
-        config.teacher,
-        train.classes,
-        config.teacher_checkpoint,
-        config.image_size,
-        mean,
-        std,
-        device,
-        choose_bf16(config.precision, device),
-        config.teacher_checkpoint_key,
-    )
+    teachers = open_teachers(config, train.classes, device)
     header: dict[str, Any] = {
         "dataset": {
             "spec": config.data,
@@ -105,7 +96,7 @@ def open_job(
         "policy": policy_to_json(config.policy()),
         "seed": config.seed,
         "views": config.views,
-        "teachers": [teacher.describe()],
+        **teachers.describe(),
         "pipeline": choose(train, device)[0] if config.pipeline == "auto" else config.pipeline,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
         "config": config.to_json(),  # for `precompute --config`
@@ -115,15 +106,42 @@ def open_job(
     train_source, val_source = (
         Source(
             data,
-            open_pipeline(config.pipeline, data, teacher.image_size, config.batch_size, device, workers),
+            open_pipeline(config.pipeline, data, teachers.image_size, config.batch_size, device, workers),
         )
         for data in (train, val)
     )
     if config.features != "none":
-        header["features"] = {"kind": config.features, "width": _vector_width(teacher, train_source)}
+        header["features"] = {"kind": config.features, "width": _vector_width(teachers.only, train_source)}
+    sample = None
+    if config.topk == "auto":
+        sample = _choose_topk(config, header, teachers, train_source, interrupt, shares)
     compile_ = choose_compile(config.compile, device)
-    program = TopKProgram(teacher, config.topk, config.batch_size, compile_, config.features)
-    return CacheJob(config, header, program, train_source, val_source, interrupt, shares)
+    program = teachers.program(header["topk"], config.batch_size, compile_, config.features)
+    return CacheJob(config, header, teachers, program, train_source, val_source, interrupt, shares, sample)
+
+
+def _choose_topk(
+    config: PrecomputeConfig,
+    header: dict[str, Any],
+    teachers: Ensemble,
+    source: Source,
+    interrupt: Interrupt,
+    shares: Shares,
+) -> Sample | None:
+    """Set `topk` in the header: that of the cache to be continued, else by a sample of predictions, which is returned.
+    Rank 0 chooses for all."""
+    header["topk_chosen"], sample = "auto", None
+    if not shares.is_main:
+        header["topk"] = shares.wait_for("topk", lambda: interrupt.check("run the same command again to continue"))
+        return None
+    existing = read_header(config.out) if (config.out / HEADER).exists() and not config.plan else {}
+    header["topk"] = existing.get("topk")
+    if "topk_chosen" not in existing or identity(header) != identity(existing):
+        sample = held_back(teachers, *source, config.policy(), config.seed)
+        header["topk"] = smallest_topk(sample, config.eps())
+        notice(f"topk auto: {header['topk']} of {counted(header['num_classes'], 'class')}")
+    shares.announce("topk", header["topk"])
+    return sample
 
 
 def begun(job: CacheJob) -> CacheJob:
@@ -157,8 +175,9 @@ def check_early(config: PrecomputeConfig, local_rank: int) -> torch.device:
     config.policy()
     if config.teacher_checkpoint is not None and not config.teacher_checkpoint.exists():
         raise BadInput(f"{config.teacher_checkpoint}: expected a file with weights, but it does not exist")
-    if config.teacher_checkpoint is not None or find_folder(config.teacher) is None:
-        resolve(config.teacher)
+    for teacher in config.teachers:
+        if config.teacher_checkpoint is not None or find_folder(teacher) is None:
+            resolve(teacher)
     if config.pipeline not in ("auto", *PIPELINES):
         raise BadInput(f"unknown pipeline {config.pipeline!r}: expected auto or one of {', '.join(PIPELINES)}")
     device = choose_device(config.device, local_rank)

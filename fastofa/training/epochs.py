@@ -139,11 +139,11 @@ class Epochs:
         return 0 if self.cache is None else self.cache.pooled_dim
 
     @property
-    def teacher_header(self) -> dict[str, Any] | None:
-        """The teacher as `Teacher.describe` describes it; None without one."""
+    def teacher_headers(self) -> list[dict[str, Any]]:
+        """The teachers as `Teacher.describe` describes them; none without a teacher."""
         if self.teacher is not None:
-            return self.teacher.teacher.describe()
-        return None if self.cache is None else self.cache.header["teachers"][0]
+            return [self.teacher.teacher.describe()]
+        return [] if self.cache is None else list(self.cache.header["teachers"])
 
     def load(self, epoch: int) -> Epoch:
         """Return the data of an epoch. Raises BadInput if the file of a view is missing or damaged."""

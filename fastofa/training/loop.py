@@ -263,8 +263,7 @@ class Job:
         """One line with the normalisation of the student's input and, with a teacher, of the teacher's."""
         student = self.step.student
         line = f"normalisation: student {in_words(student.mean.flatten().tolist(), student.std.flatten().tolist())}"
-        teacher = self.epochs.teacher_header
-        return line if teacher is None else f"{line}; teacher {in_words(teacher['mean'], teacher['std'])}"
+        return "; ".join([line, *(f"teacher {in_words(t['mean'], t['std'])}" for t in self.epochs.teacher_headers)])
 
     def begin(self) -> None:
         """Write the run's configuration, once everything has been checked. It is the first file written."""
