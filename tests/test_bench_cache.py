@@ -10,6 +10,7 @@ def test_a_record_of_sizes_and_damage(tmp_path):
     result = json.loads((tmp_path / "cache.json").read_text())["result"]
     (small,) = result["sizes"]
     assert (small["rows"], small["classes"]) == (10_000, 1000)
+    assert 0 < small["load_peak_bytes"] < 1e8
     assert 43 < small["bytes_per_row"] < 43.3
     assert all(
         len(small[name][of]) == 2 for name in ("pack", "write", "open", "load") for of in ("seconds", "cpu_seconds")
