@@ -17,7 +17,6 @@ from fastofa.teacher.precompute_config import PrecomputeConfig
 def main(config: PrecomputeConfig) -> None:
     cache = precompute(config)
     size = sum(file.stat().st_size for file in cache.path.iterdir())
-    views = f"{cache.finished} view{'s' * (cache.finished != '1')}"
     images, classes = counted(cache.num_samples, "image"), counted(cache.num_classes, "class")
     kept = f"top {cache.topk} of {classes}" + f", vectors of {cache.pooled_dim} numbers" * (cache.pooled_dim > 0)
-    print(escaped(f"{cache.path}: {views} of {images}, {kept}, {filesize.decimal(size)}"))
+    print(escaped(f"{cache.path}: {cache.finished_views} of {images}, {kept}, {filesize.decimal(size)}"))

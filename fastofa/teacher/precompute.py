@@ -41,7 +41,7 @@ from fastofa.teacher.cache import (
     view_file,
     write_table,
 )
-from fastofa.teacher.cache_header import HEADER, identity, policy_to_json, read_header, write_header
+from fastofa.teacher.cache_header import HEADER, identity, policy_to_json, read_header, united, write_header
 from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.downloads import Columns, Downloads
 from fastofa.teacher.model import Teacher, check_finite, check_finite_vectors, open_teacher, report_accuracy
@@ -116,6 +116,7 @@ def open_job(
         "policy": policy_to_json(config.policy()),
         "seed": config.seed,
         "views": config.views,
+        **({"first_view": config.first_view} if config.first_view else {}),
         "teachers": [teacher.describe()],
         "pipeline": choose(train, device)[0] if config.pipeline == "auto" else config.pipeline,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
@@ -182,12 +183,12 @@ def _begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
             (out / file).unlink(missing_ok=True)
         write_header(out, header)
         return header
-    if header["views"] > existing["views"]:
-        existing = {**existing, **{name: header[name] for name in ("views", "config", "folder")}}
-        write_header(out, existing)
-    elif header["views"] < existing["views"]:
+    if header["views"] < existing["views"]:
         notice(f"{out}: was started with --views {existing['views']}; --views {header['views']} removes none of them")
-    return existing
+    grown = united(existing, header)
+    if grown != existing:
+        write_header(out, grown)
+    return grown
 
 
 def _may_start_over(out: Path, different: list[str]) -> bool:

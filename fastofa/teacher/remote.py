@@ -29,7 +29,7 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling, load_tensors, read_info, reason, temporary_name
 from fastofa.system.progress import notice, track
 from fastofa.teacher.cache import CLASSIFIER, VAL, TeacherCache, check_origin, view_file, views_in
-from fastofa.teacher.cache_header import HEADER, check_same, check_vacant, read_header, write_header
+from fastofa.teacher.cache_header import HEADER, check_same, check_vacant, read_header, united, write_header
 from fastofa.teacher.reference_images import SEEN
 
 BLOCK = 1 << 20  # bytes per read
@@ -170,7 +170,7 @@ def pull(url: str, out: Path, patience: Patience = PATIENCE) -> TeacherCache:
         if (out / HEADER).exists():
             header = read_header(out)
             check_same(out, header, url, theirs)
-            header = max(header, theirs, key=lambda each: each["views"])
+            header = united(header, theirs)
         write_header(out, header)
         others = [VAL, SEEN, *([CLASSIFIER] if "features" in header else [])]
         views = [view for view in range(header["views"]) if not _is_complete(out, header, view)]
@@ -209,8 +209,11 @@ def push(path: Path, url: str, patience: Patience = PATIENCE) -> TeacherCache:
             persistently(lambda name=name: remote.write(name, path / name), f"{url}/{name}", patience)  # type: ignore[misc]
     if (path / SEEN).exists() and persistently(lambda: remote.size(SEEN), f"{url}/{SEEN}", patience) is None:
         persistently(lambda: remote.write(SEEN, path / SEEN), f"{url}/{SEEN}", patience)
-    if theirs is None or theirs["views"] < cache.header["views"]:  # last, so that a cache there is complete
-        persistently(lambda: remote.write(HEADER, path / HEADER), f"{url}/{HEADER}", patience)
+    header = cache.header if theirs is None else united(theirs, cache.header)
+    if header != theirs:  # last, so that a cache there is complete
+        with tempfile.TemporaryDirectory() as folder:
+            write_header(Path(folder), header)
+            persistently(lambda: remote.write(HEADER, Path(folder, HEADER)), f"{url}/{HEADER}", patience)
     return cache
 
 
