@@ -139,7 +139,7 @@ def identity(header: dict[str, Any]) -> dict[str, Any]:
 def united(header: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The header, with the planned views of another one of the same identity added."""
     largest = max(header, other, key=lambda each: each["views"])
-    planned = {name: largest[name] for name in ("views", "config", "folder") if name in largest}
+    planned: dict[str, Any] = {name: largest[name] for name in ("views", "config", "folder") if name in largest}
     first = min(each.get("first_view", 0) for each in (header, other))
     whole = {name: value for name, value in header.items() if name != "first_view"}
     return {**whole, **planned, **({"first_view": first} if first else {})}
