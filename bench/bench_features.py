@@ -35,6 +35,7 @@ from fastofa.runs.recipes import default_policy
 from fastofa.teacher.cache import topk_targets
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.model import open_teacher
+from fastofa.teacher.packed_rows import RowFormat, packed
 from fastofa.teacher.vectors import Classifier, stored
 from fastofa.views.draw import draw_views
 
@@ -67,10 +68,11 @@ def exactness(log_probs: Tensor, vectors: Tensor, classifier: Classifier) -> dic
         return logits.grad
 
     reference = log_probs.double().log_softmax(dim=1)
-    best = topk_targets(log_probs, KEPT)
+    rows = RowFormat(KEPT, num_classes)
+    best = rows.unpack(rows.pack(topk_targets(log_probs, KEPT)))
     top = Targets(best.classes.int(), best.log_probs)
     exact = gradient(top._replace(all_log_probs=log_probs))
-    ways = {f"top {KEPT}": (top, 4 * KEPT)}
+    ways = {f"top {KEPT}": (top, rows.num_bytes)}
     for features in FEATURES:
         kept = stored(vectors, features)
         size = sum(values.numel() * values.element_size() for values in kept.columns().values()) // count
@@ -97,10 +99,10 @@ def step_ms(batch_size: int, image_size: int, rounds: int, calls: int) -> dict[s
     torch.manual_seed(0)
     classifier = Classifier(torch.randn(CLASSES, WIDTH) / WIDTH**0.5, torch.zeros(CLASSES))
     vectors = torch.randn(batch_size, WIDTH) * 3
-    best = topk_targets(classifier.log_probs(vectors), TOPK)
-    tables = {f"top {TOPK}": DeviceTargets(*best, job.device)}
+    best = packed(topk_targets(classifier.log_probs(vectors), TOPK), CLASSES)
+    tables = {f"top {TOPK}": DeviceTargets(best, job.device)}
     for features in FEATURES:
-        tables[features] = DeviceTargets(*best, job.device, vectors=stored(vectors, features), classifier=classifier)
+        tables[features] = DeviceTargets(best, job.device, vectors=stored(vectors, features), classifier=classifier)
     steps = {name: (lambda table=table: step([batch], table, lr=1e-3)) for name, table in tables.items()}
     lookups = {f"lookup, {name}": (lambda table=table: table.lookup(batch.rows)) for name, table in tables.items()}
     return {

@@ -95,7 +95,10 @@ JOBS = (
     Job(
         "precompute",
         ("bench.bench_precompute", "--rounds", "3"),
-        ("bench.bench_precompute", "--images", "32", "--batch-size", "16", "--image-size", "32", "--rounds", "1"),
+        (
+            "bench.bench_precompute", "--images", "32", "--batch-size", "16", "--image-size", "32", "--rounds", "1",
+            "--rank-rounds", "0",
+        ),
     ),
     Job(
         "loaders",

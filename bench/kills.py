@@ -2,11 +2,14 @@
 
     python -m bench.kills --count 60
     python -m bench.kills --count 10 --only precompute torchrun --seed 1
+    python -m bench.kills --count 20 --only precompute-4 --lose-node
 
-SIGINT, SIGTERM and SIGKILL are sent to `train`, `precompute`, `write`, `evaluate` and a `torchrun` of two ranks, all
-with `--workers 2`, between their start and their end: to the process itself, to its whole group as a terminal or a
-cluster does, or to one of its decoding processes or ranks. Then the same command runs again (`train` with --resume) and
-is sometimes killed once more. It prints a line for each kill and a table. The exit code is 1 if a command
+SIGINT, SIGTERM and SIGKILL are sent to `train`, `precompute`, `write`, `evaluate`, a `torchrun train` of two ranks and
+a `torchrun precompute` of four, between their start and their end: to the process itself, to its whole group as a
+terminal or a cluster does, or to one of its decoding processes or ranks. Then the same command runs again (`train` with
+--resume) and is sometimes killed once more. It prints a line for each kill and a table. With --lose-node, two torchruns
+of two ranks each, as on two nodes, make a cache. All processes of the second are killed; then it starts again. The exit
+code is 1 if a command
 
 - hung: it was still running 20 s after the signal,
 - left processes: they were still running 20 s after its end,
@@ -47,6 +50,8 @@ TRAIN = (
     "train --recipe digits --data images --cache cache --student test_resnet --epochs 3 --batch-size 20 --workers 2 "
     "--pipeline torchvision --log-every 4 --checkpoint-every 3 --ema 0.9"
 )
+PRECOMPUTE = "precompute --data images --teacher teacher --topk 5 --batch-size 20"
+TABLES = "*.safetensors", "*.png"
 
 
 # --- Commands ---------------------------------------------------------------------------------------------------------
@@ -103,15 +108,11 @@ def files(*patterns: str) -> Callable[[Path], str]:
 
 COMMANDS = (
     Command("train", f"{TRAIN} --out OUT", "--resume", trained),
-    Command(
-        "precompute",
-        "precompute --data images --teacher teacher --views 4 --topk 5 --batch-size 20 --workers 2 --out OUT",
-        "",
-        files("*.safetensors", "*.png"),
-    ),
+    Command("precompute", f"{PRECOMPUTE} --views 4 --workers 2 --out OUT", "", files(*TABLES)),
     Command("write", "write images OUT --max-size 48 --workers 2", "", files(".beton", ".val.beton")),
     Command("evaluate", "evaluate OUT --data images --batch-size 20 --workers 2", "", files("evaluation.json"), "run"),
     Command("torchrun", f"{TRAIN} --out OUT", "--resume", trained, ranks=2),
+    Command("precompute-4", f"{PRECOMPUTE} --views 12 --workers 0 --out OUT", "", files(*TABLES), ranks=4),
 )
 
 
@@ -151,12 +152,13 @@ def _free_port() -> int:
 class Started:
     """A running command; finds every process that it and its children started."""
 
-    def __init__(self, argv: list[str], folder: Path, mark: str) -> None:
+    def __init__(self, argv: list[str], folder: Path, mark: str, environment: dict[str, str] | None = None) -> None:
         self.mark, self.log = mark, folder / f"{mark}.log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                argv, cwd=folder, env=_environment(mark), stdout=log, stderr=log, start_new_session=True
-            )
+                argv, cwd=folder, env=_environment(mark) | (environment or {}), stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
 
     def processes(self) -> list[int]:
         """All running processes, without zombies."""
@@ -276,7 +278,7 @@ def run(command: Command, folder: Path, number: int, count: int, rng: random.Ran
         kill = kill and tally.kills < count
         line = kill_once(started, command, known[command.name][1], rng, tally) if kill else None
         if line:
-            print(f"{command.name:11} {line}", flush=True)
+            print(f"{command.name:12} {line}", flush=True)
             kill = rng.random() < 0.3
         # `write` renames its output when it is complete, and then does not write it again.
         is_written = command.name == "write" and out.exists()
@@ -298,6 +300,47 @@ def run(command: Command, folder: Path, number: int, count: int, rng: random.Ran
         return
 
 
+def lose_node(folder: Path, rng: random.Random) -> list[str]:
+    """Kill one of two nodes that make a cache, then start it again. Returns the faults."""
+    line = f"{PRECOMPUTE} --views 100 --workers 0 --out OUT"
+    result, seconds = undisturbed(Command("nodes", line, "", files(*TABLES), ranks=4), folder)
+    out, endpoint = folder / "nodes", f"127.0.0.1:{_free_port()}"
+
+    def start(node: int, turn: int) -> Started:
+        conf = f"is_host={int(node == 0)},join_timeout=600,last_call_timeout=2"
+        words = [
+            *(str(BIN / "torchrun"), "--no-python", "--nnodes", "2", "--nproc-per-node", "2", "--max-restarts", "5"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "kills", "--rdzv-conf", conf),
+            *("--local-addr", "127.0.0.1", str(BIN / "fastofa")),
+            *(str(out) if word == "OUT" else word for word in line.split()),
+        ]
+        # A rank would look for rank 0 at its former address in torchrun's own store.
+        return Started(words, folder, f"{os.getpid()}-node{node}-{turn}", {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+
+    def ended(node: Started) -> int | None:
+        return node.process.returncode if node.ended(30 * PATIENCE_S) else None
+
+    nodes = [start(0, 0), start(1, 0)]
+    moment = rng.uniform(0.6, 0.9) * seconds
+    time.sleep(moment)
+    made = len(list(out.glob("view-*")))
+    nodes[1].remove()
+    time.sleep(1)
+    nodes[1] = start(1, 1)
+    codes = [ended(node) for node in nodes]
+    for node in nodes:
+        node.remove()
+    print(f"node lost after {moment:.1f} s with {made} views made; exit codes {codes}", flush=True)
+    logs = "".join(node.log.read_text()[-2000:] for node in nodes)
+    if codes[0] != 0:
+        return [f"nodes: expected exit code 0 of the first node, got {codes[0]}\n{logs}"]
+    return (
+        []
+        if files(*TABLES)(out) == result
+        else [f"nodes: expected the result of an undisturbed run, got another\n{logs}"]
+    )
+
+
 def undisturbed(command: Command, folder: Path) -> tuple[str, float]:
     """The result of an undisturbed run, and the seconds that it takes."""
     out = folder / f"{command.name}-undisturbed{'.beton' if command.name == 'write' else ''}"
@@ -308,7 +351,7 @@ def undisturbed(command: Command, folder: Path) -> tuple[str, float]:
     code = started.process.wait()
     assert code == 0, started.log.read_text()
     seconds = time.monotonic() - began
-    print(f"{command.name:11} undisturbed: {seconds:.1f} s", flush=True)
+    print(f"{command.name:12} undisturbed: {seconds:.1f} s", flush=True)
     return command.result(out), seconds
 
 
@@ -318,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", choices=[c.name for c in COMMANDS], help="commands to kill; by default all"
     )
+    parser.add_argument("--lose-node", action="store_true", help="also kill one of two nodes that make a cache")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # commands would inherit an ignored SIGINT
@@ -333,8 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             while tallies[command.name].kills < count:
                 run(command, folder, attempt, count, rng, tallies[command.name], known)
                 attempt += 1
+        lost = lose_node(folder, random.Random(args.seed)) if args.lose_node else []
     print(f"\n{markdown_table(HEADER, [tally.row(name) for name, tally in tallies.items()])}")
-    faults = [fault for tally in tallies.values() for fault in tally.faults]
+    faults = [fault for tally in tallies.values() for fault in tally.faults] + lost
     print("".join(f"\n{fault}" for fault in faults))
     return int(bool(faults))
 

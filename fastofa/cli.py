@@ -107,7 +107,7 @@ def _main(argv: list[str], own: bool) -> int:
 def _run(argv: list[str], own: bool) -> None:
     if argv[0] not in COMMANDS:
         raise BadInput(f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}")
-    if argv[0] != "train" and torchrun.is_rank():
+    if argv[0] not in ("train", "precompute") and torchrun.is_rank():
         raise BadInput(
             f"{argv[0]}: expected one process, torchrun started {os.environ['WORLD_SIZE']} (WORLD_SIZE); start it "
             "without torchrun"

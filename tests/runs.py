@@ -13,7 +13,9 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
+from fastofa.methods.options import BUILT_IN
 from fastofa.runs.checkpoint import BEST, FOLDER, checkpoints
+from fastofa.runs.config import USED_BY
 from fastofa.runs.log import read_metrics
 from fastofa.system.files import load_tensors
 from fastofa.teacher.cache import TeacherCache
@@ -62,12 +64,15 @@ def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCa
 
 def command_line(command: str, config: Any) -> list[str]:
     """The command line that gives this configuration."""
-    argv = [command]
+    argv, methods = [command], getattr(config, "methods", ())
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        users = (field.name,) if field.name in BUILT_IN else USED_BY.get(field.name, methods)
+        if field.name == "own_options" or (users and not {*users} & {*methods}):  # refused if they are given
+            continue
         if dataclasses.is_dataclass(value):
             for option, own in vars(value).items():
-                argv += [f"{flag}.{option}", str(own)]
+                argv += [f"{flag}.{option}", *map(str, own if isinstance(own, tuple) else [own])]
         elif isinstance(value, bool):
             argv += [flag] if value else []
         elif value is not None:

@@ -47,8 +47,8 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(teacher_folder: Path, cache_path: Path, topk: int, lr: float, views_of: str = "") -> tuple[Tensor, ...]:
     """The losses of an epoch's steps: from the cache; online at the same weights; online in a separate training."""
     cache = precompute(PrecomputeConfig(DATA, str(teacher_folder), cache_path, views=1, topk=topk, recipe=views_of))
-    views, classes, log_probs = cache.targets(0)
-    table = DeviceTargets(classes, log_probs, CPU, dense=topk == cache.num_classes)
+    stored = cache.table(0)
+    views, table = stored.views, DeviceTargets(stored.predictions, CPU, dense=topk == cache.num_classes)
     dataset = open_dataset(DATA)
     teacher = open_teacher(str(teacher_folder), tuple("0123456789"))
     order = epoch_order(len(dataset), seed=0, epoch=0, partner=views.partner)

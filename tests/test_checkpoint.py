@@ -251,6 +251,12 @@ def test_checkpoints_with_and_without_a_moving_average_are_not_interchangeable(s
     refused(plain, Training("adamw"), "does not fit this run's ema: missing 0.weight")
 
 
+def test_the_average_of_a_methods_modules_in_an_earlier_checkpoint_is_ignored(saved, other):
+    tensors, info = load_tensors(saved)
+    save_tensors(saved, {**tensors, "ema.methods.0.memory": torch.zeros(3)}, info)
+    assert other.load(saved.parents[1]) == (info["step"], info["position"])
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("7.bias.exp_avg", torch.zeros(5)), ("8.bias.exp_avg", torch.zeros(4)), ("group9.step", torch.tensor(3.0))],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastofa.kernels.comparison import Chooses, Comparison, Measured, random_like
 from fastofa.runs import recipes
-from fastofa.runs.run import log_launch, recorded_kernels
+from fastofa.runs.run import KERNELS, log_launch, recorded
 from fastofa.student import choose_kernels, measure_kernels
 from fastofa.student.choose_kernels import record_comparisons, use_kernels
 from fastofa.student.fused_depthwise import DepthwiseConv2d
@@ -205,12 +205,12 @@ def test_a_resumed_run_keeps_its_choice(choice, tmp_path):
     log_launch(tmp_path, 0, 1, kernels=first.record())
     assert chosen(choice(timer=Timer("other")), Doubling()) == ["other"]
     timer = Timer("other")
-    resumed = choice(timer=timer, recorded=recorded_kernels(tmp_path))
+    resumed = choice(timer=timer, recorded=recorded(tmp_path, KERNELS))
     assert chosen(resumed, Doubling()) == ["fast"]
     assert timer.calls == 0
     assert "1 as before in this run" in resumed.line()
     log_launch(tmp_path, 5, 1, kernels=resumed.record())
-    assert chosen(choice(recorded=recorded_kernels(tmp_path)), Doubling()) == ["fast"]
+    assert chosen(choice(recorded=recorded(tmp_path, KERNELS)), Doubling()) == ["fast"]
 
 
 def test_a_run_records_its_choice_and_resumes_with_it(on_photos, monkeypatch, tmp_path, capsys):
@@ -240,7 +240,7 @@ def test_a_run_records_its_choice_and_resumes_with_it(on_photos, monkeypatch, tm
 def test_a_damaged_record_is_no_record(choice, tmp_path, content):
     if content is not None:
         (tmp_path / "environment.json").write_text(content)
-    found = choice(timer=Timer("other"), recorded=recorded_kernels(tmp_path))
+    found = choice(timer=Timer("other"), recorded=recorded(tmp_path, KERNELS))
     found.recorded = {**found.recorded, "environment": found.environment}
     assert chosen(found, Doubling()) == ["other"]
 

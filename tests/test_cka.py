@@ -93,6 +93,32 @@ def test_batches_give_what_all_images_at_once_give(noise):
     assert streamed(x, y, 256) == pytest.approx(exact(x, y), abs=1e-3)
 
 
+def test_the_error_falls_with_images_and_batch_size():
+    """Batches of B use about N B of the N N pairs of N images: the error is in proportion to sqrt((1/B - 1/N) / N),
+    more precisely with B - 3 and N - 3 in place of B and N, the degrees of freedom of unbiased HSIC."""
+
+    def law(images: int, batch: int) -> float:
+        return math.sqrt((1 / (batch - 3) - 1 / (images - 3)) / images)
+
+    def rms(images: int, batch: int) -> float:
+        pairs = [[f.double() for f in related(images, 1.0)] for _ in range(150)]
+        return math.sqrt(np.mean([(streamed(x, y, batch) - streamed(x, y, images)) ** 2 for x, y in pairs]))
+
+    first = rms(64, 8) / law(64, 8)
+    for images, batch in ((64, 32), (256, 8), (256, 32)):
+        assert rms(images, batch) / law(images, batch) == pytest.approx(first, rel=0.35)
+
+
+def test_every_image_counts_the_same_if_the_last_batch_is_smaller():
+    """The HSIC of a batch is weighted by its number of images, not by its number of pairs."""
+    x, y = (f.double() for f in related(40, 1.0))
+    hsic = np.zeros(3)
+    for a, b in zip(x.split(25), y.split(25), strict=True):
+        k, m = (a @ a.T).numpy(), (b @ b.T).numpy()
+        hsic += [len(a) * song(*pair) for pair in ((k, m), (k, k), (m, m))]
+    assert streamed(x, y, 25) == pytest.approx(hsic[0] / math.sqrt(hsic[1] * hsic[2]), abs=1e-12)
+
+
 def test_batches_are_unbiased():
     """Sums over batches of 16 of 256 images, averaged over many orders, are those of all 256; the biased estimator's
     are far off."""

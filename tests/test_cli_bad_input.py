@@ -411,11 +411,11 @@ def test_arguments_that_cannot_be_parsed(here, argv):
 @pytest.mark.parametrize(
     "argv",
     [
-        f"{PRECOMPUTE} --out new", "write photos new.pack", "evaluate run --data digits:20", "export run new",
+        "write photos new.pack", "evaluate run --data digits:20", "export run new",
         "cache verify cache", "demo --out new", "doctor",
     ],
 )  # fmt: skip
-def test_only_train_shares_its_work_among_ranks(here, argv, monkeypatch):
+def test_other_commands_than_train_and_precompute_refuse_several_ranks(here, argv, monkeypatch):
     """Each rank of another command would do all of the work and overwrite the others' files."""
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -684,7 +684,7 @@ def test_edited_header_of_a_cache(copied):
 @pytest.mark.parametrize(
     ("edited", "message"),
     [
-        ({"schema": 2}, "schema 3...2"),
+        ({"schema": 2}, "schema 4...2"),
         ({"policy": {"scale": [0.1, 1], "ratio": [1, 1], "flip": 0, "auto_augment": 9}}, "cache.json: ...precompute"),
         ({"topk": 4}, "val.safetensors: ...cache...another"),
         ({"seed": 1}, "val.safetensors: ...cache...another"),
@@ -929,7 +929,7 @@ def full(argv: str, size: int, message: str, out: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "file"), [(300, HEADER), (3000, VAL), (12_000, view_file(0))])
+@pytest.mark.parametrize(("size", "file"), [(300, HEADER), (3000, "seen.png"), (7200, VAL), (12_000, view_file(0))])
 def test_full_disk_while_precomputing(copied, size, file):
     """Once there is space, the same command resumes."""
     argv = f"{PRECOMPUTE} --out new --data digits:1000"

@@ -10,17 +10,18 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-import fastofa.teacher.precompute
+import fastofa.teacher.cache_job
 from fastofa.data.open import open_dataset
 from fastofa.methods.targets import Targets
 from fastofa.runs import recipes
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
 from fastofa.system.interrupt import Stopped
-from fastofa.teacher.cache import PARTIAL, TeacherCache, as_stored, best_classes, view_file
+from fastofa.teacher.cache import TeacherCache, as_stored, best_classes, view_file
 from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.downloads import Downloads
 from fastofa.teacher.model import Teacher, open_teacher
+from fastofa.teacher.parts import part_file
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train
@@ -148,7 +149,7 @@ def test_everything_arrives_once_and_in_order(every: int) -> None:
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions are fetched as from a GPU: three batches at once, one copy behind."""
-    monkeypatch.setattr(fastofa.teacher.precompute, "Downloads", partial(Downloads, every=3))
+    monkeypatch.setattr(fastofa.teacher.cache_job, "Downloads", partial(Downloads, every=3))
 
 
 def config(teacher: str, out: Path, **given) -> PrecomputeConfig:
@@ -181,7 +182,7 @@ def test_a_stop_keeps_what_was_computed_though_it_was_not_fetched(vit, tmp_path,
     seen = stopping(monkeypatch, 40 + 4)
     with pytest.raises(Stopped):
         precompute(config(vit, tmp_path / "cache", features=features))
-    saved = load_tensors(tmp_path / "cache" / PARTIAL)[0]
+    saved = load_tensors(tmp_path / "cache" / part_file(0, 0))[0]
     assert {len(column) for column in saved.values()} == {5 * 15}
     assert ("pooled" in saved, "pooled_scale" in saved) == (features != "none", features == "pooled-int8")
     precompute(config(vit, tmp_path / "cache", features=features))
@@ -196,7 +197,7 @@ def test_an_image_without_an_answer_is_named_though_it_is_found_late(vit, tmp_pa
     def log_probs(self: Teacher, images: Tensor) -> Tensor:
         found = original(self, images).clone()
         if len(images) != 2 and len(images):  # open_teacher's trial
-            spoilt = 599 + 50 - position[0]
+            spoilt = 100 + 599 + 50 - position[0]  # images held back, validation images, the view
             if 0 <= spoilt < len(images):
                 found[spoilt] = torch.nan
             position[0] += len(images)
@@ -206,7 +207,7 @@ def test_an_image_without_an_answer_is_named_though_it_is_found_late(vit, tmp_pa
     with pytest.raises(BadInput, match=r"in view 0 it predicts NaN for (\S+) \(1 of 45 images\)") as error:
         precompute(config(vit, tmp_path))
     assert f"NaN for {open_dataset('digits:100').names[50]} " in str(error.value)
-    assert len(load_tensors(tmp_path / PARTIAL)[0]["classes"]) == 45
+    assert len(load_tensors(tmp_path / part_file(0, 0))[0]["classes"]) == 45
     assert not (tmp_path / view_file(0)).exists()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastofa.methods.options import (
     CRDOptions,
     DISTOptions,
     DKDOptions,
+    FitNetOptions,
     LSKDOptions,
     RKDOptions,
     RSDOptions,
@@ -258,11 +260,13 @@ def test_differences_that_make_it_another_run():
         "out": Path("elsewhere"), "resume": True, "device": "cuda", "compile": "on", "pipeline": "torchvision",
         "workers": 3, "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "data": "moved", "plan": True,
         "cuda_graphs": "on", "grad_compression": "bf16", "timeout_s": 9, "accumulate": 2, "keep": 1, "wandb": "mine",
+        "online_teacher": "other", "allow_mismatch": "pixels",
         "cache": "c", "kernels": ("loss",), "skip_corrupt": True, "allow_warnings": True, "max_pixels": 300,
-        "allow_mismatch": "pixels",
     }  # fmt: skip
     for name, value in free.items():
         assert mine.differences(dataclasses.replace(mine, **{name: value})) == []
+    online = dataclasses.replace(mine, online_teacher="teacher")
+    assert online.differences(dataclasses.replace(online, teacher_checkpoint=Path("c"))) == []
     changed: dict[str, Any] = {
         "student": "test_vit", "recipe": "cifar_cnn", "method": "kd", "stages": (1, 2),
         "eps": (1.5,), "temperature": 2.0, "variant": "paper", "gt_weight": 0.5, "kd_weight": 0.5, "ofa_weight": 0.5,
@@ -275,11 +279,13 @@ def test_differences_that_make_it_another_run():
         "growth": (0.1, 0.2), "eval_size": 96, "eval_flip": True, "sync_bn": True,
         "order": "pages", "bkd": BKDOptions(2), "dkd": DKDOptions(2), "dist": DISTOptions(2), "lskd": LSKDOptions(2),
         "cc": CCOptions(2), "rkd": RKDOptions(2), "crd": CRDOptions(2), "rsd": RSDOptions(2),
+        "fitnet": FitNetOptions(2),
     }  # fmt: skip
-    assert set(changed) | set(free) | {"mean", "std"} == {field.name for field in dataclasses.fields(TrainConfig)}
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(changed) | set(free) | {"mean", "std", "teacher_checkpoint", "own_options"} == fields
     for name, value in changed.items():
         (said,) = mine.differences(dataclasses.replace(mine, **{name: value}))
-        assert said.startswith(f"{name}: ")
+        assert re.match(rf"{name}(\.weight)?: ", said)
     assert mine.differences(dataclasses.replace(mine, epochs=7)) == []  # a resumed run may get more
     both = mine.differences(dataclasses.replace(mine, mean=(0.5,) * 3, std=(0.5,) * 3))
     assert [text.partition(":")[0] for text in both] == ["mean", "std"]
@@ -476,6 +482,34 @@ def test_flags_change_the_recipe(form, first):
     c = parse("train", [*form, *flags] if first else [*flags, *form])
     given = {"lr": 0.3, "batch_size": 64, "cache": "c", "eps": (1.5,), "stages": (1, 4)}
     assert c == recipes.imagenet_cnn(data="photos", student="resnet18", out=Path("run"), **given)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "users"),
+    [
+        ("kd", "--rsd.kappa 2", "rsd"), ("ofa+dkd", "--dist.beta=2", "dist"), ("kd", "--eps 1.5", "ofa"),
+        ("kd+dkd", "--stages 1", "ofa"), ("rsd", "--ofa-weight 1", "ofa"), ("rsd", "--ofa_weight=1", "ofa"),
+        ("kd", "--variant paper", "ofa"), ("dkd", "--temperature 2", "ofa or kd"),
+        ("scratch", "--kd-weight 2", "ofa or kd"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_no_chosen_method_uses_is_refused(method, flags, users):
+    """With the methods that use it; with one of them, it is accepted."""
+    with pytest.raises(BadInput) as refused:
+        parse("train", [*ARGUMENTS, "--method", method, *flags.split()])
+    assert f"expected only with --method {users}, " in str(refused.value)
+    assert f"got --method {method}; leave it out" in str(refused.value)
+    for user in users.split(" or "):
+        parse("train", [*ARGUMENTS, "--method", user, *flags.split()])
+
+
+def test_values_of_a_recipe_that_the_method_does_not_use_are_accepted(tmp_path):
+    """And those of a run's file."""
+    found = parse("train", [*ARGUMENTS, "--recipe", "cifar_cnn_authors", "--method", "kd"])
+    assert (found.ofa_weight, found.method) == (0.1, "kd")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config(eps=(1.5,), rsd=RSDOptions(kappa=2)).to_json()))
+    assert parse("train", ["--config", str(file), "--method", "kd"]).rsd.kappa == 2
 
 
 @pytest.mark.parametrize("name", RECIPES)

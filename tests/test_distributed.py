@@ -8,14 +8,12 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pytest
@@ -30,7 +28,6 @@ from fastofa.pipelines import open_pipeline
 from fastofa.runs import recipes
 from fastofa.runs.checkpoint import checkpoints
 from fastofa.runs.config import TrainConfig
-from fastofa.runs.log import read_metrics
 from fastofa.runs.run import Run
 from fastofa.system.errors import BadInput, LostContact
 from fastofa.system.files import load_tensors, read_json
@@ -39,64 +36,11 @@ from fastofa.training.distributed import Vote, World, check_shared, connection_e
 from fastofa.training.loop import train
 from fastofa.training.step import Step
 from fastofa.views.order import epoch_order
-from runs import CONTEXT, children, command_line, float64, log_of, make_cache, newest, same_run
+from ranks import PATIENCE_S, Ranks, free_port, wait_for_step
+from runs import children, command_line, float64, log_of, make_cache, newest, same_run
 
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
-PATIENCE_S = 900  # which only a rank that hangs uses up
 STEPS = 20
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-class Ranks:
-    """Processes that each call `work(rank, *arguments)`; leaving `with Ranks(...)` kills those that are left."""
-
-    def __init__(self, size: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
-        self.processes = [
-            CONTEXT.Process(target=_rank, args=({**place, "RANK": rank, "LOCAL_RANK": rank}, log, work, arguments))
-            for rank, log in enumerate(self.logs)
-        ]
-
-    def __enter__(self) -> "Ranks":
-        for process in self.processes:
-            process.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-    def wait(self) -> list[int | None]:
-        """Wait for all processes and return their exit codes, negative for signals."""
-        end = time.monotonic() + PATIENCE_S
-        for process in self.processes:
-            process.join(max(end - time.monotonic(), 0))
-        codes = [process.exitcode for process in self.processes]
-        assert None not in codes, self.output()
-        return codes
-
-    def output(self) -> list[str]:
-        return [log.read_text() if log.exists() else "" for log in self.logs]
-
-    def reach(self, run: Path, step: int) -> None:
-        wait_for_step(run, step, lambda: all(process.is_alive() for process in self.processes))
-
-
-def _rank(place: dict[str, Any], log: Path, work: Callable[..., None], arguments: Sequence[Any]) -> None:
-    os.environ |= {name: str(value) for name, value in place.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    torch.set_num_threads(1)
-    work(place["RANK"], *arguments)
 
 
 def _train(_: int, config: TrainConfig) -> None:
@@ -131,15 +75,6 @@ def _train_and_spoil(rank: int, config: TrainConfig) -> None:
 
     Step.is_finite = spoiled  # type: ignore[method-assign]
     _train_until(rank, config, signal.SIGTERM)
-
-
-def wait_for_step(run: Path, step: int, alive: Callable[[], bool]) -> None:
-    """Wait until the step is in the log."""
-    end = time.monotonic() + PATIENCE_S
-    while not any(row["step"] >= step for row in read_metrics(run)):
-        assert time.monotonic() < end, "waited in vain"
-        assert alive(), "it ended too soon"
-        time.sleep(0.005)
 
 
 def train_on(ranks: int, config: TrainConfig) -> Path:
@@ -225,6 +160,26 @@ def test_two_ranks_that_share_batch_statistics_train_a_cnn_as_one(config):
     assert len(statistics) > 20
     for name in statistics:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+def _train_in_fp32(_: int, config: TrainConfig) -> None:
+    """The teacher computes in fp32 or bf16, whatever the default is."""
+    import fastofa.training.preflight
+
+    fastofa.training.loop.Job._report = lambda job: None  # type: ignore[method-assign]
+    cli.main(command_line("train", config))
+
+
+@pytest.mark.slow
+def test_an_online_teacher_on_every_rank_trains_as_on_one(config, cache):
+    """Each rank runs it on its own images, and averages only the student's gradients; in parts, and with FitNet."""
+    teacher = str(cache.path.parent / "teacher")
+    overrides = {"cache": None, "online_teacher": teacher, "method": "ofa+fitnet", "epochs": 2, "lr": 1e-3}
+    train(config("online-alone", **overrides))
+    c = config("online-pair", **overrides, accumulate=2)
+    with Ranks(2, c.out.with_suffix(".logs"), _train_in_fp32, c) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+    assert_near(c.out, config("online-alone").out, rel=1e-4)
 
 
 @pytest.mark.slow

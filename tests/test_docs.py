@@ -39,7 +39,8 @@ def commands() -> dict[str, set[str]]:
     """The flags that the code blocks pass to each command."""
     found: dict[str, set[str]] = {}
     for path in PAGES:
-        blocks = "".join(re.findall(r"^```\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL))
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+        blocks = "".join(block for language, block in fenced if not language)
         for line in blocks.replace("\\\n", " ").splitlines():
             if match := re.search(r"\bfastofa ([a-z]+) (.*)", line.partition("  #")[0]):
                 found.setdefault(match[1], set()).update(re.findall(r"--[a-z0-9-]+", match[2]))

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,10 @@ from fastofa.teacher.cache import TeacherCache
 from fastofa.teacher.model import open_teacher
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.compare_networks import compare_networks
 from fastofa.training.evaluate import evaluate
 from fastofa.training.export import export
+from fastofa.training.predict_files import predict
 from fastofa.training.validate import best_classes
 from runs import newest
 
@@ -254,6 +258,21 @@ def test_without_data_a_run_is_evaluated_on_its_own_images(photos, tmp_path, mon
     shutil.rmtree(tmp_path / "photos")
     with pytest.raises(BadInput, match=f"{run.path}: could not open the run's own data, give --data: .*'photos'"):
         evaluate(run.path, workers=0)
+
+
+@pytest.mark.parametrize("max_pixels", [0.001, 200.0])
+def test_images_are_accepted_within_the_runs_limits(folder, tmp_path, max_pixels):
+    """By evaluate, cka and predict. The images have 8,100 to 25,600 pixels."""
+    run = make_run(tmp_path / "run", ("china", "flower"), data=str(folder), max_pixels=max_pixels).path
+    uses: list[Callable[[], object]] = [
+        lambda: evaluate(run, str(folder), workers=0),
+        lambda: evaluate(run, workers=0),
+        lambda: compare_networks(run, run, str(folder), exits=False, workers=0),
+        lambda: list(predict(run, folder / "val", workers=0)),
+    ]
+    for use in uses:
+        with nullcontext() if max_pixels > 1 else pytest.raises(BadInput, match=r"unreadable image|readable images"):
+            use()
 
 
 def test_evaluate_refuses(photo_run, photos, tmp_path):

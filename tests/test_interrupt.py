@@ -27,8 +27,9 @@ from fastofa.methods.objective import Objective
 from fastofa.runs import recipes
 from fastofa.system.files import load_tensors
 from fastofa.system.interrupt import Interrupt, Stopped
-from fastofa.teacher.cache import PARTIAL, TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache, view_file
 from fastofa.teacher.model import Teacher
+from fastofa.teacher.parts import PARTS, part_file
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train
@@ -196,7 +197,7 @@ def test_precompute_stops_and_resumes_to_the_same_bytes(teacher, cache, tmp_path
     assert len(children) == (2 if to == "group" else 0)
     assert command.wait() == 128 + signum, command.error.read_text()
     assert command.last_line() == f"fastofa: saved in {config.out}; run the same command again to continue"
-    assert 0 < len(load_tensors(config.out / PARTIAL)[0]["classes"]) < IMAGES
+    assert 0 < len(load_tensors(config.out / part_file(1, 0))[0]["classes"]) < IMAGES
     assert [(config.out / view_file(view)).exists() for view in (0, 1)] == [True, False]
     until(lambda: not any(map(alive, children)))
 
@@ -336,7 +337,8 @@ def test_train_stopped_at_every_step(cache, run, tmp_path, monkeypatch):
 
 
 def test_precompute_stopped_at_every_batch_computes_no_prediction_twice(teacher, tmp_path, monkeypatch):
-    """599 validation images and 3 views of 100, whole or in parts; a part is removed once its table is written."""
+    """100 images held back, 599 validation images and 3 views of 100, whole or in parts; a part is removed once its
+    table is written."""
     original, calls = Teacher.log_probs, []
 
     def log_probs(self: Teacher, images: torch.Tensor) -> torch.Tensor:
@@ -355,11 +357,11 @@ def test_precompute_stopped_at_every_batch_computes_no_prediction_twice(teacher,
             break
         except Stopped:
             stops += 1
-            assert (config.out / PARTIAL).exists()
+            assert any(config.out.glob(PARTS))
     assert stops == 12 + 3 * 2
     TeacherCache.open(config.out).verify()
     assert calls.count(2) == stops + 1
-    assert sum(calls) - 2 * calls.count(2) == 599 + 3 * IMAGES
+    assert sum(calls) - 2 * calls.count(2) == IMAGES + 599 + 3 * IMAGES
     monkeypatch.setattr(Teacher, "log_probs", original)
     same_cache(config.out, precompute(dataclasses.replace(config, out=tmp_path / "reference")).path)
 
@@ -374,7 +376,7 @@ def test_precompute_resumes_from_another_form_in_another_order(teacher, tmp_path
 
     def log_probs(self: Teacher, images: torch.Tensor) -> torch.Tensor:
         calls.append(len(images))
-        if len(calls) == 1 + 12 + 1:  # open_teacher's trial, the validation images, half of the view
+        if len(calls) == 1 + 2 + 12 + 1:  # a trial, the images held back, the validation images, half of the view
             signal.raise_signal(signal.SIGTERM)
         return original(self, images)
 
@@ -384,7 +386,7 @@ def test_precompute_resumes_from_another_form_in_another_order(teacher, tmp_path
         precompute(forms.pop(first))
     (other,) = forms.values()
     cache = precompute(other)
-    assert sum(calls) == 599 + IMAGES + 50 + 2 * 2
+    assert sum(calls) == IMAGES + 599 + IMAGES + 50 + 2 * 2
     reference = precompute(dataclasses.replace(config, out=tmp_path / "reference"))
     for found, expected in zip(cache.targets(0)[1:], reference.targets(0)[1:], strict=True):
         assert torch.equal(found, expected)

@@ -185,7 +185,9 @@ def test_another_cache_in_the_place_of_the_output_is_refused(part, copied, tmp_p
 def test_other_predictions_for_the_same_view_are_refused(part, copied, tmp_path):
     """Before anything is written: which of them is right is not known."""
     other = copied(3, 1)
-    rewrite(other / view_file(1), log_probs=load_tensors(other / view_file(1))[0]["log_probs"] - 0.01)
+    predictions = load_tensors(other / view_file(1))[0]["predictions"]
+    predictions[:, 1] ^= 1  # the probability of the class
+    rewrite(other / view_file(1), predictions=predictions)
     with pytest.raises(
         BadInput, match=f"{view_file(1)}: expected the predictions of .*, got others .*delete one of the"
     ):
@@ -216,9 +218,9 @@ def test_two_writers_are_refused(part, tmp_path):
 def test_other_validation_predictions_are_reported(part, copied, tmp_path, capsys):
     """Those of the first part are kept, because another machine may round differently."""
     other = copied(4, 2)
-    classes = load_tensors(other / VAL)[0]["classes"].to(torch.int32)
-    classes[:3] = 1 - classes[:3]
-    rewrite(other / VAL, classes=classes.to(torch.uint16))
+    predictions = load_tensors(other / VAL)[0]["predictions"]
+    predictions[:3, 0] ^= 1  # the class, in the lowest bit
+    rewrite(other / VAL, predictions=predictions)
     joined = merge([part(2), other], tmp_path / "joined")
     assert (joined.path / VAL).read_bytes() == (part(2) / VAL).read_bytes()
     assert f"{other / VAL}: differs from the one kept" in capsys.readouterr().err.replace("\n", "")

@@ -4,6 +4,7 @@ Real processes are killed: at random moments, and at every step of every file op
 """
 
 import dataclasses
+import fnmatch
 import functools
 import itertools
 import multiprocessing
@@ -24,7 +25,7 @@ import torch
 from PIL import Image
 from timm.layers import DropPath
 
-import fastofa.teacher.precompute
+import fastofa.teacher.cache_job
 import fastofa.training.loop
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import workers
@@ -35,8 +36,8 @@ from fastofa.runs.log import FILE as METRICS
 from fastofa.runs.log import read_metrics
 from fastofa.runs.run import open_run
 from fastofa.system.files import load_tensors
-from fastofa.teacher.cache import PARTIAL
 from fastofa.teacher.cache_header import HEADER
+from fastofa.teacher.parts import PARTS
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.loop import train
@@ -100,7 +101,7 @@ def _work(command: Callable[[Any], Any], config: Any, log: Path, ready: Connecti
     os.dup2(file, 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do in a process of its own
-    fastofa.teacher.precompute.SAVE_EVERY_S = 0  # an unfinished view is saved at every batch
+    fastofa.teacher.cache_job.SAVE_EVERY_S = 0  # an unfinished view is saved at every batch
     fastofa.training.loop.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
     _die_at(die_at)
     ready.send(time.process_time())
@@ -221,7 +222,7 @@ def test_precompute_reaches_the_same_bytes_after_random_kills(folder, teacher, t
         else:
             found.append(frozenset(file.name for file in out.glob("*")) if out.exists() else frozenset())
     working = [names for names in found if HEADER in names]
-    inside = [names for names in working if PARTIAL in names]
+    inside = [names for names in working if fnmatch.filter(names, PARTS)]
     print(f"{len(found)} kills: {len(working)} at work, {len(inside)} inside a view, {len(set(found))} states found")
     assert len(found) >= kills
     assert len(working) >= kills // 3

@@ -26,6 +26,7 @@ INSTALLED = {
 OPTIONAL = {"dali_loader.py": {"nvidia"}, "export_onnx.py": {"onnxruntime"}}  # extras, each imported by one file only
 # Imported within a function: they take a second or more, and many runs do not need them.
 LATE = {
+    ("arguments.py", "fastofa.methods.find_method"),
     ("cli.py", "fastofa.commands.arguments"),
     ("cli.py", "fastofa.commands.quick_checks"),
     ("curves.py", "matplotlib"),

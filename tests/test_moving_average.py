@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from fastofa.training.moving_average import MovingAverage
 
@@ -26,3 +27,20 @@ def test_it_is_timms_average(name):
     assert found.keys() == expected.module.state_dict().keys()
     for key, value in expected.module.state_dict().items():
         assert torch.equal(found[key], value), key
+
+
+def test_modules_of_methods_are_not_averaged():
+    """They are those of the student alone, and its own modules are averaged as without them."""
+    student = timm.create_model("test_efficientnet", num_classes=10)
+    without = MovingAverage(copy.deepcopy(student), 0.9).module.state_dict()
+    student.methods = nn.ModuleList([nn.Linear(3, 3)])
+    average = MovingAverage(student, 0.9)
+    found = average.module.state_dict()
+    assert found.keys() == without.keys()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    average.update(2)
+    name = "conv_stem.weight"
+    assert torch.allclose(average.module.state_dict()[name], without[name] + 0.1, atol=1e-6)
+    assert len(student.methods) == 1

@@ -411,6 +411,9 @@ def write_cifar100(top: Path) -> None:
         (top / "cifar-100-python" / member).write_bytes(pickle.dumps(contents))
 
 
+CIFAR = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))  # mean and standard deviation in the official code
+
+
 def documented(dataset: str) -> list[list[str]]:
     """The two commands of docs/recipes.md for this dataset, without torchrun."""
     page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
@@ -434,6 +437,8 @@ def test_the_official_readmes_commands_run(dataset, tmp_path, monkeypatch):
     main([*train, *small])
     teacher = TeacherCache.open(Path("cache")).header["teachers"][0]
     assert (teacher["name"], teacher["image_size"]) == (name, 224)
+    normalized = CIFAR if dataset.startswith("cifar") else (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    assert (tuple(teacher["mean"]), tuple(teacher["std"])) == normalized
     config = json.loads(Path("run/config.json").read_text())["config"]
     assert (config["student"], config["recipe"]) == ("resnet18", precompute[precompute.index("--recipe") + 1])
     assert evaluate("run", workers=0).images == 6

@@ -47,7 +47,7 @@ def make_step(rank: int = 0, device: torch.device = CPU, **given: Any) -> Step:
 def some_targets(device: torch.device = CPU, **given: Any) -> DeviceTargets:
     """Targets of a hundred samples; always the same."""
     generator = torch.Generator().manual_seed(8)
-    return DeviceTargets(*topk_targets(torch.randn(100, 10, generator=generator).log_softmax(-1), 4), device, **given)
+    return DeviceTargets(topk_targets(torch.randn(100, 10, generator=generator).log_softmax(-1), 4), device, **given)
 
 
 @pytest.fixture

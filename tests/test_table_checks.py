@@ -86,11 +86,11 @@ PREDICTIONS = {
     ),
     "not sorted": ("log_probs", lambda t: put(t, 7, [-2, -1, -3]), r"largest of log_probs first, got .* for sample 7"),
     "too much mass": ("log_probs", lambda t: put(t, 7, [-0.5, -0.5, -2]), r"a sum of at most 1, got .* for sample 7"),
-    "another dtype": ("log_probs", lambda t: t.float(), r"log_probs float16 \[40, 3\], got float32 \[40, 3\]"),
+    "another dtype": ("log_probs", lambda t: t.double(), r"log_probs float16 \[40, 3\], got float64 \[40, 3\]"),
     "signed": ("classes", lambda t: t.to(torch.int64), r"classes uint16 \[40, 3\], got int64 \[40, 3\]"),
     "fewer rows": ("classes", lambda t: t[:-1], r"classes uint16 \[40, 3\], got uint16 \[39, 3\]"),
-    "more classes": ("log_probs", lambda t: t.repeat(1, 2), r"log_probs float16 \[40, 3\], got float16 \[40, 6\]"),
-    "one dimension": ("log_probs", lambda t: t[:, 0], r"log_probs float16 \[40, 3\], got float16 \[40\]"),
+    "more classes": ("log_probs", lambda t: t.repeat(1, 2), r"log_probs float32 \[40, 3\], got float32 \[40, 6\]"),
+    "one dimension": ("log_probs", lambda t: t[:, 0], r"log_probs float32 \[40, 3\], got float32 \[40\]"),
     "nothing": ("log_probs", lambda _: None, "expected classes and log_probs, but log_probs is missing"),
 }
 

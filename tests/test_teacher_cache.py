@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from fastofa.commands.cache import info
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
-from fastofa.methods.targets import Targets
+from fastofa.methods.targets import Targets, TopK
 from fastofa.pipelines import open_pipeline
 from fastofa.runs.recipes import default_policy
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, save_tensors
-from fastofa.teacher.cache import PARTIAL, VAL, TeacherCache, agreement, topk_targets, view_file
+from fastofa.teacher.cache import VAL, TeacherCache, agreement, topk_targets, view_file
 from fastofa.teacher.cache_header import HEADER, policy_from_json, policy_to_json
 from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.fidelity import FIDELITY
 from fastofa.teacher.model import Teacher, open_teacher
+from fastofa.teacher.packed_rows import RowFormat
+from fastofa.teacher.parts import PARTS, part_file
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.reference_images import SEEN
@@ -108,14 +111,14 @@ def edit_header(path: Path, **values) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 30), st.data())
 def test_the_best_classes_are_stored(B, C, data):
-    """As by torch.topk, best first, as uint16 and fp16; with the log-probabilities of these classes."""
+    """As by torch.topk, best first, as uint16; with their log-probabilities, fp16 if all classes are kept."""
     K = data.draw(st.integers(1, C))
     log_probs = torch.randn(B, C, generator=torch.Generator().manual_seed(C)).log_softmax(-1)
     got = topk_targets(log_probs, K)
     values, classes = log_probs.topk(K)
-    assert (got.classes.dtype, got.log_probs.dtype) == (torch.uint16, torch.float16)
+    assert got.classes.dtype == torch.uint16
     assert torch.equal(got.classes.long(), classes)
-    assert torch.equal(got.log_probs, values.half())
+    assert torch.equal(got.log_probs, values.half() if K == C else values)
 
 
 @pytest.mark.parametrize(("C", "dtype"), [(65_535, torch.uint16), (65_536, torch.uint16), (65_537, torch.int32)])
@@ -128,7 +131,7 @@ def test_class_numbers_use_the_narrowest_type(C, dtype):
     got = topk_targets(log_probs, 3)
     assert got.classes.dtype == dtype
     assert got.classes.tolist() == best
-    looked_up = DeviceTargets(*got, CPU).lookup(torch.tensor([2, 0, 1, 2]))
+    looked_up = DeviceTargets(got, CPU).lookup(torch.tensor([2, 0, 1, 2]))
     assert looked_up.classes.dtype == torch.int32
     assert looked_up.classes.tolist() == [best[2], best[0], best[1], best[2]]
 
@@ -138,7 +141,7 @@ def test_lookup_is_a_gather_of_rows(dtype):
     """In any order, repeated, or none; log-probabilities are unchanged."""
     classes = torch.arange(20).view(5, 4).to(dtype)
     log_probs = torch.randn(5, 4).half()
-    table = DeviceTargets(classes, log_probs, CPU)
+    table = DeviceTargets(TopK(classes, log_probs), CPU)
     for ids in ([4, 0, 0, 3], [], [2]):
         got = table.lookup(torch.tensor(ids, dtype=torch.int64))
         assert got.classes.tolist() == classes.to(torch.int32)[ids].tolist()
@@ -151,9 +154,9 @@ def test_a_ranks_share_gives_the_same_targets_as_the_whole_table(dtype, dense):
     """For its own samples, in any order; others are not kept."""
     classes = torch.arange(40).view(10, 4).to(dtype)
     log_probs = torch.randn(10, 4).log_softmax(1).half()
-    whole = DeviceTargets(classes, log_probs, CPU, dense)
-    share = DeviceTargets(classes, log_probs, CPU, dense, rows=np.array([7, 2, 9]))
-    assert len(share.classes) == len(share.log_probs) == 3
+    whole = DeviceTargets(TopK(classes, log_probs), CPU, dense)
+    share = DeviceTargets(TopK(classes, log_probs), CPU, dense, rows=np.array([7, 2, 9]))
+    assert len(share) == 3
     for ids in ([7, 2, 9], [9, 9, 7], [2], []):
         found, expected = (table.lookup(torch.tensor(ids).long()) for table in (share, whole))
         for a, b in ((found.classes, expected.classes), (found.log_probs, expected.log_probs)):
@@ -174,12 +177,12 @@ def test_agreement_is_the_share_of_equal_best_classes():
 def test_the_files_of_a_cache(photo_cache, photos):
     """Names, header, and shapes and dtypes of the tables; no temporary files."""
     assert sorted(file.name for file in photo_cache.path.iterdir()) == sorted(
-        [HEADER, SEEN, VAL, *map(view_file, range(3))]
+        [FIDELITY, HEADER, SEEN, VAL, *map(view_file, range(3))]
     )
     header = json.loads((photo_cache.path / HEADER).read_text())
     train, val = open_dataset(str(photos)), open_dataset(str(photos), "val")
     expected = {
-        "schema": 3, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
+        "schema": 4, "num_samples": 24, "num_val_samples": 12, "num_classes": 2, "topk": 2, "views": 3, "seed": 0,
         "classes": ["china", "flower"],
         "dataset": {
             "spec": str(photos), "train": train.fingerprint, "val": val.fingerprint,
@@ -196,7 +199,7 @@ def test_the_files_of_a_cache(photo_cache, photos):
     tensors, _ = load_tensors(photo_cache.path / view_file(1))
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     assert kinds == {
-        "crop": (torch.uint16, (24, 4)), "flip": (torch.bool, (24,)),
+        "crop": (torch.uint16, (24, 4)), "flip": (torch.uint8, (3,)),
         "classes": (torch.uint16, (24, 2)), "log_probs": (torch.float16, (24, 2)),
     }  # fmt: skip
     val_tensors, _ = load_tensors(photo_cache.path / VAL)
@@ -253,9 +256,9 @@ def pixels(dataset: Dataset, views: Views) -> Tensor:
 
 
 def assert_same_predictions(got: Targets, expected: Tensor) -> None:
-    """Within fp16 of the full log-probabilities `expected` [N, C], and no omitted class is better."""
-    got_at = expected.gather(1, got.classes.long())
-    torch.testing.assert_close(got.log_probs.float(), got_at, rtol=2e-3, atol=2e-3)
+    """Within fp16, or half a packed step, of `expected` [N, C], and no omitted class is better."""
+    got_at, allowed = expected.gather(1, got.classes.long()), 2e-3 if got.log_probs.dtype == torch.float16 else 0.02
+    torch.testing.assert_close(got.log_probs.float(), got_at, rtol=allowed, atol=allowed)
     torch.testing.assert_close(got_at, expected.topk(got.classes.shape[1]).values, rtol=2e-3, atol=2e-3)
     assert (got.classes[:, 0].long() == expected.argmax(1)).float().mean() > 0.9
 
@@ -483,11 +486,11 @@ def test_a_missing_cache_and_invalid_headers(changed):
     header = (changed / HEADER).read_text()
     for text, message in (
         (header[:50], "expected JSON"),
-        ("[]", "expected schema 3, got list"),
-        ("{}", "expected schema 3, got None"),
+        ("[]", "expected schema 4, got list"),
+        ("{}", "expected schema 4, got None"),
         (
-            header.replace('"schema": 3', '"schema": 1'),
-            "expected schema 3, got 1; remove the cache",
+            header.replace('"schema": 4', '"schema": 1'),
+            "expected schema 4, got 1; remove the cache",
         ),
         (header.replace('"topk"', '"top"'), "expected the fields topk, but the file was edited"),
     ):
@@ -634,6 +637,32 @@ def test_verify_finds_the_damaged_file(changed, name):
     TeacherCache.open(changed).verify()
 
 
+def test_a_cache_of_schema_3_is_read_and_continued_in_its_form(digit_cache, teacher_of_10, tmp_path):
+    """What an earlier version wrote: nothing packed. Its views replay as before, and a view can be added."""
+    old = Path(shutil.copytree(digit_cache.path, tmp_path / "cache"))
+    edit_header(old, schema=3)
+    for name in (view_file(0), view_file(1), VAL):
+        tensors, said = load_tensors(old / name)
+        packed = tensors.pop("predictions")
+        targets = RowFormat(4, 10).unpack(packed)
+        if "flip" in tensors:
+            tensors["flip"] = torch.from_numpy(digit_cache.targets(0 if name == view_file(0) else 1)[0].flip)
+        columns = {**tensors, "classes": targets.classes, "log_probs": targets.log_probs.half()}
+        save_tensors(old / name, columns, said)
+    cache = TeacherCache.open(old)
+    cache.verify()
+    for view in range(2):
+        (a, classes_a, log_probs_a), (b, classes_b, log_probs_b) = cache.targets(view), digit_cache.targets(view)
+        np.testing.assert_array_equal(a.flip, b.flip)
+        assert torch.equal(classes_a, classes_b)
+        assert torch.equal(log_probs_a, log_probs_b.half())
+    assert torch.equal(cache.val_targets().classes, digit_cache.val_targets().classes)
+    grown = precompute(PrecomputeConfig("digits:100", str(teacher_of_10), old, views=3, topk=4))
+    assert set(load_tensors(old / view_file(2))[0]) == {"crop", "flip", "classes", "log_probs"}
+    grown.verify()
+    assert json.loads((old / HEADER).read_text())["schema"] == 3
+
+
 # --- Making one -------------------------------------------------------------------------------------------------------
 
 
@@ -749,7 +778,7 @@ def test_a_temporarily_unreadable_image_loses_no_predictions(make, tmp_path, mon
             raise BadInput(f"unreadable image {self.names[sample_id]} (the disk is away)")
         return reads(self, sample_id)
 
-    reads, given, fails = Dataset.read, {"views": 2, "batch_size": 5}, {"val": [True], "train": [False, True]}
+    reads, given, fails = Dataset.read, {"views": 2, "batch_size": 5}, {"val": [True], "train": [False, False, True]}
     monkeypatch.setattr(Dataset, "read", read)
     monkeypatch.setattr(Teacher, "log_probs", log_probs)
     for message in (
@@ -758,9 +787,10 @@ def test_a_temporarily_unreadable_image_loses_no_predictions(make, tmp_path, mon
     ):
         with pytest.raises(BadInput, match=message):
             make(tmp_path, **given)
-        assert (tmp_path / PARTIAL).exists()
+        assert any(tmp_path.glob(PARTS))
     make(tmp_path, **given)
-    assert sum(calls) - 2 * calls.count(2) == 12 + 2 * 24 - 2  # open_teacher tries two; of validation two are the last
+    # 24 images held back; open_teacher tries two; of the validation images two are the last
+    assert sum(calls) - 2 * calls.count(2) == 24 + 12 + 2 * 24 - 2
     monkeypatch.undo()
     assert files(tmp_path) == files(make(**given).path)
 
@@ -770,14 +800,14 @@ def test_any_other_error_keeps_the_predictions_too(make, tmp_path, monkeypatch):
     original, calls = Teacher.log_probs, iter(range(100))
 
     def log_probs(self: Teacher, images: Tensor) -> Tensor:
-        if next(calls) == 6:
+        if next(calls) == 11:  # one trial, 5 batches held back, 3 of validation images, 2 of the view
             raise RuntimeError("out of memory")
         return original(self, images)
 
     monkeypatch.setattr(Teacher, "log_probs", log_probs)
     with pytest.raises(RuntimeError, match="out of memory"):
         make(tmp_path, views=1, batch_size=5)
-    assert len(load_tensors(tmp_path / PARTIAL)[0]["classes"]) == 10
+    assert len(load_tensors(tmp_path / part_file(0, 0))[0]["classes"]) == 10
     monkeypatch.undo()
     assert files(make(tmp_path, views=1, batch_size=5).path) == files(make(views=1, batch_size=5).path)
 
@@ -789,7 +819,7 @@ def test_skip_corrupt_starts_over_if_no_view_is_finished(photos, make, tmp_path,
     whole = broken.read_bytes()
 
     def read(self: Dataset, sample_id: int) -> Tensor:
-        if self.split == "train":
+        if self.split == "train" and (out / FIDELITY).exists():
             broken.write_bytes(whole[: len(whole) // 2])
         return original(self, sample_id)
 

@@ -204,7 +204,7 @@ def test_the_step_is_one_graph(caches, config, method):
     c, table = config(method), caches["pooled"].table(0)
     targets = (
         DeviceTargets(
-            *table.targets, torch.device("cpu"), vectors=table.vectors, classifier=caches["pooled"].classifier()
+            table.targets, torch.device("cpu"), vectors=table.vectors, classifier=caches["pooled"].classifier()
         )
         .lookup(torch.arange(20))
         ._replace(sample_ids=torch.arange(20))

@@ -21,7 +21,7 @@ from fastofa.methods.dist import DIST
 from fastofa.methods.dkd import DKD
 from fastofa.methods.lskd import LSKD
 from fastofa.methods.method import Outputs, Sizes
-from fastofa.methods.targets import Targets
+from fastofa.methods.targets import Targets, TopK
 from fastofa.models.linear_head import check_linear_head
 from fastofa.pipelines import open_pipeline
 from fastofa.student.model import Student
@@ -211,7 +211,7 @@ def spoil(name: str, value: float) -> Callable[[dict[str, Tensor]], None]:
         ("pooled-int8", view_file(1), lambda t: t.pop("pooled_scale"), "pooled_scale is missing"),
         ("pooled", CLASSIFIER, spoil("weight", torch.nan), "NaN or infinity in weight"),
         ("pooled", CLASSIFIER, lambda t: t.update(bias=t["bias"][1:]), "expected bias float32"),
-        ("none", view_file(1), lambda t: t.update(pooled=t["log_probs"].clone()), "expected the columns"),
+        ("none", view_file(1), lambda t: t.update(pooled=t["crop"].clone()), "expected the columns"),
     ],
 )
 def test_impossible_values_are_found_in_spite_of_a_right_checksum(caches, tmp_path, features, file, change, said):
@@ -331,17 +331,17 @@ def test_lookup_restores_the_rows(features):
     """Of the whole table, and of a rank's share of it; all log-probabilities against float64."""
     vectors, weight, bias = torch.randn(10, 6), torch.randn(8, 6), torch.randn(8)
     kept = stored(vectors, features)
-    best = [torch.randint(8, (10, 2)).to(torch.uint16), torch.zeros(10, 2).half()]
+    best = TopK(torch.randint(8, (10, 2)).to(torch.uint16), torch.zeros(10, 2).half())
     classifier = Classifier(weight, bias)
-    whole = DeviceTargets(*best, CPU, vectors=kept, classifier=classifier)
-    share = DeviceTargets(*best, CPU, rows=np.array([7, 2, 9]), vectors=kept, classifier=classifier)
+    whole = DeviceTargets(best, CPU, vectors=kept, classifier=classifier)
+    share = DeviceTargets(best, CPU, rows=np.array([7, 2, 9]), vectors=kept, classifier=classifier)
     exact = (kept.restored().double() @ weight.double().T + bias.double()).log_softmax(1)
     for ids in ([7, 2, 9], [9, 9, 7], [2], []):
         for table in (whole, share):
             found = table.lookup(torch.tensor(ids, dtype=torch.int64))
             assert torch.equal(found.pooled, kept.restored()[ids])
             torch.testing.assert_close(found.all_log_probs, exact[ids].float(), rtol=1e-5, atol=1e-5)
-    alone = DeviceTargets(*best, CPU, vectors=kept).lookup(torch.tensor([1]))
+    alone = DeviceTargets(best, CPU, vectors=kept).lookup(torch.tensor([1]))
     assert (alone.pooled.shape, alone.all_log_probs) == ((1, 6), None)
 
 
@@ -378,7 +378,7 @@ def test_the_students_vector_is_the_input_of_its_classifier(name, stages):
     for training in (False, True):
         student.train(training)
         with torch.no_grad():
-            heads, pooled = student.with_pooled(images)
+            heads, pooled, _ = student.with_features(images, pooled=True)
             torch.testing.assert_close(heads, student(images))
             torch.testing.assert_close(student.backbone.get_classifier()(pooled), heads[-1])
     assert pooled.shape == (3, student.pooled_dim())

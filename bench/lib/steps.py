@@ -27,6 +27,7 @@ from fastofa.runs.config import TrainConfig
 from fastofa.student.model import Student
 from fastofa.teacher.cache import topk_targets
 from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.packed_rows import packed
 from fastofa.training.step import Step
 
 TOPK = 16
@@ -115,7 +116,7 @@ def open_step(job: Job, options: StepOptions) -> tuple[Step, Any]:
     if options.online_teacher:
         return step, OnlineTeacher(job, options)
     log_probs = torch.randn(job.batch_size, job.num_classes).log_softmax(dim=1)
-    return step, DeviceTargets(*topk_targets(log_probs, min(TOPK, job.num_classes)), job.device)
+    return step, DeviceTargets(packed(topk_targets(log_probs, min(TOPK, job.num_classes)), job.num_classes), job.device)
 
 
 def our_step(job: Job, options: StepOptions) -> TakeStep:
@@ -144,7 +145,7 @@ class OnlineTeacher:
         self.log_probs = torch.compile(log_probs) if options.compile == "on" else log_probs
 
     @torch.no_grad()
-    def lookup(self, rows: Tensor) -> Targets:
+    def of(self, batch: Batch) -> Targets:
         return Targets(self.classes, self.log_probs(self.images))
 
 

@@ -21,9 +21,10 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 import tyro
 
 from fastofa.data.write_config import WriteConfig
+from fastofa.methods.options import BUILT_IN, own_methods
 from fastofa.runs.config import SECTIONS as train_sections
-from fastofa.runs.config import TrainConfig, Weights
-from fastofa.runs.config_file import read_config
+from fastofa.runs.config import USED_BY, TrainConfig, Weights, check_method
+from fastofa.runs.config_file import from_json, read_config
 from fastofa.runs.quick_checks import RUN
 from fastofa.runs.recipes import default_recipe, recipe
 from fastofa.system.errors import BadInput, at_least
@@ -255,11 +256,18 @@ def _parsed(command: str, argv: list[str]) -> Any:
         print(_wrapped(_docstring(command), shutil.get_terminal_size().columns), end="\n\n")
     if config not in DEFAULTS:
         return tyro.cli(config, args=argv, description="", prog=prog)
-    form = _form(config, DEFAULTS[config](argv))
+    argv = _joined(argv, "--teacher")
+    defaults = DEFAULTS[config](argv)
+    own = _own_forms(_flag_value(argv, "--method"), defaults) if config is TrainConfig else {}
     flat = (tyro.conf.OmitArgPrefixes,)
-    sections = vars(tyro.cli(form, args=argv, description="", prog=prog, config=flat)).values()
-    values = {name: value for section in sections for name, value in vars(section).items()}
-    return config(**{name: value for name, value in values.items() if name != FILE})
+    sections = vars(tyro.cli(_form(config, defaults, own), args=argv, description="", prog=prog, config=flat)).values()
+    values = {name: value for section in sections for name, value in vars(section).items() if name != FILE}
+    if config is TrainConfig:
+        values["own_options"] = {prefix: vars(values.pop(prefix)) for prefix in own}
+    parsed = config(**values)
+    if config is TrainConfig:
+        _refuse_unused(argv, parsed)
+    return parsed
 
 
 # --- Configurations from a file ---------------------------------------------------------------------------------------
@@ -315,6 +323,60 @@ def _flag_value(argv: list[str], flag: str) -> str | None:
     return last
 
 
+def _own_forms(method: str | None, defaults: dict[str, Any]) -> dict[str, Any]:
+    """For each method of a user's file in `method`, by the prefix of its options: a dataclass with the flags of its
+    options, and their default values.
+
+    Such a file is run here, which imports torch.
+    """
+    method = method or defaults["method"]
+    own, forms = own_methods(method), dict[str, Any]()
+    if not own:
+        return forms
+    from fastofa.methods.find_method import method_class, option_types, own_options
+
+    check_method(method)
+    for prefix, name in own.items():
+        known = defaults["own_options"].get(prefix, {})
+        options, types = dataclasses.asdict(own_options(name, known)), option_types(name)
+        docs = _field_docs(method_class(name).Options)
+        form = _dataclass(
+            (field, Annotated[hint, tyro.conf.arg(name=f"{prefix}.{field}", help=docs.get(field))], dataclasses.field())
+            for field, hint in types.items()
+        )
+        form.__doc__ = (inspect.getdoc(method_class(name)) or "").partition("\n\n")[0]
+        forms[prefix] = from_json(form, options, "correct the file of the configuration")
+    return forms
+
+
+def _refuse_unused(argv: list[str], config: TrainConfig) -> None:
+    """Raises BadInput for a flag that only methods use that were not chosen. Values from a recipe or a file may be
+    unused."""
+    for argument in argv:
+        flag = argument.partition("=")[0].removeprefix("--")
+        name = flag.replace("-", "_").partition(".")[0]
+        users = (name,) if name in BUILT_IN else USED_BY.get(name, ())
+        if argument.startswith("--") and users and not {*users} & {*config.methods}:
+            raise BadInput(
+                f"{flag}: expected only with --method {' or '.join(users)}, which uses it, but got --method "
+                f"{config.method}; leave it out"
+            )
+
+
+def _joined(argv: list[str], flag: str) -> list[str]:
+    """The arguments with a repeated flag given once, with all its values: `--teacher a --teacher b` as `--teacher a b`.
+    Of other flags, tyro takes the last."""
+    values, others, taking = [], [], False
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        taking = name == flag if argument.startswith("--") else taking
+        if not taking:
+            others.append(argument)
+        elif argument != flag:
+            values.append(value if equals and name == flag else argument)
+    return [*others, flag, *values] if flag in (argument.partition("=")[0] for argument in argv) else argv
+
+
 DEFAULTS: dict[type, Callable[[list[str]], dict[str, Any]]] = {
     TrainConfig: _train_defaults,
     PrecomputeConfig: _precompute_defaults,
@@ -353,14 +415,21 @@ _RESUME = tyro.constructors.PrimitiveConstructorSpec(
 )
 
 
-def _form(config: type, defaults: dict[str, Any]) -> Any:
+def _form(config: type, defaults: dict[str, Any], own: dict[str, Any]) -> Any:
     """The flat configuration as a dataclass with one nested dataclass per section, which tyro prints as a titled
-    group."""
+    group.
+
+    Args:
+        own: for each method of a user's file, an instance of a dataclass with its options, in place of `own_options`.
+    """
     sections: dict[str, list[Any]] = {}
     for field in dataclasses.fields(config):
         hint, default = config.__annotations__[field.name], defaults.get(field.name, field.default)
         if field.name in SECTIONS[config]:
             fields = sections[SECTIONS[config][field.name]] = []
+        if field.name == "own_options":
+            fields += [(prefix, type(form), dataclasses.field(default=form)) for prefix, form in own.items()]
+            continue
         if field.name == "resume":
             hint = Annotated[object, _RESUME, dataclasses.replace(hint.__metadata__[0], help_behavior_hint="")]
         needed = default is tyro.MISSING or default is dataclasses.MISSING
@@ -374,7 +443,7 @@ def _form(config: type, defaults: dict[str, Any]) -> Any:
 
 
 def _dataclass(fields: Iterable[Any]) -> Any:
-    return dataclasses.make_dataclass("Section", fields, kw_only=True)
+    return dataclasses.make_dataclass("Section", fields, kw_only=True, frozen=True)
 
 
 def _docstring(command: str) -> str:
@@ -408,16 +477,24 @@ def _give_help(config: type, prefix: str = "") -> None:
 
     The flags of options within options get their group's name as a prefix.
     """
-    (body,) = ast.parse(inspect.getsource(config)).body
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, nested in get_type_hints(config).items():
         if dataclasses.is_dataclass(nested):
             _give_help(cast(type, nested), f"{name}.")
+    for name, text in _field_docs(config).items():
+        explained = defaults[name] is None and re.search("by default|default:", text, re.IGNORECASE)
+        hint = (lambda default: "" if default == "None" else f"(default: {default})") if explained else None
+        given = f"{prefix}{name}" if prefix else None
+        argument = tyro.conf.arg(name=given, help=text, help_behavior_hint=hint)
+        config.__annotations__[name] = Annotated[config.__annotations__[name], argument]
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """The docstring of each field that has one, without line breaks."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    docs = {}
     for field, doc in pairwise(getattr(body, "body", ())):
         match field, doc:
             case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                explained = defaults[name] is None and re.search("by default|default:", text, re.IGNORECASE)
-                hint = (lambda default: "" if default == "None" else f"(default: {default})") if explained else None
-                given = f"{prefix}{name}" if prefix else None
-                argument = tyro.conf.arg(name=given, help=" ".join(text.split()), help_behavior_hint=hint)
-                config.__annotations__[name] = Annotated[config.__annotations__[name], argument]
+                docs[name] = " ".join(text.split())
+    return docs

@@ -12,6 +12,7 @@ Parts of a cache are made by `fastofa precompute --first-view`.
 """
 
 from pathlib import Path
+from typing import Any
 
 from rich import filesize
 from rich.console import Console
@@ -24,6 +25,7 @@ from fastofa.system.progress import notice, plain
 from fastofa.teacher.cache import TeacherCache
 from fastofa.teacher.cache_header import FieldDifference
 from fastofa.teacher.compare_caches import compare
+from fastofa.teacher.fidelity import in_rows, read_fidelity
 from fastofa.teacher.merge import gaps, merge
 from fastofa.teacher.remote import pull, push
 
@@ -37,14 +39,15 @@ def info(cache: TeacherCache) -> dict[str, str]:
         name: header["policy"].get(name) for name in ("bicubic", "auto_augment", "mixup", "cutmix", "erase", "repeats")
     }
     size = sum(file.stat().st_size for file in cache.path.iterdir())
-    (teacher,) = header["teachers"]
     return {
-        "teacher": "{name} at {image_size} px, {precision}, weights {sha256:.12}".format(**teacher),
+        **_teachers(header),
         "data": f"{header['dataset']['spec']}, {counted(cache.num_samples, 'image')}, "
         f"{counted(cache.num_classes, 'class')}",
         "classes": _abbreviated(cache.classes),
-        "predictions": f"top {cache.topk} of {cache.num_classes}",
+        "predictions": f"top {cache.topk} of {cache.num_classes}"
+        + ", chosen by --topk auto" * ("topk_chosen" in header),
         **_vectors(cache),
+        **_fidelity(cache),
         "views": f"{cache.finished}{' are finished' * (' of ' in cache.finished)}"
         f"{f' from view {cache.first} on' * (cache.first > 0)}, seed {header['seed']}",
         "crops": "area {:g} to {:g}, ratio {:.3g} to {:.3g}".format(*policy.scale, *policy.ratio),
@@ -56,9 +59,24 @@ def info(cache: TeacherCache) -> dict[str, str]:
     }
 
 
+def _teachers(header: dict[str, Any]) -> dict[str, str]:
+    lines = ["{name} at {image_size} px, {precision}, weights {sha256:.12}".format(**t) for t in header["teachers"]]
+    if len(lines) == 1:
+        return {"teacher": lines[0]}
+    shares = header["teacher_weights"]
+    return {
+        f"teacher {i}": f"{share:.3g} of {line}" for i, (share, line) in enumerate(zip(shares, lines, strict=True), 1)
+    }
+
+
 def _vectors(cache: TeacherCache) -> dict[str, str]:
     kinds = {"pooled": "float16", "pooled-int8": "int8 with a scale per image"}
     return {"vectors": f"{cache.pooled_dim} numbers, {kinds[cache.features]}"} if cache.pooled_dim else {}
+
+
+def _fidelity(cache: TeacherCache) -> dict[str, str]:
+    fidelity = read_fidelity(cache.path, cache.header)
+    return {} if fidelity is None else in_rows(fidelity)
 
 
 def _abbreviated(names: tuple[str, ...]) -> str:

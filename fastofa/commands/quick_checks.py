@@ -28,7 +28,8 @@ def check(config: Any) -> None:
                 check_vacant(config)
             check_data(config.data, SPLITS)
         case PrecomputeConfig():
-            check_cache(config)
+            if not config.plan:
+                check_cache(config)
             check_data(config.data, SPLITS)
         case WriteConfig():
             check_written(config)

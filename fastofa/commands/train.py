@@ -1,6 +1,7 @@
 """Train a student from a teacher cache.
 
     fastofa train --data photos --cache cache --student resnet18 --recipe imagenet_cnn --out run
+    fastofa train --data photos --online-teacher teacher --student resnet18 --out run    runs the teacher in every step
     fastofa train --resume run      resume an interrupted run, even mid-epoch, with the same final weights
     fastofa train --resume run --epochs 200         train a run for longer
     fastofa train --config run/config.json --lr 0.05 --out other    the same run with another learning rate
@@ -64,4 +65,5 @@ def _print_plan(plan: Plan, config: TrainConfig) -> None:
         else "the step is the bottleneck, the loader keeps up"
     )
     cache = f", the cache {filesize.decimal(plan.cache_bytes)}" if plan.cache_bytes else ""
+    limit += "; the steps include the teacher" if config.online_teacher is not None else ""
     print(f"{limit}; the run's folder takes {filesize.decimal(plan.run_bytes)}{cache}; no run was started")

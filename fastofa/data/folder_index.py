@@ -65,7 +65,7 @@ class Known:
         """
         before = self.limits or limits
         if not skip_corrupt:
-            limits = Limits(max(limits.max_pixels, before.max_pixels), limits.allow_warnings or before.allow_warnings)
+            limits = limits.union(before)
         elif limits != before:
             self.skipped, self.decoded[:] = {}, False
         self.limits = limits

@@ -50,6 +50,10 @@ class Limits:
     allow_warnings: bool = False
     """When all images are checked, also accept those with a decoder warning or signs of damage."""
 
+    def union(self, other: "Limits") -> "Limits":
+        """The limits that accept every image that one of the two accepts."""
+        return Limits(max(self.max_pixels, other.max_pixels), self.allow_warnings or other.allow_warnings)
+
 
 DEFAULT = Limits()
 LARGER = "resize it, or give --max-pixels to precompute, write or train"

@@ -3,7 +3,7 @@
 Shapes: B images, C classes, H heads (the exits, then the model's own), D width of a pooled vector.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from fastofa.methods.options import Weight
 from fastofa.methods.targets import Targets, full
 from fastofa.system.errors import BadInput
 
-Needs = Literal["top-K", "all classes", "pooled vector"]
+Needs = Literal["top-K", "all classes", "pooled vector", "stage features"]
 
 
 class Outputs(NamedTuple):
@@ -23,6 +23,9 @@ class Outputs(NamedTuple):
     """floating [H, B, C]: the logits of the exits in stage order, then the final logits."""
     pooled: Tensor | None = None
     """floating [B, D]: the input of the student's classifier, for methods that need the teacher's pooled vector."""
+    stages: dict[int, Tensor] | None = None
+    """By number of the stage: its features, floating [B, channels, height, width], for methods that need the
+    teacher's."""
 
     @property
     def logits(self) -> Tensor:
@@ -41,6 +44,10 @@ class Sizes:
     """Width of the teacher's pooled vector."""
     images_per_class: tuple[int, ...] = ()
     """Number of training images of each class, whose sample ids are consecutive."""
+    student_stages: dict[int, int] = field(default_factory=dict)
+    """Channels of each stage that the student has, by its number, for methods that need features of stages."""
+    teacher_stages: dict[int, int] = field(default_factory=dict)
+    """Likewise of the teacher."""
 
 
 class Method(nn.Module):
@@ -89,9 +96,11 @@ class Method(nn.Module):
     def losses(self, outputs: Outputs, targets: Targets, labels: Tensor) -> Tensor:
         """The unweighted losses, fp32 [len(parts)]."""
         loss = self.loss(outputs, targets, labels)
-        if loss.ndim:
-            name = type(self).__name__
-            raise BadInput(f"method {name}: expected its loss to return a scalar, got shape {list(loss.shape)}")
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise BadInput(
+                f"method {type(self).__name__}: expected its loss to return a scalar, a tensor of shape [], got {got}"
+            )
         return loss[None]
 
 

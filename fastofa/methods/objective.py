@@ -3,6 +3,7 @@
 Shapes: B images, C classes.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from fastofa.kernels import distillation_loss
 from fastofa.kernels.comparison import Comparison, describe
 from fastofa.kernels.reference import cross_entropy, heavier, mixed_labels
-from fastofa.methods.find_method import method_class
+from fastofa.methods.find_method import method_class, own_options
 from fastofa.methods.method import Method, Outputs, Sizes
 from fastofa.methods.ofa import OFA
-from fastofa.methods.options import ObjectiveOptions
+from fastofa.methods.options import ObjectiveOptions, is_own
+from fastofa.methods.own_errors import explained
 from fastofa.methods.targets import Targets
 from fastofa.system.errors import BadInput
 
@@ -119,8 +121,7 @@ class Objective(nn.Module):
 
 def _create(name: str, options: Any, sizes: Sizes) -> Method:
     kind = method_class(name)
-    options = kind.Options() if options is None else options
-    method = kind(options, sizes)
-    if type(method).weights is Method.weights and not hasattr(options, "weight"):
-        raise BadInput(f"method {name}: expected a field `weight: float = 1.0` in its Options, found none; add it")
-    return method
+    if is_own(name) and (options is None or isinstance(options, Mapping)):
+        options = own_options(name, options or {})
+    with explained([name]):
+        return kind(kind.Options() if options is None else options, sizes)

@@ -1,8 +1,10 @@
 """The options of every built-in method, without torch, so that `fastofa train --help` shows them at once.
 
-The options of a method's own module (`--method FILE.py:Name`) are in that module.
+The options of a method in a user's file (`--method FILE.py:Name`) are in that file. Their names start with the class's
+name in lower case: squares.weight.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,6 +137,16 @@ class RSDOptions:
     """Width of the projector's hidden layer, as a multiple of the student's."""
 
 
+@dataclass(frozen=True)
+class FitNetOptions:
+    """Squared difference of the features of each stage, which only an online teacher provides."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    stages: tuple[int, ...] = (1, 2, 3, 4)
+    """Stages of student and teacher that are compared."""
+
+
 # The class of each built-in method in the module of its name.
 BUILT_IN = {
     "ofa": "OFA",
@@ -147,7 +159,34 @@ BUILT_IN = {
     "rkd": "RKD",
     "crd": "CRD",
     "rsd": "RSD",
+    "fitnet": "FitNet",
 }
+
+
+def method_names(method: str) -> tuple[str, ...]:
+    """The names that the value of --method joins by +. The path of a user's file may also contain a +."""
+    names: list[str] = []
+    for part in method.split("+"):
+        if not names or names[-1] in BUILT_IN or is_own(names[-1]):
+            names.append(part)
+        else:
+            names[-1] += f"+{part}"
+    return tuple(names)
+
+
+def is_own(name: str) -> bool:
+    """Whether it is FILE.py:Name."""
+    return re.fullmatch(r".+\.py:\w+", name) is not None
+
+
+def prefix_of(name: str) -> str:
+    """The first part of the names of a method's options: squares for my_method.py:Squares."""
+    return name.rpartition(":")[2].lower() if is_own(name) else name
+
+
+def own_methods(method: str) -> dict[str, str]:
+    """The methods of users' files by the prefix of their options."""
+    return {prefix_of(name): name for name in method_names(method) if is_own(name)}
 
 
 @dataclass(frozen=True)
@@ -155,7 +194,8 @@ class ObjectiveOptions:
     """Options of `fastofa.methods.objective.Objective`, whose docstring gives the formula."""
 
     methods: tuple[tuple[str, Any], ...] = ()
-    """Name and options of each method; options None are the method's defaults."""
+    """Name and options of each method: an instance of its `Options`; for a method in a user's file also an object of
+    those that differ from the defaults; None for the defaults."""
     gt_weight: float = 1.0
     gt_loss: Literal["ce", "bce"] = "ce"
     smoothing: float = 0.0
@@ -171,6 +211,8 @@ def check_options(name: str, options: Any) -> None:
             fits, expected = all(v > 0 for v in numbers), "a number above 0"
         elif field == "momentum":
             fits, expected = 0 <= value < 1, "a number from 0 to below 1"
+        elif field == "stages":
+            fits, expected = len(set(value)) == len(value) > 0 and set(value) <= {1, 2, 3, 4}, "some of 1 2 3 4"
         else:
             fits, expected = all(v >= 0 and v != float("inf") for v in numbers), "a number of at least 0"
         if not fits:

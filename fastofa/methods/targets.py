@@ -31,6 +31,8 @@ class Targets(NamedTuple):
     all_log_probs: Tensor | None = None
     """fp32 [B, C]: log-probabilities of all classes at temperature 1, for methods that need all classes; None if only
     the K classes are known."""
+    stages: dict[int, Tensor] | None = None
+    """By number of the stage: its features, floating [B, channels, height, width], for methods that need them."""
 
     def probs(self, num_classes: int, temperature: float = 1.0) -> Tensor:
         """Probabilities of all classes at a temperature, fp32 [B, C].

@@ -1,17 +1,21 @@
 """Centred kernel alignment (CKA) of the layers of two networks, from one pass over batches of images.
 
-    CKA(x, y) = sum_t HSIC(K_t, L_t) / sqrt(sum_t HSIC(K_t, K_t) * sum_t HSIC(L_t, L_t))
+    CKA(x, y) = sum_t B_t HSIC(K_t, L_t) / sqrt(sum_t B_t HSIC(K_t, K_t) * sum_t B_t HSIC(L_t, L_t))
 
-K_t and L_t are the Gram matrices X X' and Y Y' of batch t, and HSIC is the unbiased estimator of Song et al. (Feature
-Selection via Dependence Maximization, JMLR 2012, equation 4). Because it is unbiased, its sum over batches estimates
-the value for all images; the sum of a biased estimator does not (Nguyen, Raghu and Kornblith: Do Wide and Deep
-Networks Learn the Same Things?, ICLR 2021, equation 3). CKA is 1 for features that agree up to a rotation and a common
-scale, and about 0 for unrelated ones; as an estimate, it can be slightly negative.
+K_t and L_t are the Gram matrices X X' and Y Y' of batch t, B_t is its number of images, and HSIC is the unbiased
+estimator of Song et al. (Feature Selection via Dependence Maximization, JMLR 2012, equation 4). Because it is unbiased,
+its sum over batches estimates the value for all images; the sum of a biased estimator does not (Nguyen, Raghu and
+Kornblith: Do Wide and Deep Networks Learn the Same Things?, ICLR 2021, equation 3, where all batches have one size).
+The weights B_t make every image count the same if the last batch is smaller. CKA is 1 for features that agree up to a
+rotation and a common scale, and about 0 for unrelated ones; as an estimate, it can be slightly negative.
+
+For N images in batches of B, the error is in proportion to sqrt((1/B - 1/N) / N): about N B of the N N pairs of images
+are compared.
 
 Unbiased HSIC is an inner product of U-centred Gram matrices (Székely and Rizzo: Partial Distance Correlation, Annals of
 Statistics 2014). All pairs of layers therefore take one matrix product per batch.
 
-Shapes: B images in a batch, D features of a layer, L layers of one network, M layers of the other.
+Shapes: B images in a batch, N images in total, D features of a layer, L layers of one network, M layers of the other.
 """
 
 import torch
@@ -56,10 +60,7 @@ def u_centred(grams: Tensor) -> Tensor:
 
 
 class CKA:
-    """Sums over batches, float64, on the device of the first batch: the memory does not grow with the images.
-
-    A batch of B images has the weight B (B - 3), the degrees of freedom of its centred Gram matrices.
-    """
+    """Sums over batches, float64, on the device of the first batch: the memory does not grow with the images."""
 
     def __init__(self) -> None:
         self.cross: Tensor | float = 0.0
@@ -69,8 +70,10 @@ class CKA:
     def update(self, grams_a: Tensor, grams_b: Tensor) -> None:
         """Add a batch: the Gram matrices [L, B, B] and [M, B, B] of the same images, with B of at least `LEAST`."""
         a, b = u_centred(grams_a).flatten(1), u_centred(grams_b).flatten(1)
-        self.cross = self.cross + a @ b.T
-        self.own_a, self.own_b = self.own_a + a.square().sum(dim=1), self.own_b + b.square().sum(dim=1)
+        weight = 1 / (grams_a.shape[-1] - 3)  # the products are B (B - 3) HSIC, and HSIC has the weight B
+        self.cross = self.cross + weight * (a @ b.T)
+        self.own_a = self.own_a + weight * a.square().sum(dim=1)
+        self.own_b = self.own_b + weight * b.square().sum(dim=1)
 
     def matrix(self) -> Tensor:
         """CKA of every layer of one network with every layer of the other, float64 [L, M] on the CPU.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastofa.models.model_config import CHANNELS, ModelConfig, channels_message, check_arguments, read_model_config
 from fastofa.models.not_in_timm import family_of_name, family_of_weights
 from fastofa.models.weights import SavedWeights, read_weights
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, listed
 from fastofa.system.progress import notice
 
 # The paper's two small Swin students, for which timm has no names: (timm's name, arguments).
@@ -159,7 +159,7 @@ def load_weights(
         raise BadInput(f"{weights.source}: expected weights of a timm model, got {family}, which timm does not have")
     if missing or unexpected:
         raise BadInput(
-            f"{weights.source}: does not match the model: missing {_some(missing)}, unexpected {_some(unexpected)}"
+            f"{weights.source}: does not match the model: missing {listed(missing)}, unexpected {listed(unexpected)}"
             f"; {_remedy(weights)}"
         )
     first = model.pretrained_cfg.get("first_conv")
@@ -326,7 +326,3 @@ def weights_sha256(model: nn.Module) -> str:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
-def _some(keys: list[str]) -> str:
-    return "none" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -8,7 +8,7 @@ code's distiller holds `student.`, `teacher.` and `projector.`.
 import argparse
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, listed
 from fastofa.system.files import is_pickle
 from fastofa.system.progress import notice
 
@@ -78,9 +78,7 @@ class SavedWeights:
         else:
             candidates = sets
         if not candidates:
-            raise BadInput(
-                f"{self.source}: expected a state_dict of tensors, found none in {_some(map(str, self.contents))}"
-            )
+            raise BadInput(f"{self.source}: expected a state_dict of tensors, found none in {listed(self.contents)}")
         ranks = {name: i for i, name in enumerate((*AVERAGES, *OTHERS))}
         if any(PROJECTOR in path.split(".") for path in sets):
             ranks["teacher"] = len(ranks)
@@ -94,9 +92,11 @@ class SavedWeights:
 
         path = min(candidates, key=rank)
         if path and self.key is None:
-            others = _some(other or "those without a name" for other in sets if other != path)
+            others = [other or "those without a name" for other in sets if other != path]
             choose = f"{self.flag} chooses others" if self.flag else "to use others, save them in a separate file"
-            notice(f"{self.source}: uses the weights called {path}{f', not {others}; {choose}' if others else ''}")
+            notice(
+                f"{self.source}: uses the weights called {path}{f', not {listed(others)}; {choose}' if others else ''}"
+            )
         return candidates[path]
 
 
@@ -165,8 +165,3 @@ def _sets(contents: dict[str, Any], own: set[str], path: tuple[str, ...] = ()) -
     if bare and (not sets or own & {k.partition(".")[0] for k in bare}):
         sets[".".join(name for name in path if name not in UNNAMED)] = bare
     return sets
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,13 +1,12 @@
 """The HTML report of a run, RUN/report.html: its training, the student's errors and the configuration.
 
-The report is generated from the run's folder alone and omits what does not exist yet. The page needs no network, no
-other file and no script, so it can be mailed and archived. Names of classes and folders are untrusted text: the
-template escapes all of them.
+The report is generated from the run's folder and its teacher cache, and omits what does not exist (yet). The page needs
+no network, no other file and no script, so it can be mailed and archived. Names of classes and folders are untrusted
+text: the template escapes all of them.
 
 C classes, N validation images.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from fastofa.runs.recipes import recipe
 from fastofa.runs.run import LAUNCHES, Run, open_run
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, read_json, write_atomic
+from fastofa.teacher.cache_header import HEADER, read_header
+from fastofa.teacher.fidelity import Fidelity, read_fidelity
 
 FILE, TEMPLATE = "report.html", "report.html.jinja"
 MAX_MATRIX_CLASSES = 64
@@ -59,6 +60,7 @@ def write_report(run: Path) -> Path:
         plots=_plots(opened.config, steps, epochs, pace, launches),
         rows_per_point=group_size(steps),
         mistakes=_mistakes(opened),
+        fidelity=_fidelity(opened),
         settings=_settings(opened.config),
         launches=launches,
         varying=_varying(launches),
@@ -203,6 +205,16 @@ def _mistakes(run: Run) -> _Mistakes | None:
     )
 
 
+# --- Teacher cache ----------------------------------------------------------------------------------------------------
+
+
+def _fidelity(run: Run) -> Fidelity | None:
+    """How exactly the run's cache represents the teacher's predictions; None if no folder contains the cache."""
+    if run.cache is None or not Path(run.cache, HEADER).is_file():
+        return None
+    return read_fidelity(Path(run.cache), read_header(Path(run.cache)))
+
+
 # --- Configuration and environment ------------------------------------------------------------------------------------
 
 
@@ -220,9 +232,8 @@ class _Setting:
 
 def _settings(config: TrainConfig) -> list[_Setting]:
     default = recipe(config.recipe)(data=config.data, student=config.student, out=config.out)
-    names = [field.name for field in dataclasses.fields(config)]
-    by_size = {name: "by dataset size" for name in SIZED if getattr(default, name) is None}
-    return [_Setting(name, getattr(config, name), by_size.get(name, getattr(default, name))) for name in names]
+    defaults = default.flags | {name: "by dataset size" for name in SIZED if getattr(default, name) is None}
+    return [_Setting(name, value, defaults.get(name)) for name, value in config.flags.items()]
 
 
 def _launches(run: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastofa.runs.config import Weights
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, listed
 from fastofa.system.files import load_tensors, save_tensors
 from fastofa.system.progress import notice
 
@@ -155,6 +155,7 @@ def _restore(
         raise BadInput(
             f"{path}: expected a checkpoint of `fastofa train`, got one without {', '.join(sorted(missing))}"
         )
+    tensors = _without_methods("ema.", tensors)  # earlier versions averaged the methods' modules, too
     parts = {"student.": student.state_dict(), "ema.": {} if ema is None else ema.state_dict()}
     for prefix, own in parts.items():
         _check_keys(path, prefix, own, tensors)
@@ -184,7 +185,7 @@ def load_student(run: Path, student: nn.Module, weights: Weights = "last") -> di
     state = _strip_prefix(prefix, _without_methods(prefix, tensors))
     if infinite := sorted(name for name, value in state.items() if not bool(value.isfinite().all())):
         raise BadInput(
-            f"{path}: expected finite weights, but these are not: {_abbreviated(infinite)}; the run diverged, train "
+            f"{path}: expected finite weights, but these are not: {listed(infinite)}; the run diverged, train "
             "again with a lower --lr or --clip"
         )
     student.load_state_dict(state)
@@ -237,13 +238,9 @@ def _check_keys(path: Path, prefix: str, own: dict[str, Tensor], tensors: dict[s
     reshaped = [k for k in sorted(own.keys() & saved.keys()) if own[k].shape != saved[k].shape]
     if missing or unexpected or reshaped:
         raise BadInput(
-            f"{path}: does not fit this run's {prefix.rstrip('.')}: missing {_abbreviated(missing)}; unexpected "
-            f"{_abbreviated(unexpected)}; of another shape {_abbreviated(reshaped)}; was config.json edited?"
+            f"{path}: does not fit this run's {prefix.rstrip('.')}: missing {listed(missing)}; unexpected "
+            f"{listed(unexpected)}; of another shape {listed(reshaped)}; was config.json edited?"
         )
-
-
-def _abbreviated(keys: list[str]) -> str:
-    return "none" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Any]]:
@@ -269,9 +266,7 @@ def _check_optimizer(path: Path, student: nn.Module, optimizer: torch.optim.Opti
     names, items = {name for name, _ in saved}, {item for _, item in saved}
     unfit += [f"{name}.{item} (missing)" for name in names & own.keys() for item in items if (name, item) not in saved]
     if unfit:
-        raise BadInput(
-            f"{path}: does not fit this run's optimizer: {_abbreviated(sorted(unfit))}; was config.json edited?"
-        )
+        raise BadInput(f"{path}: does not fit this run's optimizer: {listed(sorted(unfit))}; was config.json edited?")
 
 
 def _restore_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -3,14 +3,14 @@
 The fields are flat, like the flags and config.json; the help groups them under the titles in SECTIONS.
 """
 
+import dataclasses
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from fastofa.data.headers import parse_limits
+from fastofa.data.headers import Limits, parse_limits
 from fastofa.methods.options import (
     BUILT_IN,
     BKDOptions,
@@ -18,6 +18,7 @@ from fastofa.methods.options import (
     CRDOptions,
     DISTOptions,
     DKDOptions,
+    FitNetOptions,
     KDOptions,
     LSKDOptions,
     ObjectiveOptions,
@@ -25,6 +26,10 @@ from fastofa.methods.options import (
     RKDOptions,
     RSDOptions,
     check_options,
+    is_own,
+    method_names,
+    own_methods,
+    prefix_of,
 )
 from fastofa.runs.config_file import from_json, to_json
 from fastofa.system.errors import BadInput
@@ -45,6 +50,15 @@ if TYPE_CHECKING:
 else:
     SizedInt, SizedFloat = int | None, float | None
 SIZED = ("epochs", "batch_size", "lr", "warmup_epochs")
+# Methods that use an option; options such as rsd.kappa are used by the method of that name, and others by all.
+USED_BY = {
+    "stages": ("ofa",),
+    "eps": ("ofa",),
+    "variant": ("ofa",),
+    "ofa_weight": ("ofa",),
+    "temperature": ("ofa", "kd"),
+    "kd_weight": ("ofa", "kd"),
+}
 # Titles in the help, each keyed by its first field.
 SECTIONS = {
     "data": "model and data",
@@ -76,10 +90,16 @@ class TrainConfig:
     recipe's defaults."""
     cache: str | None = None
     """Teacher cache written by `fastofa precompute`: its folder, or the URL of a pushed one (s3://BUCKET/FOLDER), whose
-    views are downloaded ahead of use. Required unless --method is scratch."""
+    views are downloaded ahead of use. Required unless --method is scratch or --online-teacher is given."""
     allow_mismatch: Literal["none", "pixels"] = "none"
     """pixels: accept a cache whose teacher saw other pixels of the same samples, such as images that were compressed or
     resized since, or that another decoder read. Names, labels, classes and views must still be the same."""
+    online_teacher: str | None = None
+    """Instead of --cache: run this teacher in every step, on the student's own images, which are drawn anew for every
+    epoch. A timm model with its tag, a folder written by `fastofa train`, `fastofa export` or timm, or
+    hf-hub:OWNER/NAME, as for `fastofa precompute --teacher`."""
+    teacher_checkpoint: Path | None = None
+    """A .safetensors or .pth file with the weights of --online-teacher, instead of timm's."""
     init: str | None = None
     """Initial weights of the student: random without this flag, "pretrained" for timm's published ones, a .safetensors
     or .pth file, or a folder written by `fastofa train`, `fastofa export` or timm."""
@@ -94,8 +114,9 @@ class TrainConfig:
 
     method: str = "ofa"
     """What the student learns from the teacher: ofa (exits and final logits), kd, bkd, dkd, dist or lskd (final
-    logits), cc, rkd, crd or rsd (pooled vectors, which `fastofa precompute --features pooled` stores), several of them
-    (ofa+rsd), or your own, FILE.py:Name. scratch: nothing, only the labels are used."""
+    logits), cc, rkd, crd or rsd (pooled vectors, which `fastofa precompute --features pooled` stores), fitnet (features
+    of the stages, which need --online-teacher), several of them (ofa+rsd), or your own, FILE.py:Name. scratch: nothing,
+    only the labels are used."""
     stages: tuple[int, ...] = (1, 2, 3, 4)
     """Stages of the student that get an exit (ofa)."""
     eps: tuple[float, ...] = (1.0,)
@@ -123,6 +144,10 @@ class TrainConfig:
     rkd: RKDOptions = field(default_factory=RKDOptions)
     crd: CRDOptions = field(default_factory=CRDOptions)
     rsd: RSDOptions = field(default_factory=RSDOptions)
+    fitnet: FitNetOptions = field(default_factory=FitNetOptions)
+    own_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options of the methods in your own files, by the class's name in lower case: {"squares": {"weight": 2.0}}. They
+    are flags (--squares.weight 2) and, in config.json, objects beside those above."""
 
     image_size: int | None = None
     """Side of the student's input in pixels; by default the model's own."""
@@ -261,7 +286,7 @@ class TrainConfig:
                 need(value in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
             numbers = value if isinstance(value, tuple) else (value,)
             need(not any(isinstance(v, float) and math.isinf(v) for v in numbers), name, "finite numbers")
-        parse_limits(self.max_pixels, self.allow_warnings)
+        self.limits()
         names = ("loss", "exits", "stem", "norms", "tokens", "layer_norms")
         named = self.kernels in (("auto",), ("off",)) or set(self.kernels) <= set(names)
         need(named, "kernels", f"auto, off, or some of {' '.join(names)}")
@@ -286,7 +311,7 @@ class TrainConfig:
         need(self.eval_crop is None or 0 < self.eval_crop <= 1, "eval_crop", "a number above 0 and at most 1")
         need(self.clip is None or self.clip > 0, "clip", "a number above 0, or None for no clipping")
         need(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1, or None for no average")
-        for name in ("data", "student", "init", "wandb"):
+        for name in ("data", "student", "init", "wandb", "online_teacher"):
             need(getattr(self, name) != "", name, "a name")
         for name in ("image_size", "start_size", "eval_size"):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1 pixel")
@@ -302,6 +327,7 @@ class TrainConfig:
             set(self.stages) <= {1, 2, 3, 4} and len(set(self.stages)) == len(self.stages), "stages", "some of 1 2 3 4"
         )
         self._check_methods()
+        self._check_teacher()
         need("ofa" not in self.methods or len(self.stages) > 0, "stages", "at least one stage (or --method kd)")
         heads = len(self.exits) + 1
         expected = "1 number above 0" if heads == 1 else f"1 or {heads} numbers above 0"
@@ -313,25 +339,37 @@ class TrainConfig:
 
     def _check_methods(self) -> None:
         """Raises BadInput for unknown or repeated methods, and for options out of range."""
-        if self.method == "scratch":
-            return
-        names = self.method.split("+")
-        for name in names:
-            if name not in BUILT_IN and not re.fullmatch(r".+\.py:\w+", name):
-                raise BadInput(
-                    f"method: expected some of {' '.join(BUILT_IN)}, joined by +, FILE.py:Name, or scratch alone, got "
-                    f"{self.method!r}"
-                )
-            if names.count(name) > 1:
-                raise BadInput(f"method: expected each name once, got {self.method!r}")
+        check_method(self.method)
         for name in BUILT_IN:
             if hasattr(self, name):
                 check_options(name, getattr(self, name))
+        own = own_methods(self.method)
+        for prefix, values in self.own_options.items():
+            if prefix not in own:
+                raise BadInput(f"{prefix}: expected options of a method in --method, got --method {self.method}")
+            _check_own(prefix, values)
+
+    def _check_teacher(self) -> None:
+        """Raises BadInput unless at most one teacher is given, and a method learns from an online one."""
+        if self.online_teacher is None:
+            if self.teacher_checkpoint is not None:
+                raise BadInput("teacher-checkpoint: expected --online-teacher with it, got none; give both or neither")
+            return
+        if self.cache is not None:
+            raise BadInput(
+                f"online-teacher: expected no --cache with it, which holds a teacher's predictions, got {self.cache}; "
+                "give one of them"
+            )
+        if not self.methods:
+            raise BadInput(
+                f"online-teacher: expected a --method that learns from it, got scratch with {self.online_teacher}; "
+                "leave it out"
+            )
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The names in `method`; none for scratch."""
-        return () if self.method == "scratch" else tuple(self.method.split("+"))
+        return () if self.method == "scratch" else method_names(self.method)
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -349,16 +387,29 @@ class TrainConfig:
     @property
     def objective(self) -> ObjectiveOptions:
         """The part of the configuration that the objective uses."""
-        own = {
+        options = vars(self) | {
             "ofa": OFAOptions(self.head_eps, self.temperature, self.variant, self.kd_weight, self.ofa_weight),
             "kd": KDOptions(self.kd_weight, self.temperature),
+            **{name: self.own_options.get(prefix) for prefix, name in own_methods(self.method).items()},
         }
-        methods = tuple((name, own.get(name, getattr(self, name, None))) for name in self.methods)
+        methods = tuple((name, options[name]) for name in self.methods)
         return ObjectiveOptions(methods, self.gt_weight, self.gt_loss, self.smoothing)
+
+    def limits(self) -> Limits:
+        """The limits within which images are accepted."""
+        return parse_limits(self.max_pixels, self.allow_warnings)
 
     def policy(self, default: ViewPolicy) -> ViewPolicy:
         """The policy of the views: `default` with the values that this configuration sets."""
         return changed_policy(default, scale=self.scale, ratio=self.ratio, flip=self.flip, bicubic=self.bicubic)
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Every value by the name of its flag, without dashes: lr, rsd.kappa, squares.weight."""
+        nested = {name: vars(value) for name, value in vars(self).items() if dataclasses.is_dataclass(value)}
+        flat = {name: value for name, value in vars(self).items() if name not in (*nested, "own_options")}
+        options = (nested | self.own_options).items()
+        return flat | {f"{prefix}.{name}": value for prefix, values in options for name, value in values.items()}
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self)
@@ -369,7 +420,10 @@ class TrainConfig:
         return from_json(cls, values, "export the run with the version that wrote it, or train again")
 
     def differences(self, other: "TrainConfig") -> list[str]:
-        """The fields that a resumed run may not change, as "name: own value here, other's there"; epochs may grow."""
+        """The values that a resumed run may not change, as "name: own value here, other's there"; epochs may grow.
+
+        A user's file may have moved; only the names of the classes are compared.
+        """
         free = {
             "out",
             "resume",
@@ -386,7 +440,43 @@ class TrainConfig:
         free |= {"pipeline", "workers", "log_every", "eval_every", "checkpoint_every", "keep", "wandb", "data", "cache"}
         free.add("allow_mismatch")
         free |= {"allow_warnings", "max_pixels"}  # the data's fingerprint covers the images they accept
-        own, others = json.loads(json.dumps(self.to_json())), json.loads(json.dumps(other.to_json()))
+        free |= {"online_teacher", "teacher_checkpoint"}  # the run records the teacher and the digest of its weights
+        own, others = self._as_compared(), other._as_compared()
         if self.epochs is not None and other.epochs is not None and self.epochs > other.epochs:
             free.add("epochs")
-        return [f"{k}: {own[k]} here, {others[k]} there" for k in own if k not in free and own[k] != others[k]]
+        pairs: dict[str, tuple[Any, Any]] = {
+            name: (own.get(name, "nothing"), others.get(name, "nothing")) for name in own | others
+        }
+        return [f"{name}: {a} here, {b} there" for name, (a, b) in pairs.items() if name not in free and a != b]
+
+    def _as_compared(self) -> dict[str, Any]:
+        """The flags as JSON gives them back, and the methods without the folders of their files."""
+        names = "+".join(map(prefix_of, method_names(self.method)))
+        return dict(json.loads(json.dumps({**self.flags, "method": names}, default=str)))
+
+
+def check_method(method: str) -> None:
+    """Raises BadInput for unknown or repeated names in a value of --method."""
+    names = () if method == "scratch" else method_names(method)
+    prefixes = [prefix_of(name) for name in names]
+    for name, prefix in zip(names, prefixes, strict=True):
+        if name not in BUILT_IN and not is_own(name):
+            raise BadInput(
+                f"method: expected some of {' '.join(BUILT_IN)}, joined by +, FILE.py:Name, or scratch alone, got "
+                f"{method!r}"
+            )
+        if prefixes.count(prefix) > 1:
+            remedy = f"; rename a class, since --{prefix}.weight sets an option of one" if is_own(name) else ""
+            raise BadInput(f"method: expected each name once, got {method!r}{remedy}")
+        if is_own(name) and prefix in {"config", *(field.name for field in dataclasses.fields(TrainConfig))}:
+            raise BadInput(f"method {name}: expected another class name, --{prefix} is a flag of its own; rename it")
+
+
+def _check_own(prefix: str, values: Any) -> None:
+    """Raises BadInput unless the options of a method in a user's file can be stored as JSON and its weight is valid."""
+    for name, value in values.items():
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(v is None or isinstance(v, str) or (isinstance(v, int | float) and math.isfinite(v)) for v in parts):
+            raise BadInput(f"{prefix}.{name}: expected finite numbers, text, true, false or None, got {value!r}")
+        if name == "weight" and not (isinstance(value, int | float) and value >= 0):
+            raise BadInput(f"{prefix}.weight: expected a number of at least 0, got {value!r}")

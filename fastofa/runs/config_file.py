@@ -7,25 +7,38 @@ import dataclasses
 import json
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from fastofa.methods.options import FitNetOptions, is_own, method_names, own_methods
 from fastofa.system.errors import BadInput
 from fastofa.system.read import read_json
 
 # Fields that may contain a path, each with the value that is not one.
-BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": "", "cache": ""}
+BUILT_IN = {"data": "digits", "init": "pretrained", "teacher": "", "online_teacher": "", "cache": ""}
 # Fields that files of earlier versions lack, each with what those versions did.
-LATER = {
-    "bicubic": 0.0, "eval_interpolation": "bilinear", "lr_updates": "step", "decay_embeddings": False, "first_view": 0,
+LATER: dict[str, Any] = {
+    "bicubic": 0.0,
+    "eval_interpolation": "bilinear",
+    "lr_updates": "step",
+    "decay_embeddings": False,
+    "online_teacher": None,
+    "teacher_checkpoint": None,
+    "fitnet": dataclasses.asdict(FitNetOptions()),
     "allow_mismatch": "none",
-}  # fmt: skip
+    "first_view": 0,
+    "teacher_weights": None,
+}
+# The field whose objects a file contains beside the fields: {"lr": 0.1, "squares": {"weight": 2.0}}.
+OWN = "own_options"
 MAX_NAMED = 8  # maximum number of fields named in an error
 Config = TypeVar("Config")
 
 
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration's fields for a JSON file; paths become text."""
-    return {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(config).items()}
+    values: dict[str, Any] = dataclasses.asdict(config)
+    own = values.pop(OWN, {})
+    return {key: str(v) if isinstance(v, Path) else v for key, v in values.items()} | own
 
 
 def from_json(cls: type[Config], values: Any, remedy: str) -> Config:
@@ -34,6 +47,10 @@ def from_json(cls: type[Config], values: Any, remedy: str) -> Config:
         raise BadInput(f"expected an object as config, got {_text(values)}")
     hints = get_type_hints(cls)
     values = {**{name: value for name, value in LATER.items() if name in hints}, **values}
+    own: dict[str, Any] = {}
+    if hints.pop(OWN, None):
+        options = {name: values.pop(name) for name in own_methods(str(values.get("method"))) if name in values}
+        own = {OWN: {name: _own_options(name, each) for name, each in options.items()}}
     if different := sorted(set(values) ^ set(hints)):
         named = [_text(name).strip('"') for name in different[:MAX_NAMED]] + ["..."] * (len(different) > MAX_NAMED)
         raise BadInput(
@@ -53,7 +70,7 @@ def from_json(cls: type[Config], values: Any, remedy: str) -> Config:
             except BadInput as error:
                 raise BadInput(f"{name}: {error}") from None
     paths = {k: Path(v) for k, v in fields.items() if v is not None and _is_path(hints[k])}
-    return cls(**{**fields, **paths})
+    return cls(**{**fields, **paths, **own})
 
 
 def read_config(cls: type[Config], file: Path) -> Config:
@@ -73,12 +90,33 @@ def read_config(cls: type[Config], file: Path) -> Config:
         config = from_json(cls, values, "give a file that this version wrote")
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from None
+    return in_folder(config, folder)
+
+
+def in_folder(config: Config, folder: str) -> Config:
+    """The configuration with its relative paths joined to `folder`, unless that is the working directory or ""."""
     if Path(folder) in (Path(), Path.cwd()):
         return config
-    hints, fields = get_type_hints(cls), vars(config)
+    hints, fields, cls = get_type_hints(type(config)), vars(config), type(config)
     paths = {k: Path(folder, v) for k, v in fields.items() if v is not None and _is_path(hints[k])}
-    names = {k: from_folder(folder, fields[k], built_in) for k, built_in in BUILT_IN.items() if fields.get(k)}
+    names = {k: _in_folder(folder, fields[k], built_in) for k, built_in in BUILT_IN.items() if fields.get(k)}
+    if "method" in fields:
+        names["method"] = "+".join(_method_from(folder, name) for name in method_names(fields["method"]))
     return cls(**{**fields, **paths, **names})
+
+
+def _method_from(folder: str, name: str) -> str:
+    """The method's name; the relative path of a user's file is joined to `folder`."""
+    path, _, kind = name.rpartition(":")
+    return f"{from_folder(folder, path, '')}:{kind}" if is_own(name) else name
+
+
+def _own_options(name: str, values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise BadInput(
+            f"expected an object as {name}, got {_text(values)}; it was edited or damaged, restore its value"
+        )
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def from_folder(folder: str, name: str, built_in: str) -> str:
@@ -89,6 +127,13 @@ def from_folder(folder: str, name: str, built_in: str) -> str:
     kind = next((kind for kind in ("cifar100:", "local-dir:") if name.startswith(kind)), "")
     path = Path(folder, name.removeprefix(kind))
     return f"{kind}{path}" if name.partition(":")[0] != built_in and path.exists() else name
+
+
+def _in_folder(folder: str, names: str | tuple[str, ...], built_in: str) -> str | tuple[str, ...]:
+    """`from_folder` of one name or several."""
+    if isinstance(names, str):
+        return from_folder(folder, names, built_in)
+    return tuple(from_folder(folder, name, built_in) for name in names)
 
 
 def _is_path(hint: Any) -> bool:
@@ -103,7 +148,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return True  # `from_json` checks its fields
     if get_origin(hint) is Literal:
         return isinstance(value, str)  # the configuration checks its value
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in (UnionType, Union):
         return any(_fits(value, part) for part in parts)
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
@@ -125,7 +170,7 @@ def _words(hint: Any) -> str:
         float: "a number",
         NoneType: "null",
     }
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in (UnionType, Union):
         return " or ".join(map(_words, get_args(hint)))
     if get_origin(hint) is tuple:
         return "a list" if ... in get_args(hint) else f"a list of {len(get_args(hint))} numbers"

@@ -20,6 +20,8 @@ from fastofa.system.files import read_json, write_json
 from fastofa.system.urls import is_url
 
 CONFIG, LAUNCHES = "config.json", "environment.json"
+# Objects that a launch records, see `log_launch`.
+KERNELS, METHOD_FILES = "kernels", "method_sha256"
 MAX_FEATURES = 1 << 20  # width of a teacher's last features
 
 
@@ -39,6 +41,9 @@ class Run:
     """Fingerprint of the validation set."""
     pages: str = ""
     """Fingerprint of the assignment of samples to pages with `order` pages, else empty."""
+    teacher: dict[str, Any] | None = None
+    """The online teacher as `teacher.model.Teacher.describe` describes it, with the digest of its weights; None if the
+    run has none."""
     folder: str = ""
     """Folder in which the run was started. Relative paths in its configuration are relative to it."""
 
@@ -86,6 +91,7 @@ class Run:
                 "val_fingerprint": self.val_fingerprint,
                 "view_digests": list(self.view_digests),
                 "pages": self.pages,
+                "teacher": self.teacher,
             },
         )
 
@@ -94,6 +100,17 @@ class Run:
         """The path or URL of the teacher cache, valid from any working directory."""
         cache = self.config.cache
         return cache if cache is None or is_url(str(cache)) else str(Path(self.folder, cache))
+
+    @property
+    def online_teacher(self) -> str | None:
+        """The name of the online teacher, valid from any working directory; likewise `teacher_checkpoint`."""
+        name = self.config.online_teacher
+        return None if name is None else from_folder(self.folder, name, BUILT_IN["online_teacher"])
+
+    @property
+    def teacher_checkpoint(self) -> Path | None:
+        file = self.config.teacher_checkpoint
+        return None if file is None else Path(self.folder, file)
 
     @property
     def data(self) -> str:
@@ -127,6 +144,9 @@ def open_run(path: Path) -> Run:
         kinds = {"config": dict, "teacher_dim": int, **dict.fromkeys(texts, str), **dict.fromkeys(lists, list)}
         wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
         wrong += [name for name in lists if not all(isinstance(text, str) for text in values[name])]
+        teacher = values.get("teacher")  # files of earlier versions have none
+        if not (teacher is None or (isinstance(teacher, dict) and isinstance(teacher.get("sha256"), str))):
+            wrong.append("teacher")
         if wrong or not 0 <= values["teacher_dim"] <= MAX_FEATURES:
             raise TypeError(f"a valid {' and '.join(wrong) or 'teacher_dim'}")
         config = TrainConfig.from_json(values["config"])
@@ -138,7 +158,7 @@ def open_run(path: Path) -> Run:
         ) from None
     classes, view_digests = (tuple(values[name]) for name in lists)
     data, val, pages, folder = (values[name] for name in texts)
-    return Run(path, config, classes, values["teacher_dim"], data, view_digests, val, pages, folder)
+    return Run(path, config, classes, values["teacher_dim"], data, view_digests, val, pages, teacher, folder)
 
 
 def log_launch(
@@ -147,6 +167,7 @@ def log_launch(
     ranks: int,
     pixel_difference: float | None = None,
     kernels: dict[str, Any] | None = None,
+    method_files: dict[str, str] | None = None,
 ) -> None:
     """Append to environment.json when, where and with which versions the run was started or resumed.
 
@@ -156,17 +177,19 @@ def log_launch(
         pixel_difference: mean difference, 0 to 255, between the student's and the teacher's images; None if unknown
             (see `teacher.reference_images`).
         kernels: the chosen kernels (see `student.measure_kernels`); empty or None if there was nothing to choose.
+        method_files: sha256 of the file of each method in a user's file.
     """
     launches = read_json(path / LAUNCHES) if (path / LAUNCHES).exists() else []
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     known = {} if pixel_difference is None else {"pixel_difference": round(pixel_difference, 3)}
     launch = {"date": now, "step": step, "ranks": ranks, **known, "fastofa": __version__, **environment()}
-    write_json(path / LAUNCHES, [*launches, launch | ({"kernels": kernels} if kernels else {})])
+    objects = {KERNELS: kernels, METHOD_FILES: method_files}
+    write_json(path / LAUNCHES, [*launches, launch | {name: value for name, value in objects.items() if value}])
 
 
-def recorded_kernels(path: Path) -> dict[str, Any]:
-    """The chosen kernels that the newest launch recorded; empty if there are none or the file is damaged."""
+def recorded(path: Path, name: str) -> dict[str, Any]:
+    """The object of this name that the newest launch recorded; empty if there is none or the file is damaged."""
     with suppress(BadInput, IndexError, KeyError, TypeError):
-        kernels = read_json(path / LAUNCHES)[-1]["kernels"]
-        return kernels if isinstance(kernels, dict) else {}
+        value = read_json(path / LAUNCHES)[-1][name]
+        return value if isinstance(value, dict) else {}
     return {}

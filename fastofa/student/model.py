@@ -13,7 +13,7 @@ from fastofa.models.linear_head import check_linear_head, pooled_vector
 from fastofa.models.timm_models import check_channels, create_model, first_line, input_size, normalization
 from fastofa.models.weights import SavedWeights
 from fastofa.student.exits import ConvExit, TokenExit
-from fastofa.student.stages import ALL_STAGES, Stage, as_exit_input, probe_stages, run_stages
+from fastofa.student.stages import ALL_STAGES, Feature, Stage, as_exit_input, as_map, probe_stages, run_found_stages
 from fastofa.system.errors import BadInput
 
 
@@ -68,7 +68,7 @@ class Student(nn.Module):
             self._add_exits(model_name, num_classes, teacher_dim, stages)
 
     def _add_exits(self, model_name: str, num_classes: int, teacher_dim: int, stages: tuple[int, ...]) -> None:
-        self.is_token_model, self.output_format, available = probe_stages(self.backbone, self.image_size)
+        available = self.find_stages()
         if any(stage not in available for stage in stages):
             names = ", ".join(map(str, available)) or "none"
             remedy = f"give --stages {' '.join(map(str, available))}" if available else "choose another student"
@@ -77,7 +77,6 @@ class Student(nn.Module):
                 f"features are 4, 8, 16 or 32 times smaller than the image); {remedy}"
             )
         self.stages = [available[s] for s in sorted(stages)]
-        self.indices = [stage.index for stage in self.stages if stage.index >= 0] or [0]  # timm needs at least one
         width = self.backbone.num_features
         for stage in self.stages:
             if self.is_token_model:
@@ -92,31 +91,44 @@ class Student(nn.Module):
         return (images.float() / 255 - self.mean) / self.std if images.dtype == torch.uint8 else images
 
     def forward(self, images: Tensor) -> Tensor:
-        images = self.normalize(images)
         if not self.stages:
-            return self.backbone(images)[None]
-        final, logits = self._run_exits(images)
-        return torch.stack([*logits, self.backbone.forward_head(final)])
+            return self.classify(images)[None]
+        final, features = run_found_stages(self.backbone, self.normalize(images), self.stages, self.output_format)
+        return torch.stack([*self._exit_logits(features), self.backbone.forward_head(final)])
 
-    def with_pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits [H, B, C], and the pooled vector [B, D] from which the model's own head computes its logits.
+    def with_features(
+        self, images: Tensor, pooled: bool = False, stages: Iterable[Stage] = ()
+    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """The logits [H, B, C], and features from the same forward pass.
 
-        Needs a linear head, which `pooled_dim` checks.
+        Args:
+            pooled: return the pooled vector [B, D], from which the model's own head computes its logits. Needs a linear
+                head, which `pooled_dim` checks.
+            stages: some of `find_stages`, whose features are returned as maps [B, channels, height, width] by number.
         """
-        images = self.normalize(images)
-        final, logits = self._run_exits(images) if self.stages else (self.backbone.forward_features(images), [])
-        pooled = pooled_vector(self.backbone, final)
-        return torch.stack([*logits, self.backbone.get_classifier()(pooled)]), pooled
+        images, stages = self.normalize(images), list(stages)
+        features: dict[int, Feature] = {}
+        if self.stages or stages:
+            needed = [*self.stages, *stages]
+            final, features = run_found_stages(self.backbone, images, needed, self.output_format)
+        else:
+            final = self.backbone.forward_features(images)
+        vector = pooled_vector(self.backbone, final) if pooled else None
+        own = self.backbone.forward_head(final) if vector is None else self.backbone.get_classifier()(vector)
+        maps = {stage.number: as_map(features[stage.number]) for stage in stages}
+        return torch.stack([*self._exit_logits(features), own]), vector, maps
 
-    def _run_exits(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The final features of normalised images, and the logits of each exit."""
-        final, features = run_stages(self.backbone, images, self.indices, self.output_format)
-        by_index = dict(zip(self.indices, features, strict=True))
-        logits = [
-            exit_(*as_exit_input(by_index.get(stage.index, final), self.is_token_model))
+    def _exit_logits(self, features: dict[int, Feature]) -> list[Tensor]:
+        """The logits of each exit, from the features of its stage."""
+        return [
+            exit_(*as_exit_input(features[stage.number], self.is_token_model))
             for stage, exit_ in zip(self.stages, self.exits, strict=True)
         ]
-        return final, logits
+
+    def find_stages(self) -> dict[int, Stage]:
+        """The stages of the backbone by number. Raises BadInput if it does not accept images of its size."""
+        self.is_token_model, self.output_format, stages = probe_stages(self.backbone, self.image_size)
+        return stages
 
     def pooled_dim(self) -> int:
         """D. Raises BadInput unless the model's own logits are one linear layer of the pooled vector."""

@@ -1,6 +1,8 @@
-"""Find the four stages of a timm model by running it."""
+"""Find the four stages of a timm model by running it, and compute their features."""
 
 import inspect
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,26 @@ def run_stages(
     return backbone.forward_intermediates(images, indices=indices, output_fmt=output_format, **arguments)
 
 
+def run_found_stages(
+    backbone: Any, images: Tensor, stages: Iterable[Stage], output_format: str
+) -> tuple[Tensor, dict[int, Feature]]:
+    """The backbone's final features, and those of some of its stages, by number of the stage; see `run_stages`."""
+    stages = list(stages)
+    indices = sorted({stage.index for stage in stages if stage.index >= 0}) or [0]  # timm needs at least one
+    final, features = run_stages(backbone, images, indices, output_format)
+    by_index = dict(zip(indices, features, strict=True))
+    return final, {stage.number: by_index.get(stage.index, final) for stage in stages}
+
+
+def as_map(feature: Feature) -> Tensor:
+    """The features as a map [B, C, H, W], without prefix tokens. Images are square, and so are the grids of tokens."""
+    tokens = feature[0] if isinstance(feature, tuple) else feature
+    if tokens.ndim == 4:
+        return tokens
+    side = math.isqrt(tokens.shape[1])
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
 def has_prefix(backbone: Any) -> bool:
     """Whether the backbone can return its class and register tokens separately."""
     offers = "return_prefix_tokens" in inspect.signature(backbone.forward_intermediates).parameters
@@ -67,7 +89,7 @@ def probe_stages(backbone: Any, image_size: int) -> tuple[bool, str, dict[int, S
     """
     training = backbone.training
     backbone.eval()
-    images = torch.zeros(1, 3, image_size, image_size)
+    images = next(backbone.parameters()).new_zeros(1, 3, image_size, image_size)
     try:
         final, features = backbone.forward_intermediates(images)
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
@@ -96,6 +118,11 @@ def probe_stages(backbone: Any, image_size: int) -> tuple[bool, str, dict[int, S
             index, (_, channels, height, width) = -1, last.shape
         stages[number] = Stage(number, index, channels, (height, width))
     return is_token_model, output_format, stages
+
+
+def channels(stages: dict[int, Stage]) -> dict[int, int]:
+    """The channels of each stage, by its number."""
+    return {number: stage.channels for number, stage in stages.items()}
 
 
 def _stage_indices(reductions: list[int]) -> dict[int, int]:

@@ -1,5 +1,6 @@
 """Exceptions that end a command with one line instead of a traceback, and helpers for the wording of such lines."""
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -39,6 +40,14 @@ def counted(number: int, noun: str) -> str:
     """ "1 image", "2,000 images", "0 classes"; `noun` is singular and may include adjectives."""
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending}"
+
+
+def listed(names: Iterable[object]) -> str:
+    """ "a, b, c and 4 more", "none"."""
+    first, more = [str(name) for name in names], ""
+    if len(first) > 3:
+        first, more = first[:3], f" and {len(first) - 3:,} more"
+    return f"{', '.join(first)}{more}" if first else "none"
 
 
 def escaped(text: str) -> str:

@@ -24,7 +24,7 @@ class Stopped(Exception):
 
 
 class Interrupt:
-    """`with Interrupt() as interrupt:`, then check `interrupt.signum` where it is safe to stop.
+    """`with Interrupt() as interrupt:`, then `interrupt.check(...)`, or its `signum`, where it is safe to stop.
 
     Outside the main thread, where Python delivers no signals, it stays None.
     """
@@ -49,6 +49,11 @@ class Interrupt:
         _current = self._outer
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+
+    def check(self, message: str) -> None:
+        """Raises Stopped with this message after a signal."""
+        if self.signum is not None:
+            raise Stopped(message, self.signum)
 
     def _record(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum

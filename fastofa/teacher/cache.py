@@ -1,24 +1,26 @@
 """The teacher cache: for each view, the view table and the teacher's top-K predictions for every sample.
 
     CACHE/cache.json                the header: dataset, teacher, view policy, and the planned number of views
-    CACHE/view-00000.safetensors    the columns of `Views` (crop uint16 [N, 4], flip bool [N], and the others that the
-                                    policy draws), classes uint16 or int32 [N, K], best first, log_probs float16 [N, K]
-                                    at temperature 1
+    CACHE/view-00000.safetensors    the columns of `Views` (crop uint16 [N, 4], and the others that the policy draws; a
+                                    bool column such as flip as bits, uint8 [N / 8, rounded up])
+                                    predictions uint8 [N, R]: packed rows (packed_rows.py) of the K best classes and
+                                    their log-probabilities at temperature 1; or, if K = C, classes uint16 or int32
+                                    [N, K], best first, and log_probs float16 [N, K]
                                     with --features also pooled float16 [N, D], the input of the teacher's classifier,
                                     or pooled int8 [N, D] with pooled_scale float32 [N]
     CACHE/classifier.safetensors    only with --features: weight float32 [C, D] and bias float32 [C]
-    CACHE/val.safetensors           classes and log_probs of the validation images, on the teacher's own centre crops
+    CACHE/val.safetensors           the same predictions of the validation images, on the teacher's own centre crops
     CACHE/seen.png                  a few images of view 0 as the teacher saw them (reference_images.py)
-    CACHE/partial.safetensors       only after an interruption of `fastofa precompute`: predictions for the first rows
-                                    of the next view, in the order in which the images were read
+    CACHE/part-....safetensors      only while `fastofa precompute` runs, or after an interruption: predictions for some
+                                    rows of an unfinished table (parts.py)
 
 A cache may grow while it is used: opening it gives the views that are finished, and a run records a digest of each view
 that it replays.
 
 Views are stored as parameters, not as seeds, so that a cache replays exactly even if a library changes its random
-numbers. No file is a pickle.
+numbers. No file is a pickle. A cache of schema 3 packs nothing; it is read, and continued in its own form.
 
-Shapes: N samples, B batch, C classes, K classes kept, D width of the teacher's pooled vector.
+Shapes: N samples, B batch, C classes, K classes kept, R bytes of a packed row, D width of the teacher's pooled vector.
 """
 
 import dataclasses
@@ -36,23 +38,31 @@ from fastofa.methods.targets import TopK
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import load_tensors, read_info, save_tensors
 from fastofa.system.progress import track
-from fastofa.teacher.cache_header import AGAIN, identity, policy_from_json, read_header
-from fastofa.teacher.table_checks import classifier_fault, targets_fault, vectors_fault, views_fault
+from fastofa.teacher.cache_header import AGAIN, SCHEMA, identity, policy_from_json, read_header
+from fastofa.teacher.packed_rows import PackedRows, packed, row_format
+from fastofa.teacher.table_checks import classifier_fault, packed_fault, targets_fault, vectors_fault, views_fault
 from fastofa.teacher.vectors import Classifier, Vectors
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views
 
-VAL, PARTIAL, CLASSIFIER = "val.safetensors", "partial.safetensors", "classifier.safetensors"
+VAL, CLASSIFIER = "val.safetensors", "classifier.safetensors"
+PREDICTIONS = "predictions"  # the column of packed rows
+BOOLEAN = ("flip", "bicubic")
 
 
 class Table(NamedTuple):
     """One view, and what the teacher computed for it."""
 
     views: Views
-    targets: TopK
-    """classes uint16 or int32 [N, K], log_probs float16 [N, K]."""
+    predictions: TopK | PackedRows
+    """The K best classes as the cache stores them."""
     vectors: Vectors | None
     """[N, D]; None if the cache has none."""
+
+    @property
+    def targets(self) -> TopK:
+        """classes uint16 or int32 [N, K], log_probs fp32 or, if they are not packed, float16 [N, K]."""
+        return _unpacked(self.predictions)
 
 
 @dataclass(frozen=True)
@@ -139,8 +149,8 @@ class TeacherCache:
 
     @property
     def teacher_dim(self) -> int:
-        """The number of features before the teacher's classifier."""
-        return self.header["teachers"][0]["num_features"]
+        """The number of features before the teacher's classifier; of several teachers, the largest."""
+        return max(teacher["num_features"] for teacher in self.header["teachers"])
 
     @property
     def features(self) -> str:
@@ -169,7 +179,7 @@ class TeacherCache:
         return tuple(digests)
 
     def targets(self, view: int) -> tuple[Views, Tensor, Tensor]:
-        """The view and the targets of `table`: (views, classes uint16 or int32 [N, K], log_probs float16 [N, K])."""
+        """The view and the targets of `table`: (views, classes uint16 or int32 [N, K], log_probs floating [N, K])."""
         table = self.table(view)
         return table.views, table.targets.classes, table.targets.log_probs
 
@@ -184,14 +194,16 @@ class TeacherCache:
             raise BadInput(f"{self.path}: expected a view from {self.first} to {last}, got {view}")
         path = self.path / view_file(view)
         tensors = read_table(path, self.header, view)
-        predicted = {*TopK._fields, *(Vectors._fields if self.pooled_dim else ())}
-        columns = {name: tensor.numpy() for name, tensor in tensors.items() if name not in predicted}
+        predicted = {PREDICTIONS, *TopK._fields, *(Vectors._fields if self.pooled_dim else ())}
+        columns = {
+            name: _flags(name, tensor, self.num_samples) for name, tensor in tensors.items() if name not in predicted
+        }
         fault = predictions_fault(tensors, self.header, self.num_samples)
         if fault := fault or views_fault(columns, self.policy, self.num_samples):
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
         views = Views(**columns, mean=self.policy.mean, std=self.policy.std)
         vectors = Vectors(tensors["pooled"], tensors.get("pooled_scale")) if self.pooled_dim else None
-        return Table(views, TopK(tensors["classes"], tensors["log_probs"]), vectors)
+        return Table(views, _predictions(tensors, self.header), vectors)
 
     def classifier(self) -> Classifier | None:
         """The teacher's classifier, with checksum and values checked; None if the cache has no vectors."""
@@ -207,9 +219,9 @@ class TeacherCache:
         """The teacher's predictions for the validation images, checked like those of `targets`."""
         path = self.path / VAL
         tensors = read_table(path, self.header, VAL)
-        if fault := targets_fault(tensors, self.header["num_val_samples"], self.topk, self.num_classes):
+        if fault := best_classes_fault(tensors, self.header, self.header["num_val_samples"]):
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
-        return TopK(tensors["classes"], tensors["log_probs"])
+        return _unpacked(_predictions(tensors, self.header))
 
     def verify(self) -> None:
         """Read every finished table, compare its checksum and its origin, and check its values.
@@ -276,31 +288,41 @@ def best_classes(log_probs: Tensor, topk: int) -> TopK:
 
     Returns:
         classes [B, K], best first: int32 if C > 65,536, else int16 with the bits of uint16, which has few operations;
-        and log_probs float16 [B, K].
+        and log_probs [B, K]: fp32, which the cache packs, or float16 if all classes are kept.
     """
     values, classes = log_probs.topk(topk, dim=-1)
-    return TopK(classes.to(torch.int16 if log_probs.shape[-1] <= 1 << 16 else torch.int32), values.half())
+    narrow, dense = log_probs.shape[-1] <= 1 << 16, topk == log_probs.shape[-1]
+    return TopK(classes.to(torch.int16 if narrow else torch.int32), values.half() if dense else values)
 
 
 def predictions_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
     """Check the columns that the teacher computed for `count` images. Returns a fault, or ""."""
-    fault = targets_fault(tensors, count, header["topk"], header["num_classes"])
+    fault = best_classes_fault(tensors, header, count)
     if fault or "features" not in header:
         return fault
     return vectors_fault(tensors, count, **header["features"])
 
 
+def best_classes_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
+    """Check the K best classes of `count` images, packed or not. Returns a fault, or ""."""
+    rows = row_format(header["topk"], header["num_classes"])
+    if rows is not None and PREDICTIONS in tensors:
+        return packed_fault(tensors[PREDICTIONS], count, rows)
+    return targets_fault(tensors, count, header["topk"], header["num_classes"])
+
+
 def as_stored(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The columns of a table on the CPU as the cache stores them: int16 classes of `best_classes` become uint16."""
+    """The columns of a table on the CPU as `write_table` takes them: int16 classes of `best_classes` become uint16."""
     classes = columns["classes"]
     return {**columns, "classes": classes.view(torch.uint16) if classes.dtype == torch.int16 else classes}
 
 
 def topk_targets(log_probs: Tensor, topk: int) -> TopK:
-    """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, as the cache stores them.
+    """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, before they are packed.
 
     Returns:
-        On the CPU: classes uint16 (int32 if C > 65,536) [B, K], best first, and log_probs float16 [B, K].
+        On the CPU: classes uint16 (int32 if C > 65,536) [B, K], best first, and log_probs fp32 (float16 if K = C)
+        [B, K].
     """
     columns = best_classes(log_probs, topk)._asdict()
     return TopK(**as_stored({name: values.cpu() for name, values in columns.items()}))
@@ -316,8 +338,51 @@ def views_in(path: Path, header: dict[str, Any]) -> list[int]:
 
 
 def write_table(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], table: int | str) -> None:
-    """Write the table of a view (`table` is its number) or another table; the file records the cache's identity."""
+    """Write the table of a view (`table` is its number) or another table; the file records the cache's identity.
+
+    Args:
+        tensors: columns as `as_stored` returns them. Finished predictions are packed, unless the cache has schema 3.
+    """
+    if isinstance(table, int) or table == VAL:
+        tensors = packed_columns(tensors, header) if header.get("schema", SCHEMA) == SCHEMA else _rounded(tensors)
     save_tensors(path, tensors, {"table": table, "cache": identity(header)})
+
+
+def packed_columns(columns: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
+    """The columns of a view with bool columns as bits and, if K < C, the predictions as packed rows."""
+    columns = {
+        name: torch.from_numpy(np.packbits(values.numpy())) if values.dtype == torch.bool else values
+        for name, values in columns.items()
+    }
+    if "classes" not in columns:
+        return columns
+    predictions = packed(TopK(columns["classes"], columns["log_probs"]), header["num_classes"])
+    if not isinstance(predictions, PackedRows):
+        return columns
+    return {**{n: v for n, v in columns.items() if n not in TopK._fields}, PREDICTIONS: predictions.rows}
+
+
+def _rounded(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The columns as schema 3 has them, with log_probs float16."""
+    return {name: values.half() if name == "log_probs" else values for name, values in columns.items()}
+
+
+def _predictions(columns: dict[str, Tensor], header: dict[str, Any]) -> TopK | PackedRows:
+    rows = row_format(header["topk"], header["num_classes"])
+    if rows is None or PREDICTIONS not in columns:
+        return TopK(columns["classes"], columns["log_probs"])
+    return PackedRows(columns[PREDICTIONS], rows)
+
+
+def _unpacked(predictions: TopK | PackedRows) -> TopK:
+    return predictions.unpacked() if isinstance(predictions, PackedRows) else predictions
+
+
+def _flags(name: str, values: Tensor, count: int) -> np.ndarray:
+    """A column of a view of `count` samples; bits become bool [N]."""
+    if name in BOOLEAN and values.dtype == torch.uint8 and values.shape == (-(-count // 8),):
+        return np.unpackbits(values.numpy(), count=count).view(bool)
+    return values.numpy()
 
 
 def read_table(path: Path, header: dict[str, Any], table: int | str) -> dict[str, Tensor]:

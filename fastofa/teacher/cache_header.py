@@ -11,7 +11,8 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import read_json, write_json
 from fastofa.views.policy import ViewPolicy
 
-SCHEMA = 3
+SCHEMA = 4
+OLDER = (3,)  # schemas that are still read
 MAX_VIEWS = MAX_EPOCHS  # an epoch replays one view
 AGAIN = "run `fastofa precompute` again with the same arguments"
 HEADER = "cache.json"
@@ -28,7 +29,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if not exists:
         raise BadInput(f"{path}: expected a teacher cache made by `fastofa precompute`, but it contains no {HEADER}")
     header = read_json(file)
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+    if not isinstance(header, dict) or header.get("schema") not in (SCHEMA, *OLDER):
         schema = header.get("schema") if isinstance(header, dict) else type(header).__name__
         raise BadInput(
             f"{file}: expected schema {SCHEMA}, got {str(schema)[:80]}; remove the cache and precompute it again with "
@@ -68,11 +69,12 @@ def _validity(header: dict[str, Any]) -> dict[str, bool]:
         "views": _whole(header["views"], 1, MAX_VIEWS)
         and _is_policy(policy)
         and header["views"] % policy_from_json(policy).repeats == 0,
-        "teachers": isinstance(teachers, list) and len(teachers) == 1 and _is_teacher(teachers[0]),
+        "teachers": _are_teachers(teachers, header.get("teacher_weights")),
         "first_view": "first_view" not in header or _whole(header["first_view"], 1, header["views"]),
         "pipeline": isinstance(header["pipeline"], str),
         "versions": isinstance(versions, dict) and len(versions) <= 100 and _texts(versions, tuple(versions)),
         "features": "features" not in header or _is_features(header["features"]),
+        "topk_chosen": header.get("topk_chosen", "auto") == "auto",
     }
 
 
@@ -95,6 +97,15 @@ def _is_teacher(teacher: Any) -> bool:
         and _whole(teacher.get("num_features"), 1, 1 << 20)
         and all(_is_colour(teacher.get(name)) for name in ("mean", "std"))
     )
+
+
+def _are_teachers(teachers: Any, weights: Any) -> bool:
+    """Whether they describe one teacher without a weight, or several with a weight each."""
+    if not (isinstance(teachers, list) and all(map(_is_teacher, teachers))):
+        return False
+    if len(teachers) == 1:
+        return weights is None
+    return isinstance(weights, list) and len(weights) == len(teachers) > 0 and all(_number(w, 0, 1) for w in weights)
 
 
 def _is_features(features: Any) -> bool:
@@ -132,8 +143,9 @@ def write_header(path: Path, header: dict[str, Any]) -> None:
 def identity(header: dict[str, Any]) -> dict[str, Any]:
     """The part of the header on which predictions depend: two caches with the same identity have the same views."""
     dataset = {split: header["dataset"][split] for split in ("train", "val")}
-    names = ("classes", "topk", "policy", "seed", "teachers", *(["features"] if "features" in header else []))
-    return {"dataset": dataset, **{name: header[name] for name in names}}
+    names = ("classes", "topk", "policy", "seed", "teachers")
+    optional = (name for name in ("teacher_weights", "features") if name in header)
+    return {"dataset": dataset, **{name: header[name] for name in (*names, *optional)}}
 
 
 def united(header: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

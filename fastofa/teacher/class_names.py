@@ -16,7 +16,7 @@ from timm.data import ImageNetInfo
 from timm.data.imagenet_info import infer_imagenet_subset
 from timm.utils.misc import natural_key
 
-from fastofa.system.errors import BadInput, counted
+from fastofa.system.errors import BadInput, counted, listed
 from fastofa.system.progress import notice
 
 SYNSET = re.compile(r"n\d{8}")  # the name of an ImageNet class
@@ -106,9 +106,9 @@ def _match(
         n for n, outputs in zip(classes, matches, strict=True) if len(outputs) > 1 or used[min(outputs, default=-1)] > 1
     ]
     if missing:
-        return None, (len(missing), f"it has no {_some(missing)}")
+        return None, (len(missing), f"it has no {listed(missing)}")
     if ambiguous:
-        return None, (0, f"more than one could be {_some(ambiguous)}")
+        return None, (0, f"more than one could be {listed(ambiguous)}")
     return [outputs.pop() for outputs in matches], (0, "")
 
 
@@ -122,10 +122,10 @@ def _report_match(
             "over these"
         )
     elif columns != list(range(len(columns))):
-        teacher_order = _some([outputs.names[i] for i in range(len(columns))])
+        teacher_order = listed([outputs.names[i] for i in range(len(columns))])
         notice(
             f"teacher {teacher}: its classes are in another order ({teacher_order}) than the data's "
-            f"({_some(classes)}), matched {how}"
+            f"({listed(classes)}), matched {how}"
         )
     elif how != "by name":
         notice(f"teacher {teacher}: its classes are the data's, matched {how}")
@@ -135,13 +135,9 @@ def _report_assumed_order(teacher: str, classes: Sequence[str]) -> None:
     """Report that the outputs have no names and are assumed to be in the order of the data's classes."""
     natural = sorted(classes, key=natural_key)
     other = (
-        f"; if timm trained it, its order is {_some(natural)} and its predictions will be wrong: add label_names to "
+        f"; if timm trained it, its order is {listed(natural)} and its predictions will be wrong: add label_names to "
         "its config.json"
         if natural != list(classes)
         else ""
     )
-    notice(f"teacher {teacher}: has no label_names; its outputs are assumed to be {_some(classes)}{other}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    notice(f"teacher {teacher}: has no label_names; its outputs are assumed to be {listed(classes)}{other}")

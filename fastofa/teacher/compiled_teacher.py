@@ -13,10 +13,9 @@ from fastofa.teacher.model import Teacher
 from fastofa.teacher.vectors import stored
 
 
-class TopKProgram:
-    """`program(images)`: uint8 [B, 3, S, S] on the teacher's device -> columns of a table, for B up to `batch_size`.
-
-    The columns are those of `best_classes` and, with `features`, of the stored pooled vectors.
+class LogProbsProgram:
+    """`program(images)`: uint8 [B, 3, S, S] on the teacher's device -> {"log_probs": fp32 [B, C]}, for B up to
+    `batch_size`.
 
     The first call compiles the program for `batch_size` images, which can take minutes. A smaller batch is padded,
     because another shape would be compiled again. If the compiler fails, a notice says so, and the program runs
@@ -24,14 +23,13 @@ class TopKProgram:
 
     Args:
         teacher: the teacher to run.
-        topk: K.
         batch_size: the largest B.
         compile_: whether to compile. An uncompiled program does not pad.
         features: none, pooled or pooled-int8 (`fastofa.teacher.vectors`); the latter need a linear head.
     """
 
-    def __init__(self, teacher: Teacher, topk: int, batch_size: int, compile_: bool, features: str = "none") -> None:
-        self.teacher, self.topk, self.batch_size, self.features = teacher, topk, batch_size, features
+    def __init__(self, teacher: Teacher, batch_size: int, compile_: bool, features: str = "none") -> None:
+        self.teacher, self.batch_size, self.features = teacher, batch_size, features
         self.to_compile = compile_
         self.compiled = torch.compile(self._compute, dynamic=False) if compile_ else None
 
@@ -55,8 +53,11 @@ class TopKProgram:
         return self._columns(*self.teacher.network.with_pooled(images))
 
     def _columns(self, log_probs: Tensor, vectors: Tensor | None = None) -> dict[str, Tensor]:
-        columns = best_classes(log_probs, self.topk)._asdict()
+        columns = self._kept(log_probs)
         return columns if vectors is None else {**columns, **stored(vectors, self.features).columns()}
+
+    def _kept(self, log_probs: Tensor) -> dict[str, Tensor]:
+        return {"log_probs": log_probs}
 
     def _compile(self) -> None:
         """Compile for a black batch. An error here is the compiler's: `open_teacher` has tried the teacher itself."""
@@ -73,3 +74,14 @@ class TopKProgram:
             self.compiled = None
             reason = first_line(getattr(error, "inner_exception", error))
             notice(f"teacher {self.teacher.name}: runs uncompiled, because the compiler failed ({reason})")
+
+
+class TopKProgram(LogProbsProgram):
+    """The same with the columns of `best_classes` for K = `topk` and, with `features`, of the stored pooled vectors."""
+
+    def __init__(self, teacher: Teacher, topk: int, batch_size: int, compile_: bool, features: str = "none") -> None:
+        super().__init__(teacher, batch_size, compile_, features)
+        self.topk = topk
+
+    def _kept(self, log_probs: Tensor) -> dict[str, Tensor]:
+        return best_classes(log_probs, self.topk)._asdict()

@@ -1,10 +1,14 @@
 """The targets of an epoch's views, kept on the device and looked up by row."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastofa.methods.targets import Targets
+from fastofa.methods.targets import Targets, TopK
+from fastofa.pipelines import Batch
+from fastofa.teacher.packed_rows import Decoder, PackedRows
 from fastofa.teacher.vectors import Classifier, Vectors
 
 
@@ -12,8 +16,8 @@ class DeviceTargets:
     """The targets of one view table on the device. A lookup by row is one gather, the teacher's only cost.
 
     Args:
-        classes: uint16 or int32 [N, K].
-        log_probs: float16 [N, K].
+        predictions: the K best classes, uint16 or int32 [N, K] with log_probs floating [N, K], or packed rows. Packed
+            rows stay packed on the device; a lookup decodes those of its batch.
         device: where to keep them.
         dense: K = C. Lookups renormalise the log-probabilities, which undoes most of float16's rounding.
         rows: int64 [n]: the only rows to keep, such as a rank's share of the epoch; None keeps all.
@@ -23,8 +27,7 @@ class DeviceTargets:
 
     def __init__(
         self,
-        classes: Tensor,
-        log_probs: Tensor,
+        predictions: TopK | PackedRows,
         device: torch.device,
         dense: bool = False,
         rows: np.ndarray | None = None,
@@ -32,29 +35,40 @@ class DeviceTargets:
         classifier: Classifier | None = None,
     ) -> None:
         self.dense = dense
-        self.narrow = classes.dtype == torch.uint16
+        columns: list[Tensor]
+        self.decode: Callable[..., TopK]
+        if isinstance(predictions, PackedRows):
+            columns, self.decode = [predictions.rows], Decoder(predictions.format, device)
+        else:
+            columns, self.decode = list(predictions), _indexable
         # torch cannot index uint16 tensors, so the same bits are kept as int16.
-        classes = classes.view(torch.int16) if self.narrow else classes
+        columns = [values.view(torch.int16) if values.dtype == torch.uint16 else values for values in columns]
         self.positions: Tensor | None = None
         if rows is not None:
             kept = torch.from_numpy(rows)
-            positions = torch.zeros(len(classes), dtype=torch.int32)
+            positions = torch.zeros(len(columns[0]), dtype=torch.int32)
             positions[kept] = torch.arange(len(kept), dtype=torch.int32)
             self.positions = positions.to(device)
-            classes, log_probs = classes[kept], log_probs[kept]
+            columns = [values[kept] for values in columns]
             vectors = None if vectors is None else vectors.rows(kept)
-        self.classes, self.log_probs = classes.to(device), log_probs.to(device)
+        self.columns = [values.to(device) for values in columns]
+        """Packed rows, or classes and log_probs."""
         self.vectors = None if vectors is None else vectors.to(device)
         self.classifier = None if classifier is None else classifier.to(device)
 
+    def of(self, batch: Batch) -> Targets:
+        """The targets of the batch's images, with their sample ids."""
+        return self.lookup(batch.rows)._replace(sample_ids=batch.sample_ids)
+
+    def __len__(self) -> int:
+        """The number of rows on the device."""
+        return len(self.columns[0])
+
     def lookup(self, rows: Tensor) -> Targets:
-        """Rows int64 [B] -> classes int32 [B, K], log_probs float16 (dense: float32) [B, K], and, with
+        """Rows int64 [B] -> classes int32 [B, K], log_probs as stored (packed, dense: fp32) [B, K], and, with
         vectors, pooled fp32 [B, D] and, with a classifier, all_log_probs fp32 [B, C]."""
         rows = rows if self.positions is None else self.positions[rows]
-        classes = self.classes[rows]
-        if self.narrow:
-            classes = classes.to(torch.int32) & 0xFFFF
-        log_probs = self.log_probs[rows]
+        classes, log_probs = self.decode(*(values[rows] for values in self.columns))
         targets = Targets(classes, log_probs.float().log_softmax(dim=1) if self.dense else log_probs)
         if self.vectors is None:
             return targets
@@ -62,3 +76,8 @@ class DeviceTargets:
         return targets._replace(
             pooled=pooled, all_log_probs=None if self.classifier is None else self.classifier.log_probs(pooled)
         )
+
+
+def _indexable(classes: Tensor, log_probs: Tensor) -> TopK:
+    """Classes int16 with the bits of uint16, or int32 -> int32."""
+    return TopK(classes.to(torch.int32) & 0xFFFF if classes.dtype == torch.int16 else classes, log_probs)

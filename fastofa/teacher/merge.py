@@ -83,7 +83,7 @@ def _check_equal(view: int, parts: list[Path], header: dict[str, Any]) -> None:
 def _add_other_files(out: Path, parts: Sequence[Path], owners: dict[int, list[Path]], header: dict[str, Any]) -> None:
     """Add the files other than views from the first part that has each, beginning with the one that has view 0."""
     order = [*owners.get(0, []), *parts]
-    skipped = (HEADER, "view-", "part", ".")  # partial predictions of an unfinished view belong to nobody else
+    skipped = (HEADER, "part-", ".", "view-")
     names = {f.name for part in parts for f in part.iterdir() if f.is_file() and not f.name.startswith(skipped)}
     for name in sorted(names):
         have = [part for part in dict.fromkeys(order) if (part / name).is_file()]

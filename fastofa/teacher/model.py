@@ -66,18 +66,19 @@ class LogProbs(nn.Module):
         self.register_buffer("columns", None if columns is None else torch.tensor(columns))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._log_probs(self.model(self.normalize(images)))
+        return self.log_probs(self.model(self.normalize(images)))
 
     def with_pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The same log-probabilities, and the pooled vectors [B, D] in the model's precision. Needs a linear head."""
         vectors = pooled_vector(self.model, self.model.forward_features(self.normalize(images)))
-        return self._log_probs(self.model.get_classifier()(vectors)), vectors
+        return self.log_probs(self.model.get_classifier()(vectors)), vectors
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images -> normalised, in the model's precision."""
         return ((images.float() / 255 - self.mean) / self.std).to(self.dtype)
 
-    def _log_probs(self, logits: Tensor) -> Tensor:
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """The model's logits [B, O] -> log-probabilities of the data's classes, fp32 [B, C]."""
         if self.columns is not None:
             logits = logits[:, self.columns]
         return torch.log_softmax(logits.float(), dim=-1)

@@ -17,7 +17,9 @@ from fastofa.views.policy import ViewPolicy, changed_policy
 SECTIONS = {"data": "cache and teacher", "scale": "view", "skip_corrupt": "image", "batch_size": "hardware"}
 # Fields that a cache does not record: how its predictions were computed, and which images were left out (the dataset's
 # index does). --out is always given.
-FREE = {"first_view", "skip_corrupt", "allow_warnings", "batch_size", "device", "compile", "pipeline", "workers"}
+FREE = {"first_view", "plan", "skip_corrupt", "allow_warnings"}
+FREE |= {"batch_size", "device", "compile", "pipeline", "workers"}
+WEIGHTS_ERROR = 0.005  # .33 .33 .33 has a sum of .99: too far; .333 .333 .333 is accepted and rescaled
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,21 @@ class PrecomputeConfig:
 
     data: str
     """Dataset: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`."""
-    teacher: str
+    teacher: str | tuple[str, ...]
     """A timm model with its tag (convnext_tiny.in12k_ft_in1k), a folder written by `fastofa train`, `fastofa export` or
-    timm, or hf-hub:OWNER/NAME. Its classes are matched with the data's by name."""
+    timm, or hf-hub:OWNER/NAME. Its classes are matched with the data's by name. Give --teacher several times to store
+    the mean of several teachers' probabilities."""
     out: Path
     """Folder of the cache."""
     views: int
     """Views of the training set. An epoch replays view (epoch modulo views). One view per epoch is best; fewer make a
     smaller cache. More can be added later; a number below that of an existing cache changes nothing."""
-    topk: int
-    """Classes stored per prediction, at 4 bytes each. The remaining probability is spread over the other classes."""
+    topk: int | Literal["auto"]
+    """Classes stored per prediction, at 4 bytes each. The remaining probability is spread over the other classes. auto:
+    the fewest with which the gradient of the OFA loss has a cosine of 0.999 with the exact one, measured on up to 512
+    images that are not stored."""
+    plan: bool = False
+    """Print the hours and disk space that the cache would take, from batches timed on this machine; writes nothing."""
     first_view: int = 0
     """Compute only the views from this one on, for a cache whose other views are computed elsewhere; `fastofa cache
     merge` joins the parts."""
@@ -49,6 +56,8 @@ class PrecomputeConfig:
     teacher_checkpoint_key: str | None = None
     """Which weights to use if that file contains several, such as model or model_ema. Default: those of an average; a
     notice says which were used."""
+    teacher_weights: tuple[float, ...] | None = None
+    """Weights of several teachers' probabilities, with a sum of 1. Default: equal."""
     image_size: int | None = None
     """Side of the teacher's input in pixels. Default: its own."""
     mean: tuple[float, float, float] | None = None
@@ -104,6 +113,8 @@ class PrecomputeConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "views", "topk", "batch_size")
         at_least(self, 0, "workers")
+        if isinstance(self.topk, str) and self.topk != "auto":
+            raise BadInput(f"topk: expected a number or auto, got {self.topk!r}")
         if self.views > MAX_EPOCHS:
             raise BadInput(f"views: expected at most {MAX_EPOCHS:,}, got {self.views}")
         if not 0 <= self.first_view < self.views:
@@ -115,6 +126,7 @@ class PrecomputeConfig:
             raise BadInput(f"image-size: expected at least 1 pixel, got {self.image_size}")
         if self.teacher_checkpoint_key is not None and self.teacher_checkpoint is None:
             raise BadInput("teacher-checkpoint-key: expected --teacher-checkpoint with it")
+        self._check_teachers()
         if (self.mean is None) != (self.std is None):
             raise BadInput("expected both --mean and --std or neither")
         if self.std is not None and not all(0 < value < math.inf for value in self.std):
@@ -124,6 +136,35 @@ class PrecomputeConfig:
         self.limits()
         if self.recipe:
             recipe(self.recipe)
+
+    def _check_teachers(self) -> None:
+        count, weights = len(self.teachers), self.teacher_weights
+        if count < 1:
+            raise BadInput("teacher: expected at least one, got none")
+        if count > 1 and self.features != "none":
+            raise BadInput(f"features: expected none with several teachers, got {self.features}; leave it out")
+        if count > 1 and self.teacher_checkpoint is not None:
+            raise BadInput(
+                f"teacher-checkpoint: expected one --teacher with it, got {count}; give each as a folder with "
+                "config.json and weights, as `fastofa export` writes it"
+            )
+        if weights is None:
+            return
+        shown = " ".join(f"{weight:g}" for weight in weights)
+        if len(weights) != count:
+            raise BadInput(f"teacher-weights: expected {count}, one per --teacher, got {len(weights)} ({shown})")
+        if not all(weight > 0 for weight in weights) or abs(sum(weights) - 1) > WEIGHTS_ERROR:
+            raise BadInput(f"teacher-weights: expected numbers above 0 with a sum of 1, got {shown}")
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each teacher; their sum is 1."""
+        weights = self.teacher_weights or (1.0,) * len(self.teachers)
+        return tuple(weight / sum(weights) for weight in weights)
 
     def to_json(self) -> dict[str, Any]:
         """The fields on which predictions depend; others have their defaults, so that equal caches are equal files."""
@@ -139,6 +180,13 @@ class PrecomputeConfig:
         if self.mean is not None and self.std is not None:
             return self.mean, self.std
         return teacher_normalization(self.recipe)
+
+    def eps(self) -> tuple[float, ...]:
+        """The values of eps for which the fidelity of the cache is measured: the recipe's, or the two that were
+        published (1 for CIFAR-100, 1.5 for ImageNet)."""
+        if not self.recipe:
+            return (1.0, 1.5)
+        return tuple(sorted({*recipe(self.recipe)(data=self.data, student="any", out=self.out).eps}))
 
     def policy(self) -> ViewPolicy:
         """The policy by which views are drawn. Raises BadInput for impossible values."""

@@ -42,7 +42,8 @@ def _differences(config: PrecomputeConfig) -> list[str]:
         header = json.loads((config.out / HEADER).read_bytes())
         default = {field.name: field.default for field in dataclasses.fields(ViewPolicy)}
         features = header.get("features", {}).get("kind", "none")
-        cached = {"topk": header["topk"], "features": features, "seed": header["seed"], **default, **header["policy"]}
+        topk = header.get("topk_chosen", header["topk"]) if config.topk == "auto" else header["topk"]
+        cached = {"topk": topk, "features": features, "seed": header["seed"], **default, **header["policy"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     given = {name: getattr(config, name) for name in ("topk", "features", "seed")}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastofa.teacher.packed_rows import RowFormat
 from fastofa.views import rand_augment
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import UNIT
@@ -27,9 +28,11 @@ def targets_fault(tensors: Mapping[str, Tensor], count: int, topk: int, num_clas
     """Check `classes` and `log_probs`, [N, K] with N = `count`: types, shapes, ranges, order, sums of probabilities."""
     narrow = num_classes <= 1 << 16
     shape = (count, topk)
+    # fp32 before they are packed; schema 3 has float16.
+    exact = topk < num_classes and "log_probs" in tensors and tensors["log_probs"].dtype == torch.float32
     kinds: dict[str, Kind] = {
         "classes": (torch.uint16 if narrow else torch.int32, shape),
-        "log_probs": (torch.float16, shape),
+        "log_probs": (torch.float32 if exact else torch.float16, shape),
     }
     if fault := _kinds_fault(tensors, kinds):
         return fault
@@ -51,6 +54,23 @@ def targets_fault(tensors: Mapping[str, Tensor], count: int, topk: int, num_clas
             if not good.all():
                 row = int(good.all(axis=1).argmin())
                 return f"expected {expected}, got {_some(got[row].tolist())} for sample {first + row}"
+    return ""
+
+
+def packed_fault(packed: Tensor, count: int, row_format: RowFormat) -> str:
+    """Check packed rows: type, shape and classes. Every log-probability that they can hold is possible."""
+    if fault := _kinds_fault({"predictions": packed}, {"predictions": (torch.uint8, (count, row_format.num_bytes))}):
+        return fault
+    for first in range(0, count, ROWS_AT_ONCE):
+        classes = row_format.classes_of(packed[first : first + ROWS_AT_ONCE])
+        twice = np.zeros(classes.shape[1], dtype=bool)
+        for distance in range(1, len(classes)):
+            twice |= (classes[distance:] == classes[:-distance]).any(axis=0)
+        outside = (classes >= row_format.num_classes).any(axis=0)
+        for expected, bad in ((f"classes from 0 to {row_format.num_classes - 1}", outside), ("each class once", twice)):
+            if bad.any():
+                row = int(bad.argmax())
+                return f"expected {expected}, got {_some(classes[:, row].tolist())} for sample {first + row}"
     return ""
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastofa.data.dataset import Dataset
+from fastofa.data.headers import DEFAULT, Limits
 from fastofa.data.open import open_dataset
 from fastofa.models.blocks import feature_info, find_blocks, watching
 from fastofa.models.cka import CKA, LEAST, gram
@@ -223,6 +225,12 @@ def open_network(name: str, exits: bool = True, device: torch.device | None = No
     return Network(name, blocks, heads, forward, layers, side, crop, network.bf16)
 
 
+def _limits(name: str | Path) -> Limits:
+    """The limits within which images are accepted: those of a run's training."""
+    folder = find_folder(str(name))
+    return open_run(folder).config.limits() if folder is not None and is_run(folder) else DEFAULT
+
+
 def _of_timm(name: str) -> tuple[Normalized, int, float]:
     """timm's model with its published weights, its input size and crop."""
     try:
@@ -287,7 +295,7 @@ def compare_networks(
         if value < least:
             raise BadInput(f"{name}: expected at least {least}, got {value}")
     on = choose_device(device)
-    dataset = open_dataset(data, "val")
+    dataset = open_dataset(data, "val", limits=reduce(Limits.union, map(_limits, (a, b))))
     if len(dataset) < LEAST:
         raise BadInput(f"data {data}: expected at least {LEAST} validation images, got {len(dataset)}; add images")
     networks = [open_network(str(name), exits, on, precision) for name in (a, b)]

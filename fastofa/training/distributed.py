@@ -9,7 +9,6 @@ GPUs, gloo those on CPUs. With a single process, nothing here has any effect.
 import gc
 import os
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastofa.system.errors import BadInput, LostContact
+from fastofa.system.rendezvous import interruptible, meet
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class World:
         if self.size == 1:
             yield
             return
-        with _interruptible():
+        with interruptible():
             group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
         yield
         dist.barrier(group)
@@ -102,44 +102,15 @@ def join(timeout_s: int) -> World:
         BadInput: some of torchrun's environment variables are missing or wrong.
     """
     timeout = timedelta(seconds=timeout_s)
-    try:
-        size = int(os.environ.get("WORLD_SIZE", 1))
-        if size == 1:
-            return World()
-        local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        with _interruptible():
-            store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-    except (KeyError, ValueError) as error:
-        raise BadInput(
-            f"WORLD_SIZE: expected all environment variables of torchrun with it ({error}); start with torchrun or "
-            "unset it"
-        ) from None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's own store outlives the ranks and still holds the addresses of those that died.
-        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store, place = meet(timeout)
+    if place.size == 1:
+        return World()
     global _store
     _store = store
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with _interruptible():
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, local_rank, local_size, timeout)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the process at once while it waits for other ranks, which takes long if they are gone.
-
-    Python's own handler would run only after the wait.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with interruptible():
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+    return World(*place, timeout)
 
 
 def statistics(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -212,7 +183,7 @@ class Vote:
         self.world = world
         self.pending: Any = None
         if world.size > 1:
-            with _interruptible():
+            with interruptible():
                 self.group = dist.new_group(backend="gloo", timeout=world.timeout)
 
     def __call__(self, number: int) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import Table, TeacherCache
 from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.online import OnlineTeacher, TargetSource
+from fastofa.teacher.packed_rows import joined
 from fastofa.teacher.staged_cache import open_cache
-from fastofa.teacher.vectors import joined
+from fastofa.teacher.vectors import joined as joined_vectors
 from fastofa.training.distributed import World
 from fastofa.views.draw import draw_views
 from fastofa.views.order import epoch_order, epoch_rows
@@ -28,8 +31,8 @@ class Epoch:
     views: Views
     order: np.ndarray
     """int64 [steps * images per step of this rank]: rows of `views`."""
-    targets: DeviceTargets | None
-    """The teacher's targets, on the device; None if the method does not use them."""
+    targets: TargetSource | None
+    """The source of the teacher's targets, on the device; None if the method does not use them."""
 
 
 def check_divisible(batch_size: int, factors: dict[str, int]) -> None:
@@ -43,20 +46,28 @@ def check_divisible(batch_size: int, factors: dict[str, int]) -> None:
 class Epochs:
     """The epochs of a run on one rank.
 
-    With a cache of V views, epoch e replays view e modulo V; without one, new views are drawn for each epoch.
+    With a cache of V views, epoch e replays view e modulo V; without one, new views are drawn for each epoch, and an
+    online teacher computes the targets.
     `self.config` is the given configuration with its unset values (None) chosen by dataset size.
 
     Args:
         views: number of cached views that a resumed run started with; 0 for a new run, which uses all finished ones.
+        teacher: the online teacher; None without one.
 
     Raises:
         BadInput: the batch size does not suit the ranks, mixed pairs or dataset, or the cache does not fit the dataset.
     """
 
     def __init__(
-        self, config: TrainConfig, dataset: Dataset, world: World, device: torch.device, views: int = 0
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        world: World,
+        device: torch.device,
+        views: int = 0,
+        teacher: OnlineTeacher | None = None,
     ) -> None:
-        self.config, self.dataset, self.world, self.device = config, dataset, world, device
+        self.config, self.dataset, self.world, self.device, self.teacher = config, dataset, world, device, teacher
         self.cache = None if config.cache is None else open_cache(config.cache)
         if self.cache is not None:
             self.policy = config.policy(self.cache.policy)
@@ -80,6 +91,7 @@ class Epochs:
         self._check_batches(rows, factors)
         self.rank_batch_size = config.batch_size // world.size
         self.steps = rows // config.batch_size  # per epoch
+        self.needs = needs_of(config.methods)
         self.loaded: Epoch | None = None
         self.loaded_views: list[int] = []
 
@@ -115,7 +127,23 @@ class Epochs:
     @property
     def teacher_dim(self) -> int:
         """Width of the teacher's last features, 0 without a teacher."""
+        if self.teacher is not None:
+            return int(self.teacher.teacher.model.num_features)
         return 0 if self.cache is None else self.cache.teacher_dim
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled vectors in the targets, 0 without them."""
+        if self.teacher is not None:
+            return self.teacher.pooled_dim
+        return 0 if self.cache is None else self.cache.pooled_dim
+
+    @property
+    def teacher_headers(self) -> list[dict[str, Any]]:
+        """The teachers as `Teacher.describe` describes them; none without a teacher."""
+        if self.teacher is not None:
+            return [self.teacher.teacher.describe()]
+        return [] if self.cache is None else list(self.cache.header["teachers"])
 
     def load(self, epoch: int) -> Epoch:
         """Return the data of an epoch. Raises BadInput if the file of a view is missing or damaged."""
@@ -123,7 +151,7 @@ class Epochs:
         numbers = [epoch // repeats * repeats + i for i in range(repeats)]
         if self.cache is None:
             views = join_views([draw_views(self.policy, self.dataset.sizes, c.seed, view) for view in numbers])
-            return Epoch(views, self._order(epoch, views), None)
+            return Epoch(views, self._order(epoch, views), self.teacher)
         numbers = [view % len(self.view_digests) for view in numbers]
         # With several ranks, the targets depend on this epoch's order, so they are loaded again.
         if self.loaded is not None and self.loaded_views == numbers and self.world.size == 1:
@@ -138,17 +166,15 @@ class Epochs:
 
     def _device_targets(self, cache: TeacherCache, tables: list[Table], order: np.ndarray) -> DeviceTargets:
         """The targets that this epoch's methods need, on the device."""
-        needs = needs_of(self.config.methods)
         dense = cache.topk == cache.num_classes
-        rebuilt = "all classes" in needs and not dense
-        vectors = [t.vectors for t in tables if t.vectors is not None and (rebuilt or "pooled vector" in needs)]
+        rebuilt = "all classes" in self.needs and not dense
+        vectors = [t.vectors for t in tables if t.vectors is not None and (rebuilt or "pooled vector" in self.needs)]
         return DeviceTargets(
-            torch.cat([table.targets.classes for table in tables]),
-            torch.cat([table.targets.log_probs for table in tables]),
+            joined([table.predictions for table in tables]),
             self.device,
             dense,
             None if self.world.size == 1 else order,  # the rows that this rank looks up
-            joined(vectors) if vectors else None,
+            joined_vectors(vectors) if vectors else None,
             cache.classifier() if rebuilt else None,
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastofa.data.dataset import Dataset
+from fastofa.data.headers import DEFAULT
 from fastofa.data.open import open_dataset
 from fastofa.methods.targets import TopK
 from fastofa.models.timm_models import CONFIG, find_folder
@@ -28,6 +29,7 @@ from fastofa.system.progress import notice
 from fastofa.teacher.cache import agreement
 from fastofa.teacher.staged_cache import open_cache
 from fastofa.training.checkpoint_model import open_checkpoint
+from fastofa.training.online_targets import online_targets
 from fastofa.training.predict_files import Classifier, open_classifier
 from fastofa.training.validate import best_classes
 
@@ -41,10 +43,9 @@ class Evaluation:
     metrics: dict[str, float]
     """Every metric of reports/metrics.py by name."""
     teacher_top1: float | None
-    """Fraction of the images, 0 to 1; None without a teacher cache for these images."""
+    """Fraction of the images, 0 to 1; None without a teacher cache for these images or an online teacher."""
     agreement: float | None
-    """Fraction of images for which student and teacher predict the same class; None without a teacher cache for
-    them."""
+    """Fraction of images for which student and teacher predict the same class; None likewise."""
     classes: tuple[str, ...] = field(repr=False)
     confusion: np.ndarray = field(repr=False, compare=False)
     """int64 [C, C]: number of images by true class (row) and predicted class (column)."""
@@ -116,7 +117,7 @@ def evaluate(
         folder = find_folder(str(model)) or Path(model)
         run = open_run(folder) if is_run(folder) or not (folder / CONFIG).is_file() else None
     if data is not None:
-        dataset = open_dataset(data, "val")
+        dataset = open_dataset(data, "val", limits=DEFAULT if run is None else run.config.limits())
     elif run is not None:
         dataset = _own_data(run)
     else:
@@ -139,7 +140,10 @@ def evaluate(
     best = best_classes(
         network, loader, dataset, classifier.crop, classifier.bf16, "evaluate", classifier.flip, classifier.bicubic
     )
-    teacher = None if run is None else _teacher_targets(run, dataset)
+    if run is not None and run.teacher is not None:
+        teacher = online_targets(run, dataset, on, pipeline, batch_size, workers)
+    else:
+        teacher = None if run is None else _teacher_targets(run, dataset)
     evaluation = Evaluation(
         data=dataset.spec,
         images=len(dataset),
@@ -195,7 +199,7 @@ def _columns(classifier: Classifier, dataset: Dataset) -> list[int] | None:
 def _own_data(run: Run) -> Dataset:
     """Open the run's own validation images and report their dataset. Raises BadInput if they cannot be opened."""
     try:
-        dataset = open_dataset(run.data, "val")
+        dataset = open_dataset(run.data, "val", run.config.skip_corrupt, limits=run.config.limits())
     except BadInput as error:
         raise BadInput(f"{run.path}: could not open the run's own data, give --data: {error}") from None
     same = dataset.fingerprint == run.val_fingerprint

@@ -168,9 +168,9 @@ class _Sample:
 @torch.inference_mode()
 def _own_predictions(run: Run, student: Student, size: int) -> _Sample:
     """Raises BadInput if the run's validation images are no longer available."""
-    dataset = open_dataset(run.config.data, "val")
+    dataset = open_dataset(run.data, "val", run.config.skip_corrupt, limits=run.config.limits())
     if dataset.classes != run.classes:
-        raise BadInput(f"the classes of {run.config.data} have changed")
+        raise BadInput(f"the classes of {run.data} have changed")
     ids = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).round().astype(np.int64))
     boxes = center_views(dataset.sizes, run.config.eval_crop).boxes(dataset.stored_sizes)
     device, bicubic = choose_device("auto"), run.config.eval_interpolation == "bicubic"

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from fastofa.data.dataset import Dataset
-from fastofa.data.headers import parse_limits
 from fastofa.data.open import open_dataset
 from fastofa.kernels.comparison import Chooses
-from fastofa.methods.find_method import needs_of
+from fastofa.methods.find_method import file_digests, needs_of
 from fastofa.methods.method import Sizes
 from fastofa.models.normalized import in_words
 from fastofa.pipelines import Batch, open_pipeline
@@ -34,13 +33,15 @@ from fastofa.runs.config import SIZED, TrainConfig
 from fastofa.runs.log import MetricsLog, open_wandb, read_metrics
 from fastofa.runs.predictions import save_predictions
 from fastofa.runs.recipes import augmentation_differences
-from fastofa.runs.run import CONFIG, Run, log_launch, open_run, recorded_kernels
+from fastofa.runs.run import CONFIG, KERNELS, Run, log_launch, open_run, recorded
 from fastofa.student.choose_kernels import measures_kernels
+from fastofa.student.stages import channels
 from fastofa.system.device import choose_workers
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice, progress_bar
+from fastofa.teacher.online import open_online_teacher
 from fastofa.teacher.reference_images import IMAGES, Difference, compare_teacher_images
 from fastofa.training.background_writer import Writer
 from fastofa.training.clock import Clock
@@ -62,9 +63,11 @@ from fastofa.training.preflight import (
     spread_notice,
     views_begun_with,
     with_own_evaluation,
+    with_own_options,
 )
 from fastofa.training.schedule import cautions, image_size, learning_rate, lengthened, summary
 from fastofa.training.step import Step
+from fastofa.training.try_methods import try_methods
 from fastofa.training.validate import best_classes_each
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
@@ -118,6 +121,8 @@ def _train(config: TrainConfig, world: World) -> Result:
             flags = " ".join(f"--{name.replace('_', '-')} {getattr(job.config, name):g}" for name in chosen)
             notice(f"chosen by the number of training images: {flags}")
         notice(job.normalization())
+        if job.epochs.teacher is not None:
+            notice(job.epochs.teacher.describe(job.step.student.image_size))
         if line := job.step.kernels.line():
             notice(line)
         for caution in cautions(job.config, job.epochs.steps):
@@ -140,21 +145,26 @@ def open_job(config: TrainConfig, world: World) -> "Job":
         unset = [name for name in SIZED if getattr(config, name) is None]
         config = dataclasses.replace(config, **{name: getattr(begun, name) for name in unset})
     with world.no_timeout():  # opening a folder for the first time opens every image
-        limits = parse_limits(config.max_pixels, config.allow_warnings)
         train_set, val_set = (
-            open_dataset(config.data, split, config.skip_corrupt, limits=limits) for split in ("train", "val")
+            open_dataset(config.data, split, config.skip_corrupt, limits=config.limits()) for split in ("train", "val")
         )
-    config = with_own_evaluation(dataclasses.replace(config, order=choose_order(config, train_set, world)))
-    epochs = Epochs(config, train_set, world, device, views_begun_with(config, world))
+    config = dataclasses.replace(config, order=choose_order(config, train_set, world))
+    config = with_own_options(with_own_evaluation(config))
+    online = open_online_teacher(config, train_set.classes, device)
+    epochs = Epochs(config, train_set, world, device, views_begun_with(config, world), online)
     config = epochs.config
     data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
-    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.view_digests, val, pages)
+    teacher = None if online is None else online.teacher.describe()
+    run = Run(config.out, config, train_set.classes, epochs.teacher_dim, data, epochs.view_digests, val, pages, teacher)
     views = hashlib.sha256("".join(epochs.view_digests).encode()).hexdigest()
+    methods = hashlib.sha256("".join(file_digests(config.methods).values()).encode()).hexdigest()
     for digest, name in (
+        (methods, f"the files of --method {config.method}"),
         (data, config.data),
         (val, f"the validation images of {config.data}"),
         (pages, f"the pages of {config.data}"),
         (views, f"the {counted(len(epochs.view_digests), 'view')} of {config.cache}"),
+        ("" if teacher is None else teacher["sha256"], f"the weights of {config.online_teacher}"),
     ):
         check_same(world, digest, name)
     if world.is_main and not config.plan:
@@ -176,14 +186,17 @@ class Job:
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(c.seed)
         student = run.build_student(None if c.resume and checkpoint.checkpoints(run.path) else c.init)
-        needs_pooled = "pooled vector" in needs_of(c.methods)
+        needs = needs_of(c.methods)
+        needs_pooled = "pooled vector" in needs
         sizes = Sizes(
             len(train_set.classes),
             student.pooled_dim() if needs_pooled else 0,
-            0 if epochs.cache is None else epochs.cache.pooled_dim,
-            images_per_class=tuple(np.bincount(train_set.labels, minlength=len(train_set.classes)).tolist()),
+            epochs.pooled_dim,
+            tuple(np.bincount(train_set.labels, minlength=len(train_set.classes)).tolist()),
+            channels(student.find_stages()) if "stage features" in needs else {},
+            {} if epochs.teacher is None else channels(epochs.teacher.stages),
         )
-        kernels = recorded_kernels(run.path) if c.resume else None
+        kernels = recorded(run.path, KERNELS) if c.resume else None
         self.step = Step(student, c, self.device, world, sizes, kernels)
         self.last_step = c.epochs * epochs.steps
         full = student.image_size
@@ -238,7 +251,7 @@ class Job:
         if self.config.init is not None and not self.step.is_finite():
             raise BadInput(f"{self.config.init}: expected finite weights, got NaN or infinity; give another --init")
         if self.step.steps < self.last_step:
-            self.epochs.load(self.step.steps // self.epochs.steps)
+            try_methods(self.step, self.train_pipeline, self.epochs.load(self.step.steps // self.epochs.steps))
         if self.world.is_main and (cache := self.epochs.cache) is not None:
             views, _, log_probs = cache.targets(0)
             self.pixels = compare_teacher_images(cache.path, self.train_pipeline, views)
@@ -247,13 +260,10 @@ class Job:
             self.spread = spread_notice(self.config.methods, cache, log_probs)
 
     def normalization(self) -> str:
-        """One line with the normalisation of the student's input and, with a cache, of the teacher's."""
+        """One line with the normalisation of the student's input and, with a teacher, of the teacher's."""
         student = self.step.student
         line = f"normalisation: student {in_words(student.mean.flatten().tolist(), student.std.flatten().tolist())}"
-        if self.epochs.cache is None:
-            return line
-        teacher = self.epochs.cache.header["teachers"][0]
-        return f"{line}; teacher {in_words(teacher['mean'], teacher['std'])}"
+        return "; ".join([line, *(f"teacher {in_words(t['mean'], t['std'])}" for t in self.epochs.teacher_headers)])
 
     def begin(self) -> None:
         """Write the run's configuration, once everything has been checked. It is the first file written."""
@@ -268,8 +278,8 @@ class Job:
         c, main = self.config, self.world.is_main
         first, position = divmod(self.step.steps, self.epochs.steps)
         if main:
-            kernels = self.step.kernels.record()
-            log_launch(self.run.path, self.step.steps, self.world.size, self.pixels and self.pixels.mean, kernels)
+            records = self.step.kernels.record(), file_digests(c.methods)
+            log_launch(self.run.path, self.step.steps, self.world.size, self.pixels and self.pixels.mean, *records)
             self.best = {
                 file: checkpoint.best_top1(self.run.path, self.step.steps, file)
                 for file in (checkpoint.BEST, checkpoint.BEST_EMA)

@@ -9,6 +9,8 @@ from torch import nn
 class MovingAverage:
     """`module` is a copy of the student in eval mode whose tensors follow the student's, as in timm's ModelEmaV3.
 
+    It has no modules of distillation methods (`student.methods`), which are neither evaluated nor exported.
+
     The lists of tensors are built once, not at every step, so the student's tensors must stay the same objects.
     Optimisers and `load_state_dict` update them in place.
     """
@@ -19,8 +21,10 @@ class MovingAverage:
             decay: weight of the old average in an update, 0 to 1.
         """
         self.decay = decay
-        self.module = copy.deepcopy(student).eval().requires_grad_(False)
-        pairs = list(zip(self.module.state_dict().values(), student.state_dict().values(), strict=True))
+        without = {id(methods): nn.ModuleList()} if (methods := getattr(student, "methods", None)) is not None else {}
+        self.module = copy.deepcopy(student, without).eval().requires_grad_(False)
+        current = student.state_dict()
+        pairs = [(own, current[name]) for name, own in self.module.state_dict().items()]
         averaged = [(own, current) for own, current in pairs if own.is_floating_point()]
         self._averaged = [own for own, _ in averaged], [current for _, current in averaged]
         self._copied = [(own, current) for own, current in pairs if not own.is_floating_point()]

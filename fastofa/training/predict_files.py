@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastofa.data.decode import REMEDY, crop_resize_one, read_image
+from fastofa.data.headers import DEFAULT, Limits
 from fastofa.data.image_files import image_files
 from fastofa.models.normalized import Normalized
 from fastofa.models.timm_models import (
@@ -74,6 +75,8 @@ class Classifier:
     flip: bool
     """Average the logits of each image and of its mirror image."""
     bf16: bool
+    limits: Limits = DEFAULT
+    """The limits within which images are accepted: those of a run's training."""
 
     def describe(self) -> str:
         """The model and its preprocessing, for a notice."""
@@ -85,7 +88,7 @@ class Classifier:
 
     def read(self, file: Path) -> Tensor:
         """The cropped and resized image, uint8 [3, S, S]. Raises BadInput if the file cannot be read."""
-        image = read_image(file)
+        image = read_image(file, self.limits)
         sizes = np.array([image.shape[1:]])
         box = center_views(sizes, self.crop).boxes(sizes)[0]
         return crop_resize_one(image, box.tolist(), False, self.image_size, self.bicubic)
@@ -152,6 +155,7 @@ def _of_run(folder: Path, weights: Weights, device: torch.device) -> Classifier:
         bicubic=c.eval_interpolation == "bicubic",
         flip=c.eval_flip,
         bf16=choose_bf16(c.precision, device),
+        limits=c.limits(),
     )
 
 

@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from fastofa.data.dataset import Dataset
-from fastofa.methods.find_method import method_class
+from fastofa.methods.find_method import file_digests, method_class, own_options
+from fastofa.methods.options import own_methods
 from fastofa.models.timm_models import evaluation_view, resolve
 from fastofa.pipelines import PIPELINES
 from fastofa.runs import checkpoint
 from fastofa.runs.config import Order, TrainConfig
+from fastofa.runs.config_file import in_folder
 from fastofa.runs.log import import_wandb
 from fastofa.runs.quick_checks import check_vacant
-from fastofa.runs.run import CONFIG, Run, open_run
+from fastofa.runs.run import CONFIG, METHOD_FILES, Run, open_run, recorded
 from fastofa.system.device import choose_device
 from fastofa.system.errors import BadInput
 from fastofa.system.memory import memory_bytes
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.online import check_online_teacher
 from fastofa.teacher.staged_cache import open_cache
 from fastofa.training.distributed import World
 from fastofa.training.epochs import check_divisible
@@ -41,8 +44,12 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
             import_wandb()
     if config.cache is not None:
         check_needs(config.methods, open_cache(config.cache))
-    elif config.methods:
-        raise BadInput(f"--method {config.method}: expected --cache, made by `fastofa precompute`; or --method scratch")
+    elif config.methods and config.online_teacher is None:
+        raise BadInput(
+            f"--method {config.method}: expected --cache, made by `fastofa precompute`, or --online-teacher; or "
+            "--method scratch"
+        )
+    check_online_teacher(config)
     resolve(config.student, config.image_size)
     if config.init not in (None, "pretrained") and ":" not in config.init and not Path(config.init).exists():
         raise BadInput(f"{config.init}: expected a file with weights, found none; correct --init")
@@ -65,13 +72,18 @@ def check_needs(methods: Sequence[str], cache: TeacherCache) -> None:
                 f"{cache.topk} of {cache.num_classes} classes; run `fastofa precompute --features pooled` with another "
                 "--out"
             )
+        if needs == "stage features":
+            raise BadInput(
+                f"method {name}: expected the features of the teacher's stages, which a cache does not contain; give "
+                f"--online-teacher instead of --cache {cache.path}"
+            )
 
 
 def spread_notice(methods: Sequence[str], cache: TeacherCache, log_probs: Tensor) -> str:
     """What methods that need all classes lose on this cache, for a notice; empty if nothing.
 
     Args:
-        log_probs: float16 [N, K], of view 0.
+        log_probs: floating [N, K], of view 0.
     """
     names = [name for name in methods if method_class(name).needs == "all classes"]
     if not names or cache.pooled_dim or cache.topk == cache.num_classes:
@@ -82,6 +94,15 @@ def spread_notice(methods: Sequence[str], cache: TeacherCache, log_probs: Tensor
         f"{kept:.3%} of the teacher's probability (mean over view 0), and the rest is spread evenly over the others: a "
         f"total variation error of at most {1 - kept:.3%}, which `fastofa precompute --features pooled` removes"
     )
+
+
+def with_own_options(config: TrainConfig) -> TrainConfig:
+    """Return `config` with every option of the methods in users' files, so that the run records their defaults, too."""
+    options = {
+        prefix: dataclasses.asdict(own_options(name, config.own_options.get(prefix, {})))
+        for prefix, name in own_methods(config.method).items()
+    }
+    return dataclasses.replace(config, own_options=options)
 
 
 def with_own_evaluation(config: TrainConfig) -> TrainConfig:
@@ -135,6 +156,19 @@ def views_begun_with(config: TrainConfig, world: World) -> int:
     return world.broadcast(views)
 
 
+def teacher_differences(run: Run, begun: Run) -> list[str]:
+    """What differs between the online teachers of a resumed run and of the run as it began; its precision may."""
+    own, other = run.teacher or {}, begun.teacher or {}
+    here, there = (
+        f"{r.config.online_teacher} with weights {r.teacher['sha256'][:12]}" if r.teacher else "none"
+        for r in (run, begun)
+    )
+    if own.get("sha256") != other.get("sha256"):
+        return [f"online-teacher: {here} here, {there} there (first digits of the sha256)"]
+    changed = [name for name in own if name not in ("name", "precision", "crop") and own[name] != other.get(name)]
+    return [f"online-teacher: {run.config.online_teacher} has another {' and '.join(changed)}"] if changed else []
+
+
 def check_resumable(run: Run) -> None:
     """Raises BadInput if the run's folder contains another run, or this one with other arguments or data."""
     if not (run.path / CONFIG).exists():
@@ -143,7 +177,7 @@ def check_resumable(run: Run) -> None:
         notice(f"{run.path}: contains a run without a checkpoint; starting it again")
         return
     begun = open_run(run.path)
-    different = run.config.differences(begun.config)
+    different = run.config.differences(in_folder(begun.config, begun.folder))
     if run.fingerprint != begun.fingerprint:
         different.append(f"data: the training images of {run.config.data} are not those the run started with")
     if run.val_fingerprint != begun.val_fingerprint:
@@ -157,6 +191,7 @@ def check_resumable(run: Run) -> None:
             f"cache: {run.config.cache} does not contain the predictions that the run started with"
             + (f" (view{'s' * (len(views) > 1)} {', '.join(views)} changed)" if views else "")
         )
+    different += teacher_differences(run, begun)
     if run.config.order == begun.config.order and run.pages != begun.pages:
         different.append(f"data: the pages of {run.config.data} contain other samples than those the run started with")
     if different:
@@ -166,3 +201,10 @@ def check_resumable(run: Run) -> None:
             f"{run.path}: --resume expects the run's own arguments, but these differ: "
             f"{'; '.join(different)}{fewer}{new}"
         )
+    before = recorded(run.path, METHOD_FILES)
+    for prefix, digest in file_digests(run.config.methods).items():
+        if before.get(prefix, digest) != digest:
+            notice(
+                f"method {prefix}: its file has changed since the run was last started (sha256 {before[prefix]:.12} "
+                f"then, {digest:.12} now); the run continues with the new one"
+            )

@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fastofa.methods.find_method import needs_of
 from fastofa.methods.method import Outputs, Sizes
 from fastofa.methods.objective import Objective
+from fastofa.methods.own_errors import explained
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import Batch
 from fastofa.runs.config import TrainConfig
@@ -28,7 +29,7 @@ from fastofa.student.shared_norms import share_statistics
 from fastofa.system.device import choose_bf16, choose_compile
 from fastofa.system.progress import notice
 from fastofa.system.tuning import allow_image_sizes
-from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.online import TargetSource
 from fastofa.training.distributed import World
 from fastofa.training.launch_bound import is_launch_bound
 from fastofa.training.moving_average import MovingAverage
@@ -49,7 +50,9 @@ class Program(nn.Module):
     def __init__(self, student: Student, objective: Objective, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
         self.student, self.objective = student, objective
-        self.needs_pooled = "pooled vector" in needs_of(config.methods)
+        needs = needs_of(config.methods)
+        self.needs_pooled, self.needs_stages = "pooled vector" in needs, "stage features" in needs
+        self.stages = list(student.find_stages().values()) if self.needs_stages else []
         self.device_type, self.bf16 = device.type, choose_bf16(config.precision, device)
 
     def forward(
@@ -60,9 +63,13 @@ class Program(nn.Module):
         partner_labels: Tensor | None = None,
         mix: Tensor | None = None,
     ) -> Tensor:
+        return self.objective(self.outputs(images), labels, targets, partner_labels, mix)
+
+    def outputs(self, images: Tensor) -> Outputs:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
-            outputs = Outputs(*self.student.with_pooled(images)) if self.needs_pooled else Outputs(self.student(images))
-        return self.objective(outputs, labels, targets, partner_labels, mix)
+            if self.needs_pooled or self.needs_stages:
+                return Outputs(*self.student.with_features(images, self.needs_pooled, self.stages))
+            return Outputs(self.student(images))
 
 
 class Step:
@@ -108,7 +115,7 @@ class Step:
         self.parameters = list(student.parameters())
         self.optimizer = create_optimizer(student, config)
         self.ema = None if config.ema is None else MovingAverage(student, config.ema)
-        self.bf16 = program.bf16
+        self.bf16, self.outputs = program.bf16, program.outputs
         self.program: Any = program if self.world.size == 1 else self._distributed(program)
         possible = self.compiled and device.type == "cuda" and config.accumulate == 1
         self.cuda_graphs = possible and config.cuda_graphs == "on"
@@ -146,17 +153,17 @@ class Step:
             ddp.register_comm_hook(None, bf16_compress_hook)
         return ddp
 
-    def __call__(self, parts: Sequence[Batch], targets: DeviceTargets | None, lr: float) -> None:
+    def __call__(self, parts: Sequence[Batch], targets: TargetSource | None, lr: float) -> None:
         """Take one step on this rank's images, in one part or, to save memory, in several.
 
         Args:
-            targets: the teacher's targets for this epoch's views; None without a teacher.
+            targets: the source of the teacher's targets for this epoch's views; None without a teacher.
         """
         c = self.config
         torch.manual_seed(_random_state(c.seed, self.steps, self.world.rank))  # dropout, stochastic depth
         set_learning_rate(self.optimizer, lr)
         for number, batch in enumerate(parts, start=1):
-            part_targets = None if targets is None else targets.lookup(batch.rows)._replace(sample_ids=batch.sample_ids)
+            part_targets = None if targets is None else targets.of(batch)
             inputs = (batch.images, batch.labels, part_targets, batch.partner_labels, batch.mix)
             if self.uncompiled is not None:
                 self._choose_cuda_graphs(self.uncompiled, inputs)
@@ -165,7 +172,8 @@ class Step:
                 torch.compiler.cudagraph_mark_step_begin()  # imports the whole compiler, which takes a second
             last = number == len(parts) or self.world.size == 1
             with nullcontext() if last else self.program.no_sync():
-                losses = self.program(*inputs)
+                with explained(c.methods):
+                    losses = self.program(*inputs)
                 losses = losses / len(parts)
                 losses[0].backward()
             self.sums[:-1] += losses.detach()

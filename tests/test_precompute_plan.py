@@ -1,0 +1,86 @@
+"""`precompute --plan`: bytes and passes are those of the cache it would make, and nothing is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastofa import cli
+from fastofa.system.errors import BadInput
+from fastofa.system.files import load_tensors
+from fastofa.teacher.cache import view_file
+from fastofa.teacher.plan import Plan, plan
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
+from ranks import Ranks
+from runs import command_line
+
+pytestmark = pytest.mark.usefixtures("_short")
+
+
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastofa.teacher.plan.SECONDS", 0.05)
+
+
+@pytest.fixture
+def config(teacher: str, tmp_path: Path) -> Callable[..., PrecomputeConfig]:
+    def made(**options: Any) -> PrecomputeConfig:
+        values = {"views": 2, "topk": 3, "image_size": 32, "batch_size": 16, **options}
+        return PrecomputeConfig("digits:100", teacher, tmp_path / "cache", **values)
+
+    return made
+
+
+@pytest.mark.parametrize("options", [{}, {"recipe": "imagenet_vit_mlp", "features": "pooled-int8"}])
+def test_the_bytes_are_those_of_a_view(config, options):
+    made = config(**options)
+    estimate = plan(config(**options, plan=True))
+    assert estimate is not None
+    assert not made.out.exists()
+    cache = precompute(made)
+    tensors, _ = load_tensors(cache.path / view_file(0))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert estimate.row_bytes * 100 == pytest.approx(size, abs=1)  # flips are bits
+    assert estimate.bytes == pytest.approx(2 * size, abs=2)
+    assert (estimate.images, estimate.val_images) == (100, cache.header["num_val_samples"])
+    assert (estimate.passes, estimate.finished) == (2 * 100 + 599, 0)
+    assert min(estimate.rate, estimate.teacher) > 0
+    assert estimate.hours == pytest.approx(estimate.passes / estimate.rate / 3600)
+
+
+def test_finished_views_are_not_counted_again(config):
+    before = {file: file.stat().st_mtime_ns for file in precompute(config()).path.iterdir()}
+    estimate = plan(config(views=5, plan=True))
+    assert estimate is not None
+    assert (estimate.finished, estimate.passes) == (2, 3 * 100 + 599)
+    assert {file: file.stat().st_mtime_ns for file in config().out.iterdir()} == before
+
+
+@pytest.mark.parametrize(("views", "val_images", "students"), [(100, 0, 1), (100, 0, 3), (10, 599, 1), (1, 50, 8)])
+def test_the_epochs_from_which_a_cache_takes_fewer_passes(views, val_images, students):
+    estimate = Plan(
+        images=1000, val_images=val_images, views=views, finished=0, ranks=1, teacher=2, rate=1, row_bytes=9
+    )
+    cheaper = [students * epochs * 1000 > views * 1000 + val_images for epochs in range(1000)]
+    assert estimate.epochs(students) == cheaper.index(True)
+
+
+def test_it_refuses_what_precompute_refuses(config):
+    with pytest.raises(BadInput, match="topk: expected at most the 10 classes of digits:100, got 11"):
+        plan(config(topk=11, plan=True))
+
+
+def _plan(_: int, config: PrecomputeConfig) -> None:
+    cli.main(command_line("precompute", config))
+
+
+def test_ranks_are_timed_together_and_one_prints(config, tmp_path):
+    with Ranks(2, tmp_path / "logs", _plan, config(plan=True)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output()
+        output = ranks.output()
+    assert "on 2 ranks" in output[0]
+    assert "799, validation included" in output[0]
+    assert "images/s" not in output[1]
+    assert not config().out.exists()
