@@ -111,8 +111,9 @@ def _held_in_training(reached: Path) -> None:
 
 
 def _held_in_precompute(reached: Path) -> None:
-    """In the middle of the second view: after the teacher's trial batch, 60 validation batches and 10 of a view."""
-    Teacher.log_probs = _hold(reached, 1 + 60 + 10 + 5, Teacher.log_probs)  # type: ignore[method-assign]
+    """In the middle of the second view: after the teacher's trial batch, 10 batches held back, 60 of validation images
+    and 10 of a view."""
+    Teacher.log_probs = _hold(reached, 1 + 10 + 60 + 10 + 5, Teacher.log_probs)  # type: ignore[method-assign]
 
 
 def interrupt(command: Command, signum: int, to: str = "process") -> set[int]:
