@@ -11,7 +11,7 @@ def test_a_record_of_sizes_and_damage(tmp_path):
     (small,) = result["sizes"]
     assert (small["rows"], small["classes"]) == (10_000, 1000)
     assert 0 < small["load_peak_bytes"] < 1e8
-    assert 43 < small["bytes_per_row"] < 46  # the header of the file counts, too
+    assert 43 < small["bytes_per_row"] < 45  # the names of 1,000 classes in the header take 1.6
     assert all(
         len(small[name][of]) == 2 for name in ("pack", "write", "open", "load") for of in ("seconds", "cpu_seconds")
     )

@@ -136,6 +136,7 @@ def test_a_lookup_decodes_the_rows_of_its_batch(rows):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_decodes_the_same_bits():
     stored = packed(topk_targets(teacher(100, 1000, 3.0), 16), 1000)
     rows, cuda = torch.arange(100), torch.device("cuda")
