@@ -208,6 +208,17 @@ def test_other_predictions_there_are_refused(cache, store, tmp_path):
         push(other, URL, QUICK)
 
 
+def test_other_validation_predictions_there_are_kept(cache, store, tmp_path, capsys):
+    """As when parts are joined: another machine may round differently."""
+    other = Path(shutil.copytree(cache, tmp_path / "other"))
+    tensors, info = load_tensors(other / VAL)
+    save_tensors(other / VAL, {**tensors, "log_probs": tensors["log_probs"] - 0.01}, info)
+    push(cache, URL, QUICK)
+    push(other, URL, QUICK)
+    assert at(store, VAL) == (cache / VAL).read_bytes()
+    assert f"{URL}/{VAL}: differs from {other / VAL}, and is kept" in capsys.readouterr().err
+
+
 def test_a_damaged_cache_is_not_pushed(cache, store, tmp_path):
     """Nothing of it: the header comes last."""
     other = Path(shutil.copytree(cache, tmp_path / "other"))
