@@ -108,7 +108,7 @@ def test_a_method_sees_a_distribution():
     seen = top_k(2)(sample.log_probs)
     exact = sample.log_probs.exp()
     torch.testing.assert_close(seen.sum(dim=1), torch.ones(5))
-    torch.testing.assert_close(seen.topk(2).values, exact.topk(2).values, rtol=0.02, atol=1e-6)
+    torch.testing.assert_close(seen.topk(2).values, exact.topk(2).values, rtol=0.05, atol=1e-6)
     rest = seen.sort(dim=1).values[:, :4]
     torch.testing.assert_close(rest, rest[:, :1].expand(-1, 4))
     torch.testing.assert_close(top_k(6)(sample.log_probs), exact, rtol=2e-3, atol=1e-6)
@@ -206,7 +206,7 @@ def test_the_command_ends_with_the_figures_and_info_shows_them(teacher, tmp_path
     assert f"{figures.kept:.2%}" in said
     assert "(eps 1)" in said
     assert "(eps 1.5)" in said
-    cache_command.main(CacheConfig("info", tmp_path / "cache"))
+    cache_command.main(CacheConfig("info", (str(tmp_path / "cache"),)))
     told = " ".join(capsys.readouterr().out.split())
     for loss in less_exact(figures.losses):
         assert f"OFA loss, eps {loss.eps:g}" in told

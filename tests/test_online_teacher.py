@@ -120,7 +120,7 @@ def test_they_equal_those_of_a_cache_of_the_same_views(name, folder, tmp_path, m
     of_views = torch.cat(exact)[-views * len(order) :]
     pipeline = open_pipeline("resident", dataset, SIZE, BATCH // 2)
     for view in range(views):
-        table, classes, log_probs = cache.targets(view)
+        table = cache.targets(view)[0]
         expected = of_views[view * len(order) :][: len(order)][np.argsort(order)]
         cached = DeviceTargets(cache.table(view).predictions, CPU, dense=True)
         seen = []

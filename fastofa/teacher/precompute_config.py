@@ -38,9 +38,9 @@ class PrecomputeConfig:
     """Views of the training set. An epoch replays view (epoch modulo views). One view per epoch is best; fewer make a
     smaller cache. More can be added later; a number below that of an existing cache changes nothing."""
     topk: int | Literal["auto"]
-    """Classes stored per prediction, at 4 bytes each. The remaining probability is spread over the other classes. auto:
-    the fewest with which the gradient of the OFA loss has a cosine of 0.999 with the exact one, measured on up to 512
-    images that are not stored."""
+    """Classes stored per prediction, at 2 to 3 bytes each. The remaining probability is spread over the other classes.
+    auto: the fewest with which the gradient of the OFA loss has a cosine of 0.999 with the exact one, measured on up to
+    512 images that are not stored."""
     plan: bool = False
     """Print the hours and disk space that the cache would take, from batches timed on this machine; writes nothing."""
     first_view: int = 0
