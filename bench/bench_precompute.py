@@ -49,7 +49,7 @@ COMPILED, EAGER = "bare forward, compiled", "bare forward, eager"
 TARGET = 0.95
 RANKS, VIEWS = (1, 2), 4  # of the comparison of ranks
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["bench.bench_precompute"])
+CONTEXT.set_forkserver_preload(["fastofa.teacher.precompute", "bench.lib.photographs"])
 
 
 def write_teacher(name: str, image_size: int, classes: Sequence[str], folder: Path) -> str:

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,23 @@ def _library(request: pytest.FixtureRequest) -> None:
 def in_float64() -> Iterator[None]:
     with float64():
         yield
+
+
+@pytest.fixture(scope="session")
+def agrees() -> Iterator[Callable[..., None]]:
+    """A function that checks a method's loss against its formula, `agrees(method, loss, expected, rel)`; at the end,
+    the largest relative difference of each method is printed."""
+    differences: dict[str, float] = defaultdict(float)
+
+    def check(method: Any, loss: torch.Tensor, expected: float, rel: float, absolute: float = 0.0) -> None:
+        name = type(method).__name__.lower()
+        differences[name] = max(differences[name], abs(loss.item() - expected) / abs(expected))
+        assert loss.item() == pytest.approx(expected, rel=rel, abs=absolute)
+
+    yield check
+    print("\nlargest relative difference to the formula, in float64:")
+    for name, value in differences.items():
+        print(f"  {name:8}{value:.0e}")
 
 
 @pytest.fixture

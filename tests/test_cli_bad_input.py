@@ -29,6 +29,7 @@ from timm.models import save_for_hf
 from fastofa import cli
 from fastofa.cli import COMMANDS
 from fastofa.commands.arguments import CONFIGS
+from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.log import read_metrics
 from fastofa.system.errors import Failed, LostContact, counted
@@ -345,7 +346,7 @@ def test_help_names_every_flag(command):
     code, out, error = fastofa(f"{command} --help")
     assert (code, error) == (0, "")
     for field in dataclasses.fields(CONFIGS[command]):
-        positional = field.name.upper() in out or "{info,verify}" in out
+        positional = field.name.upper() in out or "{info,verify" in out
         end = r"\." if dataclasses.is_dataclass(field.default_factory) else "[ ,]"  # options within options
         assert re.search(rf"--{field.name.replace('_', '-')}{end}", out) or positional, field.name
 
@@ -438,12 +439,42 @@ def test_the_loss_of_another_rank_is_one_line(monkeypatch):
         f"{TRAIN} --out new --cache file:///cache", f"{PRECOMPUTE} --out new --data S3://photos", "cache info hdfs://c",
         f"{PRECOMPUTE} --out new --teacher-checkpoint http://x/w", "write cifar100:gs://c x.pack", "demo --out s3://b",
         "write digits s3://b/x.beton", "export s3://b/run new", "export run s3://b", "evaluate gs://b --data digits",
+        "cache merge cache s3://b/part --out new", "cache merge cache cache --out s3://b", "cache push s3://b cache",
+        "cache diff cache cache --json s3://b/x.json", "predict model s3://b/x.jpg",
     ],
 )  # fmt: skip
 def test_urls_are_refused(here, argv):
     """Otherwise a local folder `s3:` would be created."""
     (url,) = [part.partition("=")[2] or part.removeprefix("cifar100:") for part in argv.split() if "://" in part]
     refused(argv, url)
+
+
+def test_urls_in_a_file_are_refused(copied):
+    """Of --config, where a path would lose one of its slashes."""
+    config = recipes.digits(data="digits", student="test_vit", out=Path("new"), method="scratch").to_json()
+    for name, value in (("out", "s3://b/run"), ("data", "gs://b/x"), ("init", "s3://w")):
+        Path("file.json").write_text(json.dumps({"config": {**config, name: value}}))
+        refused("train --config file.json", f"{name}: expected a path on this machine, got the URL {value}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("info a b", "cache info: expected one cache, got 2"),
+        ("merge cache --out new", "cache merge: expected at least two caches, got 1"),
+        ("merge cache cache", "cache merge: expected --out"),
+        ("diff cache", "cache diff: expected two caches, got 1"),
+        ("push cache there", "cache push: expected CACHE URL, got 'there' where the URL belongs"),
+        ("pull cache there", "cache pull: expected URL CACHE, got 'cache' where the URL belongs"),
+        ("info cache --out new", "out: expected only with `fastofa cache merge`"),
+        ("extend cache cache --json x.json", "json: expected only with `fastofa cache diff`"),
+        ("pull memory://nothing/here new", "memory://nothing/here: expected a teacher cache, but found no cache.json"),
+        ("push cache nosuch://b/x", "nosuch://b/x: expected a URL that fsspec opens"),
+        ("push nowhere memory://b/x", "nowhere: expected a teacher cache made by `fastofa precompute`"),
+    ],
+)
+def test_arguments_of_cache(here, argv, message):
+    refused(f"cache {argv}", message)
 
 
 def test_control_characters_in_names_are_escaped(copied, capsys):

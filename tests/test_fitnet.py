@@ -95,12 +95,11 @@ def built(**options: Any) -> FitNet:
 
 
 @pytest.mark.parametrize(("student_side", "teacher_side"), [(4, 4), (8, 4), (4, 7), (7, 3), (1, 5), (5, 1)])
-def test_it_equals_its_formula(student_side, teacher_side):
+def test_it_equals_its_formula(student_side, teacher_side, agrees):
     """Student's grids equal to, finer and coarser than the teacher's; stages in any order, not all of them."""
     outputs, targets = case(student_side, teacher_side)
     method = built(stages=(4, 2))
-    loss = method.loss(outputs, targets, torch.empty(0))
-    assert loss.item() == pytest.approx(fitnet(method, outputs, targets), rel=1e-9)
+    agrees(method, method.loss(outputs, targets, torch.empty(0)), fitnet(method, outputs, targets), 1e-9)
 
 
 def test_equal_features_cost_nothing():

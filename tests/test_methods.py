@@ -1,11 +1,9 @@
 """Every method against its paper's formula, written independently here in float64, mostly with loops.
 
-pytest tests/test_methods.py -s             ends with the largest difference of each method, as in docs/methods.md
+pytest tests/test_methods.py tests/test_fitnet.py -s     ends with each method's largest difference, see docs/methods.md
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -75,22 +73,6 @@ def kl(p: list[float], q: list[float]) -> float:
 
 def pearson(a: list[float], b: list[float]) -> float:
     return float(torch.corrcoef(torch.tensor([a, b], dtype=torch.float64))[0, 1])
-
-
-@pytest.fixture(scope="module")
-def agrees() -> Iterator[Callable[..., None]]:
-    """A function that checks a loss against its formula; at the end, the largest relative difference of each method."""
-    differences: dict[str, float] = defaultdict(float)
-
-    def check(method: Method, loss: Tensor, expected: float, rel: float, absolute: float = 0.0) -> None:
-        name = type(method).__name__.lower()
-        differences[name] = max(differences[name], abs(loss.item() - expected) / abs(expected))
-        assert loss.item() == pytest.approx(expected, rel=rel, abs=absolute)
-
-    yield check
-    print("\nlargest relative difference to the formula, in float64:")
-    for name, value in differences.items():
-        print(f"  {name:6}{value:.0e}")
 
 
 # --- The formulas -----------------------------------------------------------------------------------------------------

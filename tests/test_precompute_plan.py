@@ -9,7 +9,7 @@ import pytest
 from fastofa import cli
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
-from fastofa.teacher.cache import view_file
+from fastofa.teacher.cache import TeacherCache, view_file
 from fastofa.teacher.plan import Plan, plan
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
@@ -25,10 +25,12 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def config(teacher: str, tmp_path: Path) -> Callable[..., PrecomputeConfig]:
+def config(photos: Path, photo_cache: TeacherCache, tmp_path: Path) -> Callable[..., PrecomputeConfig]:
+    """config(...): two views of 24 photographs; 12 are for validation."""
+
     def made(**options: Any) -> PrecomputeConfig:
-        values = {"views": 2, "topk": 3, "image_size": 32, "batch_size": 16, **options}
-        return PrecomputeConfig("digits:100", teacher, tmp_path / "cache", **values)
+        values = {"views": 2, "topk": 2, "batch_size": 8, "workers": 0, **options}
+        return PrecomputeConfig(str(photos), str(photo_cache.path.parent / "teacher"), tmp_path / "cache", **values)
 
     return made
 
@@ -42,10 +44,10 @@ def test_the_bytes_are_those_of_a_view(config, options):
     cache = precompute(made)
     tensors, _ = load_tensors(cache.path / view_file(0))
     stored = sum(tensor.nbytes for tensor in tensors.values())
-    assert estimate.row_bytes * 100 == pytest.approx(stored, abs=8)  # eight rows share a byte of flags
+    assert estimate.row_bytes * 24 == pytest.approx(stored, abs=8)  # eight rows share a byte of flags
     assert estimate.bytes == pytest.approx(2 * stored, abs=16)
-    assert (estimate.images, estimate.val_images) == (100, cache.header["num_val_samples"])
-    assert (estimate.passes, estimate.finished) == (2 * 100 + 599, 0)
+    assert (estimate.images, estimate.val_images) == (24, cache.header["num_val_samples"])
+    assert (estimate.passes, estimate.finished) == (2 * 24 + 12, 0)
     assert min(estimate.rate, estimate.teacher) > 0
     assert estimate.hours == pytest.approx(estimate.passes / estimate.rate / 3600)
 
@@ -54,7 +56,7 @@ def test_finished_views_are_not_counted_again(config):
     before = {file: file.stat().st_mtime_ns for file in precompute(config()).path.iterdir()}
     estimate = plan(config(views=5, plan=True))
     assert estimate is not None
-    assert (estimate.finished, estimate.passes) == (2, 3 * 100 + 599)
+    assert (estimate.finished, estimate.passes) == (2, 3 * 24 + 12)
     assert {file: file.stat().st_mtime_ns for file in config().out.iterdir()} == before
 
 
@@ -68,8 +70,8 @@ def test_the_epochs_from_which_a_cache_takes_fewer_passes(views, val_images, stu
 
 
 def test_it_refuses_what_precompute_refuses(config):
-    with pytest.raises(BadInput, match="topk: expected at most the 10 classes of digits:100, got 11"):
-        plan(config(topk=11, plan=True))
+    with pytest.raises(BadInput, match=r"topk: expected at most the 2 classes of .*, got 3"):
+        plan(config(topk=3, plan=True))
 
 
 def _plan(_: int, config: PrecomputeConfig) -> None:
@@ -81,6 +83,6 @@ def test_ranks_are_timed_together_and_one_prints(config, tmp_path):
         assert ranks.wait() == [0, 0], ranks.output()
         output = ranks.output()
     assert "on 2 ranks" in output[0]
-    assert "799, validation included" in output[0]
+    assert " 60, validation included" in output[0]
     assert "images/s" not in output[1]
     assert not config().out.exists()

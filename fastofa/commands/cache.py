@@ -48,7 +48,8 @@ def info(cache: TeacherCache) -> dict[str, str]:
         + ", chosen by --topk auto" * ("topk_chosen" in header),
         **_vectors(cache),
         **_fidelity(cache),
-        "views": f"{cache.finished}{' are finished' * (cache.views < header['views'])}, seed {header['seed']}",
+        "views": f"{cache.finished}{' are finished' * (' of ' in cache.finished)}"
+        f"{f' from view {cache.first} on' * (cache.first > 0)}, seed {header['seed']}",
         "crops": "area {:g} to {:g}, ratio {:.3g} to {:.3g}".format(*policy.scale, *policy.ratio),
         "flip": f"{policy.flip:g}",
         **{name.replace("_", "-"): str(value) for name, value in augmentation.items() if value},
@@ -94,7 +95,7 @@ def _print_info(config: CacheConfig) -> None:
 def _verify(config: CacheConfig) -> None:
     cache = TeacherCache.open(config.caches[0], part=True)
     cache.verify()
-    print(escaped(f"{cache.path}: {_views(cache)} and the validation predictions match their checksums"))
+    print(escaped(f"{cache.path}: {cache.finished_views} and the validation predictions match their checksums"))
 
 
 def _merge(config: CacheConfig) -> None:
@@ -103,11 +104,7 @@ def _merge(config: CacheConfig) -> None:
     cache = merge(parts, out)
     if missing := gaps(cache):
         notice(f"{missing}; students replay the views before it until it is computed")
-    print(escaped(f"{cache.path}: {_views(cache)} of {counted(cache.num_samples, 'image')}"))
-
-
-def _views(cache: TeacherCache) -> str:
-    return f"{cache.finished} view{'s' * (cache.finished != '1')}"
+    print(escaped(f"{cache.path}: {cache.finished_views} of {counted(cache.num_samples, 'image')}"))
 
 
 def _diff(config: CacheConfig) -> None:
@@ -115,12 +112,15 @@ def _diff(config: CacheConfig) -> None:
     result = compare(a, b)
     if config.json is not None:
         write_json(config.json, {"a": str(a.path), "b": str(b.path), **result.to_json()})
-    _print_fields(f"different: predictions depend on it (a: {a.path}, b: {b.path})", result.identity)
-    _print_fields("different: predictions depend on it at most in the last bits", result.made)
+    for name, cache in (("a", a), ("b", b)):
+        print(escaped(f"{name}: {cache.path}, {cache.finished_views}"))
+    _print_fields("differences on which predictions depend", result.identity)
+    _print_fields("other differences", result.made)
     rows = {f"view {view}": each for view, each in result.views.items()}
     rows |= {} if result.validation is None else {"validation images": result.validation}
     if rows:
-        table = Table(title="predictions of b, compared with those of a", title_justify="left")
+        print("predictions of b, compared with those of a:")
+        table = Table()
         for name in ("", "same best class", "mean KL", "largest KL"):
             table.add_column(name, justify="left" if not name else "right")
         for name, each in rows.items():
@@ -133,23 +133,24 @@ def _diff(config: CacheConfig) -> None:
 def _push(config: CacheConfig) -> None:
     path, url = config.caches
     cache = push(Path(path), url)
-    print(escaped(f"{url}: {_views(cache)} and the validation predictions of {path}"))
+    print(escaped(f"{url}: {cache.finished_views} and the validation predictions of {path}"))
 
 
 def _pull(config: CacheConfig) -> None:
     url, path = config.caches
     cache = pull(url, Path(path))
-    print(escaped(f"{path}: {_views(cache)} and the validation predictions of {url}"))
+    print(escaped(f"{path}: {cache.finished_views} and the validation predictions of {url}"))
 
 
 def _print_fields(title: str, different: list[FieldDifference]) -> None:
     if different:
-        table = Table(title=plain(title), title_justify="left")
-        for name in ("", "a", "b"):
-            table.add_column(name)
+        print(f"{title}:")
+        table = Table("", "a", "b")
         for name, a, b in different:
-            table.add_row(name, plain(a), plain(b))
+            table.add_row(plain(name), plain(a), plain(b))
         Console().print(table)
+    else:
+        print(f"{title}: none")
 
 
 def main(config: CacheConfig) -> None:

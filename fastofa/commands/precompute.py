@@ -29,10 +29,9 @@ def main(config: PrecomputeConfig) -> None:
     if not torchrun.is_main():
         return
     size = sum(file.stat().st_size for file in cache.path.iterdir())
-    views = f"{cache.finished} view{'s' * (cache.finished != '1')}"
     images, classes = counted(cache.num_samples, "image"), counted(cache.num_classes, "class")
     kept = f"top {cache.topk} of {classes}" + f", vectors of {cache.pooled_dim} numbers" * (cache.pooled_dim > 0)
-    print(escaped(f"{cache.path}: {views} of {images}, {kept}, {filesize.decimal(size)}"))
+    print(escaped(f"{cache.path}: {cache.finished_views} of {images}, {kept}, {filesize.decimal(size)}"))
     if (fidelity := read_fidelity(cache.path, cache.header)) is not None:
         print(escaped(f"{cache.path}: {in_one_line(fidelity, cache.topk)}"))
 

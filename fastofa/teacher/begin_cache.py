@@ -6,7 +6,7 @@ from typing import Any
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import CLASSIFIER, VAL
-from fastofa.teacher.cache_header import HEADER, identity, read_header, write_header
+from fastofa.teacher.cache_header import HEADER, identity, read_header, united, write_header
 from fastofa.teacher.fidelity import FIDELITY
 from fastofa.teacher.parts import PARTS
 from fastofa.teacher.quick_checks import other_cache
@@ -29,12 +29,12 @@ def begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
             (out / file).unlink(missing_ok=True)
         write_header(out, header)
         return header
-    if header["views"] > existing["views"]:
-        existing = {**existing, **{name: header[name] for name in ("views", "config", "folder")}}
-        write_header(out, existing)
-    elif header["views"] < existing["views"]:
+    if header["views"] < existing["views"]:
         notice(f"{out}: was started with --views {existing['views']}; --views {header['views']} removes none of them")
-    return existing
+    grown = united(existing, header)
+    if grown != existing:
+        write_header(out, grown)
+    return grown
 
 
 def _may_start_over(out: Path, different: list[str]) -> bool:

@@ -82,8 +82,8 @@ class TeacherCache:
 
         Args:
             path: its folder.
-            part: also accept a cache that begins with a later view than view 0; its finished views are those from the
-                first one on. Students learn only from whole caches.
+            part: also accept a part of a cache, made with `precompute --first-view`; its finished views are those from
+                that view on. Students learn only from whole caches.
 
         Raises:
             BadInput: not a cache, no finished views, no validation predictions, or another schema version.
@@ -91,19 +91,19 @@ class TeacherCache:
         path = Path(path)
         header = read_header(path)
         repeats = policy_from_json(header["policy"]).repeats
-        first = next(iter(views_in(path, header)), 0) // repeats * repeats if part else 0
+        planned_first = header.get("first_view", 0)
+        first = planned_first if part else 0
         end = next(view for view in itertools.count(first) if not (path / view_file(view)).is_file())
         views = (min(end, header["views"]) - first) // repeats * repeats
         others = (VAL, CLASSIFIER) if "features" in header else (VAL,)
         needed = (*map(view_file, range(first + views, first + repeats)), *others)
         missing = [file for file in needed if not (path / file).is_file()]
         if missing:
-            later = next(iter(views_in(path, header)), 0)
             remedy = f"{AGAIN}, it continues where it stopped"
-            if later and not part:
+            if planned_first > first:
                 remedy = (
-                    f"run `fastofa cache merge` to join this part, which begins with view {later}, with the others, or "
-                    "`fastofa precompute` again without --first-view"
+                    f"run `fastofa cache merge` to join this part, which begins with view {planned_first}, with the "
+                    "others, or `fastofa precompute` again without --first-view"
                 )
             raise BadInput(
                 f"{path}: expected the validation predictions and at least {repeats} of {header['views']} views, but "
@@ -117,9 +117,14 @@ class TeacherCache:
     @property
     def finished(self) -> str:
         """The number of finished views; if some are missing, "n of total"."""
-        total = self.header["views"]
-        text = f"{total}" if self.views == total else f"{self.views} of {total}"
-        return f"{text} (from view {self.first} on)" if self.first else text
+        total = self.header["views"] - self.first
+        return f"{total}" if self.views == total else f"{self.views} of {total}"
+
+    @property
+    def finished_views(self) -> str:
+        """The finished views in words: "1 view", "2 of 4 views", "2 views from view 3 on"."""
+        from_view = f" from view {self.first} on" if self.first else ""
+        return f"{self.finished} view{'s' * (self.finished != '1')}{from_view}"
 
     @property
     def num_samples(self) -> int:

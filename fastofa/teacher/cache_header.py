@@ -70,6 +70,7 @@ def _validity(header: dict[str, Any]) -> dict[str, bool]:
         and _is_policy(policy)
         and header["views"] % policy_from_json(policy).repeats == 0,
         "teachers": _are_teachers(teachers, header.get("teacher_weights")),
+        "first_view": "first_view" not in header or _whole(header["first_view"], 1, header["views"]),
         "pipeline": isinstance(header["pipeline"], str),
         "versions": isinstance(versions, dict) and len(versions) <= 100 and _texts(versions, tuple(versions)),
         "features": "features" not in header or _is_features(header["features"]),
@@ -145,6 +146,15 @@ def identity(header: dict[str, Any]) -> dict[str, Any]:
     names = ("classes", "topk", "policy", "seed", "teachers")
     optional = (name for name in ("teacher_weights", "features") if name in header)
     return {"dataset": dataset, **{name: header[name] for name in (*names, *optional)}}
+
+
+def united(header: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The header, with the planned views of another one of the same identity added."""
+    largest = max(header, other, key=lambda each: each["views"])
+    planned: dict[str, Any] = {name: largest[name] for name in ("views", "config", "folder") if name in largest}
+    first = min(each.get("first_view", 0) for each in (header, other))
+    whole = {name: value for name, value in header.items() if name != "first_view"}
+    return {**whole, **planned, **({"first_view": first} if first else {})}
 
 
 def check_vacant(out: Path) -> None:

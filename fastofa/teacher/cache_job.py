@@ -125,6 +125,7 @@ class CacheJob:
             fidelity = measure(sample, topk, config.eps())
             write_fidelity(self.out, self.header, fidelity)
             notice(f"fidelity: {in_one_line(fidelity, topk)}")
+            self.stop_if_interrupted()
         if line := warning(fidelity, topk):
             notice(f"fidelity: {line}")
 

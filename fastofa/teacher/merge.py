@@ -9,6 +9,7 @@ they are. Each file appears complete or not at all, so that an interrupted merge
 """
 
 import errno
+import functools
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling, read_info, replacing, temporary_name
 from fastofa.system.progress import notice, track
 from fastofa.teacher.cache import VAL, TeacherCache, agreement, check_origin, view_file, views_in
-from fastofa.teacher.cache_header import HEADER, check_same, check_vacant, read_header, write_header
+from fastofa.teacher.cache_header import HEADER, check_same, check_vacant, read_header, united, write_header
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES)
 
@@ -48,9 +49,7 @@ def merge(parts: Sequence[Path], out: Path) -> TeacherCache:
         owners = {view: [p for p, views in zip(parts, found, strict=True) if view in views] for view in _union(found)}
         for view, each in owners.items():
             _check_equal(view, each, headers[0])
-        largest = max(headers, key=lambda header: header["views"])
-        planned: dict[str, Any] = {name: largest[name] for name in ("views", "config", "folder") if name in largest}
-        header = {**headers[0], **planned}
+        header = functools.reduce(united, headers)
         write_header(out, header)
         _add_other_files(out, parts, owners, header)
         whole, images = {part: TeacherCache(part, header, header["views"]) for part in parts}, header["num_samples"]
@@ -122,8 +121,8 @@ def _add(source: Path, target: Path) -> None:
 
 def gaps(cache: TeacherCache) -> str:
     """Which views are missing although later ones exist, for a notice; empty if none are."""
-    missing = [view for view in range(max(views_in(cache.path, cache.header), default=0))]
-    missing = [view for view in missing if not (cache.path / view_file(view)).is_file()]
+    found = views_in(cache.path, cache.header)
+    missing = sorted(set(range(cache.first, max(found, default=0))) - set(found))
     if not missing:
         return ""
     return f"{cache.path}: {counted(len(missing), 'view')} missing, the first is view {missing[0]}"

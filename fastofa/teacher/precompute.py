@@ -96,6 +96,7 @@ def open_job(
         "policy": policy_to_json(config.policy()),
         "seed": config.seed,
         "views": config.views,
+        **({"first_view": config.first_view} if config.first_view else {}),
         **teachers.describe(),
         "pipeline": choose(train, device)[0] if config.pipeline == "auto" else config.pipeline,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},

@@ -20,6 +20,7 @@ import urllib.request
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeVar
 
@@ -29,9 +30,11 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling, load_tensors, read_info, reason, temporary_name
 from fastofa.system.progress import notice, track
 from fastofa.teacher.cache import CLASSIFIER, VAL, TeacherCache, check_origin, view_file, views_in
-from fastofa.teacher.cache_header import HEADER, check_same, check_vacant, read_header, write_header
+from fastofa.teacher.cache_header import HEADER, check_same, check_vacant, read_header, united, write_header
+from fastofa.teacher.fidelity import FIDELITY
 from fastofa.teacher.reference_images import SEEN
 
+REPORTS = (SEEN, FIDELITY)  # files that a cache may lack, and that have no checksum
 BLOCK = 1 << 20  # bytes per read
 LONGEST_HEADER = 100 << 20  # bytes of a safetensors file's header
 T = TypeVar("T")
@@ -170,14 +173,14 @@ def pull(url: str, out: Path, patience: Patience = PATIENCE) -> TeacherCache:
         if (out / HEADER).exists():
             header = read_header(out)
             check_same(out, header, url, theirs)
-            header = max(header, theirs, key=lambda each: each["views"])
+            header = united(header, theirs)
         write_header(out, header)
-        others = [VAL, SEEN, *([CLASSIFIER] if "features" in header else [])]
+        others = [VAL, *REPORTS, *([CLASSIFIER] if "features" in header else [])]
         views = [view for view in range(header["views"]) if not _is_complete(out, header, view)]
         for name in others:
-            if name == SEEN and not (out / SEEN).exists():
-                fetch(remote, SEEN, out / SEEN, patience)
-            elif name != SEEN and not _is_complete(out, header, name):
+            if name in REPORTS and not (out / name).exists():
+                fetch(remote, name, out / name, patience)
+            elif name not in REPORTS and not _is_complete(out, header, name):
                 fetch(remote, name, out / name, patience, header, name)
         images = header["num_samples"]
         for view in track(views, len(views) * images, f"pulling {url}", lambda _: images):
@@ -206,11 +209,16 @@ def push(path: Path, url: str, patience: Patience = PATIENCE) -> TeacherCache:
         if not _is_there(remote, name, path / name, patience):
             _, info = load_tensors(path / name)
             check_origin(path / name, info, cache.header, table)
-            persistently(lambda name=name: remote.write(name, path / name), f"{url}/{name}", patience)  # type: ignore[misc]
-    if (path / SEEN).exists() and persistently(lambda: remote.size(SEEN), f"{url}/{SEEN}", patience) is None:
-        persistently(lambda: remote.write(SEEN, path / SEEN), f"{url}/{SEEN}", patience)
-    if theirs is None or theirs["views"] < cache.header["views"]:  # last, so that a cache there is complete
-        persistently(lambda: remote.write(HEADER, path / HEADER), f"{url}/{HEADER}", patience)
+            persistently(partial(remote.write, name, path / name), f"{url}/{name}", patience)
+    for report in REPORTS:
+        where = f"{url}/{report}"
+        if (path / report).exists() and persistently(partial(remote.size, report), where, patience) is None:
+            persistently(partial(remote.write, report, path / report), where, patience)
+    header = cache.header if theirs is None else united(theirs, cache.header)
+    if header != theirs:  # last, so that a cache there is complete
+        with tempfile.TemporaryDirectory() as folder:
+            write_header(Path(folder), header)
+            persistently(lambda: remote.write(HEADER, Path(folder, HEADER)), f"{url}/{HEADER}", patience)
     return cache
 
 
@@ -339,7 +347,8 @@ def _is_complete(path: Path, header: dict[str, Any], table: int | str) -> bool:
 
 
 def _is_there(remote: Store, name: str, source: Path, patience: Patience) -> bool:
-    """Whether the file exists at the URL with the same size and checksum. Raises BadInput if it has another one."""
+    """Whether the file exists at the URL with the same size and checksum. Raises BadInput if it has another checksum,
+    except for the validation predictions."""
     where = f"{remote.url}/{name}"
     size = persistently(lambda: remote.size(name), where, patience)
     if size is None:
@@ -347,6 +356,9 @@ def _is_there(remote: Store, name: str, source: Path, patience: Patience) -> boo
     recorded = persistently(lambda: recorded_info(remote, name), where, patience)
     if recorded is None:
         return False
+    if recorded != read_info(source) and name == VAL:
+        notice(f"{where}: differs from {source}, and is kept")  # as when parts are merged
+        return True
     if recorded != read_info(source):
         raise BadInput(
             f"{where}: expected the predictions of {source}, got others (another machine may round differently); "
