@@ -199,7 +199,7 @@ def test_a_folder_of_images_at_a_url_is_refused(tmp_path, capsys):
         open_dataset("s3://bucket/photos")
     data = ["--data", "s3://bucket/photos"]
     with pytest.raises(SystemExit) as end:
-        main(["precompute", *data, "--teacher", "x", "--views", "1", "--out", str(tmp_path / "cache")])
+        main(["precompute", *data, "--teacher", "x", "--views", "1", "--topk", "2", "--out", str(tmp_path / "cache")])
     assert end.value.code == 2
     assert "got s3://bucket/photos; run `fastofa write` where the images are" in capsys.readouterr().err
 
