@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,27 @@ def test_a_second_writer_is_refused_with_the_pid_of_the_first(tmp_path: Path, in
         out.mkdir(exist_ok=True)
         (out / "file").write_text("")
     assert files(out) == ["file"]
+
+
+def test_a_writer_can_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Until the other has ended; one notice names it."""
+    out, order = tmp_path / "out", list[str]()
+
+    def second() -> None:
+        with writing(out, wait=True):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with writing(out):
+        thread.start()
+        end = time.monotonic() + 30
+        while "waiting" not in (notice := capsys.readouterr().err):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert f"another fastofa (pid {os.getpid()} on" in notice.replace("\n", " ")
 
 
 def test_a_killed_holder_releases_the_lock(tmp_path: Path) -> None:

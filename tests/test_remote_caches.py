@@ -2,11 +2,8 @@
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,16 +16,18 @@ from fastofa.cli import main
 from fastofa.runs.run import open_run
 from fastofa.system.errors import BadInput
 from fastofa.system.files import filling, load_tensors, save_tensors
+from fastofa.system.remote import Patience
 from fastofa.teacher.cache import VAL, TeacherCache, view_file
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.fidelity import FIDELITY
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.teacher.push_pull import pull, push
 from fastofa.teacher.reference_images import SEEN
-from fastofa.teacher.remote import Patience, pull, push
 from fastofa.teacher.staged_cache import open_cache
 from fastofa.training.loop import train
 from runs import command_line, make_cache, same_run
+from web_server import Site, serving
 
 QUICK = Patience(attempts=3, wait_s=0.01, timeout_s=20)  # a busy machine answers late
 STALLED = Patience(attempts=4, wait_s=0.01, timeout_s=0.5)
@@ -243,62 +242,11 @@ def test_a_scheme_without_adapter(cache, tmp_path):
 # --- A web server -----------------------------------------------------------------------------------------------------
 
 
-class Site:
-    """What a server does: serve the files of a folder, with some faults."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.faults: list[str] = []
-        """The faults of the next requests for views, one each."""
-        self.ranges = True
-        self.over = threading.Event()
-        self.requests: list[tuple[str, str]] = []
-
-
 @pytest.fixture
 def site(cache: Path) -> Iterator[tuple[Site, str]]:
-    """A server of the cache on this machine, and its URL."""
-    site = Site(cache)
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            name, span = Path(self.path).name, self.headers.get("Range", "")
-            site.requests.append((name, span))
-            file = site.folder / name
-            fault = site.faults.pop(0) if name.startswith("view") and site.faults else ""
-            if fault.isdecimal():
-                self.send_error(int(fault))
-                return
-            if not file.exists():
-                self.send_error(404)
-                return
-            data, start = file.read_bytes(), 0
-            if span and site.ranges:
-                start = int(span.removeprefix("bytes=").removesuffix("-"))
-            body = data[start:]
-            if fault == "damage":
-                body = body[:-1] + bytes([body[-1] ^ 1])
-            if fault == "stall":
-                site.over.wait()
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            with suppress(BrokenPipeError):  # the client has given up
-                self.wfile.write(body[: len(body) // 2] if fault in ("truncate", "pause") else body)
-            if fault == "pause":
-                self.wfile.flush()
-                site.over.wait()
-            self.close_connection = True
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield site, f"http://127.0.0.1:{server.server_address[1]}/cache"
-        site.over.set()
-        server.shutdown()
+    """A server of the cache on this machine, which fails on requests for views, and its URL."""
+    with serving(cache, "view") as served:
+        yield served
 
 
 @pytest.mark.parametrize(

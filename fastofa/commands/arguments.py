@@ -233,19 +233,25 @@ def parse(command: str, argv: list[str]) -> Any:
     for name, value in vars(config).items():
         if isinstance(value, Path):  # from a file; as a path, its URL has lost a slash
             value = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(value), flags=re.IGNORECASE)
-        if isinstance(value, str) and (command, name) not in URLS:
+        if isinstance(value, str) and not _takes_url(command, name, value):
             refuse_url(name.replace("_", "-"), value)
     return config
 
 
-URLS = {("train", "cache")}  # flags that accept URLs; `cache push` and `cache pull` check their own
+# Flags that accept URLs; `cache push` and `cache pull` check their own.
+URLS = {("train", "cache"), *((command, "data") for command in ("train", "precompute", "evaluate", "cka"))}
+
+
+def _takes_url(command: str, name: str, value: str) -> bool:
+    """Whether the value is a URL, and not only contains one, as cifar100:URL, and the flag accepts URLs."""
+    return is_url(value) and (command, name) in URLS
 
 
 def _refuse_urls(command: str, argv: list[str]) -> None:
     for previous, argument in pairwise(["", *argv]):
-        flag = argument.partition("=")[0] if argument.startswith("-") else previous
+        flag, _, value = argument.partition("=") if argument.startswith("-") else (previous, "", argument)
         name = flag.lstrip("-") if flag.startswith("-") else ""
-        if command != "cache" and (command, name) not in URLS:
+        if command != "cache" and not _takes_url(command, name, value):
             refuse_url(name, argument)
 
 

@@ -27,7 +27,7 @@ from fastofa.teacher.cache_header import FieldDifference
 from fastofa.teacher.compare_caches import compare
 from fastofa.teacher.fidelity import in_rows, read_fidelity
 from fastofa.teacher.merge import gaps, merge
-from fastofa.teacher.remote import pull, push
+from fastofa.teacher.push_pull import pull, push
 
 MAX_CLASSES = 10  # class names to print
 

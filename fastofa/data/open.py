@@ -7,9 +7,11 @@ open_dataset("path/to/DIR")         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jp
 open_dataset("photos.pack")         any of these, written by `fastofa write`: pixels of one size in one file
 open_dataset("photos.beton")        the same in FFCV's format, next to photos.val.beton and photos.beton.safetensors
 open_dataset("train.beton")         written by FFCV's own writer, next to val.beton
+open_dataset("s3://b/photos.pack")  a .pack or .beton that `fastofa write` wrote, at any URL; downloaded once
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from fastofa.data.cifar import open_cifar100
@@ -17,8 +19,10 @@ from fastofa.data.dataset import FFCV, FORMS, Dataset, Split
 from fastofa.data.digits import open_digits
 from fastofa.data.folder import open_image_folder
 from fastofa.data.headers import DEFAULT, Limits
+from fastofa.data.staged import local_copy
 from fastofa.data.written import open_written
 from fastofa.system.errors import BadInput
+from fastofa.system.urls import is_url
 
 
 def open_dataset(
@@ -34,10 +38,12 @@ def open_dataset(
         limits: the limits within which images are accepted.
 
     Raises:
-        BadInput: unknown dataset, missing folder, no images or unreadable ones.
+        BadInput: unknown dataset, missing folder, no images or unreadable ones; or the URL cannot be downloaded.
     """
     if split not in ("train", "val"):
         raise BadInput(f"unknown split {split!r}: expected train or val")
+    if is_url(spec):
+        return replace(open_written(local_copy(spec), split, limits), spec=spec)
     name, _, rest = spec.partition(":")
     is_digits, is_cifar100 = name == "digits" and "/" not in rest, name == "cifar100" and rest != ""
     is_folder = _is_folder(spec)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from fastofa.data.write_config import WriteConfig
 from fastofa.system.errors import BadInput
+from fastofa.system.urls import is_url
 
 SPLITS = ("train", "val")
+AT_URLS = (".pack", ".beton")
 OTHER_DATA = (".pack", ".beton", ".ffcv")  # suffixes of datasets that are not image folders
 
 
@@ -17,7 +19,9 @@ def check_written(config: WriteConfig) -> None:
 
 
 def check_data(data: str, splits: tuple[str, ...]) -> None:
-    """Raises BadInput for an image folder that does not exist or lacks one of the splits."""
+    """Raises BadInput for an image folder that does not exist, lacks one of the splits or lies at a URL."""
+    if is_url(data):
+        check_url(data)
     if data == "digits" or ":" in data or Path(data).suffix in OTHER_DATA:  # not folders: `open_dataset` decides
         return
     if _is_missing(Path(data)):
@@ -28,6 +32,15 @@ def check_data(data: str, splits: tuple[str, ...]) -> None:
     for split in splits:
         if _is_missing(Path(data, split)):
             raise no_split(Path(data), split)
+
+
+def check_url(url: str) -> None:
+    """Raises BadInput unless it is the URL of a .pack or .beton in a folder."""
+    if Path(url).suffix not in AT_URLS or not is_url(url.rstrip("/").rpartition("/")[0]):
+        raise BadInput(
+            f"data: expected a folder, or SCHEME://PLACE/NAME.pack or .beton, got {url}; run `fastofa write` where the "
+            "images are, copy what it wrote to a URL and give that"
+        )
 
 
 def no_split(data: Path, split: str) -> BadInput:

@@ -82,6 +82,15 @@ def beton_path(path: Path, split: str) -> Path:
     return path if split == "train" else path.with_suffix(f".{split}{path.suffix}")
 
 
+def files_of(path: Path) -> dict[Path, int]:
+    """The files of a written dataset other than its index, each with its size in bytes. Raises BadInput as
+    `read_index` does."""
+    index = read_index(path)
+    if path.suffix == ".pack":
+        return {path / name: index.files[name].bytes for name in (IMAGES, LABELS)}
+    return {beton_path(path, split): index.files[split].bytes for split in index.splits}
+
+
 def is_foreign(path: Path) -> bool:
     """Whether FFCV's own writer wrote the file. Raises BadInput if it is in another format."""
     if path.suffix not in FFCV or os.path.lexists(index_path(path)) or not os.path.exists(path):
@@ -330,8 +339,8 @@ def _content(file: Path, spans: np.ndarray) -> np.ndarray:
 # --- Verifying --------------------------------------------------------------------------------------------------------
 
 
-def verify(path: Path, workers: int) -> None:
-    """Compare every byte with the checksums and decode every image.
+def verify(path: Path, workers: int, decode: bool = True) -> None:
+    """Compare every byte with the checksums, and decode every image unless `decode` is False.
 
     Raises:
         BadInput: some are damaged; the message names images and files.
@@ -340,7 +349,7 @@ def verify(path: Path, workers: int) -> None:
     datasets = {split: open_written(path, split, Limits(1 << 62)) for split in index.splits}
     bad = []
     for split, part in index.splits.items():
-        for name, why in _damaged_images(datasets[split], part.crc32, workers):
+        for name, why in _damaged_images(datasets[split], part.crc32, workers, decode):
             bad.append(f"{split}/{name} ({why})")
         file = beton_path(path, split)
         if path.suffix != ".pack" and (offset := find_nonzero_gap(file)) is not None:
@@ -352,12 +361,13 @@ def verify(path: Path, workers: int) -> None:
         raise BadInput(f"{path}: {len(bad)} damaged: {'; '.join(bad[:MAX_NAMED])}{more}; remove it and write it again")
 
 
-def _damaged_images(dataset: Dataset, expected: np.ndarray, workers: int) -> Iterator[tuple[str, str]]:
+def _damaged_images(dataset: Dataset, expected: np.ndarray, workers: int, decode: bool) -> Iterator[tuple[str, str]]:
     def check(i: int) -> str | None:
         if zlib.crc32(dataset.stored_bytes(i)) != expected[i]:
             return "its checksum does not match"
         try:
-            dataset.read(i)
+            if decode:
+                dataset.read(i)
         except BadInput as error:
             return str(error)
         return None

@@ -77,7 +77,8 @@ class TrainConfig:
     """Distil a student from a teacher cache."""
 
     data: str
-    """Dataset: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`."""
+    """Dataset: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`,
+    here or at a URL."""
     student: str
     """A timm model (or swin_nano_patch4_window7_224, swin_pico_patch4_window7_224)."""
     out: Path

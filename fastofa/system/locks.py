@@ -1,4 +1,5 @@
-"""Locks that allow one writer at a time. A second writer is refused at once, with the pid and host of the first.
+"""Locks that allow one writer at a time. A second writer is refused at once, with the pid and host of the first, or
+waits for it.
 
 A lock is an flock on a small file that names the holder. It is released when the process ends, for whatever reason. On
 a network file system it also works between hosts. If the file system does not support flock, the named holder decides:
@@ -9,14 +10,21 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastofa.system.errors import BadInput
+from fastofa.system.progress import notice
 
 _held: set[int] = set()  # file descriptors of the locks that this process holds
+RETRY_S = 0.2  # pause between two attempts of a writer that waits
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+class Held(BadInput):
+    """Another process holds the lock."""
 
 
 def is_alive(pid: int) -> bool:
@@ -31,20 +39,26 @@ def is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def writing(out: Path, inside: bool = False) -> Iterator[None]:
+def writing(out: Path, inside: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold the lock on `out`, which is a file next to it, or inside the folder `out` if `inside`.
 
     Missing parent folders are created, and removed again if they stay empty.
 
+    Args:
+        out: the path to write.
+        inside: `out` is a folder that exists while it is written.
+        wait: wait until no other process holds the lock.
+
     Raises:
-        BadInput: another process holds it, or the folder is not writable.
+        Held: another process holds it, unless `wait`.
+        BadInput: the folder is not writable.
     """
     place = Path(os.path.abspath(out))
     lock = place / ".lock" if inside else place.parent / f".{place.name}.lock"
     missing = [folder for folder in lock.parents if not folder.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = _take(out, lock)
+        file = _take(out, lock, wait)
     except OSError as error:
         _remove_empty(missing)
         no_folder = isinstance(error, FileExistsError | NotADirectoryError)
@@ -76,8 +90,9 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _take(out: Path, lock: Path) -> int:
+def _take(out: Path, lock: Path, wait: bool) -> int:
     """Open the lock's file and acquire the lock."""
+    told = False
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         try:
@@ -86,6 +101,15 @@ def _take(out: Path, lock: Path) -> int:
                 os.ftruncate(file, 0)
                 os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
                 return file
+        except Held as held:
+            os.close(file)
+            if not wait:
+                raise
+            if not told:
+                notice(f"{str(held).partition(';')[0]}; waiting for it")
+                told = True
+            time.sleep(RETRY_S)
+            continue
         except BaseException:
             os.close(file)
             raise
@@ -93,7 +117,7 @@ def _take(out: Path, lock: Path) -> int:
 
 
 def _hold(out: Path, lock: Path, file: int) -> None:
-    """Acquire the lock. Raises BadInput if another process holds it."""
+    """Acquire the lock. Raises Held if another process holds it."""
     pid, host = _holder(file)
     remedy = "wait until it ends or choose another path"
     try:
@@ -108,7 +132,7 @@ def _hold(out: Path, lock: Path, file: int) -> None:
             return
         remedy += f"; if it no longer runs, remove {lock}"
     who = f"another fastofa (pid {pid} on {host})" if pid else "another fastofa"
-    raise BadInput(f"{out}: {who} is writing there; {remedy}")
+    raise Held(f"{out}: {who} is writing there; {remedy}")
 
 
 def _is(lock: Path, file: int) -> bool:

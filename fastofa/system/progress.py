@@ -1,4 +1,4 @@
-"""Progress for the user: a bar with images per second and the time left, and one-line notices.
+"""Progress for the user: a bar with images or bytes per second and the time left, and one-line notices.
 
 If the output is not a terminal (but a file, a pipe or a cluster's log), there is no bar, but a line after each finished
 unit (an epoch or a view) and a line per minute.
@@ -29,13 +29,19 @@ LINE_EVERY_S = 60
 T = TypeVar("T")
 
 
-class ImagesPerSecond(ProgressColumn):
+class Speed(ProgressColumn):
+    """Images per second, or the speed in another unit, of which one is `size` of what the bar counts."""
+
+    def __init__(self, unit: str = "img/s", size: float = 1) -> None:
+        self.unit, self.size = unit, size
+        super().__init__()
+
     def get_table_column(self) -> Column:
         return Column(no_wrap=True)
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} img/s", style="cyan")
+        return Text("" if speed is None else f"{speed / self.size:,.0f} {self.unit}", style="cyan")
 
 
 class TimeLeft(TimeRemainingColumn):
@@ -45,9 +51,10 @@ class TimeLeft(TimeRemainingColumn):
 
 
 class Bar(Progress):
-    """A progress bar in images. Tasks may set the field `note`, such as the loss."""
+    """A progress bar. Tasks may set the field `note`, such as the loss."""
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, speed: Speed) -> None:
+        self.speed = speed
         self.drawn = enabled and is_terminal()
         self.prints_lines = enabled and not self.drawn
         self.printed_at = time.monotonic()
@@ -55,7 +62,7 @@ class Bar(Progress):
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=12),
             TaskProgressColumn(),
-            ImagesPerSecond(),
+            speed,
             TextColumn("{task.fields[note]}", markup=False),
             TimeLeft(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
             console=console,
@@ -81,7 +88,7 @@ class Bar(Progress):
         """Print the texts of the bar as a line."""
         (task,) = (task for task in self.tasks if task.id == task_id)
         speed, left = (
-            ImagesPerSecond().render(task).plain,
+            self.speed.render(task).plain,
             TimeLeft(compact=True, elapsed_when_finished=True).render(task).plain,
         )
         parts = (task.description, f"{task.percentage:.0f}%", speed, task.fields["note"], left)
@@ -90,7 +97,13 @@ class Bar(Progress):
 
 
 def progress_bar(enabled: bool = True) -> Bar:
-    return Bar(enabled)
+    """A bar that counts images."""
+    return Bar(enabled, Speed())
+
+
+def bytes_bar() -> Bar:
+    """A bar that counts bytes."""
+    return Bar(True, Speed("MB/s", 1e6))
 
 
 def is_terminal() -> bool:

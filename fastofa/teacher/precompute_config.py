@@ -27,7 +27,8 @@ class PrecomputeConfig:
     """Write a teacher cache: V views of the training set, each with the teacher's top-K predictions for every image."""
 
     data: str
-    """Dataset: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`."""
+    """Dataset: digits, digits:N, cifar100:DIR, a folder with train/ and val/, or the output of `fastofa write`,
+    here or at a URL."""
     teacher: str | tuple[str, ...]
     """A timm model with its tag (convnext_tiny.in12k_ft_in1k), a folder written by `fastofa train`, `fastofa export` or
     timm, or hf-hub:OWNER/NAME. Its classes are matched with the data's by name. Give --teacher several times to store

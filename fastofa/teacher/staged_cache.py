@@ -18,21 +18,13 @@ from typing import Any
 
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import remove_leftovers, temporary_name
+from fastofa.system.remote import PATIENCE, Patience, Remote, open_remote, persistently, recorded_info
 from fastofa.system.threads import in_order
 from fastofa.system.urls import is_url
 from fastofa.teacher.cache import CLASSIFIER, VAL, Table, TeacherCache, check_origin, view_file
 from fastofa.teacher.cache_header import AGAIN, HEADER, policy_from_json, write_header
+from fastofa.teacher.push_pull import fetch, remote_header
 from fastofa.teacher.reference_images import SEEN
-from fastofa.teacher.remote import (
-    PATIENCE,
-    Patience,
-    Remote,
-    fetch,
-    open_remote,
-    persistently,
-    recorded_info,
-    remote_header,
-)
 
 PROBES = 8  # views whose headers are read at the same time
 

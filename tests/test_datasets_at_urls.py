@@ -1,0 +1,216 @@
+"""A .pack or .beton at a URL is downloaded once, from a store or from a web server that stalls, fails or truncates."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import pytest
+import torch
+
+from fastofa.cli import main
+from fastofa.data.open import open_dataset
+from fastofa.data.staged import local_copy
+from fastofa.data.write import write
+from fastofa.data.write_config import WriteConfig
+from fastofa.runs.run import open_run
+from fastofa.system.errors import BadInput
+from fastofa.system.remote import Patience
+from fastofa.training.loop import train
+from runs import command_line, same_run
+from web_server import Site, serving
+
+QUICK = Patience(attempts=3, wait_s=0.01, timeout_s=20)  # a busy machine answers late
+STALLED = Patience(attempts=4, wait_s=0.01, timeout_s=0.5)
+FORMS = ("photos.pack", "photos.beton")
+IMAGES = "images.npy"
+
+
+@pytest.fixture(scope="module")
+def written(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photos as a .pack and as a .beton. Tests must not change them."""
+    folder = tmp_path_factory.mktemp("written")
+    for name, size in zip(FORMS, (64, None), strict=True):
+        write(WriteConfig(str(photos), folder / name, size=size))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the copies, empty at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    return tmp_path / "user" / "fastofa" / "datasets"
+
+
+@pytest.fixture
+def site(written: Path) -> Iterator[tuple[Site, str]]:
+    """A server of both, which fails on requests for a pack's images, and its URL."""
+    with serving(written, IMAGES) as served:
+        yield served
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def pack_files(written: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files(written).items() if name.startswith("photos.pack")}
+
+
+def spans_asked(site: Site) -> list[str]:
+    return [span for name, span in site.requests if name == IMAGES]
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("kind", ["http", "file", "memory"])
+def test_it_is_the_dataset_itself(site, written, name, kind):
+    """The same identity and images, both splits; the name is the URL."""
+    url = {"http": site[1], "file": f"file://{written}", "memory": "memory://data/sets"}[kind] + f"/{name}"
+    if kind == "memory":
+        for file, data in files(written).items():
+            fsspec.filesystem("memory").pipe_file(f"/data/sets/{file}", data)
+    for split in ("train", "val"):
+        there, here = open_dataset(url, split), open_dataset(str(written / name), split)
+        assert (there.spec, there.fingerprint, len(there)) == (url, here.fingerprint, len(here))
+        assert all(torch.equal(there.read(i), here.read(i)) for i in range(len(here)))
+
+
+def test_it_is_downloaded_once(site, written, copies, capsys):
+    """The notice names the folder and the bytes; later, only the index's beginning is read."""
+    served, url = site
+    path = local_copy(f"{url}/photos.pack", QUICK)
+    count = sum(len(data) for name, data in pack_files(written).items() if name.endswith(".npy"))
+    assert f"downloading {count:,} of {count:,} bytes to {path}" in capsys.readouterr().err.replace("\n", "")
+    assert files(path.parent) == pack_files(written)
+    assert list(copies.iterdir()) == [path.parent]
+    served.requests = []
+    assert local_copy(f"{url}/photos.pack", QUICK) == path
+    assert {name for name, _ in served.requests} == {"dataset.safetensors"}
+
+
+def test_two_processes_download_it_once(site, written):
+    """The second waits for the first."""
+    served, url = site
+    with ThreadPoolExecutor(2) as pool:
+        paths = {*pool.map(lambda _: local_copy(f"{url}/photos.pack", QUICK), range(2))}
+    assert len(paths) == 1
+    assert files(paths.pop().parent) == pack_files(written)
+    assert len(spans_asked(served)) == 1
+
+
+def test_a_dataset_written_again_is_downloaded_again(site, written, tmp_path):
+    """The old copy stays, for a run that reads it."""
+    served, url = site
+    old = local_copy(f"{url}/photos.pack", QUICK)
+    served.folder = tmp_path / "again"
+    write(WriteConfig(str(written / "photos.beton"), served.folder / "photos.pack", size=32))
+    new = local_copy(f"{url}/photos.pack", QUICK)
+    assert files(new.parent) == files(served.folder)
+    assert files(old.parent) == pack_files(written)
+
+
+@pytest.mark.parametrize("faults", [["503"], ["429", "500"], ["stall"], ["truncate"], ["pause", "503", "truncate"]])
+def test_a_server_that_fails_is_retried(site, written, faults):
+    served, url = site
+    served.faults = list(faults)
+    path = local_copy(f"{url}/photos.pack", STALLED if {"stall", "pause"} & set(faults) else QUICK)
+    assert files(path.parent) == pack_files(written)
+    assert served.faults == []
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_later_command_continues(site, written, ranges):
+    """From the first byte that is missing, if the server supports it."""
+    served, url = site
+    served.faults, served.ranges = ["truncate", "503", "503"], ranges
+    with pytest.raises(BadInput, match=f"photos.pack/{IMAGES}: expected an answer, got none in 3 attempts") as error:
+        local_copy(f"{url}/photos.pack", QUICK)
+    assert "\n" not in str(error.value)
+    served.requests = []
+    path = local_copy(f"{url}/photos.pack", QUICK)
+    assert files(path.parent) == pack_files(written)
+    half = (written / "photos.pack" / IMAGES).stat().st_size // 2
+    assert spans_asked(served) == [f"bytes={half}-"]
+
+
+def test_a_changed_byte_is_refused(site, written, copies):
+    """With the image's name. Nothing is kept of it, and a later download is complete."""
+    served, url = site
+    served.faults = ["damage"]
+    with pytest.raises(BadInput, match=r"photos.pack: 1 damaged: val/flower/005.jpg \(its checksum") as error:
+        local_copy(f"{url}/photos.pack", QUICK)
+    assert str(copies) not in str(error.value)
+    assert files(copies) == {}
+    assert files(local_copy(f"{url}/photos.pack", QUICK).parent) == pack_files(written)
+
+
+@pytest.mark.parametrize("name", ["photos.val.beton", "photos.beton.safetensors", "photos.beton"])
+def test_every_file_has_to_be_there(written, tmp_path, name):
+    there = tmp_path / "there"
+    shutil.copytree(written, there)
+    (there / name).unlink()
+    with pytest.raises(BadInput, match=f"file://{there}/{name}.* copy all its files there together"):
+        open_dataset(f"file://{there}/photos.beton")
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-100], lambda data: data + bytes(100)])
+def test_a_file_of_another_size_is_refused(written, tmp_path, copies, change):
+    there = tmp_path / "there"
+    shutil.copytree(written, there)
+    file = there / "photos.val.beton"
+    file.write_bytes(change(file.read_bytes()))
+    size = (written / file.name).stat().st_size
+    with pytest.raises(BadInput, match=rf"photos\.val\.beton.*(expected {size:,}|it ended after)"):
+        local_copy(f"file://{there}/photos.beton", QUICK)
+    assert [path for path in copies.glob("*") if path.suffix != ".partial"] == []
+
+
+def test_an_index_of_another_kind_is_refused(site, tmp_path):
+    """Such as the page of a proxy."""
+    served, url = site
+    served.folder = tmp_path / "there"
+    (served.folder / "photos.pack").mkdir(parents=True)
+    (served.folder / "photos.pack" / "dataset.safetensors").write_text("<html>log in</html>")
+    with pytest.raises(BadInput, match=r"dataset\.safetensors: expected an index .*, got another file"):
+        local_copy(f"{url}/photos.pack", QUICK)
+
+
+def test_a_disk_without_the_space_is_refused(site, copies, monkeypatch):
+    """Before an image is downloaded."""
+    served, url = site
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(BadInput, match=rf"bytes free in {copies}, got 1; free space or set XDG_CACHE_HOME"):
+        local_copy(f"{url}/photos.pack", QUICK)
+    assert spans_asked(served) == []
+
+
+@pytest.mark.parametrize("url", ["memory://photos.pack", "https://host/photos.zip", "s3://bucket/train.ffcv"])
+def test_other_names_are_refused(url):
+    with pytest.raises(BadInput, match=rf"expected .*NAME\.pack or \.beton, got {url}"):
+        open_dataset(url)
+
+
+def test_a_folder_of_images_at_a_url_is_refused(tmp_path, capsys):
+    """By the commands too, in one line."""
+    with pytest.raises(BadInput, match=r"NAME\.pack or \.beton, got s3://bucket/photos; run `fastofa write`"):
+        open_dataset("s3://bucket/photos")
+    data = ["--data", "s3://bucket/photos"]
+    with pytest.raises(SystemExit) as end:
+        main(["precompute", *data, "--teacher", "x", "--views", "1", "--topk", "2", "--out", str(tmp_path / "cache")])
+    assert end.value.code == 2
+    assert "got s3://bucket/photos; run `fastofa write` where the images are" in capsys.readouterr().err
+
+
+def test_a_run_from_a_url_equals_one_from_the_file(site, written, on_photos, tmp_path):
+    """By the commands; also when it is resumed, and evaluated. The configuration contains the URL."""
+    url = f"{site[1]}/photos.beton"
+    train(on_photos("local", data=str(written / "photos.beton"), epochs=1))
+    main(command_line("train", on_photos("remote", data=url, epochs=1)))
+    same_run(tmp_path / "remote", tmp_path / "local")
+    assert open_run(tmp_path / "remote").config.data == url
+    main(["train", "--resume", str(tmp_path / "remote"), "--epochs", "2"])
+    main(["evaluate", str(tmp_path / "remote"), "--data", url, "--json", str(tmp_path / "scores.json")])
+    assert json.loads((tmp_path / "scores.json").read_text())["data"] == url
