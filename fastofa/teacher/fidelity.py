@@ -132,8 +132,8 @@ def held_back(teachers: Ensemble, dataset: Dataset, pipeline: Pipeline, policy: 
             labels.append(own if partner is None or mix is None else heavier(own, partner, mix))
     if not teachers.keep_each:
         return Sample(torch.cat(log_probs), torch.cat(labels))
-    each = tuple(torch.cat(own) for own in zip(*apart, strict=True))
-    return Sample(torch.cat(log_probs), torch.cat(labels), each, teachers.weights)
+    of_each = tuple(torch.cat(own) for own in zip(*apart, strict=True))
+    return Sample(torch.cat(log_probs), torch.cat(labels), of_each, teachers.weights)
 
 
 def held_back_order(images: int) -> np.ndarray:
