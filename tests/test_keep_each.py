@@ -37,6 +37,8 @@ from fastofa.teacher.parts import PARTS
 from fastofa.teacher.plan import plan
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.teacher.remote import pull, push
+from fastofa.teacher.staged_cache import open_cache
 from fastofa.training.evaluate import evaluate
 from fastofa.training.loop import train
 
@@ -222,6 +224,17 @@ def test_merge_diff_verify_and_info(kept, make, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "top 3 of 10, of each teacher" in said
     assert "0.5 of test_efficientnet" in said
+
+
+def test_a_cache_at_a_url_is_the_same(kept, tmp_path):
+    """Pushed, pulled, and read view by view where it lies."""
+    url = f"file://{tmp_path}/pushed"
+    push(kept.path, url)
+    pulled, staged = pull(url, tmp_path / "pulled"), open_cache(url)
+    pulled.verify()
+    assert staged.weights() == (0.5, 0.5)
+    for own, expected in zip(staged.table(1).of_each(), kept.table(1).of_each(), strict=True):
+        assert torch.equal(own.rows, expected.rows)
 
 
 def test_a_damaged_column_names_the_teacher(make, tmp_path):
