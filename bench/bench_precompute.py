@@ -163,6 +163,8 @@ def _rank(args: argparse.Namespace, teacher: str, out: Path, place: dict[str, An
     with shares_of_ranks() as shares:
         job = begun(open_job(config, *data, torch.device("cpu"), Interrupt(), shares))
         job.program(torch.zeros(args.batch_size, 3, args.image_size, args.image_size, dtype=torch.uint8))
+        if shares.is_main:
+            job.write_others()  # of which the fidelity takes as long for a small cache as for a large one
         shares.announce(f"ready {rank}")
         for other in range(shares.place.size):
             shares.wait_for(f"ready {other}", lambda: None)

@@ -100,9 +100,9 @@ def test_images_are_read_in_the_background(run, photos, monkeypatch):
     read: list[Path] = []
     original = fastofa.training.predict_files.read_image
 
-    def count(path: Path) -> Any:
+    def count(path: Path, *limits: Any) -> Any:
         read.append(path)
-        return original(path)
+        return original(path, *limits)
 
     monkeypatch.setattr(fastofa.training.predict_files, "read_image", count)
     files = [photos / "val" / "china" / "000.jpg"] * 200

@@ -125,6 +125,7 @@ def test_the_files_of_a_run(finished):
         "fastofa",
         "config",
         "classes",
+        "teacher",
         "teacher_dim",
         "val_fingerprint",
         "folder",

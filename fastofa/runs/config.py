@@ -279,6 +279,9 @@ class TrainConfig:
     """Weights & Biases project that also receives the log (after `pip install wandb` and `wandb login`)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.cache, Path):  # given from Python; a Path would lose a slash of a URL
+            object.__setattr__(self, "cache", str(self.cache))
+
         def need(fits: bool, name: str, expected: str) -> None:
             if not fits:
                 raise BadInput(f"{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastofa.data.dataset import Dataset
 from fastofa.kernels.reference import heavier, ofa_loss_dense
 from fastofa.pipelines import Pipeline
-from fastofa.system.errors import BadInput
+from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import read_json, write_json
 from fastofa.system.progress import track
 from fastofa.teacher.cache import topk_targets
@@ -276,7 +276,7 @@ def in_one_line(fidelity: Fidelity, topk: int) -> str:
     cosines = ", ".join(f"{_cosine(loss.cosine)} (eps {loss.eps:g})" for loss in less_exact(fidelity.losses))
     return (
         f"top {topk} keep {fidelity.kept:.2%} of the probability; cosine of the OFA loss's gradient: {cosines}; on "
-        f"{fidelity.images} images that are not stored"
+        f"{counted(fidelity.images, 'image')} held back"
     )
 
 
@@ -294,7 +294,7 @@ def in_rows(fidelity: Fidelity) -> dict[str, str]:
     """The figures by name, for a table."""
     return {
         "kept probability": f"{fidelity.kept:.3%}, 1st percentile {fidelity.kept_p1:.3%}; {fidelity.moved:.3%} lies "
-        f"with other classes ({fidelity.images} images that are not stored)",
+        f"with other classes ({counted(fidelity.images, 'image')} held back)",
         **{
             f"OFA loss, eps {loss.eps:g}": f"error {loss.loss_error:.2%}; gradient: cosine {_cosine(loss.cosine)}, "
             f"error {loss.gradient_error:.2%}"
