@@ -45,6 +45,7 @@ def info(cache: TeacherCache) -> dict[str, str]:
         f"{counted(cache.num_classes, 'class')}",
         "classes": _abbreviated(cache.classes),
         "predictions": f"top {cache.topk} of {cache.num_classes}"
+        + ", of each teacher" * cache.keeps_each
         + ", chosen by --topk auto" * ("topk_chosen" in header),
         **_vectors(cache),
         **_fidelity(cache),

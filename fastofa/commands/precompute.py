@@ -30,7 +30,8 @@ def main(config: PrecomputeConfig) -> None:
         return
     size = sum(file.stat().st_size for file in cache.path.iterdir())
     images, classes = counted(cache.num_samples, "image"), counted(cache.num_classes, "class")
-    kept = f"top {cache.topk} of {classes}" + f", vectors of {cache.pooled_dim} numbers" * (cache.pooled_dim > 0)
+    kept = f"top {cache.topk} of {classes}" + " of each teacher" * cache.keeps_each
+    kept += f", vectors of {cache.pooled_dim} numbers" * (cache.pooled_dim > 0)
     print(escaped(f"{cache.path}: {cache.finished_views} of {images}, {kept}, {filesize.decimal(size)}"))
     if (fidelity := read_fidelity(cache.path, cache.header)) is not None:
         print(escaped(f"{cache.path}: {in_one_line(fidelity, cache.topk)}"))

@@ -95,6 +95,9 @@ class TrainConfig:
     allow_mismatch: Literal["none", "pixels"] = "none"
     """pixels: accept a cache whose teacher saw other pixels of the same samples, such as images that were compressed or
     resized since, or that another decoder read. Names, labels, classes and views must still be the same."""
+    teacher_weights: tuple[float, ...] | None = None
+    """Weights of the teachers of a cache made with `fastofa precompute --keep-each`, with a sum of 1. Default: those
+    given to precompute, or equal ones."""
     online_teacher: str | None = None
     """Instead of --cache: run this teacher in every step, on the student's own images, which are drawn anew for every
     epoch. A timm model with its tag, a folder written by `fastofa train`, `fastofa export` or timm, or
@@ -355,6 +358,8 @@ class TrainConfig:
 
     def _check_teacher(self) -> None:
         """Raises BadInput unless at most one teacher is given, and a method learns from an online one."""
+        if self.teacher_weights is not None and self.cache is None:
+            raise BadInput("teacher-weights: expected --cache with them, got none; leave them out")
         if self.online_teacher is None:
             if self.teacher_checkpoint is not None:
                 raise BadInput("teacher-checkpoint: expected --online-teacher with it, got none; give both or neither")

@@ -27,6 +27,7 @@ LATER: dict[str, Any] = {
     "allow_mismatch": "none",
     "first_view": 0,
     "teacher_weights": None,
+    "keep_each": False,
 }
 # The field whose objects a file contains beside the fields: {"lr": 0.1, "squares": {"weight": 2.0}}.
 OWN = "own_options"

@@ -8,6 +8,8 @@
                                     [N, K], best first, and log_probs float16 [N, K]
                                     with --features also pooled float16 [N, D], the input of the teacher's classifier,
                                     or pooled int8 [N, D] with pooled_scale float32 [N]
+                                    with --keep-each, the predictions of teacher t are in columns of their own:
+                                    predictions_t, or classes_t and log_probs_t, from t = 1 on
     CACHE/classifier.safetensors    only with --features: weight float32 [C, D] and bias float32 [C]
     CACHE/val.safetensors           the same predictions of the validation images, on the teacher's own centre crops
     CACHE/seen.png                  a few images of view 0 as the teacher saw them (reference_images.py)
@@ -25,6 +27,7 @@ Shapes: N samples, B batch, C classes, K classes kept, R bytes of a packed row, 
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +42,10 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import load_tensors, read_info, save_tensors
 from fastofa.system.progress import track
 from fastofa.teacher.cache_header import AGAIN, SCHEMA, identity, policy_from_json, read_header
+from fastofa.teacher.mixture import EachTeacher
 from fastofa.teacher.packed_rows import PackedRows, packed, row_format
 from fastofa.teacher.table_checks import classifier_fault, packed_fault, targets_fault, vectors_fault, views_fault
+from fastofa.teacher.teacher_weights import checked_weights
 from fastofa.teacher.vectors import Classifier, Vectors
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views
@@ -54,14 +59,25 @@ class Table(NamedTuple):
     """One view, and what the teacher computed for it."""
 
     views: Views
-    predictions: TopK | PackedRows
+    predictions: TopK | PackedRows | EachTeacher
     """The K best classes as the cache stores them."""
     vectors: Vectors | None
     """[N, D]; None if the cache has none."""
 
+    def of_each(self) -> tuple[TopK | PackedRows, ...]:
+        """The predictions of each teacher kept; one, unless the cache keeps several apart."""
+        return self.predictions.tables if isinstance(self.predictions, EachTeacher) else (self.predictions,)
+
+    def kept(self) -> Tensor:
+        """float64 [N]: the probability that the K classes hold; of several teachers, its weighted mean."""
+        weights = self.predictions.weights if isinstance(self.predictions, EachTeacher) else (1.0,)
+        masses = [_unpacked(own).log_probs.double().exp().sum(dim=1).clamp(max=1) for own in self.of_each()]
+        return torch.stack([w * mass for w, mass in zip(weights, masses, strict=True)]).sum(dim=0)
+
     @property
     def targets(self) -> TopK:
-        """classes uint16 or int32 [N, K], log_probs fp32 or, if they are not packed, float16 [N, K]."""
+        """classes uint16 or int32 [N, K], log_probs fp32 or, if they are not packed, float16 [N, K]. Of several
+        teachers kept apart, the best classes of their mean (`mixture.mix`)."""
         return _unpacked(self.predictions)
 
 
@@ -110,7 +126,7 @@ class TeacherCache:
                 f"{missing[0]} is missing; {remedy}"
             )
         cache = cls(path, header, views, first)
-        cache.val_targets()
+        cache.val_predictions()
         cache.classifier()
         return cache
 
@@ -151,6 +167,27 @@ class TeacherCache:
     def teacher_dim(self) -> int:
         """The number of features before the teacher's classifier; of several teachers, the largest."""
         return max(teacher["num_features"] for teacher in self.header["teachers"])
+
+    @property
+    def keeps_each(self) -> bool:
+        """Whether the predictions of several teachers are kept apart, so that a run can weigh them."""
+        return self.header.get("keep_each", False)
+
+    def weights(self, given: Sequence[float] | None = None) -> tuple[float, ...] | None:
+        """The weights of teachers kept apart: those given, or those of the cache. None if it keeps one prediction.
+
+        Raises:
+            BadInput: the weights do not suit the number of teachers, or the cache keeps one prediction.
+        """
+        if self.keeps_each:
+            teachers = len(self.header["teachers"])
+            return checked_weights(given or self.header["teacher_weights"], teachers, f"teacher of {self.path}")
+        if given is not None:
+            raise BadInput(
+                f"teacher-weights: expected a cache made with `fastofa precompute --keep-each`, got {self.path}, which "
+                "holds one prediction per image; leave them out"
+            )
+        return None
 
     @property
     def features(self) -> str:
@@ -194,7 +231,8 @@ class TeacherCache:
             raise BadInput(f"{self.path}: expected a view from {self.first} to {last}, got {view}")
         path = self.path / view_file(view)
         tensors = read_table(path, self.header, view)
-        predicted = {PREDICTIONS, *TopK._fields, *(Vectors._fields if self.pooled_dim else ())}
+        predicted = {name + suffix for name in (PREDICTIONS, *TopK._fields) for suffix in suffixes(self.header)}
+        predicted |= set(Vectors._fields) if self.pooled_dim else set()
         columns = {
             name: _flags(name, tensor, self.num_samples) for name, tensor in tensors.items() if name not in predicted
         }
@@ -203,7 +241,7 @@ class TeacherCache:
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
         views = Views(**columns, mean=self.policy.mean, std=self.policy.std)
         vectors = Vectors(tensors["pooled"], tensors.get("pooled_scale")) if self.pooled_dim else None
-        return Table(views, _predictions(tensors, self.header), vectors)
+        return Table(views, _predictions(tensors, self.header, self.weights()), vectors)
 
     def classifier(self) -> Classifier | None:
         """The teacher's classifier, with checksum and values checked; None if the cache has no vectors."""
@@ -215,13 +253,18 @@ class TeacherCache:
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
         return Classifier(tensors["weight"], tensors["bias"])
 
-    def val_targets(self) -> TopK:
-        """The teacher's predictions for the validation images, checked like those of `targets`."""
+    def val_targets(self, weights: tuple[float, ...] | None = None) -> TopK:
+        """The teacher's predictions for the validation images, checked like those of `targets`; those of teachers kept
+        apart with these weights, or those of the cache."""
+        return _unpacked(self.val_predictions(weights))
+
+    def val_predictions(self, weights: tuple[float, ...] | None = None) -> TopK | PackedRows | EachTeacher:
+        """The same as the cache stores them."""
         path = self.path / VAL
         tensors = read_table(path, self.header, VAL)
         if fault := best_classes_fault(tensors, self.header, self.header["num_val_samples"]):
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
-        return _unpacked(_predictions(tensors, self.header))
+        return _predictions(tensors, self.header, self.weights(weights))
 
     def verify(self) -> None:
         """Read every finished table, compare its checksum and its origin, and check its values.
@@ -233,7 +276,7 @@ class TeacherCache:
         finished = range(self.first, self.first + self.views)
         for view in track(finished, total, title, lambda _: self.num_samples):
             self.table(view)
-        self.val_targets()
+        self.val_predictions()
         self.classifier()
         exists = [(self.path / view_file(view)).is_file() for view in range(self.first, self.header["views"])]
         if exists != sorted(exists, reverse=True):
@@ -304,17 +347,42 @@ def predictions_fault(tensors: dict[str, Tensor], header: dict[str, Any], count:
 
 
 def best_classes_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
-    """Check the K best classes of `count` images, packed or not. Returns a fault, or ""."""
+    """Check the K best classes of `count` images, packed or not, of each teacher kept. Returns a fault, or ""."""
     rows = row_format(header["topk"], header["num_classes"])
-    if rows is not None and PREDICTIONS in tensors:
-        return packed_fault(tensors[PREDICTIONS], count, rows)
-    return targets_fault(tensors, count, header["topk"], header["num_classes"])
+    for suffix in suffixes(header):
+        own = _of_teacher(tensors, suffix)
+        if rows is not None and PREDICTIONS in own:
+            fault = packed_fault(own[PREDICTIONS], count, rows)
+        else:
+            fault = targets_fault(own, count, header["topk"], header["num_classes"])
+        if fault:
+            return f"teacher {suffix[1:]}: {fault}" if suffix else fault
+    return ""
+
+
+def suffixes(header: dict[str, Any]) -> tuple[str, ...]:
+    """What follows the names of a teacher's columns: "" if the cache keeps one prediction, else "_1", "_2", ..."""
+    if not header.get("keep_each"):
+        return ("",)
+    return tuple(f"_{teacher}" for teacher in range(1, len(header["teachers"]) + 1))
+
+
+def targets_only(columns: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
+    """The classes and log_probs among the columns of a table, of each teacher kept."""
+    return {name + suffix: columns[name + suffix] for suffix in suffixes(header) for name in TopK._fields}
+
+
+def _of_teacher(columns: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
+    """The predictions of one teacher, by names without its suffix."""
+    return {name: columns[name + suffix] for name in (PREDICTIONS, *TopK._fields) if name + suffix in columns}
 
 
 def as_stored(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     """The columns of a table on the CPU as `write_table` takes them: int16 classes of `best_classes` become uint16."""
-    classes = columns["classes"]
-    return {**columns, "classes": classes.view(torch.uint16) if classes.dtype == torch.int16 else classes}
+    return {
+        name: values.view(torch.uint16) if name.startswith("classes") and values.dtype == torch.int16 else values
+        for name, values in columns.items()
+    }
 
 
 def topk_targets(log_probs: Tensor, topk: int) -> TopK:
@@ -354,12 +422,13 @@ def packed_columns(columns: dict[str, Tensor], header: dict[str, Any]) -> dict[s
         name: torch.from_numpy(np.packbits(values.numpy())) if values.dtype == torch.bool else values
         for name, values in columns.items()
     }
-    if "classes" not in columns:
-        return columns
-    predictions = packed(TopK(columns["classes"], columns["log_probs"]), header["num_classes"])
-    if not isinstance(predictions, PackedRows):
-        return columns
-    return {**{n: v for n, v in columns.items() if n not in TopK._fields}, PREDICTIONS: predictions.rows}
+    for suffix in suffixes(header):
+        own = _of_teacher(columns, suffix)
+        predictions = packed(TopK(**own), header["num_classes"]) if "classes" in own else None
+        if isinstance(predictions, PackedRows):
+            others = {name: values for name, values in columns.items() if name.removesuffix(suffix) not in own}
+            columns = {**others, PREDICTIONS + suffix: predictions.rows}
+    return columns
 
 
 def _rounded(columns: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -367,15 +436,22 @@ def _rounded(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values.half() if name == "log_probs" else values for name, values in columns.items()}
 
 
-def _predictions(columns: dict[str, Tensor], header: dict[str, Any]) -> TopK | PackedRows:
+def _predictions(
+    columns: dict[str, Tensor], header: dict[str, Any], weights: tuple[float, ...] | None
+) -> TopK | PackedRows | EachTeacher:
     rows = row_format(header["topk"], header["num_classes"])
-    if rows is None or PREDICTIONS not in columns:
-        return TopK(columns["classes"], columns["log_probs"])
-    return PackedRows(columns[PREDICTIONS], rows)
+    each: list[TopK | PackedRows] = []
+    for suffix in suffixes(header):
+        own = _of_teacher(columns, suffix)
+        if rows is not None and PREDICTIONS in own:
+            each.append(PackedRows(own[PREDICTIONS], rows))
+        else:
+            each.append(TopK(**own))
+    return each[0] if weights is None else EachTeacher(tuple(each), weights, header["num_classes"])
 
 
-def _unpacked(predictions: TopK | PackedRows) -> TopK:
-    return predictions.unpacked() if isinstance(predictions, PackedRows) else predictions
+def _unpacked(predictions: TopK | PackedRows | EachTeacher) -> TopK:
+    return predictions if isinstance(predictions, TopK) else predictions.unpacked()
 
 
 def _flags(name: str, values: Tensor, count: int) -> np.ndarray:

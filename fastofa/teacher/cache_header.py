@@ -74,6 +74,7 @@ def _validity(header: dict[str, Any]) -> dict[str, bool]:
         "pipeline": isinstance(header["pipeline"], str),
         "versions": isinstance(versions, dict) and len(versions) <= 100 and _texts(versions, tuple(versions)),
         "features": "features" not in header or _is_features(header["features"]),
+        "keep_each": "keep_each" not in header or (header["keep_each"] is True and "teacher_weights" in header),
         "topk_chosen": header.get("topk_chosen", "auto") == "auto",
     }
 
@@ -144,7 +145,7 @@ def identity(header: dict[str, Any]) -> dict[str, Any]:
     """The part of the header on which predictions depend: two caches with the same identity have the same views."""
     dataset = {split: header["dataset"][split] for split in ("train", "val")}
     names = ("classes", "topk", "policy", "seed", "teachers")
-    optional = (name for name in ("teacher_weights", "features") if name in header)
+    optional = (name for name in ("teacher_weights", "keep_each", "features") if name in header)
     return {"dataset": dataset, **{name: header[name] for name in (*names, *optional)}}
 
 

@@ -16,17 +16,15 @@ from typing import Any, NamedTuple
 import torch
 
 from fastofa.data.dataset import Dataset
-from fastofa.methods.targets import TopK
 from fastofa.models.normalized import in_words
 from fastofa.pipelines import Pipeline
 from fastofa.system.errors import BadInput, LostContact, counted
 from fastofa.system.files import read_info
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import CLASSIFIER, VAL, as_stored, check_origin, view_file, write_table
-from fastofa.teacher.compiled_teacher import TopKProgram
+from fastofa.teacher.cache import CLASSIFIER, VAL, as_stored, check_origin, targets_only, view_file, write_table
 from fastofa.teacher.downloads import Columns, Downloads
-from fastofa.teacher.ensemble import Ensemble, MeanProgram, kept
+from fastofa.teacher.ensemble import Ensemble, Program, kept
 from fastofa.teacher.fidelity import (
     FIDELITY,
     Sample,
@@ -64,7 +62,7 @@ class CacheJob:
     config: PrecomputeConfig
     header: dict[str, Any]
     teachers: Ensemble
-    program: TopKProgram | MeanProgram
+    program: Program
     train: Source
     val: Source
     interrupt: Interrupt
@@ -300,9 +298,9 @@ class CacheJob:
             write_table(self.out / table_file(table), {**drawn, **kept(columns)}, self.header, table)
             bar.advance(views=1)
             return
-        write_table(self.out / VAL, {name: columns[name] for name in TopK._fields}, self.header, VAL)
+        write_table(self.out / VAL, targets_only(columns, self.header), self.header, VAL)
         dataset = self.val.dataset
-        for name, best in self.teachers.best(columns):
+        for name, best in self.teachers.best(columns, len(dataset.classes)):
             correct = best.to(torch.int64) == torch.from_numpy(dataset.labels)
             report_accuracy(name, float(correct.float().mean()), len(dataset.classes), len(dataset))
 

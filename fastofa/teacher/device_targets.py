@@ -1,6 +1,6 @@
 """The targets of an epoch's views, kept on the device and looked up by row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastofa.methods.targets import Targets, TopK
 from fastofa.pipelines import Batch
+from fastofa.teacher.mixture import mix
 from fastofa.teacher.packed_rows import Decoder, PackedRows
 from fastofa.teacher.vectors import Classifier, Vectors
 
@@ -76,6 +77,37 @@ class DeviceTargets:
         return targets._replace(
             pooled=pooled, all_log_probs=None if self.classifier is None else self.classifier.log_probs(pooled)
         )
+
+
+class MixedTargets:
+    """The targets of one view table whose teachers are kept apart. A lookup decodes each and computes their mean.
+
+    Args:
+        each: the table of each teacher, with `dense` False.
+        weights: of the teachers, with a sum of 1.
+        num_classes: C.
+        all_classes: whether a method needs the log-probabilities of all classes.
+    """
+
+    def __init__(
+        self, each: Sequence[DeviceTargets], weights: Sequence[float], num_classes: int, all_classes: bool
+    ) -> None:
+        self.each, self.weights, self.num_classes, self.all_classes = each, weights, num_classes, all_classes
+
+    def of(self, batch: Batch) -> Targets:
+        """The targets of the batch's images, with their sample ids."""
+        return self.lookup(batch.rows)._replace(sample_ids=batch.sample_ids)
+
+    def __len__(self) -> int:
+        """The number of rows on the device."""
+        return len(self.each[0])
+
+    def lookup(self, rows: Tensor) -> Targets:
+        """Rows int64 [B] -> the best classes of the mean (`mixture.mix`), int32 [B, K'], log_probs fp32 [B, K'] and, if
+        a method needs them, all_log_probs fp32 [B, C]. Meanwhile, it takes a few tensors [B, C] per teacher."""
+        found = [own.lookup(rows) for own in self.each]
+        mean = mix([TopK(own.classes, own.log_probs) for own in found], self.weights, self.num_classes)
+        return Targets(*mean.best, all_log_probs=mean.log_probs if self.all_classes else None)
 
 
 def _indexable(classes: Tensor, log_probs: Tensor) -> TopK:

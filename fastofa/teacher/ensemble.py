@@ -1,4 +1,4 @@
-"""Several teachers that predict as one: the weighted mean of their probabilities.
+"""Several teachers that predict as one, by the weighted mean of their probabilities, or each for itself.
 
 Every teacher sees the same views with its own normalisation and image size, and the validation images with its own
 centre crop. Teachers of one image size share the pixels; for each further size, the pipeline reads the images again.
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastofa.methods.targets import TopK
 from fastofa.pipelines import Batch, Pipeline
 from fastofa.system.device import choose_bf16
 from fastofa.teacher.cache import best_classes
 from fastofa.teacher.compiled_teacher import LogProbsProgram, TopKProgram
 from fastofa.teacher.downloads import Columns
+from fastofa.teacher.mixture import EachTeacher
 from fastofa.teacher.model import Teacher, check_finite, open_teacher
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.views.table import Views, center_views
@@ -37,6 +39,8 @@ class Ensemble:
     """Of the teachers' probabilities; their sum is 1."""
     names: tuple[str, ...]
     """For messages: that of the one teacher, or several as the user gave them, since two may be of one architecture."""
+    keep_each: bool = False
+    """Whether the predictions of several teachers are stored apart, instead of their mean."""
 
     @property
     def only(self) -> Teacher:
@@ -61,7 +65,9 @@ class Ensemble:
     def describe(self) -> dict[str, Any]:
         """The fields of a cache's header."""
         fields: dict[str, Any] = {"teachers": [teacher.describe() for teacher in self.teachers]}
-        return fields if len(self.teachers) == 1 else {**fields, "teacher_weights": list(self.weights)}
+        if len(self.teachers) > 1:
+            fields["teacher_weights"] = list(self.weights)
+        return {**fields, "keep_each": True} if self.keep_each else fields
 
     # --- Images ---
 
@@ -103,11 +109,13 @@ class Ensemble:
         weighted = [log_probs + math.log(weight) for log_probs, weight in zip(each, self.weights, strict=True)]
         return torch.logsumexp(torch.stack(weighted), dim=0)
 
-    def program(self, topk: int, batch_size: int, compile_: bool, features: str) -> "TopKProgram | MeanProgram":
+    def program(self, topk: int, batch_size: int, compile_: bool, features: str) -> "Program":
         """`program(*images)`: images as for `each` -> columns of a table, on `device`. The arguments are those of
         `TopKProgram`; several teachers have no features."""
         if len(self.teachers) == 1:
             return TopKProgram(self.only, topk, batch_size, compile_, features)
+        if self.keep_each:
+            return EachProgram(self, topk, batch_size, compile_)
         return MeanProgram(self, topk, batch_size, compile_)
 
     def check_finite(self, columns: Columns, view: str, samples: Sequence[str]) -> None:
@@ -115,12 +123,23 @@ class Ensemble:
         if EACH in columns:
             for name, best in zip(self.names, columns[EACH].T, strict=True):
                 check_finite(name, torch.where(best < 0, torch.nan, 0.0)[:, None], view, samples)
-        check_finite(self.name, columns["log_probs"], view, samples)
+        named = self._apart(columns) if self.keep_each else [(self.name, columns)]
+        for name, own in named:
+            check_finite(name, own["log_probs"], view, samples)
 
-    def best(self, columns: Columns) -> list[tuple[str, Tensor]]:
+    def best(self, columns: Columns, num_classes: int) -> list[tuple[str, Tensor]]:
         """The most probable classes, integer [B], by name: of each teacher if there are several, and of their mean."""
+        if self.keep_each:
+            apart = [(name, TopK(**own)) for name, own in self._apart(columns)]
+            mean = EachTeacher(tuple(own for _, own in apart), self.weights, num_classes).unpacked()
+            return [(name, own.classes[:, 0]) for name, own in (*apart, (self.name, mean))]
         each = zip(self.names, columns[EACH].T, strict=True) if EACH in columns else ()
         return [*each, (self.name, columns["classes"][:, 0])]
+
+    def _apart(self, columns: Columns) -> list[tuple[str, Columns]]:
+        """By name of the teacher: its columns of `EachProgram` as `TopKProgram` names them."""
+        numbered = enumerate(self.names, 1)
+        return [(name, {field: columns[f"{field}_{i}"] for field in TopK._fields}) for i, name in numbered]
 
 
 class MeanProgram:
@@ -146,6 +165,25 @@ class MeanProgram:
         return {**columns, EACH: torch.stack(best, dim=1).to(torch.int32)}
 
 
+class EachProgram:
+    """`program(*images)`: the columns of `TopKProgram` for each of several teachers, classes_1, log_probs_1, ..."""
+
+    def __init__(self, ensemble: Ensemble, topk: int, batch_size: int, compile_: bool) -> None:
+        self.programs = [TopKProgram(teacher, topk, batch_size, compile_) for teacher in ensemble.teachers]
+
+    @property
+    def to_compile(self) -> bool:
+        """Whether the next call compiles."""
+        return any(program.to_compile for program in self.programs)
+
+    def __call__(self, *images: Tensor) -> Columns:
+        each = [program(own) for program, own in zip(self.programs, images, strict=True)]
+        return {f"{name}_{i}": values for i, own in enumerate(each, 1) for name, values in own.items()}
+
+
+Program = TopKProgram | MeanProgram | EachProgram
+
+
 def open_teachers(config: PrecomputeConfig, classes: Sequence[str], device: torch.device) -> Ensemble:
     """Open the teachers of a configuration; image size and normalisation, if given, are those of all.
 
@@ -168,7 +206,7 @@ def open_teachers(config: PrecomputeConfig, classes: Sequence[str], device: torc
         for name in config.teachers
     ]
     names = config.teachers if len(teachers) > 1 else (teachers[0].name,)
-    return Ensemble(tuple(teachers), config.weights, names)
+    return Ensemble(tuple(teachers), config.weights, names, config.keep_each)
 
 
 def kept(columns: Columns) -> Columns:

@@ -32,6 +32,7 @@ from fastofa.teacher.cache import topk_targets
 from fastofa.teacher.cache_header import MAX_VIEWS, identity
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.ensemble import Ensemble
+from fastofa.teacher.mixture import EachTeacher
 from fastofa.teacher.model import check_finite
 from fastofa.teacher.packed_rows import packed
 from fastofa.views.draw import draw_views
@@ -52,6 +53,10 @@ class Sample(NamedTuple):
     """fp32 [N, C]: log-probabilities of all classes at temperature 1."""
     labels: Tensor
     """int64 [N]: the labels; of mixed images, that of the larger share."""
+    each: tuple[Tensor, ...] = ()
+    """fp32 [N, C] of each teacher, if the cache keeps several apart; `log_probs` is their mean."""
+    weights: tuple[float, ...] = ()
+    """Of these teachers."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ def held_back(teachers: Ensemble, dataset: Dataset, pipeline: Pipeline, policy: 
     order = held_back_order(len(dataset))
     names = iter([dataset.names[i] for i in order.tolist()])
     log_probs, labels = [], []
+    apart: list[list[Tensor]] = []
     with closing(teachers.batches(pipeline, teachers.same(views), order)) as batches:
         for each in track(batches, len(order), "fidelity", lambda each: len(each[0].images)):
             for images in zip(*(batch.images.split(ROWS_AT_ONCE) for batch in each), strict=True):
@@ -121,9 +127,13 @@ def held_back(teachers: Ensemble, dataset: Dataset, pipeline: Pipeline, policy: 
                 for teacher, values in zip(teachers.names, predicted, strict=True):
                     check_finite(teacher, values, "a view that is not stored", samples)
                 log_probs.append(teachers.mean(predicted))
+                apart.append(predicted)
             own, partner, mix = each[0].labels, each[0].partner_labels, each[0].mix
             labels.append(own if partner is None or mix is None else heavier(own, partner, mix))
-    return Sample(torch.cat(log_probs), torch.cat(labels))
+    if not teachers.keep_each:
+        return Sample(torch.cat(log_probs), torch.cat(labels))
+    of_each = tuple(torch.cat(own) for own in zip(*apart, strict=True))
+    return Sample(torch.cat(log_probs), torch.cat(labels), of_each, teachers.weights)
 
 
 def held_back_order(images: int) -> np.ndarray:
@@ -143,10 +153,20 @@ def top_k(topk: int) -> Callable[[Tensor], Tensor]:
     return seen
 
 
+def seen_from(sample: Sample, topk: int) -> Tensor:
+    """The probabilities [N, C] that a method sees from a cache of these predictions with K = `topk`."""
+    if not sample.each:
+        return top_k(topk)(sample.log_probs)
+    num_classes = sample.log_probs.shape[1]
+    stored = [packed(topk_targets(own, topk), num_classes) for own in sample.each]
+    return EachTeacher(tuple(stored), sample.weights, num_classes).probs().to(sample.log_probs.device)
+
+
 def measure(sample: Sample, topk: int, eps: Sequence[float]) -> Fidelity:
     """The fidelity of a cache with K = `topk` for these values of eps."""
-    kept = sample.log_probs.double().exp().topk(topk).values.sum(dim=1)
-    seen = top_k(topk)(sample.log_probs).double()
+    each = zip(sample.each or (sample.log_probs,), sample.weights or (1.0,), strict=True)
+    kept = torch.stack([w * own.double().exp().topk(topk).values.sum(dim=1) for own, w in each]).sum(dim=0)
+    seen = seen_from(sample, topk).double()
     moved = (seen - sample.log_probs.double().exp()).abs().sum(dim=1) / 2
     figures = (kept.mean().item(), kept.quantile(0.01).item(), moved.mean().item())
     return Fidelity(len(kept), *figures, compare(sample, seen, eps))
@@ -178,7 +198,7 @@ def smallest_topk(sample: Sample, eps: Sequence[float]) -> int:
     low, high = 0, sample.log_probs.shape[1]
     while high - low > 1:
         middle = min(2 * low, (low + high) // 2) or 1  # small K first, because they are the usual answer
-        losses = compare(sample, top_k(middle)(sample.log_probs), eps)
+        losses = compare(sample, seen_from(sample, middle), eps)
         if min(loss.cosine for loss in losses) >= LEAST_COSINE:
             high = middle
         else:

@@ -20,7 +20,7 @@ from fastofa.runs.recipes import teacher_normalization
 from fastofa.student.stages import Feature, Stage, as_map, probe_stages, run_found_stages
 from fastofa.system.device import choose_bf16, choose_compile
 from fastofa.system.errors import BadInput
-from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.device_targets import DeviceTargets, MixedTargets
 from fastofa.teacher.model import Teacher, open_teacher
 
 
@@ -88,7 +88,7 @@ class OnlineTeacher:
         return f"teacher {self.teacher.name}: runs in every step, on the student's own images{resized}"
 
 
-TargetSource = DeviceTargets | OnlineTeacher  # of a step: what a cache contains, or the teacher itself
+TargetSource = DeviceTargets | MixedTargets | OnlineTeacher  # of a step: what a cache contains, or the teacher itself
 
 
 def open_online_teacher(config: TrainConfig, classes: Sequence[str], device: torch.device) -> OnlineTeacher | None:

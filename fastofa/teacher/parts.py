@@ -71,7 +71,7 @@ class Parts(NamedTuple):
         """
         path = self.out / part_file(self.table, start)
         columns = read_table(path, self.header, self._origin(start))
-        count = min(len(columns.get("classes", ())), len(self.order) - start)
+        count = min(rows_in(columns), len(self.order) - start)
         if fault := predictions_fault(columns, self.header, count):
             raise BadInput(f"{path}: {fault}")
         return columns
@@ -136,7 +136,7 @@ def remove_parts(out: Path, tables: list[int | str]) -> None:
 
 
 def rows_in(columns: Columns) -> int:
-    return len(columns["classes"])
+    return next((len(values) for values in columns.values() if values.dim()), 0)
 
 
 def concatenated(columns: list[Columns]) -> Columns:

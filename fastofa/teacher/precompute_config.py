@@ -11,6 +11,7 @@ from fastofa.runs.config import MAX_EPOCHS
 from fastofa.runs.config_file import to_json
 from fastofa.runs.recipes import default_policy, recipe, teacher_normalization
 from fastofa.system.errors import BadInput, at_least
+from fastofa.teacher.teacher_weights import checked_weights
 from fastofa.views.policy import ViewPolicy, changed_policy
 
 # Titles of groups in the help, keyed by the first field of each group.
@@ -19,7 +20,6 @@ SECTIONS = {"data": "cache and teacher", "scale": "view", "skip_corrupt": "image
 # index does). --out is always given.
 FREE = {"first_view", "plan", "skip_corrupt", "allow_warnings"}
 FREE |= {"batch_size", "device", "compile", "pipeline", "workers"}
-WEIGHTS_ERROR = 0.005  # .33 .33 .33 has a sum of .99: too far; .333 .333 .333 is accepted and rescaled
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class PrecomputeConfig:
     notice says which were used."""
     teacher_weights: tuple[float, ...] | None = None
     """Weights of several teachers' probabilities, with a sum of 1. Default: equal."""
+    keep_each: bool = False
+    """Store the top K of each of several teachers, instead of those of their mean, so that every run can weigh them
+    (`fastofa train --teacher-weights`); a view takes as many bytes more for each further teacher."""
     image_size: int | None = None
     """Side of the teacher's input in pixels. Default: its own."""
     mean: tuple[float, float, float] | None = None
@@ -139,7 +142,7 @@ class PrecomputeConfig:
             recipe(self.recipe)
 
     def _check_teachers(self) -> None:
-        count, weights = len(self.teachers), self.teacher_weights
+        count = len(self.teachers)
         if count < 1:
             raise BadInput("teacher: expected at least one, got none")
         if count > 1 and self.features != "none":
@@ -149,13 +152,9 @@ class PrecomputeConfig:
                 f"teacher-checkpoint: expected one --teacher with it, got {count}; give each as a folder with "
                 "config.json and weights, as `fastofa export` writes it"
             )
-        if weights is None:
-            return
-        shown = " ".join(f"{weight:g}" for weight in weights)
-        if len(weights) != count:
-            raise BadInput(f"teacher-weights: expected {count}, one per --teacher, got {len(weights)} ({shown})")
-        if not all(weight > 0 for weight in weights) or abs(sum(weights) - 1) > WEIGHTS_ERROR:
-            raise BadInput(f"teacher-weights: expected numbers above 0 with a sum of 1, got {shown}")
+        if count == 1 and self.keep_each:
+            raise BadInput("keep-each: expected several --teacher with it, got one; leave it out")
+        checked_weights(self.teacher_weights, count, "--teacher")
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -164,13 +163,15 @@ class PrecomputeConfig:
     @property
     def weights(self) -> tuple[float, ...]:
         """The weight of each teacher; their sum is 1."""
-        weights = self.teacher_weights or (1.0,) * len(self.teachers)
-        return tuple(weight / sum(weights) for weight in weights)
+        return checked_weights(self.teacher_weights, len(self.teachers), "--teacher")
 
     def to_json(self) -> dict[str, Any]:
         """The fields on which predictions depend; others have their defaults, so that equal caches are equal files."""
         own = {field.name: field.default for field in dataclasses.fields(self) if field.name in FREE}
-        return {**to_json(self), **own, "out": ""}
+        values = {**to_json(self), **own, "out": ""}
+        if not self.keep_each:
+            del values["keep_each"]  # as caches of earlier versions
+        return values
 
     def limits(self) -> Limits:
         """The limits within which images are accepted."""

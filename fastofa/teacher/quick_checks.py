@@ -43,10 +43,12 @@ def _differences(config: PrecomputeConfig) -> list[str]:
         default = {field.name: field.default for field in dataclasses.fields(ViewPolicy)}
         features = header.get("features", {}).get("kind", "none")
         topk = header.get("topk_chosen", header["topk"]) if config.topk == "auto" else header["topk"]
-        cached = {"topk": topk, "features": features, "seed": header["seed"], **default, **header["policy"]}
+        each = header.get("keep_each", False)
+        cached = {"topk": topk, "features": features, "keep_each": each, "seed": header["seed"]}
+        cached |= {**default, **header["policy"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
-    given = {name: getattr(config, name) for name in ("topk", "features", "seed")}
+    given = {name: getattr(config, name) for name in ("topk", "features", "keep_each", "seed")}
     requested = {**given, **dataclasses.asdict(config.policy())}
     return [
         f"{name.replace('_', '-')} (cached: {_text(cached[name])}, given: {_text(value)})"

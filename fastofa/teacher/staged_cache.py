@@ -72,7 +72,7 @@ class StagedCache(TeacherCache):
             if not fetch(remote, name, folder / name, patience, header, name):
                 raise BadInput(f"{url}: expected {name}, but it is missing; {AGAIN}, then `fastofa cache push`")
         fetch(remote, SEEN, folder / SEEN, patience)
-        cache.val_targets()
+        cache.val_predictions()
         cache.classifier()
         return cache
 

@@ -1,5 +1,6 @@
 """The data of each epoch: its table of views, the order of this rank's samples, and the teacher's targets for them."""
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from fastofa.runs.recipes import default_policy, with_size_defaults
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.progress import notice
 from fastofa.teacher.cache import Table, TeacherCache
-from fastofa.teacher.device_targets import DeviceTargets
+from fastofa.teacher.device_targets import DeviceTargets, MixedTargets
 from fastofa.teacher.online import OnlineTeacher, TargetSource
 from fastofa.teacher.packed_rows import joined
 from fastofa.teacher.staged_cache import open_cache
@@ -71,6 +72,7 @@ class Epochs:
         self.cache = None if config.cache is None else open_cache(config.cache)
         if self.cache is not None:
             self.policy = config.policy(self.cache.policy)
+            config = dataclasses.replace(config, teacher_weights=self.cache.weights(config.teacher_weights))
             self.cache.check(dataset, self.policy, config.allow_mismatch == "pixels")
             if world.is_main and self.cache.header["dataset"]["train"] != dataset.fingerprint:
                 made_from = self.cache.header["dataset"]["spec"]
@@ -164,16 +166,21 @@ class Epochs:
         self.loaded_views, self.loaded = numbers, Epoch(views, order, targets)
         return self.loaded
 
-    def _device_targets(self, cache: TeacherCache, tables: list[Table], order: np.ndarray) -> DeviceTargets:
+    def _device_targets(self, cache: TeacherCache, tables: list[Table], order: np.ndarray) -> TargetSource:
         """The targets that this epoch's methods need, on the device."""
+        rows = None if self.world.size == 1 else order  # the rows that this rank looks up
+        if self.config.teacher_weights is not None:
+            tables_of_each = zip(*(table.of_each() for table in tables), strict=True)
+            each = [DeviceTargets(joined(own), self.device, rows=rows) for own in tables_of_each]
+            return MixedTargets(each, self.config.teacher_weights, cache.num_classes, "all classes" in self.needs)
         dense = cache.topk == cache.num_classes
         rebuilt = "all classes" in self.needs and not dense
         vectors = [t.vectors for t in tables if t.vectors is not None and (rebuilt or "pooled vector" in self.needs)]
         return DeviceTargets(
-            joined([table.predictions for table in tables]),
+            joined([own for table in tables for own in table.of_each()]),
             self.device,
             dense,
-            None if self.world.size == 1 else order,  # the rows that this rank looks up
+            rows,
             joined_vectors(vectors) if vectors else None,
             cache.classifier() if rebuilt else None,
         )

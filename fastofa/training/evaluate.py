@@ -221,7 +221,7 @@ def _teacher_targets(run: Run, dataset: Dataset) -> TopK | None:
             raise BadInput(f"{cache.path} contains predictions for other validation images")
         if cache.digests(len(run.view_digests)) != run.view_digests:
             raise BadInput(f"{cache.path} does not contain the predictions that the run started with")
-        return cache.val_targets()
+        return cache.val_targets(run.config.teacher_weights)
     except BadInput as error:
         notice(f"no agreement with the teacher: {error}")
     return None

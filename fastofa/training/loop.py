@@ -253,11 +253,11 @@ class Job:
         if self.step.steps < self.last_step:
             try_methods(self.step, self.train_pipeline, self.epochs.load(self.step.steps // self.epochs.steps))
         if self.world.is_main and (cache := self.epochs.cache) is not None:
-            views, _, log_probs = cache.targets(0)
-            self.pixels = compare_teacher_images(cache.path, self.train_pipeline, views)
+            table = cache.table(0)
+            self.pixels = compare_teacher_images(cache.path, self.train_pipeline, table.views)
             if self.pixels is not None and self.config.allow_mismatch != "pixels":
                 self.pixels.check(cache.path, self.config.data)
-            self.spread = spread_notice(self.config.methods, cache, log_probs)
+            self.spread = spread_notice(self.config.methods, cache, table)
 
     def normalization(self) -> str:
         """One line with the normalisation of the student's input and, with a teacher, of the teacher's."""

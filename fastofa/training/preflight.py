@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import Tensor
 
 from fastofa.data.dataset import Dataset
 from fastofa.methods.find_method import file_digests, method_class, own_options
@@ -23,7 +22,7 @@ from fastofa.system.device import choose_device
 from fastofa.system.errors import BadInput
 from fastofa.system.memory import memory_bytes
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache import Table, TeacherCache
 from fastofa.teacher.online import check_online_teacher
 from fastofa.teacher.staged_cache import open_cache
 from fastofa.training.distributed import World
@@ -79,20 +78,23 @@ def check_needs(methods: Sequence[str], cache: TeacherCache) -> None:
             )
 
 
-def spread_notice(methods: Sequence[str], cache: TeacherCache, log_probs: Tensor) -> str:
+def spread_notice(methods: Sequence[str], cache: TeacherCache, table: Table) -> str:
     """What methods that need all classes lose on this cache, for a notice; empty if nothing.
 
     Args:
-        log_probs: floating [N, K], of view 0.
+        table: that of view 0.
     """
     names = [name for name in methods if method_class(name).needs == "all classes"]
     if not names or cache.pooled_dim or cache.topk == cache.num_classes:
         return ""
-    kept = log_probs.double().exp().sum(dim=1).clamp(max=1).mean().item()
+    remedy = "a larger --topk of `fastofa precompute` reduces"
+    if len(cache.header["teachers"]) == 1:
+        remedy = "`fastofa precompute --features pooled` removes"
+    kept = table.kept().mean().item()
     return (
         f"method {'+'.join(names)}: needs all classes; the {cache.topk} of {cache.num_classes} in the cache hold "
         f"{kept:.3%} of the teacher's probability (mean over view 0), and the rest is spread evenly over the others: a "
-        f"total variation error of at most {1 - kept:.3%}, which `fastofa precompute --features pooled` removes"
+        f"total variation error of at most {1 - kept:.3%}, which {remedy}"
     )
 
 
