@@ -37,7 +37,7 @@ from fastofa.teacher.parts import PARTS
 from fastofa.teacher.plan import plan
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
-from fastofa.teacher.remote import pull, push
+from fastofa.teacher.push_pull import pull, push
 from fastofa.teacher.staged_cache import open_cache
 from fastofa.training.evaluate import evaluate
 from fastofa.training.loop import train
