@@ -114,7 +114,8 @@ def test_every_number_and_choice_is_checked():
     numeric = {
         f.name for f in dataclasses.fields(TrainConfig) if any(t in str(f.type) for t in ("int", "float", "Lit"))
     }
-    elsewhere = {"scale", "ratio", "flip", "bicubic", "mean", "std", "workers"}  # workers: open_pipeline refuses them
+    # workers: open_pipeline refuses them; teacher_weights: TeacherCache.weights
+    elsewhere = {"scale", "ratio", "flip", "bicubic", "mean", "std", "workers", "teacher_weights"}
     assert {name for name, *_ in WRONG} | elsewhere == numeric | {"method", "data", "student", "init", "wandb"}
 
 
@@ -282,7 +283,10 @@ def test_differences_that_make_it_another_run():
         "fitnet": FitNetOptions(2),
     }  # fmt: skip
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert set(changed) | set(free) | {"mean", "std", "teacher_checkpoint", "own_options"} == fields
+    assert set(changed) | set(free) | {"mean", "std", "teacher_checkpoint", "teacher_weights", "own_options"} == fields
+    cached = dataclasses.replace(mine, cache="c")
+    (said,) = cached.differences(dataclasses.replace(cached, teacher_weights=(0.3, 0.7)))
+    assert said.startswith("teacher_weights: ")
     for name, value in changed.items():
         (said,) = mine.differences(dataclasses.replace(mine, **{name: value}))
         assert re.match(rf"{name}(\.weight)?: ", said)
