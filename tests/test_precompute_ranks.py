@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +164,29 @@ def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _rank_1_dies(rank: int) -> None:
+def _together(folder: Path, ranks: int, rank: int) -> None:
+    """Let no rank finish a batch before all have begun one."""
+    call = TopKProgram.__call__
+
+    def meet(self: TopKProgram, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        (folder / f"begun-{rank}").touch()
+        while len(list(folder.glob("begun-*"))) < ranks:
+            time.sleep(0.01)
+        return call(self, images)
+
+    TopKProgram.__call__ = meet  # type: ignore[method-assign]
+
+
+def _rank_1_dies(folder: Path, rank: int) -> None:
     fastofa.teacher.shares.SILENT_S = fastofa.teacher.shares.LEAVE_S = 1.0
     if rank == 1:
-        _after(2, _kill)
+        _after(1, _kill)
+    _together(folder, 3, rank)
 
 
 def test_a_rank_that_dies_holds_up_nobody(config, alone, tmp_path):
     """Rank 0 computes what it had taken."""
-    codes, output = on(3, config(tmp_path / "cache"), _rank_1_dies)
+    codes, output = on(3, config(tmp_path / "cache"), partial(_rank_1_dies, tmp_path))
     assert codes == [0, -signal.SIGKILL, 0], output
     assert files(tmp_path / "cache") == files(alone)
 
@@ -187,14 +203,15 @@ def test_a_rank_dies_when_all_parts_are_complete(config, alone, tmp_path):
     assert files(tmp_path / "cache") == files(alone)
 
 
-def _rank_0_dies(rank: int) -> None:
+def _rank_0_dies(folder: Path, rank: int) -> None:
     if rank == 0:
-        _after(3, _kill)
+        _after(2, _kill)
+    _together(folder, 2, rank)
 
 
 def test_without_rank_0_the_others_save_and_another_number_of_ranks_continues(config, alone, tmp_path):
     """Its process holds the store here; torchrun's own store would end with torchrun."""
-    codes, output = on(2, config(tmp_path / "cache"), _rank_0_dies, agent=False)
+    codes, output = on(2, config(tmp_path / "cache"), partial(_rank_0_dies, tmp_path), agent=False)
     assert codes == [-signal.SIGKILL, 1], output
     assert "fastofa: rank 1: lost the other ranks" in output[1]
     assert "Traceback" not in output[1]
@@ -203,13 +220,14 @@ def test_without_rank_0_the_others_save_and_another_number_of_ranks_continues(co
     assert files(tmp_path / "cache") == files(alone)
 
 
-def _all_stop(rank: int) -> None:
+def _all_stop(folder: Path, rank: int) -> None:
     _after(2 + rank, lambda: signal.raise_signal(signal.SIGTERM))
+    _together(folder, 2, rank)
 
 
 def test_sigterm_saves_what_every_rank_has_computed(config, alone, tmp_path, monkeypatch):
     """A process that continues computes only the rest."""
-    codes, output = on(2, config(tmp_path / "cache"), _all_stop)
+    codes, output = on(2, config(tmp_path / "cache"), partial(_all_stop, tmp_path))
     assert codes == [128 + signal.SIGTERM] * 2, output
     line = f"fastofa: saved in {tmp_path / 'cache'}; run the same command again to continue"
     assert [text.splitlines()[-1] == line for text in output] == [True, False]
@@ -228,7 +246,8 @@ def test_sigterm_saves_what_every_rank_has_computed(config, alone, tmp_path, mon
 # --- Ranks that refuse ------------------------------------------------------------------------------------------------
 
 
-def _rank_1_has_a_full_disk(rank: int) -> None:
+def _rank_1_has_a_full_disk(folder: Path, rank: int) -> None:
+    _together(folder, 2, rank)
     if rank == 1:
 
         def save(*_: Any) -> None:
@@ -238,7 +257,7 @@ def _rank_1_has_a_full_disk(rank: int) -> None:
 
 
 def test_a_full_disk_of_one_rank_is_one_line_and_loses_nothing(config, alone, tmp_path):
-    codes, output = on(2, config(tmp_path / "cache"), _rank_1_has_a_full_disk)
+    codes, output = on(2, config(tmp_path / "cache"), partial(_rank_1_has_a_full_disk, tmp_path))
     assert codes == [2, 2], output
     assert "No space left on device; free space or choose another path" in output[1]
     assert output[0].splitlines()[-1] == "fastofa: error: rank 0: stopped because rank 1 refused its input"
@@ -295,7 +314,7 @@ def test_ranks_with_another_identity_are_refused(config, tmp_path):
 def test_a_part_that_cannot_be_used_is_computed_again(config, alone, tmp_path, damage):
     """Whatever it is, the cache that results is the same."""
     cache = tmp_path / "cache"
-    codes, output = on(2, config(cache), _all_stop)
+    codes, output = on(2, config(cache), partial(_all_stop, tmp_path))
     assert codes == [128 + signal.SIGTERM] * 2, output
     first, second = sorted(cache.glob(PARTS))[:2]
     if damage == "cut off":
