@@ -3,11 +3,13 @@
 import dataclasses
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 from timm.models import save_for_hf
@@ -21,6 +23,7 @@ from fastofa.system.files import load_tensors
 from fastofa.teacher.cache import TeacherCache
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
+from fastofa.training.step import Step
 
 # A forked server that has everything imported makes a new process a matter of milliseconds. One list for all tests: a
 # process has one such server, and the list that was set last counts.
@@ -115,3 +118,15 @@ def same_run(a: Path, b: Path) -> None:
         assert {**info, **dict.fromkeys(TIMES)} == {**other_info, **dict.fromkeys(TIMES)}
     assert log_of(a) == log_of(b)
     assert [file.name for file in a.rglob(".*.tmp")] == []
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """SIGTERM arrives during this step, counted from 1."""
+    original, steps = Step.__call__, iter(range(1, 1000))
+
+    def call(self: Step, *args: Any) -> None:
+        if next(steps) == number:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, *args)
+
+    monkeypatch.setattr(Step, "__call__", call)

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from fastofa.training.loop import train
 from fastofa.training.plan import plan
 from fastofa.training.step import Step
 from fastofa.views.order import epoch_order, pair_order
-from runs import newest, same_run
+from runs import newest, same_run, stop_at
 
 CPU, DATA, SIZE, BATCH = torch.device("cpu"), "digits:100", 32, 20
 NAMES = tuple("0123456789")
@@ -190,18 +189,6 @@ def test_a_cifar_recipe_normalises_the_teachers_input_as_published(config):
 
 
 # --- A whole run ------------------------------------------------------------------------------------------------------
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """SIGTERM arrives during this step, counted from 1."""
-    original, steps = Step.__call__, iter(range(1, 1000))
-
-    def call(self: Step, *args: Any) -> None:
-        if next(steps) == number:
-            signal.raise_signal(signal.SIGTERM)
-        original(self, *args)
-
-    monkeypatch.setattr(fastofa.training.step.Step, "__call__", call)
 
 
 @pytest.mark.parametrize(

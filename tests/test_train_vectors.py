@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import timm
 import torch
 from torch import Tensor
 
-import fastofa.training.step
 from fastofa.commands.arguments import parse
 from fastofa.data.open import open_dataset
 from fastofa.methods.dkd import DKD
@@ -37,8 +35,8 @@ from fastofa.training.evaluate import evaluate
 from fastofa.training.export import export
 from fastofa.training.loop import train
 from fastofa.training.plan import plan
-from fastofa.training.step import Program, Step
-from runs import make_cache, newest, same_run
+from fastofa.training.step import Program
+from runs import make_cache, newest, same_run, stop_at
 
 VECTORS = ["cc", "rkd", "crd", "rsd"]
 SMALL = {"crd": {"negatives": 64}, "cc": {"width": 16}}
@@ -147,18 +145,6 @@ def test_ofa_and_rsd_add_up(config, seen):
 
 
 # --- A whole run ------------------------------------------------------------------------------------------------------
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """SIGTERM arrives during this step, counted from 1."""
-    original, steps = Step.__call__, iter(range(1, 1000))
-
-    def call(self: Step, *args: Any) -> None:
-        if next(steps) == number:
-            signal.raise_signal(signal.SIGTERM)
-        original(self, *args)
-
-    monkeypatch.setattr(fastofa.training.step.Step, "__call__", call)
 
 
 @pytest.mark.parametrize("method", [*VECTORS, "ofa+rsd", "dkd"])
