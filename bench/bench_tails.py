@@ -16,7 +16,7 @@ bits.
 
 Measured for each: the gradient of the loss at the student's logits against that of all classes (bias, standard
 deviation of one view, cosine of one view, all relative to the exact gradient), the Kullback-Leibler divergences, and
-the top-1 of students that replay 20 views six times, for two embedded data sets: digits (10 classes) and rendered
+the top-1 of students that replay 20 views six times, for two embedded datasets: digits (10 classes) and rendered
 characters (94). There the teacher is a CNN and the student an MLP.
 
 Shapes: N images, C classes, K classes kept, S classes sampled, V views, B batch.

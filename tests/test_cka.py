@@ -283,7 +283,7 @@ def test_two_architectures_of_two_sizes(cnn, transformer):
 
 
 def test_a_batch_holds_images_of_all_classes(cnn, monkeypatch):
-    """A data set is stored class by class, and batches of one class each would not estimate the CKA of all images."""
+    """A dataset is stored class by class, and batches of one class each would not estimate the CKA of all images."""
     sizes: list[int] = []
     digits = open_dataset("digits", "val")
     network = open_network(str(cnn))

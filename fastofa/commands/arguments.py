@@ -356,8 +356,7 @@ def _own_forms(method: str | None, defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unused(argv: list[str], config: TrainConfig) -> None:
-    """Raises BadInput for a flag that only methods use that were not chosen. Values from a recipe or a file may be
-    unused."""
+    """Raises BadInput for a flag that no chosen method uses. Values from a recipe or a file may be unused."""
     for argument in argv:
         flag = argument.partition("=")[0].removeprefix("--")
         name = flag.replace("-", "_").partition(".")[0]

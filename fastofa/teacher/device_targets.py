@@ -104,7 +104,7 @@ class MixedTargets:
 
     def lookup(self, rows: Tensor) -> Targets:
         """Rows int64 [B] -> the best classes of the mean (`mixture.mix`), int32 [B, K'], log_probs fp32 [B, K'] and, if
-        a method needs them, all_log_probs fp32 [B, C]. Meanwhile, it takes a few tensors [B, C] per teacher."""
+        a method needs them, all_log_probs fp32 [B, C]. Needs memory for a few tensors [B, C] per teacher."""
         found = [own.lookup(rows) for own in self.each]
         mean = mix([TopK(own.classes, own.log_probs) for own in found], self.weights, self.num_classes)
         return Targets(*mean.best, all_log_probs=mean.log_probs if self.all_classes else None)

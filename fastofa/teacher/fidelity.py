@@ -207,7 +207,7 @@ def smallest_topk(sample: Sample, eps: Sequence[float]) -> int:
 
 
 def _ratio(a: float, b: float, of_zeros: float = 0.0) -> float:
-    """a / b; a data set of one class has zeros only."""
+    """a / b; a dataset of one class has zeros only."""
     return a / b if b else of_zeros
 
 
