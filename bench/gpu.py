@@ -43,9 +43,13 @@ class Job:
     """Whether it waits for its turn; otherwise it runs while the others compile."""
     alone_s: float | None = None
     """Time limit of its measurements; None for ALONE_S."""
+    after: str | None = None
+    """A job that must have ended before this one starts."""
 
 
-def ladder(name: str, student: str, teacher: str, batch: int, *rows: str, profile: bool = True) -> Job:
+def ladder(
+    name: str, student: str, teacher: str, batch: int, *rows: str, profile: bool = True, after: str | None = None
+) -> Job:
     """Rows of the ladder for one student."""
     common = ("bench.bench_train", "--name", name, "--rows", *rows)
     full = (*common, "--students", student, "--teachers", teacher, "--batch-size", str(batch), "--rounds", "3")
@@ -56,7 +60,20 @@ def ladder(name: str, student: str, teacher: str, batch: int, *rows: str, profil
             *common, "--students", "test_resnet", "--teachers", "test_vit", "--image-size", "32", "--batch-size", "4",
             "--num-classes", "10", "--rounds", "1", "--calls", "1", *["--profile"] * profile,
         ),
+        after=after,
     )  # fmt: skip
+
+
+def choices(name: str, student: str, teacher_dim: int, batch: int) -> Job:
+    """Chooses a student's kernels while other jobs compile, when the GPU is idle most of the time."""
+    of = ("--student", student, "--teacher-dim", str(teacher_dim), "--batch-size", str(batch))
+    tiny = ("bench.kernel_choice", "--name", name, "--dry-run")
+    return Job(name, ("bench.kernel_choice", "--name", name, *of), tiny, takes_turns=False)
+
+
+def chosen(name: str, student: str, teacher: str, batch: int) -> Job:
+    """Rows with the kernels that were chosen by the job `NAME_choices`."""
+    return ladder(f"{name}_auto", student, teacher, batch, AUTO, PLAIN_AUTO, after=f"{name}_choices")
 
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -75,17 +92,20 @@ JOBS = (
     ladder("resnet18", "resnet18", SWIN, 1024, CACHED, PLAIN, "+ loss kernel"),
     # Two rows per job: all jobs that warm up at the same time must fit into 80 GB, and one takes 13 GB at this size.
     ladder("resnet18_kernels", "resnet18", SWIN, 1024, "+ all kernels", "plain training, stem and norm kernels"),
-    ladder("resnet18_auto", "resnet18", SWIN, 1024, AUTO, PLAIN_AUTO),
-    Job("choices", ("bench.kernel_choice",), ("bench.kernel_choice", "--dry-run"), alone_s=120.0),
+    choices("resnet18_choices", "resnet18", 768, 1024),
+    chosen("resnet18", "resnet18", SWIN, 1024),
+    ladder("deit_tiny", "deit_tiny_patch16_224", "resnet50", 1024, CACHED, PLAIN),
+    choices("deit_tiny_choices", "deit_tiny_patch16_224", 2048, 1024),
+    chosen("deit_tiny", "deit_tiny_patch16_224", "resnet50", 1024),
     ladder("resnet18_stem", "resnet18", SWIN, 1024, "+ stem and norm kernels", "+ stem kernels"),
     ladder("resnet18_exits", "resnet18", SWIN, 1024, "+ norm kernels", "+ exits kernel"),
     ladder("resnet50", "resnet50", SWIN, 256, CACHED, PLAIN),
-    ladder("resnet50_auto", "resnet50", SWIN, 256, AUTO, PLAIN_AUTO),
+    choices("resnet50_choices", "resnet50", 768, 256),
+    chosen("resnet50", "resnet50", SWIN, 256),
     ladder("mobilenetv2", "mobilenetv2_100", SWIN, 512, CACHED, PLAIN),
-    ladder("mobilenetv2_auto", "mobilenetv2_100", SWIN, 512, AUTO, PLAIN_AUTO),
-    ladder("deit_tiny", "deit_tiny_patch16_224", "resnet50", 1024, CACHED, PLAIN),
+    choices("mobilenetv2_choices", "mobilenetv2_100", 768, 512),
+    chosen("mobilenetv2", "mobilenetv2_100", SWIN, 512),
     ladder("deit_tiny_kernels", "deit_tiny_patch16_224", "resnet50", 1024, "+ token kernels", "+ layer norm kernels"),
-    ladder("deit_tiny_auto", "deit_tiny_patch16_224", "resnet50", 1024, AUTO, PLAIN_AUTO),
     Job(
         "run",
         ("bench.bench_run",),
@@ -119,7 +139,8 @@ JOBS = (
     ),
     ladder("graphs_64", "resnet18", SWIN, 64, CACHED, "+ CUDA graphs", profile=False),
     ladder("resmlp_12", "resmlp_12_224", SWIN, 1024, CACHED, PLAIN),
-    ladder("resmlp_12_auto", "resmlp_12_224", SWIN, 1024, AUTO, PLAIN_AUTO),
+    choices("resmlp_12_choices", "resmlp_12_224", 768, 1024),
+    chosen("resmlp_12", "resmlp_12_224", SWIN, 1024),
     ladder("autotune", "deit_tiny_patch16_224", "resnet50", 1024, "+ max-autotune", profile=False),
     Job("augment", ("bench.augment",), ("bench.augment", "--batch-size", "16", "--rounds", "1")),
     Job(
@@ -132,27 +153,45 @@ JOBS = (
 
 @dataclass
 class Running:
-    """A job's process, its log and its outcome."""
+    """A job, its process once it has started, its log and its outcome."""
 
     job: Job
+    dry_run: bool
+    out: Path
     turn: Path
-    process: subprocess.Popen[bytes]
-    began: float
+    process: subprocess.Popen[bytes] | None = None
     measured_s: float = 0.0
     status: str = ""
     _tee: threading.Thread = field(init=False)
+
+    def start(self) -> None:
+        """Start the job. Its output goes to OUT/NAME.log and, prefixed with its name, to the terminal."""
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": COMPILE_PROCESSES}
+        own |= {"TORCHDYNAMO_DISABLE": "1"} if self.dry_run else {}
+        own |= {VARIABLE: str(self.turn)} if self.job.takes_turns else {}
+        self.process = subprocess.Popen(
+            command(self.job, self.dry_run, self.out), cwd=ROOT, env={**os.environ, **own}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        log, name = self.out / f"{self.job.name}.log", self.job.name
+        self._tee = threading.Thread(target=_tee, args=(self.process.stdout, log, name), daemon=True)
+        self._tee.start()
 
     def ready(self) -> bool:
         return self.turn.with_suffix(".ready").exists() or self.ended()
 
     def ended(self) -> bool:
-        return self.process.poll() is not None
+        return self.process is not None and self.process.poll() is not None
 
     def go(self) -> None:
         self.turn.with_suffix(".go").touch()
 
     def wait(self, until: float) -> None:
         """Wait for the job to end; stop it if it runs out of time."""
+        if self.process is None:
+            self.status = "left out: no time"
+            return
         began = time.monotonic()
         try:
             code = self.process.wait(max(until - began, 0.1))
@@ -164,8 +203,9 @@ class Running:
     def stop(self, status: str) -> None:
         """Kill the job together with its workers and compilers, which are in its session."""
         self.status = status
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def command(job: Job, dry_run: bool, out: Path) -> list[str]:
@@ -178,27 +218,10 @@ def command(job: Job, dry_run: bool, out: Path) -> list[str]:
     return [sys.executable, "-m", module, *arguments, "--out", str(out)]
 
 
-def start(job: Job, dry_run: bool, out: Path, turns: Path) -> Running:
-    """Start a job. Its output goes to OUT/NAME.log and, prefixed with its name, to the terminal."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": COMPILE_PROCESSES}
-    own |= {"TORCHDYNAMO_DISABLE": "1"} if dry_run else {}
-    own |= {VARIABLE: str(turns / job.name)} if job.takes_turns else {}
-    process = subprocess.Popen(
-        command(job, dry_run, out), cwd=ROOT, env={**os.environ, **own}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    running = Running(job, turns / job.name, process, time.monotonic())
-    assert process.stdout is not None
-    running._tee = threading.Thread(target=_tee, args=(process.stdout, out / f"{job.name}.log", job.name), daemon=True)
-    running._tee.start()
-    return running
-
-
-def _tee(lines: IO[bytes], log: Path, name: str) -> None:
+def _tee(lines: IO[bytes] | None, log: Path, name: str) -> None:
     began = time.monotonic()
     with log.open("wb") as file:
-        for line in lines:
+        for line in lines or ():
             file.write(line)
             file.flush()
             text = line.decode(errors="replace").rstrip()
@@ -211,12 +234,22 @@ def run(jobs: list[Job], dry_run: bool, out: Path, seconds: float) -> list[Runni
     began = time.monotonic()
     until = began + seconds
     with tempfile.TemporaryDirectory() as folder:
-        running = [start(job, dry_run, out, Path(folder)) for job in jobs]
-        waiting = [r for r in running if r.job.takes_turns]
-        others = [r for r in running if not r.job.takes_turns]
-        while not all(r.ready() for r in running) and time.monotonic() < began + COMPILING * seconds:
+        all_ = [Running(job, dry_run, out, Path(folder) / job.name) for job in jobs]
+        named = {r.job.name: r for r in all_}
+
+        def start_due() -> None:
+            for r in all_:
+                before = named.get(r.job.after or "")
+                if r.process is None and (before is None or before.ended()):
+                    r.start()
+
+        start_due()
+        while not all(r.ready() for r in all_) and time.monotonic() < began + COMPILING * seconds:
             time.sleep(0.1)
+            start_due()
+        waiting = [r for r in all_ if r.job.takes_turns]
         while waiting and time.monotonic() < until:
+            start_due()
             turn = next((r for r in waiting if r.ready()), None)
             if turn is None:
                 time.sleep(0.1)
@@ -226,11 +259,12 @@ def run(jobs: list[Job], dry_run: bool, out: Path, seconds: float) -> list[Runni
             turn.wait(until if dry_run else min(until, time.monotonic() + (turn.job.alone_s or ALONE_S)))
         for r in waiting:
             r.stop("left out: no time")
-        for r in others:
-            r.wait(until)
-        for r in running:
-            r._tee.join(timeout=5)
-    return running
+        for r in all_:
+            if not r.job.takes_turns:
+                r.wait(until)
+            if r.process is not None:
+                r._tee.join(timeout=5)
+    return all_
 
 
 def _has_gpu() -> bool:

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teacher-dim", type=int, default=768, help="width of the teacher's last features")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="as the step will be")
+    parser.add_argument("--name", default="kernel_choice", help="of the record")
     parser.add_argument("--dry-run", action="store_true", help="a tiny student on a CPU; nothing is cached")
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         measure(student, args.batch_size, choice, objective)
     print(table(choice))
     print(choice.line())
-    write_record("kernel_choice", choice.record(), args.out)
+    write_record(args.name, choice.record(), args.out)
     return 0
 
 
