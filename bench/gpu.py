@@ -7,7 +7,7 @@
 
 It needs the checkout and its Python libraries; fastofa need not be installed. The tests also need tyro and hypothesis,
 which may be in any folder of PYTHONPATH. Every job is a process of its own. All compile at the same time, since a GPU
-idles while a compiler runs; then each measures alone, in the order of JOBS. Tests run while the jobs compile.
+idles while a compiler runs; then each measures alone, in the order of JOBS. The tests come last.
 Exit code 1 if a job failed or was left out, 2 without a GPU.
 """
 
@@ -41,6 +41,8 @@ class Job:
     tiny: tuple[str, ...]
     takes_turns: bool = True
     """Whether it waits for its turn; otherwise it runs while the others compile."""
+    last: bool = False
+    """Whether it starts when all others have had their turns."""
     alone_s: float | None = None
     """Time limit of its measurements; None for ALONE_S."""
     after: str | None = None
@@ -85,9 +87,10 @@ LOADERS = ("packed", "resident", "packed, gather only", "ffcv", "torchvision", "
 JOBS = (
     Job(
         "tests",
-        ("pytest", "-m", "gpu or kernel", "-p", "no:cacheprovider", "-n", "8"),
+        ("pytest", "-m", "gpu or kernel", "-p", "no:cacheprovider", "-n", "8", "--tb=short", "--show-capture=no"),
         ("pytest", "-m", "gpu", "-p", "no:cacheprovider"),
-        takes_turns=False,
+        alone_s=240.0,
+        last=True,
     ),
     ladder("resnet18", "resnet18", SWIN, 1024, CACHED, PLAIN, "+ loss kernel"),
     # Two rows per job: all jobs that warm up at the same time must fit into 80 GB, and one takes 13 GB at this size.
@@ -108,13 +111,13 @@ JOBS = (
     ladder("deit_tiny_kernels", "deit_tiny_patch16_224", "resnet50", 1024, "+ token kernels", "+ layer norm kernels"),
     Job(
         "run",
-        ("bench.bench_run",),
+        ("bench.bench_run", "--images", "100000"),
         ("bench.bench_run", "--images", "64", "--batch-size", "16", "--epochs", "1", "--rounds", "1", "--calls", "1"),
         alone_s=180.0,
     ),
     Job(
         "precompute",
-        ("bench.bench_precompute", "--rounds", "3"),
+        ("bench.bench_precompute", "--rounds", "3", "--images", "16384"),
         (
             "bench.bench_precompute", "--images", "32", "--batch-size", "16", "--image-size", "32", "--rounds", "1",
             "--rank-rounds", "0",
@@ -151,7 +154,7 @@ JOBS = (
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A job, its process once it has started, its log and its outcome."""
 
@@ -185,6 +188,8 @@ class Running:
         return self.process is not None and self.process.poll() is not None
 
     def go(self) -> None:
+        if self.process is None:
+            self.start()
         self.turn.with_suffix(".go").touch()
 
     def wait(self, until: float) -> None:
@@ -240,17 +245,17 @@ def run(jobs: list[Job], dry_run: bool, out: Path, seconds: float) -> list[Runni
         def start_due() -> None:
             for r in all_:
                 before = named.get(r.job.after or "")
-                if r.process is None and (before is None or before.ended()):
+                if r.process is None and not r.job.last and (before is None or before.ended()):
                     r.start()
 
         start_due()
-        while not all(r.ready() for r in all_) and time.monotonic() < began + COMPILING * seconds:
+        while not all(r.job.last or r.ready() for r in all_) and time.monotonic() < began + COMPILING * seconds:
             time.sleep(0.1)
             start_due()
         waiting = [r for r in all_ if r.job.takes_turns]
         while waiting and time.monotonic() < until:
             start_due()
-            turn = next((r for r in waiting if r.ready()), None)
+            turn = next((r for r in waiting if r.ready() or (r.job.last and waiting == [r])), None)
             if turn is None:
                 time.sleep(0.1)
                 continue

@@ -271,6 +271,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """For a pass that is "torch", PyTorch's operations, which the compiler can fuse with others."""
     x, weight, scale, shift = ctx.saved_tensors
+    dy = dy.contiguous(memory_format=torch.channels_last)
     arguments = (dy, x, weight, ctx.stride, scale, shift, ctx.activation)
     of_input = input_gradient_op if ctx.input_gradient == "triton" else reference.depthwise_input_gradient
     of_weight = weight_gradient_op if ctx.weight_gradient == "triton" else reference.depthwise_weight_gradient

@@ -427,6 +427,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, y, *norm = ctx.saved_tensors
+    dy = dy.contiguous(memory_format=torch.channels_last)  # once, by the compiler, not in each of the operators
     masked, dweight, dbias = sums_op(dy, x, y, *norm, ctx.eps, ctx.activation)
     means = (dweight, dbias) if ctx.group is None else mean_over_ranks(dweight, dbias, ctx.group)
     if y is not None:
@@ -522,6 +523,7 @@ def _pool_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None,
     if dy is None:
         return (None,) * 7
     x, greatest, places, mean, var, weight, bias = ctx.saved_tensors
+    dy = dy.contiguous(memory_format=torch.channels_last)
     _, dweight, dbias = sums_op(dy, greatest, None, mean, var, weight, bias, ctx.eps, "relu")
     means = (dweight, dbias) if ctx.group is None else mean_over_ranks(dweight, dbias, ctx.group)
     dx = pool_gradient_op(dy, places, x, mean, var, weight, *means, ctx.eps)

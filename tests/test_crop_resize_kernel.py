@@ -117,9 +117,9 @@ def test_without_ids_and_without_normalisation(dtype):
 
 
 def test_halves_are_rounded_to_even():
-    """A box between pixels gives means of two neighbours: 0.5, 1.5, 2.5, 127.5, 253.5."""
-    image = torch.tensor([0, 1, 2, 3, 252, 255], dtype=torch.uint8)[None, None, :, None].expand(1, 1, 6, 3)
-    boxes = torch.tensor([[0.0, 0.5, 1.0, 5.0]])
+    """A box between pixels gives means of two neighbours: 0.5, 1.5, 2.5, 127.5, 253.5. All weights are 1 or 0.5."""
+    image = torch.tensor([0, 1, 2, 3, 252, 255], dtype=torch.uint8)[None, None, :, None].expand(1, 5, 6, 3)
+    boxes = torch.tensor([[0.0, 0.5, 5.0, 5.0]])
     given = [t.to(DEVICE) for t in (image, boxes, torch.tensor([False]))]
     got = crop_resize(*given, 5, impl="triton")
     assert got[0, 0, 0].tolist() == [0, 2, 2, 128, 254]
