@@ -75,12 +75,13 @@ def choices(name: str, student: str, teacher_dim: int, batch: int) -> Job:
 
 def chosen(name: str, student: str, teacher: str, batch: int) -> Job:
     """Rows with the kernels that were chosen by the job `NAME_choices`."""
-    return ladder(f"{name}_auto", student, teacher, batch, AUTO, PLAIN_AUTO, after=f"{name}_choices")
+    return ladder(f"{name}_auto", student, teacher, batch, AUTO, AUTO_GRAPHS, PLAIN_AUTO, after=f"{name}_choices")
 
 
 SWIN = "swin_tiny_patch4_window7_224"
 CACHED, PLAIN = "+ cached teacher", "plain training"
 AUTO, PLAIN_AUTO = "+ kernels chosen by measuring", "plain training, kernels chosen by measuring"
+AUTO_GRAPHS = "+ kernels chosen by measuring, CUDA graphs"
 LOADERS = ("packed", "resident", "packed, gather only", "ffcv", "torchvision", "dali")
 
 # The most important first: on a slow machine, the last ones are left out.

@@ -309,4 +309,5 @@ def test_compiles_without_a_graph_break():
             loss = each(images).square().sum()
             loss.backward()
             results.append([loss.detach(), each.backbone.conv1.weight.grad, each.backbone.bn1.running_var])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    for got, expected in zip(*results, strict=True):
+        assert (got - expected).norm() <= 1e-4 * expected.norm()
