@@ -62,6 +62,19 @@ def resolve(name: str, image_size: int | None = None, drop_path: float | None = 
     return name, arguments
 
 
+def published_model(name: str, image_size: int | None = None) -> Any:
+    """A timm model with its published weights, for a name that may also have been meant as a folder's.
+
+    Raises:
+        BadInput: see `create_model`; for an unknown name, the message adds that there is no such folder either.
+    """
+    try:
+        return create_model(name, None, image_size, init="pretrained")
+    except BadInput as error:
+        folder = f"; there is no folder {name} either" if str(error).startswith("unknown model") else ""
+        raise BadInput(f"{error}{folder}") from None
+
+
 def create_model(
     name: str,
     num_classes: int | None,
