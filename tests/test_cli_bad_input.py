@@ -174,7 +174,7 @@ REFUSED = {
         "resident...size...--pipeline auto",
     ),
     # caches
-    "no cache": (f"{TRAIN} --out new --cache nowhere", "nowhere...cache.json"),
+    "no cache": (f"{TRAIN} --out new --cache nowhere", "nowhere: ...no such folder"),
     "no cache named": (TRAIN.replace("--cache cache", "--out new"), "ofa...--cache"),
     "of other data": (
         f"{TRAIN} --out new --data digits:30",
