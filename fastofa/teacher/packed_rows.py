@@ -109,15 +109,17 @@ class RowFormat:
         return TopK(classes, log_probs)
 
     def classes_of(self, rows: Tensor) -> np.ndarray:
-        """Rows uint8 [N, R] on the CPU -> their classes, int32 [K, N]."""
-        return self._split(rows.numpy(), self.topk)
+        """Rows uint8 [N, R] on the CPU -> their classes, uint16 (int32 if C > 65,536) [K, N]."""
+        return self._split(rows.numpy(), self.topk, np.uint16 if self.num_classes <= 1 << 16 else np.int32)
 
-    def _split(self, rows: np.ndarray, count: int) -> np.ndarray:
-        """Rows uint8 [N, R] -> the first `count` fields, int32 [count, N]."""
-        words = np.zeros((len(rows), self.num_bytes // 8 + 1, 8), np.uint8)
-        words.reshape(len(rows), -1)[:, : self.num_bytes] = rows
+    def _split(self, rows: np.ndarray, count: int, dtype: type[np.integer] = np.int32) -> np.ndarray:
+        """Rows uint8 [N, R] -> the first `count` fields, [count, N]."""
+        last_bit = int(self.bits[:count].sum())
+        words = np.zeros((len(rows), last_bit // 64 + 1, 8), np.uint8)
+        read = min(words[0].size, self.num_bytes) if len(rows) else 0
+        words.reshape(len(rows), -1)[:, :read] = rows[:, :read]
         planes = np.ascontiguousarray(words.view(np.uint64)[..., 0].T)
-        fields = np.empty((count, len(rows)), np.int32)
+        fields = np.empty((count, len(rows)), dtype)
         moved, high = np.empty_like(planes[0]), np.empty_like(planes[0])
         for field, start, bits in zip(fields, self.starts.tolist(), self.bits.tolist(), strict=False):
             word, shift = divmod(start, 64)
