@@ -15,7 +15,8 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from fastofa.commands import cache as cache_command
-from fastofa.commands.arguments import CacheConfig, parse
+from fastofa.commands.arguments import CacheConfig
+from fastofa.commands.parse import parse
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import open_pipeline
