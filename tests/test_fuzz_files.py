@@ -24,7 +24,8 @@ from fastofa.data.written import verify
 from fastofa.runs import recipes
 from fastofa.runs.run import open_run
 from fastofa.system.files import load_tensors, save_tensors
-from fastofa.teacher.cache import VAL, TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.model import open_teacher
 from fastofa.teacher.precompute import precompute

@@ -27,7 +27,8 @@ from fastofa.methods.objective import Objective
 from fastofa.runs import recipes
 from fastofa.system.files import load_tensors
 from fastofa.system.interrupt import Interrupt, Stopped
-from fastofa.teacher.cache import TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import view_file
 from fastofa.teacher.model import Teacher
 from fastofa.teacher.parts import PARTS, part_file
 from fastofa.teacher.precompute import precompute
