@@ -29,7 +29,8 @@ from bench.lib import command_line
 from bench.lib.record import markdown_table, write_record
 from fastofa.methods.targets import TopK
 from fastofa.system.errors import BadInput
-from fastofa.teacher.cache import VAL, TeacherCache, view_file, write_table
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import VAL, view_file, write_table
 from fastofa.teacher.cache_header import policy_to_json, read_header, write_header
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.packed_rows import RowFormat

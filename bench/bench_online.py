@@ -23,7 +23,7 @@ from fastofa.runs import recipes
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.distributed import World
-from fastofa.training.loop import open_job
+from fastofa.training.job import open_job
 
 METHODS, SIZE = ("kd", "ofa"), 32
 WARM_UP = 2  # steps that are not counted

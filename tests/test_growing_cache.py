@@ -15,7 +15,8 @@ from fastofa.runs.config import TrainConfig
 from fastofa.runs.run import Run, open_run
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, save_tensors
-from fastofa.teacher.cache import VAL, TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.distributed import World

@@ -18,7 +18,9 @@ from fastofa.cli import main
 from fastofa.methods.targets import TopK
 from fastofa.system.errors import BadInput
 from fastofa.system.files import filling, load_tensors, save_tensors
-from fastofa.teacher.cache import VAL, TeacherCache, topk_targets, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_columns import topk_targets
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.compare_caches import agreement, compare
 from fastofa.teacher.merge import gaps, merge

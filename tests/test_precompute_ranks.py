@@ -21,7 +21,8 @@ from fastofa import cli
 from fastofa.system.errors import Failed
 from fastofa.system.files import filling
 from fastofa.system.rendezvous import Place
-from fastofa.teacher.cache import VAL, TeacherCache
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import VAL
 from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.parts import PARTS, Parts, Range
 from fastofa.teacher.precompute import precompute

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import CLASSIFIER, VAL
+from fastofa.teacher.cache_files import CLASSIFIER, VAL
 from fastofa.teacher.cache_header import HEADER, identity, read_header, united, write_header
 from fastofa.teacher.fidelity import FIDELITY
 from fastofa.teacher.parts import PARTS

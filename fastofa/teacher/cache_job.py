@@ -22,7 +22,8 @@ from fastofa.system.errors import BadInput, LostContact, counted
 from fastofa.system.files import read_info
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import CLASSIFIER, VAL, as_stored, check_origin, targets_only, view_file, write_table
+from fastofa.teacher.cache_columns import as_stored, targets_only
+from fastofa.teacher.cache_files import CLASSIFIER, VAL, check_origin, view_file, write_table
 from fastofa.teacher.downloads import Columns, Downloads
 from fastofa.teacher.ensemble import Ensemble, Program, kept
 from fastofa.teacher.fidelity import (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastofa.models.timm_models import first_line
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import best_classes
+from fastofa.teacher.cache_columns import best_classes
 from fastofa.teacher.model import Teacher
 from fastofa.teacher.vectors import stored
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastofa.methods.targets import TopK
 from fastofa.pipelines import Batch, Pipeline
 from fastofa.system.device import choose_bf16
-from fastofa.teacher.cache import best_classes
+from fastofa.teacher.cache_columns import best_classes
 from fastofa.teacher.compiled_teacher import LogProbsProgram, TopKProgram
 from fastofa.teacher.downloads import Columns
 from fastofa.teacher.mixture import EachTeacher

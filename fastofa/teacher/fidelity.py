@@ -28,7 +28,7 @@ from fastofa.pipelines import Pipeline
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import read_json, write_json
 from fastofa.system.progress import track
-from fastofa.teacher.cache import topk_targets
+from fastofa.teacher.cache_columns import topk_targets
 from fastofa.teacher.cache_header import MAX_VIEWS, identity
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.ensemble import Ensemble

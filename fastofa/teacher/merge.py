@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastofa.methods.targets import agreement
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling, read_info, replacing, temporary_name
 from fastofa.system.progress import notice, track
-from fastofa.teacher.cache import VAL, TeacherCache, agreement, check_origin, view_file, views_in
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import VAL, check_origin, view_file, views_in
 from fastofa.teacher.cache_header import HEADER, check_same, check_vacant, read_header, united, write_header
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES)

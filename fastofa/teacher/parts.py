@@ -17,9 +17,10 @@ import torch
 
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
-from fastofa.teacher.cache import predictions_fault, read_table, write_table
+from fastofa.teacher.cache_files import read_table, write_table
 from fastofa.teacher.cache_header import AGAIN
 from fastofa.teacher.downloads import Columns
+from fastofa.teacher.table_checks import predictions_fault
 
 PARTS = "part-*.safetensors"
 

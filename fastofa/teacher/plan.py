@@ -13,7 +13,8 @@ import torch
 
 from fastofa.system.interrupt import Interrupt
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import as_stored, packed_columns, view_file
+from fastofa.teacher.cache_columns import as_stored, packed_columns
+from fastofa.teacher.cache_files import view_file
 from fastofa.teacher.downloads import Columns, Downloads
 from fastofa.teacher.ensemble import kept
 from fastofa.teacher.parts import rows_in

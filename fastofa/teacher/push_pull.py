@@ -27,7 +27,8 @@ from fastofa.system.remote import (
     persistently,
     recorded_info,
 )
-from fastofa.teacher.cache import CLASSIFIER, VAL, TeacherCache, check_origin, view_file, views_in
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import CLASSIFIER, VAL, check_origin, view_file, views_in
 from fastofa.teacher.cache_header import HEADER, check_same, check_vacant, read_header, united, write_header
 from fastofa.teacher.fidelity import FIDELITY
 from fastofa.teacher.reference_images import SEEN

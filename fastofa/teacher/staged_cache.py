@@ -21,7 +21,8 @@ from fastofa.system.files import remove_leftovers, temporary_name
 from fastofa.system.remote import PATIENCE, Patience, Remote, open_remote, persistently, recorded_info
 from fastofa.system.threads import in_order
 from fastofa.system.urls import is_url
-from fastofa.teacher.cache import CLASSIFIER, VAL, Table, TeacherCache, check_origin, view_file
+from fastofa.teacher.cache import Table, TeacherCache
+from fastofa.teacher.cache_files import CLASSIFIER, VAL, check_origin, view_file
 from fastofa.teacher.cache_header import AGAIN, HEADER, policy_from_json, write_header
 from fastofa.teacher.push_pull import fetch, remote_header
 from fastofa.teacher.reference_images import SEEN

@@ -8,12 +8,14 @@ Shapes: N samples, C classes, K classes kept, D width of the teacher's pooled ve
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastofa.teacher.packed_rows import RowFormat
+from fastofa.teacher.cache_columns import PREDICTIONS, of_teacher, suffixes
+from fastofa.teacher.packed_rows import RowFormat, row_format
 from fastofa.views import rand_augment
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import UNIT
@@ -22,6 +24,28 @@ Kind = tuple[torch.dtype, tuple[int, ...]]
 """Type and shape of a tensor."""
 ROWS_AT_ONCE = 1 << 14
 MASS_ERROR = 0.01  # float16 rounds log p by at most |log p| / 2048, and thus the sum of p by the entropy / 2048
+
+
+def predictions_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
+    """Check the columns that the teacher computed for `count` images. Returns a fault, or ""."""
+    fault = best_classes_fault(tensors, header, count)
+    if fault or "features" not in header:
+        return fault
+    return vectors_fault(tensors, count, **header["features"])
+
+
+def best_classes_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
+    """Check the K best classes of `count` images, packed or not, of each teacher kept. Returns a fault, or ""."""
+    rows = row_format(header["topk"], header["num_classes"])
+    for suffix in suffixes(header):
+        own = of_teacher(tensors, suffix)
+        if rows is not None and PREDICTIONS in own:
+            fault = packed_fault(own[PREDICTIONS], count, rows)
+        else:
+            fault = targets_fault(own, count, header["topk"], header["num_classes"])
+        if fault:
+            return f"teacher {suffix[1:]}: {fault}" if suffix else fault
+    return ""
 
 
 def targets_fault(tensors: Mapping[str, Tensor], count: int, topk: int, num_classes: int) -> str:

@@ -13,7 +13,7 @@ from fastofa.runs.run import Run
 from fastofa.system.device import choose_workers
 from fastofa.system.errors import BadInput
 from fastofa.system.progress import notice, track
-from fastofa.teacher.cache import topk_targets
+from fastofa.teacher.cache_columns import topk_targets
 from fastofa.teacher.online import open_teacher_of
 from fastofa.views.table import center_views
 
