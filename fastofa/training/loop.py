@@ -139,7 +139,7 @@ def _train(config: TrainConfig, world: World) -> Result:
 
 def open_job(config: TrainConfig, world: World) -> "Job":
     """Build and check everything that a run needs, without writing anything."""
-    device = check_early(config, world)
+    device, cache = check_early(config, world)
     if config.resume and (config.out / CONFIG).exists():  # keep the values chosen by dataset size
         begun = open_run(config.out).config
         unset = [name for name in SIZED if getattr(config, name) is None]
@@ -151,7 +151,7 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     config = dataclasses.replace(config, order=choose_order(config, train_set, world))
     config = with_own_options(with_own_evaluation(config))
     online = open_online_teacher(config, train_set.classes, device)
-    epochs = Epochs(config, train_set, world, device, views_begun_with(config, world), online)
+    epochs = Epochs(config, train_set, world, device, cache, views_begun_with(config, world), online)
     config = epochs.config
     data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
     teacher = None if online is None else online.teacher.describe()
