@@ -41,6 +41,9 @@ from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import filling
 from fastofa.system.interrupt import Interrupt, Stopped
 from fastofa.system.progress import notice, progress_bar
+from fastofa.system.urls import is_url
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.fidelity import FIDELITY, read_fidelity, write_fidelity
 from fastofa.teacher.online import open_online_teacher
 from fastofa.teacher.reference_images import IMAGES, Difference, compare_teacher_images
 from fastofa.training.background_writer import Writer
@@ -273,6 +276,20 @@ class Job:
         if c.wandb is not None:
             self.wandb_run = open_wandb(folder, c.wandb)
         self.run.save()
+        if self.epochs.cache is not None and is_url(str(c.cache)):
+            self._keep_fidelity(self.epochs.cache)
+
+    def _keep_fidelity(self, cache: TeacherCache) -> None:
+        """Keep the fidelity of a cache at a URL for the report, since the local copy is removed with the process."""
+        fidelity = None
+        try:
+            fidelity = read_fidelity(cache.path, cache.header)
+        except BadInput as error:
+            notice(str(error).replace(str(cache.path), str(self.config.cache)))
+        if fidelity is None:
+            (self.run.path / FIDELITY).unlink(missing_ok=True)
+        else:
+            write_fidelity(self.run.path, cache.header, fidelity)
 
     def run_epochs(self) -> None:
         c, main = self.config, self.world.is_main
