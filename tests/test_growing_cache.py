@@ -210,5 +210,6 @@ def test_a_damaged_cache_is_not_reported_as_divergence(on_photos, grow):
 def test_ranks_use_the_views_that_all_of_them_see(on_photos, grow, monkeypatch):
     """A view may be finished after one rank and before another has looked."""
     monkeypatch.setattr(World, "sum", lambda _, mine: mine + torch.tensor([0, 2]))  # the other rank sees two
-    epochs = Epochs(on_photos(cache=grow(3), epochs=5), open_dataset(on_photos().data), World(0, 2), CPU)
+    config, cache = on_photos(cache=grow(3), epochs=5), TeacherCache.open(grow(3))
+    epochs = Epochs(config, open_dataset(config.data), World(0, 2), CPU, cache)
     assert epochs.view_digests == TeacherCache.open(grow(3)).digests(2)

@@ -1,6 +1,7 @@
 """How exactly the predictions that a cache stores represent the teacher's, measured on images that are not stored.
 
     CACHE/fidelity.json
+    RUN/fidelity.json       a copy in the folder of a run whose cache is at a URL
 
 A cache keeps the K most probable classes, rounded, and spreads the rest of the probability evenly. Up to 512 images, in
 a view that no cache stores, show what this changes: the probability kept, and the error of the OFA loss and of its
@@ -230,41 +231,46 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, probs: Tensor, eps: float
 # --- The file ---------------------------------------------------------------------------------------------------------
 
 
-def write_fidelity(cache: Path, header: dict[str, Any], fidelity: Fidelity) -> None:
-    """Write CACHE/fidelity.json."""
-    write_json(cache / FIDELITY, {**dataclasses.asdict(fidelity), "cache": identity(header)})
+def write_fidelity(folder: Path, header: dict[str, Any], fidelity: Fidelity) -> None:
+    """Write fidelity.json for the cache with this header."""
+    write_json(folder / FIDELITY, {**dataclasses.asdict(fidelity), "cache": identity(header)})
 
 
-def read_fidelity(cache: Path, header: dict[str, Any]) -> Fidelity | None:
+def read_fidelity(folder: Path, header: dict[str, Any] | None) -> Fidelity | None:
     """The fidelity of a cache; None if the file is missing or describes another cache, such as one that started over.
+
+    Args:
+        folder: of the cache, or of a run whose cache is at a URL.
+        header: of the cache; None accepts the file for whichever cache it describes.
 
     Raises:
         BadInput: the file is damaged.
     """
-    if not (cache / FIDELITY).is_file():
+    if not (folder / FIDELITY).is_file():
         return None
-    values = read_json(cache / FIDELITY)
+    values = read_json(folder / FIDELITY)
     if not isinstance(values, dict) or "cache" not in values:
-        raise _damaged(cache)
-    if values.pop("cache") != identity(header):
+        raise _damaged(folder)
+    cache = values.pop("cache")
+    if header is not None and cache != identity(header):
         return None
     try:
         losses = tuple(LossFidelity(**loss) for loss in values.pop("losses"))
         fidelity = Fidelity(losses=losses, **values)
     except (KeyError, TypeError, AttributeError):
-        raise _damaged(cache) from None
+        raise _damaged(folder) from None
     figures = [value for name, value in vars(fidelity).items() if name != "losses"]
     figures += [value for loss in losses for name, value in vars(loss).items() if name != "student"]
     known = losses and all(loss.student in STUDENTS for loss in losses)
     if not known or any(type(figure) not in (int, float) for figure in figures):
-        raise _damaged(cache)
+        raise _damaged(folder)
     return fidelity
 
 
-def _damaged(cache: Path) -> BadInput:
+def _damaged(folder: Path) -> BadInput:
     return BadInput(
-        f"{cache / FIDELITY}: expected figures written by `fastofa precompute`, got others; delete it and run `fastofa "
-        "precompute` again with the same arguments"
+        f"{folder / FIDELITY}: expected figures written by `fastofa precompute`, got others; delete it and run "
+        "`fastofa precompute` again with the same arguments"
     )
 
 

@@ -24,8 +24,7 @@ from fastofa.system.urls import is_url
 from fastofa.teacher.cache import Table, TeacherCache
 from fastofa.teacher.cache_files import CLASSIFIER, VAL, check_origin, view_file
 from fastofa.teacher.cache_header import AGAIN, HEADER, policy_from_json, write_header
-from fastofa.teacher.push_pull import fetch, remote_header
-from fastofa.teacher.reference_images import SEEN
+from fastofa.teacher.push_pull import REPORTS, fetch, remote_header
 
 PROBES = 8  # views whose headers are read at the same time
 
@@ -41,7 +40,8 @@ def open_cache(place: str | Path, patience: Patience = PATIENCE) -> TeacherCache
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StagedCache(TeacherCache):
-    """A cache at a URL. `path` is a local folder with its header, its small tables and the views in use."""
+    """A cache at a URL. `path` is a local folder with its header, its reports, its small tables and the views in
+    use."""
 
     remote: Remote
     patience: Patience
@@ -52,7 +52,7 @@ class StagedCache(TeacherCache):
 
     @classmethod
     def at(cls, url: str, patience: Patience) -> "StagedCache":
-        """Open the cache at a URL, and download its small tables."""
+        """Open the cache at a URL, and download everything but the views."""
         remote = open_remote(url, patience)
         header = remote_header(remote, patience)
         if header is None:
@@ -72,7 +72,8 @@ class StagedCache(TeacherCache):
         for name in (VAL, *([CLASSIFIER] if cache.pooled_dim else [])):
             if not fetch(remote, name, folder / name, patience, header, name):
                 raise BadInput(f"{url}: expected {name}, but it is missing; {AGAIN}, then `fastofa cache push`")
-        fetch(remote, SEEN, folder / SEEN, patience)
+        for name in REPORTS:
+            fetch(remote, name, folder / name, patience)
         cache.val_predictions()
         cache.classifier()
         return cache
