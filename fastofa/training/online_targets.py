@@ -35,7 +35,7 @@ def online_targets(
         if run.teacher is None or teacher.sha256 != run.teacher["sha256"]:
             raise BadInput(f"{config.online_teacher} has other weights than when the run started")
     except BadInput as error:
-        notice(f"no agreement with the teacher: {error}")
+        notice(f"agreement with the teacher not measured: {error}")
         return None
     loader = open_pipeline(pipeline, dataset, teacher.image_size, batch_size, device, choose_workers(workers))
     with closing(loader.epoch(center_views(dataset.sizes, teacher.crop), np.arange(len(dataset)))) as batches:
