@@ -131,7 +131,7 @@ def classifier_fault(tensors: Mapping[str, Tensor], num_classes: int, width: int
 
 
 def _kinds_fault(tensors: Mapping[str, Tensor], kinds: Mapping[str, Kind]) -> str:
-    """Whether tensors are missing, or of another type or shape."""
+    """Check that no tensor is missing or has another type or shape."""
     if missing := kinds.keys() - tensors.keys():
         return f"expected {' and '.join(kinds)}, but {' and '.join(sorted(missing))} is missing"
     for name, (dtype, shape) in kinds.items():
