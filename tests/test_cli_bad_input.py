@@ -174,6 +174,14 @@ REFUSED = {
         "resident...size...--pipeline auto",
     ),
     # caches
+    "no teacher": (
+        "precompute --data photos --teacher runs/none --views 1 --topk 2 --out new",
+        "unknown model 'runs/none': ...; there is no folder runs/none either",
+    ),
+    "no online teacher": (
+        "train --data photos --online-teacher runs/none --student test_resnet --out new",
+        "unknown model 'runs/none': ...; there is no folder runs/none either",
+    ),
     "no cache": (f"{TRAIN} --out new --cache nowhere", "nowhere: ...no such folder"),
     "no cache named": (TRAIN.replace("--cache cache", "--out new"), "ofa...--cache"),
     "of other data": (

@@ -66,13 +66,18 @@ def published_model(name: str, image_size: int | None = None) -> Any:
     """A timm model with its published weights, for a name that may also have been meant as a folder's.
 
     Raises:
-        BadInput: see `create_model`; for an unknown name, the message adds that there is no such folder either.
+        BadInput: see `check_published` and `create_model`.
     """
+    check_published(name)
+    return create_model(name, None, image_size, init="pretrained")
+
+
+def check_published(name: str) -> None:
+    """Raises BadInput if timm has no such model; the message adds that there is no such folder either."""
     try:
-        return create_model(name, None, image_size, init="pretrained")
+        resolve(name)
     except BadInput as error:
-        folder = f"; there is no folder {name} either" if str(error).startswith("unknown model") else ""
-        raise BadInput(f"{error}{folder}") from None
+        raise BadInput(f"{error}; there is no folder {name} either") from None
 
 
 def create_model(
