@@ -32,7 +32,7 @@ from fastofa.methods.method import Outputs, Sizes
 from fastofa.methods.targets import Targets
 from fastofa.pipelines import open_pipeline
 from fastofa.runs.recipes import default_policy
-from fastofa.teacher.cache import topk_targets
+from fastofa.teacher.cache_columns import topk_targets
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.model import open_teacher
 from fastofa.teacher.packed_rows import RowFormat, packed

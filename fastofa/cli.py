@@ -113,7 +113,7 @@ def _run(argv: list[str], own: bool) -> None:
             "without torchrun"
         )
     with _exiting_on_interrupt() if own else nullcontext():
-        from fastofa.commands.arguments import parse
+        from fastofa.commands.parse import parse
         from fastofa.commands.quick_checks import check
 
         config = parse(argv[0], argv[1:])

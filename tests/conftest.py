@@ -134,7 +134,7 @@ def photo_cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Teach
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the report, which takes half the time of a short run."""
-    monkeypatch.setattr("fastofa.training.loop.Job._report", lambda _: None)
+    monkeypatch.setattr("fastofa.training.live_report.LiveReport.write", lambda *_: None)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from bench import (
     profile_step,
     roofline,
 )
+from bench.kernel_cases.case import BASELINE, Case
 from bench.lib import loaders, machine, turns
 from bench.lib.loader_step import stream
 from bench.lib.photographs import write_folder
@@ -310,14 +311,14 @@ def test_a_kernel_with_wrong_results_is_not_timed():
         raise RuntimeError("no such instruction")
 
     candidates = {
-        bench_kernels.BASELINE: lambda i: truth,
+        BASELINE: lambda i: truth,
         "near": lambda i: truth * 1.01,
         "wrong": lambda i: truth.flip(0),
         "nan": lambda i: truth / 0 * 0,
         "failing": fails,
         "peer": lambda i: truth.flip(0),
     }
-    case = bench_kernels.Case("k", "4", 32e6, 4, candidates, ("near", "wrong", "nan"), tolerance=0.02)
+    case = Case("k", "4", 32e6, 4, candidates, ("near", "wrong", "nan"), tolerance=0.02)
     rows = {row["candidate"]: row for row in bench_kernels.measure(case, torch.device("cpu"), 2, copy_gb_s=10)}
     assert {name for name, row in rows.items() if "red" in row} == {"wrong", "nan", "failing"}
     assert rows["wrong"]["red"] == "differs from its twin by 75.0% of the greatest number"

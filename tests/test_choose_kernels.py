@@ -22,7 +22,7 @@ from fastofa.student.fused_stem import NormActPool2d, StridedConv2d
 from fastofa.student.measure_kernels import KernelChoice
 from fastofa.student.model import Student
 from fastofa.system.errors import BadInput
-from fastofa.training import loop
+from fastofa.training import job
 from fastofa.training.distributed import World
 from fastofa.training.loop import train
 from fastofa.training.step import Step
@@ -218,7 +218,7 @@ def test_a_run_records_its_choice_and_resumes_with_it(on_photos, monkeypatch, tm
     """As on a GPU, except that nothing is computed: the default is not the fastest, and another is when it resumes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TRITON_INTERPRET")
-    for module in (choose_kernels, loop):
+    for module in (choose_kernels, job):
         monkeypatch.setattr(module, "measures_kernels", lambda *_: True)
     fastest = {"name": "torch"}
     monkeypatch.setattr(measure_kernels, "compare", lambda *_: Measured((fastest["name"],), {}, {}))

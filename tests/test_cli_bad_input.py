@@ -35,7 +35,7 @@ from fastofa.runs.log import read_metrics
 from fastofa.system.errors import Failed, LostContact, counted
 from fastofa.system.files import load_tensors, save_tensors
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import VAL, view_file
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.cache_header import HEADER
 from runs import CONTEXT, same_run
 

@@ -17,7 +17,9 @@ from fastofa.runs import recipes
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
 from fastofa.system.interrupt import Stopped
-from fastofa.teacher.cache import TeacherCache, as_stored, best_classes, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_columns import as_stored, best_classes
+from fastofa.teacher.cache_files import view_file
 from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.downloads import Downloads
 from fastofa.teacher.model import Teacher, open_teacher

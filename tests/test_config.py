@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import ColorJitter
 
-from fastofa.commands.arguments import parse
+from fastofa.commands.parse import parse
 from fastofa.methods.options import (
     BKDOptions,
     CCOptions,

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from fastofa.commands.arguments import CONFIGS, SECTIONS, parse
+from fastofa.commands.arguments import CONFIGS
+from fastofa.commands.parse import parse
+from fastofa.commands.sections import SECTIONS
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.config_file import read_config

@@ -15,7 +15,8 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from fastofa.commands import cache as cache_command
-from fastofa.commands.arguments import CacheConfig, parse
+from fastofa.commands.arguments import CacheConfig
+from fastofa.commands.parse import parse
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import open_pipeline
@@ -23,7 +24,8 @@ from fastofa.runs import recipes
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
 from fastofa.system.interrupt import Stopped
-from fastofa.teacher.cache import VAL, TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.ensemble import Ensemble, open_teachers
 from fastofa.teacher.fidelity import read_fidelity

@@ -24,7 +24,8 @@ from fastofa.data.written import verify
 from fastofa.runs import recipes
 from fastofa.runs.run import open_run
 from fastofa.system.files import load_tensors, save_tensors
-from fastofa.teacher.cache import VAL, TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.model import open_teacher
 from fastofa.teacher.precompute import precompute
@@ -103,7 +104,7 @@ def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     given: dict[str, Any] = {"epochs": 2, "batch_size": 10, "eval_every": 2, "checkpoint_every": 2, "ema": 0.9}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastofa.training.loop.Job._report", lambda _: None)
+        patch.setattr("fastofa.training.live_report.LiveReport.write", lambda *_: None)
         train(recipes.digits(data=DATA, student="test_vit", method="scratch", out=folder / "run", **given))
     export(folder / "run", folder / "teacher")
     teacher = str(folder / "teacher")

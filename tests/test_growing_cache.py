@@ -15,7 +15,8 @@ from fastofa.runs.config import TrainConfig
 from fastofa.runs.run import Run, open_run
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, save_tensors
-from fastofa.teacher.cache import VAL, TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.distributed import World
@@ -179,10 +180,10 @@ def test_evaluate_uses_the_predictions_that_the_run_started_with(
     said = capsys.readouterr().err
     assert (found.agreement is not None) is (state == "grown")
     expected = {
-        "replaced": f"no agreement with the teacher: {cache} does not contain the predictions",
-        "cut short": "no agreement with the teacher: .*expected 2 views, finished: 1 of 2",
+        "replaced": f"agreement with the teacher not measured: {cache} does not contain the predictions",
+        "cut short": "agreement with the teacher not measured: .*expected 2 views, finished: 1 of 2",
         "grown": "",
-        "moved": f"no agreement with the teacher: {cache}: expected a teacher cache",
+        "moved": f"agreement with the teacher not measured: {cache}: expected a teacher cache",
     }[state]
     assert all(part in said for part in expected.split(".*"))
 

@@ -19,7 +19,9 @@ import pytest
 import torch
 
 import fastofa.teacher.precompute
-import fastofa.training.loop
+import fastofa.training.evaluate_in_training
+import fastofa.training.job
+import fastofa.training.live_report
 from fastofa import cli
 from fastofa.data.write import write
 from fastofa.data.write_config import WriteConfig
@@ -27,7 +29,8 @@ from fastofa.methods.objective import Objective
 from fastofa.runs import recipes
 from fastofa.system.files import load_tensors
 from fastofa.system.interrupt import Interrupt, Stopped
-from fastofa.teacher.cache import TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import view_file
 from fastofa.teacher.model import Teacher
 from fastofa.teacher.parts import PARTS, part_file
 from fastofa.teacher.precompute import precompute
@@ -242,7 +245,7 @@ def _stuck(reached: Path) -> None:
             if handlers != [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]:
                 reached.unlink(missing_ok=True)
 
-    fastofa.training.loop.best_classes_each = predict  # type: ignore[assignment]
+    fastofa.training.evaluate_in_training.best_classes_each = predict  # type: ignore[assignment]
 
 
 @pytest.mark.slow
@@ -278,7 +281,7 @@ def _slow_start(reached: Path) -> None:
         reached.touch()
         time.sleep(600)
 
-    fastofa.training.loop.open_dataset = open_dataset  # type: ignore[assignment]
+    fastofa.training.job.open_dataset = open_dataset  # type: ignore[assignment]
 
 
 @pytest.mark.slow
@@ -328,7 +331,7 @@ def test_train_stopped_at_every_step(cache, run, tmp_path, monkeypatch):
         return original(self, *args)
 
     monkeypatch.setattr(Objective, "forward", call)
-    monkeypatch.setattr(fastofa.training.loop.Job, "_report", lambda job: None)  # to be quick
+    monkeypatch.setattr(fastofa.training.live_report.LiveReport, "write", lambda *_: None)  # to be quick
     config = train_config(cache, tmp_path / "run", pipeline="resident", resume=True)
     for step in range(1, 20):
         with pytest.raises(Stopped, match=f"saved step {step} of 20"):

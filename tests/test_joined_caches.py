@@ -18,7 +18,9 @@ from fastofa.cli import main
 from fastofa.methods.targets import TopK
 from fastofa.system.errors import BadInput
 from fastofa.system.files import filling, load_tensors, save_tensors
-from fastofa.teacher.cache import VAL, TeacherCache, topk_targets, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_columns import topk_targets
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.compare_caches import agreement, compare
 from fastofa.teacher.merge import gaps, merge
@@ -223,7 +225,7 @@ def test_other_validation_predictions_are_reported(part, copied, tmp_path, capsy
     rewrite(other / VAL, predictions=predictions)
     joined = merge([part(2), other], tmp_path / "joined")
     assert (joined.path / VAL).read_bytes() == (part(2) / VAL).read_bytes()
-    assert f"{other / VAL}: differs from the one kept" in capsys.readouterr().err.replace("\n", "")
+    assert f"{other / VAL}: differs from {joined.path / VAL}" in capsys.readouterr().err.replace("\n", "")
 
 
 # --- Comparing --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ from fastofa.runs.run import CONFIG
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
 from fastofa.system.interrupt import Stopped
-from fastofa.teacher.cache import VAL, TeacherCache, best_classes_fault, topk_targets, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_columns import topk_targets
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.compare_caches import compare
 from fastofa.teacher.compiled_teacher import TopKProgram
@@ -39,6 +41,7 @@ from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.push_pull import pull, push
 from fastofa.teacher.staged_cache import open_cache
+from fastofa.teacher.table_checks import best_classes_fault
 from fastofa.training.evaluate import evaluate
 from fastofa.training.loop import train
 

@@ -26,7 +26,7 @@ from PIL import Image
 from timm.layers import DropPath
 
 import fastofa.teacher.cache_job
-import fastofa.training.loop
+import fastofa.training.live_report
 from fastofa.data.open import open_dataset
 from fastofa.pipelines import workers
 from fastofa.runs import recipes
@@ -102,7 +102,7 @@ def _work(command: Callable[[Any], Any], config: Any, log: Path, ready: Connecti
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do in a process of its own
     fastofa.teacher.cache_job.SAVE_EVERY_S = 0  # an unfinished view is saved at every batch
-    fastofa.training.loop.Job._report = lambda job: None  # type: ignore[method-assign]  # half of such a run's time
+    fastofa.training.live_report.LiveReport.write = lambda *_: None  # type: ignore[method-assign]  # half of such a run's time
     _die_at(die_at)
     ready.send(time.process_time())
     command(config)

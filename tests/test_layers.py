@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastofa.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 
 # Lowest first: a package imports from itself and from lower ones.
@@ -26,8 +28,8 @@ INSTALLED = {
 OPTIONAL = {"dali_loader.py": {"nvidia"}, "export_onnx.py": {"onnxruntime"}}  # extras, each imported by one file only
 # Imported within a function: they take a second or more, and many runs do not need them.
 LATE = {
-    ("arguments.py", "fastofa.methods.find_method"),
-    ("cli.py", "fastofa.commands.arguments"),
+    ("own_method_flags.py", "fastofa.methods.find_method"),
+    ("cli.py", "fastofa.commands.parse"),
     ("cli.py", "fastofa.commands.quick_checks"),
     ("curves.py", "matplotlib"),
     ("curves.py", "matplotlib.backends.backend_agg"),
@@ -45,6 +47,11 @@ FILES = {
     for package in PACKAGES
     for path in sorted((ROOT / "fastofa" / package).glob("*.py"))
 }
+# Files beside the commands: the arguments of all, how they are parsed, and their early checks.
+BEFORE_COMMANDS = {
+    "arguments", "defaults", "flag_values", "help_texts", "own_method_flags", "parse", "quick_checks", "refuse_urls",
+    "sections",
+}  # fmt: skip
 OUTSIDE = {f"fastofa.{path.stem}": path for path in sorted((ROOT / "fastofa").glob("*.py"))}
 
 
@@ -128,21 +135,22 @@ def test_kernels_depend_on_torch_and_triton_only():
 
 def test_commands_do_not_import_each_other():
     """But all share their arguments, and the demo calls the functions behind the others."""
-    for module, path in FILES.items():
-        if package(module) == "commands":
-            others = {name for name in imports(path) if package(name) == "commands"} - {module}
-            assert others <= {"fastofa.commands.arguments"}
+    for command in COMMANDS:
+        others = {name for name in imports(FILES[f"fastofa.commands.{command}"]) if package(name) == "commands"}
+        assert others <= {"fastofa.commands.arguments"}
+
+
+def test_what_runs_before_a_command_imports_none():
+    """Commands import torch, which takes seconds."""
+    for name in BEFORE_COMMANDS:
+        path = FILES[f"fastofa.commands.{name}"]
+        others = {other.rpartition(".")[2] for other in imports(path) if package(other) == "commands"}
+        assert others <= BEFORE_COMMANDS, path.name
 
 
 def test_every_command_is_a_file():
-    from fastofa.cli import COMMANDS
-
-    files = {path.stem for module, path in FILES.items() if package(module) == "commands"} - {
-        "__init__",
-        "arguments",
-        "quick_checks",
-    }
-    assert files == {*COMMANDS}
+    files = {path.stem for module, path in FILES.items() if package(module) == "commands"}
+    assert files == {"__init__", *BEFORE_COMMANDS, *COMMANDS}
     for command in COMMANDS:
         tree = ast.parse(FILES[f"fastofa.commands.{command}"].read_text())
         assert "main" in {node.name for node in tree.body if hasattr(node, "name")}
@@ -175,7 +183,7 @@ def test_the_links_match_the_wheels_package_folders():
     [
         "fastofa",
         "fastofa.cli",
-        "fastofa.commands.arguments",
+        "fastofa.commands.parse",
         "fastofa.runs.recipes",
         "fastofa.views.draw",
         "fastofa.data.write_config",

@@ -205,7 +205,7 @@ def test_a_run_that_fails_finishes_its_wandb_run(on_photos, wandb, monkeypatch):
     def fail(*_: Any) -> None:
         raise BadInput("so it goes")
 
-    monkeypatch.setattr("fastofa.training.loop.Job._log_epoch", fail)
+    monkeypatch.setattr("fastofa.training.loop.Loop._log_epoch", fail)
     with pytest.raises(BadInput, match="so it goes"):
         train(on_photos(wandb="mine"))
     assert wandb.finished == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastofa.commands.arguments import parse
+from fastofa.commands.parse import parse
 from fastofa.reports.page import write_report
 from fastofa.runs.checkpoint import checkpoints
 from fastofa.runs.log import read_metrics

@@ -18,7 +18,7 @@ from fastofa.methods.method import Outputs, Sizes
 from fastofa.methods.objective import Objective
 from fastofa.methods.targets import Targets
 from fastofa.runs.config import TrainConfig
-from fastofa.teacher.cache import topk_targets
+from fastofa.teacher.cache_columns import topk_targets
 
 B, C, K = 6, 9, 4
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastofa.teacher.compiled_teacher
 import fastofa.training.step
-from fastofa.commands.arguments import parse
+from fastofa.commands.parse import parse
 from fastofa.data.open import open_dataset
 from fastofa.models.timm_models import weights_sha256
 from fastofa.pipelines import Batch, open_pipeline

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastofa.commands.arguments import parse
+from fastofa.commands.parse import parse
 from fastofa.reports.page import write_report
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig

@@ -15,7 +15,9 @@ from torch import Tensor
 from bench.bench_cache import begin, view_columns
 from fastofa.kernels.reference import dense_probs
 from fastofa.methods.targets import TopK
-from fastofa.teacher.cache import TeacherCache, read_table, topk_targets, view_file, write_table
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_columns import topk_targets
+from fastofa.teacher.cache_files import read_table, view_file, write_table
 from fastofa.teacher.cache_header import read_header
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.packed_rows import Decoder, RowFormat, joined, packed

@@ -9,7 +9,8 @@ import pytest
 from fastofa import cli
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
-from fastofa.teacher.cache import TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import view_file
 from fastofa.teacher.plan import Plan, plan
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig

@@ -21,7 +21,8 @@ from fastofa import cli
 from fastofa.system.errors import Failed
 from fastofa.system.files import filling, load_tensors
 from fastofa.system.rendezvous import Place
-from fastofa.teacher.cache import VAL, TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.parts import PARTS, Parts, Range
 from fastofa.teacher.precompute import precompute

@@ -18,7 +18,8 @@ from fastofa.runs.run import open_run
 from fastofa.system.errors import BadInput
 from fastofa.system.files import filling, load_tensors, save_tensors
 from fastofa.system.remote import Patience
-from fastofa.teacher.cache import VAL, TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.fidelity import FIDELITY
 from fastofa.teacher.precompute import precompute

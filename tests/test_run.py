@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastofa
-import fastofa.training.loop
+import fastofa.training.evaluate_in_training
+import fastofa.training.live_report
 from fastofa.methods.method import Outputs
 from fastofa.methods.objective import Objective
 from fastofa.models.normalized import Normalized
@@ -91,7 +92,7 @@ def test_the_best_evaluations_weights_are_kept(on_photos, monkeypatch):
         first = [np.where(np.arange(len(right)) < count, right, 1 - right) for count in found]
         return [np.stack([best, 1 - best], axis=1) for best in first]
 
-    monkeypatch.setattr(fastofa.training.loop, "best_classes_each", best_classes_each)
+    monkeypatch.setattr(fastofa.training.evaluate_in_training, "best_classes_each", best_classes_each)
     config = on_photos(epochs=4, ema=0.5)
     train(config)
     epochs = rows(config.out, "epoch")
@@ -158,18 +159,20 @@ def test_a_run_that_ended_between_saving_and_evaluating_evaluates_when_resumed(o
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fastofa.training.loop, "best_classes_each", fail)
+        patch.setattr(fastofa.training.evaluate_in_training, "best_classes_each", fail)
         for resume in (False, True):
             with pytest.raises(RuntimeError, match="out of memory"):
                 train(dataclasses.replace(config, resume=resume))
             assert newest(config.out).name == "step-00000003.safetensors"
             assert not (config.out / FOLDER / BEST).exists()
-    original = fastofa.training.loop.save_predictions
+    original = fastofa.training.evaluate_in_training.save_predictions
     calls = iter([original, fail])
-    monkeypatch.setattr(fastofa.training.loop, "save_predictions", lambda *arguments: next(calls)(*arguments))
+    monkeypatch.setattr(
+        fastofa.training.evaluate_in_training, "save_predictions", lambda *arguments: next(calls)(*arguments)
+    )
     with pytest.raises(RuntimeError, match="out of memory"):  # in the last one
         train(dataclasses.replace(config, resume=True))
-    monkeypatch.setattr(fastofa.training.loop, "save_predictions", original)
+    monkeypatch.setattr(fastofa.training.evaluate_in_training, "save_predictions", original)
     train(dataclasses.replace(config, resume=True))
     same_run(config.out, straight.out)
     predictions = [load_tensors(c.out / "val_predictions.safetensors")[0]["best"] for c in (config, straight)]
@@ -189,7 +192,9 @@ def test_a_signal_at_an_epochs_end_does_not_wait_for_the_evaluation(on_photos, m
 
     with monkeypatch.context() as patch:
         patch.setattr(Step, "__call__", step)
-        patch.setattr(fastofa.training.loop, "best_classes_each", lambda *_, **__: pytest.fail("evaluated"))
+        patch.setattr(
+            fastofa.training.evaluate_in_training, "best_classes_each", lambda *_, **__: pytest.fail("evaluated")
+        )
         with pytest.raises(Stopped, match="saved step 3 of 6"):
             train(config)
     train(dataclasses.replace(config, resume=True))
@@ -198,8 +203,8 @@ def test_a_signal_at_an_epochs_end_does_not_wait_for_the_evaluation(on_photos, m
 
 def test_a_report_that_fails_does_not_end_the_run(on_photos, monkeypatch, capsys):
     monkeypatch.undo()  # on_photos draws no report
-    monkeypatch.setattr(fastofa.training.loop, "draw_curves", lambda _: 1 / 0)
-    monkeypatch.setattr(fastofa.training.loop, "REPORT_EVERY_S", 0)
+    monkeypatch.setattr(fastofa.training.live_report, "draw_curves", lambda _: 1 / 0)
+    monkeypatch.setattr(fastofa.training.live_report, "EVERY_S", 0)
     config = on_photos()
     train(config)
     assert len(rows(config.out, "epoch")) == 2

@@ -20,7 +20,7 @@ from fastofa.runs.recipes import RECIPES
 from fastofa.student.fused_depthwise import DepthwiseConv2d
 from fastofa.student.model import Student
 from fastofa.system.errors import BadInput
-from fastofa.teacher.cache import topk_targets
+from fastofa.teacher.cache_columns import topk_targets
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.training import step
 from fastofa.training.distributed import World

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastofa.teacher.cache import topk_targets
+from fastofa.teacher.cache_columns import topk_targets
 from fastofa.teacher.table_checks import targets_fault, views_fault
 from fastofa.views.draw import draw_views
 from fastofa.views.policy import ViewPolicy

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from fastofa.commands.cache import info
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
-from fastofa.methods.targets import Targets, TopK
+from fastofa.methods.targets import Targets, TopK, agreement
 from fastofa.pipelines import open_pipeline
 from fastofa.runs.recipes import default_policy
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, save_tensors
-from fastofa.teacher.cache import VAL, TeacherCache, agreement, topk_targets, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_columns import topk_targets
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.cache_header import HEADER, policy_from_json, policy_to_json
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.fidelity import FIDELITY

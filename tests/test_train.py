@@ -22,6 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+import fastofa.training.evaluate_in_training
+import fastofa.training.job
 import fastofa.training.loop
 import fastofa.training.plan
 import fastofa.training.step
@@ -50,7 +52,8 @@ from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.distributed import World
 from fastofa.training.evaluate import evaluate
 from fastofa.training.export import export
-from fastofa.training.loop import Result, open_job, train
+from fastofa.training.job import open_job
+from fastofa.training.loop import Result, train
 from fastofa.training.optim import create_optimizer
 from fastofa.training.predict_files import open_classifier, predict
 from fastofa.training.schedule import learning_rate
@@ -635,9 +638,9 @@ def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
         evaluated.append([copy.deepcopy(student.state_dict()) for student in students])
         return original(students, *arguments, **given)
 
-    original = fastofa.training.loop.best_classes_each
+    original = fastofa.training.evaluate_in_training.best_classes_each
     monkeypatch.setattr(fastofa.training.step, "create_optimizer", create)
-    monkeypatch.setattr(fastofa.training.loop, "best_classes_each", best_classes_each)
+    monkeypatch.setattr(fastofa.training.evaluate_in_training, "best_classes_each", best_classes_each)
     config = on_photos(ema=0.7, lr=0.01)
     train(config)
 
@@ -658,14 +661,14 @@ def test_the_moving_average_is_kept_evaluated_and_used(on_photos, monkeypatch):
 
 def test_without_a_moving_average_the_student_itself_is_evaluated(on_photos, monkeypatch):
     evaluated = []
-    original = fastofa.training.loop.best_classes_each
+    original = fastofa.training.evaluate_in_training.best_classes_each
 
     def best_classes_each(students, *arguments, **given):
         (student,) = students
         evaluated.append(copy.deepcopy(student.state_dict()))
         return original(students, *arguments, **given)
 
-    monkeypatch.setattr(fastofa.training.loop, "best_classes_each", best_classes_each)
+    monkeypatch.setattr(fastofa.training.evaluate_in_training, "best_classes_each", best_classes_each)
     config = on_photos()
     train(config)
     weights = saved(config.out, "student")
@@ -774,7 +777,7 @@ def test_impossible_input_is_refused_before_the_data_are_indexed(on_photos, tmp_
     (tmp_path / "begun/checkpoints/step-00000001.safetensors").touch()
     (tmp_path / "begun" / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(fastofa.training.loop, "open_dataset", lambda *_: pytest.fail("opened the data"))
+    monkeypatch.setattr(fastofa.training.job, "open_dataset", lambda *_: pytest.fail("opened the data"))
     config = on_photos(**{**given, **({"out": tmp_path / given["out"]} if "out" in given else {})})
     with pytest.raises(BadInput, match=message):
         train(config)
@@ -972,7 +975,7 @@ def test_a_resumed_run_keeps_its_order_whatever_the_memory(on_beton, monkeypatch
     train(straight)
     config = on_beton("resumed", 1 if began == "pages" else 10**12, checkpoint_every=2)
     with monkeypatch.context() as patch:  # killed as the first epoch's last step is logged
-        patch.setattr("fastofa.training.loop.Job._log_epoch", lambda *_: 1 / 0)
+        patch.setattr("fastofa.training.loop.Loop._log_epoch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     with pytest.raises(BadInput, match=f"these differ: order: {other} here, {began} there"):

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor
 
-from fastofa.commands.arguments import parse
+from fastofa.commands.parse import parse
 from fastofa.data.open import open_dataset
 from fastofa.methods.dkd import DKD
 from fastofa.methods.method import Outputs, Sizes

@@ -27,7 +27,8 @@ from fastofa.pipelines import open_pipeline
 from fastofa.student.model import Student
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, save_tensors
-from fastofa.teacher.cache import CLASSIFIER, TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import CLASSIFIER, view_file
 from fastofa.teacher.cache_header import HEADER
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.model import open_teacher

@@ -25,7 +25,7 @@ from fastofa.pipelines import Batch
 from fastofa.runs import recipes
 from fastofa.runs.config import TrainConfig
 from fastofa.student.model import Student
-from fastofa.teacher.cache import topk_targets
+from fastofa.teacher.cache_columns import topk_targets
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.packed_rows import packed
 from fastofa.training.step import Step

@@ -32,7 +32,7 @@ COPY = "copy all its files there together"
 
 
 def local_copy(url: str, patience: Patience = PATIENCE) -> Path:
-    """The path of the local copy of a .pack or .beton that `fastofa write` wrote. It is downloaded if there is none.
+    """The path of the local copy of a .pack or .beton that `fastofa write` wrote, which is downloaded if necessary.
 
     No fastofa removes the copy before this process ends; others may be removed.
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,14 +42,14 @@ class Targets(NamedTuple):
         """
         if self.all_log_probs is not None:
             return torch.softmax(self.all_log_probs / temperature, dim=1)
-        return dense_probs(
-            self.classes,
-            self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32)),
-            num_classes,
-            temperature,
-        )
+        return dense_probs(self.classes, full(self.log_probs), num_classes, temperature)
 
 
 def full(x: Tensor) -> Tensor:
     """x in fp32, or in float64 if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def agreement(predicted: np.ndarray, targets: TopK) -> float:
+    """The fraction of samples for which `predicted` (class indices [N]) is the teacher's most probable class."""
+    return float((predicted == targets.classes[:, 0].to(torch.int64).numpy()).mean())

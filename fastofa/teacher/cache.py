@@ -1,28 +1,9 @@
-"""The teacher cache: for each view, the view table and the teacher's top-K predictions for every sample.
+"""Read a teacher cache: its views, the teacher's predictions for them, and whether they suit a dataset.
 
-    CACHE/cache.json                the header: dataset, teacher, view policy, and the planned number of views
-    CACHE/view-00000.safetensors    the columns of `Views` (crop uint16 [N, 4], and the others that the policy draws; a
-                                    bool column such as flip as bits, uint8 [N / 8, rounded up])
-                                    predictions uint8 [N, R]: packed rows (packed_rows.py) of the K best classes and
-                                    their log-probabilities at temperature 1; or, if K = C, classes uint16 or int32
-                                    [N, K], best first, and log_probs float16 [N, K]
-                                    with --features also pooled float16 [N, D], the input of the teacher's classifier,
-                                    or pooled int8 [N, D] with pooled_scale float32 [N]
-                                    with --keep-each, the predictions of teacher t are in columns of their own:
-                                    predictions_t, or classes_t and log_probs_t, from t = 1 on
-    CACHE/classifier.safetensors    only with --features: weight float32 [C, D] and bias float32 [C]
-    CACHE/val.safetensors           the same predictions of the validation images, on the teacher's own centre crops
-    CACHE/seen.png                  a few images of view 0 as the teacher saw them (reference_images.py)
-    CACHE/part-....safetensors      only while `fastofa precompute` runs, or after an interruption: predictions for some
-                                    rows of an unfinished table (parts.py)
+Its files are described in cache_files.py. A cache may grow while it is used: opening it gives the views that are
+finished, and a run records a digest of each view that it replays.
 
-A cache may grow while it is used: opening it gives the views that are finished, and a run records a digest of each view
-that it replays.
-
-Views are stored as parameters, not as seeds, so that a cache replays exactly even if a library changes its random
-numbers. No file is a pickle. A cache of schema 3 packs nothing; it is read, and continued in its own form.
-
-Shapes: N samples, B batch, C classes, K classes kept, R bytes of a packed row, D width of the teacher's pooled vector.
+Shapes: N samples, C classes, K classes kept, D width of the teacher's pooled vector.
 """
 
 import dataclasses
@@ -32,27 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastofa.data.dataset import Dataset
 from fastofa.methods.targets import TopK
 from fastofa.system.errors import BadInput, counted
-from fastofa.system.files import load_tensors, read_info, save_tensors
+from fastofa.system.files import read_info
 from fastofa.system.progress import track
-from fastofa.teacher.cache_header import AGAIN, SCHEMA, identity, policy_from_json, read_header
+from fastofa.teacher.cache_columns import PREDICTIONS, from_bits, predictions_in, suffixes
+from fastofa.teacher.cache_files import CLASSIFIER, VAL, check_origin, read_table, view_file
+from fastofa.teacher.cache_header import AGAIN, policy_from_json, read_header
 from fastofa.teacher.mixture import EachTeacher
-from fastofa.teacher.packed_rows import PackedRows, packed, row_format
-from fastofa.teacher.table_checks import classifier_fault, packed_fault, targets_fault, vectors_fault, views_fault
+from fastofa.teacher.packed_rows import PackedRows
+from fastofa.teacher.table_checks import best_classes_fault, classifier_fault, predictions_fault, views_fault
 from fastofa.teacher.teacher_weights import checked_weights
 from fastofa.teacher.vectors import Classifier, Vectors
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import Views
-
-VAL, CLASSIFIER = "val.safetensors", "classifier.safetensors"
-PREDICTIONS = "predictions"  # the column of packed rows
-BOOLEAN = ("flip", "bicubic")
 
 
 class Table(NamedTuple):
@@ -234,14 +212,14 @@ class TeacherCache:
         predicted = {name + suffix for name in (PREDICTIONS, *TopK._fields) for suffix in suffixes(self.header)}
         predicted |= set(Vectors._fields) if self.pooled_dim else set()
         columns = {
-            name: _flags(name, tensor, self.num_samples) for name, tensor in tensors.items() if name not in predicted
+            name: from_bits(name, tensor, self.num_samples) for name, tensor in tensors.items() if name not in predicted
         }
         fault = predictions_fault(tensors, self.header, self.num_samples)
         if fault := fault or views_fault(columns, self.policy, self.num_samples):
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
         views = Views(**columns, mean=self.policy.mean, std=self.policy.std)
         vectors = Vectors(tensors["pooled"], tensors.get("pooled_scale")) if self.pooled_dim else None
-        return Table(views, _predictions(tensors, self.header, self.weights()), vectors)
+        return Table(views, predictions_in(tensors, self.header, self.weights()), vectors)
 
     def classifier(self) -> Classifier | None:
         """The teacher's classifier, with checksum and values checked; None if the cache has no vectors."""
@@ -264,7 +242,7 @@ class TeacherCache:
         tensors = read_table(path, self.header, VAL)
         if fault := best_classes_fault(tensors, self.header, self.header["num_val_samples"]):
             raise BadInput(f"{path}: {fault}; delete it and {AGAIN}")
-        return _predictions(tensors, self.header, self.weights(weights))
+        return predictions_in(tensors, self.header, self.weights(weights))
 
     def verify(self) -> None:
         """Read every finished table, compare its checksum and its origin, and check its values.
@@ -326,158 +304,5 @@ class TeacherCache:
             )
 
 
-def best_classes(log_probs: Tensor, topk: int) -> TopK:
-    """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, on the same device.
-
-    Returns:
-        classes [B, K], best first: int32 if C > 65,536, else int16 with the bits of uint16, which has few operations;
-        and log_probs [B, K]: fp32, which the cache packs, or float16 if all classes are kept.
-    """
-    values, classes = log_probs.topk(topk, dim=-1)
-    narrow, dense = log_probs.shape[-1] <= 1 << 16, topk == log_probs.shape[-1]
-    return TopK(classes.to(torch.int16 if narrow else torch.int32), values.half() if dense else values)
-
-
-def predictions_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
-    """Check the columns that the teacher computed for `count` images. Returns a fault, or ""."""
-    fault = best_classes_fault(tensors, header, count)
-    if fault or "features" not in header:
-        return fault
-    return vectors_fault(tensors, count, **header["features"])
-
-
-def best_classes_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
-    """Check the K best classes of `count` images, packed or not, of each teacher kept. Returns a fault, or ""."""
-    rows = row_format(header["topk"], header["num_classes"])
-    for suffix in suffixes(header):
-        own = _of_teacher(tensors, suffix)
-        if rows is not None and PREDICTIONS in own:
-            fault = packed_fault(own[PREDICTIONS], count, rows)
-        else:
-            fault = targets_fault(own, count, header["topk"], header["num_classes"])
-        if fault:
-            return f"teacher {suffix[1:]}: {fault}" if suffix else fault
-    return ""
-
-
-def suffixes(header: dict[str, Any]) -> tuple[str, ...]:
-    """What follows the names of a teacher's columns: "" if the cache keeps one prediction, else "_1", "_2", ..."""
-    if not header.get("keep_each"):
-        return ("",)
-    return tuple(f"_{teacher}" for teacher in range(1, len(header["teachers"]) + 1))
-
-
-def targets_only(columns: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
-    """The classes and log_probs among the columns of a table, of each teacher kept."""
-    return {name + suffix: columns[name + suffix] for suffix in suffixes(header) for name in TopK._fields}
-
-
-def _of_teacher(columns: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
-    """The predictions of one teacher, by names without its suffix."""
-    return {name: columns[name + suffix] for name in (PREDICTIONS, *TopK._fields) if name + suffix in columns}
-
-
-def as_stored(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The columns of a table on the CPU as `write_table` takes them: int16 classes of `best_classes` become uint16."""
-    return {
-        name: values.view(torch.uint16) if name.startswith("classes") and values.dtype == torch.int16 else values
-        for name, values in columns.items()
-    }
-
-
-def topk_targets(log_probs: Tensor, topk: int) -> TopK:
-    """The K most probable classes of log_probs [B, C] (fp32), and their log-probabilities, before they are packed.
-
-    Returns:
-        On the CPU: classes uint16 (int32 if C > 65,536) [B, K], best first, and log_probs fp32 (float16 if K = C)
-        [B, K].
-    """
-    columns = best_classes(log_probs, topk)._asdict()
-    return TopK(**as_stored({name: values.cpu() for name, values in columns.items()}))
-
-
-def view_file(view: int) -> str:
-    return f"view-{view:05d}.safetensors"
-
-
-def views_in(path: Path, header: dict[str, Any]) -> list[int]:
-    """The numbers of the views whose files exist, in ascending order."""
-    return [view for view in range(header["views"]) if (path / view_file(view)).is_file()]
-
-
-def write_table(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], table: int | str) -> None:
-    """Write the table of a view (`table` is its number) or another table; the file records the cache's identity.
-
-    Args:
-        tensors: columns as `as_stored` returns them. Finished predictions are packed, unless the cache has schema 3.
-    """
-    if isinstance(table, int) or table == VAL:
-        tensors = packed_columns(tensors, header) if header.get("schema", SCHEMA) == SCHEMA else _rounded(tensors)
-    save_tensors(path, tensors, {"table": table, "cache": identity(header)})
-
-
-def packed_columns(columns: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
-    """The columns of a view with bool columns as bits and, if K < C, the predictions as packed rows."""
-    columns = {
-        name: torch.from_numpy(np.packbits(values.numpy())) if values.dtype == torch.bool else values
-        for name, values in columns.items()
-    }
-    for suffix in suffixes(header):
-        own = _of_teacher(columns, suffix)
-        predictions = packed(TopK(**own), header["num_classes"]) if "classes" in own else None
-        if isinstance(predictions, PackedRows):
-            others = {name: values for name, values in columns.items() if name.removesuffix(suffix) not in own}
-            columns = {**others, PREDICTIONS + suffix: predictions.rows}
-    return columns
-
-
-def _rounded(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The columns as schema 3 has them, with log_probs float16."""
-    return {name: values.half() if name == "log_probs" else values for name, values in columns.items()}
-
-
-def _predictions(
-    columns: dict[str, Tensor], header: dict[str, Any], weights: tuple[float, ...] | None
-) -> TopK | PackedRows | EachTeacher:
-    rows = row_format(header["topk"], header["num_classes"])
-    each: list[TopK | PackedRows] = []
-    for suffix in suffixes(header):
-        own = _of_teacher(columns, suffix)
-        if rows is not None and PREDICTIONS in own:
-            each.append(PackedRows(own[PREDICTIONS], rows))
-        else:
-            each.append(TopK(**own))
-    return each[0] if weights is None else EachTeacher(tuple(each), weights, header["num_classes"])
-
-
 def _unpacked(predictions: TopK | PackedRows | EachTeacher) -> TopK:
     return predictions if isinstance(predictions, TopK) else predictions.unpacked()
-
-
-def _flags(name: str, values: Tensor, count: int) -> np.ndarray:
-    """A column of a view of `count` samples; bits become bool [N]."""
-    if name in BOOLEAN and values.dtype == torch.uint8 and values.shape == (-(-count // 8),):
-        return np.unpackbits(values.numpy(), count=count).view(bool)
-    return values.numpy()
-
-
-def read_table(path: Path, header: dict[str, Any], table: int | str) -> dict[str, Tensor]:
-    """Read a table. Raises BadInput if it is missing, truncated, edited, or from another cache."""
-    tensors, info = load_tensors(path)
-    check_origin(path, info, header, table)
-    return tensors
-
-
-def check_origin(path: Path | str, info: dict[str, Any], header: dict[str, Any], table: int | str) -> None:
-    """Raises BadInput unless the metadata of a file (`info`) name this table of this cache."""
-    if info != {"table": table, "cache": identity(header)}:
-        expected = f"view {table}" if isinstance(table, int) else table
-        raise BadInput(
-            f"{path}: expected {expected} of this cache, got a table of another view or another cache; delete it, and "
-            f"{AGAIN}"
-        )
-
-
-def agreement(predicted: np.ndarray, targets: TopK) -> float:
-    """The fraction of samples for which `predicted` (class indices [N]) is the teacher's most probable class."""
-    return float((predicted == targets.classes[:, 0].to(torch.int64).numpy()).mean())

@@ -29,7 +29,7 @@ from fastofa.pipelines import Pipeline
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import read_json, write_json
 from fastofa.system.progress import track
-from fastofa.teacher.cache import topk_targets
+from fastofa.teacher.cache_columns import topk_targets
 from fastofa.teacher.cache_header import MAX_VIEWS, identity
 from fastofa.teacher.device_targets import DeviceTargets
 from fastofa.teacher.ensemble import Ensemble
@@ -57,7 +57,7 @@ class Sample(NamedTuple):
     each: tuple[Tensor, ...] = ()
     """fp32 [N, C] of each teacher, if the cache keeps several apart; `log_probs` is their mean."""
     weights: tuple[float, ...] = ()
-    """Of these teachers."""
+    """Weight of each of these teachers; their sum is 1."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class LossFidelity:
     student: str
     """untrained or trained; see the module's docstring."""
     loss_error: float
-    """|stored - exact| / exact, of the loss."""
+    """Relative error of the loss: |stored - exact| / exact."""
     cosine: float
-    """Of the gradients of the loss, [N, C], with respect to the student's logits."""
+    """Between the stored and the exact gradient of the loss, [N, C], with respect to the student's logits."""
     gradient_error: float
-    """|stored - exact| / |exact|, of the same gradients."""
+    """Relative error of the same gradients: |stored - exact| / |exact|."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class Fidelity:
 
     images: int
     kept: float
-    """Probability of the K classes, mean over the images."""
+    """Probability of the K classes together, mean over the images."""
     kept_p1: float
     """1st percentile of this probability."""
     moved: float
-    """Total variation between the stored distribution and the teacher's: the probability that lies with other classes.
-    Mean over the images."""
+    """Total variation between the stored distribution and the teacher's: the probability that is on other classes. Mean
+    over the images."""
     losses: tuple[LossFidelity, ...]
     """For each eps and student."""
 
@@ -110,7 +110,7 @@ def less_exact(losses: Sequence[LossFidelity]) -> list[LossFidelity]:
 def held_back(teachers: Ensemble, dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy, seed: int) -> Sample:
     """Run the teachers on images that are evenly spaced in the dataset, in a view that is not stored.
 
-    A signal ends the job afterwards, because a part of the sample could not be saved.
+    An interrupt takes effect only afterwards, because part of the sample could not be saved.
 
     Raises:
         BadInput: a prediction is not finite.
@@ -208,7 +208,7 @@ def smallest_topk(sample: Sample, eps: Sequence[float]) -> int:
 
 
 def _ratio(a: float, b: float, of_zeros: float = 0.0) -> float:
-    """a / b; a dataset of one class has zeros only."""
+    """a / b; `of_zeros` if b is 0, as with a dataset of one class."""
     return a / b if b else of_zeros
 
 
@@ -299,8 +299,8 @@ def warning(fidelity: Fidelity, topk: int) -> str:
 def in_rows(fidelity: Fidelity) -> dict[str, str]:
     """The figures by name, for a table."""
     return {
-        "kept probability": f"{fidelity.kept:.3%}, 1st percentile {fidelity.kept_p1:.3%}; {fidelity.moved:.3%} lies "
-        f"with other classes ({counted(fidelity.images, 'image')} held back)",
+        "kept probability": f"{fidelity.kept:.3%}, 1st percentile {fidelity.kept_p1:.3%}; {fidelity.moved:.3%} is "
+        f"on other classes ({counted(fidelity.images, 'image')} held back)",
         **{
             f"OFA loss, eps {loss.eps:g}": f"error {loss.loss_error:.2%}; gradient: cosine {_cosine(loss.cosine)}, "
             f"error {loss.gradient_error:.2%}"

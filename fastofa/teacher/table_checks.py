@@ -8,12 +8,14 @@ Shapes: N samples, C classes, K classes kept, D width of the teacher's pooled ve
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastofa.teacher.packed_rows import RowFormat
+from fastofa.teacher.cache_columns import PREDICTIONS, of_teacher, suffixes
+from fastofa.teacher.packed_rows import RowFormat, row_format
 from fastofa.views import rand_augment
 from fastofa.views.policy import ViewPolicy
 from fastofa.views.table import UNIT
@@ -22,6 +24,28 @@ Kind = tuple[torch.dtype, tuple[int, ...]]
 """Type and shape of a tensor."""
 ROWS_AT_ONCE = 1 << 14
 MASS_ERROR = 0.01  # float16 rounds log p by at most |log p| / 2048, and thus the sum of p by the entropy / 2048
+
+
+def predictions_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
+    """Check the columns that the teacher computed for `count` images. Returns a fault, or ""."""
+    fault = best_classes_fault(tensors, header, count)
+    if fault or "features" not in header:
+        return fault
+    return vectors_fault(tensors, count, **header["features"])
+
+
+def best_classes_fault(tensors: dict[str, Tensor], header: dict[str, Any], count: int) -> str:
+    """Check the K best classes of `count` images, packed or not, of each teacher kept. Returns a fault, or ""."""
+    rows = row_format(header["topk"], header["num_classes"])
+    for suffix in suffixes(header):
+        own = of_teacher(tensors, suffix)
+        if rows is not None and PREDICTIONS in own:
+            fault = packed_fault(own[PREDICTIONS], count, rows)
+        else:
+            fault = targets_fault(own, count, header["topk"], header["num_classes"])
+        if fault:
+            return f"teacher {suffix[1:]}: {fault}" if suffix else fault
+    return ""
 
 
 def targets_fault(tensors: Mapping[str, Tensor], count: int, topk: int, num_classes: int) -> str:
@@ -63,15 +87,20 @@ def packed_fault(packed: Tensor, count: int, row_format: RowFormat) -> str:
         return fault
     for first in range(0, count, ROWS_AT_ONCE):
         classes = row_format.classes_of(packed[first : first + ROWS_AT_ONCE])
-        twice = np.zeros(classes.shape[1], dtype=bool)
+        outside = classes >= row_format.num_classes
+        if outside.any():
+            return _classes_fault(classes, outside, f"classes from 0 to {row_format.num_classes - 1}", first)
         for distance in range(1, len(classes)):
-            twice |= (classes[distance:] == classes[:-distance]).any(axis=0)
-        outside = (classes >= row_format.num_classes).any(axis=0)
-        for expected, bad in ((f"classes from 0 to {row_format.num_classes - 1}", outside), ("each class once", twice)):
-            if bad.any():
-                row = int(bad.argmax())
-                return f"expected {expected}, got {_some(classes[:, row].tolist())} for sample {first + row}"
+            equal = classes[distance:] == classes[:-distance]
+            if equal.any():
+                return _classes_fault(classes, equal, "each class once", first)
     return ""
+
+
+def _classes_fault(classes: np.ndarray, bad: np.ndarray, expected: str, first: int) -> str:
+    """The fault of the first bad row. `classes` [K, M] and `bad`, bool [.., M], are of the rows from `first` on."""
+    row = int(bad.any(axis=0).argmax())
+    return f"expected {expected}, got {_some(classes[:, row].tolist())} for sample {first + row}"
 
 
 def vectors_fault(tensors: Mapping[str, Tensor], count: int, kind: str, width: int) -> str:
@@ -102,7 +131,7 @@ def classifier_fault(tensors: Mapping[str, Tensor], num_classes: int, width: int
 
 
 def _kinds_fault(tensors: Mapping[str, Tensor], kinds: Mapping[str, Kind]) -> str:
-    """Whether tensors are missing, or of another type or shape."""
+    """Check that no tensor is missing or has another type or shape."""
     if missing := kinds.keys() - tensors.keys():
         return f"expected {' and '.join(kinds)}, but {' and '.join(sorted(missing))} is missing"
     for name, (dtype, shape) in kinds.items():
@@ -146,7 +175,7 @@ def _column_kinds(policy: ViewPolicy, count: int) -> dict[str, tuple[np.dtype, t
 def _column_faults(columns: Mapping[str, np.ndarray], rows: slice) -> dict[str, tuple[str, np.ndarray]]:
     """For each column, the expected property and a bool array of the rows that lack it."""
     crop = columns["crop"][rows]
-    faults = {"crop": ("to be a box inside the image", _is_outside(crop) | (crop[:, 2:] == 0).any(axis=1))}
+    faults = {"crop": ("to be a box inside the image", _is_outside(crop) | (crop[:, 2] == 0) | (crop[:, 3] == 0))}
     if "ops" in columns:
         ops, amounts = columns["ops"][rows], columns["amounts"][rows]
         low, high = rand_augment.limits()
@@ -179,7 +208,8 @@ def _column_faults(columns: Mapping[str, np.ndarray], rows: slice) -> dict[str, 
 
 def _is_outside(boxes: np.ndarray) -> np.ndarray:
     """bool [M]: which boxes, uint16 [M, 4], exceed the image by more than the rounding of position and size."""
-    return (boxes[:, :2].astype(np.int32) + boxes[:, 2:] > UNIT + 1).any(axis=1)
+    top, left, height, width = boxes.T.astype(np.int32)
+    return (top + height > UNIT + 1) | (left + width > UNIT + 1)
 
 
 def _kind(dtype: object, shape: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastofa.data.dataset import Dataset
 from fastofa.data.headers import DEFAULT
 from fastofa.data.open import open_dataset
-from fastofa.methods.targets import TopK
+from fastofa.methods.targets import TopK, agreement
 from fastofa.models.timm_models import CONFIG, find_folder
 from fastofa.pipelines import open_pipeline
 from fastofa.reports.confusion import confusion
@@ -26,7 +26,6 @@ from fastofa.system.device import choose_device, choose_workers
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.files import write_json
 from fastofa.system.progress import notice
-from fastofa.teacher.cache import agreement
 from fastofa.teacher.staged_cache import open_cache
 from fastofa.training.checkpoint_model import open_checkpoint
 from fastofa.training.online_targets import online_targets
@@ -223,7 +222,7 @@ def _teacher_targets(run: Run, dataset: Dataset) -> TopK | None:
             raise BadInput(f"{cache.path} does not contain the predictions that the run started with")
         return cache.val_targets(run.config.teacher_weights)
     except BadInput as error:
-        notice(f"no agreement with the teacher: {error}")
+        notice(f"agreement with the teacher not measured: {error}")
     return None
 
 

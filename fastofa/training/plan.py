@@ -16,7 +16,7 @@ from fastofa.runs.config import TrainConfig
 from fastofa.system.progress import notice
 from fastofa.training.distributed import connection_errors, join
 from fastofa.training.epochs import Epoch, Epochs
-from fastofa.training.loop import open_job
+from fastofa.training.job import open_job
 from fastofa.training.schedule import image_size
 from fastofa.training.step import Step
 from fastofa.training.validate import logits_of
