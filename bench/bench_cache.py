@@ -46,7 +46,7 @@ SIZES = (
 
 
 def predictions(rows: int, num_classes: int) -> TopK:
-    """Made-up predictions as `precompute` holds them: classes uint16 and log_probs fp32 [N, K], with a mass of .95.
+    """Made-up predictions as `precompute` holds them: classes uint16 and log_probs fp32 [N, K], which sum to .95.
 
     The log-probabilities repeat after 65,536 rows.
     """
@@ -115,7 +115,7 @@ def read(path: Path, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     opening, cache = timed(lambda: TeacherCache.open(path), rounds)
     before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     loading, table = timed(lambda: DeviceTargets(cache.table(0).predictions, torch.device("cpu")), rounds)
     peak = resident_bytes("VmHWM")
     rows = torch.randint(len(table), (BATCH,))

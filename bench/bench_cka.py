@@ -100,7 +100,7 @@ def forward_passes(networks: list[Network], data: str, batch_size: int, device: 
 
 
 def timed(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Seconds on the clock, and of all of this process's threads."""
+    """Seconds of wall time, and of processor time of all of this process's threads."""
     wait(device)
     began, busy = time.perf_counter(), time.process_time()
     call()

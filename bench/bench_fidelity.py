@@ -77,7 +77,7 @@ def top_k_forms(num_classes: int) -> dict[str, tuple[int, Form]]:
 
 
 def vector_forms(vectors: Tensor, classifier: Classifier) -> dict[str, tuple[int, Form]]:
-    """The same for vectors [N, D], which replace the log-probabilities."""
+    """Bytes per image and form, as `top_k_forms`, for vectors [N, D] instead of log-probabilities."""
 
     def restored(features: str, _: Tensor) -> Tensor:
         return classifier.log_probs(stored(vectors, features).restored()).exp()

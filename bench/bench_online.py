@@ -2,8 +2,8 @@
 
     python -m bench.bench_online              writes bench/results/online.json
 
-A CNN learns digits at 32 px from a Transformer, both those of the demo, with random weights. Measured is the processor
-time of whole steps on one thread, which depends little on other processes. The jobs take turns, step by step.
+A CNN learns digits at 32 px from a Transformer. Both are the demo's networks, with random weights. The figures are the
+processor time of whole steps on one thread, which depends little on other processes. The jobs take turns, step by step.
 """
 
 import statistics

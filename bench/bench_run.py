@@ -1,4 +1,4 @@
-"""Time whole epochs as a user runs them: write a pack, precompute a cache, train and evaluate, all with fastofa's code.
+"""Time whole epochs as a user runs them: write a pack, precompute a cache, train and evaluate, with fastofa's code.
 
     python -m bench.bench_run        writes bench/results/run_{cpu,gpu}.json
                                      GPU: ResNet-18 with exits, 200,000 images of 160 px, 3 epochs (needs 16 GB of disk)

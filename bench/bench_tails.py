@@ -1,4 +1,4 @@
-"""Compare what a cache could keep of the classes outside the top K, at equal bytes: is a sample better than evenly?
+"""Compare what a cache could keep of the classes outside the top K, at equal bytes: does a sample beat an even tail?
 
     OMP_NUM_THREADS=1 python -m bench.bench_tails                    writes bench/results/tails.json
     OMP_NUM_THREADS=1 python -m bench.bench_tails --only random      a part of it: bench/results/tails_random.json
@@ -11,10 +11,10 @@ Each form gets a teacher's probabilities of all classes and returns the weights 
     difference  as sampled, but only the difference from the even tail is estimated
     vector      the teacher's logits projected on their r principal components, int8, in place of a pooled vector
 
-Bytes are those of the packed predictions of one image and view (fastofa/teacher/packed_rows.py), a component takes 8
+Bytes are those of the packed predictions of one image and view (fastofa/teacher/packed_rows.py); a component takes 8
 bits.
 
-Measured for each: the gradient of the loss at the student's logits against that of all classes (bias, standard
+For each form it measures the gradient of the loss at the student's logits against that of all classes (bias, standard
 deviation of one view, cosine of one view, all relative to the exact gradient), the Kullback-Leibler divergences, and
 the top-1 of students that replay 20 views six times, for two embedded datasets: digits (10 classes) and rendered
 characters (94). There the teacher is a CNN and the student an MLP.

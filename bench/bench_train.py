@@ -52,7 +52,7 @@ class Row:
     loader: str | None = None
     """A pipeline in front of the step."""
     gpu_only: str | None = None
-    """Why it is skipped on a CPU."""
+    """Why the row is skipped on a CPU; None if it is not."""
 
 
 ONLINE = StepOptions(online_teacher=True, channels_last=False)

@@ -1,4 +1,4 @@
-"""Time needed to draw the views of one ImageNet epoch (1.28 million rows), and by torchvision, which draws each row.
+"""Time to draw the views of one ImageNet epoch (1.28 million rows), all at once and, by torchvision, row by row.
 
 OMP_NUM_THREADS=1 python -m bench.draw_views            writes bench/results/draw_views.json
 """

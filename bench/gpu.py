@@ -28,7 +28,7 @@ from bench.lib.turns import VARIABLE
 
 ROOT = Path(__file__).parent.parent
 COMPILING = 0.6  # fraction of the time after which turns begin even if some jobs still compile
-ALONE_S = 90.0  # time limit of a job's measurements
+ALONE_S = 90.0  # time limit of a job's measurements, in seconds
 COMPILE_PROCESSES = "5"  # per job
 
 
@@ -39,14 +39,15 @@ class Job:
     name: str
     arguments: tuple[str, ...]
     tiny: tuple[str, ...]
+    """The arguments of a dry run."""
     takes_turns: bool = True
     """Whether it waits for its turn; otherwise it runs while the others compile."""
     last: bool = False
-    """Whether it starts when all others have had their turns."""
+    """Whether it starts only when all others have had their turns."""
     alone_s: float | None = None
     """Time limit of its measurements; None for ALONE_S."""
     after: str | None = None
-    """A job that must have ended before this one starts."""
+    """Name of a job that must have ended before this one starts."""
 
 
 def ladder(

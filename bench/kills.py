@@ -12,7 +12,7 @@ of two ranks each, as on two nodes, make a cache. All processes of the second ar
 code is 1 if a command
 
 - hung: it was still running 20 s after the signal,
-- left processes: they were still running 20 s after its end,
+- left processes behind: they were still running 20 s after its end,
 - showed a traceback, or
 - reached a different result than an undisturbed run.
 """

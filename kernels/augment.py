@@ -6,7 +6,7 @@ The results match those of timm's AugmentOp on Pillow images with bilinear resam
 for the device, and the pixels of an image do not depend on the other images of the batch.
 
 Shapes: B batch, S side of an image. Images are uint8 [B, 3, S, S] in any memory format, amounts are float32 [B] on the
-CPU, where the tables are.
+CPU, where the view tables are.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,11 +1,11 @@
-"""Augment a batch whose images have different operations, partners and boxes: by Triton, or by the twins in augment.py.
+"""Augment a batch whose images have different operations, partners and boxes, in Triton or by the twins in augment.py.
 
 images = apply_operations(images, ops, amounts, fill)
 images = mix_and_erase(images, 256, mixing, erasing)
 
-Images are uint8 [B, 3, S, S] on any device, in any memory format. All other tensors are on the CPU, where the tables
-are: the images that an operation changes are selected there, so that nothing waits for a GPU. Both implementations give
-the same bits.
+Images are uint8 [B, 3, S, S] on any device, in any memory format. All other tensors are on the CPU, where the view
+tables are: the images that an operation changes are selected there, so that nothing waits for a GPU. Both
+implementations give the same bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ CACHE_PIXELS = 100_000  # pixels whose intermediate results fit into a CPU's cac
 
 
 class Mixing(NamedTuple):
-    """What is mixed into each image."""
+    """How each image is mixed with another one."""
 
     partners: Tensor
     """int64 [B]: the position of the other image in the batch, in 0..M-1."""
@@ -36,7 +36,7 @@ class Mixing(NamedTuple):
 
 
 class Erasing(NamedTuple):
-    """What noise replaces in each image."""
+    """The part of each image that noise replaces."""
 
     boxes: Tensor
     """int64 [B, 4], as in `Mixing`."""
@@ -53,7 +53,7 @@ def apply_operations(images: Tensor, ops: Tensor, amounts: Tensor, fill: Color, 
 
     Args:
         images: uint8 [B, 3, S, S]; may be overwritten.
-        ops: uint8 [B, n], numbers of `NAMES`.
+        ops: uint8 [B, n], indices into `NAMES`.
         amounts: float32 [B, n], each in its operation's unit.
         fill: the colour of pixels that come from outside an image, 0..255.
         impl: "triton", "torch" or None (choose).
@@ -94,7 +94,7 @@ def mix_and_erase(
     Args:
         images: uint8 [M, 3, S, S], M >= count; may be overwritten.
         count: B.
-        mixing, erasing: None for none.
+        mixing, erasing: for the first `count` images; None for none.
         impl: "triton", "torch" or None (choose).
 
     Returns:
@@ -156,7 +156,7 @@ def _not_empty(boxes: Tensor) -> Tensor:
 
 
 def _parts(chosen: Tensor, images: Tensor) -> Iterator[Tensor]:
-    """Positions of the chosen images: on a CPU in small parts, so that intermediate results stay in its cache."""
+    """Positions of the chosen images; on a CPU, in small parts, so that intermediate results stay in its cache."""
     which = chosen.nonzero().flatten()
     if len(which):
         on_cpu = images.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Choose the implementation of a kernel: the Triton kernel, or its plain-PyTorch twin in reference.py.
+"""Choose the implementation of a kernel: the Triton kernel, or its plain-PyTorch twin (most are in reference.py).
 
 A twin runs wherever PyTorch does, and torch.compile turns it into a few fused kernels. Triton kernels need a GPU, or
 Triton's interpreter (TRITON_INTERPRET=1), which tests use on a CPU.

@@ -49,12 +49,12 @@ class Comparison:
     inputs: Callable[[], tuple[Any, ...]]
     """Makes the arguments of the implementations on their device."""
     candidates: Mapping[str, Run]
-    """Implementations by name. The first is the default. "torch" is the plain-PyTorch twin, which is the truth when it
-    gets its inputs in fp32."""
+    """Implementations by name. The first is the default. "torch" is the plain-PyTorch twin, whose results for fp32
+    inputs are the truth."""
     leaves: tuple[int, ...] = ()
     """Arguments whose gradients are computed, checked and timed, too; those that are None are skipped."""
     fused: tuple[str, ...] = ()
-    """Candidates of several operations, which torch.compile fuses where the step is compiled."""
+    """Candidates that consist of several operations, which torch.compile fuses if the step is compiled."""
     elements: int = 0
     """Elements of the largest tensor; larger computations are measured first."""
 
@@ -74,7 +74,10 @@ class Chooses(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
+    """The result of `compare`."""
+
     correct: tuple[str, ...]
+    """Names of the correct candidates."""
     ms: dict[str, float]
     """Milliseconds of each correct candidate; empty if there is at most one."""
     dropped: dict[str, str]
@@ -92,7 +95,7 @@ def compare(comparison: Comparison, timer: Timer, compiled: bool = False) -> Mea
     A candidate may err as much as the twin does in the same precision, and a tolerance that depends on the precision.
 
     Args:
-        timer: milliseconds of each call.
+        timer: takes calls by name and returns the milliseconds of each, such as `cuda_ms`.
         compiled: compile the candidates in `comparison.fused`.
 
     Raises:
@@ -128,7 +131,7 @@ def compare(comparison: Comparison, timer: Timer, compiled: bool = False) -> Mea
 
 
 def _outputs(comparison: Comparison, run: Run, inputs: Sequence[Any], slope: Tensor | None) -> list[Tensor]:
-    """The results, then the gradients of the leaves for the slope of the first result."""
+    """The results, then the gradients of the leaves if `slope` is the gradient of the first result."""
     if slope is None:
         with torch.no_grad():
             return _tensors(run(*inputs))
@@ -145,7 +148,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _to_fp32(value: Any) -> Any:
-    """A copy, since some implementations update an input; anything but a floating tensor is returned unchanged."""
+    """A copy of a floating tensor, since some implementations update an input; anything else is returned unchanged."""
     floating = isinstance(value, Tensor) and value.is_floating_point()
     return value.to(torch.float32, copy=True) if floating else value
 
@@ -220,7 +223,7 @@ def _captured(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, int]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()  # compiles, and fills caches that must not be filled while capturing
+        call()  # compiles, and fills caches that must not be filled during the capture
         ms = _elapsed_ms(call)
     torch.cuda.current_stream().wait_stream(stream)
     repeats = max(1, min(REPEATS, round(ROUND_MS / max(ms, 1e-3))))

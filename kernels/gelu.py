@@ -1,6 +1,6 @@
 """Bias and GELU after a matrix product: a public function that checks its arguments, then runs an implementation.
 
-Shapes: C channels; the leading dimensions are any.
+Shapes: C channels, after any number of leading dimensions.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none", impl: str | No
     Args:
         x: [..., C] fp32, bf16, fp16 or float64, a matrix product without its bias; it is kept for the backward pass.
         bias: floating [C]; it may be fp32 with a bf16 x.
-        approximate: "none" (the normal distribution, as nn.GELU) or "tanh".
+        approximate: "none" (the exact normal distribution) or "tanh", as in nn.GELU.
         impl: "triton", "torch" or None (choose).
 
     Returns:

@@ -1,7 +1,7 @@
 """The addition of a residual and the layer norm after it: a function that checks its arguments, then runs an
 implementation.
 
-Shapes: C channels, M rows (the product of the leading dimensions, which are any).
+Shapes: C channels, M rows (the product of any number of leading dimensions).
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastofa.kernels import reference
 from fastofa.kernels.choice import interpreted, use_triton
 
-MAX_CHANNELS = 8192  # more than a kernel's tile holds
+MAX_CHANNELS = 8192  # the most that one tile of the kernel holds
 
 
 def layer_norm(
@@ -178,7 +178,7 @@ def _(
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Needed because an operator cannot return its argument, which is the stream if there is no residual."""
+    """Needed because an operator must not return its argument, which is the stream if there is no residual."""
 
     @staticmethod
     def forward(

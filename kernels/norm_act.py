@@ -82,9 +82,9 @@ def norm_act_pool(
 ) -> Tensor:
     """3x3 max-pooling with stride 2 and padding 1 of relu(batch_norm(x)), as in a ResNet's stem.
 
-    The arguments are those of `norm_act`, and `statistics`: the mean and biased variance of x, fp32 [C], if they are
-    known already (used in training; the gradient of x includes the paths through them). If values in x are equal, the
-    first one gets the gradient. The kernels never store the normalised map.
+    The arguments are those of `norm_act` and `statistics`: the mean and biased variance of x, fp32 [C], if they are
+    known already (used in training; the gradient of x includes the paths through them). Of equal maxima, the first one
+    gets the gradient. The kernels never store the normalised map.
 
     Returns:
         [B, C, ceil(H / 2), ceil(W / 2)] in x's dtype, differentiable in x, weight and bias.
@@ -122,7 +122,7 @@ def batch_statistics(
     group: str | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `channel_statistics`, over all ranks of `group`; updates the running statistics."""
+    """As `channel_statistics`, over all ranks of `group` (None: only this one); updates the running statistics."""
     return _over_ranks(*channel_statistics(x, impl), x, running_mean, running_var, momentum, group)
 
 

@@ -35,7 +35,8 @@ def ofa_loss(
         log_probs: floating [B, K], the teacher's log-probabilities of these classes at temperature 1. The remaining
             probability is spread evenly over the other C - K classes.
         eps: exponent of the target enhancement, one number or one per head; 1 is soft-label cross-entropy.
-        temperature: divides the logits of student and teacher (renormalised); without a factor T^2, as published.
+        temperature: divides the logits of student and teacher, whose probabilities are renormalised; the loss has no
+            factor T^2, as published.
         impl: "triton", "torch" or None (choose). The kernel reads the logits once for the loss and once for the
             gradient.
         variant: "official" (the published code: every class to the power eps) or "paper" (only the target class).
@@ -168,8 +169,8 @@ def _check_labels(labels: Tensor, smoothing: float, partner_labels: Tensor | Non
 # --- The kernels as PyTorch operators ---------------------------------------------------------------------------------
 
 # Forward writes only the losses. Backward reads the logits again and writes their gradient, already multiplied by the
-# incoming one. That takes three passes over memory, whereas storing a gradient and multiplying it later takes four. On
-# a CPU, the operators run the twins.
+# incoming one. That takes three passes over memory, whereas storing a gradient and multiplying it later takes four.
+# On a CPU, the operators run the twins.
 
 
 @torch.library.custom_op("fastofa::ofa_loss", mutates_args=(), device_types="cuda")

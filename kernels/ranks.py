@@ -1,7 +1,7 @@
 """Batch statistics over several ranks (processes of torch.distributed), each with one part of the batch.
 
-The collectives are functional, so that torch.compile keeps them in its graph. The parts have the same size. Every rank
-adds the parts in the same order and thus gets the same numbers.
+The collectives are functional, so that torch.compile keeps them in its graph. All parts have the same size. Every
+rank adds the parts in the same order and thus gets the same numbers.
 
 Shapes: C channels.
 """
@@ -11,7 +11,7 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 
 def statistics_over_ranks(mean: Tensor, var: Tensor, group: str) -> tuple[Tensor, Tensor, int]:
-    """From the statistics [C] of this rank's part, those of the batch.
+    """The statistics of the whole batch, from those of this rank's part, [C] each.
 
     Differentiable. The variance is the mean of the variances plus that of the squared distances between the means,
     which loses no digits if the means are far from 0.

@@ -1,4 +1,6 @@
-"""Plain-PyTorch twin of every kernel: the reference in tests, the fallback without a GPU, the baseline in benchmarks.
+"""Plain-PyTorch twins of the kernels: the reference in tests, the fallback without a GPU, the baseline in benchmarks.
+
+The stem's convolution has its twin in stem_conv.py, the augmentation in augment.py.
 
 Shapes: H heads, B batch, C classes, K classes kept of the teacher, S side of an image.
 """
@@ -16,7 +18,7 @@ from torch import Tensor
 
 
 def teacher_probs(log_probs: Tensor, num_classes: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Probabilities at temperature T of the K stored classes [B, K], and of each one of the other classes [B]."""
+    """Probabilities at temperature T: of the K stored classes [B, K], and of any one of the other classes [B]."""
     probs = log_probs.exp()
     others = num_classes - log_probs.shape[1]
     rest = (1 - probs.sum(dim=1)).clamp(min=0) / others if others else torch.zeros_like(probs[:, 0])
@@ -30,7 +32,7 @@ def teacher_probs(log_probs: Tensor, num_classes: int, temperature: float) -> tu
 def ofa_loss_dense(
     logits: Tensor, labels: Tensor, probs: Tensor, eps: Tensor, temperature: float = 1.0, variant: str = "official"
 ) -> Tensor:
-    """The definition, written out: logits [H, B, C], the teacher's probabilities [B, C] at T, eps [H] -> [H].
+    """The definition, written out: logits [H, B, C], the teacher's probabilities [B, C] at T, eps [H] -> losses [H].
 
     Tests use it as the reference (in float64) and benchmarks as the baseline; training uses `head_losses`.
     """
@@ -58,7 +60,7 @@ def head_losses(
     temperature: float,
     variant: str,
 ) -> Tensor:
-    """[H], differentiable. All classes outside the top-K have the same weight w0, so one pass over the logits suffices:
+    """Losses [H], differentiable. All classes outside the top-K have the same weight w0, so one pass over z suffices:
 
     L = W logsumexp(z) - (w0 sum_c z_c + sum_k (w_k - w0) z_k + [y not in K] (w_y - w0) z_y),
 
@@ -204,7 +206,7 @@ def crop_resize(
     dtype: torch.dtype,
     bicubic: bool = False,
 ) -> Tensor:
-    """Resizing is separable: two small matrix products per image. A flip reverses the weights.
+    """The crop by two small matrix products per image, because resizing is separable. A flip reverses the weights.
 
     A bicubic filter overshoots at edges. As in torch, the rows of pixels are resized first, then rounded and clipped.
     """
@@ -237,7 +239,7 @@ def crop_resize(
 def depthwise_conv3x3(
     x: Tensor, weight: Tensor, stride: int, scale: Tensor | None, shift: Tensor | None, activation: str | None
 ) -> Tensor:
-    """Scale and shift, the activation, and the convolution in x's dtype, as autocast runs it."""
+    """Apply scale and shift, the activation, and the convolution in x's dtype, as autocast runs it."""
     return F.conv2d(
         _before_conv(x, scale, shift, activation), weight.to(x.dtype), stride=stride, padding=1, groups=x.shape[1]
     )
@@ -312,7 +314,7 @@ def norm_act(
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """Computed at least in fp32 and rounded once. With a batch's own statistics, autograd gives the full gradient."""
+    """Computed in at least fp32 and rounded once. With a batch's own statistics, autograd gives the full gradient."""
     z = (x.to(mean.dtype) - mean[:, None, None]) * (weight * torch.rsqrt(var + eps))[:, None, None]
     z = z + bias[:, None, None]
     if residual is not None:
@@ -356,8 +358,8 @@ def norm_act_gradient(
     dbias: Tensor,
     eps: float,
 ) -> Tensor:
-    """The gradient of x, for a batch's statistics, from that before the activation and those of weight and bias (their
-    mean over the parts of the batch, if x is one of several)."""
+    """The gradient of x, normalised by its batch's statistics, from the gradient before the activation and the
+    gradients of weight and bias (their mean over the parts of the batch, if x is one of several)."""
     inverse, count = torch.rsqrt(var + eps), x.numel() // x.shape[1]
     normalised = (x.to(mean.dtype) - mean[:, None, None]) * inverse[:, None, None]
     centred = gradient - (dbias / count)[:, None, None] - normalised * (dweight / count)[:, None, None]
@@ -398,7 +400,7 @@ def max_pool_gradient(dy: Tensor, places: Tensor, like: Tensor) -> Tensor:
 
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """Computed at least in fp32 and rounded once."""
+    """Computed in at least fp32 and rounded once."""
     u = x.to(torch.promote_types(x.dtype, torch.float32)) + bias
     return F.gelu(u, approximate=approximate).to(x.dtype)
 
@@ -416,7 +418,7 @@ def bias_gelu_gradients(dy: Tensor, x: Tensor, bias: Tensor, approximate: str) -
 def layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The stream x + residual and its norm, computed at least in fp32 and rounded once."""
+    """The stream x + residual and its norm, computed in at least fp32 and rounded once."""
     stream = x if residual is None else x + residual
     wide = torch.promote_types(stream.dtype, torch.float32)
     return stream, F.layer_norm(stream.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(dtype)

@@ -1,4 +1,4 @@
-"""A stem's strided convolution of a few channels: on squares of pixels in plain PyTorch, or from uint8 in Triton.
+"""A stem's strided convolution of few channels: on squares of pixels in plain PyTorch, or from uint8 in Triton.
 
 Tensor cores need channels in multiples of eight, but an image has three. With stride 2, every square of 2 x 2 pixels
 becomes one position of 12 channels (16 with padding), and a 7 x 7 kernel becomes a 4 x 4 kernel over squares, with
@@ -85,7 +85,7 @@ def stem_conv2d_with_statistics(
 
     The kernel computes the statistics before the result is rounded, from sums and sums of squares, so that the
     variance has a relative error of about 1e-6 (1 + mean² / variance). They have no gradient of their own: the batch
-    norm's gradient includes the paths through them.
+    norm's gradient includes the paths through them. Arguments and errors are those of `stem_conv2d`.
     """
     _check(x, weight, bias, stride, padding, mean, std)
     dtype = dtype or weight.dtype
@@ -111,7 +111,9 @@ def _check(
     if stride < 2:
         raise ValueError(f"stride: expected at least 2, got {stride}")
     if min(output_size(x, weight.shape[2], stride, padding)) < 1:
-        raise ValueError(f"x: expected at least {weight.shape[2]} pixels a side with its padding, got {tuple(x.shape)}")
+        raise ValueError(
+            f"x: expected at least {weight.shape[2]} pixels per side, padding included, got {tuple(x.shape)}"
+        )
     if (x.dtype == torch.uint8) != (mean is not None and std is not None):
         raise ValueError(f"expected uint8 images with mean and std, or floating ones without, got {x.dtype}")
     for name, numbers in (("mean", mean), ("std", std)):
@@ -189,7 +191,7 @@ def _on_squares(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad
 
 
 def squares(kernel: int, stride: int, padding: int) -> tuple[int, int]:
-    """How many squares a kernel begins before its output's square, and the number T of squares that it spans."""
+    """How many squares before its output's square a kernel begins, and the number T of squares that it spans."""
     before = -(-padding // stride)
     return before, (kernel - 1 - padding) // stride + before + 1
 

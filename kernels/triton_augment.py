@@ -1,7 +1,7 @@
 """RandAugment, mixing and erasing in Triton: four kernels, each for many images with different operations.
 
-apply_operations, once a column of operations:
-    _tables_kernel  builds the table of every image whose operation maps levels; a histogram where it needs one
+apply_operations, once per column of operations:
+    _tables_kernel  builds the table of every image whose operation maps levels, from a histogram where it needs one
     _point_kernel   looks up the tables, blends colours, sharpens, copies; bytes in the order of memory
     _warp_kernel    rotates, shears, translates; a lane computes a pixel, whose channels share a position
 mix_and_erase:
@@ -10,12 +10,11 @@ mix_and_erase:
 The results equal those of augment.py bit by bit. So every product and sum is rounded separately (enable_fp_fusion=False
 forbids fused multiply-add), positions are computed in fp64 as there, and levels, histograms and noise are integers.
 
-The images are sorted on the CPU by the kernel that changes them. A plan, int32 [R, 4], has a row for each: its number,
-its operation, the bits of the operation's fp32 amount, and padding. With the padding every plan is aligned to 16 bytes,
-so that Triton compiles a kernel once.
+The images are sorted on the CPU by the kernel that changes them. A plan, int32 [R, 4], has a row for each image: its
+number, its operation, the bits of the operation's fp32 amount, and padding, which aligns every plan to 16 bytes, so
+that Triton compiles a kernel once.
 
-Shapes: B images, R rows, n operations per image, S side of an image. Memory is that of a contiguous or a channels-last
-tensor (LAST).
+Shapes: B images, R rows, n operations per image, S side of an image. Images are contiguous, or channels-last (LAST).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -185,7 +184,7 @@ def _bilinear(source, left, top, along, below, inside, S: tl.constexpr, COLUMN: 
 def _warp_kernel(
     images, result, plan, maps, red, green, blue, S: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Images whose pixels move, each by its row of maps fp64 [R, 6]; outside of an image is (red, green, blue)."""
+    """Images whose pixels move, each by its row of maps fp64 [R, 6]; pixels from outside are (red, green, blue)."""
     PIXELS: tl.constexpr = S * S
     BLOCKS: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // BLOCKS
@@ -357,7 +356,7 @@ def mix_and_erase(images: Tensor, count: int, mixing: "Mixing | None", erasing: 
 
 
 def _dense(images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """The images, contiguous or channels-last, and which of them."""
+    """The images, copied unless they are contiguous or channels-last, and whether they are channels-last."""
     last = not images.is_contiguous()
     if last:
         images = images.contiguous(memory_format=torch.channels_last)

@@ -3,7 +3,7 @@
 The gradient of an input pixel and its products for the weight's gradient need the same nine values of dy. So a program
 handles a tile of columns and channels of the input, reads each row of dy as three tiles and each row of x as one, and
 computes both: three passes over memory (dy, x, dx) where separate kernels take five with a folded batch norm, and four
-without. It keeps nine more sums in registers, therefore a tile has half of the elements: four channels per lane.
+without. It keeps nine more sums in registers, so a tile has half as many elements: four channels per lane.
 
 Shapes: B batch, C channels, H and W of the input, OH and OW of the output, P programs per block of channels.
 """
@@ -73,7 +73,7 @@ def _gradients_kernel(
         if STRIDE == 1:
             begun, later = zero, zero  # partial sums of dx in the row before dy's and in dy's
             value_0, convolved_0 = zero, zero  # x in dy's row, and in the row before it
-            # Tensors of their own: a variable that a loop sets to another one stays as it is in Triton 3.6 if both
+            # Separate tensors: in Triton 3.6, a variable to which a loop assigns another one keeps its value if both
             # began as the same tensor.
             value_m, convolved_m = tl.zeros([BLOCK_W, BLOCK_C], tl.float32), tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
             for row in range(first - 1, last + 1):

@@ -21,7 +21,8 @@ def _upper_tail(away):
     """1 - Phi(away) for away >= 0, where Phi is the cumulative normal distribution.
 
     2 to the power of a polynomial, fitted to the logarithm so that Phi and gelu are within 5e-7 of their values
-    (PyTorch's gelu in fp32: 1.2e-6). The library's erf takes twice the instructions, which limit the speed.
+    (PyTorch's gelu in fp32: 1.2e-6). With the library's erf, there would be twice as many
+    instructions, which limit the speed.
     """
     power = -8.25190905e-07 * away + 4.05662089e-05
     power = power * away - 0.000781192701

@@ -169,7 +169,8 @@ def _sums_kernel(
     C: tl.constexpr, WITH_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Each program's sums of g and of g (x - mean), fp32 [P, 2, C]. After residual and activation, `masked` = g.
+    """Each program's sums of g and of g (x - mean), fp32 [P, 2, C]. With a residual and an activation, g is stored
+    in `masked`.
 
     The positions at which the activation passes the gradient on follow from x or, after a residual, from y.
     """

@@ -1,12 +1,12 @@
 """The OFA loss in Triton: the loss of one head and one sample, or its gradient, from a single read of the logits.
 
 A program handles the row z of C logits of one (head, sample). In reference.py's closed form, the loss needs the row's
-maximum, sum and sum of exponentials, and the logits of the teacher's K classes and of the label. The gradient is the
-same formula for all other classes; those of the teacher and the label are written again after a barrier. Nothing of
-size C is read from the teacher.
+maximum, sum and sum of exponentials, and the logits of the teacher's K classes and of the label. The gradient is first
+written for the whole row by the formula for all other classes; after a barrier, it is written again for the teacher's
+classes and the label. Nothing of size C is read from the teacher.
 
-Rows of C elements are not aligned. The part between 16-byte boundaries is read and written 16 bytes at a time; the few
-elements before and after it, the edges, one at a time.
+Rows of C elements need not be aligned. The part between 16-byte boundaries is read and written 16 bytes at a time; the
+few elements before and after it, the edges, one at a time.
 
 Shapes: H heads, B batch, C classes, K classes kept of the teacher.
 """

@@ -2,9 +2,9 @@
 
 An implicit matrix product of [positions, 3 K K] pixels and [3 K K, D] weights. A program reads a tile of the left
 matrix byte by byte, normalises and rounds it in registers, and multiplies it by its block of the right one on tensor
-cores. The weights are read once per program. The columns go row of the kernel by row, so that neighbouring ones are
-neighbouring bytes of an image. Padding is zero after the normalisation, as PyTorch pads a normalised image. Sums over
-the positions are written per program and added up afterwards, so that they are the same in every run.
+cores. The weights are read once per program. The columns are in the order of the kernel's rows, so that neighbouring
+columns are neighbouring bytes of an image. Padding is zero after the normalisation, as PyTorch pads a normalised image.
+Sums over the positions are written per program and added up afterwards, so that they are the same in every run.
 
 Shapes: B batch, H and W of an image, K side of the kernel, S stride, D channels out, OH and OW of the result, P
 programs per block of channels.

@@ -53,16 +53,21 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCache:
-    """Two views of a dataset, with the predictions of a small CNN whose random weights are large enough to differ."""
+def make_teacher(folder: Path, classes: int, name: str = "test_efficientnet") -> str:
+    """The folder of a small CNN whose random weights are large enough for predictions that differ."""
     torch.manual_seed(1)
-    model = timm.create_model("test_efficientnet", num_classes=classes)
+    model = timm.create_model(name, num_classes=classes)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter)
-    data_config = {"input_size": (3, SIZE, SIZE)}
-    save_for_hf(model, str(folder / "teacher"), safe_serialization=True, data_config=data_config)
-    return precompute(PrecomputeConfig(data, str(folder / "teacher"), folder / "cache", 2, workers=0, **given))
+    save_for_hf(model, str(folder), safe_serialization=True, data_config={"input_size": (3, SIZE, SIZE)})
+    return str(folder)
+
+
+def make_cache(data: str, classes: int, folder: Path, **given: Any) -> TeacherCache:
+    """Two views of a dataset, with the predictions of a small CNN."""
+    teacher = make_teacher(folder / "teacher", classes)
+    return precompute(PrecomputeConfig(data, teacher, folder / "cache", 2, workers=0, **given))
 
 
 def command_line(command: str, config: Any) -> list[str]:

@@ -1,11 +1,18 @@
 """A .pack or .beton at a URL is downloaded once, from a store or from a web server that stalls, fails or truncates."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from hashlib import sha256
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import pytest
@@ -18,9 +25,11 @@ from fastofa.data.write import write
 from fastofa.data.write_config import WriteConfig
 from fastofa.runs.run import open_run
 from fastofa.system.errors import BadInput
+from fastofa.system.files import read_info
+from fastofa.system.in_use import unused, use
 from fastofa.system.remote import Patience
 from fastofa.training.loop import train
-from runs import command_line, same_run
+from runs import CONTEXT, command_line, same_run
 from web_server import Site, serving
 
 QUICK = Patience(attempts=3, wait_s=0.01, timeout_s=20)  # a busy machine answers late
@@ -85,7 +94,7 @@ def test_it_is_downloaded_once(site, written, copies, capsys):
     count = sum(len(data) for name, data in pack_files(written).items() if name.endswith(".npy"))
     assert f"downloading {count:,} of {count:,} bytes to {path}" in capsys.readouterr().err.replace("\n", "")
     assert files(path.parent) == pack_files(written)
-    assert list(copies.iterdir()) == [path.parent]
+    assert [copy for copy in copies.iterdir() if copy.is_dir()] == [path.parent]
     served.requests = []
     assert local_copy(f"{url}/photos.pack", QUICK) == path
     assert {name for name, _ in served.requests} == {"dataset.safetensors"}
@@ -143,7 +152,7 @@ def test_a_changed_byte_is_refused(site, written, copies):
     with pytest.raises(BadInput, match=r"photos.pack: 1 damaged: val/flower/005.jpg \(its checksum") as error:
         local_copy(f"{url}/photos.pack", QUICK)
     assert str(copies) not in str(error.value)
-    assert files(copies) == {}
+    assert not any(copy.is_dir() for copy in copies.iterdir())
     assert files(local_copy(f"{url}/photos.pack", QUICK).parent) == pack_files(written)
 
 
@@ -165,7 +174,7 @@ def test_a_file_of_another_size_is_refused(written, tmp_path, copies, change):
     size = (written / file.name).stat().st_size
     with pytest.raises(BadInput, match=rf"photos\.val\.beton.*(expected {size:,}|it ended after)"):
         local_copy(f"file://{there}/photos.beton", QUICK)
-    assert [path for path in copies.glob("*") if path.suffix != ".partial"] == []
+    assert {path.suffix for path in copies.iterdir() if path.is_dir()} <= {".partial"}
 
 
 def test_an_index_of_another_kind_is_refused(site, tmp_path):
@@ -185,6 +194,156 @@ def test_a_disk_without_the_space_is_refused(site, copies, monkeypatch):
     with pytest.raises(BadInput, match=rf"bytes free in {copies}, got 1; free space or set XDG_CACHE_HOME"):
         local_copy(f"{url}/photos.pack", QUICK)
     assert spans_asked(served) == []
+
+
+# --- Copies that are removed ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def urls(written, tmp_path) -> dict[str, str]:
+    """The pack at four places."""
+    for name in "abcd":
+        shutil.copytree(written / "photos.pack", tmp_path / name / "photos.pack")
+    return {name: f"file://{tmp_path / name}/photos.pack" for name in "abcd"}
+
+
+def _open(home: str, url: str, opened: Event, leave: Event) -> None:
+    """A process that uses a dataset until it may leave."""
+    os.environ["XDG_CACHE_HOME"] = home
+    local_copy(url, QUICK)
+    opened.set()
+    leave.wait()
+
+
+class Opens:
+    """Open datasets in other processes."""
+
+    def __init__(self, home: Path, urls: dict[str, str]) -> None:
+        self.home, self.urls = home, urls
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Any]:
+        """A process that uses a dataset until the block ends."""
+        opened, leave = CONTEXT.Event(), CONTEXT.Event()
+        process = CONTEXT.Process(target=_open, args=(str(self.home), self.urls[name], opened, leave))
+        process.start()
+        assert opened.wait(900)
+        yield process
+        leave.set()
+        process.join()
+
+    def __call__(self, *names: str) -> None:
+        """Each is opened by a process that then ends."""
+        for name in names:
+            with self.using(name) as process:
+                pass
+            assert process.exitcode == 0
+
+    def kept(self) -> str:
+        """The names of the datasets that have a copy, complete; nothing else is left."""
+        copies = self.home / "fastofa" / "datasets"
+        found = ""
+        for name, url in self.urls.items():
+            there = Path(url.removeprefix("file://"))
+            index = read_info(there / "dataset.safetensors")[1]
+            key = sha256(f"{url} {index}".encode()).hexdigest()[:16]
+            if (copies / key).exists():
+                assert files(copies / key / there.name) == files(there)
+                assert (copies / f"{key}.used").exists()
+                found += name
+        assert len(list(copies.iterdir())) == 2 * len(found)
+        return found
+
+
+@pytest.fixture
+def opens(copies, urls) -> Opens:
+    return Opens(copies.parent.parent, urls)
+
+
+def test_two_copies_are_kept_and_the_one_used_least_recently_is_removed(opens):
+    opens("a", "b")
+    assert opens.kept() == "ab"
+    opens("a", "c")
+    assert opens.kept() == "ac"
+    opens("d")
+    assert opens.kept() == "cd"
+
+
+def test_a_copy_in_use_is_never_removed(opens):
+    """Not while one of two processes uses it, though the other was killed; afterwards it is."""
+    with opens.using("a"):
+        with opens.using("a") as other:
+            os.kill(other.pid, signal.SIGKILL)
+            other.join()
+        opens("b", "c", "d")
+        assert opens.kept() == "ad"
+        with opens.using("b"), opens.using("c"):
+            assert opens.kept() == "abc"
+    opens("d")
+    assert opens.kept() == "cd"
+
+
+def test_an_unfinished_copy_counts_and_is_removed(opens, urls, copies):
+    """A download that was interrupted an hour ago, by an earlier version, so that it has no mark."""
+    opens("a")
+    (copies / f"{0:016x}.partial").mkdir()
+    (copies / f"{0:016x}.partial" / "photos.pack").write_bytes(bytes(9))
+    (copies / f"{1:016x}.used").touch()  # a download that did not begin
+    opens("b")
+    assert opens.kept() == "ab"
+
+
+def test_other_files_in_the_folder_are_left_alone(opens, copies):
+    copies.mkdir(parents=True)
+    (copies / "mine").mkdir()
+    opens("a", "b", "c")
+    (copies / "mine").rmdir()
+    assert opens.kept() == "bc"
+
+
+def test_a_removal_that_is_interrupted_leaves_no_half_copy(opens, urls, monkeypatch):
+    opens("a", "b")
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            local_copy(urls["c"], QUICK)
+    opens("a", "c")
+    assert opens.kept() == "ac"
+
+
+def test_a_disk_without_the_space_loses_the_copies_that_nobody_uses(opens, urls, copies, monkeypatch):
+    opens("a")
+    (old,) = (path for path in copies.iterdir() if path.is_dir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 if old.exists() else 10**9))
+    local_copy(urls["b"], QUICK)
+    assert opens.kept() == "b"
+
+
+def test_who_opens_a_copy_while_it_is_removed_downloads_it_again(opens, urls, copies):
+    opens("a")
+    (mark,) = copies.glob("*.used")
+    with ThreadPoolExecutor(1) as pool:
+        with unused(mark) as free:
+            assert free
+            opened = pool.submit(local_copy, urls["a"], QUICK)
+            shutil.rmtree(mark.with_suffix(""))
+            mark.unlink()
+        opened.result()
+    assert opens.kept() == "a"
+
+
+def test_without_flock_everything_counts_as_in_use(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    use(tmp_path / "mark")
+    with unused(tmp_path / "mark") as free:
+        assert not free
 
 
 @pytest.mark.parametrize("url", ["memory://photos.pack", "https://host/photos.zip", "s3://bucket/train.ffcv"])

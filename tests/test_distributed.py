@@ -28,16 +28,19 @@ from fastofa.pipelines import open_pipeline
 from fastofa.runs import recipes
 from fastofa.runs.checkpoint import checkpoints
 from fastofa.runs.config import TrainConfig
-from fastofa.runs.run import Run
+from fastofa.runs.run import Run, open_run
 from fastofa.system.errors import BadInput, LostContact
 from fastofa.system.files import load_tensors, read_json
-from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache import TeacherCache, view_file
+from fastofa.teacher.precompute import precompute
+from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.distributed import Vote, World, check_shared, connection_errors, join, statistics
 from fastofa.training.loop import train
 from fastofa.training.step import Step
 from fastofa.views.order import epoch_order
 from ranks import PATIENCE_S, Ranks, free_port, wait_for_step
 from runs import children, command_line, float64, log_of, make_cache, newest, same_run
+from web_server import serving
 
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 STEPS = 20
@@ -138,6 +141,22 @@ def test_two_ranks_train_as_one(alone, pair):
     assert_near(pair, alone)
     assert load_tensors(newest(pair))[0].keys() == load_tensors(newest(alone))[0].keys()
     assert [launch["ranks"] for launch in read_json(pair / "environment.json")] == [2]
+
+
+@pytest.mark.slow
+def test_two_ranks_that_read_the_cache_from_a_url_train_as_from_the_folder(config, cache, tmp_path):
+    """Bit for bit, with a view per epoch that each rank downloads from a server that fails now and then."""
+    teacher = str(cache.path.parent / "teacher")
+    long = precompute(PrecomputeConfig("digits:100", teacher, tmp_path / "cache", 4, topk=4, workers=0)).path
+    folder = train_on(2, config("from-folder", cache=long))
+    with serving(long, "view") as (site, url):
+        site.faults = ["", "503", "truncate", "", "503"]
+        run = train_on(2, config("from-url", cache=url))
+        requested = [name for name, _ in site.requests]
+    same_run(run, folder)
+    assert site.faults == []
+    assert open_run(run).view_digests == open_run(folder).view_digests
+    assert all(requested.count(view_file(view)) >= 4 for view in range(4))  # its beginning and the file, for each rank
 
 
 @pytest.mark.slow

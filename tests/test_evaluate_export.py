@@ -234,7 +234,7 @@ def test_without_predictions_for_these_images_there_is_no_agreement(digit_cache,
         "unfinished": "is missing",
         "of other images": "other validation images",
     }
-    assert f"no agreement with the teacher: {'' if state == 'of other images' else copy}" in said
+    assert f"agreement with the teacher not measured: {'' if state == 'of other images' else copy}" in said
     assert expected[state] in said
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -297,6 +298,33 @@ def test_the_report_shows_the_figures_of_the_runs_cache(on_photos, photo_cache):
     values = json.loads((config.out / "config.json").read_text())
     values["config"]["cache"] = "gone"
     (config.out / "config.json").write_text(json.dumps(values))
+    assert "Teacher cache</h2>" not in write_report(config.out).read_text()
+
+
+def test_the_report_shows_the_figures_of_a_cache_at_a_url(on_photos, photo_cache, tmp_path):
+    """The same as of the folder, also when the URL can no longer be reached; another cache's figures are not shown."""
+    there = Path(shutil.copytree(photo_cache.path, tmp_path / "there"))
+    local, remote, other = (on_photos(name, epochs=1) for name in ("local", "remote", "other"))
+    train(local)
+    train(dataclasses.replace(remote, cache=f"file://{there}"))
+    values = json.loads((there / FIDELITY).read_text())
+    (there / FIDELITY).write_text(json.dumps({**values, "cache": {**values["cache"], "seed": 7}}))
+    train(dataclasses.replace(other, cache=f"file://{there}"))
+    shutil.rmtree(there)
+    section = r"Teacher cache</h2>.*?</section>"
+    expected, shown = (re.search(section, write_report(c.out).read_text(), re.DOTALL) for c in (local, remote))
+    assert expected is not None
+    assert shown is not None
+    assert shown[0] == expected[0]
+    assert "Teacher cache</h2>" not in write_report(other.out).read_text()
+
+
+def test_a_damaged_fidelity_at_a_url_does_not_stop_a_run(on_photos, photo_cache, tmp_path, capsys):
+    there = Path(shutil.copytree(photo_cache.path, tmp_path / "there"))
+    (there / FIDELITY).write_text("[]")
+    config = on_photos(epochs=1, cache=f"file://{there}")
+    train(config)
+    assert f"file://{there}/{FIDELITY}: expected figures written by" in " ".join(capsys.readouterr().err.split())
     assert "Teacher cache</h2>" not in write_report(config.out).read_text()
 
 

@@ -180,10 +180,10 @@ def test_evaluate_uses_the_predictions_that_the_run_started_with(
     said = capsys.readouterr().err
     assert (found.agreement is not None) is (state == "grown")
     expected = {
-        "replaced": f"no agreement with the teacher: {cache} does not contain the predictions",
-        "cut short": "no agreement with the teacher: .*expected 2 views, finished: 1 of 2",
+        "replaced": f"agreement with the teacher not measured: {cache} does not contain the predictions",
+        "cut short": "agreement with the teacher not measured: .*expected 2 views, finished: 1 of 2",
         "grown": "",
-        "moved": f"no agreement with the teacher: {cache}: expected a teacher cache",
+        "moved": f"agreement with the teacher not measured: {cache}: expected a teacher cache",
     }[state]
     assert all(part in said for part in expected.split(".*"))
 
@@ -210,5 +210,6 @@ def test_a_damaged_cache_is_not_reported_as_divergence(on_photos, grow):
 def test_ranks_use_the_views_that_all_of_them_see(on_photos, grow, monkeypatch):
     """A view may be finished after one rank and before another has looked."""
     monkeypatch.setattr(World, "sum", lambda _, mine: mine + torch.tensor([0, 2]))  # the other rank sees two
-    epochs = Epochs(on_photos(cache=grow(3), epochs=5), open_dataset(on_photos().data), World(0, 2), CPU)
+    config, cache = on_photos(cache=grow(3), epochs=5), TeacherCache.open(grow(3))
+    epochs = Epochs(config, open_dataset(config.data), World(0, 2), CPU, cache)
     assert epochs.view_digests == TeacherCache.open(grow(3)).digests(2)

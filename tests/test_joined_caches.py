@@ -225,7 +225,7 @@ def test_other_validation_predictions_are_reported(part, copied, tmp_path, capsy
     rewrite(other / VAL, predictions=predictions)
     joined = merge([part(2), other], tmp_path / "joined")
     assert (joined.path / VAL).read_bytes() == (part(2) / VAL).read_bytes()
-    assert f"{other / VAL}: differs from the one kept" in capsys.readouterr().err.replace("\n", "")
+    assert f"{other / VAL}: differs from {joined.path / VAL}" in capsys.readouterr().err.replace("\n", "")
 
 
 # --- Comparing --------------------------------------------------------------------------------------------------------

@@ -176,7 +176,8 @@ def test_they_are_those_of_timms_model_at_its_own_size_and_normalisation(tmp_pat
 def test_the_views_are_new_in_every_epoch_as_without_a_teacher(config):
     dataset, mixing = open_dataset(DATA), {"recipe": "imagenet_vit_mlp", "batch_size": 20}
     online, scratch = (
-        Epochs(c, dataset, World(), CPU) for c in (config(**mixing), config("scratch", online_teacher=None, **mixing))
+        Epochs(c, dataset, World(), CPU, None)
+        for c in (config(**mixing), config("scratch", online_teacher=None, **mixing))
     )
     crops = [online.load(epoch).views.crop for epoch in range(3)]
     assert all(np.array_equal(crop, scratch.load(epoch).views.crop) for epoch, crop in enumerate(crops))

@@ -19,17 +19,17 @@ from torch.distributed import HashStore
 import fastofa.teacher.shares
 from fastofa import cli
 from fastofa.system.errors import Failed
-from fastofa.system.files import filling
+from fastofa.system.files import filling, load_tensors
 from fastofa.system.rendezvous import Place
 from fastofa.teacher.cache import TeacherCache
-from fastofa.teacher.cache_files import VAL
+from fastofa.teacher.cache_files import VAL, view_file
 from fastofa.teacher.compiled_teacher import TopKProgram
 from fastofa.teacher.parts import PARTS, Parts, Range
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.teacher.shares import Shares, deal
 from ranks import Ranks
-from runs import command_line
+from runs import command_line, make_teacher
 
 VIEWS, IMAGES, VAL_IMAGES, BATCH = 3, 24, 12, 4
 Prepare = Callable[[], None]
@@ -134,6 +134,20 @@ def test_ranks_of_several_teachers_store_the_k_that_rank_0_chooses(config, tmp_p
     codes, output = on(2, made)
     assert codes == [0, 0], output
     assert files(made.out) == files(reference)
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_ranks_that_keep_each_teacher_store_the_bytes_of_one_process(config, tmp_path, topk):
+    """Packed, and with all classes. Both ranks compute parts of the one view, and one of them joins all columns."""
+    made = config(tmp_path / "cache", views=1, topk=topk)
+    teachers = (*made.teachers, make_teacher(tmp_path / "other", 2, "test_resnet"))
+    made = dataclasses.replace(made, teacher=teachers, teacher_weights=(0.25, 0.75), keep_each=True)
+    reference = precompute(dataclasses.replace(made, out=tmp_path / "reference"))
+    codes, output = on(2, made, partial(_together, tmp_path, 2))
+    assert codes == [0, 0], output
+    assert files(made.out) == files(reference.path)
+    columns, name = load_tensors(made.out / view_file(0))[0], "predictions" if topk == 1 else "log_probs"
+    assert not torch.equal(columns[f"{name}_1"], columns[f"{name}_2"])
 
 
 def test_more_views_by_other_ranks(config, alone, tmp_path):

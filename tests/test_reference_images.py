@@ -43,7 +43,7 @@ def test_other_pictures_are_refused(on_photos, photo_cache, tmp_path: Path):
     seen = np.asarray(Image.open(cache / SEEN))
     Image.fromarray(255 - seen).save(cache / SEEN)
     found = f"{np.abs(255.0 - 2.0 * seen).mean():.1f}"
-    with pytest.raises(BadInput, match=rf"expected the pixels .* to 20 of 255, got a mean difference of {found}"):
+    with pytest.raises(BadInput, match=rf"expected the pixels .* within 20 of 255, got a mean difference of {found}"):
         train(on_photos("refused", cache=str(cache)))
     assert not (tmp_path / "refused" / CONFIG).exists()
     train(on_photos("accepted", cache=str(cache), allow_mismatch="pixels", epochs=1))

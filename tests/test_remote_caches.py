@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -392,6 +393,15 @@ def test_a_truncated_view_at_the_url_is_refused(long, store):
     cache = open_cache(URL, QUICK)
     with pytest.raises(BadInput, match=f"{URL}/{view_file(1)}: .*truncated or damaged"):
         cache.table(1)
+
+
+def test_a_run_fetches_no_file_twice(long, on_photos):
+    """The beginning of each view takes two requests: for the length of its header, and for the header."""
+    with serving(long, "view") as (site, url):
+        train(on_photos(cache=url, epochs=2))
+        counts = Counter(name for name, _ in site.requests)
+    assert [counts[name] for name in (HEADER, VAL, SEEN, FIDELITY)] == [1, 1, 1, 1]
+    assert [counts[view_file(view)] for view in (0, 1, 3, 4)] == [3, 3, 2, 2]  # view 2 may be on its way at the end
 
 
 def test_a_student_trained_from_a_url_equals_one_trained_from_the_folder(long, on_photos, tmp_path):

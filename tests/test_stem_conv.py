@@ -43,7 +43,7 @@ def test_the_result_is_channels_last(kernel):
     [
         ((1, 3, 8, 8), (4, 2, 3, 3), 2, r"expected x \[B, C, H, W\] and weight"),
         ((1, 3, 8, 8), (4, 3, 3, 3), 1, "stride: expected at least 2, got 1"),
-        ((1, 3, 2, 2), (4, 3, 3, 3), 2, "x: expected at least 3 pixels a side"),
+        ((1, 3, 2, 2), (4, 3, 3, 3), 2, "x: expected at least 3 pixels per side"),
     ],
 )
 def test_invalid_arguments_are_refused(x, weight, stride, message):

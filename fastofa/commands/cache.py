@@ -4,7 +4,7 @@
     fastofa cache verify cache      read every finished table, compare its checksum and check its values
     fastofa cache merge part-a part-b --out cache       join views that were computed separately
     fastofa cache extend cache part-b       add the views of part-b to the cache
-    fastofa cache diff cache-a cache-b      how the caches differ, and how far their predictions agree
+    fastofa cache diff cache-a cache-b      print how the caches differ, and how far their predictions agree
     fastofa cache push cache s3://bucket/cache      copy the cache to an object store
     fastofa cache pull https://host/cache cache     copy the cache from an object store or a web server
 

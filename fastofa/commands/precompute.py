@@ -40,15 +40,15 @@ def main(config: PrecomputeConfig) -> None:
 def _print_plan(plan: Plan, config: PrecomputeConfig) -> None:
     exist = f" ({plan.finished} finished)" if plan.finished else ""
     views, ranks, ms = counted(plan.views, "view"), counted(plan.ranks, "rank"), 1e3 / plan.rate
-    cheaper = ", ".join(f"{plan.epochs(n):,} epochs of {n}" for n in (1, 2, 4, 8))
+    one, two, four, eight = (f"{plan.epochs(students):,}" for students in (1, 2, 4, 8))
     lines = (
         f"{' + '.join(config.teachers)}: {views}{exist} of {counted(plan.images, 'image')}, top {plan.topk}",
         f"  teacher passes  {plan.passes:,}, validation included",
         f"  images/s        {plan.rate:,.0f} on {ranks}, {ms:,.3f} ms per image; the teacher alone {plan.teacher:,.0f}",
         f"  hours           {plan.hours:,.2f}; {plan.rank_hours:,.2f} GPU hours with one GPU per rank",
         f"  disk            {filesize.decimal(plan.bytes)}, {plan.row_bytes:,.1f} bytes per image and view",
-        "A teacher that runs in training takes a pass per image, epoch and student. The cache takes fewer passes from",
-        f"{cheaper} students.",
+        "A teacher that runs in training takes a pass per image, epoch and student. The cache takes fewer passes if",
+        f"1, 2, 4 or 8 students train for at least {one}, {two}, {four} or {eight} epochs each.",
         f"An epoch replays one view, so views repeat after {counted(plan.views, 'epoch')}. Nothing was written.",
     )
     print("\n".join(map(escaped, lines)))

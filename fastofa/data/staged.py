@@ -6,6 +6,9 @@ The copy is ~/.cache/fastofa/datasets/KEY/photos.pack (XDG_CACHE_HOME replaces ~
 of the index's checksum. The index contains a checksum of every image, so that a dataset that was written again is
 downloaded again. KEY.partial becomes KEY when all its bytes have been compared with their checksums; an interrupted
 download continues in it. The first process downloads; others wait for it.
+
+A process uses the copies that it has opened until it ends. Beyond two, copies that no process uses are removed
+(copies.py).
 """
 
 import os
@@ -15,6 +18,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+from fastofa.data.copies import folder_of_copies, keep, partial_of, remove_unused
 from fastofa.data.quick_checks import check_url
 from fastofa.data.written import files_of, index_path, verify
 from fastofa.system.device import choose_workers
@@ -28,7 +32,9 @@ COPY = "copy all its files there together"
 
 
 def local_copy(url: str, patience: Patience = PATIENCE) -> Path:
-    """The path of the local copy of a .pack or .beton that `fastofa write` wrote. It is downloaded if there is none.
+    """The path of the local copy of a .pack or .beton that `fastofa write` wrote, which is downloaded if necessary.
+
+    No fastofa removes the copy before this process ends; others may be removed.
 
     Raises:
         BadInput: the dataset is missing, damaged or of another form, it cannot be reached, or the disk lacks the space.
@@ -47,7 +53,8 @@ def local_copy(url: str, patience: Patience = PATIENCE) -> Path:
     if recorded is None:
         raise BadInput(f"{where}: expected an index that `fastofa write` wrote, got another file; {COPY} again")
     checksum = recorded[1]
-    folder = _datasets() / sha256(f"{url} {checksum}".encode()).hexdigest()[:16]
+    folder = folder_of_copies() / sha256(f"{url} {checksum}".encode()).hexdigest()[:16]
+    keep(folder)
     if not folder.exists():
         with writing(folder, wait=True):
             if not folder.exists():  # another process may have downloaded it meanwhile
@@ -55,17 +62,9 @@ def local_copy(url: str, patience: Patience = PATIENCE) -> Path:
     return folder / name
 
 
-def _datasets() -> Path:
-    """The folder of all copies. Raises BadInput if the user has no home folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):
-        raise BadInput("expected a home folder for downloaded datasets, got none; set XDG_CACHE_HOME to a folder")
-    return Path(cache, "fastofa", "datasets")
-
-
 def _fill(folder: Path, url: str, name: str, checksum: str, remote: Remote, patience: Patience) -> None:
     """Download and verify the dataset in KEY.partial, then rename that to `folder`."""
-    unfinished = folder.with_name(f"{folder.name}.partial")
+    unfinished = partial_of(folder)
     path = unfinished / name
     index = index_path(path)
     try:
@@ -78,7 +77,7 @@ def _fill(folder: Path, url: str, name: str, checksum: str, remote: Remote, pati
         sizes = files_of(path)
         missing = _missing(sizes)
         total, left = sum(sizes.values()), sum(missing.values())
-        _check_space(unfinished, url, left)
+        _make_space(folder, url, left)
         notice(f"{url}: downloading {left:,} of {total:,} bytes to {folder / name}")
         with bytes_bar() as bar:
             task = bar.add_task(f"downloading {name}", total=total, completed=total - left)
@@ -107,8 +106,11 @@ def _missing(sizes: dict[Path, int]) -> dict[Path, int]:
     return missing
 
 
-def _check_space(folder: Path, url: str, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _make_space(folder: Path, url: str, needed: int) -> None:
+    """Remove all other copies that are not in use if the disk lacks the space. Raises BadInput if it still does."""
+    if shutil.disk_usage(folder.parent).free < needed:
+        remove_unused(folder, 0)
+    free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise BadInput(
             f"{url}: expected {needed:,} bytes free in {folder.parent}, got {free:,}; free space or set XDG_CACHE_HOME "

@@ -23,7 +23,7 @@ def explained(methods: Iterable[str]) -> Iterator[None]:
         methods: names; those of built-in methods have no effect.
 
     Raises:
-        BadInput: the body called code of such a file, which raised an error. Other errors pass unchanged.
+        BadInput: the body called code of such a file that raised an error. Other errors pass unchanged.
     """
     try:
         yield

@@ -26,6 +26,7 @@ from fastofa.runs.recipes import recipe
 from fastofa.runs.run import LAUNCHES, Run, open_run
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors, read_json, write_atomic
+from fastofa.system.urls import is_url
 from fastofa.teacher.cache_header import HEADER, read_header
 from fastofa.teacher.fidelity import Fidelity, read_fidelity
 
@@ -209,7 +210,12 @@ def _mistakes(run: Run) -> _Mistakes | None:
 
 
 def _fidelity(run: Run) -> Fidelity | None:
-    """How exactly the run's cache represents the teacher's predictions; None if no folder contains the cache."""
+    """How exactly the run's cache represents the teacher's predictions; None if that is unknown.
+
+    A run from a cache at a URL keeps a copy of the figures in its folder.
+    """
+    if run.cache is not None and is_url(run.cache):
+        return read_fidelity(run.path, None)
     if run.cache is None or not Path(run.cache, HEADER).is_file():
         return None
     return read_fidelity(Path(run.cache), read_header(Path(run.cache)))

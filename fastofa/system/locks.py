@@ -97,7 +97,7 @@ def _take(out: Path, lock: Path, wait: bool) -> int:
         file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         try:
             _hold(out, lock, file)
-            if _is(lock, file):
+            if is_open_at(lock, file):
                 os.ftruncate(file, 0)
                 os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
                 return file
@@ -135,9 +135,10 @@ def _hold(out: Path, lock: Path, file: int) -> None:
     raise Held(f"{out}: {who} is writing there; {remedy}")
 
 
-def _is(lock: Path, file: int) -> bool:
+def is_open_at(path: Path, file: int) -> bool:
+    """Whether the open file is still the one at this path."""
     try:
-        return os.path.samestat(os.stat(lock, follow_symlinks=False), os.fstat(file))
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file))
     except FileNotFoundError:
         return False
 

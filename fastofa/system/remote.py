@@ -30,10 +30,10 @@ Blocks: TypeAlias = Generator[bytes, None, None]
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to try."""
+    """How often, and for how long, to try an operation."""
 
     attempts: int = 6
-    """Attempts without a new byte, after which an operation fails."""
+    """Attempts in a row without a new byte, after which an operation fails."""
     wait_s: float = 1
     """Pause after the first failure; it doubles with each further one."""
     timeout_s: float = 30
@@ -115,8 +115,8 @@ Remote: TypeAlias = Web | Store
 
 
 def _complete(read: Callable[[int], bytes], at: int, start: int, size: int | None) -> Blocks:
-    """The bytes of a file from `start` on, which is read from `at` on. Raises ConnectionError if it ends before
-    `size`."""
+    """The bytes of a file from `start` on, where `read` begins at byte `at`. Raises ConnectionError if the file ends
+    before `size`."""
     while block := read(BLOCK):
         at += len(block)
         if at > start:
@@ -197,7 +197,7 @@ def persistently(action: Callable[[], T], where: str, patience: Patience) -> T:
 
 
 def _wait(error: Exception, failures: int, where: str, patience: Patience) -> None:
-    """Wait before the next attempt. Raises BadInput if there is none, or if it would fail, too."""
+    """Wait before the next attempt. Raises BadInput if none is left, or another one would fail, too."""
     if isinstance(error, PermissionError | ImportError):
         raise BadInput(f"{where}: expected access, got: {_text(error)}; check the URL and your credentials") from None
     if failures >= patience.attempts:
@@ -218,7 +218,7 @@ def _text(error: Exception) -> str:
 
 
 def recorded_info(remote: Remote, name: str) -> tuple[dict[str, Any], str] | None:
-    """What `read_info` returns for a file at a URL, of which only the beginning is read; None if it is not such a file.
+    """What `read_info` returns for a file at a URL, from its first bytes; None if the file has no such information.
 
     Raises:
         FileNotFoundError: there is no such file.

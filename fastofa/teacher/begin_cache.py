@@ -13,7 +13,14 @@ from fastofa.teacher.quick_checks import other_cache
 
 
 def begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """Write the header, or compare it with an existing one. Returns the header that is now in cache.json."""
+    """Write the header, or compare it with an existing one.
+
+    Returns:
+        The header that is now in cache.json.
+
+    Raises:
+        BadInput: `out` contains another cache, with predictions that would be lost.
+    """
     if not (out / HEADER).exists():
         write_header(out, header)
         return header
@@ -38,7 +45,7 @@ def begin(out: Path, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_start_over(out: Path, different: list[str]) -> bool:
-    """Whether starting over loses no work: no view is finished, nor validation predictions unless only data changed."""
+    """Whether starting over loses no work: there is no finished view, and no usable validation predictions."""
     data_only = set(different) <= {"dataset", "classes"}
     return not any(out.glob("view-*.safetensors")) and (data_only or not (out / VAL).exists())
 
@@ -49,7 +56,7 @@ def _short(value: Any) -> str:
 
 
 def compare_with_main(out: Path, header: dict[str, Any], rank: int) -> dict[str, Any]:
-    """The header that rank 0 has written. Raises BadInput if this rank's is of another cache, or cannot be compared."""
+    """The header that rank 0 has written. Raises BadInput if it is missing, or differs from this rank's `header`."""
     if not (out / HEADER).exists():
         raise BadInput(
             f"rank {rank}: expected {out / HEADER} as on rank 0, found none; put --out on a file system that all nodes "

@@ -101,7 +101,7 @@ def _is_teacher(teacher: Any) -> bool:
 
 
 def _are_teachers(teachers: Any, weights: Any) -> bool:
-    """Whether they describe one teacher without a weight, or several with a weight each."""
+    """Whether the values describe one teacher without a weight, or several with a weight each."""
     if not (isinstance(teachers, list) and all(map(_is_teacher, teachers))):
         return False
     if len(teachers) == 1:
@@ -110,7 +110,7 @@ def _are_teachers(teachers: Any, weights: Any) -> bool:
 
 
 def _is_features(features: Any) -> bool:
-    """Whether they describe stored vectors: their kind and their width."""
+    """Whether the values describe stored vectors: their kind and their width."""
     if not isinstance(features, dict) or features.keys() != {"kind", "width"}:
         return False
     return features["kind"] in ("pooled", "pooled-int8") and _whole(features["width"], 1, 1 << 20)
@@ -138,11 +138,12 @@ def _is_policy(values: Any) -> bool:
 
 
 def write_header(path: Path, header: dict[str, Any]) -> None:
+    """Write cache.json in the current schema."""
     write_json(path / HEADER, {"schema": SCHEMA, **header})
 
 
 def identity(header: dict[str, Any]) -> dict[str, Any]:
-    """The part of the header on which predictions depend: two caches with the same identity have the same views."""
+    """The fields of the header on which predictions depend. Caches with the same identity have the same views."""
     dataset = {split: header["dataset"][split] for split in ("train", "val")}
     names = ("classes", "topk", "policy", "seed", "teachers")
     optional = (name for name in ("teacher_weights", "keep_each", "features") if name in header)
@@ -150,7 +151,7 @@ def identity(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def united(header: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The header, with the planned views of another one of the same identity added."""
+    """The header of a cache that has the planned views of both; their identity is the same."""
     largest = max(header, other, key=lambda each: each["views"])
     planned: dict[str, Any] = {name: largest[name] for name in ("views", "config", "folder") if name in largest}
     first = min(each.get("first_view", 0) for each in (header, other))
@@ -221,5 +222,6 @@ def policy_to_json(policy: ViewPolicy) -> dict[str, Any]:
 
 
 def policy_from_json(values: dict[str, Any]) -> ViewPolicy:
+    """The policy that `policy_to_json` described. Raises BadInput for impossible values."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return ViewPolicy(fields.pop("scale"), fields.pop("ratio"), fields.pop("flip"), **fields)

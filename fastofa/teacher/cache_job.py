@@ -2,8 +2,8 @@
 
 Under torchrun, this process is one of several ranks, which share the work (shares.py) and write into one folder. A rank
 that takes a whole table writes it. A rank that takes a range of its rows writes a part, and the rank that finishes the
-last part joins all. On a GPU, the CPU only queues work: the pixels of the next batches are uploaded and the predictions
-of the last ones are fetched while the teacher computes.
+last part joins them. On a GPU, the CPU only queues work: while the teacher computes, the pixels of the next batches are
+uploaded and the predictions of the last ones are fetched.
 """
 
 import time
@@ -104,7 +104,7 @@ class CacheJob:
         self.shares.announce_end()
 
     def write_others(self) -> None:
-        """Write what is not a table of predictions."""
+        """Write the files that are not tables of predictions."""
         for teacher in self.teachers.teachers:
             notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
         if self.config.features != "none" and not self.is_finished(CLASSIFIER):
@@ -146,7 +146,7 @@ class CacheJob:
         return Work(deal(missing, self.shares.place.size, self.config.batch_size), saved)
 
     def is_finished(self, table: int | str) -> bool:
-        """Whether this table of the cache is finished, and not truncated. Raises BadInput if it is another cache's."""
+        """Whether this table is finished and not truncated. Raises BadInput if it belongs to another cache."""
         path = self.out / table_file(table)
         if not path.is_file():
             return False
@@ -174,14 +174,14 @@ class CacheJob:
             remove_parts(self.out, [table])
 
     def join(self, work: Work, table: int | str, views: list[Views], parts: Parts, bar: SharedBar) -> None:
-        """Finish a table of which every part is saved."""
+        """Join the parts of a table, all of which are saved, and write it."""
         with self.naming(table):
             columns = parts.joined(work.starts(table))
         self._commit(views, table, columns, bar)
         remove_parts(self.out, [table])
 
     def compute_lost(self, work: Work, bar: SharedBar) -> None:
-        """Compute what other ranks had taken when they died."""
+        """Compute the ranges that other ranks had taken and not finished when they died."""
         lost = [index for index in range(len(work.ranges)) if not self.shares.is_done(index)]
         if lost:
             notice(
@@ -242,7 +242,7 @@ class CacheJob:
 
         def save() -> None:
             with suppress(LostContact):
-                if self.shares.is_done(index):  # by rank 0, because this rank was silent for long
+                if self.shares.is_done(index):  # by rank 0, because this rank was silent for too long
                     return
             if columns:
                 parts.save(start, concatenated(columns))
@@ -275,7 +275,7 @@ class CacheJob:
 
     @contextmanager
     def naming(self, table: int | str) -> Iterator[None]:
-        """A BadInput names the table, and how to continue."""
+        """Add the table's file and how to continue to the message of a BadInput."""
         try:
             yield
         except BadInput as error:

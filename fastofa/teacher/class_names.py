@@ -1,8 +1,8 @@
 """Match a teacher's outputs with the classes of the data by name, not only by position.
 
 timm numbers class folders in natural order, ignoring case (c1, c2, c10); torchvision and fastofa number them in the
-order of code points (c1, c10, c2). A teacher may also have more classes than the data, such as ImageNet's thousand when
-the data have ten of them.
+order of code points (c1, c10, c2). A teacher may also have more classes than the data, such as all thousand of ImageNet
+for data with ten of them.
 """
 
 import re
@@ -27,6 +27,7 @@ class OutputNames:
     """What is known about a teacher's outputs."""
 
     count: int
+    """Number of outputs."""
     names: dict[int, str] = field(default_factory=dict)
     """Class name by output index, from its config.json."""
     descriptions: dict[str, str] = field(default_factory=dict)
@@ -84,7 +85,7 @@ def _lemmas(names: Iterable[str]) -> dict[str, str]:
 
 
 def _words(description: str) -> set[str]:
-    """The names that a description allows: "tench, Tinca tinca" allows the whole of it and each of its two parts."""
+    """The names that match a description: for "tench, Tinca tinca", the whole text and each of its two parts."""
     return {description, *description.split(",")} - {""}
 
 

@@ -2,8 +2,8 @@
 
     fastofa cache diff cache-a cache-b
 
-Predictions are compared where both caches have the same pictures: for the validation images if those are the same, and
-for the views of which both have the same view table.
+Predictions are compared where both caches show the same pixels: for the validation images if both have the same ones,
+and for the views whose view tables are equal.
 
 Shapes: N images, C classes, K classes kept.
 """
@@ -47,7 +47,7 @@ class Comparison:
     validation: Agreement | None
     """On the validation images; None if they or the classes differ."""
     views: dict[int, Agreement]
-    """By number, for the views that both caches have with the same view table; empty if the classes differ."""
+    """By number of the view, for views with equal view tables in both caches; empty if the classes differ."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -92,7 +92,7 @@ def agreement(a: TopK, b: TopK, num_classes: int) -> Agreement:
     counts as less than 1e-9.
 
     Args:
-        a: classes integer [N, K], log_probs float16 [N, K].
+        a: classes integer [N, K], most probable first, and log_probs floating [N, K].
         b: the same, with its own K.
         num_classes: C.
     """

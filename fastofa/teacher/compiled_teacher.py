@@ -15,7 +15,7 @@ from fastofa.teacher.vectors import stored
 
 class LogProbsProgram:
     """`program(images)`: uint8 [B, 3, S, S] on the teacher's device -> {"log_probs": fp32 [B, C]}, for B up to
-    `batch_size`.
+    `batch_size`; with `features`, also the columns of `Vectors`.
 
     The first call compiles the program for `batch_size` images, which can take minutes. A smaller batch is padded,
     because another shape would be compiled again. If the compiler fails, a notice says so, and the program runs
@@ -25,7 +25,7 @@ class LogProbsProgram:
         teacher: the teacher to run.
         batch_size: the largest B.
         compile_: whether to compile. An uncompiled program does not pad.
-        features: none, pooled or pooled-int8 (`fastofa.teacher.vectors`); the latter need a linear head.
+        features: none, pooled or pooled-int8 (`fastofa.teacher.vectors`); the last two need a linear head.
     """
 
     def __init__(self, teacher: Teacher, batch_size: int, compile_: bool, features: str = "none") -> None:
@@ -60,7 +60,7 @@ class LogProbsProgram:
         return {"log_probs": log_probs}
 
     def _compile(self) -> None:
-        """Compile for a black batch. An error here is the compiler's: `open_teacher` has tried the teacher itself."""
+        """Compile on a black batch. An error here is the compiler's: `open_teacher` has tried the teacher itself."""
         self.to_compile = False
         assert self.compiled is not None
         size, device = self.teacher.image_size, self.teacher.device
@@ -77,7 +77,7 @@ class LogProbsProgram:
 
 
 class TopKProgram(LogProbsProgram):
-    """The same with the columns of `best_classes` for K = `topk` and, with `features`, of the stored pooled vectors."""
+    """The same, but with the columns of `best_classes` for K = `topk` instead of all log-probabilities."""
 
     def __init__(self, teacher: Teacher, topk: int, batch_size: int, compile_: bool, features: str = "none") -> None:
         super().__init__(teacher, batch_size, compile_, features)

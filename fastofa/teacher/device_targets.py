@@ -20,7 +20,7 @@ class DeviceTargets:
         predictions: the K best classes, uint16 or int32 [N, K] with log_probs floating [N, K], or packed rows. Packed
             rows stay packed on the device; a lookup decodes those of its batch.
         device: where to keep them.
-        dense: K = C. Lookups renormalise the log-probabilities, which undoes most of float16's rounding.
+        dense: whether K = C. Lookups then renormalise the log-probabilities, which undoes most of float16's rounding.
         rows: int64 [n]: the only rows to keep, such as a rank's share of the epoch; None keeps all.
         vectors: the teacher's pooled vectors [N, D]; None if no method needs them.
         classifier: restores the log-probabilities of all classes from the vectors; None if no method needs them.
@@ -66,8 +66,8 @@ class DeviceTargets:
         return len(self.columns[0])
 
     def lookup(self, rows: Tensor) -> Targets:
-        """Rows int64 [B] -> classes int32 [B, K], log_probs as stored (packed, dense: fp32) [B, K], and, with
-        vectors, pooled fp32 [B, D] and, with a classifier, all_log_probs fp32 [B, C]."""
+        """Rows int64 [B] -> classes int32 [B, K] and log_probs [B, K], in fp32 if packed or dense, else as stored; with
+        vectors also pooled fp32 [B, D], and with a classifier all_log_probs fp32 [B, C]."""
         rows = rows if self.positions is None else self.positions[rows]
         classes, log_probs = self.decode(*(values[rows] for values in self.columns))
         targets = Targets(classes, log_probs.float().log_softmax(dim=1) if self.dense else log_probs)
@@ -84,7 +84,7 @@ class MixedTargets:
 
     Args:
         each: the table of each teacher, with `dense` False.
-        weights: of the teachers, with a sum of 1.
+        weights: the weight of each teacher; their sum is 1.
         num_classes: C.
         all_classes: whether a method needs the log-probabilities of all classes.
     """

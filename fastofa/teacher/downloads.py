@@ -39,7 +39,7 @@ class Downloads:
         return self._arrived(len(self.copies) - 1)
 
     def finish(self) -> list[Columns]:
-        """Wait for all predictions that have not been returned yet."""
+        """Wait for all predictions that have not been returned yet, and return them."""
         if self.batches:
             self._begin_copy()
         return self._arrived(len(self.copies))

@@ -1,4 +1,4 @@
-"""Several teachers that predict as one, by the weighted mean of their probabilities, or each for itself.
+"""One teacher or several, whose predictions are combined into a weighted mean of probabilities, or kept apart.
 
 Every teacher sees the same views with its own normalisation and image size, and the validation images with its own
 centre crop. Teachers of one image size share the pixels; for each further size, the pipeline reads the images again.
@@ -27,7 +27,7 @@ from fastofa.teacher.model import Teacher, check_finite, open_teacher
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.views.table import Views, center_views
 
-EACH = "best_of_each"  # a column int32 [B, T]: the best class of each teacher; -1 if its predictions are not finite
+EACH = "best_of_each"  # a column int32 [B, T]: the best class of each teacher; -1 where its predictions are not finite
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Ensemble:
 
     teachers: tuple[Teacher, ...]
     weights: tuple[float, ...]
-    """Of the teachers' probabilities; their sum is 1."""
+    """Weight of each teacher's probabilities; their sum is 1."""
     names: tuple[str, ...]
-    """For messages: that of the one teacher, or several as the user gave them, since two may be of one architecture."""
+    """For messages: one teacher's architecture; of several, what the user gave, since architectures may repeat."""
     keep_each: bool = False
     """Whether the predictions of several teachers are stored apart, instead of their mean."""
 
@@ -84,7 +84,14 @@ class Ensemble:
     def batches(
         self, pipeline: Pipeline, views: Sequence[Views], order: np.ndarray, start: int = 0
     ) -> Generator[tuple[Batch, ...], None, None]:
-        """Each teacher's batches of its views, in step; teachers with the same views and image size share a batch."""
+        """Each teacher's batches of its views, in lockstep. Teachers with the same views and image size share a batch.
+
+        Args:
+            pipeline: the loader of the images.
+            views: the views of each teacher.
+            order: int64, the rows to read, in this order.
+            start: position in `order` from which to read.
+        """
         inputs = [(id(own), teacher.image_size) for own, teacher in zip(views, self.teachers, strict=True)]
         tables = {id(own): own for own in views}
         with ExitStack() as stack:
@@ -128,7 +135,7 @@ class Ensemble:
             check_finite(name, own["log_probs"], view, samples)
 
     def best(self, columns: Columns, num_classes: int) -> list[tuple[str, Tensor]]:
-        """The most probable classes, integer [B], by name: of each teacher if there are several, and of their mean."""
+        """Names, and most probable classes, integer [B]: of each teacher if there are several, and of their mean."""
         if self.keep_each:
             apart = [(name, TopK(**own)) for name, own in self._apart(columns)]
             mean = EachTeacher(tuple(own for _, own in apart), self.weights, num_classes).unpacked()
@@ -137,7 +144,7 @@ class Ensemble:
         return [*each, (self.name, columns["classes"][:, 0])]
 
     def _apart(self, columns: Columns) -> list[tuple[str, Columns]]:
-        """By name of the teacher: its columns of `EachProgram` as `TopKProgram` names them."""
+        """Each teacher's name, and its columns of `EachProgram` under the names that `TopKProgram` uses."""
         numbered = enumerate(self.names, 1)
         return [(name, {field: columns[f"{field}_{i}"] for field in TopK._fields}) for i, name in numbered]
 
@@ -185,7 +192,7 @@ Program = TopKProgram | MeanProgram | EachProgram
 
 
 def open_teachers(config: PrecomputeConfig, classes: Sequence[str], device: torch.device) -> Ensemble:
-    """Open the teachers of a configuration; image size and normalisation, if given, are those of all.
+    """Open the teachers of a configuration. An image size or normalisation that is given applies to all of them.
 
     Raises:
         BadInput: see `open_teacher`.

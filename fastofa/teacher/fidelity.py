@@ -1,6 +1,7 @@
 """How exactly the predictions that a cache stores represent the teacher's, measured on images that are not stored.
 
     CACHE/fidelity.json
+    RUN/fidelity.json       a copy in the folder of a run whose cache is at a URL
 
 A cache keeps the K most probable classes, rounded, and spreads the rest of the probability evenly. Up to 512 images, in
 a view that no cache stores, show what this changes: the probability kept, and the error of the OFA loss and of its
@@ -56,7 +57,7 @@ class Sample(NamedTuple):
     each: tuple[Tensor, ...] = ()
     """fp32 [N, C] of each teacher, if the cache keeps several apart; `log_probs` is their mean."""
     weights: tuple[float, ...] = ()
-    """Of these teachers."""
+    """Weight of each of these teachers; their sum is 1."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ class LossFidelity:
     student: str
     """untrained or trained; see the module's docstring."""
     loss_error: float
-    """|stored - exact| / exact, of the loss."""
+    """Relative error of the loss: |stored - exact| / exact."""
     cosine: float
-    """Of the gradients of the loss, [N, C], with respect to the student's logits."""
+    """Between the stored and the exact gradient of the loss, [N, C], with respect to the student's logits."""
     gradient_error: float
-    """|stored - exact| / |exact|, of the same gradients."""
+    """Relative error of the same gradients: |stored - exact| / |exact|."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ class Fidelity:
 
     images: int
     kept: float
-    """Probability of the K classes, mean over the images."""
+    """Probability of the K classes together, mean over the images."""
     kept_p1: float
     """1st percentile of this probability."""
     moved: float
-    """Total variation between the stored distribution and the teacher's: the probability that lies with other classes.
-    Mean over the images."""
+    """Total variation between the stored distribution and the teacher's: the probability that is on other classes. Mean
+    over the images."""
     losses: tuple[LossFidelity, ...]
     """For each eps and student."""
 
@@ -109,7 +110,7 @@ def less_exact(losses: Sequence[LossFidelity]) -> list[LossFidelity]:
 def held_back(teachers: Ensemble, dataset: Dataset, pipeline: Pipeline, policy: ViewPolicy, seed: int) -> Sample:
     """Run the teachers on images that are evenly spaced in the dataset, in a view that is not stored.
 
-    A signal ends the job afterwards, because a part of the sample could not be saved.
+    An interrupt takes effect only afterwards, because part of the sample could not be saved.
 
     Raises:
         BadInput: a prediction is not finite.
@@ -207,7 +208,7 @@ def smallest_topk(sample: Sample, eps: Sequence[float]) -> int:
 
 
 def _ratio(a: float, b: float, of_zeros: float = 0.0) -> float:
-    """a / b; a dataset of one class has zeros only."""
+    """a / b; `of_zeros` if b is 0, as with a dataset of one class."""
     return a / b if b else of_zeros
 
 
@@ -230,41 +231,46 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, probs: Tensor, eps: float
 # --- The file ---------------------------------------------------------------------------------------------------------
 
 
-def write_fidelity(cache: Path, header: dict[str, Any], fidelity: Fidelity) -> None:
-    """Write CACHE/fidelity.json."""
-    write_json(cache / FIDELITY, {**dataclasses.asdict(fidelity), "cache": identity(header)})
+def write_fidelity(folder: Path, header: dict[str, Any], fidelity: Fidelity) -> None:
+    """Write fidelity.json for the cache with this header."""
+    write_json(folder / FIDELITY, {**dataclasses.asdict(fidelity), "cache": identity(header)})
 
 
-def read_fidelity(cache: Path, header: dict[str, Any]) -> Fidelity | None:
+def read_fidelity(folder: Path, header: dict[str, Any] | None) -> Fidelity | None:
     """The fidelity of a cache; None if the file is missing or describes another cache, such as one that started over.
+
+    Args:
+        folder: of the cache, or of a run whose cache is at a URL.
+        header: of the cache; None accepts the file for whichever cache it describes.
 
     Raises:
         BadInput: the file is damaged.
     """
-    if not (cache / FIDELITY).is_file():
+    if not (folder / FIDELITY).is_file():
         return None
-    values = read_json(cache / FIDELITY)
+    values = read_json(folder / FIDELITY)
     if not isinstance(values, dict) or "cache" not in values:
-        raise _damaged(cache)
-    if values.pop("cache") != identity(header):
+        raise _damaged(folder)
+    cache = values.pop("cache")
+    if header is not None and cache != identity(header):
         return None
     try:
         losses = tuple(LossFidelity(**loss) for loss in values.pop("losses"))
         fidelity = Fidelity(losses=losses, **values)
     except (KeyError, TypeError, AttributeError):
-        raise _damaged(cache) from None
+        raise _damaged(folder) from None
     figures = [value for name, value in vars(fidelity).items() if name != "losses"]
     figures += [value for loss in losses for name, value in vars(loss).items() if name != "student"]
     known = losses and all(loss.student in STUDENTS for loss in losses)
     if not known or any(type(figure) not in (int, float) for figure in figures):
-        raise _damaged(cache)
+        raise _damaged(folder)
     return fidelity
 
 
-def _damaged(cache: Path) -> BadInput:
+def _damaged(folder: Path) -> BadInput:
     return BadInput(
-        f"{cache / FIDELITY}: expected figures written by `fastofa precompute`, got others; delete it and run `fastofa "
-        "precompute` again with the same arguments"
+        f"{folder / FIDELITY}: expected figures written by `fastofa precompute`, got others; delete it and run "
+        "`fastofa precompute` again with the same arguments"
     )
 
 
@@ -293,8 +299,8 @@ def warning(fidelity: Fidelity, topk: int) -> str:
 def in_rows(fidelity: Fidelity) -> dict[str, str]:
     """The figures by name, for a table."""
     return {
-        "kept probability": f"{fidelity.kept:.3%}, 1st percentile {fidelity.kept_p1:.3%}; {fidelity.moved:.3%} lies "
-        f"with other classes ({counted(fidelity.images, 'image')} held back)",
+        "kept probability": f"{fidelity.kept:.3%}, 1st percentile {fidelity.kept_p1:.3%}; {fidelity.moved:.3%} is "
+        f"on other classes ({counted(fidelity.images, 'image')} held back)",
         **{
             f"OFA loss, eps {loss.eps:g}": f"error {loss.loss_error:.2%}; gradient: cosine {_cosine(loss.cosine)}, "
             f"error {loss.gradient_error:.2%}"

@@ -99,17 +99,19 @@ def _add_other_files(out: Path, parts: Sequence[Path], owners: dict[int, list[Pa
 
 
 def _report_other_validation(out: Path, parts: list[Path], header: dict[str, Any]) -> None:
-    """A notice for each part whose validation predictions are not the ones kept."""
+    """A notice for each part whose validation predictions differ from those in `out`."""
     kept = TeacherCache(out, header, 0).val_targets()
     for part in parts:
         if read_info(part / VAL)[1] != read_info(out / VAL)[1]:
             best = TeacherCache(part, header, 0).val_targets().classes[:, 0].long().numpy()
             same = agreement(best, kept)
-            notice(f"{part / VAL}: differs from the one kept in {out}; same best class: {same:.2%} of the images")
+            notice(
+                f"{part / VAL}: differs from {out / VAL}; both have the same best class for {same:.2%} of the images"
+            )
 
 
 def _add(source: Path, target: Path) -> None:
-    """Link or copy a file; it appears complete."""
+    """Link or copy a file, which appears under its name when it is complete."""
     temporary = temporary_name(target)
     try:
         os.link(source, temporary)

@@ -20,7 +20,7 @@ from fastofa.kernels.reference import teacher_probs
 from fastofa.methods.targets import TopK, full
 from fastofa.teacher.packed_rows import PackedRows
 
-TINY = 1e-30  # of the even tail, which float rounding may make 0
+TINY = 1e-30  # smallest probability of the even tail, which rounding may make 0
 NUMBERS = 1 << 22  # probabilities in memory at a time
 
 
@@ -40,7 +40,7 @@ def mix(each: Sequence[TopK], weights: Sequence[float], num_classes: int) -> Mix
     Args:
         each: for each teacher, classes integer [N, K] and log_probs floating [N, K]; if K = C, the latter are
             renormalised, which undoes most of float16's rounding.
-        weights: of the teachers, above 0, with a sum of 1.
+        weights: the weight of each teacher, above 0; their sum is 1.
         num_classes: C.
     """
     count, topk = each[0].classes.shape
@@ -65,7 +65,9 @@ class EachTeacher(NamedTuple):
     tables: tuple[TopK | PackedRows, ...]
     """For each teacher, its K best classes of N images."""
     weights: tuple[float, ...]
+    """Weight of each teacher; their sum is 1."""
     num_classes: int
+    """C."""
 
     def unpacked(self) -> TopK:
         """On the CPU: the best classes of the mean, int32 [N, K'], and their log_probs fp32 [N, K']."""

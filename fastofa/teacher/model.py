@@ -42,7 +42,7 @@ class LogProbs(nn.Module):
 
     Args:
         model: takes normalised images in its own precision, returns logits [B, O].
-        mean, std: of RGB in 0..1, for normalising the images.
+        mean, std: mean and standard deviation of RGB in 0..1, by which images are normalised.
         columns: the output for each class of the data; None if the outputs are the data's classes in the same order.
         bf16: the precision of `model`; the normalisation and the log-probabilities are fp32 either way.
     """
@@ -172,9 +172,9 @@ def open_teacher(
         checkpoint: a .safetensors or .pth file with weights to use instead of timm's. A config.json next to it, if it
             names the same architecture, supplies normalisation, input size and class names.
         image_size: side of the input in pixels; None for the teacher's own.
-        mean: normalisation of RGB in 0..1; None for the teacher's own.
-        std: see `mean`.
-        device: where it computes; None for the CPU.
+        mean: of RGB in 0..1, by which images are normalised; None for the teacher's own.
+        std: standard deviation, as `mean`.
+        device: where the teacher runs; None for the CPU.
         bf16: round the weights to bf16 and compute in bf16 (`round_to_bf16`).
         checkpoint_key: which weights to use if the file contains several.
 
@@ -274,7 +274,7 @@ def check_finite(teacher: str, log_probs: Tensor, view: str, samples: Sequence[s
 
     Args:
         teacher: its name, for the message.
-        log_probs: float16 [B, K], as the cache stores them.
+        log_probs: floating [B, K], before they are packed; float16 if K = C.
         view: description of the view, for the message.
         samples: names of the B samples, for the message.
     """

@@ -1,4 +1,4 @@
-"""The teacher online: it runs in every step of a training, on the student's own images.
+"""An online teacher, which runs in every step of training, on the student's own images.
 
 Shapes: B images in a part of a step, S side of the student's images, C classes of the data, D width of a pooled vector.
 """
@@ -25,15 +25,15 @@ from fastofa.teacher.model import Teacher, open_teacher
 
 
 class OnlineTeacher:
-    """`teacher.of(batch)`: the teacher's targets for the images of a batch, as exact as its precision.
+    """`teacher.of(batch)`: the teacher's targets for the images of a batch, without the rounding of a cache.
 
     It has its own normalisation and input size; images of another size are resized with a bilinear filter. It is in
-    eval mode, has no gradients, and is no part of the student, of its optimiser or of its checkpoints.
+    eval mode, has no gradients, and is not part of the student, its optimiser or its checkpoints.
 
     Args:
         teacher: the teacher to run.
         needs: what the methods need from it.
-        compile_: compile it at the first batch of each shape, as one program from pixels to targets.
+        compile_: whether to compile it, at the first batch of each shape, as one program from pixels to targets.
 
     Raises:
         BadInput: a method needs the pooled vector, and the teacher has no linear head.
@@ -88,11 +88,11 @@ class OnlineTeacher:
         return f"teacher {self.teacher.name}: runs in every step, on the student's own images{resized}"
 
 
-TargetSource = DeviceTargets | MixedTargets | OnlineTeacher  # of a step: what a cache contains, or the teacher itself
+TargetSource = DeviceTargets | MixedTargets | OnlineTeacher  # a cache's predictions, or the teacher itself
 
 
 def open_online_teacher(config: TrainConfig, classes: Sequence[str], device: torch.device) -> OnlineTeacher | None:
-    """The online teacher of a run; None if it has none. Raises BadInput as `open_teacher` and `OnlineTeacher`."""
+    """Open the online teacher of a run; None if it has none. Raises BadInput as `open_teacher` and `OnlineTeacher`."""
     if config.online_teacher is None:
         return None
     teacher = open_teacher_of(config, classes, device)
@@ -100,7 +100,7 @@ def open_online_teacher(config: TrainConfig, classes: Sequence[str], device: tor
 
 
 def open_teacher_of(config: TrainConfig, classes: Sequence[str], device: torch.device) -> Teacher:
-    """The model that is a run's online teacher. Raises BadInput as `open_teacher`.
+    """Open the model of a run's online teacher. Raises BadInput as `open_teacher`.
 
     As with `fastofa precompute --recipe`, recipes named cifar_* set the normalisation of the teacher's input.
     """
@@ -112,7 +112,7 @@ def open_teacher_of(config: TrainConfig, classes: Sequence[str], device: torch.d
 
 
 def check_online_teacher(config: TrainConfig) -> None:
-    """Raises BadInput for what can be checked before the dataset is indexed: a name that nothing has, or no file."""
+    """Early checks, before the dataset is indexed. Raises BadInput for an unknown name or a missing file."""
     name, checkpoint = config.online_teacher, config.teacher_checkpoint
     if name is None:
         return

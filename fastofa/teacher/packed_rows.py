@@ -9,11 +9,11 @@ A row is a sequence of fields, lowest bits first, padded with zeros to whole byt
 
 So the K classes and the rest have a sum of 1 whatever the rounding, and a small rest is as exact as a large one, which
 matters at high temperatures. In terms of the ratio r of two successive probabilities, steps are a uniform grid of
-r^(1/3): fine where probabilities are large or close to each other, at most 14.6. The encoder rounds against the decoded
+r^(1/3): fine where the two are close to each other. The largest step is 14.6. The encoder rounds against the decoded
 value of the class before, so that errors do not add up. No step is negative, so the order of the classes is kept.
 
-Sums are of whole units, logarithms are computed in float64, and the result is rounded once to fp32, so that every
-device decodes the same numbers.
+Steps are added up as whole units, logarithms are computed in float64, and the result is rounded once to fp32, so that
+every device decodes the same numbers.
 
 Shapes: N rows, K classes kept, C classes, R bytes per row, F = 2 K fields.
 """
@@ -109,15 +109,17 @@ class RowFormat:
         return TopK(classes, log_probs)
 
     def classes_of(self, rows: Tensor) -> np.ndarray:
-        """Rows uint8 [N, R] on the CPU -> their classes, int32 [K, N]."""
-        return self._split(rows.numpy(), self.topk)
+        """Rows uint8 [N, R] on the CPU -> their classes, uint16 (int32 if C > 65,536) [K, N]."""
+        return self._split(rows.numpy(), self.topk, np.uint16 if self.num_classes <= 1 << 16 else np.int32)
 
-    def _split(self, rows: np.ndarray, count: int) -> np.ndarray:
-        """Rows uint8 [N, R] -> the first `count` fields, int32 [count, N]."""
-        words = np.zeros((len(rows), self.num_bytes // 8 + 1, 8), np.uint8)
-        words.reshape(len(rows), -1)[:, : self.num_bytes] = rows
+    def _split(self, rows: np.ndarray, count: int, dtype: type[np.integer] = np.int32) -> np.ndarray:
+        """Rows uint8 [N, R] -> the first `count` fields, [count, N]."""
+        last_bit = int(self.bits[:count].sum())
+        words = np.zeros((len(rows), last_bit // 64 + 1, 8), np.uint8)
+        read = min(words[0].size, self.num_bytes) if len(rows) else 0
+        words.reshape(len(rows), -1)[:, :read] = rows[:, :read]
         planes = np.ascontiguousarray(words.view(np.uint64)[..., 0].T)
-        fields = np.empty((count, len(rows)), np.int32)
+        fields = np.empty((count, len(rows)), dtype)
         moved, high = np.empty_like(planes[0]), np.empty_like(planes[0])
         for field, start, bits in zip(fields, self.starts.tolist(), self.bits.tolist(), strict=False):
             word, shift = divmod(start, 64)
@@ -130,7 +132,8 @@ class RowFormat:
 
 
 def row_format(topk: int, num_classes: int) -> RowFormat | None:
-    """The format in which a cache packs its predictions; None if all classes are kept, which it stores unpacked."""
+    """The format in which a cache packs its predictions; None if it stores them unpacked, because it keeps all classes
+    or there are more than 2^24."""
     return RowFormat(topk, num_classes) if topk < num_classes <= MAX_CLASSES else None
 
 
@@ -171,13 +174,13 @@ class PackedRows(NamedTuple):
 
 
 def packed(targets: TopK, num_classes: int) -> TopK | PackedRows:
-    """Predictions on the CPU as a cache keeps them: packed, or as they are if all classes are kept."""
+    """Predictions on the CPU as a cache stores them: packed, or unchanged if `row_format` is None."""
     found = row_format(targets.classes.shape[1], num_classes)
     return targets if found is None else PackedRows(found.pack(targets), found)
 
 
 def joined(parts: Sequence[TopK | PackedRows]) -> TopK | PackedRows:
-    """The rows of several tables of one form, one after the other."""
+    """The rows of several tables with the same K and C, one after the other; unpacked unless all are packed."""
     packed_rows = [part for part in parts if isinstance(part, PackedRows)]
     if len(packed_rows) == len(parts):
         return PackedRows(torch.cat([part.rows for part in packed_rows]), packed_rows[0].format)
@@ -187,7 +190,7 @@ def joined(parts: Sequence[TopK | PackedRows]) -> TopK | PackedRows:
 
 
 class Decoder:
-    """Decodes packed rows on a device with one gather per field; the same bits on every device.
+    """Decodes packed rows on a device, with the same bits on every device.
 
     Args:
         row_format: the fields of the rows.
@@ -198,7 +201,7 @@ class Decoder:
         self.topk = row_format.topk
         starts, bits = row_format.starts, row_format.bits
         count = row_format.num_bytes
-        # A field of at most 24 bits lies within four bytes; those after the row's last are read as that one.
+        # A field of at most 24 bits lies within four bytes; beyond the row's end, its last byte is read again.
         places = (starts // 8)[None] + np.arange(4)[:, None]
         self.places = torch.from_numpy(places.clip(max=count - 1)).to(device)
         self.shifts = torch.from_numpy(starts % 8).to(device)

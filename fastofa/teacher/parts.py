@@ -35,6 +35,7 @@ class Range(NamedTuple):
 
 
 def part_file(table: int | str, start: int) -> str:
+    """Name of the file with the part of a table that starts at position `start`."""
     return f"part-{_short(table)}-{start:010d}.safetensors"
 
 
@@ -86,19 +87,19 @@ class Parts(NamedTuple):
                 if start < (covered[-1].stop if covered else 0):
                     raise BadInput(f"{path}: overlaps an earlier part")
                 covered.append(Range(self.table, start, start + rows_in(self.read(start))))
-            except (BadInput, ValueError):  # of another order, if the data now have another form
+            except (BadInput, ValueError):  # such as a part in another order, because the data now have another form
                 path.unlink(missing_ok=True)
         return covered
 
     def missing(self, saved: list[Range]) -> list[Range]:
-        """The ranges that `saved` leaves out; if none, an empty range at the end, since the table is to be joined."""
+        """The ranges that `saved` leaves out; if there are none, an empty one, so that the table is still joined."""
         size = len(self.order)
         bounds = [0, *(bound for part in saved for bound in part[1:]), size]
         gaps = [Range(self.table, *pair) for pair in zip(bounds[::2], bounds[1::2], strict=True) if pair[0] < pair[1]]
         return gaps or [Range(self.table, size, size)]
 
     def joined(self, starts: list[int]) -> Columns:
-        """The predictions of the parts that start at these positions, which together cover all rows, by sample id.
+        """The predictions of the parts that start at these positions and cover all rows, in the order of sample ids.
 
         Raises:
             BadInput: as `read`, or a part was replaced by a shorter one.
@@ -114,7 +115,7 @@ class Parts(NamedTuple):
         return {name: torch.from_numpy(values.numpy()[place]) for name, values in concatenated(columns).items()}
 
     def _origin(self, start: int) -> str:
-        """What a part's file records beside the identity of the cache."""
+        """What a part's file records besides the identity of the cache."""
         digest = hashlib.sha256(self.order.tobytes()).hexdigest()
         return f"rows from {start} of {self.table} in the order {digest}"
 

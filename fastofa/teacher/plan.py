@@ -27,14 +27,18 @@ SECONDS = 3.0  # per measurement
 
 @dataclass(frozen=True)
 class Plan:
+    """The estimated cost of a cache."""
+
     images: int
     """Training images, and thus rows of a view."""
     val_images: int
+    """Validation images."""
     views: int
     """Views of the whole cache."""
     finished: int
     """Views that exist already."""
     ranks: int
+    """Ranks that share the work."""
     teacher: float
     """Images/s of the teacher alone, all ranks together."""
     rate: float
@@ -64,7 +68,7 @@ class Plan:
         return round(self.views * self.images * self.row_bytes)
 
     def epochs(self, students: int) -> int:
-        """The number of epochs of each student from which the cache takes fewer passes than a teacher in training.
+        """The smallest number of epochs per student at which the cache takes fewer passes than an online teacher.
 
         A teacher that runs in training sees every image in every epoch of every student: students x epochs x images
         passes. The cache takes views x images + validation images, once.

@@ -1,7 +1,7 @@
 """Run the teacher once on every view of every image, and write its predictions as a teacher cache.
 
-An interrupted run continues where it stopped; more views can be added later. Here everything is opened and checked; the
-work is in cache_job.py.
+An interrupted run continues where it stopped; more views can be added later. This file opens and checks everything;
+cache_job.py does the work.
 """
 
 import dataclasses
@@ -129,8 +129,8 @@ def _choose_topk(
     interrupt: Interrupt,
     shares: Shares,
 ) -> Sample | None:
-    """Set `topk` in the header: that of the cache to be continued, else by a sample of predictions, which is returned.
-    Rank 0 chooses for all."""
+    """Set `topk` in the header: that of the cache to be continued, or else the smallest K that is faithful to a sample
+    of predictions. Returns the sample, if there is one. Rank 0 chooses for all."""
     header["topk_chosen"], sample = "auto", None
     if not shares.is_main:
         header["topk"] = shares.wait_for("topk", lambda: interrupt.check("run the same command again to continue"))
@@ -146,7 +146,8 @@ def _choose_topk(
 
 
 def begun(job: CacheJob) -> CacheJob:
-    """Begin the cache, or compare it with the existing one; ranks other than 0 compare theirs with rank 0's."""
+    """The job with the header of its cache, which rank 0 begins or compares with the existing one; other ranks compare
+    their own header with rank 0's. Raises BadInput if two differ."""
     out, shares = job.config.out, job.shares
     if shares.is_main:
         header = begin(out, job.header)
@@ -175,7 +176,10 @@ def check_early(config: PrecomputeConfig, local_rank: int) -> torch.device:
             read_header(config.out)
     config.policy()
     if config.teacher_checkpoint is not None and not config.teacher_checkpoint.exists():
-        raise BadInput(f"{config.teacher_checkpoint}: expected a file with weights, but it does not exist")
+        raise BadInput(
+            f"{config.teacher_checkpoint}: expected a file with weights, but it does not exist; correct "
+            "--teacher-checkpoint"
+        )
     for teacher in config.teachers:
         if config.teacher_checkpoint is not None or find_folder(teacher) is None:
             resolve(teacher)

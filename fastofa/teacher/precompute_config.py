@@ -16,8 +16,8 @@ from fastofa.views.policy import ViewPolicy, changed_policy
 
 # Titles of groups in the help, keyed by the first field of each group.
 SECTIONS = {"data": "cache and teacher", "scale": "view", "skip_corrupt": "image", "batch_size": "hardware"}
-# Fields that a cache does not record: how its predictions were computed, and which images were left out (the dataset's
-# index does). --out is always given.
+# Fields that a cache does not record: how its predictions were computed, and which images were left out (which the
+# dataset's index records). --out is always given.
 FREE = {"first_view", "plan", "skip_corrupt", "allow_warnings"}
 FREE |= {"batch_size", "device", "compile", "pipeline", "workers"}
 
@@ -48,9 +48,9 @@ class PrecomputeConfig:
     """Compute only the views from this one on, for a cache whose other views are computed elsewhere; `fastofa cache
     merge` joins the parts."""
     features: Literal["none", "pooled", "pooled-int8"] = "none"
-    """Also store the teacher's pooled vector, the input of its classifier, for cc, rkd, crd and rsd; other methods then
-    learn from all classes exactly. pooled: 2 bytes per number; pooled-int8: 1 byte per number. Needs a linear
-    classifier."""
+    """Also store the teacher's pooled vector, the input of its classifier, for cc, rkd, crd and rsd; bkd, dkd, dist and
+    lskd then learn from all classes exactly. pooled: 2 bytes per number; pooled-int8: 1 byte per number. Needs a
+    linear classifier."""
     teacher_checkpoint: Path | None = None
     """A .safetensors or .pth file with the teacher's weights, instead of timm's. A config.json next to it, if for the
     same architecture, supplies normalisation, input size and class names."""
@@ -61,7 +61,7 @@ class PrecomputeConfig:
     """Weights of several teachers' probabilities, with a sum of 1. Default: equal."""
     keep_each: bool = False
     """Store the top K of each of several teachers, instead of those of their mean, so that every run can weigh them
-    (`fastofa train --teacher-weights`); a view takes as many bytes more for each further teacher."""
+    (`fastofa train --teacher-weights`). Each further teacher takes as many bytes again."""
     image_size: int | None = None
     """Side of the teacher's input in pixels. Default: its own."""
     mean: tuple[float, float, float] | None = None

@@ -3,8 +3,8 @@
     fastofa cache push cache s3://bucket/cache
     fastofa cache pull https://host/cache cache
 
-A cache at a URL is the same files under the same names. Every file appears complete or not at all, there and here, and
-complete ones are skipped, so that an interrupted copy continues when it is repeated (fastofa.system.remote).
+A cache at a URL has the same files under the same names. At either end, a file appears complete or not at all, and
+complete files are skipped, so that an interrupted copy continues when it is repeated (fastofa.system.remote).
 """
 
 import os
@@ -45,7 +45,7 @@ def pull(url: str, out: Path, patience: Patience = PATIENCE) -> TeacherCache:
         patience: how long to try.
 
     Raises:
-        BadInput: there is no cache, it is damaged, it is another one than the one in `out`, or it cannot be reached.
+        BadInput: there is no cache, it is damaged, `out` contains another cache, or the URL cannot be reached.
     """
     remote = open_remote(url, patience)
     check_vacant(out)
@@ -76,8 +76,8 @@ def push(path: Path, url: str, patience: Patience = PATIENCE) -> TeacherCache:
     """Copy a cache, or the views of it that are missing there, to a URL. Every file is verified first.
 
     Raises:
-        BadInput: the cache is damaged, the URL is read-only or cannot be reached, or it contains another cache or other
-            predictions for one of the views.
+        BadInput: the cache is damaged; the URL is read-only or cannot be reached; or there is another cache at the URL,
+            or one with other predictions for one of the views.
     """
     cache, remote = TeacherCache.open(path, part=True), open_remote(url, patience)
     if isinstance(remote, Web):
@@ -128,7 +128,10 @@ def fetch(
     """Download a file. It appears complete, and verified if it is a table of the cache with this header.
 
     Returns:
-        Whether it exists.
+        Whether it exists at the URL.
+
+    Raises:
+        BadInput: it cannot be downloaded or written, or is damaged even when it is downloaded again.
     """
     temporary, where = temporary_name(target), f"{remote.url}/{name}"
     try:
@@ -159,7 +162,7 @@ def fetch(
 
 
 def _is_complete(path: Path, header: dict[str, Any], table: int | str) -> bool:
-    """Whether a table exists here, complete. Raises BadInput if it is another cache's."""
+    """Whether a table exists here and is complete. Raises BadInput if it belongs to another cache."""
     file = path / (view_file(table) if isinstance(table, int) else table)
     if not file.is_file():
         return False

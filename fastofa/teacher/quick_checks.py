@@ -37,7 +37,7 @@ def other_cache(out: Path, different: list[str]) -> BadInput:
 
 
 def _differences(config: PrecomputeConfig) -> list[str]:
-    """The arguments that differ from those of the existing cache; none if the cache is damaged."""
+    """The arguments that differ from those of the existing cache, as text; none if its header is damaged."""
     try:
         header = json.loads((config.out / HEADER).read_bytes())
         default = {field.name: field.default for field in dataclasses.fields(ViewPolicy)}

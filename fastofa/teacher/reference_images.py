@@ -1,4 +1,4 @@
-"""Compare a pipeline's pixels with those that the teacher saw, of which the cache keeps a few images.
+"""Compare a pipeline's pixels with those that the teacher saw: a cache keeps a few of the teacher's images.
 
     CACHE/seen.png                  images of view 0, side by side, at the teacher's input size
 
@@ -27,20 +27,20 @@ TOLERANCE = 20  # of 255; compression, resizing and rounding stay below, other p
 
 
 class Difference(NamedTuple):
-    """Mean absolute differences of pixel values, which are 0 to 255."""
+    """Mean absolute differences of pixel values, in levels of 255."""
 
     mean: float
     """Over all images."""
     worst: float
-    """Over the image in which it is largest."""
+    """Over the image with the largest difference."""
 
     def check(self, cache: Path, data: str) -> None:
         """Raises BadInput if the mean is above the tolerance."""
         if self.mean > TOLERANCE:
             raise BadInput(
-                f"data: expected the pixels of which the teacher of {cache} saw {IMAGES} images ({cache / SEEN}), to "
-                f"{TOLERANCE} of 255, got a mean difference of {self.mean:.1f} with {data}; train on the form of the "
-                "data that the cache was made from, or accept the difference with --allow-mismatch pixels"
+                f"data: expected the pixels that the teacher saw ({cache / SEEN}) within {TOLERANCE} of 255, got a "
+                f"mean difference of {self.mean:.1f} with {data}; train on the form of the data that the cache was "
+                "made from, or accept the difference with --allow-mismatch pixels"
             )
 
     def __str__(self) -> str:

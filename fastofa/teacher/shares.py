@@ -2,7 +2,7 @@
 
 Rank 0 lists the work: ranges of rows of the tables that are missing. Each rank takes the next range when it has
 finished one, so that none waits for a slower one. Predictions never pass between ranks: each writes its own to the
-shared folder. If a rank dies, the others go on, and rank 0 computes at the end what that rank had taken.
+shared folder. If a rank dies, the others go on, and at the end rank 0 computes the ranges that it had taken.
 """
 
 import json
@@ -41,8 +41,8 @@ class Work(NamedTuple):
 def deal(missing: list[Range], ranks: int, batch_size: int) -> list[Range]:
     """Cut missing ranges for `ranks` to take: large ones first, and smaller ones towards the end.
 
-    A range is at most the share of the remaining rows that half a rank has. So many views on few ranks are taken
-    whole, a few views on many ranks are cut, and at the end no rank is busy for long after the others.
+    A range has at most half of a rank's share of the remaining rows. So views are taken whole while there are many per
+    rank, are cut when few are left, and at the end no rank works for long after the others.
     ("Guided self-scheduling", Polychronopoulos and Kuck, 1987.)
 
     Args:
@@ -69,10 +69,11 @@ def _quotient(a: int, b: int) -> int:
 
 
 class Shares:
-    """One rank's access to the work of all. Each method is a request to the store; a single process has its own store.
+    """One rank's access to the work of all ranks. Every method is a request to the store; a single process has its own.
 
     Raises:
-        LostContact: the store is gone (each method).
+        Failed: the store still holds the keys of an earlier start (the constructor).
+        LostContact: the store is gone (every method).
     """
 
     def __init__(self, store: dist.Store | None = None, place: Place | None = None) -> None:
@@ -120,7 +121,7 @@ class Shares:
     # --- Counters
 
     def take(self, work: Work) -> Iterator[int]:
-        """The indices of the ranges that this rank is to compute, until all are taken."""
+        """Take ranges until all are taken: yields the index of each range that this rank has to compute."""
         while (index := self._add("taken", 1) - 1) < len(work.ranges):
             yield index
 
@@ -128,7 +129,7 @@ class Shares:
         return self._add(f"done {index}", 0) > 0
 
     def finish(self, work: Work, index: int) -> bool:
-        """Record that a range is on the disk. Returns whether this rank is to join its table now: it was the last."""
+        """Record that a range is on the disk. Returns whether it was the last of its table, to be joined now."""
         table = work.ranges[index].table
         if self._add(f"done {index}", 1) > 1:  # computed twice, because this rank or another counted as lost
             return False

@@ -24,8 +24,7 @@ from fastofa.system.urls import is_url
 from fastofa.teacher.cache import Table, TeacherCache
 from fastofa.teacher.cache_files import CLASSIFIER, VAL, check_origin, view_file
 from fastofa.teacher.cache_header import AGAIN, HEADER, policy_from_json, write_header
-from fastofa.teacher.push_pull import fetch, remote_header
-from fastofa.teacher.reference_images import SEEN
+from fastofa.teacher.push_pull import REPORTS, fetch, remote_header
 
 PROBES = 8  # views whose headers are read at the same time
 
@@ -41,18 +40,19 @@ def open_cache(place: str | Path, patience: Patience = PATIENCE) -> TeacherCache
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StagedCache(TeacherCache):
-    """A cache at a URL. `path` is a local folder with its header, its small tables and the views in use."""
+    """A cache at a URL. `path` is a local folder with its header, its reports, its small tables and the views in
+    use."""
 
     remote: Remote
     patience: Patience
     checksums: tuple[str, ...]
     """The recorded checksum of each finished view."""
     arrivals: dict[int, "Future[bool]"] = field(default_factory=dict)
-    """The views that are here or on their way. Only the thread that reads the cache changes it."""
+    """The views that have arrived or are being downloaded. Only the thread that reads the cache changes it."""
 
     @classmethod
     def at(cls, url: str, patience: Patience) -> "StagedCache":
-        """Open the cache at a URL, and download its small tables."""
+        """Open the cache at a URL, and download everything but the views."""
         remote = open_remote(url, patience)
         header = remote_header(remote, patience)
         if header is None:
@@ -72,13 +72,14 @@ class StagedCache(TeacherCache):
         for name in (VAL, *([CLASSIFIER] if cache.pooled_dim else [])):
             if not fetch(remote, name, folder / name, patience, header, name):
                 raise BadInput(f"{url}: expected {name}, but it is missing; {AGAIN}, then `fastofa cache push`")
-        fetch(remote, SEEN, folder / SEEN, patience)
+        for name in REPORTS:
+            fetch(remote, name, folder / name, patience)
         cache.val_predictions()
         cache.classifier()
         return cache
 
     def digests(self, count: int) -> tuple[str, ...]:
-        """As of a local cache; the views are not downloaded for it."""
+        """As for a local cache, without downloading the views."""
         if count > self.views:
             raise BadInput(
                 f"{self.remote.url}: expected {counted(count, 'view')}, finished: {self.finished}; {AGAIN}, then "
@@ -87,7 +88,7 @@ class StagedCache(TeacherCache):
         return tuple(checksum[:16] for checksum in self.checksums[:count])
 
     def table(self, view: int) -> Table:
-        """As of a local cache. The view is downloaded if it has not arrived, and those of the next epoch after it."""
+        """As for a local cache. Downloads the view if it has not arrived, and after it those of the next epoch."""
         if not 0 <= view < self.views:
             raise BadInput(f"{self.remote.url}: expected a view from 0 to {self.views - 1}, got {view}")
         repeats = self.policy.repeats
@@ -103,13 +104,13 @@ class StagedCache(TeacherCache):
         return super().table(view)
 
     def _remove(self, view: int) -> None:
-        """Remove a view, unless it is still on its way; it is then removed later."""
+        """Remove a view, unless it is still being downloaded; a later call then removes it."""
         if self.arrivals[view].done():
             del self.arrivals[view]
             (self.path / view_file(view)).unlink(missing_ok=True)
 
     def _order(self, views: list[int]) -> None:
-        """Download those of these views that have not been ordered, one after the other, in a thread."""
+        """Download the views that have not been ordered yet, one after the other, in a thread."""
         new = [view for view in dict.fromkeys(views) if view not in self.arrivals]
         for view in new:
             self.arrivals[view] = Future()
@@ -122,7 +123,7 @@ class StagedCache(TeacherCache):
 def _deliver(
     orders: list[tuple[int, "Future[bool]"]], remote: Remote, folder: Path, patience: Patience, header: dict[str, Any]
 ) -> None:
-    """Download views, in order; each future gets whether its view exists, or the error."""
+    """Download views, in order. The result of each future is whether its view exists, or the error."""
     for view, arrival in orders:
         try:
             name = view_file(view)
@@ -132,7 +133,8 @@ def _deliver(
 
 
 def _checksums(remote: Remote, header: dict[str, Any], patience: Patience) -> tuple[str, ...]:
-    """The recorded checksums of the finished views. Raises BadInput if one is truncated or another cache's."""
+    """The recorded checksums of the views up to the first missing one. Raises BadInput if a view is truncated or
+    belongs to another cache."""
 
     def probe(view: int) -> str | None:
         name = view_file(view)

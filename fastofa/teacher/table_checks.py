@@ -87,15 +87,20 @@ def packed_fault(packed: Tensor, count: int, row_format: RowFormat) -> str:
         return fault
     for first in range(0, count, ROWS_AT_ONCE):
         classes = row_format.classes_of(packed[first : first + ROWS_AT_ONCE])
-        twice = np.zeros(classes.shape[1], dtype=bool)
+        outside = classes >= row_format.num_classes
+        if outside.any():
+            return _classes_fault(classes, outside, f"classes from 0 to {row_format.num_classes - 1}", first)
         for distance in range(1, len(classes)):
-            twice |= (classes[distance:] == classes[:-distance]).any(axis=0)
-        outside = (classes >= row_format.num_classes).any(axis=0)
-        for expected, bad in ((f"classes from 0 to {row_format.num_classes - 1}", outside), ("each class once", twice)):
-            if bad.any():
-                row = int(bad.argmax())
-                return f"expected {expected}, got {_some(classes[:, row].tolist())} for sample {first + row}"
+            equal = classes[distance:] == classes[:-distance]
+            if equal.any():
+                return _classes_fault(classes, equal, "each class once", first)
     return ""
+
+
+def _classes_fault(classes: np.ndarray, bad: np.ndarray, expected: str, first: int) -> str:
+    """The fault of the first bad row. `classes` [K, M] and `bad`, bool [.., M], are of the rows from `first` on."""
+    row = int(bad.any(axis=0).argmax())
+    return f"expected {expected}, got {_some(classes[:, row].tolist())} for sample {first + row}"
 
 
 def vectors_fault(tensors: Mapping[str, Tensor], count: int, kind: str, width: int) -> str:
@@ -126,7 +131,7 @@ def classifier_fault(tensors: Mapping[str, Tensor], num_classes: int, width: int
 
 
 def _kinds_fault(tensors: Mapping[str, Tensor], kinds: Mapping[str, Kind]) -> str:
-    """Whether tensors are missing, or of another type or shape."""
+    """Check that no tensor is missing or has another type or shape."""
     if missing := kinds.keys() - tensors.keys():
         return f"expected {' and '.join(kinds)}, but {' and '.join(sorted(missing))} is missing"
     for name, (dtype, shape) in kinds.items():
@@ -170,7 +175,7 @@ def _column_kinds(policy: ViewPolicy, count: int) -> dict[str, tuple[np.dtype, t
 def _column_faults(columns: Mapping[str, np.ndarray], rows: slice) -> dict[str, tuple[str, np.ndarray]]:
     """For each column, the expected property and a bool array of the rows that lack it."""
     crop = columns["crop"][rows]
-    faults = {"crop": ("to be a box inside the image", _is_outside(crop) | (crop[:, 2:] == 0).any(axis=1))}
+    faults = {"crop": ("to be a box inside the image", _is_outside(crop) | (crop[:, 2] == 0) | (crop[:, 3] == 0))}
     if "ops" in columns:
         ops, amounts = columns["ops"][rows], columns["amounts"][rows]
         low, high = rand_augment.limits()
@@ -203,7 +208,8 @@ def _column_faults(columns: Mapping[str, np.ndarray], rows: slice) -> dict[str, 
 
 def _is_outside(boxes: np.ndarray) -> np.ndarray:
     """bool [M]: which boxes, uint16 [M, 4], exceed the image by more than the rounding of position and size."""
-    return (boxes[:, :2].astype(np.int32) + boxes[:, 2:] > UNIT + 1).any(axis=1)
+    top, left, height, width = boxes.T.astype(np.int32)
+    return (top + height > UNIT + 1) | (left + width > UNIT + 1)
 
 
 def _kind(dtype: object, shape: tuple[int, ...]) -> str:

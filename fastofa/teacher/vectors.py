@@ -52,7 +52,7 @@ def joined(parts: list[Vectors]) -> Vectors:
 
 
 class Classifier(NamedTuple):
-    """The teacher's linear classifier, for the classes of the data."""
+    """The teacher's linear classifier, reduced to the classes of the data, in their order."""
 
     weight: Tensor
     """float32 [C, D]."""

@@ -19,7 +19,6 @@ from fastofa.teacher.cache import Table, TeacherCache
 from fastofa.teacher.device_targets import DeviceTargets, MixedTargets
 from fastofa.teacher.online import OnlineTeacher, TargetSource
 from fastofa.teacher.packed_rows import joined
-from fastofa.teacher.staged_cache import open_cache
 from fastofa.teacher.vectors import joined as joined_vectors
 from fastofa.training.distributed import World
 from fastofa.views.draw import draw_views
@@ -52,6 +51,7 @@ class Epochs:
     `self.config` is the given configuration with its unset values (None) chosen by dataset size.
 
     Args:
+        cache: the opened teacher cache; None without one.
         views: number of cached views that a resumed run started with; 0 for a new run, which uses all finished ones.
         teacher: the online teacher; None without one.
 
@@ -65,24 +65,25 @@ class Epochs:
         dataset: Dataset,
         world: World,
         device: torch.device,
+        cache: TeacherCache | None,
         views: int = 0,
         teacher: OnlineTeacher | None = None,
     ) -> None:
         self.config, self.dataset, self.world, self.device, self.teacher = config, dataset, world, device, teacher
-        self.cache = None if config.cache is None else open_cache(config.cache)
-        if self.cache is not None:
-            self.policy = config.policy(self.cache.policy)
-            config = dataclasses.replace(config, teacher_weights=self.cache.weights(config.teacher_weights))
-            self.cache.check(dataset, self.policy, config.allow_mismatch == "pixels")
-            if world.is_main and self.cache.header["dataset"]["train"] != dataset.fingerprint:
-                made_from = self.cache.header["dataset"]["spec"]
-                notice(f"cache {self.cache.path}: made from other pixels ({made_from}), accepted by --allow-mismatch")
+        self.cache = cache
+        if cache is not None:
+            self.policy = config.policy(cache.policy)
+            config = dataclasses.replace(config, teacher_weights=cache.weights(config.teacher_weights))
+            cache.check(dataset, self.policy, config.allow_mismatch == "pixels")
+            if world.is_main and cache.header["dataset"]["train"] != dataset.fingerprint:
+                made_from = cache.header["dataset"]["spec"]
+                notice(f"cache {cache.path}: made from other pixels ({made_from}), accepted by --allow-mismatch")
         else:
             self.policy = config.policy(default_policy(config.data, config.recipe))
         rows = epoch_rows(self.policy, len(dataset))
         factors = {"ranks": world.size, "parts": config.accumulate, "in a mixed pair": 2 if self.policy.mixes else 1}
         self.config = config = with_size_defaults(config, len(dataset), rows, math.prod(factors.values()))
-        self.view_digests = () if self.cache is None else self._replayed_digests(self.cache, views)
+        self.view_digests = () if cache is None else self._replayed_digests(cache, views)
         """The digest of each view that the run replays."""
         self.page_ids = dataset.page_ids if config.order == "pages" else None
         if config.order == "pages" and self.page_ids is None:

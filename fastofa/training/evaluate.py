@@ -222,7 +222,7 @@ def _teacher_targets(run: Run, dataset: Dataset) -> TopK | None:
             raise BadInput(f"{cache.path} does not contain the predictions that the run started with")
         return cache.val_targets(run.config.teacher_weights)
     except BadInput as error:
-        notice(f"no agreement with the teacher: {error}")
+        notice(f"agreement with the teacher not measured: {error}")
     return None
 
 

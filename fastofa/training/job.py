@@ -27,6 +27,9 @@ from fastofa.student.stages import channels
 from fastofa.system.device import choose_workers
 from fastofa.system.errors import BadInput, counted
 from fastofa.system.progress import notice
+from fastofa.system.urls import is_url
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.fidelity import FIDELITY, read_fidelity, write_fidelity
 from fastofa.teacher.online import open_online_teacher
 from fastofa.teacher.reference_images import IMAGES, Difference, compare_teacher_images
 from fastofa.training import rank_checkpoints
@@ -50,7 +53,7 @@ BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
 def open_job(config: TrainConfig, world: World) -> "Job":
     """Build and check everything that a run needs, without writing anything."""
-    device = check_early(config, world)
+    device, cache = check_early(config, world)
     if config.resume and (config.out / CONFIG).exists():  # keep the values chosen by dataset size
         begun = open_run(config.out).config
         unset = [name for name in SIZED if getattr(config, name) is None]
@@ -62,7 +65,7 @@ def open_job(config: TrainConfig, world: World) -> "Job":
     config = dataclasses.replace(config, order=choose_order(config, train_set, world))
     config = with_own_options(with_own_evaluation(config))
     online = open_online_teacher(config, train_set.classes, device)
-    epochs = Epochs(config, train_set, world, device, views_begun_with(config, world), online)
+    epochs = Epochs(config, train_set, world, device, cache, views_begun_with(config, world), online)
     config = epochs.config
     data, val, pages = train_set.fingerprint, val_set.fingerprint, epochs.pages_fingerprint
     teacher = None if online is None else online.teacher.describe()
@@ -168,6 +171,20 @@ class Job:
         if c.wandb is not None:
             self.wandb_run = open_wandb(folder, c.wandb)
         self.run.save()
+        if self.epochs.cache is not None and is_url(str(c.cache)):
+            self._keep_fidelity(self.epochs.cache)
+
+    def _keep_fidelity(self, cache: TeacherCache) -> None:
+        """Keep the fidelity of a cache at a URL for the report, since the local copy is removed with the process."""
+        fidelity = None
+        try:
+            fidelity = read_fidelity(cache.path, cache.header)
+        except BadInput as error:
+            notice(str(error).replace(str(cache.path), str(self.config.cache)))
+        if fidelity is None:
+            (self.run.path / FIDELITY).unlink(missing_ok=True)
+        else:
+            write_fidelity(self.run.path, cache.header, fidelity)
 
     def announce(self, given: TrainConfig) -> None:
         """Report what the run does, and what was chosen because `given`, the configuration as given, leaves it open."""

@@ -21,9 +21,11 @@ from fastofa.views.table import center_views
 def online_targets(
     run: Run, dataset: Dataset, device: torch.device, pipeline: str, batch_size: int, workers: int | None
 ) -> TopK | None:
-    """The teacher's best class for every image, on central crops at its own size, as `fastofa precompute` shows them.
+    """The teacher's best class for every image, from central crops at its own size, as `fastofa precompute` makes them.
 
-    None, with a notice, if the teacher cannot be opened or has other weights than the run started with.
+    Returns:
+        classes uint16 (int32 if C > 65,536) [N, 1] and log_probs [N, 1], on the CPU; or None, with a notice, if the
+        teacher cannot be opened or has other weights than the run started with.
     """
     config = dataclasses.replace(
         run.config, online_teacher=run.online_teacher, teacher_checkpoint=run.teacher_checkpoint
@@ -33,7 +35,7 @@ def online_targets(
         if run.teacher is None or teacher.sha256 != run.teacher["sha256"]:
             raise BadInput(f"{config.online_teacher} has other weights than when the run started")
     except BadInput as error:
-        notice(f"no agreement with the teacher: {error}")
+        notice(f"agreement with the teacher not measured: {error}")
         return None
     loader = open_pipeline(pipeline, dataset, teacher.image_size, batch_size, device, choose_workers(workers))
     with closing(loader.epoch(center_views(dataset.sizes, teacher.crop), np.arange(len(dataset)))) as batches:

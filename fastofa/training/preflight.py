@@ -30,9 +30,9 @@ from fastofa.training.epochs import check_divisible
 from fastofa.training.step import check_device
 
 
-def check_early(config: TrainConfig, world: World) -> torch.device:
-    """The rank's device. Raises BadInput for every error that can be found before the dataset is indexed, which may
-    take hours."""
+def check_early(config: TrainConfig, world: World) -> tuple[torch.device, TeacherCache | None]:
+    """The rank's device, and the opened cache if the run has one. Raises BadInput for every error that can be found
+    before the dataset is indexed, which may take hours."""
     if world.local_size > 1 and ":" in config.device:
         raise BadInput(f"device: expected auto, cuda or cpu where a host has several processes, got {config.device}")
     device = choose_device(config.device, world.local_rank)
@@ -41,8 +41,9 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
         check_vacant(config)
         if config.wandb is not None:
             import_wandb()
-    if config.cache is not None:
-        check_needs(config.methods, open_cache(config.cache))
+    cache = None if config.cache is None else open_cache(config.cache)
+    if cache is not None:
+        check_needs(config.methods, cache)
     elif config.methods and config.online_teacher is None:
         raise BadInput(
             f"--method {config.method}: expected --cache, made by `fastofa precompute`, or --online-teacher; or "
@@ -58,7 +59,7 @@ def check_early(config: TrainConfig, world: World) -> torch.device:
         raise BadInput(f"workers: expected at least 0, got {config.workers}")
     if config.batch_size is not None:
         check_divisible(config.batch_size, {"ranks": world.size, "parts": config.accumulate})
-    return device
+    return device, cache
 
 
 def check_needs(methods: Sequence[str], cache: TeacherCache) -> None:
