@@ -7,9 +7,9 @@ import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,12 +207,13 @@ def urls(written, tmp_path) -> dict[str, str]:
     return {name: f"file://{tmp_path / name}/photos.pack" for name in "abcd"}
 
 
-def _open(home: str, url: str, opened: Event, leave: Event) -> None:
-    """A process that uses a dataset until it may leave."""
+def _open(home: str, url: str, test: Connection) -> None:
+    """A process that uses a dataset until the test closes the connection."""
     os.environ["XDG_CACHE_HOME"] = home
     local_copy(url, QUICK)
-    opened.set()
-    leave.wait()
+    test.send("opened")
+    with suppress(EOFError):
+        test.recv()
 
 
 class Opens:
@@ -224,13 +225,16 @@ class Opens:
     @contextmanager
     def using(self, name: str) -> Iterator[Any]:
         """A process that uses a dataset until the block ends."""
-        opened, leave = CONTEXT.Event(), CONTEXT.Event()
-        process = CONTEXT.Process(target=_open, args=(str(self.home), self.urls[name], opened, leave))
+        here, there = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_open, args=(str(self.home), self.urls[name], there))
         process.start()
-        assert opened.wait(900)
-        yield process
-        leave.set()
-        process.join()
+        there.close()
+        try:
+            assert here.recv() == "opened"
+            yield process
+        finally:
+            here.close()
+            process.join()
 
     def __call__(self, *names: str) -> None:
         """Each is opened by a process that then ends."""
@@ -304,8 +308,10 @@ def test_other_files_in_the_folder_are_left_alone(opens, copies):
 def test_a_removal_that_is_interrupted_leaves_no_half_copy(opens, urls, monkeypatch):
     opens("a", "b")
 
-    def stopped(*_, **__):
-        raise KeyboardInterrupt
+    def stopped(folder, **_):
+        if found := [file for file in Path(folder).rglob("*") if file.is_file()]:
+            found[0].unlink()
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", stopped)
