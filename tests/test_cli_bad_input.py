@@ -174,7 +174,15 @@ REFUSED = {
         "resident...size...--pipeline auto",
     ),
     # caches
-    "no cache": (f"{TRAIN} --out new --cache nowhere", "nowhere...cache.json"),
+    "no teacher": (
+        "precompute --data photos --teacher runs/none --views 1 --topk 2 --out new",
+        "unknown model 'runs/none': ...; there is no folder runs/none either",
+    ),
+    "no online teacher": (
+        "train --data photos --online-teacher runs/none --student test_resnet --out new",
+        "unknown model 'runs/none': ...; there is no folder runs/none either",
+    ),
+    "no cache": (f"{TRAIN} --out new --cache nowhere", "nowhere: ...no such folder"),
     "no cache named": (TRAIN.replace("--cache cache", "--out new"), "ofa...--cache"),
     "of other data": (
         f"{TRAIN} --out new --data digits:30",
@@ -354,6 +362,11 @@ def test_help_names_every_flag(command):
         assert re.search(rf"--{field.name.replace('_', '-')}{end}", out) or positional, field.name
 
 
+def test_help_of_an_action_is_that_of_cache():
+    """With --help after it, its usage would name neither the action nor the others."""
+    assert fastofa("cache push --help") == fastofa("cache --help")
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_the_terminal(command, width, monkeypatch):
@@ -467,7 +480,14 @@ def test_urls_in_a_file_are_refused(copied):
         ("merge cache --out new", "cache merge: expected at least two caches, got 1"),
         ("merge cache cache", "cache merge: expected --out"),
         ("diff cache", "cache diff: expected two caches, got 1"),
-        ("push cache there", "cache push: expected CACHE URL, got 'there' where the URL belongs"),
+        ("push cache there", "cache push: expected CACHE URL, got 'there' where the URL belongs; ...file:///"),
+        ("verify s3://b/x", "cache verify: ...got the URL s3://b/x; run `fastofa cache pull s3://b/x FOLDER`"),
+        ("extend cache file:///x", "cache extend: ...; run `fastofa cache pull file:///x FOLDER` and give the folder"),
+        ("push s3://b/x cache", "cache push: ...; run `fastofa cache pull s3://b/x FOLDER`"),
+        (
+            "pull s3://b/x s3://b/y",
+            "cache pull: ...; pull into a folder, then run `fastofa cache push FOLDER s3://b/y`",
+        ),
         ("pull cache there", "cache pull: expected URL CACHE, got 'cache' where the URL belongs"),
         ("info cache --out new", "out: expected only with `fastofa cache merge`"),
         ("extend cache cache --json x.json", "json: expected only with `fastofa cache diff`"),

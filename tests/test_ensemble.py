@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -261,6 +262,7 @@ def test_a_student_learns_from_an_ensemble_and_info_shows_it(both, tmp_path, cap
     assert 0 <= train(run).top1 <= 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("normalisation"))
     assert ["0.5" in part or "0.2" in part for part in line.split("; teacher ")[1:]] == [True, True]
+    assert re.search(r"teacher 1 \(test_efficientnet\) mean .*; teacher 2 \(test_resnet\) mean ", line)
     cache_command.main(CacheConfig("info", (str(both.path),)))
     said = " ".join(capsys.readouterr().out.split())
     assert "0.25 of test_efficientnet at 32 px" in said

@@ -230,7 +230,7 @@ def test_without_predictions_for_these_images_there_is_no_agreement(digit_cache,
     assert (found.agreement, found.teacher_top1) == (None, None)
     said = capsys.readouterr().err
     expected = {
-        "gone": "no cache.json",
+        "gone": "no such folder",
         "unfinished": "is missing",
         "of other images": "other validation images",
     }

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fastofa import cli
+from fastofa.commands.precompute import print_plan
 from fastofa.system.errors import BadInput
 from fastofa.system.files import load_tensors
 from fastofa.teacher.cache import TeacherCache
@@ -68,6 +69,14 @@ def test_the_epochs_from_which_a_cache_takes_fewer_passes(views, val_images, stu
     )
     cheaper = [students * epochs * 1000 > views * 1000 + val_images for epochs in range(1000)]
     assert estimate.epochs(students) == cheaper.index(True)
+
+
+@pytest.mark.parametrize(("rate", "said"), [(10, "hours 0.03 (100 s); 0.06 GPU"), (1, "hours 0.28; 0.56 GPU")])
+def test_short_jobs_have_seconds_too(config, capsys, rate, said):
+    """1,000 passes on two ranks."""
+    images = {"images": 900, "val_images": 100}
+    print_plan(Plan(**images, views=1, finished=0, ranks=2, teacher=2, rate=rate, topk=2, row_bytes=9), config())
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_it_refuses_what_precompute_refuses(config):

@@ -532,5 +532,7 @@ def test_crops_are_limited_to_the_image(folder, tmp_path):
 def test_unknown_teachers_are_refused():
     with pytest.raises(BadInput, match=r"unknown model 'test_resnetx': .*similar names: test_resnet"):
         open_teacher("test_resnetx", NAMES)
+    with pytest.raises(BadInput, match=r"unknown model 'runs/none': .*; there is no folder runs/none either"):
+        open_teacher("runs/none", NAMES)
     with pytest.raises(BadInput, match=r"unknown model 'test_resnet.no_such_tag'"):
         open_teacher("test_resnet.no_such_tag", NAMES)

@@ -409,7 +409,7 @@ def test_check_accepts_other_pixels_only_if_told(photo_cache, folder):
 
 def test_check_refuses_other_classes_data_and_policies(photo_cache, digit_cache, photos, tmp_path):
     digits = open_dataset("digits:100")
-    with pytest.raises(BadInput, match="expected the 10 classes of digits:100, got 2"):
+    with pytest.raises(BadInput, match=r"the 10 classes of digits:100, got 2, of .*; run `fastofa precompute`"):
         photo_cache.check(digits, ViewPolicy())
     with pytest.raises(BadInput, match=r"from digits:200 .*\(200 samples, .*\), got .* digits:100 \(100 samples"):
         digit_cache.check(open_dataset("digits:200"), digit_cache.policy)
@@ -481,10 +481,12 @@ def test_digests_cover_a_views_whole_content(changed, make):
 
 
 def test_a_missing_cache_and_invalid_headers(changed):
-    with pytest.raises(
-        BadInput, match=r"expected a teacher cache made by `fastofa precompute`, but it contains no cache.json"
-    ):
+    expected = "expected a teacher cache made by `fastofa precompute`, but"
+    with pytest.raises(BadInput, match=f"nowhere: {expected} there is no such folder"):
         TeacherCache.open(changed / "nowhere")
+    (changed / "empty").mkdir()
+    with pytest.raises(BadInput, match=rf"empty: {expected} it contains no cache\.json"):
+        TeacherCache.open(changed / "empty")
     header = (changed / HEADER).read_text()
     for text, message in (
         (header[:50], "expected JSON"),
@@ -704,6 +706,7 @@ def test_fewer_views_end_an_unfinished_cache_sooner(changed, make):
         ({"scale": (0.5, 1.0)}, r"scale \(cached: .*, given: 0\.5 1\)"),
         ({"image_size": 48}, "teachers "),
         ({"data": "digits:100"}, ""),
+        ({"data": "digits:100", "topk": 1}, r"data \(cached: .*, given: digits:100\); topk \("),
     ],
 )
 def test_other_arguments_do_not_extend_a_cache(changed, make, teacher_of_10, given, said):

@@ -182,9 +182,14 @@ class CacheConfig:
         place = {"push": 1, "pull": 0}.get(self.action)
         for number, path in enumerate(self.caches):
             if number == place and not is_url(path):
-                raise BadInput(f"cache {self.action}: expected {expected}, got {path!r} where the URL belongs")
+                raise BadInput(
+                    f"cache {self.action}: expected {expected}, got {path!r} where the URL belongs; a folder of this "
+                    "machine has the URL file:///PATH/FROM/ROOT"
+                )
             if number != place:
-                refuse_url("", path)
+                push = f"pull into a folder, then run `fastofa cache push FOLDER {path}`"
+                copy = push if self.action == "pull" else f"run `fastofa cache pull {path} FOLDER` and give the folder"
+                refuse_url(f"cache {self.action}", path, copy)
 
 
 @dataclass(frozen=True)

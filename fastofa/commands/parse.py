@@ -7,7 +7,7 @@ from typing import Any
 
 import tyro
 
-from fastofa.commands.arguments import CONFIGS
+from fastofa.commands.arguments import CONFIGS, CacheConfig
 from fastofa.commands.defaults import DEFAULTS, FILE
 from fastofa.commands.flag_values import flag_value, joined
 from fastofa.commands.help_texts import command_docstring, give_help, wrapped
@@ -41,6 +41,8 @@ def _parsed(command: str, argv: list[str]) -> Any:
     give_help(config)
     if {"-h", "--help"} & set(argv):
         print(wrapped(command_docstring(command), shutil.get_terminal_size().columns), end="\n\n")
+        if config is CacheConfig:  # `cache push --help` would leave the actions out of the usage
+            argv = ["--help"]
     if config not in DEFAULTS:
         return tyro.cli(config, args=argv, description="", prog=prog)
     argv = joined(argv, "--teacher")

@@ -23,7 +23,7 @@ from fastofa.teacher.precompute_config import PrecomputeConfig
 def main(config: PrecomputeConfig) -> None:
     if config.plan:
         if estimate := plan(config):
-            _print_plan(estimate, config)
+            print_plan(estimate, config)
         return
     cache = precompute(config)
     if not torchrun.is_main():
@@ -37,16 +37,17 @@ def main(config: PrecomputeConfig) -> None:
         print(escaped(f"{cache.path}: {in_one_line(fidelity, cache.topk)}"))
 
 
-def _print_plan(plan: Plan, config: PrecomputeConfig) -> None:
+def print_plan(plan: Plan, config: PrecomputeConfig) -> None:
     exist = f" ({plan.finished} finished)" if plan.finished else ""
     views, ranks, ms = counted(plan.views, "view"), counted(plan.ranks, "rank"), 1e3 / plan.rate
     one, two, four, eight = (f"{plan.epochs(students):,}" for students in (1, 2, 4, 8))
+    seconds = f" ({plan.hours * 3600:,.0f} s)" if plan.hours < 0.1 else ""
     lines = (
         f"{' + '.join(config.teachers)}: {views}{exist} of {counted(plan.images, 'image')}, top {plan.topk}",
         f"  teacher passes  {plan.passes:,}, validation included",
         f"  images/s        {plan.rate:,.0f} on {ranks}, {ms:,.3f} ms per image; the teacher alone {plan.teacher:,.0f}",
-        f"  hours           {plan.hours:,.2f}; {plan.rank_hours:,.2f} GPU hours with one GPU per rank",
-        f"  disk            {filesize.decimal(plan.bytes)}, {plan.row_bytes:,.1f} bytes per image and view",
+        f"  hours           {plan.hours:,.2f}{seconds}; {plan.rank_hours:,.2f} GPU hours with one GPU per rank",
+        f"  disk            {filesize.decimal(plan.bytes)} of views, {plan.row_bytes:,.1f} bytes per image and view",
         "A teacher that runs in training takes a pass per image, epoch and student. The cache takes fewer passes if",
         f"1, 2, 4 or 8 students train for at least {one}, {two}, {four} or {eight} epochs each.",
         f"An epoch replays one view, so views repeat after {counted(plan.views, 'epoch')}. Nothing was written.",

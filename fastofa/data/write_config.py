@@ -17,7 +17,7 @@ class WriteConfig:
     """Write both splits of a dataset as a .pack (pixels of one size) or as a .beton (FFCV's format)."""
 
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
-    """Dataset: a folder with train/ and val/, or any other form that --data accepts."""
+    """Dataset: a folder with train/ and val/, or any other form that --data accepts, but not a URL."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """Output: NAME.pack, which is a folder, or NAME.beton, a file next to which NAME.val.beton and
     NAME.beton.safetensors are written."""

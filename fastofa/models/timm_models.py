@@ -62,6 +62,24 @@ def resolve(name: str, image_size: int | None = None, drop_path: float | None = 
     return name, arguments
 
 
+def published_model(name: str, image_size: int | None = None) -> Any:
+    """A timm model with its published weights, for a name that may also have been meant as a folder's.
+
+    Raises:
+        BadInput: see `check_published` and `create_model`.
+    """
+    check_published(name)
+    return create_model(name, None, image_size, init="pretrained")
+
+
+def check_published(name: str) -> None:
+    """Raises BadInput if timm has no such model; the message adds that there is no such folder either."""
+    try:
+        resolve(name)
+    except BadInput as error:
+        raise BadInput(f"{error}; there is no folder {name} either") from None
+
+
 def create_model(
     name: str,
     num_classes: int | None,

@@ -272,7 +272,10 @@ class TeacherCache:
         name = f"cache {self.path}"
         if self.num_classes != len(dataset.classes):
             classes = counted(len(dataset.classes), "class")
-            raise BadInput(f"{name}: expected the {classes} of {dataset.spec}, got {self.num_classes}")
+            raise BadInput(
+                f"{name}: expected the {classes} of {dataset.spec}, got {self.num_classes}, of "
+                f"{self.header['dataset']['spec']}; run `fastofa precompute` on that dataset with another --out"
+            )
         if self.classes != dataset.classes:
             pairs = zip(dataset.classes, self.classes, strict=True)
             expected, actual = next(pair for pair in pairs if pair[0] != pair[1])

@@ -23,11 +23,12 @@ def read_header(path: Path) -> dict[str, Any]:
     """The contents of cache.json. Raises BadInput if it is missing, damaged, or has another schema version."""
     file = path / HEADER
     try:
-        exists = file.is_file()
+        exists, there = file.is_file(), path.is_dir()
     except OSError as error:
         raise BadInput(f"could not read {path}: {error.strerror}") from None
     if not exists:
-        raise BadInput(f"{path}: expected a teacher cache made by `fastofa precompute`, but it contains no {HEADER}")
+        found = f"but it contains no {HEADER}" if there else "but there is no such folder"
+        raise BadInput(f"{path}: expected a teacher cache made by `fastofa precompute`, {found}")
     header = read_json(file)
     if not isinstance(header, dict) or header.get("schema") not in (SCHEMA, *OLDER):
         schema = header.get("schema") if isinstance(header, dict) else type(header).__name__

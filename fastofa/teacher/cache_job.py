@@ -105,8 +105,8 @@ class CacheJob:
 
     def write_others(self) -> None:
         """Write the files that are not tables of predictions."""
-        for teacher in self.teachers.teachers:
-            notice(f"teacher {teacher.name}: input normalised with {in_words(teacher.mean, teacher.std)}")
+        for name, teacher in zip(self.teachers.names, self.teachers.teachers, strict=True):
+            notice(f"teacher {name}: input normalised with {in_words(teacher.mean, teacher.std)}")
         if self.config.features != "none" and not self.is_finished(CLASSIFIER):
             write_table(self.out / CLASSIFIER, self.teachers.only.classifier._asdict(), self.header, CLASSIFIER)
         if 0 in self.views and not self.is_finished(0):  # written with view 0, because the images may change later

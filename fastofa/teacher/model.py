@@ -23,6 +23,7 @@ from fastofa.models.timm_models import (
     input_size,
     normalization,
     open_model_folder,
+    published_model,
     resolve,
     weights_sha256,
 )
@@ -191,7 +192,7 @@ def open_teacher(
         model, config = open_model_folder(folder)
         architecture, names = config.architecture, _names(config)
     else:
-        architecture, model, names = name, create_model(name, None, image_size, init="pretrained"), OutputNames(0)
+        architecture, model, names = name, published_model(name, image_size), OutputNames(0)
     check_channels(model, f"teacher {name}")
     names = OutputNames(model.num_classes, names.names, names.descriptions)
     columns = match_classes(name, names, classes)

@@ -13,7 +13,7 @@ from fastofa.methods.find_method import needs_of
 from fastofa.methods.method import Needs
 from fastofa.methods.targets import Targets
 from fastofa.models.linear_head import pooled_vector
-from fastofa.models.timm_models import find_folder, resolve
+from fastofa.models.timm_models import check_published, find_folder, resolve
 from fastofa.pipelines import Batch
 from fastofa.runs.config import TrainConfig
 from fastofa.runs.recipes import teacher_normalization
@@ -120,5 +120,7 @@ def check_online_teacher(config: TrainConfig) -> None:
         raise BadInput(
             f"{checkpoint}: expected a file with weights, but it does not exist; correct --teacher-checkpoint"
         )
-    if checkpoint is not None or find_folder(name) is None:
+    if checkpoint is not None:
         resolve(name)
+    elif find_folder(name) is None:
+        check_published(name)

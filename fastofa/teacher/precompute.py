@@ -15,7 +15,7 @@ import torch
 
 from fastofa.data.dataset import Dataset
 from fastofa.data.open import open_dataset
-from fastofa.models.timm_models import find_folder, resolve
+from fastofa.models.timm_models import check_published, find_folder, resolve
 from fastofa.pipelines import PIPELINES, choose, open_pipeline
 from fastofa.system.device import choose_compile, choose_device, choose_workers
 from fastofa.system.errors import BadInput, counted
@@ -181,8 +181,10 @@ def check_early(config: PrecomputeConfig, local_rank: int) -> torch.device:
             "--teacher-checkpoint"
         )
     for teacher in config.teachers:
-        if config.teacher_checkpoint is not None or find_folder(teacher) is None:
+        if config.teacher_checkpoint is not None:
             resolve(teacher)
+        elif find_folder(teacher) is None:
+            check_published(teacher)
     if config.pipeline not in ("auto", *PIPELINES):
         raise BadInput(f"unknown pipeline {config.pipeline!r}: expected auto or one of {', '.join(PIPELINES)}")
     device = choose_device(config.device, local_rank)

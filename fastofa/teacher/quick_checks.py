@@ -46,15 +46,19 @@ def _differences(config: PrecomputeConfig) -> list[str]:
         each = header.get("keep_each", False)
         cached = {"topk": topk, "features": features, "keep_each": each, "seed": header["seed"]}
         cached |= {**default, **header["policy"]}
+        spec = header["dataset"]["spec"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     given = {name: getattr(config, name) for name in ("topk", "features", "keep_each", "seed")}
     requested = {**given, **dataclasses.asdict(config.policy())}
-    return [
+    different = [
         f"{name.replace('_', '-')} (cached: {_text(cached[name])}, given: {_text(value)})"
         for name, value in requested.items()
         if _text(cached[name]) != _text(value)
     ]
+    if different and spec != config.data:  # on its own it is no difference: the same images have many names
+        different.insert(0, f"data (cached: {_text(spec)}, given: {_text(config.data)})")
+    return different
 
 
 def _text(value: Any) -> str:

@@ -30,11 +30,11 @@ from fastofa.models.cka import CKA, LEAST, gram
 from fastofa.models.normalized import Normalized
 from fastofa.models.timm_models import (
     check_channels,
-    create_model,
     find_folder,
     first_line,
     input_size,
     normalization,
+    published_model,
 )
 from fastofa.pipelines import open_pipeline
 from fastofa.runs.run import is_run, open_run
@@ -233,11 +233,7 @@ def _limits(name: str | Path) -> Limits:
 
 def _of_timm(name: str) -> tuple[Normalized, int, float]:
     """timm's model with its published weights, its input size and crop."""
-    try:
-        model = create_model(name, None, init="pretrained")
-    except BadInput as error:
-        folder = f"; there is no folder {name} either" if str(error).startswith("unknown model") else ""
-        raise BadInput(f"{error}{folder}") from None
+    model = published_model(name)
     check_channels(model, name)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalization(model))
     crop = min(float(model.pretrained_cfg.get("crop_pct") or 0.875), 1.0)  # VOLO's 1.15 would exceed the image

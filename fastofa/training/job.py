@@ -213,4 +213,6 @@ class Job:
         """One line with the normalisation of the student's input and, with a teacher, of the teacher's."""
         student = self.step.student
         line = f"normalisation: student {in_words(student.mean.flatten().tolist(), student.std.flatten().tolist())}"
-        return "; ".join([line, *(f"teacher {in_words(t['mean'], t['std'])}" for t in self.epochs.teacher_headers)])
+        headers = self.epochs.teacher_headers
+        names = ["teacher"] if len(headers) == 1 else [f"teacher {i} ({t['name']})" for i, t in enumerate(headers, 1)]
+        return "; ".join([line, *(f"{n} {in_words(t['mean'], t['std'])}" for n, t in zip(names, headers, strict=True))])
