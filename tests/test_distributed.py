@@ -31,7 +31,8 @@ from fastofa.runs.config import TrainConfig
 from fastofa.runs.run import Run, open_run
 from fastofa.system.errors import BadInput, LostContact
 from fastofa.system.files import load_tensors, read_json
-from fastofa.teacher.cache import TeacherCache, view_file
+from fastofa.teacher.cache import TeacherCache
+from fastofa.teacher.cache_files import view_file
 from fastofa.teacher.precompute import precompute
 from fastofa.teacher.precompute_config import PrecomputeConfig
 from fastofa.training.distributed import Vote, World, check_shared, connection_errors, join, statistics
