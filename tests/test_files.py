@@ -349,6 +349,29 @@ def test_round_trip_of_transposed_sliced_and_trained_tensors(tmp_path: Path) -> 
     assert_same(tensors, {name: tensor.detach() for name, tensor in given.items()})
 
 
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=6),
+        st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 3), max_size=3)),
+        max_size=6,
+    ),
+    st.text(max_size=8),
+)
+def test_files_are_what_the_library_writes(
+    tmp_path_factory: pytest.TempPathFactory, kinds: dict[str, tuple[torch.dtype, list[int]]], note: str
+) -> None:
+    """To the byte: names, dtypes and shapes in any combination, also without values."""
+    tensors = {
+        name: torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(number)).to(dtype)
+        for number, (name, (dtype, shape)) in enumerate(kinds.items())
+    }
+    path = tmp_path_factory.mktemp("library") / "file.safetensors"
+    save_tensors(path, tensors, {"note": note})
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert path.read_bytes() == safetensors.torch.save(tensors, metadata)
+
+
 def test_round_trip_without_tensors(tmp_path: Path) -> None:
     save_tensors(tmp_path / "x.safetensors", {}, INFO)
     assert load_tensors(tmp_path / "x.safetensors") == ({}, INFO)

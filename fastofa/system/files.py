@@ -3,6 +3,7 @@
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -10,6 +11,7 @@ import re
 import secrets
 import shutil
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -204,7 +206,47 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Only one metadata key, because safetensors writes several in an order that differs between processes.
     header = {"fastofa": json.dumps({"sha256": _checksum(tensors, info), "info": info}, sort_keys=True)}
-    write_atomic(path, safetensors.torch.save(tensors, header))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with replacing(path, f" ({size / 1e6:.1f} MB)") as file:
+        for part in _safetensors(tensors, header):
+            file.write(part)
+
+
+# The names of dtypes in the order in which safetensors stores tensors, whose sizes fall.
+DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of safetensors.torch.save(tensors, metadata), without its copy of the tensors, which may be large."""
+    order = list(DTYPES)
+    stored = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
+    ends = list(itertools.accumulate((tensor.nbytes for _, tensor in stored), initial=0))
+    entries = {
+        name: {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        for (name, tensor), (start, end) in zip(stored, itertools.pairwise(ends), strict=True)
+    }
+    header = json.dumps({"__metadata__": metadata, **entries}, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    yield struct.pack("<Q", len(header)) + header
+    for _, tensor in stored:
+        if tensor.numel():
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
