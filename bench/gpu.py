@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -236,12 +237,20 @@ def _tee(lines: IO[bytes] | None, log: Path, name: str) -> None:
                 print(f"[{time.monotonic() - began:4.0f} s] {name}: {text}", flush=True)
 
 
+def stop_all(jobs: list[Running]) -> None:
+    """Stop the jobs that still run, because this process was interrupted."""
+    for r in jobs:
+        if r.process is not None and not r.ended():
+            r.stop("interrupted")
+
+
 def run(jobs: list[Job], dry_run: bool, out: Path, seconds: float) -> list[Running]:
     """Run all jobs; those that do not fit into the time are stopped and reported."""
     began = time.monotonic()
     until = began + seconds
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         all_ = [Running(job, dry_run, out, Path(folder) / job.name) for job in jobs]
+        stack.callback(stop_all, all_)
         named = {r.job.name: r for r in all_}
 
         def start_due() -> None:
@@ -289,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry_run and not _has_gpu():
         print("expected a GPU that PyTorch can use, found none; --dry-run tries every job without", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
